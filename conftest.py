@@ -1,0 +1,45 @@
+"""The examples in docstrings and Markdown run as tests.
+
+Examples of one document share a namespace and a working directory of their own, and run in order (``--dist=loadfile``).
+"""
+
+import tempfile
+from contextlib import ExitStack, chdir
+from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
+from typing import Any
+
+from sybil import Sybil
+from sybil.document import PythonDocStringDocument
+from sybil.parsers.doctest import DocTestParser
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+_OPTIONS = ELLIPSIS | NORMALIZE_WHITESPACE
+_HERE = "_directory_of_this_document"
+
+
+def _enter(namespace: dict[str, Any]) -> None:
+    with ExitStack() as stack:
+        stack.enter_context(chdir(stack.enter_context(tempfile.TemporaryDirectory())))
+        namespace[_HERE] = stack.pop_all()
+
+
+def _leave(namespace: dict[str, Any]) -> None:
+    namespace.pop(_HERE).close()
+
+
+_docstrings = Sybil(
+    parsers=[DocTestParser(_OPTIONS)],
+    path="src",
+    pattern="*.py",
+    document_types={".py": PythonDocStringDocument},
+    setup=_enter,
+    teardown=_leave,
+)
+_markdown = Sybil(
+    parsers=[PythonCodeBlockParser(doctest_optionflags=_OPTIONS), SkipParser()],
+    patterns=["*.md"],
+    setup=_enter,
+    teardown=_leave,
+)
+
+pytest_collect_file = (_docstrings + _markdown).pytest()

@@ -1,0 +1,70 @@
+"""Weight averaging for PyTorch: in any training loop, at memory speed, with nothing lost."""
+
+from polyak.algorithm import Algorithm, dispatch
+from polyak.ema import EMA, compute_ema
+from polyak.errors import (
+    CheckpointError,
+    LoanError,
+    MismatchError,
+    PlanWarning,
+    PolyakError,
+    ProfileError,
+    QuarantineWarning,
+    TimeError,
+)
+from polyak.events import Event, State
+from polyak.hosts.optimizer import Attached, attach
+from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
+from polyak.select import Policy, default_policy
+from polyak.time import Time, Timestamp, TimeUnit
+from polyak.trainer import (
+    Callback,
+    CheckpointSaver,
+    ConsoleLogger,
+    JSONLinesLogger,
+    Logger,
+    ProgressBar,
+    TensorBoardLogger,
+    Trainer,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EMA",
+    "Algorithm",
+    "Attached",
+    "Callback",
+    "CheckpointError",
+    "CheckpointSaver",
+    "ConsoleLogger",
+    "Event",
+    "HalfLife",
+    "JSONLinesLogger",
+    "LoanError",
+    "Logger",
+    "MismatchError",
+    "PlanWarning",
+    "Policy",
+    "PolyakError",
+    "PowerFunction",
+    "Profile",
+    "ProfileError",
+    "ProgressBar",
+    "QuarantineWarning",
+    "Smoothing",
+    "State",
+    "TensorBoardLogger",
+    "Time",
+    "TimeError",
+    "TimeUnit",
+    "Timestamp",
+    "Trainer",
+    "Uniform",
+    "Warmup",
+    "Window",
+    "attach",
+    "compute_ema",
+    "default_policy",
+    "dispatch",
+]

@@ -1,0 +1,75 @@
+"""What acts on events: ``Algorithm``, and ``dispatch``, by which every host calls them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+from polyak.events import Event, State
+
+
+class MetricLogger(Protocol):
+    """Where an algorithm may log numbers. Every host's logger has this one method."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log ``metrics`` by name, at ``step`` batches."""
+        ...
+
+
+class NoLogger:
+    """A logger for hosts that have none."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Drop the metrics."""
+
+
+class Algorithm(ABC):
+    """Something that changes training at events. Asking (``match``) changes nothing; acting (``apply``) does.
+
+    Example:
+        >>> class Count(Algorithm):
+        ...     n = 0
+        ...     def match(self, event, state):
+        ...         return event is Event.BATCH_END
+        ...     def apply(self, event, state, logger):
+        ...         self.n += 1
+
+    Attributes:
+        lends: Whether it puts other weights in the model for evaluation. A loop can have one that does.
+    """
+
+    lends: ClassVar[bool] = False
+
+    @abstractmethod
+    def match(self, event: Event, state: State) -> bool:
+        """Return whether this wants to act on ``event``, without changing anything."""
+
+    @abstractmethod
+    def apply(self, event: Event, state: State, logger: MetricLogger) -> None:
+        """Act on ``event``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that later decisions depend on, as tensors and plain containers."""
+        return {"repr": repr(self)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  nothing to do unless there is state
+        """Go on from what ``state_dict`` returned.
+
+        Args:
+            state: As saved.
+        """
+
+
+def dispatch(event: Event, state: State, algorithms: Sequence[Algorithm], logger: MetricLogger) -> None:
+    """Ask all algorithms whether they act on ``event``, then let those act, in order.
+
+    Events that begin with ``AFTER`` run in reverse order, as in Composer.
+
+    Args:
+        event: What happened.
+        state: What there is.
+        algorithms: Who may act.
+        logger: Where they may log.
+    """
+    acting = [algorithm for algorithm in algorithms if algorithm.match(event, state)]
+    for algorithm in reversed(acting) if event.name.startswith("AFTER") else acting:
+        algorithm.apply(event, state, logger)

@@ -1,0 +1,573 @@
+"""The exponential moving average of weights, through the door that MosaicML Composer's users know.
+
+``EMA`` decides when: when to begin, to update, to lend and to take back. How much is the profile's business, and how
+the shadow's.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyak.algorithm import Algorithm, MetricLogger
+from polyak.errors import CheckpointError, LoanError, MismatchError, PlanWarning, ProfileError, TimeError
+from polyak.events import Event, State
+from polyak.kernels import lerp_
+from polyak.profiles import HalfLife, Profile, Smoothing
+from polyak.select import Policy, PolicyRule, check_match, default_policy, named_tensors, slots, unwrap
+from polyak.shadow import Shadow, loan_of
+from polyak.time import Time, Timestamp, TimeUnit, as_span
+
+_calls = itertools.count()
+
+
+@torch.no_grad()
+def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
+    """Move ``ema_model`` towards ``model`` in place: ``ema = smoothing * ema + (1 - smoothing) * weights``.
+
+    Parameters and floating-point buffers are averaged, integer and bool buffers copied, tied tensors treated once.
+    Tensors are matched by name; what ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile`` put in front
+    of a name does not count. A tensor of ``model`` with inf or nan in it leaves its average as it was. An
+    ``ema_model`` with 16-bit weights is rounded stochastically; float32 is better.
+
+    Args:
+        model: The model in training.
+        ema_model: Its average, to be changed.
+        smoothing: Share of the average that is kept, from 0 to 1.
+
+    Raises:
+        ProfileError: If ``smoothing`` is not in [0, 1].
+        MismatchError: If the two have other names or shapes; it lists them.
+
+    Example:
+        >>> model, ema_model = nn.Linear(1, 1), nn.Linear(1, 1)
+        >>> _ = nn.init.zeros_(model.weight), nn.init.ones_(ema_model.weight)
+        >>> compute_ema(model, ema_model, smoothing=0.75)
+        >>> ema_model.weight.item()
+        0.75
+
+    References:
+        ``composer.algorithms.ema.compute_ema``.
+    """
+    weight = 1 - Smoothing(smoothing).value
+    online, averages = named_tensors(model), named_tensors(ema_model)
+    check_match("ema_model must have the names and shapes of model", online, averages)
+    averaged = list[tuple[Tensor, Tensor]]()
+    for slot in slots(ema_model):
+        average, tensor = slot.tensor.detach(), online[slot.name].detach()
+        if average.is_floating_point() or average.is_complex():
+            averaged.append((average, tensor.to(average.device)))
+        else:
+            average.copy_(tensor)
+    seeds = [next(_calls) & 0xFFFFFFFF for _ in averaged]
+    lerp_([average for average, _ in averaged], [tensor for _, tensor in averaged], weight, seeds)
+
+
+class _Default(str):
+    """The half-life that nobody asked for, so that another profile may take its place."""
+
+    __slots__ = ()
+
+
+_DEFAULT = _Default("1000ba")
+
+# Each loan has the event that begins it and the one that ends it.
+_LENDING = {
+    Event.EVAL_START: Event.EVAL_END,
+    Event.PREDICT_START: Event.PREDICT_END,
+    Event.SAVE_START: Event.SAVE_END,
+}
+
+
+class EMA(Algorithm):
+    """Keep an average of the weights while training; evaluate, predict and save with it.
+
+    The average begins with the weights after the first update event at or past ``ema_start``. With a half-life its
+    decay follows what elapsed between two updates, whatever the interval, the batch size or the steps skipped. The
+    model holds the average from ``EVAL_START``, ``PREDICT_START`` and ``SAVE_START`` to the end event of each, and
+    the training weights at all other times.
+
+    Args:
+        half_life: After how long half of the average is new: ``"1000ba"``, ``"1.5ep"``, ``"1e6tok"``, in any unit of
+            time strings. 0 means no averaging, ``"infba"`` an average that never moves.
+        smoothing: Instead of a half-life, the share of the average that each update keeps, from 0 to 1. It is not
+            adjusted to ``update_interval``.
+        ema_start: How much training comes before averaging, in any unit.
+        update_interval: The time between updates, in any unit. By default one epoch for a half-life in epochs, else
+            one batch. Updates in ``ep`` are done at the ends of epochs, all others at the ends of batches.
+        profile: Instead of a half-life, any profile that one buffer can follow.
+        dtype: The dtype of the average. None stands for the model's own, and float32 where that has 16 bits.
+        policy: Which tensors are averaged, copied or left.
+
+    Raises:
+        TimeError: If a time string cannot be read, or its value cannot be meant.
+        ProfileError: If not exactly one of half-life, smoothing and profile is given, or the profile is one that
+            cannot be kept up online.
+
+    Attributes:
+        half_life: The half-life as ``Time``, or None.
+        smoothing: The share that one update keeps, or None where it depends on what elapses.
+        profile: What decides on the decay.
+        ema_start: As ``Time``.
+        update_interval: As ``Time``.
+        ema_started: Whether averaging has begun.
+
+    Example:
+        >>> EMA(half_life="2ep", update_interval="10ba")
+        EMA(profile=HalfLife(span=Time(2, 'ep'), unbiased=False), ema_start='0.0dur', update_interval='10ba')
+        >>> EMA(smoothing=0.99).update_interval
+        Time(1, 'ba')
+
+    References:
+        ``composer.algorithms.EMA``.
+    """
+
+    lends = True
+
+    def __init__(
+        self,
+        half_life: str | Time | None = _DEFAULT,
+        smoothing: float | None = None,
+        ema_start: str | Time = "0.0dur",
+        update_interval: str | Time | None = None,
+        *,
+        profile: Profile | None = None,
+        dtype: torch.dtype | None = None,
+        policy: PolicyRule = default_policy,
+    ) -> None:
+        if isinstance(half_life, _Default) and (smoothing is not None or profile is not None):
+            half_life = None
+        given = {"half_life": half_life, "smoothing": smoothing, "profile": profile}
+        if sum(value is not None for value in given.values()) != 1:
+            raise ProfileError(f"give exactly one of half_life, smoothing and profile (got {given})")
+        if half_life is not None:
+            profile = HalfLife(half_life)
+        elif smoothing is not None:
+            profile = Smoothing(smoothing)
+        assert profile is not None
+        if not profile.recursive:
+            raise ProfileError(
+                f"one buffer must be able to follow the profile, and {profile!r} it cannot: what leaves the window "
+                "would have to be forgotten; record the run and take this average from the record, or use HalfLife"
+            )
+        self.profile: Profile = profile
+        self.half_life = profile.span if isinstance(profile, HalfLife) else None
+        self.ema_start = as_span("ema_start", ema_start)
+        if update_interval is None:
+            update_interval = "1ep" if profile.unit is TimeUnit.EPOCH else "1ba"
+        self.update_interval = as_span("update_interval", update_interval, above=0, whole=True)
+        if math.isinf(self.update_interval.value):
+            raise ProfileError("update_interval must be finite (got inf); an infinite half-life never moves either")
+        self._dtype = dtype
+        self._policy = policy
+        self._model: nn.Module | None = None
+        self._shadow: Shadow | None = None
+        self._pending: Mapping[str, Any] | None = None
+        self._origin = Timestamp()
+        self._updated_at: Timestamp | None = None
+        self._lent_until: Event | None = None
+        self._quarantine_warned = 0
+
+    def __repr__(self) -> str:
+        return f"EMA(profile={self.profile!r}, ema_start='{self.ema_start}', update_interval='{self.update_interval}')"
+
+    @property
+    def smoothing(self) -> float | None:
+        """The share of the average that one update keeps, or None where it depends on what elapses."""
+        if isinstance(self.profile, Smoothing):
+            return self.profile.value
+        if isinstance(self.profile, HalfLife) and self.profile.unit is self.update_interval.unit:
+            return None if self.profile.unbiased else self.profile.decay(0, float(self.update_interval))
+        return None
+
+    @property
+    def ema_started(self) -> bool:
+        """Whether averaging has begun."""
+        return self._shadow is not None
+
+    @property
+    def ema_weights_active(self) -> bool:
+        """Whether the model holds the average now."""
+        return self._shadow is not None and self._shadow.holder is not None
+
+    @property
+    def ema_model(self) -> nn.Module | None:
+        """The average as a module over its own tensors, in eval mode: no copy. None before averaging has begun.
+
+        While the average is lent this is the model in training.
+        """
+        return self._shadow.averaged_model() if self._shadow else None
+
+    @property
+    def training_model(self) -> nn.Module | None:
+        """The model with its training weights; while the average is lent, a module over the weights set aside."""
+        return self._shadow.training_model() if self._shadow else self._model
+
+    @property
+    def num_updates(self) -> int:
+        """How often the average has moved."""
+        return self._shadow.num_updates if self._shadow else 0
+
+    @property
+    def num_quarantined(self) -> int:
+        """How many tensors with inf or nan were kept out of the average. Reading it waits for the device."""
+        return self._shadow.num_quarantined if self._shadow else 0
+
+    def match(self, event: Event, state: State) -> bool:
+        """Return whether to act: at set-up, where an update is due, where a loan begins or ends."""
+        if event in (Event.INIT, Event.FIT_START, Event.FIT_END):
+            return True
+        if event is (Event.EPOCH_END if self.update_interval.unit is TimeUnit.EPOCH else Event.BATCH_END):
+            return self._due(state) if self.ema_started else self._may_start(state)
+        if event in _LENDING:
+            return self.ema_started and not self.ema_weights_active
+        return self._lent_until is not None and event in (self._lent_until, Event.EXCEPTION)
+
+    def apply(self, event: Event, state: State, logger: MetricLogger) -> None:
+        """Begin, update, lend or take back the average."""
+        del logger
+        if event is Event.INIT:
+            self._bind(state.model)
+        elif event is Event.FIT_START:
+            self._bind(state.model)
+            self._on_fit_start(state)
+        elif event is Event.FIT_END:
+            self._on_fit_end(state)
+        elif event in _LENDING:
+            self._lend(event)
+        elif self._lent_until is not None:
+            self._give_back()
+        elif self.ema_started:
+            self._update(state)
+        else:
+            self._start(state)
+
+    def _bind(self, model: nn.Module) -> None:
+        """Learn whose weights these are, and load the state that came before the model did."""
+        if self._model is not None and self._model is not unwrap(model):
+            raise MismatchError("an EMA averages one model, and this one has another already; make a new EMA")
+        self._model = unwrap(model)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.load_state_dict(pending)
+
+    # When
+
+    def _clock(self, timestamp: Timestamp, state: State) -> float:
+        unit = self.profile.unit
+        assert unit is not None
+        return timestamp.elapsed(unit, state.max_duration)
+
+    def _may_start(self, state: State) -> bool:
+        if self.ema_start.unit is TimeUnit.DURATION:
+            elapsed = state.get_elapsed_duration()
+            return float(elapsed or 0.0) >= float(self.ema_start)
+        return state.timestamp.elapsed(self.ema_start.unit) >= float(self.ema_start)
+
+    def _due(self, state: State) -> bool:
+        assert self._updated_at is not None
+        unit, interval = self.update_interval.unit, float(self.update_interval)
+        before, now = (t.elapsed(unit, state.max_duration) for t in (self._updated_at, state.timestamp))
+        return math.floor(now / interval) > math.floor(before / interval)
+
+    def _start(self, state: State) -> None:
+        model = state.model
+        averaged = (slot.tensor for slot in slots(model) if slot.is_parameter and self._policy(slot) is Policy.AVERAGE)
+        if not all(bool(tensor.isfinite().all()) for tensor in averaged):
+            message = f"averaging waits: the weights are not finite at {state.timestamp.batch}"
+            warnings.warn(message, PlanWarning, stacklevel=2)
+            return
+        self._check_clock(state)
+        self._shadow = Shadow(model, dtype=self._dtype, policy=self._policy)
+        # The profile's clock starts where averaging was asked to, so that these weights count for what they span.
+        self._origin = state.timestamp
+        if self.ema_start.value == 0:
+            self._origin = Timestamp()
+        elif self.ema_start.unit is not TimeUnit.DURATION:
+            self._origin = state.timestamp.with_counter(self.ema_start)
+        self._updated_at = state.timestamp
+
+    def _check_clock(self, state: State) -> None:
+        unit = self.profile.unit
+        if unit is None:
+            return
+        epochs_only = self.update_interval.unit is not TimeUnit.EPOCH and state.timestamp.epoch_length is None
+        if self._clock(state.timestamp, state) == 0 or (unit is TimeUnit.EPOCH and epochs_only):
+            raise ProfileError(
+                f"the loop must count {unit} for {self.profile!r}, and after {state.timestamp.batch} it has not; "
+                "tell it how (epochs need the number of batches in one), or use a profile in ba"
+            )
+
+    def _update(self, state: State) -> None:
+        assert self._shadow is not None
+        assert self._updated_at is not None
+        if self.profile.unit is None:
+            before, now = float(self.num_updates), self.num_updates + 1.0
+        else:
+            moments = (self._origin, self._updated_at, state.timestamp)
+            origin, last, this = (self._clock(moment, state) for moment in moments)
+            before, now = max(0.0, last - origin), max(0.0, this - origin)
+        self._shadow.update_(1 - self.profile.decay(before, now))
+        self._updated_at = state.timestamp
+
+    # Lending
+
+    def _lend(self, event: Event) -> None:
+        assert self._shadow is not None
+        self._quarantine_warned = self._shadow.warn_of_quarantine(self._quarantine_warned)
+        self._shadow.lend(repr(self))
+        self._lent_until = _LENDING[event]
+
+    def _give_back(self) -> None:
+        assert self._shadow is not None
+        self._lent_until = None
+        self._shadow.give_back()
+
+    def get_ema_model(self, model: nn.Module) -> nn.Module:
+        """Put the average in ``model`` and return it.
+
+        A model apart gets a copy. The model in training gets the average as a loan, so that nothing is lost:
+        ``get_training_model`` ends it, and training refuses to go on before.
+
+        Args:
+            model: Any model with the names of the one in training, or that one itself.
+
+        Raises:
+            LoanError: If averaging has not begun, or another average is in the model.
+            MismatchError: If names or shapes differ.
+        """
+        if self._shadow is None:
+            raise LoanError(f"averaging must have begun before the average can be had; it begins at {self.ema_start}")
+        if unwrap(model) is not self._model:
+            self._shadow.copy_to(model)
+        elif not self.ema_weights_active:
+            self._shadow.lend(f"{self!r} (get_ema_model)")
+        return model
+
+    def get_training_model(self, model: nn.Module) -> nn.Module:
+        """Put the training weights in ``model`` and return it; if it is the model in training, end the loan to it.
+
+        Args:
+            model: Any model with the names of the one in training, or that one itself.
+
+        Raises:
+            LoanError: If no model has been seen yet.
+            MismatchError: If names or shapes differ.
+        """
+        if self._model is None:
+            raise LoanError("the EMA must have seen a model in training before its weights can be had")
+        if unwrap(model) is self._model:
+            if self._shadow is not None and self.ema_weights_active:
+                self._give_back()
+        elif self._shadow is not None:
+            self._shadow.copy_to(model, training=True)
+        else:
+            Shadow(self._model).copy_to(model, training=True)
+        return model
+
+    # The plan
+
+    def _on_fit_start(self, state: State) -> None:
+        if loan := loan_of(state.model):
+            raise LoanError(f"training must begin with training weights: {loan.holder} has lent its average")
+        spans = [self.profile.unit, self.update_interval.unit, self.ema_start.unit if self.ema_start.value else None]
+        if TimeUnit.DURATION in spans and state.max_duration is None:
+            raise TimeError(f"times in dur need a run of known length: give max_duration, or other units to {self!r}")
+        if self.ema_started:
+            # A state of Composer's does not say when the last update was; it was where the interval last ended.
+            self._updated_at = self._updated_at or self._last_interval(state)
+            return
+        end = _convert(state.max_duration, TimeUnit.BATCH, state)
+        first = self._first_update(state)
+        if end is None or first is None or end <= float(state.timestamp.batch):
+            return
+        if first >= end:
+            when = "never starts" if first > end else "starts only where the run ends"
+            warnings.warn(
+                f"averaging {when}: its first update is at {first:g}ba (ema_start='{self.ema_start}', "
+                f"update_interval='{self.update_interval}') and the run ends at {end:g}ba",
+                PlanWarning,
+                stacklevel=2,
+            )
+        else:
+            self._warn_of_first_weights(state, first, end)
+
+    def _first_update(self, state: State) -> float | None:
+        """Return the batch of the first update event at or past ``ema_start``, if it can be known."""
+        start = _convert(self.ema_start, TimeUnit.BATCH, state)
+        if self.update_interval.unit is TimeUnit.EPOCH:
+            epoch = state.timestamp.epoch_length
+            return None if start is None or epoch is None else max(1, math.ceil(start / epoch - 1e-9)) * float(epoch)
+        return None if start is None else max(1.0, math.ceil(start - 1e-9))
+
+    def _warn_of_first_weights(self, state: State, first: float, end: float) -> None:
+        if isinstance(self.profile, HalfLife) and math.isinf(self.profile.span.value):
+            return
+        if self.profile.unit is None:
+            interval = _convert(self.update_interval, TimeUnit.BATCH, state)
+            share = None if interval is None else self.profile.decay(0, max(0.0, (end - first) // interval))
+        else:
+            origin = 0.0 if self.ema_start.value == 0 else first
+            moments = [_convert(Time(t, TimeUnit.BATCH), self.profile.unit, state) for t in (origin, first, end)]
+            known = [moment for moment in moments if moment is not None]
+            share = None if len(known) < len(moments) else self.profile.decay(known[1] - known[0], known[2] - known[0])
+        if share is not None and share > 0.5:
+            warnings.warn(
+                f"the first weights will still be {share:.1%} of the average at the end of the run (averaging from "
+                f"{first:g}ba to {end:g}ba by {self.profile!r}); take a shorter half-life, or "
+                "EMA(profile=HalfLife(..., unbiased=True)), which forgets them",
+                PlanWarning,
+                stacklevel=2,
+            )
+
+    def _on_fit_end(self, state: State) -> None:
+        if self._shadow is not None:
+            self._quarantine_warned = self._shadow.warn_of_quarantine(self._quarantine_warned)
+        elif state.timestamp.batch.value > 0:
+            warnings.warn(
+                f"averaging never started: ema_start='{self.ema_start}', update_interval='{self.update_interval}', and "
+                f"the run ended at {state.timestamp.batch}, {state.timestamp.epoch}",
+                PlanWarning,
+                stacklevel=2,
+            )
+
+    def _last_interval(self, state: State) -> Timestamp:
+        unit, interval = self.update_interval.unit, self.update_interval.value
+        if unit is TimeUnit.DURATION:
+            return state.timestamp
+        return state.timestamp.with_counter(Time(state.timestamp.get(unit).value // interval * interval, unit))
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that going on depends on, as tensors, numbers and strings.
+
+        If it is taken while the average is lent, it has the training weights too, as ``training_model``.
+        """
+        state: dict[str, Any] = {"repr": repr(self), "polyak": 1, "ema_started": self.ema_started}
+        if self._shadow is not None:
+            shadow = self._shadow.state_dict()
+            state |= {
+                "ema_model": shadow["averages"],
+                "num_updates": shadow["num_updates"],
+                "num_quarantined": shadow["num_quarantined"],
+                "origin": self._origin.state_dict(),
+                "updated_at": self._updated_at.state_dict() if self._updated_at else None,
+            }
+            if "training" in shadow:
+                state["training_model"] = shadow["training"]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned, here or in MosaicML Composer (of both its forms).
+
+        Before the algorithm has met its model, the state is kept until it does. A state that was taken while the
+        average was in the model gives the model its training weights; load the model's own state before.
+
+        Args:
+            state: As saved.
+
+        Raises:
+            CheckpointError: If it is no such state.
+            MismatchError: If names or shapes differ from the model's.
+        """
+        if "ema_started" not in state:
+            raise CheckpointError(
+                f"the state must be that of an EMA, of polyak or Composer (got the keys {sorted(state)})"
+            )
+        if self._model is None:
+            self._pending = state
+            return
+        if "polyak" not in state:
+            state = _from_composer(state, self._model, self._policy)
+        elif state["repr"] != repr(self):
+            warnings.warn(
+                f"the run was averaged so far by {state['repr']} and goes on with {self!r}", PlanWarning, stacklevel=2
+            )
+        if not state["ema_started"]:
+            self._shadow = None
+            return
+        shadow = self._shadow or Shadow(self._model, dtype=self._dtype, policy=self._policy)
+        shadow.load_state_dict(
+            {
+                "averages": state["ema_model"],
+                "training": state.get("training_model"),
+                "num_updates": state["num_updates"],
+                "num_quarantined": state["num_quarantined"],
+            }
+        )
+        self._shadow = shadow
+        self._origin = Timestamp.from_state_dict(state["origin"])
+        self._updated_at = Timestamp.from_state_dict(state["updated_at"]) if state["updated_at"] else None
+        self._quarantine_warned = shadow.num_quarantined
+
+
+def _convert(time: Time | None, unit: TimeUnit, state: State) -> float | None:
+    """Return a moment of the run in another unit, if what is known of the run allows."""
+    if time is None or time.unit is unit:
+        return None if time is None else float(time)
+    if time.value == 0:
+        return 0.0
+    batches = _in_batches(time, state)
+    if batches is None or unit is TimeUnit.BATCH:
+        return batches
+    one = _in_batches(Time(1, unit), state)
+    return batches / one if one else None
+
+
+def _in_batches(time: Time, state: State) -> float | None:
+    if time.unit is TimeUnit.BATCH:
+        return float(time)
+    if time.unit is TimeUnit.EPOCH and state.timestamp.epoch_length:
+        return time.value * state.timestamp.epoch_length
+    if time.unit is TimeUnit.DURATION and state.max_duration and state.max_duration.unit is not TimeUnit.DURATION:
+        run = _in_batches(state.max_duration, state)
+        return None if run is None else time.value * run
+    return None
+
+
+def _from_composer(state: Mapping[str, Any], model: nn.Module, policy: PolicyRule) -> dict[str, Any]:
+    """Translate the state of Composer's ``EMA``.
+
+    Up to 0.12 it has the state dicts of two models. Later it has one set of tensors, which are the average, or, if
+    ``ema_weights_active``, the training weights, the model then having been saved with the average in it.
+    """
+    current = {slot.name: slot.tensor for slot in slots(model)}
+
+    def tensors(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if all(name.startswith("module.") for name in saved):
+            saved = {name.removeprefix("module."): tensor for name, tensor in saved.items()}
+        # Composer averages integer buffers and cuts the result: the model's own value is the right one.
+        return {
+            name: current[name].clone() if name in current and not current[name].is_floating_point() else tensor
+            for name, tensor in saved.items()
+        }
+
+    held = state["ema_model"] or {}
+    if "training_model" in state:
+        average, training = tensors(held), tensors(state["training_model"] or {})
+    else:
+        average = tensors({**held["named_parameters_dict"], **held["named_buffers_dict"]})
+        training = average
+        if state["ema_weights_active"]:
+            average = {name: current[name].clone() if name in current else t for name, t in training.items()}
+    # The state of a model also has frozen tensors, and tied ones under each of their names.
+    known = named_tensors(model)
+    wanted = {slot.name for slot in slots(model) if policy(slot) is not Policy.LEAVE}
+    average, training = (
+        {name: tensor for name, tensor in side.items() if name in wanted or name not in known}
+        for side in (average, training)
+    )
+    return {
+        "ema_started": state["ema_started"],
+        "ema_model": average,
+        "training_model": training if state["ema_weights_active"] else None,
+        "num_updates": 0,
+        "num_quarantined": 0,
+        "origin": Timestamp().state_dict(),
+        "updated_at": None,
+    }

@@ -1,0 +1,70 @@
+"""The exceptions and warnings of polyak.
+
+Every error says what must hold, what came, and what to do. Each also derives from the built-in error that a
+caller who does not know polyak would catch.
+"""
+
+from collections.abc import Iterable, Mapping
+
+
+class PolyakError(Exception):
+    """Anything that polyak refuses to do."""
+
+
+class TimeError(PolyakError, ValueError):
+    """A time string, a span or a unit that cannot be meant."""
+
+
+class ProfileError(PolyakError, ValueError):
+    """A profile with parameters out of range, or one that cannot be used in this place."""
+
+
+class MismatchError(PolyakError, ValueError):
+    """Two sets of named tensors that should agree and do not.
+
+    Args:
+        what: The two sides, for the first line of the message.
+        missing: Names that the first side has and the second lacks.
+        unexpected: Names that only the second side has.
+        misshaped: For each name with two shapes, the shape that was expected and the one that came.
+
+    Attributes:
+        missing: As given, sorted.
+        unexpected: As given, sorted.
+        misshaped: As given.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        missing: Iterable[str] = (),
+        unexpected: Iterable[str] = (),
+        misshaped: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    ) -> None:
+        self.missing = sorted(missing)
+        self.unexpected = sorted(unexpected)
+        self.misshaped = dict(misshaped or {})
+        lines = [what]
+        if self.missing:
+            lines.append(f"  missing: {', '.join(self.missing)}")
+        if self.unexpected:
+            lines.append(f"  unexpected: {', '.join(self.unexpected)}")
+        lines += [f"  {name}: expected shape {want}, got {got}" for name, (want, got) in self.misshaped.items()]
+        super().__init__("\n".join(lines))
+
+
+class LoanError(PolyakError, RuntimeError):
+    """An update, an optimizer step or a second loan while the average is in the model, or the reverse."""
+
+
+class CheckpointError(PolyakError, ValueError):
+    """A checkpoint, or a state in it, that is not what it should be."""
+
+
+class PlanWarning(UserWarning):
+    """A plan that works as asked but can hardly be meant: its numbers are in the message."""
+
+
+class QuarantineWarning(UserWarning):
+    """Non-finite weights came and were kept out of the average."""

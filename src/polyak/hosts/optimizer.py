@@ -1,0 +1,205 @@
+"""The host for loops of one's own: it counts the steps of a torch optimizer by its step hooks."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from torch import nn
+from torch.optim import Optimizer
+
+from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
+from polyak.errors import LoanError
+from polyak.events import Event, elapsed_duration
+from polyak.select import unwrap
+from polyak.shadow import loan_of
+from polyak.time import Time, Timestamp, as_span
+
+
+@dataclass
+class _LoopState:
+    model: nn.Module
+    timestamp: Timestamp
+    max_duration: Time | None
+
+    def get_elapsed_duration(self) -> Time | None:
+        return elapsed_duration(self.timestamp, self.max_duration)
+
+
+class Attached:
+    """An algorithm at work in a loop of one's own; ``attach`` makes it.
+
+    As a context manager it detaches at the end of the block.
+
+    Attributes:
+        algorithm: What is at work.
+        timestamp: What has been counted.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        optimizer: Optimizer,
+        state: _LoopState,
+        counts: tuple[int, int],
+        logger: MetricLogger,
+    ) -> None:
+        self.algorithm = algorithm
+        self._optimizer = optimizer
+        self._state = state
+        self._samples, self._tokens = counts
+        self._logger = logger
+        self._fitting = False
+        dispatch(Event.INIT, state, [algorithm], logger)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    @property
+    def timestamp(self) -> Timestamp:
+        """What has been counted so far."""
+        return self._state.timestamp
+
+    def _fire(self, event: Event) -> None:
+        dispatch(event, self._state, [self.algorithm], self._logger)
+
+    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        del optimizer, args, kwargs
+        if not self._fitting:
+            # Not in `attach`, so that a state can be loaded first.
+            self._fitting = True
+            self._fire(Event.FIT_START)
+
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        del args, kwargs
+        if _has_stepped(optimizer) and not _is_nested(sys._getframe(1), optimizer):  # noqa: SLF001
+            self._state.timestamp = self.timestamp.to_next_batch(samples=self._samples, tokens=self._tokens)
+            self._fire(Event.BATCH_END)
+            if self.timestamp.epoch_length == self.timestamp.batch_in_epoch.value:
+                self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """Count the end of an epoch. It is called for you if ``steps_per_epoch`` was given."""
+        self._state.timestamp = self.timestamp.to_next_epoch()
+        self._fire(Event.EPOCH_END)
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """Put the average in the model for the length of a ``with`` block, however that ends.
+
+        Before averaging has begun, the model keeps its own weights.
+
+        Raises:
+            LoanError: If the model holds an average already.
+        """
+        if loan := loan_of(self._state.model):
+            raise LoanError(f"a model can hold one average at a time, and {loan.holder} has lent its own already")
+        try:
+            self._fire(Event.EVAL_START)
+            yield self._state.model
+        finally:
+            self._fire(Event.EVAL_END)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the algorithm and the clock, to be saved beside the model's and the optimizer's."""
+        return {"algorithm": self.algorithm.state_dict(), "timestamp": self.timestamp.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned. Load the model's and the optimizer's states before.
+
+        Args:
+            state: As saved.
+
+        Raises:
+            MismatchError: If names or shapes differ from the model's.
+        """
+        self.algorithm.load_state_dict(state["algorithm"])
+        self._state.timestamp = Timestamp.from_state_dict(state["timestamp"])
+
+    def detach(self) -> None:
+        """Stop counting. The algorithm keeps what it has."""
+        if self._hooks:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
+            self._fire(Event.FIT_END)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._fire(Event.EXCEPTION)
+        self.detach()
+
+
+def _has_stepped(optimizer: Optimizer) -> bool:
+    """Whether this step moved weights: a fused one is called even when the gradient scaler found an inf."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and bool(found_inf):
+        return False
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
+def _is_nested(hooked: FrameType, optimizer: Optimizer) -> bool:
+    """Whether the step that ``hooked`` runs was called by a step of the same optimizer.
+
+    torch hooks the ``step`` of each class, so a subclass's that calls its parent's fires twice. A counter of depth
+    would be wrong for good after a step that raised.
+    """
+    outer = hooked.f_back
+    while outer is not None:
+        if outer.f_code is hooked.f_code and outer.f_locals.get("args", (None,))[0] is optimizer:
+            return True
+        outer = outer.f_back
+    return False
+
+
+def attach(
+    algorithm: Algorithm,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    max_duration: Time | str | None = None,
+    steps_per_epoch: int | None = None,
+    samples_per_step: int = 0,
+    tokens_per_step: int = 0,
+    logger: MetricLogger | None = None,
+) -> Attached:
+    """Let an algorithm follow a training loop of one's own.
+
+    One step of the optimizer is one batch. Steps that mixed precision skips, and steps without gradients, do not
+    count. Give the numbers below for the units that your half-life needs; batches need none.
+
+    Args:
+        algorithm: ``EMA``, or another.
+        model: The model in training.
+        optimizer: The optimizer of its parameters; of several, the one whose steps are to be counted.
+        max_duration: How long the loop will go on, for times in ``dur`` and for warnings about the plan.
+        steps_per_epoch: Steps in an epoch, for times in ``ep``.
+        samples_per_step: Samples in a step, for times in ``sp``.
+        tokens_per_step: Tokens in a step, for times in ``tok``.
+        logger: Where the algorithm may log.
+
+    Raises:
+        TimeError: If ``max_duration`` is no time.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> ema = attach(EMA(half_life="10ba"), model, optimizer)
+        >>> for _ in range(20):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(4, 2)).square().mean().backward()
+        ...     optimizer.step()
+        >>> with ema.applied():
+        ...     loss = model(torch.ones(4, 2)).square().mean()
+    """
+    duration = None if max_duration is None else as_span("max_duration", max_duration, above=0)
+    state = _LoopState(unwrap(model), Timestamp(epoch_length=steps_per_epoch), duration)
+    return Attached(algorithm, optimizer, state, (samples_per_step, tokens_per_step), logger or NoLogger())

@@ -1,0 +1,24 @@
+"""The record on disk: means of the weights over stretches of the run, in safetensors files, and their manifest.
+
+``docs/record-format.md`` describes the format. What can be read out of a record is in ``polyak.posthoc``.
+"""
+
+from polyak.record.files import StretchFile, check_content, open_stretch, write_tensors
+from polyak.record.manifest import Edge, Manifest, Pin, RecordError, Stretch, TensorInfo, load_manifest
+from polyak.record.store import Writer, disk_errors
+
+__all__ = [
+    "Edge",
+    "Manifest",
+    "Pin",
+    "RecordError",
+    "Stretch",
+    "StretchFile",
+    "TensorInfo",
+    "Writer",
+    "check_content",
+    "disk_errors",
+    "load_manifest",
+    "open_stretch",
+    "write_tensors",
+]

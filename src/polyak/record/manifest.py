@@ -1,0 +1,416 @@
+"""The manifest of a record: which stretches there are. Everything in it is checked when it is read.
+
+This file knows JSON and what must hold of a record; it does not open the files that the manifest names.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from polyak.errors import PolyakError, TimeError
+from polyak.time import Time, Timestamp, TimeUnit
+
+FORMAT = "polyak-record"
+VERSION = 1
+MANIFEST = "manifest.json"
+
+# The names that safetensors gives to dtypes.
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+STRETCH_FILE = re.compile(r"\d{10,20}-\d{10,20}-[0-9a-f]{16}\.safetensors")
+_COUNTERS = (
+    TimeUnit.ITERATION,
+    TimeUnit.EPOCH,
+    TimeUnit.BATCH,
+    TimeUnit.SAMPLE,
+    TimeUnit.TOKEN,
+    TimeUnit.SECOND,
+)
+
+
+class RecordError(PolyakError, OSError):
+    """A record that cannot be read or written, or does not hold what it should."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RecordError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a record keeps of one tensor.
+
+    Args:
+        dtype: How it is stored.
+        shape: Its shape.
+        averaged: Whether a stretch holds its mean, or else its last value.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    averaged: bool
+
+    @classmethod
+    def of(cls, tensor: Tensor, *, averaged: bool, dtype: torch.dtype = torch.float32) -> Self:
+        """Describe how ``tensor`` is kept.
+
+        Args:
+            tensor: Any that has the shape and dtype in question.
+            averaged: Whether a stretch holds its mean, or else its last value.
+            dtype: For the means of floating-point tensors: float32, float16 or bfloat16.
+
+        Example:
+            >>> TensorInfo.of(torch.zeros(2, dtype=torch.float64), averaged=True)
+            TensorInfo(dtype=torch.float32, shape=(2,), averaged=True)
+        """
+        kept = dtype if averaged and tensor.is_floating_point() else tensor.dtype
+        return cls(kept, tuple(tensor.shape), averaged)
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A moment at which one stretch ends and the next begins.
+
+    Args:
+        updates: Updates recorded up to here, from 0 where the record begins.
+        timestamp: What the clock of the run showed.
+    """
+
+    updates: int
+    timestamp: Timestamp
+
+    def clock(self, unit: TimeUnit | None, max_duration: Time | None = None) -> float:
+        """Read the clock in ``unit``; with None, count the recorded updates.
+
+        Args:
+            unit: Any.
+            max_duration: The length of the run; needed for ``dur``.
+
+        Raises:
+            TimeError: For ``dur`` without ``max_duration``.
+        """
+        return float(self.updates) if unit is None else self.timestamp.elapsed(unit, max_duration)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """A stored interval: the mean of the weights over the updates after ``start``, up to and including ``end``.
+
+    Args:
+        start: Where it begins.
+        end: Where it ends.
+        level: How often what is in it was merged.
+        size_bytes: Size of its file.
+        sha256: Hash of its file, in hexadecimal.
+    """
+
+    start: Edge
+    end: Edge
+    level: int
+    size_bytes: int
+    sha256: str
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates it is the mean of."""
+        return self.end.updates - self.start.updates
+
+    @property
+    def file(self) -> str:
+        """Name of its file. It follows from the content, so that a name never stands for two contents."""
+        return f"{self.start.updates:010d}-{self.end.updates:010d}-{self.sha256[:16]}.safetensors"
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the entry of the manifest."""
+        return {
+            "file": self.file,
+            "start": {"updates": self.start.updates, **self.start.timestamp.state_dict()},
+            "end": {"updates": self.end.updates, **self.end.timestamp.state_dict()},
+            "level": self.level,
+            "size_bytes": self.size_bytes,
+            "sha256": self.sha256,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: object, where: str) -> Self:
+        """Read an entry of a manifest.
+
+        Args:
+            plain: What ``to_plain`` returned, or what claims to be that.
+            where: Its place, to name it in errors.
+
+        Raises:
+            RecordError: If a field is missing, unknown, of another type or out of range.
+        """
+        entry = _fields(plain, where, ("file", "start", "end", "level", "size_bytes", "sha256"))
+        stretch = cls(
+            _edge(entry["start"], f"{where}.start"),
+            _edge(entry["end"], f"{where}.end"),
+            _count(entry["level"], f"{where}.level"),
+            _count(entry["size_bytes"], f"{where}.size_bytes"),
+            _string(entry["sha256"], f"{where}.sha256"),
+        )
+        _require(
+            _SHA256.fullmatch(stretch.sha256) is not None,
+            f"{where}.sha256 must be 64 hexadecimal digits (got {stretch.sha256!r})",
+        )
+        _require(
+            entry["file"] == stretch.file,
+            f"{where}.file must be {stretch.file!r}, as its edges and hash say (got {entry['file']!r})",
+        )
+        return stretch
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Files that stay on disk because a checkpoint refers to them.
+
+    Args:
+        files: Their names.
+        path: Where that checkpoint is, seen from the record's folder; None if that is not known.
+    """
+
+    files: tuple[str, ...]
+    path: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All that is known of a record without opening its other files.
+
+    Args:
+        tensors: What is kept, by name.
+        per_level: Stretches of one level that are kept beside the two that merge next, at least 1; None merges none.
+        max_duration: The length of the run, if known: it gives ``dur`` its meaning.
+        aliases: Further names of tied tensors, and the name that each is kept under.
+        stretches: Oldest first, without gaps.
+        pins: By name.
+
+    Raises:
+        RecordError: If these do not fit together.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    per_level: int | None = 4
+    max_duration: Time | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    stretches: tuple[Stretch, ...] = ()
+    pins: Mapping[str, Pin] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.per_level is None or self.per_level >= 1,
+            f"per_level must be at least 1, or None to merge nothing (got {self.per_level!r})",
+        )
+        for alias, name in self.aliases.items():
+            _require(
+                alias not in self.tensors and name in self.tensors,
+                f"an alias must be a new name of a tensor in the record (got {alias!r} for {name!r})",
+            )
+        before: Stretch | None = None
+        for stretch in self.stretches:
+            _check_stretch(stretch, before)
+            before = stretch
+
+    @property
+    def files(self) -> set[str]:
+        """The names of all files that must stay on disk."""
+        return {stretch.file for stretch in self.stretches}.union(*(pin.files for pin in self.pins.values()))
+
+    def to_json(self) -> str:
+        """Return the text of the manifest."""
+        plain = {
+            "format": FORMAT,
+            "version": VERSION,
+            "per_level": self.per_level,
+            "max_duration": None if self.max_duration is None else self.max_duration.to_timestring(),
+            "tensors": {
+                name: {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "averaged": info.averaged}
+                for name, info in self.tensors.items()
+            },
+            "aliases": dict(self.aliases),
+            "stretches": [stretch.to_plain() for stretch in self.stretches],
+            "pins": {name: {"files": list(pin.files), "path": pin.path} for name, pin in self.pins.items()},
+        }
+        return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read the text of a manifest.
+
+        Args:
+            text: What ``to_json`` returned, or what claims to be that.
+
+        Raises:
+            RecordError: If it is no manifest, one of a later version, or anything in it is not as it must be.
+        """
+        try:
+            plain = json.loads(text)
+        except ValueError as error:
+            raise RecordError(f"a manifest must be JSON ({error})") from None
+        _require(
+            isinstance(plain, dict) and plain.get("format") == FORMAT,
+            f"a manifest must say that its format is {FORMAT!r}",
+        )
+        version = plain.get("version")
+        _require(
+            version == VERSION,
+            f"this polyak reads version {VERSION} of the record (got {version!r}): use the polyak that wrote it, or a "
+            "later one",
+        )
+        names = ("format", "version", "per_level", "max_duration", "tensors", "aliases", "stretches", "pins")
+        entry = _fields(plain, "the manifest", names)
+        per_level, max_duration, stretches = entry["per_level"], entry["max_duration"], entry["stretches"]
+        _require(isinstance(stretches, list), f"stretches must be a list (got {type(stretches).__name__})")
+        return cls(
+            tensors={
+                name: _tensor_info(info, f"tensors[{name!r}]") for name, info in _object(entry["tensors"], "tensors")
+            },
+            per_level=None if per_level is None else _count(per_level, "per_level"),
+            max_duration=None if max_duration is None else _duration(max_duration),
+            aliases={
+                alias: _string(name, f"aliases[{alias!r}]") for alias, name in _object(entry["aliases"], "aliases")
+            },
+            stretches=tuple(Stretch.from_plain(one, f"stretches[{i}]") for i, one in enumerate(stretches)),
+            pins={name: _pin(pin, f"pins[{name!r}]") for name, pin in _object(entry["pins"], "pins")},
+        )
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of the record in ``folder``.
+
+    Args:
+        folder: Where the record is.
+
+    Raises:
+        RecordError: If there is none, or it is not as it must be.
+    """
+    path = folder / MANIFEST
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecordError(
+            f"a record must have a {MANIFEST}, and there is none in {folder}: is it the folder?"
+        ) from None
+    except (RecordError, OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path} cannot be read as the manifest of a record: {error}") from error
+
+
+def _check_stretch(stretch: Stretch, before: Stretch | None) -> None:
+    where = f"the stretch {stretch.file}"
+    _require(stretch.num_updates > 0, f"{where} must end after it starts")
+    if before is None:
+        _require(stretch.start.updates == 0, f"{where} is the first and must start at update 0")
+    else:
+        _require(stretch.start == before.end, f"{where} must start where {before.file} ends")
+        _require(stretch.level <= before.level, f"{where} must not be merged more often than the older {before.file}")
+    for unit in _COUNTERS:
+        start, end = stretch.start.timestamp.get(unit), stretch.end.timestamp.get(unit)
+        _require(start <= end, f"{where} must not go back in time (from {start} to {end})")
+
+
+def _object(plain: object, where: str) -> list[tuple[str, object]]:
+    if not isinstance(plain, dict):
+        raise RecordError(f"{where} must be an object (got {plain!r})")
+    return list(plain.items())
+
+
+def _fields(plain: object, where: str, names: tuple[str, ...]) -> dict[str, Any]:
+    entry = dict(_object(plain, where))
+    missing, unknown = sorted(set(names) - set(entry)), sorted(set(entry) - set(names))
+    _require(
+        not missing and not unknown, f"{where} must have the fields {names} (missing {missing}, unknown {unknown})"
+    )
+    return entry
+
+
+def _count(plain: object, where: str) -> int:
+    if not isinstance(plain, int) or isinstance(plain, bool) or plain < 0:
+        raise RecordError(f"{where} must be a whole number of at least 0 (got {plain!r})")
+    return plain
+
+
+def _number(plain: object, where: str) -> int | float:
+    if isinstance(plain, float) and math.isfinite(plain) and plain >= 0:
+        return plain
+    return _count(plain, where)
+
+
+def _string(plain: object, where: str) -> str:
+    if not isinstance(plain, str):
+        raise RecordError(f"{where} must be a string (got {plain!r})")
+    return plain
+
+
+def _duration(plain: object) -> Time:
+    try:
+        duration = Time.from_timestring(_string(plain, "max_duration"))
+    except TimeError as error:
+        raise RecordError(f"max_duration: {error}") from None
+    _require(duration.value > 0 and duration.unit is not TimeUnit.DURATION, f"max_duration cannot be {duration}")
+    return duration
+
+
+def _edge(plain: object, where: str) -> Edge:
+    names = tuple(Timestamp().state_dict())
+    entry = _fields(plain, where, ("updates", *names))
+    epoch_length = entry.pop("epoch_length")
+    timestamp = {name: _number(entry[name], f"{where}.{name}") for name in names if name != "epoch_length"}
+    length = None if epoch_length is None else _count(epoch_length, f"{where}.epoch_length")
+    return Edge(
+        _count(entry["updates"], f"{where}.updates"),
+        Timestamp.from_state_dict({**timestamp, "epoch_length": length}),
+    )
+
+
+def _tensor_info(plain: object, where: str) -> TensorInfo:
+    entry = _fields(plain, where, ("dtype", "shape", "averaged"))
+    dtype = DTYPES.get(_string(entry["dtype"], f"{where}.dtype"))
+    if dtype is None:
+        raise RecordError(f"{where}.dtype must be one of {', '.join(DTYPES)} (got {entry['dtype']!r})")
+    _require(isinstance(entry["shape"], list), f"{where}.shape must be a list (got {entry['shape']!r})")
+    _require(isinstance(entry["averaged"], bool), f"{where}.averaged must be true or false (got {entry['averaged']!r})")
+    _require(
+        not entry["averaged"] or dtype.is_floating_point or dtype.is_complex,
+        f"{where} cannot be averaged as {entry['dtype']}",
+    )
+    return TensorInfo(dtype, tuple(_count(size, f"{where}.shape") for size in entry["shape"]), entry["averaged"])
+
+
+def _pin(plain: object, where: str) -> Pin:
+    entry = _fields(plain, where, ("files", "path"))
+    _require(isinstance(entry["files"], list), f"{where}.files must be a list (got {entry['files']!r})")
+    for name in entry["files"]:
+        _require(
+            STRETCH_FILE.fullmatch(_string(name, f"{where}.files")) is not None,
+            f"{where}.files must be names of stretch files (got {name!r})",
+        )
+    path = None if entry["path"] is None else _string(entry["path"], f"{where}.path")
+    _require(path is None or not PurePosixPath(path).is_absolute(), f"{where}.path must be relative (got {path!r})")
+    return Pin(tuple(entry["files"]), path)

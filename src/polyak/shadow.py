@@ -1,0 +1,388 @@
+"""The averaged tensors of a model: how they move, how they are lent to the model, what is saved of them."""
+
+import copy
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+from polyak.errors import LoanError, QuarantineWarning
+from polyak.kernels import Exchange, lerp_
+from polyak.select import Policy, PolicyRule, Slot, check_match, default_policy, fingerprint, slots, unwrap
+
+
+class Loan:
+    """An average in a model, and what has to be given back to it.
+
+    ``Shadow.lend`` makes one. While it stands, an optimizer step over the model's parameters raises.
+
+    Args:
+        model: Who gets the average, unwrapped.
+        slots: Where in it.
+        averages: What each of these places gets.
+        holder: Who lends, to name it in errors.
+
+    Attributes:
+        holder: As given.
+        kept: The training weights by name, as long as the loan stands.
+    """
+
+    def __init__(self, model: nn.Module, slots: Sequence[Slot], averages: Sequence[Tensor], holder: str) -> None:
+        self.holder = holder
+        self._model, self._slots, self._averages = model, slots, averages
+        self._tensors = [slot.tensor.detach() for slot in slots]
+        # Values of one dtype change places. Others need room, and what can run out of memory comes before any change.
+        alike = [a.dtype == t.dtype and a.device == t.device for a, t in zip(averages, self._tensors, strict=True)]
+        pairs = list(zip(self._tensors, averages, alike, strict=True))
+        self._exchange = Exchange([t for t, _, same in pairs if same], [a for _, a, same in pairs if same])
+        kept = [a if same else t.clone() for t, a, same in pairs]
+        self.kept = {slot.name: tensor for slot, tensor in zip(slots, kept, strict=True)}
+        self._converted = [(t, k, a) for (t, a, same), k in zip(pairs, kept, strict=True) if not same]
+        self._parameters = {id(slot.tensor) for slot in slots if slot.is_parameter}
+        self._guard: RemovableHandle | None = None
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Put the average in the model. After an error or an interrupt, ``end`` puts right what was begun."""
+        _LOANS[self._model] = self
+        self._guard = register_optimizer_step_pre_hook(self._refuse_step)
+        self._exchange.forward()
+        for tensor, _, average in self._converted:
+            tensor.copy_(average)
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Put the training weights back, bit for bit. It may be called again when it was interrupted."""
+        self._exchange.back()
+        for tensor, kept, _ in self._converted:
+            tensor.copy_(kept)
+        for slot, tensor in zip(self._slots, self._tensors, strict=True):
+            # The model may have been moved, or have replaced a tensor, while it held the average.
+            if slot.tensor.data_ptr() != tensor.data_ptr():
+                slot.tensor.copy_(tensor)
+        if self._guard:
+            self._guard.remove()
+        _LOANS.pop(self._model, None)
+
+    def _refuse_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        del args, kwargs
+        if any(id(p) in self._parameters for group in optimizer.param_groups for p in group["params"]):
+            raise LoanError(
+                f"an optimizer step must not run on averaged weights: {self.holder} has lent its average to the model; "
+                "let it be given back first"
+            )
+
+
+_LOANS = WeakKeyDictionary[nn.Module, Loan]()
+
+
+def loan_of(model: nn.Module) -> Loan | None:
+    """Return the loan that ``model`` holds, if any.
+
+    Args:
+        model: Wrapped or not.
+    """
+    return _LOANS.get(unwrap(model))
+
+
+class Shadow:
+    """The average of a model's weights, tensor by tensor, beginning with their current values.
+
+    Args:
+        model: The model in training, wrapped or not.
+        dtype: The dtype of the averages. None stands for the model's own, and float32 where that has 16 bits;
+            16-bit averages are rounded stochastically, since plain ones do not move at long half-lives.
+        policy: What is done with which tensor.
+
+    Raises:
+        ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more.
+
+    Attributes:
+        averages: The averaged and the copied tensors by canonical name. While lent to a model of the same dtype, they
+            hold the training weights.
+        num_updates: How often it has moved.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> shadow = Shadow(model)
+        >>> _ = nn.init.constant_(model.weight, 2.0), shadow.averages["weight"].fill_(1.0)
+        >>> shadow.update_(weight=0.25)
+        >>> with shadow.lent(holder="the example"):
+        ...     model.weight.item()
+        1.25
+        >>> model.weight.item()
+        2.0
+    """
+
+    def __init__(
+        self, model: nn.Module, *, dtype: torch.dtype | None = None, policy: PolicyRule = default_policy
+    ) -> None:
+        if dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be None, float64, float32, bfloat16 or float16 (got {dtype!r})")
+        self._model = unwrap(model)
+        self._dtype = dtype
+        self._policy = policy
+        self.averages: dict[str, Tensor] = {}
+        self.num_updates = 0
+        self._quarantined = torch.zeros((), dtype=torch.int64)
+        self._slots: list[Slot] = []
+        self._averaged: list[tuple[Slot, Tensor]] = []
+        self._copied: list[tuple[Slot, Tensor]] = []
+        self._fingerprint: tuple[object, ...] = ()
+        self._loan: Loan | None = None
+        self._module: nn.Module | None = None
+        self._follow_model()
+
+    def _new_average(self, tensor: Tensor) -> Tensor:
+        dtype = tensor.dtype
+        if dtype.is_floating_point:
+            dtype = self._dtype or torch.promote_types(dtype, torch.float32)
+        return torch.empty_like(tensor, dtype=dtype, requires_grad=False).copy_(tensor)
+
+    def _policy_of(self, slot: Slot) -> Policy:
+        policy = self._policy(slot)
+        # A buffer with -inf in it is a mask, not a running statistic.
+        mask = policy is Policy.AVERAGE and not slot.is_parameter and not bool(slot.tensor.isfinite().all())
+        return Policy.COPY if mask else policy
+
+    @torch.no_grad()
+    def _follow_model(self) -> None:
+        """List the tensors again if the model's have changed: new ones join, beginning with their current values."""
+        now = fingerprint(self._model)
+        if now != self._fingerprint:
+            policies = [(slot, self._policy_of(slot)) for slot in slots(self._model)]
+            # What is frozen on the way goes on being averaged: its average has not arrived yet.
+            held = [(s, p) for s, p in policies if p is not Policy.LEAVE or s.name in self.averages]
+            for slot, _ in held:
+                average = self.averages.get(slot.name)
+                if average is None:
+                    self.averages[slot.name] = self._new_average(slot.tensor)
+                elif average.device != slot.tensor.device:
+                    self.averages[slot.name] = average.to(slot.tensor.device)
+            self._slots = [slot for slot, _ in held]
+            self._fingerprint, self._module = now, None
+            check_match("the model must keep the averaged tensors", self.averages, self._online())
+            self._copied = [(s, self.averages[s.name]) for s, p in held if p is Policy.COPY]
+            self._averaged = [(s, self.averages[s.name]) for s, p in held if p is not Policy.COPY]
+        else:
+            check_match("the averaged tensors must keep their shapes", self.averages, self._online())
+
+    def _online(self) -> dict[str, Tensor]:
+        return {slot.name: slot.tensor.detach() for slot in self._slots}
+
+    @torch.no_grad()
+    def update_(self, weight: float) -> None:
+        """Move every average by ``weight`` of the way to the model's weights; copy what is copied.
+
+        A tensor with non-finite values is left out and counted.
+
+        Args:
+            weight: From 0 to 1: one less the decay.
+
+        Raises:
+            LoanError: If the model holds an average, this or another.
+            MismatchError: If an averaged tensor is gone from the model or has changed its shape.
+        """
+        if loan := loan_of(self._model):
+            raise LoanError(
+                f"an average must not take in averaged weights: {loan.holder} has lent its average to the model; "
+                "let it be given back first"
+            )
+        self._follow_model()
+        self.num_updates += 1
+        seeds = [zlib.crc32(f"{slot.name} {self.num_updates}".encode()) for slot, _ in self._averaged]
+        online = [slot.tensor.detach() for slot, _ in self._averaged]
+        quarantined = lerp_([average for _, average in self._averaged], online, weight, seeds)
+        self._quarantined = self._quarantined.to(quarantined.device) + quarantined
+        for slot, copied in self._copied:
+            copied.copy_(slot.tensor)
+
+    @property
+    def num_quarantined(self) -> int:
+        """How many non-finite tensors were kept out of the average so far. Reading it waits for the device."""
+        return int(self._quarantined)
+
+    def warn_of_quarantine(self, since: int = 0) -> int:
+        """Warn if more than ``since`` non-finite tensors were kept out of the average, and return how many were.
+
+        Args:
+            since: What the last call returned.
+        """
+        count = self.num_quarantined
+        if count > since:
+            warnings.warn(
+                f"weights must be finite to be averaged: {count - since} tensors with inf or nan came in, and were "
+                "kept out of the average; look at the loss and the learning rate",
+                QuarantineWarning,
+                stacklevel=2,
+            )
+        return count
+
+    @property
+    def holder(self) -> str | None:
+        """Who has lent this average to the model, or None."""
+        return self._loan.holder if self._loan else None
+
+    def lend(self, holder: str) -> None:
+        """Put the average in the model until ``give_back``.
+
+        Where model and average have one dtype their values change places, through a scratch buffer of at most 1 MiB.
+        Otherwise the model's own bits are kept aside, which takes the model's size in memory.
+
+        Args:
+            holder: Who asks, to name it in errors.
+
+        Raises:
+            LoanError: If the model holds an average already, this or another.
+        """
+        if other := loan_of(self._model):
+            raise LoanError(
+                f"a model can hold one average at a time: {other.holder} has lent its own when {holder} would; "
+                "let the first be given back"
+            )
+        self._follow_model()
+        loan = Loan(self._model, self._slots, [self.averages[slot.name] for slot in self._slots], holder)
+        self._loan = loan
+        try:
+            loan.start()
+        except BaseException:
+            self.give_back()
+            raise
+
+    def give_back(self) -> None:
+        """Put the training weights back in the model, bit for bit.
+
+        Raises:
+            LoanError: If the average is not lent.
+        """
+        if not self._loan:
+            raise LoanError("the average must be lent before it can be given back (it is not)")
+        try:
+            self._loan.end()
+        except BaseException:
+            self._loan.end()
+            raise
+        finally:
+            self._loan = None
+
+    @contextmanager
+    def lent(self, holder: str) -> Iterator[nn.Module]:
+        """Lend the average to the model for the length of a ``with`` block, however that ends.
+
+        Args:
+            holder: Who asks, to name it in errors.
+
+        Raises:
+            LoanError: If the model holds an average already, this or another.
+        """
+        before = self._loan
+        try:
+            self.lend(holder)
+            yield self._model
+        finally:
+            if self._loan is not before:
+                self.give_back()
+
+    def averaged_tensors(self) -> dict[str, Tensor]:
+        """Return the average by name, wherever it is now."""
+        if not self._loan:
+            return dict(self.averages)
+        kept, online = self._loan.kept, self._online()
+        return {name: online[name] if kept[name] is own else own for name, own in self.averages.items()}
+
+    def averaged_model(self) -> nn.Module:
+        """Return a module whose tensors are the averages: no copy, in eval mode, without gradients.
+
+        While the average is lent this is the model itself. Frozen parameters are shared with the model.
+        """
+        if self._loan:
+            return self._model
+        self._follow_model()
+        if self._module is None:
+            self._module = self._module_over(self.averages)
+        return self._module
+
+    def training_model(self) -> nn.Module:
+        """Return a module with the training weights: the model itself, unless the average is lent to it."""
+        return self._module_over(self._loan.kept) if self._loan else self._model
+
+    def _module_over(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """Copy the model's structure over ``tensors``, and over its own parameters for the rest."""
+        memo = dict[int, Any]()
+        for slot in slots(self._model):
+            if slot.name in tensors:
+                tensor = tensors[slot.name]
+                memo[id(slot.tensor)] = nn.Parameter(tensor, requires_grad=False) if slot.is_parameter else tensor
+            elif slot.is_parameter:
+                memo[id(slot.tensor)] = slot.tensor
+        return copy.deepcopy(self._model, memo).eval()
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module, *, training: bool = False) -> None:
+        """Copy the average, or the training weights, into another model with the same names.
+
+        Args:
+            model: To be overwritten; not the model in training.
+            training: Whether to copy the training weights.
+
+        Raises:
+            MismatchError: If names or shapes differ.
+        """
+        source = {slot.name: slot.tensor.detach() for slot in slots(self._model)}
+        if not training:
+            source |= self.averaged_tensors()
+        elif self._loan:
+            source |= self._loan.kept
+        target = {slot.name: slot.tensor for slot in slots(model)}
+        check_match("the model to fill must be like the one in training", source, target)
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the averages by name and the counters; while the average is lent, the training weights too."""
+        state: dict[str, Any] = {
+            "averages": self.averaged_tensors(),
+            "num_updates": self.num_updates,
+            "num_quarantined": self.num_quarantined,
+        }
+        if self._loan:
+            state["training"] = dict(self._loan.kept)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned, under any wrapper of the model.
+
+        A state that was taken while the average was lent brings the training weights along, and the model gets them.
+
+        Args:
+            state: As saved.
+
+        Raises:
+            LoanError: If the model holds an average.
+            MismatchError: If names or shapes differ from the model's.
+        """
+        if loan := loan_of(self._model):
+            raise LoanError(f"a state cannot be loaded while {loan.holder} has lent its average to the model")
+        averages: Mapping[str, Tensor] = state["averages"]
+        known = {slot.name: slot.tensor for slot in slots(self._model)}
+        # A tensor that is frozen here and was not there is averaged on.
+        held = {name: known[name] for name in known if name in averages or name in self.averages}
+        check_match("a saved average must fit the model", held, averages)
+        training: Mapping[str, Tensor] = state.get("training") or held
+        check_match("saved training weights must fit the model", held, training)
+        for name, tensor in held.items():
+            self.averages.setdefault(name, self._new_average(tensor)).copy_(averages[name])
+            if training is not held:
+                tensor.detach().copy_(training[name])
+        self.num_updates = int(state["num_updates"])
+        self._quarantined = torch.tensor(int(state["num_quarantined"]))
+        self._fingerprint = ()
+        self._follow_model()

@@ -1,0 +1,20 @@
+"""The native host: a small training loop on events, and what goes with it."""
+
+from polyak.trainer.callback import Callback
+from polyak.trainer.checkpoint import CheckpointSaver
+from polyak.trainer.loggers import ConsoleLogger, JSONLinesLogger, Logger, TensorBoardLogger
+from polyak.trainer.progress import ProgressBar
+from polyak.trainer.state import TrainerState
+from polyak.trainer.trainer import Trainer
+
+__all__ = [
+    "Callback",
+    "CheckpointSaver",
+    "ConsoleLogger",
+    "JSONLinesLogger",
+    "Logger",
+    "ProgressBar",
+    "TensorBoardLogger",
+    "Trainer",
+    "TrainerState",
+]

@@ -1,0 +1,43 @@
+"""What follows training without changing it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from polyak.algorithm import MetricLogger
+from polyak.events import Event
+from polyak.trainer.state import TrainerState
+
+
+class Callback:
+    """Something that follows training: define a method named as an event, and it is called then.
+
+    The methods take ``(state, logger)``. They run after the algorithms of the same event.
+
+    Example:
+        >>> class SayHello(Callback):
+        ...     def fit_start(self, state, logger):
+        ...         logger.log_metrics({"hello": 1.0})
+    """
+
+    def run_event(self, event: Event, state: TrainerState, logger: MetricLogger) -> None:
+        """Call the method named as the event, if there is one.
+
+        Args:
+            event: What happened.
+            state: What there is.
+            logger: Where to log.
+        """
+        method = getattr(self, event.value, None)
+        if method is not None:
+            method(state, logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what going on depends on, as tensors and plain containers."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned.
+
+        Args:
+            state: As saved.
+        """

@@ -1,0 +1,86 @@
+"""The states of all random number generators that a training loop may draw from."""
+
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python's, torch's and, if it is in use, numpy's global generators.
+
+    Args:
+        seed: At least 0 and below 2 ** 32.
+    """
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)
+
+
+def generators_of(loader: object) -> list[torch.Generator]:
+    """Return the generators that a data loader and its samplers own.
+
+    Args:
+        loader: A ``DataLoader``, or any iterable, which is taken to own none.
+    """
+    if not isinstance(loader, DataLoader):
+        return []
+    samplers = [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+    owned = [getattr(owner, "generator", None) for owner in (loader, *samplers)]
+    return list({id(g): g for g in owned if isinstance(g, torch.Generator)}.values())
+
+
+def get_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+    """Return the states of the global generators, and of ``generators``, as tensors and plain containers.
+
+    Args:
+        generators: Others that matter.
+    """
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "generators": [generator.get_state() for generator in generators],
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if numpy := sys.modules.get("numpy"):
+        kind, keys, *rest = numpy.random.get_state()
+        state["numpy"] = (kind, [int(key) for key in keys], *rest)
+    return state
+
+
+def set_state(state: Mapping[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
+    """Go on from what ``get_state`` returned.
+
+    Args:
+        state: As returned.
+        generators: The same others.
+    """
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    for generator, own in zip(generators, state["generators"], strict=True):
+        generator.set_state(own)
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state and (numpy := sys.modules.get("numpy")):
+        numpy.random.set_state(tuple(state["numpy"]))
+
+
+@contextmanager
+def preserved(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """Let what is drawn in the block not change what is drawn after it.
+
+    Args:
+        generators: Others than the global ones.
+    """
+    state = get_state(generators)
+    try:
+        yield
+    finally:
+        set_state(state, generators)

@@ -1,0 +1,83 @@
+"""What the trainer's algorithms and callbacks see of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from polyak.algorithm import Algorithm
+from polyak.errors import TimeError
+from polyak.events import Event, elapsed_duration
+from polyak.time import Time, Timestamp, TimeUnit
+
+
+class Scheduler(Protocol):
+    """The members of a learning rate scheduler that are used: those of torch's."""
+
+    def step(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class TrainerState:
+    """Where the trainer stands and what it works with; an ``events.State`` and more.
+
+    Args:
+        model: In training, wrapped or not.
+        max_duration: How long to train.
+        optimizers: As given to the trainer.
+        schedulers: As given to the trainer.
+        algorithms: As given to the trainer.
+        timestamp: Now.
+        previous_timestamp: Before the last batch or epoch ended.
+        loss: Of the last batch, detached.
+        eval_metrics: The last evaluation's, by name.
+        save_checkpoint: Writes a checkpoint of the run to a path.
+    """
+
+    model: nn.Module
+    max_duration: Time | None
+    optimizers: Sequence[Optimizer]
+    schedulers: Sequence[Scheduler]
+    algorithms: Sequence[Algorithm]
+    save_checkpoint: Callable[[Path], None]
+    timestamp: Timestamp = field(default_factory=Timestamp)
+    previous_timestamp: Timestamp = field(default_factory=Timestamp)
+    loss: Tensor | None = None
+    eval_metrics: dict[str, float] = field(default_factory=dict)
+
+    def get_elapsed_duration(self) -> Time | None:
+        """Return the elapsed share of the run as ``dur``; None if ``max_duration`` is not known."""
+        return elapsed_duration(self.timestamp, self.max_duration)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has reached ``max_duration``."""
+        if self.max_duration is None:
+            return False
+        return self.timestamp.get(self.max_duration.unit) >= self.max_duration
+
+
+def every(interval: Time, *, at: tuple[Event, Event]) -> Callable[[TrainerState, Event], bool]:
+    """Return a question that is true once each ``interval``.
+
+    Args:
+        interval: In any unit; whole.
+        at: The event for intervals in other units than ``ep``, and the one for those in ``ep``.
+    """
+    on_batch, on_epoch = at
+    if interval.unit is TimeUnit.ITERATION:
+        raise TimeError(f"an interval here must be in ep, ba, sp, tok, sec or dur (got {interval})")
+
+    def due(state: TrainerState, event: Event) -> bool:
+        if event is not (on_epoch if interval.unit is TimeUnit.EPOCH else on_batch):
+            return False
+        moments = (state.previous_timestamp, state.timestamp)
+        before, now = (moment.elapsed(interval.unit, state.max_duration) // interval.value for moment in moments)
+        return now > before
+
+    return due
