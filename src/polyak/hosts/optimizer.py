@@ -33,6 +33,13 @@ class Attached:
 
     As a context manager it detaches at the end of the block.
 
+    Args:
+        algorithm: As given to ``attach``.
+        optimizer: As given to ``attach``.
+        state: What the algorithm sees.
+        counts: Samples and tokens in a step.
+        logger: As given to ``attach``.
+
     Attributes:
         algorithm: What is at work.
         timestamp: What has been counted.
@@ -190,7 +197,9 @@ def attach(
         TimeError: If ``max_duration`` is no time.
 
     Example:
-        >>> model = nn.Linear(2, 1)
+        >>> import torch
+        >>> from polyak import EMA, attach
+        >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> ema = attach(EMA(half_life="10ba"), model, optimizer)
         >>> for _ in range(20):

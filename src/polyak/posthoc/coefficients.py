@@ -88,9 +88,9 @@ def finest(stretches: Sequence[Stretch]) -> int:
     It is the length of the longer of the last two: the last alone may have been cut short by the end of the run.
 
     Args:
-        stretches: At least one, oldest first.
+        stretches: Oldest first. None tell nothing, which is 0.
     """
-    return max(stretch.num_updates for stretch in stretches[-2:])
+    return max((stretch.num_updates for stretch in stretches[-2:]), default=0)
 
 
 def coefficients(

@@ -1,0 +1,82 @@
+"""The command ``polyak``: one file per command. They read, call and print; the work is done elsewhere."""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn, TextIO
+
+import polyak
+from polyak.cli import demo
+from polyak.cli.command import Command
+from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
+
+COMMANDS: tuple[Command, ...] = (demo,)
+
+_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
+_REFUSED = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line, and lays out its help as it is written."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_REFUSED, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="polyak",
+        description=(polyak.__doc__ or "").strip(),
+        epilog="To see it work on real data, in a minute and on any computer:\n  polyak demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"polyak {polyak.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    for command in COMMANDS:
+        summary, _, rest = (command.__doc__ or "").partition("\n")
+        one = commands.add_parser(
+            command.NAME,
+            help=summary.rstrip("."),
+            description=f"{summary}\n{rest}".strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        command.configure(one)
+        one.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command, and return its exit code: 0; 2 if it was refused, with one line that says why; 130 on Ctrl-C.
+
+    Args:
+        argv: The arguments; those of the process by default.
+    """
+    arguments = _parser().parse_args(argv)
+    name = f"polyak {arguments.command}"
+
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: TextIO | str | None
+    ) -> None:
+        if issubclass(category, PlanWarning | QuarantineWarning):
+            _say(f"{name}: note: {message}")
+        else:
+            sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        try:
+            return arguments.run(arguments)
+        except (PolyakError, OSError) as error:
+            _say(f"{name}: {error}")
+            return _REFUSED
+        except KeyboardInterrupt:
+            _say(f"{name}: interrupted; the same command goes on from where it was")
+            return _INTERRUPTED
+
+
+def _say(message: str) -> None:
+    """Write one line, whatever is in the message."""
+    sys.stderr.write(" ".join(message.split()) + "\n")

@@ -1,0 +1,168 @@
+"""The task of ``polyak demo``: handwritten digits, with some of the training labels wrong."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from polyak.ema import EMA
+from polyak.time import Time, TimeUnit
+from polyak.trainer import Callback, Trainer
+from polyak.trainer.loggers import Destination
+
+NUM_TRAIN = 1000
+WIDTHS = (64, 128, 128, 10)
+
+
+def cosine(elapsed: float) -> float:
+    """Return the share of the learning rate that a half cosine leaves.
+
+    Args:
+        elapsed: The share of the run that is over.
+    """
+    return (1 + math.cos(math.pi * elapsed)) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Digits:
+    """What is trained, and how. The half-life was fixed before the test set was looked at.
+
+    Args:
+        seed: Of everything drawn: which digits are for training, which labels are wrong, first weights, batches.
+        steps: How many steps of SGD, above 0.
+        half_life: Of the average, in ``ba``, ``ep``, ``sp`` or ``dur``.
+        flipped: The share of the training labels that are wrong throughout; those of the test set are right.
+        lr: The learning rate.
+        batch_size: Digits in a batch.
+        schedule: Gives the share of ``lr`` to use from the share of the run that is over; None keeps it constant.
+    """
+
+    seed: int = 0
+    steps: int = 1000
+    half_life: Time = Time(100, TimeUnit.BATCH)
+    flipped: float = 0.3
+    lr: float = 0.2
+    batch_size: int = 16
+    schedule: Callable[[float], float] | None = None
+
+    def clock(self, batch: int) -> float:
+        """Read the half-life's clock.
+
+        Args:
+            batch: When.
+        """
+        epoch_length = math.ceil(NUM_TRAIN / self.batch_size)
+        epochs, rest = divmod(batch, epoch_length)
+        return {
+            TimeUnit.BATCH: float(batch),
+            TimeUnit.EPOCH: batch / epoch_length,
+            TimeUnit.SAMPLE: float(epochs * NUM_TRAIN + min(rest * self.batch_size, NUM_TRAIN)),
+            TimeUnit.DURATION: batch / self.steps,
+        }[self.half_life.unit]
+
+
+class Accuracy:
+    """The share of inputs whose largest output is at the target."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Count a batch.
+
+        Args:
+            outputs: One row for each input.
+            targets: The right column of each.
+        """
+        self._right += int((outputs.argmax(dim=1) == targets).sum())
+        self._seen += len(targets)
+
+    def compute(self) -> float:
+        """Return the share so far."""
+        return self._right / self._seen
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._right = self._seen = 0
+
+
+def load_data(digits: Digits) -> tuple[TensorDataset, TensorDataset]:
+    """Return the digits for training and for testing.
+
+    Args:
+        digits: The task.
+    """
+    from sklearn.datasets import load_digits  # noqa: PLC0415  an extra
+
+    images, labels = load_digits(return_X_y=True)
+    images, labels = torch.as_tensor(images, dtype=torch.float32) / 16, torch.as_tensor(labels, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(digits.seed)
+    order = torch.randperm(len(labels), generator=generator)
+    images, labels = images[order], labels[order]
+    wrong = torch.randperm(NUM_TRAIN, generator=generator)[: round(digits.flipped * NUM_TRAIN)]
+    labels[wrong] = (labels[wrong] + torch.randint(1, 10, wrong.shape, generator=generator)) % 10
+    train, test = slice(NUM_TRAIN), slice(NUM_TRAIN, None)
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+
+
+def build_model() -> nn.Module:
+    """Return the network, with first weights from torch's global generator."""
+    layers = list[nn.Module]()
+    for inputs, outputs in zip(WIDTHS[:-1], WIDTHS[1:], strict=True):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def build_trainer(
+    digits: Digits,
+    *,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Destination] = (),
+    eval_interval: str = "10ba",
+    autoresume: bool = False,
+) -> tuple[Trainer, EMA]:
+    """Return what trains it, on the CPU, and the average that will be kept.
+
+    Args:
+        digits: The task.
+        callbacks: As for ``Trainer``.
+        loggers: As for ``Trainer``.
+        eval_interval: As for ``Trainer``. Both raw and averaged weights are evaluated.
+        autoresume: As for ``Trainer``.
+    """
+    train, test = load_data(digits)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(digits.seed)
+        model = build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=digits.lr)
+    schedulers = list[Any]()
+    if digits.schedule is not None:
+        schedule, steps = digits.schedule, digits.steps
+        schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / steps)))
+    ema = EMA(half_life=digits.half_life, update_interval="1ba")
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(train, digits.batch_size, shuffle=True),
+        eval_dataloader=[test.tensors],
+        max_duration=Time(digits.steps, TimeUnit.BATCH),
+        algorithms=ema,
+        optimizers=optimizer,
+        schedulers=schedulers,
+        step_schedulers_every_batch=True,
+        loss=nn.functional.cross_entropy,
+        metrics={"accuracy": Accuracy()},
+        callbacks=callbacks,
+        loggers=loggers,
+        eval_interval=eval_interval,
+        eval_weights="both",
+        log_interval="10ba",
+        device="cpu",
+        seed=digits.seed,
+        progress_bar=False,
+        autoresume=autoresume,
+    )
+    return trainer, ema

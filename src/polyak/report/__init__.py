@@ -1,0 +1,1 @@
+"""Reports: ``series`` has the numbers, ``figures`` draws them and is the only file that plots."""

@@ -1,0 +1,175 @@
+"""The pictures, and the only code that plots."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from polyak.report.series import Curve, median_update
+
+# Okabe and Ito's colours, told apart with any kind of colour vision; the raw curve is the quieter one.
+AVERAGED, RAW = "#0072B2", "#D55E00"
+INK, GREY, RULE = "#1b1f24", "#5c6570", "#d9dee3"
+
+_STYLE: dict[str, Any] = {
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "axes.linewidth": 0.8,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so that the picture is the same everywhere
+    "font.size": 10,
+    "svg.hashsalt": "polyak",  # the same numbers give the same file
+    "text.color": INK,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One metric of the raw and of the averaged weights.
+
+    Args:
+        name: What it is.
+        raw: Of the weights in training.
+        averaged: Of their average.
+        label: Format of a value in a label, as ``"{:.1%}"``.
+        tick: Format of a value at an axis.
+    """
+
+    name: str
+    raw: Curve
+    averaged: Curve
+    label: str
+    tick: str
+
+
+def comparison(
+    title: str, subtitle: str, above: Comparison, below: Comparison, shares: Sequence[float], half_life: str
+) -> Figure:
+    """Draw two metrics against the steps, and below them how much each step counts in the final average.
+
+    Args:
+        title: What is to be seen.
+        subtitle: How it came about.
+        above: A metric that rises in training.
+        below: A metric that falls.
+        shares: Of each step's weights, from the first to the last, in the final average.
+        half_life: As text.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 6.4))
+        panels = figure.subplots(
+            3,
+            1,
+            sharex=True,
+            height_ratios=[2.3, 1.8, 1.1],
+            gridspec_kw={"left": 0.068, "right": 0.823, "top": 0.847, "bottom": 0.08, "hspace": 0.36},
+        )
+        figure.text(0.02, 0.958, title, fontsize=15.5, fontweight="bold", va="center")
+        figure.text(0.02, 0.915, subtitle, fontsize=9.5, color=GREY, va="center")
+        _draw_comparison(panels[0], above, rises=True)
+        _draw_comparison(panels[1], below, rises=False)
+        _draw_shares(panels[2], shares, half_life)
+        panels[2].set_xlim(0, len(shares))
+        panels[2].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+        panels[2].set_xlabel("steps of training")
+        return figure
+
+
+def _furnish(axes: Axes, heading: str, tick: str, bins: int) -> None:
+    axes.set_title(heading, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=8)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=bins))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick.format(value)))
+    axes.grid(axis="y", color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.spines["left"].set_visible(False)
+
+
+def _beside(axes: Axes, height: float, text: str, colour: str, **style: Any) -> None:
+    """Write right of the panel, at a height in its own units."""
+    axes.annotate(
+        text,
+        xy=(1, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(9, 0),
+        textcoords="offset points",
+        color=colour,
+        va="center",
+        annotation_clip=False,
+        **style,
+    )
+
+
+def _draw_comparison(axes: Axes, metric: Comparison, *, rises: bool) -> None:
+    _furnish(axes, metric.name, metric.tick, bins=5)
+    marker = "o" if len(metric.raw.batches) < 3 else None
+    axes.plot(metric.raw.batches, metric.raw.values, color=RAW, linewidth=1.1, alpha=0.9, marker=marker)
+    axes.plot(metric.averaged.batches, metric.averaged.values, color=AVERAGED, linewidth=2.6, marker=marker)
+    low, high = _window(metric, rises=rises)
+    axes.set_ylim(low, high)
+    ends = {"averaged": (metric.averaged.last, AVERAGED), "raw": (metric.raw.last, RAW)}
+    heights = _apart([value for value, _ in ends.values()], least=0.13 * (high - low), low=low, high=high)
+    for (name, (value, colour)), height in zip(ends.items(), heights, strict=True):
+        _beside(axes, height, f"{name} {metric.label.format(value)}", colour, fontsize=10.5, fontweight="bold")
+
+
+def _window(metric: Comparison, *, rises: bool) -> tuple[float, float]:
+    """Return limits that leave out the beginning, which would flatten all that follows."""
+    curves = (metric.raw, metric.averaged)
+    settled = sorted(value for curve in curves for value in curve.values[len(curve.values) // 5 :])
+    # Of the raw curve's single bad steps, the very worst may leave the picture too.
+    trim = len(settled) // 100
+    low, high = (settled[trim], settled[-1]) if rises else (settled[0], settled[-1 - trim])
+    margin = 0.06 * (high - low) or 0.05
+    return low - margin, high + margin
+
+
+def _apart(values: Sequence[float], *, least: float, low: float, high: float) -> tuple[float, float]:
+    """Return where to write two labels so that they neither touch nor leave the panel."""
+    first, second = (min(max(value, low), high) for value in values)
+    sign = 1 if first >= second else -1
+    if (short := least - abs(first - second)) > 0:
+        first, second = first + sign * short / 2, second - sign * short / 2
+    shift = max(0.0, low - min(first, second)) - max(0.0, max(first, second) - high)
+    return first + shift, second + shift
+
+
+def _draw_shares(axes: Axes, shares: Sequence[float], half_life: str) -> None:
+    _furnish(axes, "How much each step counts in the final average", "{:.3%}", bins=2)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    end, middle = len(shares), median_update(shares)
+    steps = range(1, end + 1)
+    axes.fill_between(steps, shares, color=AVERAGED, alpha=0.28, linewidth=0)
+    axes.fill_between(steps[middle:], shares[middle:], color=AVERAGED, alpha=0.9, linewidth=0)
+    # Where the first weights still stand for all the past before them, they dwarf the rest, and are told in words.
+    top = max(shares[1:], default=shares[0]) or shares[0]
+    axes.set_ylim(0, 1.15 * top)
+    if middle > 0:
+        text = f"the last {end - middle} steps\nare half of it\n(half-life {half_life})"
+    elif end > 1:
+        text = f"the first weights\nare still {shares[0]:.0%}\n(half-life {half_life})"
+    else:
+        text = "the only step\nis all of it"
+    _beside(axes, 0.575 * top, text, AVERAGED, fontsize=10, linespacing=1.35)
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """Return the file of a picture.
+
+    Args:
+        figure: What to draw.
+        kind: ``"png"`` or ``"svg"``.
+    """
+    buffer = io.BytesIO()
+    with mpl.rc_context(_STYLE):
+        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        figure.savefig(buffer, format=kind, dpi=200, facecolor="white", metadata=metadata)
+    return buffer.getvalue()

@@ -1,0 +1,164 @@
+"""Each profile against its definition, and the laws that hold for all of them."""
+
+import math
+
+import pytest
+import reference
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from polyak import HalfLife, PowerFunction, ProfileError, Smoothing, Time, TimeError, Uniform, Warmup, Window
+
+PROFILES = [
+    HalfLife("10ba"),
+    HalfLife("1.5ep"),
+    HalfLife("1000000sp"),
+    HalfLife("0ba"),
+    HalfLife("infba"),
+    HalfLife("10ba", unbiased=True),
+    HalfLife("0ba", unbiased=True),
+    HalfLife("infba", unbiased=True),
+    HalfLife("0.001ba", unbiased=True),
+    Smoothing(0.0),
+    Smoothing(0.99),
+    Smoothing(1.0),
+    Uniform(),
+    Uniform("20ba"),
+    PowerFunction(sigma_rel=0.05),
+    PowerFunction(sigma_rel=0.25),
+    PowerFunction(gamma=0.0),
+    PowerFunction(gamma=-0.5),
+    Warmup(HalfLife("50ba")),
+    Warmup(HalfLife("0ba")),
+    Warmup(Smoothing(0.999)),
+    Warmup(Smoothing(0.9999), power=2 / 3),
+    Warmup(HalfLife("infba"), power=0.75, inv_gamma=20.0),
+    Window("10ba"),
+    Window("infba"),
+]
+moments = st.floats(0, 200) | st.integers(0, 200).map(float)
+profiles = st.sampled_from(PROFILES)
+
+
+@given(profiles, moments)
+def test_all_of_the_average_is_in_it_now(profile, now) -> None:
+    assert profile.decay(now, now) == 1.0
+
+
+@given(profiles, moments, moments, moments)
+def test_a_decay_is_a_share_that_falls_as_time_goes_on_and_grows_with_the_start(profile, a, b, c) -> None:
+    a, b, c = sorted((a, b, c))
+    assert 0 <= profile.decay(a, c) <= 1
+    assert profile.decay(a, c) <= profile.decay(a, b) * (1 + 1e-12)
+    assert profile.decay(a, c) <= profile.decay(b, c) * (1 + 1e-12)
+
+
+@given(profiles, moments, moments, moments)
+@example(Warmup(HalfLife("50ba")), 0.25, 0.75, 3.5)
+def test_what_one_buffer_can_follow_splits_at_any_moment(profile, a, b, c) -> None:
+    assume(profile.recursive)
+    a, b, c = sorted((a, b, c))
+    assert profile.decay(a, c) == pytest.approx(profile.decay(a, b) * profile.decay(b, c), rel=1e-9, abs=1e-300)
+
+
+def test_a_window_does_not_split_which_is_why_it_is_not_recursive() -> None:
+    window = Window("10ba")
+    assert not window.recursive
+    assert window.decay(5, 15) != window.decay(5, 10) * window.decay(10, 15)
+
+
+@given(profiles, st.floats(0, 100), st.floats(-100, -1e-6))
+def test_time_that_runs_backwards_is_refused(profile, now, step) -> None:
+    with pytest.raises(ProfileError, match="0 <= before <= now"):
+        profile.decay(now, now + step)
+    with pytest.raises(ProfileError, match="0 <= before <= now"):
+        profile.decay(step, now)
+
+
+NEWEST = [
+    (Smoothing(0.9), lambda t: reference.newest_smoothing(0.9, t) if t > 1 else 0.1),
+    (HalfLife(Time(-1 / math.log2(0.9), "ba")), lambda t: 0.1),
+    (HalfLife(Time(-1 / math.log2(0.9), "ba"), unbiased=True), lambda t: reference.newest_debiased(0.9, t)),
+    (Uniform(), reference.newest_uniform),
+    (Uniform("5ba"), lambda t: 1.0 if t <= 5 else reference.newest_uniform(t - 5)),
+    (PowerFunction(gamma=6.94), lambda t: reference.newest_power(6.94, t)),
+    (Warmup(Smoothing(0.99)), lambda t: reference.newest_diffusers(0.99, t)),
+    (Warmup(Smoothing(0.99), power=2 / 3), lambda t: reference.newest_warmup(0.99, 2 / 3, 1.0, t)),
+    (Warmup(Smoothing(0.99), power=0.75, inv_gamma=5.0), lambda t: reference.newest_warmup(0.99, 0.75, 5.0, t)),
+]
+
+
+@pytest.mark.parametrize(("profile", "newest"), NEWEST, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize("t", [1, 2, 3, 5, 6, 7, 100, 2000])
+def test_the_newest_weights_count_as_the_definition_says(profile, newest, t) -> None:
+    assert 1 - profile.decay(t - 1, t) == pytest.approx(newest(t), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (0.15, 3.56), (0.20, 1.83), (0.25, 0.72), (12**-0.5, 0.0)]
+)
+def test_sigma_rel_gives_the_published_gamma(sigma_rel, gamma) -> None:
+    assert PowerFunction(sigma_rel=sigma_rel).exponent == pytest.approx(gamma, abs=0.005)
+
+
+@given(st.floats(0.005, 12**-0.5))
+def test_sigma_rel_is_the_standard_deviation_of_the_profile(sigma_rel) -> None:
+    # Over the run the density is (g + 1) t^g: its mean and variance are those of a beta distribution.
+    g = PowerFunction(sigma_rel=sigma_rel).exponent
+    variance = (g + 1) / ((g + 2) ** 2 * (g + 3))
+    assert math.sqrt(variance) == pytest.approx(sigma_rel, rel=1e-9)
+
+
+@given(st.floats(0.01, 1e6), st.floats(0, 1e6))
+def test_after_one_half_life_half_is_left(span, start) -> None:
+    assert HalfLife(Time(span, "ba")).decay(start, start + span) == pytest.approx(0.5, rel=1e-6)
+
+
+def test_a_half_life_of_zero_keeps_nothing_and_an_infinite_one_everything() -> None:
+    assert HalfLife("0ba").decay(1, 2) == 0.0
+    assert HalfLife("infba").decay(1, 2) == 1.0
+    assert HalfLife("infba", unbiased=True).decay(1, 2) == 0.5
+
+
+def test_a_batch_kappa_times_as_large_decays_as_kappa_small_ones() -> None:
+    samples = HalfLife("640sp")
+    assert samples.decay(0, 64 * 8) == pytest.approx(samples.decay(0, 8) ** 64)
+
+
+def test_a_window_counts_what_is_in_it_alike() -> None:
+    assert [Window("4ba").decay(t, 10) for t in (5, 6, 7, 8, 9, 10)] == [0, 0, 0.25, 0.5, 0.75, 1]
+    assert [Window("20ba").decay(t, 10) for t in (0, 5, 10)] == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Smoothing(1.5), "smoothing must be in"),
+        (lambda: Smoothing(-0.5), "smoothing must be in"),
+        (lambda: Smoothing(math.nan), "smoothing must be in"),
+        (lambda: HalfLife(Time(-1, "ba")), "half-life must be at least 0"),
+        (lambda: HalfLife("10"), "a time string is"),
+        (lambda: Uniform("-1ba"), "a time string is"),
+        (lambda: Window("0ba"), "window must be above 0"),
+        (PowerFunction, "exactly one of sigma_rel and gamma"),
+        (lambda: PowerFunction(0.1, 1.0), "exactly one of sigma_rel and gamma"),
+        (lambda: PowerFunction(sigma_rel=0.3), "sigma_rel must be above 0 and at most"),
+        (lambda: PowerFunction(sigma_rel=math.nan), "sigma_rel must be above 0 and at most"),
+        (lambda: PowerFunction(gamma=-1.0), "gamma must be above -1"),
+        (lambda: PowerFunction(gamma=1.0, unit="days"), "unit must be one of"),
+        (lambda: Warmup(Uniform()), "a warm-up needs"),
+        (lambda: Warmup(HalfLife("1ba", unbiased=True)), "a warm-up needs"),
+        (lambda: Warmup(Smoothing(0.9), power=0.0), "power must be above 0"),
+        (lambda: Warmup(Smoothing(0.9), power=1.0, inv_gamma=-1.0), "inv_gamma must be above 0"),
+    ],
+)
+def test_a_parameter_out_of_range_is_a_clear_error(make, message) -> None:
+    with pytest.raises((ProfileError, TimeError), match=message):
+        make()
+
+
+def test_a_profile_says_what_its_clock_counts() -> None:
+    assert HalfLife("1ep").unit == "ep"
+    assert Smoothing(0.9).unit is None
+    assert Warmup(Smoothing(0.9)).unit is None
+    assert PowerFunction(gamma=1.0, unit="sp").unit == "sp"
