@@ -153,15 +153,15 @@ def test_merged_stretches_are_the_exact_means_weighted_by_updates(tmp_path_facto
             assert file.read("n") == stretch.end.updates
 
 
-def test_merging_halves_keeps_what_float32_sums_would_lose(tmp_path) -> None:
-    infos = {"w": TensorInfo(torch.float32, (), averaged=True)}
-    values = [16777216.0, 1.0, 1.0, 1.0]  # in float32, 2 ** 24 + 1 is 2 ** 24
+def test_a_merge_rounds_once(tmp_path) -> None:
+    infos = {"w": TensorInfo(torch.float32, (1000,), averaged=True)}
+    steps = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0))
     with Writer(tmp_path, infos, per_level=1) as writer:
-        for i, value in enumerate(values):
-            writer.append({"w": torch.tensor(value)}, edge(2**20 * i), edge(2**20 * (i + 1)))
+        for mean, start, end in zip(steps, (0, 1, 3, 4), (1, 3, 4, 5), strict=True):
+            writer.append({"w": mean}, edge(start), edge(end))
     read = Record(tmp_path)
     with read.open(read.stretches[0]) as file:
-        assert file.read("w") == torch.tensor((values[0] + 1) / 2, dtype=torch.float64).float()
+        assert torch.equal(file.read("w"), ((steps[0].double() + 2 * steps[1].double()) / 3).float())
 
 
 @pytest.mark.parametrize(
@@ -566,6 +566,14 @@ def test_a_manifest_with_anything_wrong_in_it_is_refused(tmp_path, path, value) 
         Record(tmp_path)
     with pytest.raises(RecordError, match="cannot be read as the manifest of a record"):
         Writer(tmp_path, TENSORS)
+
+
+def test_a_manifest_with_a_gap_is_refused(tmp_path) -> None:
+    manifest = plain(tmp_path)
+    del manifest["stretches"][1]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RecordError, match=r"must start where .* ends"):
+        Record(tmp_path)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b"null", b'{"format": "polyak-record"}'])

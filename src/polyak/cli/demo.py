@@ -156,7 +156,7 @@ def _final(curves: Mapping[str, Curve], digits: Digits, folder: RunFolder) -> di
 
 
 def _draw(digits: Digits, folder: RunFolder) -> None:
-    from polyak.report.figures import Comparison, comparison, render  # noqa: PLC0415  an extra
+    from polyak.report.figures import Comparison, comparison, percent, render  # noqa: PLC0415  an extra
 
     curves = _final(read_curves(folder.metrics), digits, folder)
     moments = [digits.clock(batch) for batch in range(1, digits.steps + 1)]
@@ -165,8 +165,8 @@ def _draw(digits: Digits, folder: RunFolder) -> None:
         f"Averaged weights get {averaged.last:.1%} of test digits right, raw {raw.last:.1%}",
         f"A small network on digits, {digits.flipped:.0%} of its training labels wrong, at a constant learning rate; "
         f"seed {digits.seed}",
-        Comparison("Test accuracy", raw, averaged, "{:.1%}", "{:.0%}"),
-        Comparison("Test cross-entropy", curves["eval_raw/loss"], curves["eval/loss"], "{:.2f}", "{:.1f}"),
+        Comparison("Test accuracy", raw, averaged, "{:.1%}".format, percent),
+        Comparison("Test cross-entropy", curves["eval_raw/loss"], curves["eval/loss"], "{:.2f}".format, "{:g}".format),
         update_shares(HalfLife(digits.half_life), moments),
         str(digits.half_life),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polyak.posthoc.coefficients import Fit, error_estimate, finest, fit, warn_of_error
+from polyak.posthoc.fitting import Fit, error_estimate, finest, fit, warn_of_error
 from polyak.profiles import Profile
 from polyak.record import (
     Stretch,

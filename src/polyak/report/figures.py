@@ -1,7 +1,7 @@
 """The pictures, and the only code that plots."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,15 @@ class Comparison:
         name: What it is.
         raw: Of the weights in training.
         averaged: Of their average.
-        label: Format of a value in a label, as ``"{:.1%}"``.
-        tick: Format of a value at an axis.
+        label: Writes a value beside its line.
+        tick: Writes a value at the axis.
     """
 
     name: str
     raw: Curve
     averaged: Curve
-    label: str
-    tick: str
+    label: Callable[[float], str]
+    tick: Callable[[float], str]
 
 
 def comparison(
@@ -83,42 +83,57 @@ def comparison(
         return figure
 
 
-def _furnish(axes: Axes, heading: str, tick: str, bins: int) -> None:
+def percent(value: float) -> str:
+    """Write a share with as many digits as it has.
+
+    Args:
+        value: The share.
+
+    Example:
+        >>> percent(0.925), percent(0.9)
+        ('92.5%', '90%')
+    """
+    return f"{100 * value:g}%"
+
+
+def _furnish(axes: Axes, heading: str, tick: Callable[[float], str], bins: int) -> None:
     axes.set_title(heading, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=8)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=bins))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick.format(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     axes.grid(axis="y", color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
     axes.spines["left"].set_visible(False)
 
 
-def _beside(axes: Axes, height: float, text: str, colour: str, **style: Any) -> None:
-    """Write right of the panel, at a height in its own units."""
-    axes.annotate(
-        text,
-        xy=(1, height),
-        xycoords=("axes fraction", "data"),
-        xytext=(9, 0),
-        textcoords="offset points",
-        color=colour,
-        va="center",
-        annotation_clip=False,
-        **style,
-    )
+def _beside(axes: Axes, height: float, lines: Sequence[str], colour: str, **style: Any) -> None:
+    """Write right of the panel, around a height in its own units."""
+    for number, line in enumerate(lines):
+        axes.annotate(
+            line,
+            xy=(1, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(9, 15 * ((len(lines) - 1) / 2 - number)),
+            textcoords="offset points",
+            color=colour,
+            va="center_baseline",
+            annotation_clip=False,
+            **style,
+        )
 
 
 def _draw_comparison(axes: Axes, metric: Comparison, *, rises: bool) -> None:
     _furnish(axes, metric.name, metric.tick, bins=5)
-    marker = "o" if len(metric.raw.batches) < 3 else None
-    axes.plot(metric.raw.batches, metric.raw.values, color=RAW, linewidth=1.1, alpha=0.9, marker=marker)
-    axes.plot(metric.averaged.batches, metric.averaged.values, color=AVERAGED, linewidth=2.6, marker=marker)
+    # Too few to make a line.
+    dots = {"marker": "o", "clip_on": False} if len(metric.raw.batches) < 3 else {}
+    axes.plot(metric.raw.batches, metric.raw.values, color=RAW, linewidth=1.1, alpha=0.9, **dots)
+    axes.plot(metric.averaged.batches, metric.averaged.values, color=AVERAGED, linewidth=2.6, **dots)
     low, high = _window(metric, rises=rises)
     axes.set_ylim(low, high)
     ends = {"averaged": (metric.averaged.last, AVERAGED), "raw": (metric.raw.last, RAW)}
     heights = _apart([value for value, _ in ends.values()], least=0.13 * (high - low), low=low, high=high)
     for (name, (value, colour)), height in zip(ends.items(), heights, strict=True):
-        _beside(axes, height, f"{name} {metric.label.format(value)}", colour, fontsize=10.5, fontweight="bold")
+        _beside(axes, height, [f"{name} {metric.label(value)}"], colour, fontsize=10.5, fontweight="bold")
 
 
 def _window(metric: Comparison, *, rises: bool) -> tuple[float, float]:
@@ -143,22 +158,21 @@ def _apart(values: Sequence[float], *, least: float, low: float, high: float) ->
 
 
 def _draw_shares(axes: Axes, shares: Sequence[float], half_life: str) -> None:
-    _furnish(axes, "How much each step counts in the final average", "{:.3%}", bins=2)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    _furnish(axes, "How much each step counts in the final average", percent, bins=2)
     end, middle = len(shares), median_update(shares)
-    steps = range(1, end + 1)
-    axes.fill_between(steps, shares, color=AVERAGED, alpha=0.28, linewidth=0)
-    axes.fill_between(steps[middle:], shares[middle:], color=AVERAGED, alpha=0.9, linewidth=0)
-    # Where the first weights still stand for all the past before them, they dwarf the rest, and are told in words.
-    top = max(shares[1:], default=shares[0]) or shares[0]
-    axes.set_ylim(0, 1.15 * top)
     if middle > 0:
-        text = f"the last {end - middle} steps\nare half of it\n(half-life {half_life})"
-    elif end > 1:
-        text = f"the first weights\nare still {shares[0]:.0%}\n(half-life {half_life})"
+        dark, lines = slice(middle, end), [f"the last {end - middle} steps", "are half of it"]
     else:
-        text = "the only step\nis all of it"
-    _beside(axes, 0.575 * top, text, AVERAGED, fontsize=10, linespacing=1.35)
+        dark, lines = slice(1), ["the first weights", f"are still {shares[0]:.0%} of it"]
+    edges = range(end + 1)
+    axes.stairs(shares, edges, fill=True, color=AVERAGED, alpha=0.28, linewidth=0, snap=False)
+    axes.stairs(
+        shares[dark], edges[dark.start or 0 : dark.stop + 1], fill=True, color=AVERAGED, linewidth=0, snap=False
+    )
+    # Where the first weights stand for all the past before them, they dwarf the rest, and are told in words.
+    top = max(shares[1:], default=0.0) or shares[0]
+    axes.set_ylim(0, 1.15 * top)
+    _beside(axes, 0.575 * top, [*lines, f"(half-life {half_life})"], AVERAGED, fontsize=10)
 
 
 def render(figure: Figure, kind: str) -> bytes:

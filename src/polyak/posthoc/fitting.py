@@ -207,8 +207,9 @@ def error_estimate(fitted: Fit, products: Sequence[Sequence[float]]) -> float:
     stretches, residuals = fitted.stretches, fitted.residuals
     if len(stretches) == 1:
         return 0.0 if fitted.expected_error < _EXACT else math.inf
-    # Means of neighbours differ by a walk's steps, weighed by a hat function; its squares sum to this much.
-    walked = [products[i][i] / (_rising(a) + _rising(b)) for i, (a, b) in enumerate(pairwise(stretches))]
+    # Means of neighbours differ by a walk's steps weighed by a hat function, whose square has this integral.
+    hats = [(a.num_updates + b.num_updates) / 3 for a, b in pairwise(stretches)]
+    walked = [products[i][i] / hat for i, hat in enumerate(hats)]
     around = [walked[:1], *([a, b] for a, b in pairwise(walked)), walked[-1:]]
     variances = [sum(pair) / len(pair) for pair in around]
     error = sum(variance * residual for variance, residual in zip(variances, residuals, strict=True))
@@ -277,11 +278,6 @@ def _line(start: float, end: float, points: int) -> list[float]:
 def _integral(stretch: Stretch, values: Sequence[float]) -> float:
     """Integrate over a stretch by the trapezoid rule: the sum over its updates when they are all there."""
     return (sum(values) - (values[0] + values[-1]) / 2) * stretch.num_updates / (len(values) - 1)
-
-
-def _rising(stretch: Stretch) -> float:
-    """Return the sum over a stretch's updates of the square of what rises in it from 0 to 1."""
-    return stretch.num_updates / 3 + 1 / (6 * stretch.num_updates)
 
 
 def _spline(stretches: Sequence[Stretch], curve: Sequence[Sequence[float]]) -> list[float]:

@@ -1,0 +1,163 @@
+"""The demo's figures over seeds, and runs where averaging has less or nothing to give.
+
+    python benchmarks/demo_seeds.py [--seeds 5] [--out benchmarks/results/demo_seeds.md]
+
+The half-life is the demo's, fixed beforehand, in all of them. Nothing is chosen on the test set.
+"""
+
+import argparse
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import polyak
+from polyak.cli.folder import replacing
+from polyak.cli.recipe import Digits, build_trainer, cosine
+
+RUNS = {
+    "the demo": Digits(),
+    "cosine decay of the learning rate": Digits(schedule=cosine),
+    "learning rate 0.03": Digits(lr=0.03),
+    "no label noise": Digits(flipped=0.0),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    seed: int
+    raw_accuracy: float
+    averaged_accuracy: float
+    raw_loss: float
+    averaged_loss: float
+    wall_s: float
+
+    @property
+    def accuracy_gain(self):
+        return self.averaged_accuracy - self.raw_accuracy
+
+    @property
+    def loss_gain(self):
+        return self.averaged_loss - self.raw_loss
+
+
+def measure(digits: Digits) -> Result:
+    began = time.perf_counter()
+    trainer, _ = build_trainer(digits, eval_interval=f"{digits.steps}ba")
+    trainer.fit()
+    found = trainer.state.eval_metrics
+    return Result(
+        digits.seed,
+        100 * found["eval_raw/accuracy"],
+        100 * found["eval/accuracy"],
+        found["eval_raw/loss"],
+        found["eval/loss"],
+        time.perf_counter() - began,
+    )
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Write mean and standard deviation (of a sample: n - 1)."""
+    return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.lstrip('+')}}"
+
+
+def columns(results: Sequence[Result]) -> list[str]:
+    return [
+        spread([r.raw_accuracy for r in results], ".1f"),
+        spread([r.averaged_accuracy for r in results], ".1f"),
+        spread([r.accuracy_gain for r in results], "+.1f"),
+        spread([r.raw_loss for r in results], ".3f"),
+        spread([r.averaged_loss for r in results], ".3f"),
+        spread([r.loss_gain for r in results], "+.3f"),
+    ]
+
+
+def row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def page(found: dict[str, list[Result]]) -> str:
+    demo, results = RUNS["the demo"], found["the demo"]
+    seeds = f"seeds {results[0].seed} to {results[-1].seed}"
+    head = ("raw accuracy, %", "averaged, %", "gain, points", "raw cross-entropy", "averaged", "gain")
+    rule = ("---", *["---:"] * len(head))
+    each = [
+        row(
+            r.seed,
+            f"{r.raw_accuracy:.1f}",
+            f"{r.averaged_accuracy:.1f}",
+            f"{r.accuracy_gain:+.1f}",
+            f"{r.raw_loss:.3f}",
+            f"{r.averaged_loss:.3f}",
+            f"{r.loss_gain:+.3f}",
+        )
+        for r in results
+    ]
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "scikit-learn", "numpy"))
+    lines = [
+        "# The demo over seeds",
+        "",
+        f"`polyak demo`: scikit-learn's digits, 1000 for training and 797 for testing, {demo.flipped:.0%} of the training",
+        f"labels wrong; a network of 64-128-128-10; SGD at a constant learning rate of {demo.lr}, batches of "
+        f"{demo.batch_size}, {demo.steps} steps.",
+        f"EMA with half-life {demo.half_life}, fixed beforehand. Everything is measured on the test digits, at the end.",
+        "Mean ± standard deviation; gains are of averaged over raw in the same run. In accuracy more is better, in",
+        "cross-entropy less.",
+        "",
+        row("seed", *head),
+        row(*rule),
+        *each,
+        row("all", *columns(results)),
+        "",
+        f"## Where averaging gives less ({seeds})",
+        "",
+        row("run", *head),
+        row(*rule),
+        *(row(name, *columns(of)) for name, of in found.items()),
+        "",
+        "## How it was measured",
+        "",
+        f"- Command: `python {shlex.join(sys.argv)}`",
+        f"- Versions: polyak {polyak.__version__}, {packages}, Python {platform.python_version()}",
+        f"- Hardware: {processor()}, {os.cpu_count()} cores; one thread",
+        f"- Time: {statistics.median(r.wall_s for of in found.values() for r in of):.1f} s a run (median)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seeds", type=int, default=5, help="how many, at least 2 (default: 5)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo_seeds.md")
+    arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        parser.error(f"--seeds must be at least 2 for a spread (got {arguments.seeds})")
+    torch.set_num_threads(1)
+    found = {
+        name: [measure(replace(digits, seed=seed)) for seed in range(arguments.seeds)] for name, digits in RUNS.items()
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(arguments.out) as draft:
+        draft.write_text(page(found), encoding="utf-8")
+    print(page(found))
+
+
+if __name__ == "__main__":
+    main()
