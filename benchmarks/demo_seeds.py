@@ -113,10 +113,10 @@ def page(found: dict[str, list[Result]]) -> str:
     lines = [
         "# The demo over seeds",
         "",
-        f"`polyak demo`: scikit-learn's digits, 1000 for training and 797 for testing, {demo.flipped:.0%} of the training",
-        f"labels wrong; a network of 64-128-128-10; SGD at a constant learning rate of {demo.lr}, batches of "
+        f"`polyak demo`: scikit-learn's digits, 1000 for training and 797 for testing, {demo.flipped:.0%} of the",
+        f"training labels wrong; a network of 64-128-128-10; SGD at a constant learning rate of {demo.lr}, batches of "
         f"{demo.batch_size}, {demo.steps} steps.",
-        f"EMA with half-life {demo.half_life}, fixed beforehand. Everything is measured on the test digits, at the end.",
+        f"EMA with half-life {demo.half_life}, fixed beforehand. All is measured on the test digits, at the end.",
         "Mean ± standard deviation; gains are of averaged over raw in the same run. In accuracy more is better, in",
         "cross-entropy less.",
         "",

@@ -79,6 +79,7 @@ def train(
     seed: int = 1,
     saves: Any = often,
     callbacks: tuple[Callback, ...] = (),
+    metrics: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Trainer:
     """Return a trainer with everything on: a scheduler by the batch, evaluation, a log and checkpoints in ``folder``."""
@@ -106,7 +107,7 @@ def train(
         schedulers=torch.optim.lr_scheduler.LambdaLR(made, lambda step: 0.95**step),
         step_schedulers_every_batch=True,
         loss=nn.functional.cross_entropy,
-        metrics={"accuracy": Accuracy()},
+        metrics={"accuracy": Accuracy()} if metrics is None else metrics,
         callbacks=[*([CheckpointSaver(folder / "checkpoints", saves)] if saves else []), *callbacks],
         loggers=JSONLinesLogger(folder / "metrics.jsonl"),
         seed=seed,

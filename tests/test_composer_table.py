@@ -31,7 +31,6 @@ from polyak import (
     LoanError,
     MismatchError,
     PlanWarning,
-    Policy,
     ProfileError,
     QuarantineWarning,
     TimeError,
@@ -42,9 +41,8 @@ from polyak import (
 from polyak.profiles import HalfLife
 
 
-def steps(attached: Attached, model: nn.Module, optimizer: Optimizer, n: int, *, seed: int = 0) -> None:
+def steps(model: nn.Module, optimizer: Optimizer, n: int, *, seed: int = 0) -> None:
     """Train for ``n`` steps on data that follow from ``seed``."""
-    del attached
     generator = torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
     for _ in range(n):
@@ -58,7 +56,7 @@ def averaging(model: nn.Module, ema: EMA | None = None, *, n: int = 5, **options
     ema = EMA("4ba") if ema is None else ema
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     attached = attach(ema, model, optimizer, **options)
-    steps(attached, model, optimizer, n)
+    steps(model, optimizer, n)
     return ema, attached, optimizer
 
 
@@ -124,32 +122,21 @@ def test_a_state_saved_under_a_wrapper_loads_without_it_and_back(saved_by, wrapp
         return WRAPPERS[wrapper](model, backend="eager") if wrapper == "compile" else WRAPPERS[wrapper](model)
 
     first, second = (wrapped, lambda model: model)[:: 1 if saved_by == "the wrapped" else -1]
-    whole, model = first(loops.perceptron()), first(loops.perceptron())
-    never_stopped, _, _ = averaging(whole, n=5)
-    _, attached, optimizer = averaging(model, n=5)
-    bare, momentum = copy.deepcopy(polyak.select.unwrap(model).state_dict()), copy.deepcopy(optimizer.state_dict())
-    state = copy.deepcopy(attached.state_dict())
-    assert not any(name.startswith(("module.", "_orig_mod.")) for name in state["algorithm"]["ema_model"])
+    model = loops.perceptron()
+    never_stopped, attached, optimizer = averaging(first(model), n=5)
+    state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), attached.state_dict()))
+    assert set(state[2]["algorithm"]["ema_model"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    steps(model, optimizer, 3, seed=1)
 
-    inner = loops.perceptron(seed=3)
-    inner.load_state_dict(bare)
-    resumed = second(inner)
-    ema, attached, optimizer = averaging(resumed, n=0)
-    optimizer.load_state_dict(momentum)
-    attached.load_state_dict(state)
+    again = loops.perceptron(seed=3)
+    ema, attached, optimizer = averaging(second(again), n=0)
+    for target, part in zip((again, optimizer, attached), state, strict=True):
+        target.load_state_dict(part)
     assert ema.ema_started
-    assert loops.differences(loops.averaged(never_stopped), loops.averaged(ema)) == []
-    steps(attached, resumed, optimizer, 3, seed=1)
-    steps(attached, whole, _optimizer_of(never_stopped, whole, momentum), 3, seed=1)
-    assert loops.differences(loops.bits(inner), loops.bits(polyak.select.unwrap(whole))) == []
+    steps(again, optimizer, 3, seed=1)
     assert ema.num_updates == 7
-
-
-def _optimizer_of(ema: EMA, model: nn.Module, momentum: dict[str, Any]) -> Optimizer:
-    del ema
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    optimizer.load_state_dict(copy.deepcopy(momentum))
-    return optimizer
+    assert loops.differences(loops.bits(model), loops.bits(again)) == []
+    assert loops.differences(loops.averaged(never_stopped), loops.averaged(ema)) == []
 
 
 def test_a_state_with_other_names_is_refused_with_both_sides():
@@ -190,7 +177,7 @@ def test_two_attached_averages_are_lent_in_turn_and_never_at_once():
     fast, slow = EMA("1ba"), EMA("20ba")
     first, second = attach(fast, model, optimizer), attach(slow, model, optimizer)
     for _ in range(3):
-        steps(first, model, optimizer, 4)
+        steps(model, optimizer, 4)
         training, averages = loops.bits(model), (loops.averaged(fast), loops.averaged(slow))
         for attached, average in zip((first, second), averages, strict=True):
             with attached.applied():
@@ -249,10 +236,9 @@ class Broken(loops.Accuracy):
 @pytest.mark.parametrize("where", ["metric", "eval_start", "eval_end", "save_start", "save_end", "predict_start"])
 def test_an_exception_while_the_average_is_lent_leaves_training_weights(where, error, tmp_path):
     recorder, ema = loops.Recorder(), EMA("4ba")
+    metrics = {"broken": Broken(error)} if where == "metric" else {}
     broken = [] if where == "metric" else [loops.Raises(Event(where), error, batch=5)]
-    trainer = loops.train(tmp_path, ema=ema, callbacks=(recorder, *broken))
-    if where == "metric":
-        trainer._metrics = {"broken": Broken(error)}
+    trainer = loops.train(tmp_path, ema=ema, metrics=metrics, callbacks=(recorder, *broken))
     with pytest.raises(type(error), match="broken"):
         trainer.fit()
         trainer.predict([torch.zeros(2, 6)])
@@ -283,13 +269,8 @@ class FailingOps(TorchDispatchMode):
         if self._how == "after":
             function(*args, **kwargs)
         elif self._how == "half-way" and "copy_" in str(function):
-            if isinstance(args[0], list):
-                half = len(args[0]) // 2
-                args[0][half].view(-1)[: args[0][half].numel() // 2].fill_(math.nan)
-                if half:
-                    function(args[0][:half], args[1][:half], *args[2:], **kwargs)
-            elif args[0].is_floating_point():
-                args[0].view(-1)[: args[0].numel() // 2].fill_(math.nan)
+            for target in args[0] if isinstance(args[0], list) else [args[0]]:
+                target.view(-1)[: (target.numel() + 1) // 2].fill_(-77)
         raise self._error
 
 
@@ -317,7 +298,7 @@ def average_of_wide(dtype: torch.dtype) -> tuple[nn.Module, EMA, Attached, Optim
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     ema = EMA("4ba")
     attached = attach(ema, model, optimizer)
-    steps(attached, model, optimizer, 3)
+    steps(model, optimizer, 3)
     return model, ema, attached, optimizer
 
 
@@ -339,7 +320,7 @@ def test_an_error_in_any_operation_of_a_loan_leaves_training_weights_and_average
         if mode.left > 0:
             break
     assert n > 10
-    steps(attached, model, optimizer, 1)
+    steps(model, optimizer, 1)
     assert ema.num_updates == 3
 
 
@@ -373,7 +354,7 @@ def interrupted_at_line(n: int, files: tuple[str, ...]):
 def test_an_interrupt_at_any_line_of_a_loan_leaves_training_weights(dtype):
     torch.set_num_threads(1)
     files = ("shadow.py", "kernels/foreach.py", "kernels/__init__.py", "polyak/ema.py")
-    model = loops.perceptron().to(dtype)
+    model = nn.Linear(6, 3).to(dtype)
     ema = EMA("4ba")
     data = [(torch.ones(2, 6, dtype=dtype), torch.tensor([0, 1]))]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -407,7 +388,7 @@ def test_an_interrupt_at_any_line_of_a_loan_leaves_training_weights(dtype):
         if not lines:
             break
     assert n > 50
-    assert wrong == []
+    assert "\n".join(wrong) == ""
 
 
 # Row 7
@@ -494,26 +475,19 @@ def test_smoothing_works_without_a_half_life(arguments):
     attached.detach()
 
 
-def test_half_life_zero_is_the_weights_and_an_infinite_one_never_moves():
-    for half_life, same_as in (("0ba", "last"), ("infba", "first"), ("0ep", "last"), ("infep", "first")):
-        model = loops.noisy_perceptron()
-        recorder, ema = loops.Recorder(), EMA(half_life)
-        loops.train(Path("/nonexistent"), ema=ema, model=model, saves=None, callbacks=(recorder,), loggers=[]) if 0 else None
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        attach(ema, model, optimizer, steps_per_epoch=2)
-        seen = []
-        for i in range(6):
-            steps(None, model, optimizer, 1, seed=i)
-            seen.append(loops.bits(model))
-        first = 1 if half_life.endswith("ep") else 0
-        want = seen[-1] if same_as == "last" else seen[first]
-        for name, average in loops.averaged(ema).items():
-            if average.is_floating_point():
-                assert torch.equal(average, want[name]), (half_life, name)
-        assert loops.differences(
-            {n: t for n, t in want.items() if "running" in n},
-            {n: t for n, t in loops.averaged(ema).items() if "running" in n},
-        ) == []
+@pytest.mark.parametrize(
+    ("half_life", "like"), [("0ba", 5), ("infba", 0), ("0ep", 5), ("infep", 1), ("0sp", 5), ("inftok", 0)]
+)
+def test_half_life_zero_is_the_weights_and_an_infinite_one_never_moves(half_life, like):
+    model, ema, seen = loops.noisy_perceptron(), EMA(half_life), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(ema, model, optimizer, steps_per_epoch=2, samples_per_step=4, tokens_per_step=9)
+    for i in range(6):
+        steps(model, optimizer, 1, seed=i)
+        seen.append(loops.bits(model))
+    averages = {name: tensor for name, tensor in loops.averaged(ema).items() if tensor.is_floating_point()}
+    assert loops.differences({name: seen[like][name] for name in averages}, averages) == []
+    assert loops.differences(seen[0], seen[5])
 
 
 @pytest.mark.parametrize(
@@ -635,22 +609,22 @@ def test_an_average_asked_for_in_bfloat16_moves_without_bias():
 
 
 def test_a_bfloat16_average_resumes_with_the_same_roundings():
-    def run(model: nn.Module, attached: Attached, optimizer: Optimizer, seeds: range) -> None:
+    def run(model: nn.Module, optimizer: Optimizer, seeds: range) -> None:
         for seed in seeds:
-            steps(attached, model, optimizer, 1, seed=seed)
+            steps(model, optimizer, 1, seed=seed)
 
     model = loops.perceptron().bfloat16()
     ema, attached, optimizer = averaging(model, EMA("50ba", dtype=torch.bfloat16), n=0)
-    run(model, attached, optimizer, range(20))
+    run(model, optimizer, range(20))
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), attached.state_dict()))
-    run(model, attached, optimizer, range(20, 40))
+    run(model, optimizer, range(20, 40))
 
     loops.disturb()
     again = loops.perceptron(seed=5).bfloat16()
     other, resumed, optimizer = averaging(again, EMA("50ba", dtype=torch.bfloat16), n=0)
     for target, part in zip((again, optimizer, resumed), state, strict=True):
         target.load_state_dict(part)
-    run(again, resumed, optimizer, range(20, 40))
+    run(again, optimizer, range(20, 40))
     assert loops.differences(loops.averaged(ema), loops.averaged(other)) == []
 
 
@@ -693,12 +667,12 @@ def test_a_parameter_unfrozen_on_the_way_joins_the_average_from_its_value_then()
     ema = EMA("2ba")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     attached = attach(ema, model, optimizer)
-    steps(attached, model, optimizer, 3)
+    steps(model, optimizer, 3)
     assert "0.weight" not in ema.state_dict()["ema_model"]
     model[0].requires_grad_(True)
     want, kept = None, 0.5**0.5
     for i in range(4):
-        steps(attached, model, optimizer, 1, seed=i)
+        steps(model, optimizer, 1, seed=i)
         now = model[0].weight.detach().double()
         want = now if want is None else kept * want + (1 - kept) * now
     assert not torch.equal(model[0].weight, frozen)
@@ -757,6 +731,7 @@ def test_a_step_that_is_not_finite_is_kept_out_of_the_average_counted_and_report
 
 def test_a_loss_that_is_not_finite_once_does_not_spoil_the_average_of_a_run(tmp_path):
     class Spoil(polyak.Callback):
+        # Algorithms come before callbacks, so the average sees what this one repairs.
         def batch_start(self, state, logger):
             if state.timestamp.batch.value == 4:
                 self.kept = loops.bits(state.model)
@@ -766,12 +741,9 @@ def test_a_loss_that_is_not_finite_once_does_not_spoil_the_average_of_a_run(tmp_
             if state.timestamp.batch.value == 5:
                 state.model.load_state_dict(self.kept)
 
-    class SpoilFirst(Spoil):
-        """The trainer runs algorithms before callbacks, so the average sees what this callback repairs."""
-
     ema = EMA("4ba")
     with pytest.warns(QuarantineWarning, match=r"\d tensors with inf or nan"):
-        loops.train(tmp_path, ema=ema, callbacks=(SpoilFirst(),), saves=None).fit()
+        loops.train(tmp_path, ema=ema, callbacks=(Spoil(),), saves=None).fit()
     assert ema.num_quarantined >= 1
     assert all(tensor.isfinite().all() for tensor in loops.averaged(ema).values())
 
@@ -880,12 +852,11 @@ PLANS = [
     ("20ba", {"smoothing": 0.8, "update_interval": "10ba"}),
     ("3ep", {"smoothing": 0.8, "update_interval": "1ep"}),
     ("3ep", {"half_life": "5ep"}),
-    ("3ep", {"half_life": "100sp", "update_interval": "1ep", "ema_start": "2ep"}),
     ("25ba", {"half_life": "2ep"}),
     ("15ba", {"half_life": "0.2ep", "update_interval": "1ep"}),
     ("2ep", {"half_life": "3dur"}),
     ("2ep", {"half_life": "20ba", "ema_start": "0.5dur"}),
-    ("3ep", {"half_life": "2ep", "update_interval": "1ba", "ema_start": "1ep"}),
+    ("3ep", {"half_life": "3ep", "update_interval": "1ba", "ema_start": "1ep"}),
 ]
 NO_WARNING = [
     ("20ba", {"smoothing": 0.6, "update_interval": "10ba"}),
@@ -909,5 +880,3 @@ def test_a_plan_that_can_be_meant_does_not_warn(max_duration, plan):
     share = share_of_the_first_weights(max_duration, EMA(**plan), epoch=10)
     assert share <= 0.5 or plan["half_life"] == "infba"
 
-
-assert Policy  # re-exported for the tests of selection

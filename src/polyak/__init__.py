@@ -14,7 +14,10 @@ from polyak.errors import (
 )
 from polyak.events import Event, State
 from polyak.hosts.optimizer import Attached, attach
+from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
+from polyak.record import RecordError
+from polyak.recorder import Recorder
 from polyak.select import Policy, default_policy
 from polyak.time import Time, Timestamp, TimeUnit
 from polyak.trainer import (
@@ -52,6 +55,9 @@ __all__ = [
     "ProfileError",
     "ProgressBar",
     "QuarantineWarning",
+    "Record",
+    "RecordError",
+    "Recorder",
     "Smoothing",
     "State",
     "TensorBoardLogger",

@@ -1,6 +1,7 @@
 """What a training loop tells an algorithm: ``Event`` says where it is, ``State`` what there is."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 from torch import nn
@@ -71,6 +72,11 @@ class State(Protocol):
     @property
     def max_duration(self) -> Time | None:
         """How long it will go on, if that is known."""
+        ...
+
+    @property
+    def saving_to(self) -> Path | None:
+        """Where a checkpoint is being written, if one is and that is known."""
         ...
 
     def get_elapsed_duration(self) -> Time | None:

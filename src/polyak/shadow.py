@@ -100,6 +100,7 @@ class Shadow:
         dtype: The dtype of the averages. None stands for the model's own, and float32 where that has 16 bits;
             16-bit averages are rounded stochastically, since plain ones do not move at long half-lives.
         policy: What is done with which tensor.
+        device: Where the averages are; None for where the model is.
 
     Raises:
         ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more.
@@ -122,13 +123,19 @@ class Shadow:
     """
 
     def __init__(
-        self, model: nn.Module, *, dtype: torch.dtype | None = None, policy: PolicyRule = default_policy
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        policy: PolicyRule = default_policy,
+        device: torch.device | str | None = None,
     ) -> None:
         if dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float64, float32, bfloat16 or float16 (got {dtype!r})")
         self._model = unwrap(model)
         self._dtype = dtype
         self._policy = policy
+        self._device = None if device is None else torch.device(device)
         self.averages: dict[str, Tensor] = {}
         self.num_updates = 0
         self._quarantined = torch.zeros((), dtype=torch.int64)
@@ -144,7 +151,7 @@ class Shadow:
         dtype = tensor.dtype
         if dtype.is_floating_point:
             dtype = self._dtype or torch.promote_types(dtype, torch.float32)
-        return torch.empty_like(tensor, dtype=dtype, requires_grad=False).copy_(tensor)
+        return torch.empty_like(tensor, dtype=dtype, device=self._device, requires_grad=False).copy_(tensor)
 
     def _policy_of(self, slot: Slot) -> Policy:
         policy = self._policy(slot)
@@ -164,8 +171,8 @@ class Shadow:
                 average = self.averages.get(slot.name)
                 if average is None:
                     self.averages[slot.name] = self._new_average(slot.tensor)
-                elif average.device != slot.tensor.device:
-                    self.averages[slot.name] = average.to(slot.tensor.device)
+                elif average.device != (self._device or slot.tensor.device):
+                    self.averages[slot.name] = average.to(self._device or slot.tensor.device)
             self._slots = [slot for slot, _ in held]
             self._fingerprint, self._module = now, None
             check_match("the model must keep the averaged tensors", self.averages, self._online())
@@ -173,6 +180,11 @@ class Shadow:
             self._averaged = [(s, self.averages[s.name]) for s, p in held if p is not Policy.COPY]
         else:
             check_match("the averaged tensors must keep their shapes", self.averages, self._online())
+
+    def kinds(self) -> dict[str, tuple[Tensor, bool]]:
+        """Return each average by name, and whether it is one: the others are copies."""
+        averaged = {slot.name for slot, _ in self._averaged}
+        return {name: (tensor, name in averaged) for name, tensor in self.averages.items()}
 
     def _online(self) -> dict[str, Tensor]:
         return {slot.name: slot.tensor.detach() for slot in self._slots}
@@ -198,7 +210,7 @@ class Shadow:
         self._follow_model()
         self.num_updates += 1
         seeds = [zlib.crc32(f"{slot.name} {self.num_updates}".encode()) for slot, _ in self._averaged]
-        online = [slot.tensor.detach() for slot, _ in self._averaged]
+        online = [slot.tensor.detach().to(average.device) for slot, average in self._averaged]
         quarantined = lerp_([average for _, average in self._averaged], online, weight, seeds)
         self._quarantined = self._quarantined.to(quarantined.device) + quarantined
         for slot, copied in self._copied:

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import NoReturn, TextIO
@@ -27,13 +28,13 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="polyak",
-        description=(polyak.__doc__ or "").strip(),
+        description=textwrap.fill(polyak.__doc__ or "", 79),
         epilog="To see it work on real data, in a minute and on any computer:\n  polyak demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"polyak {polyak.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="command")
     for command in COMMANDS:
         summary, _, rest = (command.__doc__ or "").partition("\n")
         one = commands.add_parser(
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         command.configure(one)
-        one.set_defaults(run=command.run)
+        one.set_defaults(run=command.run, refuse=one.error)
     return parser
 
 
@@ -54,19 +55,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments; those of the process by default.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if arguments.command is None:
+        if unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.print_help()
+        return 0
+    if unknown:
+        arguments.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     name = f"polyak {arguments.command}"
 
-    def show(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: TextIO | str | None
+    def show(  # noqa: PLR0917  the signature of warnings.showwarning
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
     ) -> None:
+        del file
         if issubclass(category, PlanWarning | QuarantineWarning):
             _say(f"{name}: note: {message}")
         else:
-            sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
+            sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
     with warnings.catch_warnings():
         warnings.showwarning = show
+        for category in (PlanWarning, QuarantineWarning):
+            warnings.simplefilter("always", category)
         try:
             return arguments.run(arguments)
         except (PolyakError, OSError) as error:

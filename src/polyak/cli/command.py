@@ -15,7 +15,10 @@ class Command(Protocol):
     The first line of its docstring is what ``polyak --help`` says of it.
     """
 
-    NAME: str
+    @property
+    def NAME(self) -> str:  # noqa: N802  a constant of the module
+        """What comes after ``polyak``."""
+        ...
 
     def configure(self, parser: ArgumentParser) -> None:
         """Add the arguments, and the examples below them.

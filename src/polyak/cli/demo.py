@@ -1,8 +1,9 @@
 """Train on handwritten digits with EMA, and see what averaging does.
 
-A small network learns scikit-learn's digits while 30 % of its training labels are wrong. Its weights never
-come to rest; their exponential moving average does. Both are evaluated on clean test digits all along. Takes a
-few seconds on a CPU. Stop it at any moment, and the same command goes on to the very same result.
+A small network learns scikit-learn's digits while 30 % of its training labels
+are wrong. Its weights never come to rest; their exponential moving average
+does. Both are evaluated on clean test digits all along. It takes a few seconds
+on a CPU. Stop it at any moment: the same command goes on to the same result.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -32,18 +33,22 @@ _UNITS = {TimeUnit.BATCH: "100ba", TimeUnit.EPOCH: "1.5ep", TimeUnit.SAMPLE: "16
 
 _EPILOG = """\
 what is written to DIR:
-  averaged.safetensors  the averaged weights, for model.load_state_dict(safetensors.torch.load_file(...))
-  checkpoints/          the newest two checkpoints, one every 100 steps; the run goes on from there
-  metrics.jsonl         training loss; accuracy and cross-entropy of raw (eval_raw) and averaged (eval) weights
-  demo.png, demo.svg    both curves, and how much each step of training counts in the average
-  demo.json             the arguments; DIR belongs to them, and only --steps may grow
+  averaged.safetensors  the averaged weights, as a plain state dict:
+                        model.load_state_dict(safetensors.torch.load_file(path))
+  checkpoints/          the newest two, one every 100 steps, to go on from
+  metrics.jsonl         the training loss; accuracy and cross-entropy (loss) of
+                        raw (eval_raw/...) and averaged weights (eval/...)
+  demo.png, demo.svg    both curves, and how much each step of training counts
+  demo.json             the arguments, to which DIR belongs; --steps may grow
 
 examples:
   polyak demo
-  polyak demo --steps 3000                        go on from there: a constant learning rate has no end
-  polyak demo --half-life 10ba --out short        an average that forgets within ten steps
-  polyak demo --half-life 1000ba --out long       one that still remembers the first weights: there is a note
-  polyak demo --seed 1 --out another-seed
+  polyak demo --steps 3000                   go on from there: nothing in a
+                                             constant learning rate says when
+                                             to end
+  polyak demo --half-life 10ba --out short   forget half within ten steps
+  polyak demo --half-life 1000ba --out long  still remember the first weights
+  polyak demo --seed 1 --out another         other digits, labels and weights
 """
 
 
@@ -91,7 +96,7 @@ def run(arguments: Namespace) -> int:
             may_grow=None if digits.half_life.unit is TimeUnit.DURATION else "--steps",
         )
         console.print(
-            f"Digits with {digits.flipped:.0%} of the training labels wrong: a small network, SGD at a constant learning "
+            f"Digits, {digits.flipped:.0%} of the training labels wrong. A small network, SGD at a constant learning "
             f"rate, EMA with half-life {digits.half_life}, seed {digits.seed}."
         )
         if folder.complete:
@@ -167,8 +172,8 @@ def _draw(digits: Digits, folder: RunFolder) -> None:
         f"seed {digits.seed}",
         Comparison("Test accuracy", raw, averaged, "{:.1%}".format, percent),
         Comparison("Test cross-entropy", curves["eval_raw/loss"], curves["eval/loss"], "{:.2f}".format, "{:g}".format),
-        update_shares(HalfLife(digits.half_life), moments),
-        str(digits.half_life),
+        shares=update_shares(HalfLife(digits.half_life), moments),
+        half_life=str(digits.half_life),
     )
     for path in (folder.png, folder.svg):
         with replacing(path) as draft:
@@ -184,19 +189,21 @@ def _show(curves: Mapping[str, Curve], folder: RunFolder, console: "Console") ->
     }
     table = Table("weights", title_justify="left")
     table.add_column("test accuracy", justify="right")
-    table.add_column("cross-entropy", justify="right")
+    table.add_column("cross-entropy (less is better)", justify="right")
     for name, (accuracy, loss) in rows.items():
         table.add_row(name, f"{accuracy:.1%}", f"{loss:.3f}", style="bold" if name == "averaged" else "")
     accuracy, loss = (after - before for before, after in zip(rows["raw"], rows["averaged"], strict=True))
     table.add_section()
-    table.add_row("gain", f"{100 * accuracy:+.1f} points", f"{loss:+.3f}")
+    table.add_row("difference", f"{100 * accuracy:+.1f} points", f"{loss:+.3f}")
     console.print(table)
     console.print(
-        "Averaging helps here because the learning rate is constant and labels are wrong; where it does not: see README."
+        "Averaging helps here because the learning rate is constant and labels wrong. Where it does not: see README."
+        if accuracy > 0 > loss
+        else "Averaging does not win on both counts with this seed, half-life and length. When it helps: see README."
     )
     console.print(f"\nWritten to {folder.path}/", soft_wrap=True)
     for name, what in (
-        (folder.averaged.name, "for model.load_state_dict(safetensors.torch.load_file(...))"),
+        (folder.averaged.name, "for model.load_state_dict(load_file(path))"),
         (f"{folder.checkpoints.name}/", "to go on from, with more --steps"),
         (folder.metrics.name, "every number that was measured"),
         (f"{folder.png.name}, {folder.svg.name}", "the curves, and how much each step counts"),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from polyak.trainer.loggers import Destination
 
 NUM_TRAIN = 1000
 WIDTHS = (64, 128, 128, 10)
+HALF_LIFE = Time(100, TimeUnit.BATCH)
 
 
 def cosine(elapsed: float) -> float:
@@ -43,7 +45,7 @@ class Digits:
 
     seed: int = 0
     steps: int = 1000
-    half_life: Time = Time(100, TimeUnit.BATCH)
+    half_life: Time = HALF_LIFE
     flipped: float = 0.3
     lr: float = 0.2
     batch_size: int = 16
@@ -112,7 +114,7 @@ def load_data(digits: Digits) -> tuple[TensorDataset, TensorDataset]:
 def build_model() -> nn.Module:
     """Return the network, with first weights from torch's global generator."""
     layers = list[nn.Module]()
-    for inputs, outputs in zip(WIDTHS[:-1], WIDTHS[1:], strict=True):
+    for inputs, outputs in pairwise(WIDTHS):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -143,6 +145,7 @@ def build_trainer(
     if digits.schedule is not None:
         schedule, steps = digits.schedule, digits.steps
         schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / steps)))
+    metrics: dict[str, Any] = {"accuracy": Accuracy()}
     ema = EMA(half_life=digits.half_life, update_interval="1ba")
     trainer = Trainer(
         model=model,
@@ -154,7 +157,7 @@ def build_trainer(
         schedulers=schedulers,
         step_schedulers_every_batch=True,
         loss=nn.functional.cross_entropy,
-        metrics={"accuracy": Accuracy()},
+        metrics=metrics,
         callbacks=callbacks,
         loggers=loggers,
         eval_interval=eval_interval,

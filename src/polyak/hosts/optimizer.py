@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ class _LoopState:
     model: nn.Module
     timestamp: Timestamp
     max_duration: Time | None
+    saving_to: Path | None = None
 
     def get_elapsed_duration(self) -> Time | None:
         return elapsed_duration(self.timestamp, self.max_duration)
@@ -110,9 +112,17 @@ class Attached:
         finally:
             self._fire(Event.EVAL_END)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the algorithm and the clock, to be saved beside the model's and the optimizer's."""
-        return {"algorithm": self.algorithm.state_dict(), "timestamp": self.timestamp.state_dict()}
+    def state_dict(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Return the state of the algorithm and the clock, to be saved beside the model's and the optimizer's.
+
+        Args:
+            path: Where it will be saved, if an algorithm is to keep what it refers to as long as that is there.
+        """
+        self._state.saving_to = None if path is None else Path(path)
+        try:
+            return {"algorithm": self.algorithm.state_dict(), "timestamp": self.timestamp.state_dict()}
+        finally:
+            self._state.saving_to = None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned. Load the model's and the optimizer's states before.

@@ -51,7 +51,7 @@ class Comparison:
 
 
 def comparison(
-    title: str, subtitle: str, above: Comparison, below: Comparison, shares: Sequence[float], half_life: str
+    title: str, subtitle: str, above: Comparison, below: Comparison, *, shares: Sequence[float], half_life: str
 ) -> Figure:
     """Draw two metrics against the steps, and below them how much each step counts in the final average.
 
@@ -97,9 +97,13 @@ def percent(value: float) -> str:
 
 
 def _furnish(axes: Axes, heading: str, tick: Callable[[float], str], bins: int) -> None:
+    def written(value: float, position: int | None = None) -> str:
+        del position
+        return tick(value)
+
     axes.set_title(heading, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=8)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=bins))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(written))
     axes.grid(axis="y", color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
@@ -125,7 +129,7 @@ def _beside(axes: Axes, height: float, lines: Sequence[str], colour: str, **styl
 def _draw_comparison(axes: Axes, metric: Comparison, *, rises: bool) -> None:
     _furnish(axes, metric.name, metric.tick, bins=5)
     # Too few to make a line.
-    dots = {"marker": "o", "clip_on": False} if len(metric.raw.batches) < 3 else {}
+    dots: dict[str, Any] = {"marker": "o", "clip_on": False} if len(metric.raw.batches) < 3 else {}
     axes.plot(metric.raw.batches, metric.raw.values, color=RAW, linewidth=1.1, alpha=0.9, **dots)
     axes.plot(metric.averaged.batches, metric.averaged.values, color=AVERAGED, linewidth=2.6, **dots)
     low, high = _window(metric, rises=rises)
@@ -184,6 +188,7 @@ def render(figure: Figure, kind: str) -> bytes:
     """
     buffer = io.BytesIO()
     with mpl.rc_context(_STYLE):
-        metadata = {"Date": None} if kind == "svg" else {"Software": None}
+        # No date and no version: the same numbers give the same file.
+        metadata: dict[str, None] = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(buffer, format=kind, dpi=200, facecolor="white", metadata=metadata)
     return buffer.getvalue()

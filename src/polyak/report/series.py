@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
+from polyak.errors import PolyakError
 from polyak.profiles import Profile
+
+
+class SeriesError(PolyakError, ValueError):
+    """A file that holds no numbers to be shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +33,18 @@ class Curve:
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """Return the metrics that a ``JSONLinesLogger`` wrote, by name. Of several at one batch the last counts.
+    r"""Return the metrics that a ``JSONLinesLogger`` wrote, by name. Of several at one batch the last counts.
 
     Args:
         path: The file.
 
     Raises:
-        ValueError: If a line is not a JSON object with a ``"batch"``.
+        SeriesError: If a line is not a JSON object with a ``"batch"``.
         OSError: If the file cannot be read.
 
     Example:
         >>> path = Path("metrics.jsonl")
-        >>> _ = path.write_text('{"batch": 10, "eval/loss": 2.5}\\n{"batch": 20, "eval/loss": 2.0}\\n')
+        >>> _ = path.write_text('{"batch": 10, "eval/loss": 2.5}\n{"batch": 20, "eval/loss": 2.0}\n')
         >>> read_curves(path)["eval/loss"]
         Curve(batches=(10, 20), values=(2.5, 2.0))
     """
@@ -49,8 +54,8 @@ def read_curves(path: Path) -> dict[str, Curve]:
             metrics = json.loads(line)
             batch = int(metrics.pop("batch"))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f'line {number} of {path} must be a JSON object with a "batch" (got {line[:60]!r}); remove it, or the file'
+            raise SeriesError(
+                f'line {number} of {path} must be a JSON object with a "batch" (got {line[:60]!r}); remove the line'
             ) from None
         for name, value in metrics.items():
             found.setdefault(name, {})[batch] = float(value)

@@ -36,6 +36,7 @@ class TrainerState:
         previous_timestamp: Before the last batch or epoch ended.
         loss: Of the last batch, detached.
         eval_metrics: The last evaluation's, by name.
+        saving_to: Where a checkpoint is being written, between ``SAVE_START`` and ``SAVE_END``.
         save_checkpoint: Writes a checkpoint of the run to a path.
     """
 
@@ -49,6 +50,7 @@ class TrainerState:
     previous_timestamp: Timestamp = field(default_factory=Timestamp)
     loss: Tensor | None = None
     eval_metrics: dict[str, float] = field(default_factory=dict)
+    saving_to: Path | None = None
 
     def get_elapsed_duration(self) -> Time | None:
         """Return the elapsed share of the run as ``dur``; None if ``max_duration`` is not known."""

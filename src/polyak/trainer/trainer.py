@@ -413,6 +413,7 @@ class Trainer:
         Args:
             path: Where.
         """
+        self.state.saving_to = Path(path)
         try:
             self._fire(Event.SAVE_START)
             checkpoint.write(
@@ -435,6 +436,7 @@ class Trainer:
             )
         finally:
             self._fire(Event.SAVE_END)
+            self.state.saving_to = None
 
     def _newest_checkpoint(self) -> Path | None:
         for callback in self._callbacks:

@@ -1,0 +1,338 @@
+"""``polyak demo`` as its users run it: as a process, interrupted, killed, run again."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import polyak
+from polyak.cli import main
+from polyak.cli.folder import RunFolder, replacing
+from polyak.cli.recipe import build_model
+from polyak.report.series import read_curves
+
+STEPS = 410  # not where an epoch, a checkpoint or the half-life ends
+OUTPUTS = ("averaged.safetensors", "metrics.jsonl", "demo.png", "demo.svg", "demo.json")
+
+
+def start(out, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "polyak", "demo", "--out", str(out), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _threads():
+    """The command runs torch on one thread, and so these tests do; the others need not."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def demo(out, *arguments):
+    """Run the demo in this process, which has everything imported already."""
+    assert main(["demo", "--out", str(out), *map(str, arguments)]) == 0
+
+
+def demo_process(out, *arguments):
+    """Run the demo; return what it printed to each of the two streams."""
+    process = start(out, *arguments)
+    printed, said = process.communicate(timeout=100)
+    assert process.returncode == 0, said
+    return printed, said
+
+
+def stop(out, *arguments, number=signal.SIGKILL, once):
+    """Run the demo, and send it a signal once a condition holds."""
+    process = start(out, *arguments)
+    while not once():
+        assert process.poll() is None, "it ended before it could be stopped"
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=100)
+    return process.returncode, said
+
+
+def lines(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def contents(out):
+    return {name: (out / name).read_bytes() for name in OUTPUTS}
+
+
+def refused(capsys, *arguments):
+    """Return the one line with which arguments are refused."""
+    try:
+        code = main(["demo", *map(str, arguments)])
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2
+    assert said.count("\n") == 1
+    assert said.endswith("\n")
+    assert said.startswith("polyak demo: ")
+    return said
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """The demo as it is run without arguments."""
+    out = tmp_path_factory.mktemp("full") / "a" / "b"
+    return out, *demo_process(out)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    demo(out, "--steps", STEPS)
+    return contents(out)
+
+
+def test_the_averaged_weights_are_better_than_the_raw_ones(full) -> None:
+    out, printed, _ = full
+    curves = read_curves(out / "metrics.jsonl")
+    assert curves["eval/accuracy"].last > curves["eval_raw/accuracy"].last + 0.02
+    assert curves["eval/loss"].last < curves["eval_raw/loss"].last
+    assert "Averaging helps here because" in printed
+    assert f"{curves['eval/accuracy'].last:.1%}" in printed
+    assert f"{curves['eval_raw/accuracy'].last:.1%}" in printed
+
+
+def test_everything_that_is_promised_is_written(full) -> None:
+    out, printed, said = full
+    assert sorted(p.name for p in out.iterdir()) == sorted([*OUTPUTS, "checkpoints"])
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["ep14-ba900.pt", "ep15-ba1000.pt"]
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert b"</svg>" in (out / "demo.svg").read_bytes()
+    curves = read_curves(out / "metrics.jsonl")
+    assert curves["eval/accuracy"].batches == curves["train/loss"].batches == tuple(range(10, 1001, 10))
+    assert all(name in printed for name in OUTPUTS[:-1])
+    assert "note" not in said
+
+
+def test_the_averaged_weights_load_into_a_plain_model_and_are_those_of_the_checkpoint(full) -> None:
+    out, _, _ = full
+    saved = load_file(out / "averaged.safetensors")
+    model = build_model()
+    model.load_state_dict(saved)
+    checkpoint = torch.load(out / "checkpoints" / "ep15-ba1000.pt", weights_only=True)
+    assert checkpoint["model_holds"].startswith("averaged")
+    assert saved.keys() == checkpoint["model"].keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in checkpoint["model"].items())
+    with safe_open(out / "averaged.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["profile"] == "HalfLife(span=Time(100, 'ba'), unbiased=False)"
+    assert (metadata["steps"], metadata["seed"]) == ("1000", "0")
+    assert polyak.__version__ in metadata["made_by"]
+
+
+def test_a_complete_run_is_shown_again_and_left_as_it_is(full) -> None:
+    out, printed, _ = full
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    again, said = demo_process(out)
+    assert said == ""
+    assert again.split("weights", 1)[1] == printed.split("weights", 1)[1]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_lost_output_is_written_again(full) -> None:
+    before = contents(full[0])
+    for name in ("averaged.safetensors", "demo.svg"):
+        (full[0] / name).unlink()
+    demo(full[0])
+    assert contents(full[0]) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_ends_as_one_that_was_not_stopped(uninterrupted, tmp_path, capsys, number) -> None:
+    code, said = stop(tmp_path, "--steps", STEPS, number=number, once=lambda: lines(tmp_path) > 47)
+    if number is signal.SIGINT:
+        assert code == 130
+        assert said.splitlines()[-1] == "polyak demo: interrupted; the same command goes on from where it was"
+        assert "Traceback" not in said
+    else:
+        assert code == -signal.SIGKILL
+    assert not (tmp_path / "averaged.safetensors").exists()
+    demo(tmp_path, "--steps", STEPS)
+    assert re.search("Going on after [234]00 of 410 steps", capsys.readouterr().out)
+    assert contents(tmp_path) == uninterrupted
+
+
+def test_a_run_that_grows_ends_as_one_that_was_that_long(uninterrupted, tmp_path) -> None:
+    demo(tmp_path, "--steps", STEPS - 135)
+    demo(tmp_path, "--steps", STEPS)
+    assert contents(tmp_path) == uninterrupted
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(uninterrupted, tmp_path) -> None:
+    generator = random.Random(0)
+    for _ in range(10):
+        began = time.monotonic()
+        delay = generator.uniform(1.0, 5.0)
+        process = start(tmp_path, "--steps", STEPS)
+        while process.poll() is None and time.monotonic() < began + delay:
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+    demo(tmp_path, "--steps", STEPS)
+    assert contents(tmp_path) == uninterrupted
+    assert not [path.name for path in tmp_path.rglob(".*")]
+
+
+def test_a_half_life_beyond_the_run_is_one_readable_note(tmp_path, capsys) -> None:
+    demo(tmp_path, "--steps", 20, "--half-life", "1000ba")
+    printed, said = capsys.readouterr()
+    assert "Averaging does not win" in printed
+    notes = [line for line in said.splitlines() if "note:" in line]
+    assert len(notes) == 1
+    assert notes[0].startswith("polyak demo: note: the first weights will still be 98.7% of the average")
+
+
+@pytest.mark.parametrize("half_life", ["0.5ep", "300sp", "0.2dur"])
+def test_every_unit_of_half_life_works(tmp_path, half_life) -> None:
+    demo(tmp_path, "--steps", 40, "--half-life", half_life)
+    assert half_life in (tmp_path / "demo.json").read_text()
+
+
+def test_other_arguments_are_refused_with_what_differs(full, capsys) -> None:
+    out, _, _ = full
+    before = contents(out)
+    said = refused(capsys, "--out", out, "--seed", 1, "--half-life", "50ba")
+    assert "was made with --seed 0 --half-life 100ba, and this asks for --seed 1 --half-life 50ba" in said
+    assert "another --out" in said
+    assert "--steps 1000, and this asks for --steps 500" in refused(capsys, "--out", out, "--steps", 500)
+    assert contents(out) == before
+
+
+def test_a_half_life_written_in_another_way_is_the_same(full) -> None:
+    demo(full[0], "--half-life", "1e2BA")
+
+
+def test_a_run_with_a_half_life_in_shares_of_it_cannot_grow(tmp_path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin({"--half-life": "0.1dur", "--steps": 100}, "", may_grow=None)
+    with pytest.raises(ValueError, match="made with --steps 100, and this asks for --steps 200"):
+        folder.begin({"--half-life": "0.1dur", "--steps": 200}, "", may_grow=None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--steps", "0"], "--steps: it must be a whole number of at least 1 (got '0')"),
+        (["--steps", "many"], "--steps: it must be a whole number of at least 1 (got 'many')"),
+        (["--seed", "-1"], "--seed: it must be a whole number from 0 to 4294967295 (got '-1')"),
+        *(
+            (["--half-life", bad], f"(got {bad!r})")
+            for bad in ("100", "", "0ba", "infba", "nanba", "5tok", "-1ba", "1h")
+        ),
+        (["--half-life", "x"], "it must be a time above 0, such as 100ba, 1.5ep, 1600sp or 0.1dur"),
+        (["--haf-life", "1ba"], "unrecognized arguments: --haf-life=1ba; see polyak demo --help"),
+        (["--step", "5"], "unrecognized arguments: --step=5"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(capsys, tmp_path, monkeypatch, arguments, expected) -> None:
+    monkeypatch.chdir(tmp_path)
+    # argparse takes a value that begins with a dash for an option unless it is joined.
+    joined = f"{arguments[0]}={arguments[1]}"
+    assert expected in refused(capsys, joined)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bad_out_is_refused_in_one_line(capsys, tmp_path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "metrics.jsonl").write_text("mine too")
+    assert "is a file" in refused(capsys, "--out", tmp_path / "file")
+    assert "a folder that can be made" in refused(capsys, "--out", tmp_path / "file" / "below")
+    assert "has file, metrics.jsonl; choose another" in refused(capsys, "--out", tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine too"
+
+
+def test_a_changed_note_of_the_arguments_is_refused_in_one_line(capsys, tmp_path) -> None:
+    (tmp_path / "demo.json").write_text("{")
+    assert "demo.json must be as polyak demo wrote it" in refused(capsys, "--out", tmp_path)
+
+
+def test_changed_metrics_are_refused_in_one_line(full, capsys) -> None:
+    path = full[0] / "metrics.jsonl"
+    before = path.read_bytes()
+    try:
+        path.write_bytes(before[: len(before) // 2])
+        assert "metrics.jsonl must be a JSON object" in refused(capsys, "--out", full[0])
+        path.write_bytes(b"\n".join(before.splitlines()[:10]))
+        assert "metrics.jsonl must reach to 1000 steps" in refused(capsys, "--out", full[0])
+        path.unlink()
+        assert main(["demo", "--out", str(full[0])]) == 2
+        assert "metrics.jsonl must reach to 1000 steps" in capsys.readouterr().err.splitlines()[-1]
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_in_one_line(capsys, tmp_path) -> None:
+    with RunFolder(tmp_path).locked():
+        assert "another polyak demo is running" in refused(capsys, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("module", ["sklearn", "rich", "matplotlib"])
+def test_a_missing_extra_is_refused_in_one_line(capsys, tmp_path, monkeypatch, module) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert "pip install 'polyak[cli]'" in refused(capsys, "--out", tmp_path / "out")
+
+
+def test_an_unknown_option_without_a_command_is_refused_in_one_line(capsys) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--verison"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "polyak: unrecognized arguments: --verison; see polyak --help\n"
+
+
+def test_without_arguments_the_commands_are_listed(capsys) -> None:
+    assert main([]) == 0
+    assert "demo" in capsys.readouterr().out
+
+
+def test_help_and_version_are_told_in_80_columns(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments, expected in (
+        (["--version"], f"polyak {polyak.__version__}"),
+        (["--help"], "polyak demo"),
+        (["demo", "--help"], "averaged.safetensors"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 0
+        printed = capsys.readouterr().out
+        assert expected in printed
+        assert max(map(len, printed.splitlines())) <= 80
+
+
+def test_the_arguments_are_kept_as_json(full) -> None:
+    kept = json.loads((full[0] / "demo.json").read_text())
+    assert kept["arguments"] == {"--seed": 0, "--half-life": "100ba", "--steps": 1000}
+    assert kept["complete"] is True
+
+
+def test_a_draft_leaves_nothing_when_writing_fails(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with suppress(RuntimeError), replacing(tmp_path / "file") as draft:
+        draft.write_text("half")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
