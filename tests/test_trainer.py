@@ -335,7 +335,7 @@ def test_eval_before_fit_evaluates_the_weights_as_they_are():
 
 
 def test_predict_takes_the_averaged_weights_and_gives_them_back():
-    ema = EMA("4ba")
+    ema = EMA("2ba")
     trainer = build(algorithms=ema)
     trainer.fit()
     training = loops.bits(trainer.state.model)
@@ -781,7 +781,7 @@ def test_callbacks_and_algorithms_log_at_the_present_batch():
 
 
 def test_the_average_is_had_in_a_copy_and_in_the_model_in_training():
-    ema = EMA("4ba")
+    ema = EMA("2ba")
     trainer = build(algorithms=ema)
     apart = loops.perceptron(seed=7)
     with pytest.raises(LoanError, match="begun"):
@@ -818,7 +818,7 @@ def test_the_average_is_had_in_a_copy_and_in_the_model_in_training():
 
 
 def test_the_averaged_model_is_over_the_tensors_of_the_average():
-    ema = EMA("4ba")
+    ema = EMA("2ba")
     trainer = build(algorithms=ema)
     trainer.fit()
     before = loops.averaged(ema)

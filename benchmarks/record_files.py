@@ -1,0 +1,120 @@
+"""How many files a record keeps, by simulation of a run of a million steps with the rule that the writer merges by.
+
+    python benchmarks/record_files.py [--steps 1000000] [--out benchmarks/results/record_files.md]
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from results_io import RESULTS, measured, progress, provenance, table, write
+
+from polyak.record.store import due
+
+PER_LEVEL = (2, 4, 8)
+STRETCHES = (128, 512, 1024, 4096, 16_384, 100_000)
+INTERVALS = (1, 10, 100, 1000)
+
+
+def simulate(
+    stretches: int, per_level: int, wanted: tuple[int, ...], tick: Callable[[int], None]
+) -> dict[int, dict[str, int]]:
+    """Append stretches and merge them; after each of the numbers in ``wanted``, tell what is and was there."""
+    levels: list[int] = []
+    most = most_within = merges = most_merges = 0
+    found: dict[int, dict[str, int]] = {}
+    for appended in range(1, stretches + 1):
+        levels.append(0)
+        level = 0
+        while (oldest := due(levels, level, per_level)) is not None:
+            levels[oldest : oldest + 2] = [level + 1]
+            level += 1
+        merges += level
+        most_merges = max(most_merges, level)
+        most = max(most, len(levels))
+        # Files are deleted only after the manifest that no longer names them is in place.
+        most_within = max(most_within, len(levels) + 2 * level)
+        if appended in wanted:
+            found[appended] = {
+                "files": len(levels),
+                "most_files": most,
+                "most_within_append": most_within,
+                "merges": merges,
+                "most_merges_per_append": most_merges,
+            }
+        if appended % 1000 == 0:
+            tick(1000)
+    tick(stretches % 1000)
+    return found
+
+
+def count(number: int) -> str:
+    return f"{number:,}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=int, default=1_000_000, help="length of the run (default: 1000000)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "record_files.md")
+    arguments = parser.parse_args()
+    steps = arguments.steps
+    if steps < 512:
+        parser.error(f"--steps must be at least 512 (got {steps})")
+    began = time.perf_counter()
+    default = steps // 512
+    by_interval = {interval: -(-steps // interval) for interval in (*INTERVALS, default)}
+    wanted = tuple(sorted({*STRETCHES, *by_interval.values()}))
+    with progress() as bar:
+        found = {}
+        for per_level in PER_LEVEL:
+            task = bar.add_task(f"per_level {per_level}", total=wanted[-1])
+            found[per_level] = simulate(wanted[-1], per_level, wanted, lambda n, task=task: bar.advance(task, n))
+    lines = [
+        "# How many files a record keeps",
+        "",
+        "Simulated with `polyak.record.store.due`, the rule that the writer merges by. Each file is as large as the",
+        "weights in the record's dtype.",
+        "",
+        "## Most files after any append, by the number of stretches in the run",
+        "",
+        *table(
+            ("`per_level`", *(f"T/ell = {count(number)}" for number in STRETCHES)),
+            ((per_level, *(of[number]["most_files"] for number in STRETCHES)) for per_level, of in found.items()),
+        ),
+        "",
+        f"## A run of {count(steps)} steps",
+        "",
+        "`left` at the end; `most` after any append; `within` an append, between writing and deleting, on the disk for a",
+        "moment.",
+        "",
+        *table(
+            ("interval", "stretches", *(f"`per_level` {c}: left, most, within" for c in PER_LEVEL)),
+            (
+                (
+                    f"{count(interval)}{' (T/512)' if interval == default else ''}",
+                    count(number),
+                    *(
+                        ", ".join(str(of[number][key]) for key in ("files", "most_files", "most_within_append"))
+                        for of in found.values()
+                    ),
+                )
+                for interval, number in by_interval.items()
+            ),
+        ),
+        "",
+        "Merges per append: "
+        + ", ".join(
+            f"{of[wanted[-1]]['merges'] / wanted[-1]:.3f} on average and at most {of[wanted[-1]]['most_merges_per_append']} "
+            f"with `per_level` {per_level}"
+            for per_level, of in found.items()
+        )
+        + ".",
+        "",
+        *measured(provenance(), time.perf_counter() - began),
+    ]
+    write(arguments.out, lines)
+
+
+if __name__ == "__main__":
+    main()
