@@ -105,7 +105,7 @@ def main() -> None:
         "",
         "Merges per append: "
         + ", ".join(
-            f"{of[wanted[-1]]['merges'] / wanted[-1]:.3f} on average and at most {of[wanted[-1]]['most_merges_per_append']} "
+            f"{of[wanted[-1]]['merges'] / wanted[-1]:.4f} on average and at most {of[wanted[-1]]['most_merges_per_append']} "
             f"with `per_level` {per_level}"
             for per_level, of in found.items()
         )

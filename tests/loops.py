@@ -82,7 +82,7 @@ def train(
     metrics: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Trainer:
-    """Return a trainer with everything on: a scheduler by the batch, evaluation, a log and checkpoints in ``folder``."""
+    """Return a trainer with everything on: a scheduler, evaluation, a log and checkpoints in ``folder``."""
     torch.set_num_threads(1)
     model = perceptron() if model is None else model
     generator = None if generator_seed is None else torch.Generator().manual_seed(generator_seed)

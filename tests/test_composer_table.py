@@ -110,7 +110,11 @@ def one_process():
     torch.distributed.destroy_process_group()
 
 
-WRAPPERS = {"DataParallel": nn.DataParallel, "DistributedDataParallel": DistributedDataParallel, "compile": torch.compile}
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": DistributedDataParallel,
+    "compile": torch.compile,
+}
 
 
 @pytest.mark.usefixtures("one_process")
@@ -879,4 +883,3 @@ def test_the_share_that_the_warning_names_is_the_share_that_comes(max_duration, 
 def test_a_plan_that_can_be_meant_does_not_warn(max_duration, plan):
     share = share_of_the_first_weights(max_duration, EMA(**plan), epoch=10)
     assert share <= 0.5 or plan["half_life"] == "infba"
-

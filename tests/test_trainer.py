@@ -86,9 +86,7 @@ def test_the_events_of_a_run_come_in_composers_order(tmp_path):
     trainer.fit()
     batch = ["batch_start", "batch_end", "batch_checkpoint"]
     epoch = ["epoch_start", *batch, *batch, "epoch_end", *EVAL, "epoch_checkpoint", *SAVE]
-    # At the end of the run the saver saves at the end of the last batch too.
-    last = ["epoch_start", *batch, *batch, *SAVE, "epoch_end", *EVAL, "epoch_checkpoint", *SAVE]
-    assert trace.events == ["init", "fit_start", *epoch, *last, "fit_end"]
+    assert trace.events == ["init", "fit_start", *epoch, *epoch, "fit_end"]
 
 
 def test_evaluation_and_saving_by_the_batch_come_between_the_end_and_the_checkpoint_of_one(tmp_path):
@@ -845,8 +843,8 @@ def test_the_averaged_model_is_over_the_tensors_of_the_average():
         ({"max_duration": "0ba"}, "max_duration must be above 0"),
         ({"max_duration": "ten"}, "'ten'"),
         ({"max_duration": 10}, "10, a int"),
-        ({"max_duration": "infba"}, "finite"),
-        ({"max_duration": "0.5dur"}, "unit of its own"),
+        ({"max_duration": "infba"}, "infba"),
+        ({"max_duration": "0.5dur"}, r"0\.5dur"),
         ({"max_duration": "1.5ep"}, "whole number"),
         ({"eval_interval": "0ba"}, "eval_interval must be above 0"),
         ({"eval_interval": "1iter"}, "iter"),
@@ -936,4 +934,3 @@ def test_a_loader_without_a_length_trains_and_has_epochs():
     trainer.fit()
     assert (trainer.state.timestamp.batch.value, trainer.state.timestamp.epoch.value) == (6, 2)
     assert ema.num_updates == 5
-

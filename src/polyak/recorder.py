@@ -1,6 +1,7 @@
 """``Recorder``: keeps a record of the weights while training, for averages of any profile to be taken afterwards."""
 
 import math
+import time
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,8 @@ from polyak.time import Time, Timestamp, TimeUnit, as_span
 
 # A state may be the one that is being written over the last, and then the last is still needed if that fails.
 _PINS_PER_PATH = 2
+# How long training may wait for the disk, all in all, before that is worth a warning.
+_PATIENCE_S = 1.0
 
 
 class Recorder(Algorithm):
@@ -92,7 +95,7 @@ class Recorder(Algorithm):
         self._writer: Writer | None = None
         self._thread: ThreadPoolExecutor | None = None
         self._pending: Future[object] | None = None
-        self._said_slow = False
+        self._waited_s = 0.0
         self._quarantine_warned = 0
 
     def __repr__(self) -> str:
@@ -205,19 +208,17 @@ class Recorder(Algorithm):
         """Wait until the last stretch is on disk; raise what went wrong."""
         if self._pending is None:
             return
-        if saying and not self._pending.done() and not self._said_slow:
-            self._said_slow = True
+        pending, self._pending = self._pending, None
+        before, began = self._waited_s, time.perf_counter()
+        pending.result()
+        self._waited_s += time.perf_counter() - began
+        if saying and before <= _PATIENCE_S < self._waited_s:
             warnings.warn(
-                f"training waits for the disk: a stretch of {self._interval_text()} ends before the last one is in "
-                f"{self.folder}; take a longer interval, a faster disk, or dtype=torch.float16",
+                f"training has waited {self._waited_s:.1f} s for the disk: a stretch of {self.interval or 'T/512'} ends "
+                f"before the last one is in {self.folder}; take a longer interval, a faster disk, or a 16-bit dtype",
                 PlanWarning,
                 stacklevel=3,
             )
-        pending, self._pending = self._pending, None
-        pending.result()
-
-    def _interval_text(self) -> str:
-        return str(self.interval) if self.interval else "a 512th of the run"
 
     def _close(self) -> None:
         """Write the open stretch, wait until it is on disk, let the record go."""

@@ -125,7 +125,7 @@ class CheckpointSaver(Callback):
             self.save_interval = every(interval, at=(Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT))
 
     def run_event(self, event: Event, state: TrainerState, logger: MetricLogger) -> None:
-        """Save if due.
+        """Save if due; at the beginning, remove what is left of a save that was cut off.
 
         Args:
             event: What happened.
@@ -133,6 +133,10 @@ class CheckpointSaver(Callback):
             logger: Not used.
         """
         del logger
+        if event is Event.FIT_START:
+            # What a process left that was killed while it wrote.
+            for draft in self.folder.glob(".ep*-ba*.pt.*"):
+                draft.unlink(missing_ok=True)
         # Asked by its truth: it may answer with another library's bool.
         if event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and (
             self.save_interval(state, event) or state.finished

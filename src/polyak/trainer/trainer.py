@@ -153,7 +153,7 @@ class Trainer:
         self._drawn = 0  # batches of this epoch, with those whose step was skipped
         self._skipped_in_a_row = 0
         self._epoch_rng: dict[str, Any] | None = None
-        self._evaluated_at: Timestamp | None = None
+        self._evaluated_at: Time | None = None  # the batch
 
         self.state = TrainerState(
             model,
@@ -204,7 +204,7 @@ class Trainer:
             while not self.state.finished:
                 self._train_epoch()
             self._fire(Event.FIT_END)
-            if self._evaluated_at != self.state.timestamp:
+            if self._evaluated_at != self.state.timestamp.batch:
                 self._evaluate()
         except BaseException:
             self._fire(Event.EXCEPTION)
@@ -346,7 +346,7 @@ class Trainer:
         self._fire(Event.EVAL_BEFORE_ALL)
         self._run_evaluations(self._eval_loaders)
         self._fire(Event.EVAL_AFTER_ALL)
-        self._evaluated_at = self.state.timestamp
+        self._evaluated_at = self.state.timestamp.batch
 
     def _run_evaluations(self, loaders: Mapping[str, Iterable[Any]]) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -425,7 +425,7 @@ class Trainer:
                     "algorithms": [(type(a).__qualname__, a.state_dict()) for a in self._algorithms],
                     "callbacks": [(type(c).__qualname__, c.state_dict()) for c in self._stateful_callbacks()],
                     "timestamp": self.state.timestamp.state_dict(),
-                    "evaluated_at": self._evaluated_at.state_dict() if self._evaluated_at else None,
+                    "evaluated_at": self._evaluated_at.value if self._evaluated_at else None,
                     "eval_metrics": self.state.eval_metrics,
                     "drawn": self._drawn,
                     "skipped_in_a_row": self._skipped_in_a_row,
@@ -477,8 +477,8 @@ class Trainer:
             )
         self.state.timestamp = self.state.previous_timestamp = replace(timestamp, epoch_length=length)
         self.state.eval_metrics = saved["eval_metrics"]
-        if saved["evaluated_at"]:
-            self._evaluated_at = replace(Timestamp.from_state_dict(saved["evaluated_at"]), epoch_length=length)
+        if saved["evaluated_at"] is not None:
+            self._evaluated_at = Time(saved["evaluated_at"], TimeUnit.BATCH)
         self._drawn, self._skipped_in_a_row = saved["drawn"], saved["skipped_in_a_row"]
         self._epoch_rng = saved["epoch_rng"]
         rng.set_state(saved["rng"], generators)

@@ -1,0 +1,19 @@
+"""Measure the averages of a record under many profiles, with a function of the user's own, and find the best."""
+
+from polyak.sweeping.grid import finest_half_life, grid, narrowed, newest
+from polyak.sweeping.results import EvaluationError, Result, best, value_of
+from polyak.sweeping.sweep import Evaluate, export, sweep
+
+__all__ = [
+    "Evaluate",
+    "EvaluationError",
+    "Result",
+    "best",
+    "export",
+    "finest_half_life",
+    "grid",
+    "narrowed",
+    "newest",
+    "sweep",
+    "value_of",
+]
