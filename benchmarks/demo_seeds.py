@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from results_io import processor, row
 
 import polyak
 from polyak.cli.folder import replacing
@@ -78,18 +79,6 @@ def columns(results: Sequence[Result]) -> list[str]:
         spread([r.averaged_loss for r in results], ".3f"),
         spread([r.loss_gain for r in results], "+.3f"),
     ]
-
-
-def row(*cells: object) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def page(found: dict[str, list[Result]]) -> str:

@@ -35,7 +35,7 @@ class Split:
 
 def mnist1d(num_samples: int = 5000, seed: int = 42) -> tuple[np.ndarray, np.ndarray]:
     """Return signals, (samples, 40), and digits, in the order of the package's training set and then its test set."""
-    random = np.random.RandomState(seed)  # noqa: NPY002  the package's generator
+    random = np.random.RandomState(seed)
     templates = np.asarray(_TEMPLATES, dtype=float)
     templates -= templates.mean(1, keepdims=True)
     templates /= templates.std(1, keepdims=True)

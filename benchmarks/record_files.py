@@ -1,6 +1,6 @@
 """How many files a record keeps, by simulation of a run of a million steps with the rule that the writer merges by.
 
-    python benchmarks/record_files.py [--steps 1000000] [--out benchmarks/results/record_files.md]
+python benchmarks/record_files.py [--steps 1000000] [--out benchmarks/results/record_files.md]
 """
 
 import argparse
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from results_io import RESULTS, measured, progress, provenance, table, write
+from results_io import RESULTS, measured, paragraph, progress, provenance, table, write
 
 from polyak.record.store import due
 
@@ -73,8 +73,10 @@ def main() -> None:
     lines = [
         "# How many files a record keeps",
         "",
-        "Simulated with `polyak.record.store.due`, the rule that the writer merges by. Each file is as large as the",
-        "weights in the record's dtype.",
+        *paragraph(
+            "Simulated with `polyak.record.store.due`, the rule that the writer merges by. Each file is as large as "
+            "the weights in the record's dtype."
+        ),
         "",
         "## Most files after any append, by the number of stretches in the run",
         "",
@@ -85,8 +87,10 @@ def main() -> None:
         "",
         f"## A run of {count(steps)} steps",
         "",
-        "`left` at the end; `most` after any append; `within` an append, between writing and deleting, on the disk for a",
-        "moment.",
+        *paragraph(
+            "`left` at the end; `most` after any append; `within` an append, for a moment, before what was merged is "
+            "deleted."
+        ),
         "",
         *table(
             ("interval", "stretches", *(f"`per_level` {c}: left, most, within" for c in PER_LEVEL)),
@@ -103,13 +107,18 @@ def main() -> None:
             ),
         ),
         "",
-        "Merges per append: "
-        + ", ".join(
-            f"{of[wanted[-1]]['merges'] / wanted[-1]:.4f} on average and at most {of[wanted[-1]]['most_merges_per_append']} "
-            f"with `per_level` {per_level}"
-            for per_level, of in found.items()
-        )
-        + ".",
+        "Merges of two files, by the number of stretches, and the most that one append brings:",
+        "",
+        *table(
+            ("`per_level`", *(f"T/ell = {count(number)}" for number in STRETCHES)),
+            (
+                (
+                    per_level,
+                    *(f"{count(of[number]['merges'])}, {of[number]['most_merges_per_append']}" for number in STRETCHES),
+                )
+                for per_level, of in found.items()
+            ),
+        ),
         "",
         *measured(provenance(), time.perf_counter() - began),
     ]

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from results_io import RESULTS, measured, progress, provenance, table, write
+from results_io import RESULTS, item, measured, paragraph, progress, provenance, table, write
 from torch import Tensor, nn
 
 from polyak import EMA, Recorder, attach
@@ -27,6 +27,7 @@ from polyak.posthoc import Record
 VOCABULARY, CONTEXT, WIDTH, LAYERS, HEADS, BATCH = 4096, 64, 256, 6, 4, 8
 INTERVAL = 16
 PER_LEVEL = 4
+ENDING = INTERVAL // 2 - 1  # the step in each block that ends a stretch
 PLAIN = "neither"
 
 
@@ -168,7 +169,10 @@ def main() -> None:
         quartiles = statistics.quantiles(ratios, n=4)
         results[contender.name] = {
             "median_block_ms": 1000 * statistics.median(contender.block_s),
-            "median_step_ms": 1000 * statistics.median(contender.step_s),
+            "ending_step_ms": 1000 * statistics.median(contender.step_s[ENDING::INTERVAL]),
+            "step_after_ms": 1000 * statistics.median(contender.step_s[ENDING + 1 :: INTERVAL]),
+            "other_step_ms": 1000
+            * statistics.median(s for i, s in enumerate(contender.step_s) if i % INTERVAL not in (ENDING, ENDING + 1)),
             "longest_step_ms": 1000 * max(contender.step_s),
             "ratio": statistics.median(ratios),
             "ratio_quartiles": [quartiles[0], quartiles[2]],
@@ -180,39 +184,59 @@ def main() -> None:
     lines = [
         "# What recording costs while training",
         "",
-        f"A GPT of {parameters:,} parameters ({LAYERS} layers of width {WIDTH}, head tied to the embedding), AdamW,",
-        f"{BATCH} x {CONTEXT} tokens a step, float32, on the CPU. Four copies train in turns, {INTERVAL} steps each, "
-        f"{rounds} rounds in rotating",
-        f"order. The record takes a stretch every {INTERVAL} steps, which is T/512 of a run of {INTERVAL * 512:,}: short, so that "
-        "the cost of",
-        "files shows; a longer run pays it as much more rarely. Time per step is that of a block, files included; the ratio",
-        "is to the block without, in the same round: median, and quartiles.",
+        *paragraph(
+            f"A GPT of {parameters:,} parameters ({LAYERS} layers of width {WIDTH}, head tied to the embedding), "
+            f"AdamW, {BATCH} x {CONTEXT} tokens a step, float32, on the CPU. Four copies train in turns, {INTERVAL} "
+            f"steps each, in rotating order, {rounds} rounds. The record takes a stretch every {INTERVAL} steps, which "
+            f"is T/512 of a run of {INTERVAL * 512:,}: short, so that the cost of files shows; longer runs pay it as much "
+            "more rarely. Time per step is that of a block, files included; the ratio is to the block without, in the "
+            "same round: median, and quartiles. The three columns that follow are medians over single steps: the one "
+            "that ends a stretch, the one after, and all others."
+        ),
         "",
         *table(
-            ("with", "time per step, ms", "ratio", "quartiles", "median step, ms", "longest step, ms"),
+            (
+                "with",
+                "time per step, ms",
+                "ratio",
+                "quartiles",
+                "ending, ms",
+                "after, ms",
+                "others, ms",
+                "longest step, ms",
+            ),
             (
                 (
                     name,
                     f"{found['median_block_ms']:.1f}",
                     "" if name == PLAIN else f"{found['ratio']:.3f}",
                     "" if name == PLAIN else " to ".join(f"{q:.3f}" for q in found["ratio_quartiles"]),
-                    f"{found['median_step_ms']:.1f}",
+                    *(f"{found[key]:.1f}" for key in ("ending_step_ms", "step_after_ms", "other_step_ms")),
                     f"{found['longest_step_ms']:.1f}",
                 )
                 for name, found in results.items()
             ),
         ),
         "",
-        f"- On disk after {stretches} stretches: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, each {sizes[0] / 1e6:.1f} MB "
-        f"({sizes[0] / (4 * parameters):.3f} x the float32 weights).",
-        f"- Written on the way, merges included: {written / 1e6:.0f} MB, {written / sizes[0] / stretches:.2f} files a stretch.",
-        f"- Ending a record at the end of training: {ending_s:.2f} s.",
-        f"- The finest half-life that this record tells: {record.finest} steps.",
-        f"- The loss after the last step is {plain.loss:.6f} in "
-        + (
-            "all four: what follows does not touch training."
-            if len({contender.loss for contender in contenders}) == 1
-            else "the first, and differs in others: " + ", ".join(f"{c.name} {c.loss:.6f}" for c in contenders) + "."
+        *item(
+            f"On disk after {stretches} stretches: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, each "
+            f"{sizes[0] / 1e6:.1f} MB ({sizes[0] / (4 * parameters):.3f} x the float32 weights)."
+        ),
+        *item(
+            f"Written on the way, merges included: {written / 1e6:.0f} MB, {written / sizes[0] / stretches:.2f} files"
+            " a stretch."
+        ),
+        *item(f"Ending a record at the end of training: {ending_s:.2f} s."),
+        *item(f"The finest half-life that this record tells: {record.finest} steps."),
+        *item(
+            f"The loss after the last step is {plain.loss:.6f} in "
+            + (
+                "all four: what follows does not touch training."
+                if len({contender.loss for contender in contenders}) == 1
+                else "the first, and differs in others: "
+                + ", ".join(f"{c.name} {c.loss:.6f}" for c in contenders)
+                + "."
+            )
         ),
         "",
         *measured(how, wall_s),

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +30,18 @@ def row(*cells: object) -> str:
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
     """Write a Markdown table, all columns but the first aligned to the right."""
     return [row(*head), row("---", *["---:"] * (len(head) - 1)), *(row(*cells) for cells in rows)]
+
+
+def paragraph(text: str) -> list[str]:
+    """Break a paragraph into lines."""
+    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def item(text: str) -> list[str]:
+    """Break an item of a list into lines."""
+    return textwrap.wrap(
+        text, 120, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def processor() -> str:

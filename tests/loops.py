@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -262,3 +263,8 @@ def killable(folder: Path, **options: Any) -> Trainer:
         saves="4ba",
         **options,
     )
+
+
+def label(value: object) -> str:
+    """Return an id for a parameter that is the same in every process: functions have addresses in their ``str``."""
+    return re.sub(r"<function ([\w.<>]+) at 0x[0-9a-f]+>", r"\1", str(value))

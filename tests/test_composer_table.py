@@ -201,7 +201,7 @@ def test_two_attached_averages_are_lent_in_turn_and_never_at_once():
 # Row 5
 
 
-@pytest.mark.parametrize("saves", [None, "1ba", "5ba", "1ep", loops.often], ids=str)
+@pytest.mark.parametrize("saves", [None, "1ba", "5ba", "1ep", loops.often], ids=loops.label)
 @pytest.mark.parametrize("max_duration", ["2ep", "8ba"])
 def test_fit_predict_eval_and_saving_leave_training_weights(max_duration, saves, tmp_path):
     never = loops.train(tmp_path / "never", saves=None, max_duration=max_duration)
@@ -306,16 +306,25 @@ def average_of_wide(dtype: torch.dtype) -> tuple[nn.Module, EMA, Attached, Optim
     return model, ema, attached, optimizer
 
 
+@contextmanager
+def asked_for(ema: EMA, model: nn.Module):
+    """The loan that a person asks for, which no event ends."""
+    ema.get_ema_model(model)
+    yield
+    ema.get_training_model(model)
+
+
+@pytest.mark.parametrize("lender", ["applied", "get_ema_model"])
 @pytest.mark.parametrize("how", ["before", "after", "half-way"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_error_in_any_operation_of_a_loan_leaves_training_weights_and_average(dtype, how):
+def test_an_error_in_any_operation_of_a_loan_leaves_training_weights_and_average(dtype, how, lender):
     model, ema, attached, optimizer = average_of_wide(dtype)
     training, average = loops.bits(model), loops.averaged(ema)
     assert any(not torch.equal(training[name], average[name].to(training[name].dtype)) for name in training)
     for n in range(1, 10_000):
         error = KeyboardInterrupt() if n % 2 else torch.OutOfMemoryError("injected")
         mode = FailingOps(n, how, error)
-        with suppress(type(error)), mode, attached.applied():
+        with suppress(type(error)), mode, attached.applied() if lender == "applied" else asked_for(ema, model):
             pass
         for held, want in ((model, training), (ema.ema_model, average)):
             for name, tensor in loops.bits(held).items():
@@ -395,6 +404,18 @@ def test_an_interrupt_at_any_line_of_a_loan_leaves_training_weights(dtype):
     assert "\n".join(wrong) == ""
 
 
+def test_a_model_moved_while_it_holds_the_average_gets_its_training_weights():
+    model = loops.noisy_perceptron()
+    ema, attached, _ = averaging(model)
+    training, average = loops.bits(model), loops.averaged(ema)
+    with attached.applied():
+        for parameter in model.parameters():  # as `Module.to` does
+            parameter.data = parameter.data.clone()
+        model[1].running_mean = model[1].running_mean.clone()
+    assert loops.differences(training, loops.bits(model)) == []
+    assert loops.differences(average, loops.averaged(ema)) == []
+
+
 # Row 7
 
 
@@ -456,7 +477,7 @@ def test_a_half_life_in_epochs_with_updates_in_batches_averages_within_one_epoch
         {"smoothing": 0},
         {"smoothing": 1},
     ],
-    ids=str,
+    ids=loops.label,
 )
 def test_smoothing_works_without_a_half_life(arguments):
     ema = EMA(**arguments)
@@ -510,7 +531,7 @@ def test_half_life_zero_is_the_weights_and_an_infinite_one_never_moves(half_life
         ({"half_life": "1ep", "update_interval": "1.5ep"}, TimeError, "whole number"),
         ({"ema_start": "-1ep"}, TimeError, "-1ep"),
     ],
-    ids=str,
+    ids=loops.label,
 )
 def test_what_cannot_be_meant_is_a_value_error(arguments, error, words):
     with pytest.raises(error, match=words) as caught:

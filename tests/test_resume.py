@@ -211,7 +211,7 @@ def trajectory(folder, **options):
         {"eval_interval": "1ba"},
         {"saves": loops.often},
     ],
-    ids=str,
+    ids=loops.label,
 )
 def test_averaging_evaluating_and_saving_leave_the_trajectory_as_it_is(watched, tmp_path):
     plain = trajectory(tmp_path / "plain")

@@ -173,7 +173,9 @@ class EMA(Algorithm):
         self._quarantine_warned = 0
 
     def __repr__(self) -> str:
-        return f"EMA(profile={self.profile!r}, ema_start='{self.ema_start}', update_interval='{self.update_interval}')"
+        dtype = f", dtype={self._dtype}" if self._dtype else ""
+        times = f"ema_start='{self.ema_start}', update_interval='{self.update_interval}'"
+        return f"EMA(profile={self.profile!r}, {times}{dtype})"
 
     @property
     def smoothing(self) -> float | None:
@@ -263,6 +265,8 @@ class EMA(Algorithm):
         return timestamp.elapsed(unit, state.max_duration)
 
     def _may_start(self, state: State) -> bool:
+        if state.timestamp.batch.value == 0:
+            return False  # mixed precision has skipped every step so far
         if self.ema_start.unit is TimeUnit.DURATION:
             elapsed = state.get_elapsed_duration()
             return float(elapsed or 0.0) >= float(self.ema_start)
@@ -270,9 +274,9 @@ class EMA(Algorithm):
 
     def _due(self, state: State) -> bool:
         assert self._updated_at is not None
-        unit, interval = self.update_interval.unit, float(self.update_interval)
-        before, now = (t.elapsed(unit, state.max_duration) for t in (self._updated_at, state.timestamp))
-        return math.floor(now / interval) > math.floor(before / interval)
+        before, now = self._updated_at, state.timestamp
+        interval, run = self.update_interval, state.max_duration
+        return now.intervals(interval, run) > before.intervals(interval, run)
 
     def _start(self, state: State) -> None:
         model = state.model
@@ -319,13 +323,15 @@ class EMA(Algorithm):
     def _lend(self, event: Event) -> None:
         assert self._shadow is not None
         self._quarantine_warned = self._shadow.warn_of_quarantine(self._quarantine_warned)
-        self._shadow.lend(repr(self))
+        # Noted before and forgotten after, so that an interrupt in between leaves nothing that is not taken back.
         self._lent_until = _LENDING[event]
+        self._shadow.lend(repr(self))
 
     def _give_back(self) -> None:
         assert self._shadow is not None
+        if self.ema_weights_active:
+            self._shadow.give_back()
         self._lent_until = None
-        self._shadow.give_back()
 
     def get_ema_model(self, model: nn.Module) -> nn.Module:
         """Put the average in ``model`` and return it.
@@ -361,7 +367,7 @@ class EMA(Algorithm):
         if self._model is None:
             raise LoanError("the EMA must have seen a model in training before its weights can be had")
         if unwrap(model) is self._model:
-            if self._shadow is not None and self.ema_weights_active:
+            if self._shadow is not None:
                 self._give_back()
         elif self._shadow is not None:
             self._shadow.copy_to(model, training=True)
@@ -407,12 +413,16 @@ class EMA(Algorithm):
     def _warn_of_first_weights(self, state: State, first: float, end: float) -> None:
         if isinstance(self.profile, HalfLife) and math.isinf(self.profile.span.value):
             return
+        interval = _convert(self.update_interval, TimeUnit.BATCH, state)
+        if interval is None:
+            return
+        updates = end // interval - first // interval
         if self.profile.unit is None:
-            interval = _convert(self.update_interval, TimeUnit.BATCH, state)
-            share = None if interval is None else self.profile.decay(0, max(0.0, (end - first) // interval))
+            share = self.profile.decay(0, updates)
         else:
             origin = 0.0 if self.ema_start.value == 0 else first
-            moments = [_convert(Time(t, TimeUnit.BATCH), self.profile.unit, state) for t in (origin, first, end)]
+            last = end // interval * interval if updates else first
+            moments = [_convert(Time(t, TimeUnit.BATCH), self.profile.unit, state) for t in (origin, first, last)]
             known = [moment for moment in moments if moment is not None]
             share = None if len(known) < len(moments) else self.profile.decay(known[1] - known[0], known[2] - known[0])
         if share is not None and share > 0.5:
@@ -536,36 +546,36 @@ def _from_composer(state: Mapping[str, Any], model: nn.Module, policy: PolicyRul
     Up to 0.12 it has the state dicts of two models. Later it has one set of tensors, which are the average, or, if
     ``ema_weights_active``, the training weights, the model then having been saved with the average in it.
     """
-    current = {slot.name: slot.tensor for slot in slots(model)}
+    known = named_tensors(model)
 
     def tensors(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if all(name.startswith("module.") for name in saved):
-            saved = {name.removeprefix("module."): tensor for name, tensor in saved.items()}
-        # Composer averages integer buffers and cuts the result: the model's own value is the right one.
-        return {
-            name: current[name].clone() if name in current and not current[name].is_floating_point() else tensor
-            for name, tensor in saved.items()
-        }
+        wrapped = all(name.startswith("module.") for name in saved) and not saved.keys() & known.keys()
+        return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in saved.items()}
 
+    active = state["ema_weights_active"]
     held = state["ema_model"] or {}
     if "training_model" in state:
         average, training = tensors(held), tensors(state["training_model"] or {})
     else:
-        average = tensors({**held["named_parameters_dict"], **held["named_buffers_dict"]})
-        training = average
-        if state["ema_weights_active"]:
-            average = {name: current[name].clone() if name in current else t for name, t in training.items()}
+        average = training = tensors({**held["named_parameters_dict"], **held["named_buffers_dict"]})
+        if active:
+            average = {name: known[name].clone() if name in known else tensor for name, tensor in training.items()}
+    # Composer averages integer buffers and cuts the result: those of the training weights are right.
+    true = training if active else known
     # The state of a model also has frozen tensors, and tied ones under each of their names.
-    known = named_tensors(model)
     wanted = {slot.name for slot in slots(model) if policy(slot) is not Policy.LEAVE}
-    average, training = (
-        {name: tensor for name, tensor in side.items() if name in wanted or name not in known}
-        for side in (average, training)
-    )
+
+    def fitting(side: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        kept = {name: tensor for name, tensor in side.items() if name in wanted or name not in known}
+        return {
+            name: tensor if tensor.is_floating_point() or name not in true else true[name].clone()
+            for name, tensor in kept.items()
+        }
+
     return {
         "ema_started": state["ema_started"],
-        "ema_model": average,
-        "training_model": training if state["ema_weights_active"] else None,
+        "ema_model": fitting(average),
+        "training_model": fitting(training) if active else None,
         "num_updates": 0,
         "num_quarantined": 0,
         "origin": Timestamp().state_dict(),

@@ -1,6 +1,5 @@
 """``Recorder``: keeps a record of the weights while training, for averages of any profile to be taken afterwards."""
 
-import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -188,8 +187,8 @@ class Recorder(Algorithm):
         self._count += 1
         self.num_updates += 1
         self._mean.update_(1 / self._count)
-        before, after = (t.elapsed(interval.unit, state.max_duration) for t in (self._start.timestamp, now))
-        if math.floor(after / interval.value) > math.floor(before / interval.value):
+        before = self._start.timestamp.intervals(interval, state.max_duration)
+        if now.intervals(interval, state.max_duration) > before:
             self._end_stretch(now)
 
     def _end_stretch(self, now: Timestamp) -> None:
@@ -214,8 +213,8 @@ class Recorder(Algorithm):
         self._waited_s += time.perf_counter() - began
         if saying and before <= _PATIENCE_S < self._waited_s:
             warnings.warn(
-                f"training has waited {self._waited_s:.1f} s for the disk: a stretch of {self.interval or 'T/512'} ends "
-                f"before the last one is in {self.folder}; take a longer interval, a faster disk, or a 16-bit dtype",
+                f"training has waited {self._waited_s:.1f} s for the disk: a stretch of {self.interval or 'T/512'} "
+                f"ends before the last one is in {self.folder}; take a longer interval, a faster disk, or a 16-bit dtype",
                 PlanWarning,
                 stacklevel=3,
             )

@@ -34,7 +34,7 @@ _FORM = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Time:
     """A span of training, or a moment in it counted from the start.
 
@@ -115,6 +115,17 @@ class Time:
             '0.5dur'
         """
         return f"{self.value}{self.unit}"
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with a time or a time string; of different units, two are never equal."""
+        if isinstance(other, str):
+            other = Time.from_timestring(other)
+        if not isinstance(other, Time):
+            return NotImplemented
+        return self.unit is other.unit and self.value == other.value
+
+    def __hash__(self) -> int:
+        return hash((self.value, self.unit))
 
     def __repr__(self) -> str:
         return f"Time({self.value}, {self.unit.value!r})"
@@ -260,6 +271,19 @@ class Timestamp:
         if unit == TimeUnit.EPOCH and self.epoch_length:
             return self.epoch.value + min(1.0, self.batch_in_epoch.value / self.epoch_length)
         return float(self.get(unit))
+
+    def intervals(self, interval: Time, max_duration: Time | None = None) -> int:
+        """Return how many intervals have ended.
+
+        Args:
+            interval: In any unit, above 0.
+            max_duration: The length of the run; needed for ``dur``.
+
+        Raises:
+            TimeError: For ``dur`` without ``max_duration``.
+        """
+        # A clock in dur or ep is a quotient, and may read 2.9999999999999996 where 3 intervals have ended.
+        return math.floor(self.elapsed(interval.unit, max_duration) / interval.value + 1e-9)
 
     def with_counter(self, time: Time) -> "Timestamp":
         """Return this moment with the counter of ``time.unit`` set to ``time``.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from polyak.ema import EMA
+from polyak.recorder import Recorder
 from polyak.time import Time, TimeUnit
 from polyak.trainer import Callback, Trainer
 from polyak.trainer.loggers import Destination
 
 NUM_TRAIN = 1000
+NUM_VALIDATION = 297
+RECORD_INTERVAL = Time(20, TimeUnit.BATCH)
 WIDTHS = (64, 128, 128, 10)
 HALF_LIFE = Time(100, TimeUnit.BATCH)
 
@@ -92,8 +96,8 @@ class Accuracy:
         self._right = self._seen = 0
 
 
-def load_data(digits: Digits) -> tuple[TensorDataset, TensorDataset]:
-    """Return the digits for training and for testing.
+def load_data(digits: Digits) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+    """Return the digits for training, for choosing and for testing. Labels are wrong only among the first.
 
     Args:
         digits: The task.
@@ -107,8 +111,9 @@ def load_data(digits: Digits) -> tuple[TensorDataset, TensorDataset]:
     images, labels = images[order], labels[order]
     wrong = torch.randperm(NUM_TRAIN, generator=generator)[: round(digits.flipped * NUM_TRAIN)]
     labels[wrong] = (labels[wrong] + torch.randint(1, 10, wrong.shape, generator=generator)) % 10
-    train, test = slice(NUM_TRAIN), slice(NUM_TRAIN, None)
-    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+    sizes = [NUM_TRAIN, NUM_VALIDATION, len(labels) - NUM_TRAIN - NUM_VALIDATION]
+    train, validation, test = zip(images.split(sizes), labels.split(sizes), strict=True)
+    return TensorDataset(*train), TensorDataset(*validation), TensorDataset(*test)
 
 
 def build_model() -> nn.Module:
@@ -125,6 +130,7 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     loggers: Sequence[Destination] = (),
     eval_interval: str = "10ba",
+    record: Path | None = None,
     autoresume: bool = False,
 ) -> tuple[Trainer, EMA]:
     """Return what trains it, on the CPU, and the average that will be kept.
@@ -134,9 +140,10 @@ def build_trainer(
         callbacks: As for ``Trainer``.
         loggers: As for ``Trainer``.
         eval_interval: As for ``Trainer``. Both raw and averaged weights are evaluated.
+        record: Where to record the run, if at all.
         autoresume: As for ``Trainer``.
     """
-    train, test = load_data(digits)
+    train, _, test = load_data(digits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(digits.seed)
         model = build_model()
@@ -152,7 +159,7 @@ def build_trainer(
         train_dataloader=DataLoader(train, digits.batch_size, shuffle=True),
         eval_dataloader=[test.tensors],
         max_duration=Time(digits.steps, TimeUnit.BATCH),
-        algorithms=ema,
+        algorithms=ema if record is None else [ema, Recorder(record, RECORD_INTERVAL)],
         optimizers=optimizer,
         schedulers=schedulers,
         step_schedulers_every_batch=True,

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -134,7 +134,8 @@ class Attached:
             MismatchError: If names or shapes differ from the model's.
         """
         self.algorithm.load_state_dict(state["algorithm"])
-        self._state.timestamp = Timestamp.from_state_dict(state["timestamp"])
+        saved = Timestamp.from_state_dict(state["timestamp"])
+        self._state.timestamp = replace(saved, epoch_length=self.timestamp.epoch_length)
 
     def detach(self) -> None:
         """Stop counting. The algorithm keeps what it has."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from polyak.batchnorm import update_bn
 from polyak.errors import PlanWarning, ProfileError
 from polyak.posthoc import Record, fit
-from polyak.profiles import HalfLife, Profile
+from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Window
 from polyak.record import RecordError, TensorInfo, disk_errors, write_tensors
 from polyak.sweeping.grid import grid, narrowed, newest
 from polyak.sweeping.results import EvaluationError, Kept, Result, value_of
@@ -80,7 +80,7 @@ def sweep(
         >>> from polyak.sweeping import best
         >>> results = sweep("run", lambda state: float(state["weight"].abs()), points=4, refine=1)
         >>> [result.name for result in results]
-        ['newest mean', 'half-life 1ba', 'half-life 4ba', 'half-life 16ba', 'half-life 64ba', 'half-life 27.2ba']
+        ['newest mean', 'half-life 1ba', 'half-life 4ba', 'half-life 16ba', 'half-life 64ba', 'half-life 37.7ba']
         >>> best(results).name
         'half-life 64ba'
     """
@@ -131,12 +131,22 @@ def describe(profile: Profile) -> str:
         profile: Any.
 
     Example:
-        >>> describe(HalfLife("500ba"))
-        'half-life 500ba'
+        >>> describe(HalfLife("500ba")), describe(Window("10ep")), describe(PowerFunction(sigma_rel=0.1))
+        ('half-life 500ba', 'window 10ep', 'power function 0.1')
     """
-    if isinstance(profile, HalfLife):
-        return f"half-life {float(profile.span.value):g}{profile.span.unit}"
-    return str(profile)
+    match profile:
+        case HalfLife():
+            return f"half-life {profile.span}"
+        case Window():
+            return f"window {profile.span}"
+        case Uniform():
+            return f"uniform from {profile.since}"
+        case Smoothing():
+            return f"smoothing {profile.value:g}"
+        case PowerFunction() if profile.sigma_rel is not None:
+            return f"power function {profile.sigma_rel:g}"
+        case _:
+            return str(profile)
 
 
 def export(record: Record, profile: Profile, path: str | Path, batchnorm: Batchnorm | None = None) -> None:
@@ -250,7 +260,7 @@ def _metrics(evaluate: Evaluate, state: dict[str, Tensor], name: str) -> dict[st
         named = returned if isinstance(returned, Mapping) else {"value": returned}
         metrics = {str(metric): float(value) for metric, value in named.items()}
     except (TypeError, ValueError, RuntimeError):
-        metrics = {}
+        metrics = dict[str, float]()
     if not metrics:
         raise EvaluationError(
             f"an evaluation must return a number, or a dict of numbers by name (got {returned!r} for {name})"

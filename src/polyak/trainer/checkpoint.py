@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,15 +50,16 @@ def write(checkpoint: Mapping[str, Any], path: Path) -> None:
         path: Where; its folder is made if need be.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        with draft.open("wb") as file:
             torch.save({"polyak_checkpoint": _FORMAT, **checkpoint}, file)
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -135,7 +135,7 @@ class CheckpointSaver(Callback):
         del logger
         if event is Event.FIT_START:
             # What a process left that was killed while it wrote.
-            for draft in self.folder.glob(".ep*-ba*.pt.*"):
+            for draft in self.folder.glob(".ep*-ba*.pt.draft"):
                 draft.unlink(missing_ok=True)
         # Asked by its truth: it may answer with another library's bool.
         if event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and (

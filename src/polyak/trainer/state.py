@@ -64,6 +64,23 @@ class TrainerState:
         return self.timestamp.get(self.max_duration.unit) >= self.max_duration
 
 
+def countable(time: Time, *, tokens: bool = True) -> Time:
+    """Return a time that a trainer can count up to.
+
+    Args:
+        time: In any unit.
+        tokens: Whether tokens are counted.
+
+    Raises:
+        TimeError: If it is in a unit that is not counted.
+    """
+    if time.unit is TimeUnit.ITERATION:
+        raise TimeError(f"a trainer counts ep, ba, sp, tok and sec, and no iterations (got {time})")
+    if time.unit is TimeUnit.TOKEN and not tokens:
+        raise TimeError(f"times in tok need tokens to be counted: give Trainer num_tokens= (got {time})")
+    return time
+
+
 def every(interval: Time, *, at: tuple[Event, Event]) -> Callable[[TrainerState, Event], bool]:
     """Return a question that is true once each ``interval``.
 
@@ -72,14 +89,15 @@ def every(interval: Time, *, at: tuple[Event, Event]) -> Callable[[TrainerState,
         at: The event for intervals in other units than ``ep``, and the one for those in ``ep``.
     """
     on_batch, on_epoch = at
-    if interval.unit is TimeUnit.ITERATION:
-        raise TimeError(f"an interval here must be in ep, ba, sp, tok, sec or dur (got {interval})")
+    countable(interval)
 
     def due(state: TrainerState, event: Event) -> bool:
-        if event is not (on_epoch if interval.unit is TimeUnit.EPOCH else on_batch):
+        before, now = state.previous_timestamp, state.timestamp
+        if interval.unit is TimeUnit.EPOCH:
+            return event is on_epoch and now.epoch.value // interval.value > before.epoch.value // interval.value
+        if event is not on_batch:
             return False
-        moments = (state.previous_timestamp, state.timestamp)
-        before, now = (moment.elapsed(interval.unit, state.max_duration) // interval.value for moment in moments)
-        return now > before
+        countable(interval, tokens=now.token.value > 0 or now.batch.value == 0)
+        return now.intervals(interval, state.max_duration) > before.intervals(interval, state.max_duration)
 
     return due

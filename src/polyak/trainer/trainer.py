@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,7 +25,7 @@ from polyak.trainer.checkpoint import CheckpointSaver
 from polyak.trainer.evaluation import Evaluator, Metric, eval_mode
 from polyak.trainer.loggers import Destination, Logger
 from polyak.trainer.progress import ProgressBar
-from polyak.trainer.state import Scheduler, TrainerState, every
+from polyak.trainer.state import Scheduler, TrainerState, countable, every
 
 T = TypeVar("T")
 
@@ -38,8 +38,8 @@ class Trainer:
 
     One batch of the clock is one optimizer step: a step that mixed precision skips is not counted. Training goes on
     from a checkpoint bit for bit as if it had not stopped: weights, average, optimizers, schedulers, random numbers
-    and the order of the data, also inside an epoch. After ``fit``, and after any exception, the model has its
-    training weights.
+    and the order of the data, also inside an epoch. (What persistent workers draw at random is excepted: they cannot be
+    asked for their states.) After ``fit``, and after any exception, the model has its training weights.
 
     Args:
         model: Either any module, with ``loss``; or one with a method ``loss(outputs, batch)``, whose ``forward``
@@ -157,7 +157,7 @@ class Trainer:
 
         self.state = TrainerState(
             model,
-            _duration(max_duration),
+            _duration(max_duration, tokens=num_tokens is not None),
             _listed(optimizers),
             _listed(schedulers),
             self._algorithms,
@@ -170,10 +170,10 @@ class Trainer:
         self._fire(Event.INIT)
         if autoresume:
             load_path = self._newest_checkpoint() or load_path
+        self._fire(Event.BEFORE_LOAD)
         if load_path is not None:
-            self._fire(Event.BEFORE_LOAD)
             self._load(Path(load_path))
-            self._fire(Event.AFTER_LOAD)
+        self._fire(Event.AFTER_LOAD)
 
     def _fire(self, event: Event) -> None:
         dispatch(event, self.state, self._algorithms, self.logger)
@@ -226,8 +226,7 @@ class Trainer:
                 seconds=time.perf_counter() - began,
                 steps=int(stepped),
             )
-            if self.logger.destinations and self._log_due(self.state, Event.BATCH_END):
-                self._log_training()
+            self._log_training_if_due(Event.BATCH_END)
             self._fire(Event.BATCH_END)
             self._evaluate_if_due(Event.BATCH_END)
             self._fire(Event.BATCH_CHECKPOINT)
@@ -302,8 +301,7 @@ class Trainer:
     def _step(self, batch: Any, *, evaluating: bool = False) -> tuple[Any, Tensor]:
         """Return the outputs and the loss of a batch."""
         model: Any = self.state.model
-        amp = self._autocast_to
-        with torch.autocast(self._device.type, dtype=amp) if amp else nullcontext():
+        with self._autocast():
             if self._loss is not None:
                 inputs, targets = batch
                 outputs = model(inputs)
@@ -312,11 +310,16 @@ class Trainer:
             outputs = inner.eval_forward(batch) if evaluating and hasattr(inner, "eval_forward") else model(batch)
             return outputs, inner.loss(outputs, batch)
 
+    def _autocast(self) -> AbstractContextManager[object]:
+        return torch.autocast(self._device.type, dtype=self._autocast_to) if self._autocast_to else nullcontext()
+
     def _step_schedulers(self) -> None:
         for scheduler in self.state.schedulers:
             scheduler.step()
 
-    def _log_training(self) -> None:
+    def _log_training_if_due(self, event: Event) -> None:
+        if not self._log_due(self.state, event) or not self.logger.destinations:
+            return
         assert self.state.loss is not None
         metrics = {"train/loss": float(self.state.loss)}
         metrics |= {
@@ -330,6 +333,7 @@ class Trainer:
         self.state.previous_timestamp = self.state.timestamp
         self.state.timestamp = self.state.timestamp.to_next_epoch()
         self._drawn = 0
+        self._log_training_if_due(Event.EPOCH_END)
         self._fire(Event.EPOCH_END)
         self._evaluate_if_due(Event.EPOCH_END)
         self._fire(Event.EPOCH_CHECKPOINT)
@@ -396,7 +400,7 @@ class Trainer:
         outputs = []
         try:
             self._fire(Event.PREDICT_START)
-            with rng.preserved(rng.generators_of(dataloader)), eval_mode(model):
+            with rng.preserved(rng.generators_of(dataloader)), eval_mode(model), self._autocast():
                 for batch in dataloader:
                     moved = batches.to_device(batch, self._device)
                     paired = self._loss is not None and isinstance(moved, (tuple, list))
@@ -508,10 +512,10 @@ def _each(name: str, interval: str | Time) -> Callable[[TrainerState, Event], bo
     return every(as_span(name, interval, above=0, whole=True), at=(Event.BATCH_END, Event.EPOCH_END))
 
 
-def _duration(max_duration: str | Time | None) -> Time | None:
+def _duration(max_duration: str | Time | None, *, tokens: bool) -> Time | None:
     if max_duration is None:
         return None
-    duration = as_span("max_duration", max_duration, above=0, whole=True)
+    duration = countable(as_span("max_duration", max_duration, above=0, whole=True), tokens=tokens)
     if math.isinf(duration.value) or duration.unit is TimeUnit.DURATION:
         raise ValueError(f"max_duration must be finite, and in another unit than dur (got {duration})")
     return duration

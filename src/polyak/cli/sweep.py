@@ -1,0 +1,198 @@
+"""Evaluate the averages of a record with a function of yours, and find the best half-life.
+
+The function takes a dict of tensors by name, as for load_state_dict, and returns a number, or numbers by name. It is
+called for half-lives from the shortest that the record can tell to the whole run, then for some more next to the best.
+
+Evaluate on validation data. A half-life that was chosen on the test set is no result.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from polyak.cli.asking import add_record, half_lives, load_function, profiles
+from polyak.cli.command import UsageError, require, whole
+from polyak.cli.folder import replacing
+from polyak.posthoc import Record
+from polyak.report.page import page
+from polyak.report.swept import Swept, swept
+from polyak.report.words import compared, headline, measured, other_name, percent
+from polyak.sweeping import Result, export, sweep
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+NAME = "sweep"
+
+_EPILOG = """\
+evaluate.py, for example:
+  import torch
+  from my_project import Model, validation_inputs, validation_targets
+
+  def validate(state):
+      model = Model().eval()
+      model.load_state_dict(state)
+      with torch.no_grad():
+          outputs = model(validation_inputs)
+      return {"loss": torch.nn.functional.cross_entropy(outputs, validation_targets)}
+
+what is written to DIR:
+  sweep.jsonl            one line for each evaluation; a stopped sweep goes on from there
+  best.safetensors       the best average, for model.load_state_dict(safetensors.torch.load_file(...))
+  report.html            the metric, the error and the profile of each half-life, to look at; needs no network
+  sweep.png, sweep.svg   the same for papers
+
+examples:
+  polyak sweep my-record --evaluate evaluate.py:validate
+  polyak sweep my-record --evaluate my_project.validation:accuracy --maximize --raw last.safetensors
+  polyak sweep my-record --evaluate evaluate.py:validate --half-lives 100ba,1000ba,10000ba --refine 0
+  polyak sweep my-record --evaluate evaluate.py:validate --profiles window=10ep,power=0.1,uniform-from=50ep
+"""
+
+
+def configure(parser: ArgumentParser) -> None:
+    """Add the arguments.
+
+    Args:
+        parser: Of this command.
+    """
+    parser.epilog = _EPILOG
+    add_record(parser)
+    parser.add_argument(
+        "--evaluate", required=True, metavar="F", help="FILE.py:FUNCTION or package.module:FUNCTION; see below"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--half-lives", type=half_lives, metavar="LIST", help="these, as 10ba,100ba, in place of a grid")
+    which.add_argument("--profiles", type=profiles, metavar="LIST", help="these, as window=10ep,power=0.1")
+    parser.add_argument("--points", type=whole(2), default=9, help="half-lives on the grid (default: 9)")
+    parser.add_argument(
+        "--refine", type=whole(0), default=3, help="further half-lives next to the best, at most (default: 3)"
+    )
+    parser.add_argument("--metric", metavar="NAME", help="which number decides (default: the first)")
+    sense = parser.add_mutually_exclusive_group()
+    sense.add_argument("--minimize", action="store_true", help="the lowest is the best, as of a loss (default)")
+    sense.add_argument("--maximize", action="store_true", help="the highest is the best, as of an accuracy")
+    parser.add_argument("--raw", type=Path, metavar="F", help="a safetensors file of the raw weights, to compare with")
+    parser.add_argument("--online", type=Path, metavar="F", help="the online average, likewise")
+    parser.add_argument(
+        "--update-bn",
+        metavar="F",
+        help="a function as for --evaluate that returns a model and batches of training data: the statistics of its "
+        "BatchNorm layers are recomputed for each average (not for --raw and --online)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("polyak-sweep"), metavar="DIR", help="where to write (default: polyak-sweep)"
+    )
+
+
+def run(arguments: Namespace) -> int:
+    """Evaluate, or go on, and show the best.
+
+    Args:
+        arguments: As parsed.
+
+    Raises:
+        UsageError: If an extra is missing, or a function cannot be had.
+        PolyakError: If the library refuses, or an evaluation fails.
+    """
+    require("cli", {"rich": "rich", "matplotlib": "matplotlib"})
+    from rich.console import Console  # noqa: PLC0415  an extra
+
+    record = Record(arguments.record)
+    if arguments.out.resolve() == record.folder.resolve():
+        raise UsageError("--out must not be the record's own folder; choose another")
+    evaluate = load_function(arguments.evaluate, "--evaluate")
+    batchnorm = None
+    if arguments.update_bn is not None:
+        batchnorm = load_function(arguments.update_bn, "--update-bn")()
+        if not (isinstance(batchnorm, tuple) and len(batchnorm) == 2):
+            raise UsageError(f"--update-bn: the function must return a model and batches (got {batchnorm!r:.60})")
+    out = arguments.out
+    with _Progress() as progress:
+        results = sweep(
+            record,
+            evaluate,
+            arguments.half_lives or arguments.profiles,
+            points=arguments.points,
+            refine=arguments.refine,
+            metric=arguments.metric,
+            maximize=arguments.maximize,
+            others={name: path for name in ("raw", "online") if (path := getattr(arguments, name)) is not None},
+            batchnorm=batchnorm,
+            results=out / "sweep.jsonl",
+            progress=progress.show,
+        )
+    numbers = swept(record, results, arguments.metric, maximize=arguments.maximize, batchnorm=batchnorm is not None)
+    best = numbers.points[numbers.best].result
+    assert best.profile is not None
+    export(record, best.profile, out / "best.safetensors", batchnorm)
+    _write(numbers, out)
+    _show(numbers, results, out, Console(highlight=False))
+    return 0
+
+
+class _Progress:
+    """A bar on stderr, for a ``with`` block."""
+
+    def __enter__(self) -> "_Progress":
+        from rich.console import Console  # noqa: PLC0415  an extra
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task("reading", total=None)
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, done: int, total: int, name: str) -> None:
+        """Say what is being evaluated.
+
+        Args:
+            done: How many are.
+            total: How many there will be at most.
+            name: Of the one to come.
+        """
+        self._progress.update(self._task, completed=done, total=total, description=name)
+
+
+def _write(numbers: Swept, out: Path) -> None:
+    from polyak.report.figures import render  # noqa: PLC0415  an extra
+    from polyak.report.sweep_figure import sweep_figure  # noqa: PLC0415
+
+    with replacing(out / "report.html") as draft:
+        draft.write_text(page(numbers), encoding="utf-8")
+    figure = sweep_figure(numbers)
+    for kind in ("png", "svg"):
+        with replacing(out / f"sweep.{kind}") as draft:
+            draft.write_bytes(render(figure, kind))
+
+
+def _show(numbers: Swept, results: Sequence[Result], out: Path, console: "Console") -> None:
+    from rich.table import Table  # noqa: PLC0415  an extra
+
+    best = numbers.points[numbers.best].result
+    table = Table("weights", title_justify="left")
+    for heading in (*best.metrics, "error", "distance"):
+        table.add_column(heading, justify="right")
+    given = [one for one in results if one.profile is None]
+    for one in (*given, *(point.result for point in numbers.points)):
+        cells = [measured(one.metrics[name]) if name in one.metrics else "" for name in best.metrics]
+        cells += ["", ""] if one.profile is None else [percent(one.error), percent(one.distance)]
+        mark = " (best)" if one is best else ""
+        table.add_row(f"{other_name(one.name)}{mark}", *cells, style="bold" if mark else "")
+    console.print(table)
+    console.print("error: estimated, of |last weights - average|; distance: from the newest mean, of its size")
+    console.print(f"{headline(numbers)}. {compared(numbers)}", soft_wrap=True)
+    console.print("If this was the test set, it is no result: choose on validation data.", soft_wrap=True)
+    console.print(f"\nWritten to {out}/", soft_wrap=True)
+    for name, what in (
+        ("report.html", "to look at, in any browser"),
+        ("best.safetensors", "for model.load_state_dict(safetensors.torch.load_file(...))"),
+        ("sweep.png, sweep.svg", "the same as the report, for papers"),
+        ("sweep.jsonl", "every number that was measured; they are not measured again"),
+    ):
+        console.print(f"  {name:<22} {what}", soft_wrap=True)
