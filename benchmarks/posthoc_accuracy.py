@@ -491,12 +491,12 @@ def page(results: Sequence[dict], sizes: Sequence[int], steps: int, how: Mapping
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=16_384, help="length of each run, at least 512 (default: 16384)")
+    parser.add_argument("--steps", type=int, default=16_384, help="of each run, a multiple of 512 (default: 16384)")
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="which (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS / "posthoc_accuracy.md")
     arguments = parser.parse_args()
-    if arguments.steps < 512:
-        parser.error(f"--steps must be at least 512 (got {arguments.steps})")
+    if arguments.steps < 512 or arguments.steps % 512:
+        parser.error(f"--steps must be a multiple of 512 (got {arguments.steps})")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", PlanWarning)  # of large errors: they are what is measured
     began = time.perf_counter()

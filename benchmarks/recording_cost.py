@@ -188,10 +188,10 @@ def main() -> None:
             f"A GPT of {parameters:,} parameters ({LAYERS} layers of width {WIDTH}, head tied to the embedding), "
             f"AdamW, {BATCH} x {CONTEXT} tokens a step, float32, on the CPU. Four copies train in turns, {INTERVAL} "
             f"steps each, in rotating order, {rounds} rounds. The record takes a stretch every {INTERVAL} steps, which "
-            f"is T/512 of a run of {INTERVAL * 512:,}: short, so that the cost of files shows; longer runs pay it as much "
-            "more rarely. Time per step is that of a block, files included; the ratio is to the block without, in the "
-            "same round: median, and quartiles. The three columns that follow are medians over single steps: the one "
-            "that ends a stretch, the one after, and all others."
+            f"is T/512 of a run of {INTERVAL * 512:,}: short, so that the cost of files shows; longer runs pay it as "
+            "much more rarely. Time per step is that of a block, files included; the ratio is to the block without, in "
+            "the same round: median, and quartiles. The three columns that follow are medians over single steps: the "
+            "one that ends a stretch, the one after, and all others."
         ),
         "",
         *table(

@@ -1,10 +1,12 @@
 """What the report of a sweep shows, as plain numbers."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from polyak.errors import PlanWarning
 from polyak.posthoc import Fit, Record, fit
 from polyak.profiles import HalfLife, Profile
 from polyak.sweeping import Result, best
@@ -109,7 +111,9 @@ def swept(
     moments: tuple[float, ...] = ()
     for result in results:
         if result.profile is not None:
-            fitted = fit(result.profile, record.stretches, max_duration=record.max_duration)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PlanWarning)  # the sweep has said it
+                fitted = fit(result.profile, record.stretches, max_duration=record.max_duration)
             moments, curve = _curve(fitted, times)
             points.append(_point(result, result.profile, fitted, times, curve))
     points.sort(key=lambda point: point.half_life)

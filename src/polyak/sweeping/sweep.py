@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def sweep(
         maximize: Whether more is better.
         others: Files of weights to compare with, by name, such as the raw ones; they are measured as they are.
         batchnorm: A model and batches for it, to recompute the statistics of BatchNorm layers for each average.
-        results: A file of JSON lines to keep the results in. Those that it has are not measured again.
+        results: A file of JSON lines to keep the results in. Those that it has are not measured again; they belong to
+            the name of ``evaluate`` and to the record as it is.
         progress: Called before each evaluation with how many are done, how many there will be at most, and its name.
 
     Returns:
@@ -226,13 +228,14 @@ class _Run:
         source: str,
         state_and_numbers: Callable[[], tuple[dict[str, Tensor], float | None, float | None]],
     ) -> Result:
+        named = _named(self.evaluate)
         key = {
             "profile": None if profile is None else repr(profile),
             "of": source,
-            "evaluate": f"{self.evaluate.__module__}:{getattr(self.evaluate, '__qualname__', repr(self.evaluate))}",
+            "evaluate": f"{named.__module__}:{named.__qualname__}",
             "batchnorm": self.batchnorm is not None and profile is not None,
         }
-        code = _code(self.evaluate)
+        code = _code(named)
         if (already := self.kept.find(key, profile)) is not None:
             result, measured_by = already
             if measured_by != code:
@@ -274,9 +277,16 @@ def _failed(doing: str, error: Exception) -> str:
     return f"{doing} failed: {last} ({frame.filename}, line {frame.lineno}); what was measured before is kept"
 
 
-def _code(evaluate: Evaluate) -> str | None:
+def _named(evaluate: Any) -> Any:
+    """Return what an evaluation is known by in the next process: the function, or the class of an object."""
+    while isinstance(evaluate, partial):
+        evaluate = evaluate.func
+    return evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
+
+
+def _code(named: Any) -> str | None:
     try:
-        file = inspect.getsourcefile(inspect.unwrap(evaluate))
+        file = inspect.getsourcefile(inspect.unwrap(named))
         return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
     except (TypeError, OSError):
         return None
