@@ -1,13 +1,25 @@
+import os
+import subprocess
+import sys
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyak.kernels import SCRATCH_ELEMENTS, Exchange, lerp_
-from polyak.kernels.foreach import _round
+from polyak.kernels import KERNELS, SCRATCH_ELEMENTS, Exchange, Lerp, cpu, foreach
+from polyak.kernels.foreach import _round, key
 
 SHAPES = [(3,), (4, 5), (2, 3, 4, 5), (), (0,), (SCRATCH_ELEMENTS + 1,), (700, 400)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["torch", "c"])
+def lerp_(request):
+    if request.param not in KERNELS:
+        pytest.skip(f"no kernel in C: {cpu.WHY_NOT}")
+    return partial(foreach.lerp_, by=KERNELS[request.param])
 
 
 def tensors(dtype, seed) -> list[torch.Tensor]:
@@ -22,7 +34,7 @@ def tensors(dtype, seed) -> list[torch.Tensor]:
 @pytest.mark.parametrize("weight", [0.0, 1e-4, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("online_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_lerp_is_that_of_float64_for_each_pair_of_dtypes(dtype, online_dtype, weight) -> None:
+def test_a_lerp_is_that_of_float64_for_each_pair_of_dtypes(lerp_, dtype, online_dtype, weight) -> None:
     averages, online = tensors(dtype, 0), tensors(online_dtype, 1)
     # Laid out otherwise, in part: what counts is the place in the tensor.
     online[4] = online[4].clone()
@@ -37,7 +49,7 @@ def test_a_lerp_is_that_of_float64_for_each_pair_of_dtypes(dtype, online_dtype, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weight_one_gives_the_weights_themselves_and_zero_leaves_the_average(dtype) -> None:
+def test_weight_one_gives_the_weights_themselves_and_zero_leaves_the_average(lerp_, dtype) -> None:
     averages, online = tensors(dtype, 0), tensors(dtype, 1)
     before = [a.clone() for a in averages]
     lerp_(averages, online, 0.0, range(len(averages)))
@@ -47,20 +59,101 @@ def test_weight_one_gives_the_weights_themselves_and_zero_leaves_the_average(dty
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("online_dtype", [*DTYPES, torch.complex64])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64])
-def test_a_tensor_that_is_not_finite_leaves_its_average_and_no_other_as_it_was(dtype, bad) -> None:
-    averages = [torch.ones(SCRATCH_ELEMENTS + 5, dtype=dtype), torch.ones(3, dtype=dtype)]
-    online = [torch.full_like(a, 2) for a in averages]
-    online[0][-1] = bad
-    assert int(lerp_(averages, online, 0.5, [0, 1])) == 1
-    assert torch.equal(averages[0], torch.ones_like(averages[0]))
-    assert torch.equal(averages[1], torch.full_like(averages[1], 1.5))
+def test_a_value_that_is_not_finite_leaves_its_average_and_no_other_as_it_was(lerp_, dtype, online_dtype, bad) -> None:
+    if online_dtype.is_complex and not dtype.is_complex:
+        pytest.skip("a complex weight has no real average")
+    sizes = [SCRATCH_ELEMENTS + 5, 3, 1_000_003]
+    averages = [torch.ones(size, dtype=dtype) for size in sizes]
+    online = [torch.full((size,), 2, dtype=online_dtype) for size in sizes]
+    for place in (0, 100, -1):
+        online[0][place] = bad
+        online[2][place] = bad
+    assert int(lerp_(averages, online, 0.5, [0, 1, 2])) == 2
+    for average, tensor in zip(averages, online, strict=True):
+        assert torch.equal(average, torch.where(tensor.isfinite(), 1.5, 1.0).to(dtype))
 
 
-def test_large_finite_float16_weights_are_no_infinity() -> None:
-    average, online = torch.zeros(1000), torch.full((1000,), 60000.0, dtype=torch.float16)
-    assert int(lerp_([average], [online], 1.0, [0])) == 0
-    assert average[0] == 60000
+def test_large_finite_weights_are_no_infinity(lerp_) -> None:
+    for dtype, large in ((torch.float16, 60000.0), (torch.float32, 3e38)):
+        average, online = torch.zeros(1000), torch.full((1000,), large, dtype=dtype)
+        assert int(lerp_([average], [online], 1.0, [0])) == 0
+        assert torch.equal(average, online.float())
+
+
+@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 3e4, 1e-38, 1e38])
+@pytest.mark.parametrize("online_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernels_give_the_same_bits(monkeypatch, dtype, online_dtype, scale, threads) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(cpu, "_JOB", 1 << 12)  # enough of them for all threads
+    for weight in (0.0, 1e-4, 0.3, 0.5, 0.9, 1 - 2**-25, 1.0):
+        ours, theirs = tensors(dtype, 0), tensors(dtype, 0)
+        online = tensors(online_dtype, 1)
+        for tensor in (*ours, *theirs, *online):
+            tensor.mul_(scale)
+        online[5][7] = float("nan")
+        seeds = range(len(ours))
+        counts = [
+            int(foreach.lerp_(averages, online, weight, seeds, 5, by=KERNELS[name]))
+            for name, averages in (("c", ours), ("torch", theirs))
+        ]
+        assert counts[0] == counts[1]
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (one, other)))
+
+
+@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+def test_float16_is_read_exactly_by_c() -> None:
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    average = torch.zeros(every.shape)
+    foreach.lerp_([average], [every], 1.0, [0], by=KERNELS["c"])
+    want = torch.where(every.isfinite(), every.float(), 0)
+    assert torch.equal(average.view(torch.int32), want.view(torch.int32))
+
+
+@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    program = """
+import os, torch
+from polyak.kernels import Lerp
+torch.set_num_threads(2)
+lerp = Lerp([torch.zeros(1_000_000)], [torch.ones(1_000_000)], [0], torch.zeros((), dtype=torch.int64))
+lerp(0.5, 1)
+child = os.fork()
+lerp(0.5, 2)
+if child == 0:
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", ["torch", "c", "cobol"])
+def test_the_environment_can_force_a_kernel(name) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from polyak import kernels; print(kernels.CHOSEN)"],
+        env={**os.environ, "POLYAK_KERNEL": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if name in KERNELS:
+        assert done.stdout.strip() == name
+    else:
+        assert "POLYAK_KERNEL must be one of" in done.stderr
+
+
+def test_a_16_bit_average_is_rounded_otherwise_in_each_update() -> None:
+    assert len({key(seed, update) for seed in range(50) for update in range(50)}) == 2500
+    average, online = torch.zeros(1000, dtype=torch.bfloat16), torch.ones(1000)
+    for update in range(4000):
+        Lerp([average], [online], [1], torch.zeros((), dtype=torch.int64))(0.001, update)
+    # 1 - 0.999 ** 4000 is 0.982; rounding to nearest would have stalled at 0.25.
+    assert abs(average.double().mean() - 0.982) < 0.005
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from polyak import MismatchError, Policy, default_policy
-from polyak.select import all_slots, check_match, fingerprint, named_tensors, slots, unwrap
+from polyak.select import Inventory, all_slots, check_match, named_tensors, slots, unwrap
 
 
 class Net(nn.Module):
@@ -60,18 +60,37 @@ def test_a_wrapped_part_of_a_model_keeps_its_names() -> None:
     assert [slot.name for slot in slots(model)] == names
 
 
-def test_the_fingerprint_changes_with_what_a_policy_may_depend_on() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.frozen.requires_grad_(True),
+        lambda model: setattr(model.head, "weight", nn.Parameter(torch.zeros(3, 4))),
+        lambda model: setattr(model, "extra", nn.Linear(1, 1)),
+        lambda model: model.head.register_buffer("more", torch.zeros(1)),
+        lambda model: delattr(model, "frozen"),
+        lambda model: model.to(torch.float64),
+        lambda model: setattr(model.head.weight, "data", model.head.weight.data.clone()),
+        lambda model: setattr(model.head.weight, "data", model.head.weight.data[:1]),
+    ],
+)
+def test_an_inventory_no_longer_holds_when_a_tensor_is_added_replaced_moved_or_made_trainable(change) -> None:
     model = Net()
-    seen = {fingerprint(model)}
-    assert fingerprint(model) in seen
-    model.frozen.requires_grad_(True)
-    assert fingerprint(model) not in seen
-    seen.add(fingerprint(model))
-    model.head.weight = nn.Parameter(torch.zeros(3, 4))
-    assert fingerprint(model) not in seen
-    seen.add(fingerprint(model))
-    model.extra = nn.Linear(1, 1)
-    assert fingerprint(model) not in seen
+    inventory = Inventory(model)
+    assert inventory.holds()
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    assert inventory.holds()
+    change(model)
+    assert not inventory.holds()
+    assert Inventory(model).holds()
+
+
+def test_an_inventory_no_longer_holds_when_a_lazy_module_was_built() -> None:
+    model = nn.Sequential(nn.LazyLinear(2))
+    inventory = Inventory(model)
+    assert inventory.holds()
+    model(torch.zeros(1, 3))
+    assert not inventory.holds()
 
 
 def test_a_mismatch_lists_every_difference() -> None:

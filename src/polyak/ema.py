@@ -31,7 +31,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
 
     Parameters and floating-point buffers are averaged, integer and bool buffers copied, tied tensors treated once.
     Tensors are matched by name; what ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile`` put in front
-    of a name does not count. A tensor of ``model`` with inf or nan in it leaves its average as it was. An
+    of a name does not count. Inf and nan in ``model`` leave their elements of the average as they were. An
     ``ema_model`` with 16-bit weights is rounded stochastically; float32 is better.
 
     Args:
@@ -63,8 +63,8 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
             averaged.append((average, tensor.to(average.device)))
         else:
             average.copy_(tensor)
-    seeds = [next(_calls) & 0xFFFFFFFF for _ in averaged]
-    lerp_([average for average, _ in averaged], [tensor for _, tensor in averaged], weight, seeds)
+    averages_of, tensors = [average for average, _ in averaged], [tensor for _, tensor in averaged]
+    lerp_(averages_of, tensors, weight, seeds=range(len(averaged)), num_updates=next(_calls))
 
 
 class _Default(str):
@@ -216,7 +216,7 @@ class EMA(Algorithm):
 
     @property
     def num_quarantined(self) -> int:
-        """How many tensors with inf or nan were kept out of the average. Reading it waits for the device."""
+        """How many tensors came in with inf or nan, which were kept out. Reading it waits for the device."""
         return self._shadow.num_quarantined if self._shadow else 0
 
     def match(self, event: Event, state: State) -> bool:

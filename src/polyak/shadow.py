@@ -3,7 +3,7 @@
 import copy
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,8 +14,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from polyak.errors import LoanError, QuarantineWarning
-from polyak.kernels import Exchange, lerp_
-from polyak.select import Policy, PolicyRule, Slot, check_match, default_policy, fingerprint, slots, unwrap
+from polyak.kernels import Exchange, Lerp
+from polyak.select import Inventory, Policy, PolicyRule, Slot, check_match, default_policy, slots, unwrap
 
 
 class Loan:
@@ -142,7 +142,8 @@ class Shadow:
         self._slots: list[Slot] = []
         self._averaged: list[tuple[Slot, Tensor]] = []
         self._copied: list[tuple[Slot, Tensor]] = []
-        self._fingerprint: tuple[object, ...] = ()
+        self._inventory: Inventory | None = None
+        self._lerp: Callable[[float, int], None] | None = None
         self._loan: Loan | None = None
         self._module: nn.Module | None = None
         self._follow_model()
@@ -162,24 +163,39 @@ class Shadow:
     @torch.no_grad()
     def _follow_model(self) -> None:
         """List the tensors again if the model's have changed: new ones join, beginning with their current values."""
-        now = fingerprint(self._model)
-        if now != self._fingerprint:
-            policies = [(slot, self._policy_of(slot)) for slot in slots(self._model)]
-            # What is frozen on the way goes on being averaged: its average has not arrived yet.
-            held = [(s, p) for s, p in policies if p is not Policy.LEAVE or s.name in self.averages]
-            for slot, _ in held:
-                average = self.averages.get(slot.name)
-                if average is None:
-                    self.averages[slot.name] = self._new_average(slot.tensor)
-                elif average.device != (self._device or slot.tensor.device):
-                    self.averages[slot.name] = average.to(self._device or slot.tensor.device)
-            self._slots = [slot for slot, _ in held]
-            self._fingerprint, self._module = now, None
-            check_match("the model must keep the averaged tensors", self.averages, self._online())
-            self._copied = [(s, self.averages[s.name]) for s, p in held if p is Policy.COPY]
-            self._averaged = [(s, self.averages[s.name]) for s, p in held if p is not Policy.COPY]
-        else:
-            check_match("the averaged tensors must keep their shapes", self.averages, self._online())
+        if self._inventory is not None and self._inventory.holds():
+            return
+        self._inventory = self._lerp = None
+        policies = [(slot, self._policy_of(slot)) for slot in slots(self._model)]
+        # What is frozen on the way goes on being averaged: its average has not arrived yet.
+        held = [(s, p) for s, p in policies if p is not Policy.LEAVE or s.name in self.averages]
+        for slot, _ in held:
+            average = self.averages.get(slot.name)
+            if average is None:
+                self.averages[slot.name] = self._new_average(slot.tensor)
+            elif average.device != (self._device or slot.tensor.device):
+                self.averages[slot.name] = average.to(self._device or slot.tensor.device)
+        self._slots, self._module = [slot for slot, _ in held], None
+        check_match("the model must keep the averaged tensors", self.averages, self._online())
+        self._copied = [(s, self.averages[s.name]) for s, p in held if p is Policy.COPY]
+        self._averaged = [(s, self.averages[s.name]) for s, p in held if p is not Policy.COPY]
+        if self._averaged:
+            self._quarantined = self._quarantined.to(self._averaged[0][1].device)
+        self._inventory = Inventory(self._model)
+
+    def _find_lerp(self) -> Callable[[float, int], None]:
+        if self._lerp is not None:
+            return self._lerp
+        averages = [average for _, average in self._averaged]
+        # The model's own tensors, not aliases of them: an alias would keep memory that the model gives up.
+        tensors = [slot.tensor for slot, _ in self._averaged]
+        online = [tensor.to(average.device) for tensor, average in zip(tensors, averages, strict=True)]
+        seeds = [zlib.crc32(slot.name.encode()) for slot, _ in self._averaged]
+        lerp = Lerp(averages, online, seeds, self._quarantined)
+        # Where the average is on another device, `online` are copies: of this update only.
+        if all(tensor is own for tensor, own in zip(online, tensors, strict=True)):
+            self._lerp = lerp
+        return lerp
 
     def kinds(self) -> dict[str, tuple[Tensor, bool]]:
         """Return each average by name, and whether it is one: the others are copies."""
@@ -193,7 +209,7 @@ class Shadow:
     def update_(self, weight: float) -> None:
         """Move every average by ``weight`` of the way to the model's weights; copy what is copied.
 
-        A tensor with non-finite values is left out and counted.
+        A value that is not finite leaves its element of the average as it was; tensors with such values are counted.
 
         Args:
             weight: From 0 to 1: one less the decay.
@@ -209,20 +225,17 @@ class Shadow:
             )
         self._follow_model()
         self.num_updates += 1
-        seeds = [zlib.crc32(f"{slot.name} {self.num_updates}".encode()) for slot, _ in self._averaged]
-        online = [slot.tensor.detach().to(average.device) for slot, average in self._averaged]
-        quarantined = lerp_([average for _, average in self._averaged], online, weight, seeds)
-        self._quarantined = self._quarantined.to(quarantined.device) + quarantined
+        self._find_lerp()(weight, self.num_updates)
         for slot, copied in self._copied:
             copied.copy_(slot.tensor)
 
     @property
     def num_quarantined(self) -> int:
-        """How many non-finite tensors were kept out of the average so far. Reading it waits for the device."""
+        """How many tensors came in with values that are not finite so far. Reading it waits for the device."""
         return int(self._quarantined)
 
     def warn_of_quarantine(self, since: int = 0) -> int:
-        """Warn if more than ``since`` non-finite tensors were kept out of the average, and return how many were.
+        """Warn if more than ``since`` tensors came in with values that are not finite, and return how many did.
 
         Args:
             since: What the last call returned.
@@ -230,8 +243,8 @@ class Shadow:
         count = self.num_quarantined
         if count > since:
             warnings.warn(
-                f"weights must be finite to be averaged: {count - since} tensors with inf or nan came in, and were "
-                "kept out of the average; look at the loss and the learning rate",
+                f"weights must be finite to be averaged: {count - since} tensors with inf or nan came in, and those "
+                "values were kept out of the average; look at the loss and the learning rate",
                 QuarantineWarning,
                 stacklevel=2,
             )
@@ -396,5 +409,5 @@ class Shadow:
                 tensor.detach().copy_(training[name])
         self.num_updates = int(state["num_updates"])
         self._quarantined = torch.tensor(int(state["num_quarantined"]))
-        self._fingerprint = ()
+        self._inventory = None
         self._follow_model()

@@ -1,8 +1,47 @@
-"""The arithmetic on tensors: ``lerp_`` moves averages towards weights, ``Exchange`` swaps two sets of tensors.
+"""The arithmetic on tensors: ``Lerp`` moves averages towards weights, ``Exchange`` swaps two sets of tensors.
 
-Nothing else in polyak computes on weights, so that a faster implementation has one place to go.
+Nothing else in polyak computes on weights, so that a faster implementation has one place to go. All give the same bits.
+Which one serves is settled here, once: the one in C where it was compiled, or what the environment variable
+``POLYAK_KERNEL`` names (``c`` or ``torch``).
 """
 
-from polyak.kernels.foreach import SCRATCH_ELEMENTS, Exchange, lerp_
+import os
+from collections.abc import Sequence
 
-__all__ = ["SCRATCH_ELEMENTS", "Exchange", "lerp_"]
+from torch import Tensor
+
+from polyak.kernels import cpu, foreach
+from polyak.kernels.foreach import SCRATCH_ELEMENTS, Exchange
+
+__all__ = ["KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "lerp_"]
+
+KERNELS: dict[str, type[foreach.Lerp]] = {"torch": foreach.Lerp}
+if not cpu.WHY_NOT:
+    KERNELS["c"] = cpu.Lerp
+
+
+def _choose() -> str:
+    asked = os.environ.get("POLYAK_KERNEL") or ("torch" if cpu.WHY_NOT else "c")
+    if asked not in KERNELS:
+        reason = cpu.WHY_NOT if asked == "c" else "there is none of this name"
+        raise ImportError(f"POLYAK_KERNEL must be one of {sorted(KERNELS)} here (got {asked!r}): {reason}")
+    return asked
+
+
+CHOSEN = _choose()
+Lerp = KERNELS[CHOSEN]
+
+
+def lerp_(
+    averages: Sequence[Tensor], online: Sequence[Tensor], weight: float, seeds: Sequence[int], num_updates: int = 0
+) -> Tensor:
+    """Do once what ``Lerp`` does, and return how many tensors were not all finite, as a 0-dim tensor.
+
+    Args:
+        averages: Tensors to move.
+        online: Tensors to move them towards, of the same shapes and on the same devices.
+        weight: Share of ``online`` taken, from 0 to 1.
+        seeds: For each tensor the seed of its rounding, below 2 ** 32; used for 16-bit averages only.
+        num_updates: How often this was done. It is part of the seed.
+    """
+    return foreach.lerp_(averages, online, weight, seeds, num_updates, by=Lerp)

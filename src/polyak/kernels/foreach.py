@@ -2,13 +2,18 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from ctypes import c_float
 from itertools import compress
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 # Small enough to stay in a core's cache, large enough that the calls do not count.
 SCRATCH_ELEMENTS = 131_072
+
+# Weights from here on may be 1 in float32.
+_NEARLY_ALL = 1 - 2**-25
 
 _SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
@@ -27,87 +32,164 @@ def _flat_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(tensors)
 
 
-def _finite(tensor: Tensor) -> Tensor:
-    """Return a 0-dim bool: whether all of ``tensor`` is finite. A sum is one, and the fastest test that torch has."""
+def _sum_is_finite(tensor: Tensor) -> Tensor:
+    """Return a 0-dim bool: if it holds all of ``tensor`` is finite, and if not there is reason to look."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     return tensor.sum(dtype=wide).isfinite()
 
 
-def lerp_(averages: Sequence[Tensor], online: Sequence[Tensor], weight: float, seeds: Sequence[int]) -> Tensor:
-    """Do ``average += weight * (weights - average)`` in place for many tensors.
+class Lerp:
+    """Do ``average += weight * (online - average)`` in place for many tensors, again and again.
 
     The arithmetic is in the average's dtype, or in float32 for a 16-bit average, which is then rounded stochastically.
-    A tensor of ``online`` with a non-finite value leaves its average as it was; nothing here waits for a device.
+    A value of ``online`` that is not finite leaves that element of the average as it was, whatever its neighbours are:
+    so the outcome depends on no split of the work, over threads, devices or shards, and takes one pass over memory.
+    Nothing here waits for a device.
+
+    Args:
+        averages: Tensors to move.
+        online: Tensors to move them towards, of the same shapes and on the same devices.
+        seeds: For each tensor the seed of its rounding, below 2 ** 32; used for 16-bit averages only.
+        left_out: A 0-dim int64 tensor on the first average's device, which counts the tensors that were not all finite.
+    """
+
+    def __init__(
+        self, averages: Sequence[Tensor], online: Sequence[Tensor], seeds: Sequence[int], left_out: Tensor
+    ) -> None:
+        self._triples = list(zip(averages, online, seeds, strict=True))
+        self._left_out = left_out
+        alike = [a.dtype == x.dtype and a.dtype not in _SIXTEEN_BITS for a, x in zip(averages, online, strict=True)]
+        self._alike = list(compress(averages, alike)), list(compress(online, alike))
+        self._others = [triple for triple, same in zip(self._triples, alike, strict=True) if not same]
+        self._on_cpu = all(tensor.device.type == "cpu" for tensor in averages)
+
+    def __call__(self, weight: float, num_updates: int) -> None:
+        """Move every average once.
+
+        Args:
+            weight: Share of ``online`` taken, from 0 to 1.
+            num_updates: How often this was done. It is part of the seed.
+        """
+        if not self._triples:
+            return
+        # Reading a flag costs nothing on the CPU and stalls the queue of any other device.
+        if self._on_cpu and bool(torch.stack([_sum_is_finite(x) for _, x, _ in self._triples]).all()):
+            if self._alike[0] and weight < _NEARLY_ALL:
+                # The form with one product: `decay * a + (1 - decay) * x` loses a share at every update, because the
+                # two rounded factors do not sum to 1 (2e-3 against 1e-5 after 100,000 updates).
+                torch._foreach_lerp_(*self._alike, weight)
+            for average, tensor, seed in self._others if weight < _NEARLY_ALL else self._triples:
+                _lerp(average, tensor, weight, key(seed, num_updates))
+            return
+        for average, tensor, seed in self._triples:
+            finite = _lerp_finite(average, tensor, weight, key(seed, num_updates))
+            self._left_out.add_(finite.logical_not().to(self._left_out.device))
+
+
+def lerp_(
+    averages: Sequence[Tensor],
+    online: Sequence[Tensor],
+    weight: float,
+    seeds: Sequence[int],
+    num_updates: int = 0,
+    *,
+    by: type[Lerp] = Lerp,
+) -> Tensor:
+    """Do once what ``Lerp`` does, and return how many tensors were not all finite, as a 0-dim tensor.
 
     Args:
         averages: Tensors to move.
         online: Tensors to move them towards, of the same shapes and on the same devices.
         weight: Share of ``online`` taken, from 0 to 1.
         seeds: For each tensor the seed of its rounding, below 2 ** 32; used for 16-bit averages only.
-
-    Returns:
-        The number of tensors that were left out because they are not finite, as a 0-dim tensor on the first device.
+        num_updates: How often this was done. It is part of the seed.
+        by: Which kernel does it.
     """
-    if not averages:
-        return torch.zeros((), dtype=torch.int64)
-    finite = [_finite(tensor) for tensor in online]
-    flags = torch.stack([flag.to(averages[0].device) for flag in finite])
-    # Reading a flag costs nothing on the CPU and stalls the queue of any other device.
-    if all(tensor.device.type == "cpu" for tensor in averages) and bool(flags.all()):
-        _lerp_all(averages, online, weight, seeds)
-    else:
-        for average, tensor, flag, seed in zip(averages, online, finite, seeds, strict=True):
-            # Where the flag does not hold, the average moves towards itself.
-            _lerp(average, tensor, weight, seed, flag)
-    return (~flags).sum()
+    left_out = torch.zeros((), dtype=torch.int64, device=averages[0].device if averages else None)
+    by(averages, online, seeds, left_out)(weight, num_updates)
+    return left_out
 
 
-def _lerp_all(averages: Sequence[Tensor], online: Sequence[Tensor], weight: float, seeds: Sequence[int]) -> None:
-    alike = [a.dtype == x.dtype and a.dtype not in _SIXTEEN_BITS for a, x in zip(averages, online, strict=True)]
-    if any(alike):
-        # The form with one product: `decay * a + (1 - decay) * x` loses a share at every update, because the two
-        # rounded factors do not sum to 1 (2e-3 against 1e-5 after 100,000 updates).
-        torch._foreach_lerp_(list(compress(averages, alike)), list(compress(online, alike)), weight)
-    for average, tensor, seed, done in zip(averages, online, seeds, alike, strict=True):
-        if not done:
-            _lerp(average, tensor, weight, seed)
-
-
-def _lerp(average: Tensor, tensor: Tensor, weight: float, seed: int, flag: Tensor | None = None) -> None:
-    """Move one average piece by piece, if ``flag`` holds, without looking at it."""
-    wide = torch.float32 if average.dtype in _SIXTEEN_BITS else average.dtype
+def _lerp(average: Tensor, tensor: Tensor, weight: float, key: int) -> None:
+    """Move one average piece by piece."""
     start = 0
     for a, x in _flat_pieces((average, tensor)):
-        target = x.to(wide) if flag is None else torch.where(flag, x, a).to(wide)
-        if average.dtype == wide:
-            a.lerp_(target, weight)
-        else:
-            a.copy_(_round(a.to(wide).lerp_(target, weight), average.dtype, seed, start))
+        _lerp_piece(a, x, weight, key, start)
         start += a.numel()
 
 
-def _round(tensor: Tensor, dtype: torch.dtype, seed: int, start: int) -> Tensor:
+def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, key: int) -> Tensor:
+    """Move one average piece by piece where ``tensor`` is finite, and return whether all of it is."""
+    start, flags = 0, list[Tensor]()
+    for a, x in _flat_pieces((average, tensor)):
+        finite = x.isfinite()
+        flags.append(finite.all())
+        # Where it is not, the average moves towards itself.
+        _lerp_piece(a, torch.where(finite, x, a), weight, key, start)
+        start += a.numel()
+    return torch.stack(flags).all()
+
+
+def _lerp_piece(average: Tensor, tensor: Tensor, weight: float, key: int, start: int) -> None:
+    if average.dtype in _SIXTEEN_BITS:
+        moved = average.float()
+        _lerp_wide(moved, tensor.float(), weight)
+        average.copy_(_round(moved, average.dtype, key, start))
+    else:
+        _lerp_wide(average, tensor.to(average.dtype), weight)
+
+
+def _lerp_wide(average: Tensor, tensor: Tensor, weight: float) -> None:
+    # Torch's own gives -0.0 or 0.0 here, depending on the place in the tensor.
+    if weight == 1 or (average.dtype == torch.float32 and c_float(weight).value == 1):
+        average.copy_(tensor)
+    else:
+        average.lerp_(tensor, weight)
+
+
+def _round(tensor: Tensor, dtype: torch.dtype, key: int, start: int) -> Tensor:
     """Round float32 to 16 bits up or down by chance, so that the expectation is the value itself.
 
-    The chance comes from a counter: the element's index from ``start``, hashed with ``seed``. So it is the same on
-    each device and in each split of the work, and needs no state.
+    The chance comes from a counter: the element's index from ``start``, hashed with ``key``. So it is the same on
+    each device and in each split of the work, and needs no state. What is too large for ``dtype`` becomes its largest.
     """
     index = torch.arange(start, start + tensor.numel(), device=tensor.device).view(tensor.shape)
-    noise = _hash(_hash(index & 0xFFFFFFFF) ^ _hash(index >> 32) ^ seed)
+    # 32 bits for two elements, half a block of 32 apart: what lies together stays together for vector instructions.
+    counter = (index >> 5 << 4) | (index & 15)
+    drawn = _hash((counter & 0xFFFFFFFF) ^ key ^ _hash(counter >> 32))
+    chance = (drawn >> (index & 16)) & 0xFFFF
+    limits = torch.finfo(dtype)
+    if dtype == torch.bfloat16:  # float32 without its last 16 bits: what they say is the chance of rounding up
+        bits = tensor.view(torch.int32)
+        magnitude = bits & 0x7FFFFFFF
+        rounded = (magnitude + chance.to(torch.int32)).clamp_(max=0x7F7FFFFF)
+        rounded = torch.where(tensor.isnan(), 0x7FC00000, torch.where(tensor.isinf(), 0x7F7FFFFF, rounded))
+        return ((rounded | (bits & -0x80000000)) >> 16).to(torch.int16).view(dtype)
     # In units of the last place of `dtype`, which below its smallest normal number no longer shrinks.
     _, exponent = torch.frexp(tensor)
-    limits = torch.finfo(dtype)
     unit = torch.ldexp(torch.full_like(tensor, limits.eps), exponent - 1).clamp_(min=limits.tiny * limits.eps)
     bits = 24 + round(math.log2(limits.eps)) - 1  # that float32 has and `dtype` has not
-    chance = (noise >> (32 - bits)).to(torch.float32) / 2**bits
-    rounded = (tensor / unit + chance).floor_() * unit
+    rounded = (tensor / unit + (chance >> (16 - bits)).to(torch.float32) / 2**bits).floor_() * unit
     return rounded.clamp_(limits.min, limits.max).to(dtype)
 
 
-def _hash(x: Tensor) -> Tensor:
-    """Mix the lower 32 bits of an int64 tensor: ``lowbias32`` of Wellons, https://nullprogram.com/blog/2018/07/31/ ."""
+def key(seed: int, num_updates: int) -> int:
+    """Return what the chances of one tensor in one update are hashed with.
+
+    Args:
+        seed: The tensor's.
+        num_updates: The update's.
+    """
+    return _hash((seed ^ _hash(num_updates & 0xFFFFFFFF)) & 0xFFFFFFFF)
+
+
+_Bits = TypeVar("_Bits", int, Tensor)
+
+
+def _hash(x: _Bits) -> _Bits:
+    """Mix the lower 32 bits of an int: ``lowbias32`` of Wellons, https://nullprogram.com/blog/2018/07/31/ ."""
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
     return x ^ (x >> 15)

@@ -1,0 +1,45 @@
+"""Compile the C kernel when the package is installed, where there is a compiler; without one torch does the same."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from sysconfig import get_platform
+from types import ModuleType
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+_KERNELS = Path("src/polyak/kernels")
+
+
+def _load(path: Path) -> ModuleType:
+    """Import a file of the package alone: the package needs torch, which a build has not."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class KernelBuildHook(BuildHookInterface):
+    """Put the compiled library beside its sources, and so into the wheel or under the editable install."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        del version
+        if self.target_name != "wheel":
+            return
+        build = _load(Path(self.root) / _KERNELS / "build.py")
+        try:
+            library: Path = build.build()
+        except (build.BuildError, OSError) as error:
+            self.app.display_warning(f"polyak goes without its C kernel, more slowly, with the same results: {error}")
+            # One of another machine or of older sources would be no better than none.
+            build.LIBRARY.unlink(missing_ok=True)
+            return
+        build_data["artifacts"].append(f"/{library.relative_to(self.root).as_posix()}")
+        build_data["pure_python"] = False
+        if sys.platform == "linux" or sys.platform == "darwin":  # it knows no Python, so it serves each version
+            build_data["tag"] = f"py3-none-{get_platform().replace('-', '_').replace('.', '_')}"

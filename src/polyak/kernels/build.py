@@ -1,0 +1,48 @@
+"""Compile the C kernel beside its sources.
+
+Installing the package does this (``hatch_build.py`` at the root of the repository, which loads this file by its path,
+since torch is not there yet), and so does ``python -m polyak.kernels``. It needs a C compiler, the ``cc`` on the path
+or what ``CC`` names, and nothing else: the library knows neither Python nor torch.
+"""
+
+import os
+import shlex
+import subprocess
+import tempfile
+import zlib
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+LIBRARY = FOLDER / "_cpu.so"
+_SOURCES = ("cpu.c", "lerp.h")
+_FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
+
+
+class BuildError(Exception):
+    """The kernel could not be compiled; the one in torch does the same."""
+
+
+def sources_id() -> int:
+    """Return a number that tells the sources of one library from those of another. Never 0."""
+    return zlib.crc32(b"".join((FOLDER / name).read_bytes() for name in _SOURCES)) or 1
+
+
+def build() -> Path:
+    """Compile the kernel, and return where it is.
+
+    Raises:
+        BuildError: If there is no compiler, or it fails.
+    """
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
+        draft = Path(folder) / LIBRARY.name
+        command = [*compiler, *_FLAGS, f"-DSOURCES={sources_id()}", "-o", str(draft), str(FOLDER / _SOURCES[0])]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise BuildError(f"a C compiler must be on the path, or named by CC ({error})") from error
+        if done.returncode:
+            raise BuildError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+        # Another process may have the old one mapped: it keeps it.
+        draft.replace(LIBRARY)
+    return LIBRARY
