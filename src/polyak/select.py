@@ -186,7 +186,7 @@ def _places(tensors: list[Tensor]) -> tuple[list[Any], list[Any]]:
     try:
         return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
     except (RuntimeError, ValueError):  # a lazily built module has parameters that are nowhere yet
-        return [tensor if is_lazy(tensor) else tensor.data_ptr() for tensor in tensors], []
+        return [-1 if is_lazy(tensor) else tensor.data_ptr() for tensor in tensors], []
 
 
 def check_match(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:

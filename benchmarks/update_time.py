@@ -1,0 +1,260 @@
+"""How long one update of an average takes, beside other libraries and beside the memory's own limit.
+
+    python benchmarks/update_time.py [--repeats 11] [--largest 100] [--out benchmarks/results/update_time.md]
+
+All contenders of a case take turns in one run, so that whatever else the machine does befalls them alike. Libraries
+that are not installed are left out; `pip install ema-pytorch torch-ema` and, without what it depends on, `timm`.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import os
+import random
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from results_io import RESULTS, item, measured, paragraph, progress, provenance, table, write
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+
+from polyak import kernels
+from polyak.shadow import Shadow
+
+DECAY = 0.999
+OURS, OURS_TORCH, LIMIT = "polyak", "polyak, kernel in torch", "the limit"
+PAIRS = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16 model, float32 average": (torch.bfloat16, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+}
+
+
+def resnet50() -> list[tuple[int, ...]]:
+    """Return the shapes of ResNet-50: 161 parameters, and the running means and variances."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), *[(64,)] * 4]
+    before = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += [(width, before, 1, 1), *[(width,)] * 4, (width, width, 3, 3), *[(width,)] * 4]
+            shapes += [(4 * width, width, 1, 1), *[(4 * width,)] * 4]
+            if block == 0:
+                shapes += [(4 * width, before, 1, 1), *[(4 * width,)] * 4]
+            before = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def gpt2() -> list[tuple[int, ...]]:
+    """Return the shapes of GPT-2 small, its head tied to the embedding."""
+    block = [*[(768,)] * 2, (768, 2304), (2304,), (768, 768), (768,), *[(768,)] * 2, (768, 3072), (3072,)]
+    return [(50257, 768), (1024, 768), *[*block, (3072, 768), (768,)] * 12, *[(768,)] * 2]
+
+
+def limit(num_elements: int, folder: Path, threads: int) -> Callable[[], None]:
+    """Return `y += a * (x - y)` in C over one flat pair of float32, a share of it for each thread."""
+    source, library = folder / "limit.c", folder / "limit.so"
+    source.write_text(
+        "void run(float *y, const float *x, long n, float a) {for (long i = 0; i < n; i++) y[i] += a * (x[i] - y[i]);}"
+    )
+    flags = ["-O3", "-march=native", "-shared", "-fPIC"]
+    subprocess.run([os.environ.get("CC") or "cc", *flags, "-o", str(library), str(source)], check=True)
+    call = ctypes.CDLL(str(library)).run
+    call.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_float]
+    y, x = torch.randn(num_elements), torch.randn(num_elements)
+    pool = ThreadPoolExecutor(threads)
+    shares = list(zip(y.tensor_split(threads), x.tensor_split(threads), strict=True))
+
+    def run() -> None:
+        for done in [pool.submit(call, a.data_ptr(), b.data_ptr(), a.numel(), 1 - DECAY) for a, b in shares]:
+            done.result()
+
+    return run
+
+
+def file_of(package: str, path: str) -> ModuleType | None:
+    """Import one file of a package without the package, which needs what is not installed."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        return None
+    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(found.origin).parent / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def contenders(model: nn.Module, average: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield what updates an average of ``model``, each with an average of its own."""
+    shadow = Shadow(model, dtype=average)
+    yield OURS, lambda: shadow.update_(1 - DECAY)
+    other = Shadow(model, dtype=average)
+    averages, tensors = list(other.averages.values()), list(model.parameters())
+    other._lerp = kernels.KERNELS["torch"](averages, tensors, range(len(tensors)), torch.zeros((), dtype=torch.int64))
+    yield OURS_TORCH, lambda: other.update_(1 - DECAY)
+    for name, functions in (
+        ("torch AveragedModel, avg_fn", {"avg_fn": get_ema_avg_fn(DECAY)}),
+        ("torch AveragedModel, multi_avg_fn", {"multi_avg_fn": get_ema_multi_avg_fn(DECAY)}),
+    ):
+        averaged = AveragedModel(model, **functions)
+        averaged.module.to(average)
+        averaged.update_parameters(model)
+        yield name, lambda averaged=averaged: averaged.update_parameters(model)
+    if importlib.util.find_spec("ema_pytorch"):
+        import ema_pytorch
+
+        for foreach in (False, True):
+            copy = deepcopy(model).to(average)
+            lucid = ema_pytorch.EMA(
+                model,
+                ema_model=copy,
+                beta=DECAY,
+                update_every=1,
+                update_after_step=0,
+                use_foreach=foreach,
+                coerce_dtype=True,
+            )
+            lucid.update()
+            yield f"ema-pytorch{', foreach' if foreach else ''}", lucid.update
+    if timm := file_of("timm", "utils/model_ema.py"):
+        v3 = timm.ModelEmaV3(model, DECAY, dtype=average)
+        yield "timm ModelEmaV3", lambda: v3.update(model)
+    if importlib.util.find_spec("torch_ema"):
+        from torch_ema import ExponentialMovingAverage
+
+        ema = ExponentialMovingAverage(model.parameters(), DECAY, use_num_updates=False)
+        ema.shadow_params = [p.to(average) for p in ema.shadow_params]
+        yield "torch-ema", ema.update
+    yield from formulas(model, average)
+
+
+def formulas(model: nn.Module, average: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield the updates of libraries that do not install here, as they are written there."""
+
+    def own() -> list[torch.Tensor]:
+        return [p.detach().to(average, copy=True) for p in model.parameters()]
+
+    loop, foreach, named = own(), own(), own()
+
+    @torch.no_grad()
+    def diffusers() -> None:
+        for s, p in zip(loop, list(model.parameters()), strict=True):
+            s.sub_((1 - DECAY) * (s - p))
+
+    @torch.no_grad()
+    def diffusers_foreach() -> None:
+        torch._foreach_sub_(foreach, torch._foreach_sub(foreach, list(model.parameters())), alpha=1 - DECAY)
+
+    names = dict(zip(dict(model.named_parameters()), named, strict=True))
+
+    @torch.no_grad()
+    def composer() -> None:
+        for name, p in model.named_parameters():
+            names[name].copy_(names[name] * DECAY + p.data * (1 - DECAY))
+
+    yield "formula of diffusers", diffusers
+    yield "formula of diffusers, foreach", diffusers_foreach
+    yield "formula of Composer", composer
+
+
+def race(model: nn.Module, average: torch.dtype, run_limit: Callable[[], None], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of each contender, and of the limit, all in turns in an order that changes."""
+    runs = {LIMIT: run_limit}
+    for name, run in contenders(model, average):
+        try:
+            run()
+        except (RuntimeError, TypeError) as error:
+            print(f"{name} refuses: {str(error).splitlines()[0]}")
+        else:
+            runs[name] = run
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name in random.sample(list(runs), len(runs)):
+            began = time.perf_counter()
+            runs[name]()
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=11, help="of each (default: 11)")
+    parser.add_argument("--largest", type=int, default=100, help="millions in the largest tensor (default: 100)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "update_time.md")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    cases = {
+        "ResNet-50": resnet50(),
+        "GPT-2": gpt2(),
+        "4,000 of 64": [(64,)] * 4000,
+        f"one of {arguments.largest} M": [(arguments.largest * 1_000_000,)],
+    }
+    threads, results, lines = torch.get_num_threads(), [], []
+    with progress() as bar, tempfile.TemporaryDirectory() as folder:
+        task = bar.add_task("cases", total=len(cases) * len(PAIRS))
+        for case, shapes in cases.items():
+            count = sum(torch.Size(shape).numel() for shape in shapes)
+            run_limit = limit(count, Path(folder), threads)
+            for pair, (dtype, average) in PAIRS.items():
+                model = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes)
+                size = dtype.itemsize + 2 * average.itemsize
+                times = race(model, average, run_limit, arguments.repeats * (3 if count < 1e6 else 1))
+                medians = {name: statistics.median(found) for name, found in times.items()}
+                medians[LIMIT] *= size / 12
+                peers = {name: s for name, s in medians.items() if not name.startswith(OURS) and name != LIMIT}
+                best = min(peers, key=peers.__getitem__)
+                results.append(
+                    {
+                        "case": case,
+                        "tensors": len(shapes),
+                        "elements": count,
+                        "pair": pair,
+                        "bytes_per_element": size,
+                        "median_ms": {name: 1000 * s for name, s in medians.items()},
+                        "over_limit": medians[OURS] / medians[LIMIT],
+                        "best_peer": best,
+                        "best_peer_over_ours": peers[best] / medians[OURS],
+                    }
+                )
+                bar.advance(task)
+    lines = [
+        "# How long one update takes",
+        "",
+        *paragraph(
+            "Milliseconds, medians; all contenders of a column took turns in one run, in changing order. The limit is "
+            "`y += a * (x - y)` in C over one flat float32 pair of as many elements, on every core, times the bytes that "
+            "an update of these dtypes reads and writes, over 12. Below one when the limit's loop leaves speed unused: "
+            "ours asks for memory ahead. A 16-bit average is rounded stochastically by polyak and timm; the others "
+            "round to nearest, which is quicker and stalls at long half-lives. *Formula of*: the lines of a library "
+            "that is not installed. No GPU: nothing of this was measured on one."
+        ),
+        "",
+    ]
+    for pair in PAIRS:
+        of = [found for found in results if found["pair"] == pair]
+        names = list(dict.fromkeys(name for found in of for name in found["median_ms"]))
+        names.sort(key=lambda name: of[1]["median_ms"].get(name, 1e9))
+        head = (
+            "",
+            *(f"{found['case']} ({found['tensors']:,} tensors, {found['elements'] / 1e6:.1f} M)" for found in of),
+        )
+        rows = [(name, *(f"{found['median_ms'].get(name, float('nan')):.2f}" for found in of)) for name in names]
+        rows.append(("polyak over the limit", *(f"{found['over_limit']:.2f}" for found in of)))
+        rows.append(("the best peer over polyak", *(f"{found['best_peer_over_ours']:.2f}" for found in of)))
+        lines += [f"## {pair.capitalize()}", "", *table(("", *titles), rows), ""]
+    how = provenance("torch", "ema-pytorch", "timm", "torch-ema")
+    wall_s = time.perf_counter() - began
+    lines += [*item(f"polyak's kernel: {kernels.CHOSEN}."), "", *measured(how, wall_s)]
+    write(arguments.out, lines, {"results": results, "kernel": kernels.CHOSEN, "how": how, "wall_s": round(wall_s, 1)})
+
+
+if __name__ == "__main__":
+    main()
