@@ -214,7 +214,7 @@ class Recorder(Algorithm):
         if saying and before <= _PATIENCE_S < self._waited_s:
             warnings.warn(
                 f"training has waited {self._waited_s:.1f} s for the disk: a stretch of {self.interval or 'T/512'} "
-                f"ends before the last one is in {self.folder}; take a longer interval, a faster disk, or a 16-bit dtype",
+                f"ends before the last is in {self.folder}; take a longer interval, a faster disk, or a 16-bit dtype",
                 PlanWarning,
                 stacklevel=3,
             )
