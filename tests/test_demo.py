@@ -163,7 +163,10 @@ def test_the_half_life_is_chosen_from_the_record_on_digits_that_no_one_else_uses
         span = re.search(r"Time\(([\d.]+), 'ba'\)", file.metadata()["polyak.profile"])[1]
     assert f"{span}ba is best on validation" in printed
     results = [json.loads(line) for line in (out / "sweep" / "sweep.jsonl").read_text().splitlines()]
-    assert min(one["metrics"]["loss"] for one in results if one["name"].startswith("half")) == measure(state, validation)["loss"]
+    assert (
+        min(one["metrics"]["loss"] for one in results if one["name"].startswith("half"))
+        == measure(state, validation)["loss"]
+    )
     assert f"{measure(state, test)['loss']:.3f}" in printed
     assert "<svg" in (out / "sweep" / "report.html").read_text()
 
