@@ -58,11 +58,11 @@ class Recorder(Algorithm):
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> with attach(Recorder("my-run", interval="5ba"), model, optimizer):
-        ...     for _ in range(500):
+        ...     for _ in range(200):
         ...         optimizer.zero_grad()
-        ...         model(torch.randn(8, 2)).square().mean().backward()
+        ...         nn.functional.mse_loss(model(torch.randn(8, 2)), torch.randn(8, 1)).backward()
         ...         optimizer.step()
-        >>> averaged = Record("my-run").average(HalfLife("100ba", unbiased=True))
+        >>> averaged = Record("my-run").average(HalfLife("50ba", unbiased=True))
         >>> model.load_state_dict(averaged)
         <All keys matched successfully>
     """
