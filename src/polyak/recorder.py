@@ -21,7 +21,7 @@ from polyak.time import Time, Timestamp, TimeUnit, as_span
 # A state may be the one that is being written over the last, and then the last is still needed if that fails.
 _PINS_PER_PATH = 2
 # How long training may wait for the disk, all in all, before that is worth a warning.
-_PATIENCE_S = 1.0
+_PATIENCE_S = 5.0
 
 
 class Recorder(Algorithm):
@@ -57,7 +57,7 @@ class Recorder(Algorithm):
         >>> from polyak import HalfLife, Record, attach
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> with attach(Recorder("my-run", interval="5ba"), model, optimizer):
+        >>> with attach(Recorder("my-run", interval="20ba"), model, optimizer):
         ...     for _ in range(200):
         ...         optimizer.zero_grad()
         ...         nn.functional.mse_loss(model(torch.randn(8, 2)), torch.randn(8, 1)).backward()
