@@ -22,7 +22,7 @@ from results_io import processor, row
 
 import polyak
 from polyak.cli.folder import replacing
-from polyak.cli.recipe import Digits, build_trainer, cosine
+from polyak.cli.recipe import NUM_TRAIN, NUM_VALIDATION, Digits, build_trainer, cosine
 
 RUNS = {
     "the demo": Digits(),
@@ -102,9 +102,9 @@ def page(found: dict[str, list[Result]]) -> str:
     lines = [
         "# The demo over seeds",
         "",
-        f"`polyak demo`: scikit-learn's digits, 1000 for training and 797 for testing, {demo.flipped:.0%} of the",
-        f"training labels wrong; a network of 64-128-128-10; SGD at a constant learning rate of {demo.lr}, batches of "
-        f"{demo.batch_size}, {demo.steps} steps.",
+        f"`polyak demo`: scikit-learn's digits, {NUM_TRAIN} for training, {NUM_VALIDATION} for choosing and 500 for",
+        f"testing, {demo.flipped:.0%} of the training labels wrong; a network of 64-128-128-10; SGD at a constant",
+        f"learning rate of {demo.lr}, batches of {demo.batch_size}, {demo.steps} steps.",
         f"EMA with half-life {demo.half_life}, fixed beforehand. All is measured on the test digits, at the end.",
         "Mean ± standard deviation; gains are of averaged over raw in the same run. In accuracy more is better, in",
         "cross-entropy less.",

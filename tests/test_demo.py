@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 import polyak
 from polyak.cli import main
 from polyak.cli.folder import RunFolder, replacing
-from polyak.cli.recipe import build_model
+from polyak.cli.recipe import Digits, build_model, load_data, measure
 from polyak.report.series import read_curves
 
 STEPS = 410  # not where an epoch, a checkpoint or the half-life ends
-OUTPUTS = ("averaged.safetensors", "metrics.jsonl", "demo.png", "demo.svg", "demo.json")
+OUTPUTS = ("averaged.safetensors", "metrics.jsonl", "demo.png", "demo.svg", "raw.safetensors", "demo.json")
+FOLDERS = ("checkpoints", "record", "sweep")
 
 
 def start(out, *arguments):
@@ -117,13 +118,13 @@ def test_the_averaged_weights_are_better_than_the_raw_ones(full) -> None:
 
 def test_everything_that_is_promised_is_written(full) -> None:
     out, printed, said = full
-    assert sorted(p.name for p in out.iterdir()) == sorted([*OUTPUTS, "checkpoints"])
+    assert sorted(p.name for p in out.iterdir()) == sorted([*OUTPUTS, *FOLDERS])
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["ep14-ba900.pt", "ep15-ba1000.pt"]
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
     assert b"</svg>" in (out / "demo.svg").read_bytes()
     curves = read_curves(out / "metrics.jsonl")
     assert curves["eval/accuracy"].batches == curves["train/loss"].batches == tuple(range(10, 1001, 10))
-    assert all(name in printed for name in OUTPUTS[:-1])
+    assert all(name in printed for name in OUTPUTS[:-2])
     assert "note" not in said
 
 
@@ -145,11 +146,29 @@ def test_the_averaged_weights_load_into_a_plain_model_and_are_those_of_the_check
 
 def test_a_complete_run_is_shown_again_and_left_as_it_is(full) -> None:
     out, printed, _ = full
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     again, said = demo_process(out)
     assert said == ""
     assert again.split("weights", 1)[1] == printed.split("weights", 1)[1]
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_the_half_life_is_chosen_from_the_record_on_digits_that_no_one_else_uses(full) -> None:
+    out, printed, _ = full
+    digits = Digits()
+    train, validation, test = load_data(digits)
+    assert [len(part) for part in (train, validation, test)] == [1000, 297, 500]
+    state = load_file(out / "sweep" / "best.safetensors")
+    with safe_open(out / "sweep" / "best.safetensors", "pt") as file:
+        span = re.search(r"Time\(([\d.]+), 'ba'\)", file.metadata()["polyak.profile"])[1]
+    assert f"{span}ba is best on validation" in printed
+    results = [json.loads(line) for line in (out / "sweep" / "sweep.jsonl").read_text().splitlines()]
+    assert (
+        min(one["metrics"]["loss"] for one in results if one["name"].startswith("half"))
+        == measure(state, validation)["loss"]
+    )
+    assert f"{measure(state, test)['loss']:.3f}" in printed
+    assert "<svg" in (out / "sweep" / "report.html").read_text()
 
 
 def test_a_lost_output_is_written_again(full) -> None:

@@ -238,3 +238,10 @@ def test_an_exchange_that_is_interrupted_anywhere_goes_back_even_if_that_is_inte
 def test_an_exchange_needs_no_more_than_its_scratch() -> None:
     left, right = [torch.zeros(10 * SCRATCH_ELEMENTS)], [torch.ones(10 * SCRATCH_ELEMENTS)]
     assert sum(s.numel() for s in Exchange(left, right)._scratches.values()) <= SCRATCH_ELEMENTS
+
+
+def test_the_pieces_of_a_large_tensor_are_rounded_by_chances_of_their_own() -> None:
+    average = torch.ones(2 * SCRATCH_ELEMENTS, dtype=torch.bfloat16)
+    lerp_([average], [average + 0.5], 0.001, [7])
+    first, second = average.chunk(2)
+    assert not torch.equal(first, second)

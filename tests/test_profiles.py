@@ -88,7 +88,7 @@ NEWEST = [
 ]
 
 
-@pytest.mark.parametrize(("profile", "newest"), NEWEST, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(("profile", "newest"), NEWEST, ids=[repr(profile) for profile, _ in NEWEST])
 @pytest.mark.parametrize("t", [1, 2, 3, 5, 6, 7, 100, 2000])
 def test_the_newest_weights_count_as_the_definition_says(profile, newest, t) -> None:
     assert 1 - profile.decay(t - 1, t) == pytest.approx(newest(t), rel=1e-9, abs=1e-12)

@@ -230,15 +230,16 @@ def test_training_goes_on_while_a_stretch_is_written_and_waits_if_the_next_one_e
         return real(self, *args)
 
     monkeypatch.setattr(Writer, "append", slow)
+    monkeypatch.setattr("polyak.recorder._PATIENCE_S", 0.2)
     loop = Loop(Recorder(tmp_path, "4ba"))
     loop.run(7)  # the first stretch is being written
     assert not release.is_set()
     timer = threading.Timer(1.2, release.set)
     timer.start()
     began = time.perf_counter()
-    with pytest.warns(PlanWarning, match=r"training has waited 1\.. s for the disk: a stretch of 4ba"):
+    with pytest.warns(PlanWarning, match=r"training has waited \d+\.\d s for the disk: a stretch of 4ba"):
         loop.run(1)
-    assert time.perf_counter() - began > 1.1
+    assert time.perf_counter() - began > 0.5
     loop.run(12).attached.detach()
     assert threading.current_thread().name not in threads
     assert [s.num_updates for s in Record(tmp_path).stretches] == [4] * 5

@@ -3,6 +3,7 @@
 import json
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_the_grid_goes_from_the_finest_half_life_to_the_whole_run(folder) -> Non
     spans = [float(profile.span) for profile in grid(Record(folder), 5)]
     assert spans[0] == Record(folder).finest == 2
     assert spans[-1] == 256
-    ratios = [b / a for a, b in zip(spans[:-1], spans[1:], strict=True)]
+    ratios = [b / a for a, b in pairwise(spans)]
     assert max(ratios) / min(ratios) < 1.02
     assert [float(profile.span) for profile in grid(Record(folder), 2)] == [2, 256]
 

@@ -1,6 +1,7 @@
 """Weight averaging for PyTorch: in any training loop, at memory speed, with nothing lost."""
 
 from polyak.algorithm import Algorithm, dispatch
+from polyak.batchnorm import update_bn
 from polyak.ema import EMA, compute_ema
 from polyak.errors import (
     CheckpointError,
@@ -19,6 +20,7 @@ from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform
 from polyak.record import RecordError
 from polyak.recorder import Recorder
 from polyak.select import Policy, default_policy
+from polyak.sweeping import sweep
 from polyak.time import Time, Timestamp, TimeUnit
 from polyak.trainer import (
     Callback,
@@ -73,4 +75,6 @@ __all__ = [
     "compute_ema",
     "default_policy",
     "dispatch",
+    "sweep",
+    "update_bn",
 ]

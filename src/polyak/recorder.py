@@ -21,7 +21,7 @@ from polyak.time import Time, Timestamp, TimeUnit, as_span
 # A state may be the one that is being written over the last, and then the last is still needed if that fails.
 _PINS_PER_PATH = 2
 # How long training may wait for the disk, all in all, before that is worth a warning.
-_PATIENCE_S = 1.0
+_PATIENCE_S = 5.0
 
 
 class Recorder(Algorithm):
@@ -57,12 +57,12 @@ class Recorder(Algorithm):
         >>> from polyak import HalfLife, Record, attach
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> with attach(Recorder("my-run", interval="5ba"), model, optimizer):
-        ...     for _ in range(100):
+        >>> with attach(Recorder("my-run", interval="20ba"), model, optimizer):
+        ...     for _ in range(200):
         ...         optimizer.zero_grad()
-        ...         model(torch.randn(8, 2)).square().mean().backward()
+        ...         nn.functional.mse_loss(model(torch.randn(8, 2)), torch.randn(8, 1)).backward()
         ...         optimizer.step()
-        >>> averaged = Record("my-run").average(HalfLife("20ba"))
+        >>> averaged = Record("my-run").average(HalfLife("50ba", unbiased=True))
         >>> model.load_state_dict(averaged)
         <All keys matched successfully>
     """
@@ -214,7 +214,7 @@ class Recorder(Algorithm):
         if saying and before <= _PATIENCE_S < self._waited_s:
             warnings.warn(
                 f"training has waited {self._waited_s:.1f} s for the disk: a stretch of {self.interval or 'T/512'} "
-                f"ends before the last one is in {self.folder}; take a longer interval, a faster disk, or a 16-bit dtype",
+                f"ends before the last is in {self.folder}; take a longer interval, a faster disk, or a 16-bit dtype",
                 PlanWarning,
                 stacklevel=3,
             )

@@ -6,22 +6,31 @@ does. Both are evaluated on clean test digits all along. It takes a few seconds
 on a CPU. Stop it at any moment: the same command goes on to the same result.
 """
 
+import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 import polyak
 from polyak.cli.command import UsageError, require, span, whole
 from polyak.cli.folder import RunFolder, replacing
-from polyak.cli.recipe import Digits, build_trainer
+from polyak.cli.recipe import NUM_VALIDATION, RECORD_INTERVAL, Digits, build_trainer, load_data, measure
 from polyak.ema import EMA
+from polyak.errors import ProfileError
+from polyak.posthoc import Record
 from polyak.profiles import HalfLife
 from polyak.record import TensorInfo, write_tensors
 from polyak.report.series import Curve, read_curves, update_shares
-from polyak.time import TimeUnit
+from polyak.report.swept import swept
+from polyak.sweeping import best, sweep
+from polyak.time import Time, TimeUnit
 from polyak.trainer import CheckpointSaver, JSONLinesLogger, ProgressBar
 
 if TYPE_CHECKING:
@@ -35,10 +44,14 @@ _EPILOG = """\
 what is written to DIR:
   averaged.safetensors  the averaged weights, as a plain state dict:
                         model.load_state_dict(safetensors.torch.load_file(path))
+  raw.safetensors       the last weights, likewise
   checkpoints/          the newest two, one every 100 steps, to go on from
   metrics.jsonl         the training loss; accuracy and cross-entropy (loss) of
                         raw (eval_raw/...) and averaged weights (eval/...)
   demo.png, demo.svg    both curves, and how much each step of training counts
+  record/               the run, for polyak inspect, reconstruct and sweep
+  sweep/                report.html: every half-life on digits held out for it,
+                        put together from the record; best.safetensors
   demo.json             the arguments, to which DIR belongs; --steps may grow
 
 examples:
@@ -92,7 +105,8 @@ def run(arguments: Namespace) -> int:
     with folder.locked():
         folder.begin(
             {"--seed": digits.seed, "--half-life": str(digits.half_life), "--steps": digits.steps},
-            f"flipped={digits.flipped} lr={digits.lr} batch_size={digits.batch_size}",
+            f"flipped={digits.flipped} lr={digits.lr} batch_size={digits.batch_size} "
+            f"validation={NUM_VALIDATION} record={RECORD_INTERVAL}",
             may_grow=None if digits.half_life.unit is TimeUnit.DURATION else "--steps",
         )
         console.print(
@@ -103,8 +117,17 @@ def run(arguments: Namespace) -> int:
             console.print(f"{digits.steps} steps are done already; nothing was trained.")
         else:
             _train(digits, folder, console)
-        _show(_final(read_curves(folder.metrics), digits, folder), folder, console)
+        _show(_final(read_curves(folder.metrics), digits, folder), _choose(digits, folder, console), folder, console)
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Chosen:
+    """What the half-life that validation chose gets on the test digits."""
+
+    half_life: Time
+    accuracy: float
+    loss: float
 
 
 class _Accuracies(ProgressBar):
@@ -119,35 +142,71 @@ class _Accuracies(ProgressBar):
 def _train(digits: Digits, folder: RunFolder, console: "Console") -> None:
     # Threads cost more than they bring in a network of this size, and their number could change the last bits.
     torch.set_num_threads(1)
-    folder.sweep()
     saver = CheckpointSaver(folder.checkpoints, "100ba", keep=2)
+    if saver.latest() is None and folder.record.exists():
+        shutil.rmtree(folder.record)  # of a run that was killed before it could be gone on with
     trainer, ema = build_trainer(
         digits,
         callbacks=[saver],
         loggers=[JSONLinesLogger(folder.metrics), _Accuracies()],
+        record=folder.record,
         autoresume=True,
     )
     if begun := trainer.state.timestamp.batch.value:
         console.print(f"Going on after {begun} of {digits.steps} steps, from {saver.latest()}.")
     trainer.fit()
+    (folder.sweep / "report.html").unlink(missing_ok=True)  # of a shorter run
     _write(digits, folder, ema)
 
 
 def _write(digits: Digits, folder: RunFolder, ema: EMA) -> None:
     assert ema.ema_model is not None
-    averaged = ema.ema_model.state_dict()
+    assert ema.training_model is not None
     metadata = {
         "format": "pt",
         "made_by": f"polyak demo, polyak {polyak.__version__}",
-        "profile": repr(ema.profile),
         "steps": str(digits.steps),
         "seed": str(digits.seed),
     }
-    with replacing(folder.averaged) as draft:
-        infos = {name: TensorInfo.of(tensor, averaged=True) for name, tensor in averaged.items()}
-        write_tensors(draft, infos, averaged.__getitem__, metadata)
+    _export(ema.training_model, folder.raw, {**metadata, "profile": "last weights"})
+    _export(ema.ema_model, folder.averaged, {**metadata, "profile": repr(ema.profile)})
     _draw(digits, folder)
     folder.finish()
+
+
+def _export(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    state = model.state_dict()
+    infos = {name: TensorInfo.of(tensor, averaged=True) for name, tensor in state.items()}
+    with replacing(path) as draft:
+        write_tensors(draft, infos, state.__getitem__, metadata)
+
+
+def _choose(digits: Digits, folder: RunFolder, console: "Console") -> _Chosen | None:
+    """Choose the half-life from the record, on digits that are neither trained on nor tested with."""
+    from polyak.cli.sweep import Progress, write_report  # noqa: PLC0415  plotting, an extra
+
+    _, validation, test = load_data(digits)
+    record = Record(folder.record)
+    folder.sweep.mkdir(exist_ok=True)
+    try:
+        with Progress() as progress:
+            results = sweep(
+                record,
+                partial(measure, data=validation),
+                others={"raw": folder.raw, "online": folder.averaged},
+                results=folder.sweep / "sweep.jsonl",
+                progress=progress.show,
+            )
+    except ProfileError as error:
+        console.print(f"No half-life can be chosen from this record: {error}")
+        return None
+    found = best([result for result in results if isinstance(result.profile, HalfLife)], "loss")
+    assert isinstance(found.profile, HalfLife)
+    record.export(found.profile, folder.sweep / "best.safetensors")
+    if not (folder.sweep / "report.html").exists():
+        write_report(swept(record, results, "loss"), folder.sweep)
+    tested = measure(load_file(folder.sweep / "best.safetensors"), data=test)
+    return _Chosen(found.profile.span, tested["accuracy"], tested["loss"])
 
 
 def _final(curves: Mapping[str, Curve], digits: Digits, folder: RunFolder) -> dict[str, Curve]:
@@ -180,7 +239,7 @@ def _draw(digits: Digits, folder: RunFolder) -> None:
             draft.write_bytes(render(figure, path.suffix[1:]))
 
 
-def _show(curves: Mapping[str, Curve], folder: RunFolder, console: "Console") -> None:
+def _show(curves: Mapping[str, Curve], chosen: _Chosen | None, folder: RunFolder, console: "Console") -> None:
     from rich.table import Table  # noqa: PLC0415  an extra
 
     rows: dict[str, Any] = {
@@ -195,7 +254,15 @@ def _show(curves: Mapping[str, Curve], folder: RunFolder, console: "Console") ->
     accuracy, loss = (after - before for before, after in zip(rows["raw"], rows["averaged"], strict=True))
     table.add_section()
     table.add_row("difference", f"{100 * accuracy:+.1f} points", f"{loss:+.3f}")
+    if chosen is not None:
+        table.add_section()
+        table.add_row("half-life chosen later", f"{chosen.accuracy:.1%}", f"{chosen.loss:.3f}")
     console.print(table)
+    if chosen is not None:
+        console.print(
+            f"Chosen later: the run was recorded once, and of all half-lives {chosen.half_life} is best on validation "
+            "digits. All numbers above are of test digits, which had no part in that."
+        )
     console.print(
         "Averaging helps here because the learning rate is constant and labels wrong. Where it does not: see README."
         if accuracy > 0 > loss
@@ -204,6 +271,7 @@ def _show(curves: Mapping[str, Curve], folder: RunFolder, console: "Console") ->
     console.print(f"\nWritten to {folder.path}/", soft_wrap=True)
     for name, what in (
         (folder.averaged.name, "for model.load_state_dict(load_file(path))"),
+        (f"{folder.sweep.name}/report.html", "every half-life, to look at in a browser"),
         (f"{folder.checkpoints.name}/", "to go on from, with more --steps"),
         (folder.metrics.name, "every number that was measured"),
         (f"{folder.png.name}, {folder.svg.name}", "the curves, and how much each step counts"),

@@ -40,6 +40,9 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.averaged = path / "averaged.safetensors"
+        self.raw = path / "raw.safetensors"
+        self.record = path / "record"
+        self.sweep = path / "sweep"
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.png = path / "demo.png"
@@ -122,7 +125,7 @@ class RunFolder:
     def complete(self) -> bool:
         """Whether everything is written."""
         kept = self._read()
-        files = (self.averaged, self.metrics, self.png, self.svg)
+        files = (self.averaged, self.raw, self.metrics, self.png, self.svg)
         return kept is not None and kept["complete"] and all(file.is_file() for file in files)
 
     def finish(self) -> None:
@@ -130,11 +133,6 @@ class RunFolder:
         kept = self._read()
         assert kept is not None
         self._note(kept["arguments"], kept["recipe"], complete=True)
-
-    def sweep(self) -> None:
-        """Remove what a killed process left of a checkpoint that it was writing."""
-        for draft in self.checkpoints.glob(".ep*.pt.*"):
-            draft.unlink(missing_ok=True)
 
     def _note(self, arguments: Mapping[str, str | int], recipe: str, *, complete: bool) -> None:
         noted = {

@@ -1,7 +1,7 @@
 """The task of ``polyak demo``: handwritten digits, with some of the training labels wrong."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -122,6 +122,23 @@ def build_model() -> nn.Module:
     for inputs, outputs in pairwise(WIDTHS):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
+
+
+@torch.no_grad()
+def measure(state: Mapping[str, Tensor], data: TensorDataset) -> dict[str, float]:
+    """Return the cross-entropy and the accuracy of weights.
+
+    Args:
+        state: Of the network.
+        data: To be measured on.
+    """
+    model = build_model()
+    model.load_state_dict(state)
+    inputs, targets = data.tensors
+    outputs = model(inputs)
+    accuracy = Accuracy()
+    accuracy.update(outputs, targets)
+    return {"loss": float(nn.functional.cross_entropy(outputs, targets)), "accuracy": accuracy.compute()}
 
 
 def build_trainer(

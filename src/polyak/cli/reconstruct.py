@@ -83,9 +83,8 @@ def run(arguments: Namespace) -> int:
     updates = moment.pop("updates")
     readings = clocks(Timestamp.from_state_dict(moment))
     print(f"profile  {profile}")
-    print(
-        f"moment   {', '.join([f'{updates} updates recorded', *(str(Time(v, unit)) for unit, v in readings.items())])}"
-    )
+    clock = [str(Time(round(value, 3), unit)) for unit, value in readings.items()]
+    print(f"moment   {', '.join([f'{updates} updates recorded', *clock])}")
     error = percent(float(metadata["polyak.error_estimate"]))
     print(f"error    about {error} of |last weights - average|: an estimate, within a factor of about 2.5, not a bound")
     print(f"written  {output}: {tensors} tensors, {size(output.stat().st_size)}")

@@ -60,14 +60,18 @@ def configure(parser: ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_record(parser)
     parser.add_argument(
-        "--evaluate", required=True, metavar="F", help="FILE.py:FUNCTION or package.module:FUNCTION; see below"
+        "--evaluate", required=True, metavar="FUNCTION", help="FILE.py:FUNCTION or package.module:FUNCTION; see below"
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--half-lives", type=half_lives, metavar="LIST", help="these, as 10ba,100ba, in place of a grid")
     which.add_argument("--profiles", type=profiles, metavar="LIST", help="these, as window=10ep,power=0.1")
-    parser.add_argument("--points", type=whole(2), default=9, help="half-lives on the grid (default: 9)")
+    parser.add_argument("--points", type=whole(2), default=9, metavar="N", help="half-lives on the grid (default: 9)")
     parser.add_argument(
-        "--refine", type=whole(0), default=3, help="further half-lives next to the best, at most (default: 3)"
+        "--refine",
+        type=whole(0),
+        default=3,
+        metavar="N",
+        help="further half-lives next to the best, at most (default: 3)",
     )
     parser.add_argument("--metric", metavar="NAME", help="which number decides (default: the first)")
     sense = parser.add_mutually_exclusive_group()
@@ -77,7 +81,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--online", type=Path, metavar="F", help="the online average, likewise")
     parser.add_argument(
         "--update-bn",
-        metavar="F",
+        metavar="FUNCTION",
         help="a function as for --evaluate that returns a model and batches of training data: the statistics of its "
         "BatchNorm layers are recomputed for each average (not for --raw and --online)",
     )
@@ -109,7 +113,7 @@ def run(arguments: Namespace) -> int:
         if not (isinstance(batchnorm, tuple) and len(batchnorm) == 2):
             raise UsageError(f"--update-bn: the function must return a model and batches (got {batchnorm!r:.60})")
     out = arguments.out
-    with _Progress() as progress:
+    with Progress() as progress:
         results = sweep(
             record,
             evaluate,
@@ -127,20 +131,26 @@ def run(arguments: Namespace) -> int:
     best = numbers.points[numbers.best].result
     assert best.profile is not None
     export(record, best.profile, out / "best.safetensors", batchnorm)
-    _write(numbers, out)
+    write_report(numbers, out)
     _show(numbers, results, out, Console(highlight=False))
     return 0
 
 
-class _Progress:
+class Progress:
     """A bar on stderr, for a ``with`` block."""
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "Progress":
+        from rich import progress as rich  # noqa: PLC0415
         from rich.console import Console  # noqa: PLC0415  an extra
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        columns = (
+            rich.TextColumn("{task.description}"),
+            rich.BarColumn(),
+            rich.MofNCompleteColumn(),
+            rich.TimeElapsedColumn(),
+        )
+        self._progress = rich.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._progress.add_task("reading", total=None)
         self._progress.start()
         return self
@@ -159,7 +169,13 @@ class _Progress:
         self._progress.update(self._task, completed=done, total=total, description=name)
 
 
-def _write(numbers: Swept, out: Path) -> None:
+def write_report(numbers: Swept, out: Path) -> None:
+    """Write the page and the figures of a sweep.
+
+    Args:
+        numbers: What they show.
+        out: The folder.
+    """
     from polyak.report.figures import render  # noqa: PLC0415  an extra
     from polyak.report.sweep_figure import sweep_figure  # noqa: PLC0415
 

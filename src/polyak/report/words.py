@@ -43,6 +43,8 @@ def percent(share: float | None) -> str:
     """
     if share is None or not math.isfinite(share):
         return "not known"
+    if share < 1e-9:
+        return "0 %"  # what is exact is so up to rounding
     return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 

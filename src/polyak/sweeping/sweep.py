@@ -8,7 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,7 @@ class _Run:
                     PlanWarning,
                     stacklevel=5,
                 )
-            return result
+            return replace(result, name=name)  # the same weights may be given under another
         state, error, distance = state_and_numbers()
         began = time.perf_counter()
         metrics = _metrics(self.evaluate, state, name)
@@ -262,6 +262,8 @@ def _metrics(evaluate: Evaluate, state: dict[str, Tensor], name: str) -> dict[st
     try:
         named = returned if isinstance(returned, Mapping) else {"value": returned}
         metrics = {str(metric): float(value) for metric, value in named.items()}
+        # A loss that overflowed is as bad as one that is not a number, and in either sense never the best.
+        metrics = {metric: value if math.isfinite(value) else math.nan for metric, value in metrics.items()}
     except (TypeError, ValueError, RuntimeError):
         metrics = dict[str, float]()
     if not metrics:
