@@ -230,11 +230,11 @@ def main() -> None:
         "",
         *paragraph(
             "Milliseconds, medians; all contenders of a column took turns in one run, in changing order. The limit is "
-            "`y += a * (x - y)` in C over one flat float32 pair of as many elements, on every core, times the bytes that "
-            "an update of these dtypes reads and writes, over 12. Below one when the limit's loop leaves speed unused: "
-            "ours asks for memory ahead. A 16-bit average is rounded stochastically by polyak and timm; the others "
-            "round to nearest, which is quicker and stalls at long half-lives. *Formula of*: the lines of a library "
-            "that is not installed. No GPU: nothing of this was measured on one."
+            "`y += a * (x - y)` in C over one flat float32 pair of as many elements, on every core, times the bytes "
+            "that an update of these dtypes reads and writes, over 12. Ours is below it where that loop leaves speed "
+            "unused, since it asks for memory ahead. A 16-bit average is rounded stochastically by polyak and timm; the"
+            " others round to nearest, which is quicker and stalls at long half-lives. *Formula of*: the lines of a "
+            "library that is not installed. No GPU: nothing of this was measured on one."
         ),
         "",
     ]
@@ -242,10 +242,7 @@ def main() -> None:
         of = [found for found in results if found["pair"] == pair]
         names = list(dict.fromkeys(name for found in of for name in found["median_ms"]))
         names.sort(key=lambda name: of[1]["median_ms"].get(name, 1e9))
-        head = (
-            "",
-            *(f"{found['case']} ({found['tensors']:,} tensors, {found['elements'] / 1e6:.1f} M)" for found in of),
-        )
+        titles = [f"{found['case']} ({found['tensors']:,} tensors, {found['elements'] / 1e6:.1f} M)" for found in of]
         rows = [(name, *(f"{found['median_ms'].get(name, float('nan')):.2f}" for found in of)) for name in names]
         rows.append(("polyak over the limit", *(f"{found['over_limit']:.2f}" for found in of)))
         rows.append(("the best peer over polyak", *(f"{found['best_peer_over_ours']:.2f}" for found in of)))

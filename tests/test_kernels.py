@@ -132,6 +132,14 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
 
 
+def test_a_backward_pass_through_an_average_that_has_moved_is_an_error(lerp_) -> None:
+    average, inputs = torch.ones(3), torch.ones(3, requires_grad=True)
+    loss = (average * inputs).sum()
+    lerp_([average], [torch.zeros(3)], 0.5, [0])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("name", ["torch", "c", "cobol"])
 def test_the_environment_can_force_a_kernel(name) -> None:
     done = subprocess.run(
@@ -240,7 +248,7 @@ def test_an_exchange_needs_no_more_than_its_scratch() -> None:
     assert sum(s.numel() for s in Exchange(left, right)._scratches.values()) <= SCRATCH_ELEMENTS
 
 
-def test_the_pieces_of_a_large_tensor_are_rounded_by_chances_of_their_own() -> None:
+def test_the_pieces_of_a_large_tensor_are_rounded_by_chances_of_their_own(lerp_) -> None:
     average = torch.ones(2 * SCRATCH_ELEMENTS, dtype=torch.bfloat16)
     lerp_([average], [average + 0.5], 0.001, [7])
     first, second = average.chunk(2)

@@ -105,7 +105,7 @@ static lerp *chosen(void) {
 /* From which sources this was compiled, or 0 if this processor cannot run it. */
 int64_t polyak_sources(void) { return chosen() ? SOURCES : 0; }
 
-/* Do jobs until none is left. Job i is the pieces from jobs[i] to jobs[i + 1]. Returns whether any value was left out. */
+/* Do jobs until none is left: job i is the pieces from jobs[i] to jobs[i + 1]. Returns whether a value was left out. */
 int64_t polyak_lerp(struct piece *pieces, const int64_t *jobs, int64_t num_jobs, int64_t *next, double weight,
                     uint32_t round) {
     lerp *const lerp_piece = chosen();

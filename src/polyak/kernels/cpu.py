@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from polyak.kernels import foreach
 from polyak.kernels.build import LIBRARY, sources_id
@@ -113,7 +114,8 @@ class Lerp(foreach.Lerp):
         triples = list(zip(averages, online, seeds, known, strict=True))
         rest = [(a, x, seed) for a, x, seed, c in triples if not c]
         super().__init__([a for a, _, _ in rest], [x for _, x, _ in rest], [seed for _, _, seed in rest], left_out)
-        self._held = [(a, x) for a, x, _, c in triples if c]  # as long as their addresses are
+        self._moved = [a for a, _, _, c in triples if c]
+        self._held = [x for _, x, _, c in triples if c]  # as long as their addresses are
         pieces = [
             (
                 a.data_ptr() + first * a.element_size(),
@@ -146,7 +148,11 @@ class Lerp(foreach.Lerp):
             num_updates: How often this was done. It is part of the seed.
         """
         super().__call__(weight, num_updates)
-        if self._num_jobs and self._run(weight, num_updates & 0xFFFFFFFF):
+        if not self._num_jobs:
+            return
+        # Who has kept an average for a backward pass is told that it is no longer what it was, as by torch's own.
+        increment_version(self._moved)
+        if self._run(weight, num_updates & 0xFFFFFFFF):
             tensors, flags = self._pieces[:, 6], self._pieces[:, 7]
             self._left_out.add_(tensors[flags != 0].unique().numel())
 

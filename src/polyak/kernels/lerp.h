@@ -7,8 +7,8 @@
         const WIDE a = AVERAGE_OF(average[i + j]), x = ONLINE_OF(online[i + j]);                                       \
         const int fine = FINITE(x);                                                                                    \
         const WIDE target = fine ? x : a;                                                                              \
-        bad |= !fine;                                                                                                  \
-        const WIDE moved = all ? target : FMA(factor, target - a, small ? a : target);                                             \
+        bad[j] |= !fine;                                                                                               \
+        const WIDE moved = all ? target : FMA(factor, target - a, small ? a : target);                                 \
         KEEP;                                                                                                          \
     }
 
@@ -22,7 +22,7 @@
         const uint32_t key = hash((uint32_t)piece->seed ^ round) ^ hash((uint32_t)(piece->first >> 33));               \
         const uint32_t counter = (uint32_t)(piece->first / 2);                                                         \
         const int64_t whole = piece->count - piece->count % BLOCK;                                                     \
-        int bad = 0;                                                                                                   \
+        uint32_t bad[BLOCK] = {0}, any = 0; /* one for each place: no sum over a block within the loop */              \
         int64_t i = 0;                                                                                                 \
         (void)key, (void)counter;                                                                                      \
         for (; i < whole; i += BLOCK) {                                                                                \
@@ -35,14 +35,16 @@
         }                                                                                                              \
         BEFORE;                                                                                                        \
         LERP_BLOCK(piece->count - whole, WIDE, ONLINE_OF, AVERAGE_OF, FINITE, FMA, KEEP)                               \
-        return bad;                                                                                                    \
+        for (int64_t j = 0; j < BLOCK; j++)                                                                            \
+            any |= bad[j];                                                                                             \
+        return any;                                                                                                    \
     }
 
 /* Each 32 bits of chance serve two elements, half a block apart. */
 #define DRAW                                                                                                           \
     uint32_t chance[BLOCK];                                                                                            \
     for (int64_t j = 0; j < BLOCK / 2; j++) {                                                                          \
-        const uint32_t drawn = hash((counter + (uint32_t)(i / 2) + (uint32_t)j) ^ key);                                  \
+        const uint32_t drawn = hash((counter + (uint32_t)(i / 2) + (uint32_t)j) ^ key);                                \
         chance[j] = drawn & 0xFFFF, chance[j + BLOCK / 2] = drawn >> 16;                                               \
     }
 
