@@ -109,9 +109,9 @@ def main() -> None:
         "",
         *paragraph(
             "Medians; the contenders of a case took turns in one run. Memory is the least of three peaks of the process"
-            " above what it had before; allocators keep small blocks, so what is small may show as none. Where model and"
-            " average have one dtype polyak exchanges values through a scratch buffer of at most 131,072 elements. Where"
-            " they differ it keeps the model's own bits aside, as the others do. CPU only."
+            " above what it had before; allocators keep small blocks, so what is small may show as none. Where model"
+            " and average have one dtype polyak exchanges values through a scratch buffer of at most 131,072 elements."
+            " Where they differ it keeps the model's own bits aside, as the others do. CPU only."
         ),
         "",
         *table(("case", "who", "lend, ms", "give back, ms", "extra memory, MiB", "model, MiB"), rows),

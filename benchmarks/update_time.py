@@ -30,6 +30,7 @@ from polyak import kernels
 from polyak.shadow import Shadow
 
 DECAY = 0.999
+LEAST, PATIENCE_S = 3, 1.0  # who has taken so long in so many turns gets no more of them
 OURS, OURS_TORCH, LIMIT = "polyak", "polyak, kernel in torch", "the limit"
 PAIRS = {
     "float32": (torch.float32, torch.float32),
@@ -178,6 +179,8 @@ def race(model: nn.Module, average: torch.dtype, run_limit: Callable[[], None], 
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name in random.sample(list(runs), len(runs)):
+            if len(times[name]) >= LEAST and sum(times[name]) > PATIENCE_S:
+                continue
             began = time.perf_counter()
             runs[name]()
             times[name].append(time.perf_counter() - began)
@@ -229,7 +232,8 @@ def main() -> None:
         "# How long one update takes",
         "",
         *paragraph(
-            "Milliseconds, medians; all contenders of a column took turns in one run, in changing order. The limit is "
+            f"Milliseconds, medians of {arguments.repeats} or more (of {LEAST} or more for what takes above 0.1 s); all"
+            " contenders of a column took turns in one run, in changing order. The limit is "
             "`y += a * (x - y)` in C over one flat float32 pair of as many elements, on every core, times the bytes "
             "that an update of these dtypes reads and writes, over 12. Ours is below it where that loop leaves speed "
             "unused, since it asks for memory ahead. A 16-bit average is rounded stochastically by polyak and timm; the"

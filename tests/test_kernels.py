@@ -83,12 +83,11 @@ def test_large_finite_weights_are_no_infinity(lerp_) -> None:
 
 
 @pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("scale", [1.0, 1e-6, 3e4, 1e-38, 1e38])
+@pytest.mark.parametrize("scale", [1.0, 1e-38, 1e38])
 @pytest.mark.parametrize("online_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_kernels_give_the_same_bits(monkeypatch, dtype, online_dtype, scale, threads) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_the_kernels_give_the_same_bits(monkeypatch, dtype, online_dtype, scale) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(cpu, "_JOB", 1 << 12)  # enough of them for all threads
     for weight in (0.0, 1e-4, 0.3, 0.5, 0.9, 1 - 2**-25, 1.0):
         ours, theirs = tensors(dtype, 0), tensors(dtype, 0)
