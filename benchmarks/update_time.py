@@ -192,21 +192,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11, help="of each (default: 11)")
     parser.add_argument("--largest", type=int, default=100, help="millions in the largest tensor (default: 100)")
     parser.add_argument("--out", type=Path, default=RESULTS / "update_time.md")
+    parser.add_argument("--limit-s", type=float, default=1e9, help="begin no further case after so many seconds")
     arguments = parser.parse_args()
     began = time.perf_counter()
     cases = {
-        "ResNet-50": resnet50(),
-        "GPT-2": gpt2(),
         "4,000 of 64": [(64,)] * 4000,
+        "GPT-2": gpt2(),
+        "ResNet-50": resnet50(),
         f"one of {arguments.largest} M": [(arguments.largest * 1_000_000,)],
     }
-    threads, results, lines = torch.get_num_threads(), [], []
+    threads, results, missing = torch.get_num_threads(), [], list[str]()
     with progress() as bar, tempfile.TemporaryDirectory() as folder:
         task = bar.add_task("cases", total=len(cases) * len(PAIRS))
         for case, shapes in cases.items():
             count = sum(torch.Size(shape).numel() for shape in shapes)
             run_limit = limit(count, Path(folder), threads)
             for pair, (dtype, average) in PAIRS.items():
+                if time.perf_counter() - began > arguments.limit_s:
+                    missing.append(f"{case}, {pair}")
+                    continue
                 model = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes)
                 size = dtype.itemsize + 2 * average.itemsize
                 times = race(model, average, run_limit, arguments.repeats * (3 if count < 1e6 else 1))
@@ -244,8 +248,10 @@ def main() -> None:
     ]
     for pair in PAIRS:
         of = [found for found in results if found["pair"] == pair]
+        if not of:
+            continue
         names = list(dict.fromkeys(name for found in of for name in found["median_ms"]))
-        names.sort(key=lambda name: of[1]["median_ms"].get(name, 1e9))
+        names.sort(key=lambda name: of[0]["median_ms"].get(name, 1e9))
         titles = [f"{found['case']} ({found['tensors']:,} tensors, {found['elements'] / 1e6:.1f} M)" for found in of]
         rows = [(name, *(f"{found['median_ms'].get(name, float('nan')):.2f}" for found in of)) for name in names]
         rows.append(("polyak over the limit", *(f"{found['over_limit']:.2f}" for found in of)))
@@ -253,7 +259,12 @@ def main() -> None:
         lines += [f"## {pair.capitalize()}", "", *table(("", *titles), rows), ""]
     how = provenance("torch", "ema-pytorch", "timm", "torch-ema")
     wall_s = time.perf_counter() - began
-    lines += [*item(f"polyak's kernel: {kernels.CHOSEN}."), "", *measured(how, wall_s)]
+    lines += [
+        *item(f"polyak's kernel: {kernels.CHOSEN}. Load of the machine at the end: {os.getloadavg()[0]:.1f} processes.")
+    ]
+    if missing:
+        lines += item(f"Not measured in this run, which was cut short: {'; '.join(missing)}.")
+    lines += ["", *measured(how, wall_s)]
     write(arguments.out, lines, {"results": results, "kernel": kernels.CHOSEN, "how": how, "wall_s": round(wall_s, 1)})
 
 
