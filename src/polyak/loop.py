@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -82,7 +83,9 @@ class Loop:
         Args:
             event: What.
         """
-        dispatch(event, self.state, self.algorithms, self._logger)
+        # A tensor made in inference mode cannot be changed outside it, where what is lent may have to be taken back.
+        with torch.inference_mode(mode=False):
+            dispatch(event, self.state, self.algorithms, self._logger)
 
     def end_batch(self, *, samples: int = 0, tokens: int = 0) -> None:
         """Count an optimizer step.
@@ -185,6 +188,16 @@ class StepHooks:
         for hook in hooks:
             hook.remove()
         return bool(hooks)
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that moves the weights, inside wrappers that keep it as ``optimizer``, as Accelerate's.
+
+    Args:
+        optimizer: Wrapped or not.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    return innermost(inner) if isinstance(inner, Optimizer) else optimizer
 
 
 def _has_stepped(optimizer: Optimizer) -> bool:
