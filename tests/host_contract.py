@@ -42,6 +42,7 @@ CAPABILITIES = {
     "epoch end": "resuming from the end of an epoch, bit for bit",
     "mid-epoch": "resuming from inside an epoch, bit for bit",
     "random": "the same with shuffled data and dropout",
+    "random mid-epoch": "the same from inside an epoch",
     "kill": "the same after SIGKILL",
 }
 
@@ -318,7 +319,7 @@ class HostContract:
     def test_a_resumed_run_is_as_if_it_had_not_stopped(self, tmp_path, half_life, step, kind) -> None:
         self.needs("epoch end" if step == 6 else "mid-epoch")
         if kind == "noisy":
-            self.needs("random")
+            self.needs("random", *(["random mid-epoch"] if step == 9 else []))
         if half_life == "1ep":
             self.needs("epochs")
         plan = Plan(save_every=3, shuffle=kind == "noisy", evaluate="evaluation" not in self.host.lacks)
