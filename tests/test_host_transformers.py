@@ -7,10 +7,10 @@ from typing import Any
 import loops
 import pytest
 import torch
-from host_contract import HostContract, Plan, Run, Session, Watched, native, net_of, of_net
+from host_contract import HostContract, Plan, Run, Session, Watched, native, of_net
 from torch import Tensor, nn
 
-from polyak import EMA, Event, LoanError, PlanWarning, Record, Recorder
+from polyak import EMA, Event, HalfLife, PlanWarning, Record, Recorder
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -110,3 +110,205 @@ HOST = TransformersHost()
 
 class TestContract(HostContract):
     host = HOST
+
+
+# Its own traps
+
+
+def run(folder: Path, algorithms: Any = None, plan: Plan | None = None, **arguments: Any) -> Run:
+    """Return a run whose trainer has arguments of its own."""
+
+    class Host(TransformersHost):
+        def session(self, net, algorithm, folder, plan):
+            return TransformersSession(net, algorithms or algorithm, folder, plan, **arguments)
+
+    ema = next((one for one in algorithms or () if isinstance(one, Watched)), None)
+    return Run(Host(), folder, plan or Plan(), ema)
+
+
+BEST = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss"}
+
+
+def worsening(run: Run, after: int) -> None:
+    """Let every evaluation after some steps report a worse loss, so that the best checkpoint is not the last."""
+    inner = run.session.trainer.compute_loss
+
+    def compute_loss(model, *args, **kwargs):
+        loss, outputs = inner(model, *args, **{**kwargs, "return_outputs": True})
+        if not model.training and run.count(Event.BATCH_END) > after:
+            loss = loss + 100
+        return (loss, outputs) if kwargs.get("return_outputs") else loss
+
+    run.session.trainer.compute_loss = compute_loss
+
+
+@pytest.mark.parametrize("strategy", ["best", "steps"])
+def test_the_best_checkpoint_is_gone_back_to_with_its_training_weights_and_its_average(tmp_path, strategy) -> None:
+    arguments = BEST | {
+        "save_strategy": strategy,
+        "save_steps": 3,
+        "load_best_model_at_end": True,
+        "save_total_limit": 1,
+    }
+    best = run(tmp_path, **arguments)
+    worsening(best, after=9)
+    best.fit()
+    state = best.session.trainer.state
+    step = state.best_global_step
+    assert 0 < step <= 9
+    weights, average = best.ema.batches[step - 1]
+    assert not loops.differences([weights, average], [best.weights, best.ema.average])
+    assert not loops.differences(average, of_net(HOST.loadable(Path(state.best_model_checkpoint))))
+    best.session.trainer.compute_loss = type(best.session.trainer).compute_loss.__get__(best.session.trainer)
+    assert best.session.trainer.evaluate()["eval_loss"] == pytest.approx(state.best_metric, abs=1e-6)
+    assert not loops.differences(weights, best.weights)
+
+
+def test_each_of_several_evaluation_sets_and_what_other_callbacks_ask_for_sees_the_average(tmp_path) -> None:
+    class Asks(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_evaluate = control.should_save = state.global_step == 4
+
+    asked = run(tmp_path, eval_strategy="steps", eval_steps=1000)
+    asked.session.trainer.eval_dataset = {"one": asked.plan.eval_data, "two": asked.plan.eval_data}
+    asked.session.trainer.add_callback(Asks())
+    asked.fit()
+    average = asked.ema.batches[3][1]
+    assert not loops.differences([average] * 4, asked.probe.evaluated)
+    assert not loops.differences(average, of_net(HOST.loadable(tmp_path / "checkpoint-4")))
+
+
+def test_a_rotated_folder_of_checkpoints_can_be_gone_on_with(tmp_path) -> None:
+    plan = Plan(save_every=3)
+    whole = run(tmp_path / "whole", plan=plan, save_total_limit=2).fit()
+    assert sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-18"]
+    resumed = run(tmp_path / "resumed", plan=plan)
+    (tmp_path / "resumed" / "checkpoint-15").symlink_to(tmp_path / "whole" / "checkpoint-15")
+    resumed.session.trainer.train(resume_from_checkpoint=True)
+    assert not loops.differences([whole.weights, whole.ema.state_dict()], [resumed.weights, resumed.ema.state_dict()])
+
+
+def test_an_evaluation_at_the_start_of_a_resumed_run_sees_the_average_of_the_checkpoint(tmp_path) -> None:
+    whole = run(tmp_path, plan=Plan(save_every=6)).fit()
+    resumed = run(tmp_path / "resumed", eval_on_start=True).fit(tmp_path / "checkpoint-6")
+    assert not loops.differences([whole.ema.batches[5][1]] * 2, resumed.probe.evaluated[:2])
+    assert not loops.differences(whole.weights, resumed.weights)
+
+
+def test_a_checkpoint_from_before_polyak_can_be_gone_on_with(tmp_path) -> None:
+    whole = run(tmp_path, plan=Plan(save_every=6)).fit()
+    (tmp_path / "checkpoint-6" / STATE_NAME).unlink()
+    late = run(tmp_path / "late", [Watched("2ba", ema_start="8ba")])
+    with pytest.warns(PlanWarning, match=f"has no {STATE_NAME}, so it was saved without polyak"):
+        late.fit(tmp_path / "checkpoint-6")
+    assert late.ema.num_updates == 18 - 8
+    assert whole.ema.num_updates == 18 - 1
+
+
+def test_a_batch_size_found_by_trying_counts_each_step_once(tmp_path) -> None:
+    found = run(tmp_path, auto_find_batch_size=True)
+    found.probe.raises = ("train", 4, RuntimeError("CUDA out of memory."))
+    found.fit()
+    # Three steps, then three epochs of smaller batches.
+    assert found.count(Event.BATCH_END) == found.probe.trained - 1 > 3 + 18
+    assert found.count(Event.FIT_START) == 2
+    found.assert_training_weights()
+
+
+def test_tokens_are_counted_where_the_trainer_does(tmp_path) -> None:
+    plan = Plan(accumulate=2)
+    tokens = run(tmp_path, [Watched(f"{loops.BATCH * 2 * 6 * 4}tok", update_interval="1ba")], plan).fit()
+    assert not loops.differences(native(plan, "4ba").batches, tokens.ema.batches)
+
+
+def test_a_record_is_kept_beside_the_average_and_gone_on_with(tmp_path) -> None:
+    plan = Plan(save_every=6)
+    algorithms = [Watched("4ba"), Recorder(tmp_path / "record", "2ba")]
+    whole = run(tmp_path, algorithms, plan).fit()
+    want = Record(tmp_path / "record").average(HalfLife("4ba", unbiased=True))
+    resumed = run(tmp_path, [Watched("4ba"), Recorder(tmp_path / "record", "2ba")], plan).fit(
+        tmp_path / "checkpoint-12"
+    )
+    assert not loops.differences(whole.ema.state_dict(), resumed.ema.state_dict())
+    assert not loops.differences(want, Record(tmp_path / "record").average(HalfLife("4ba", unbiased=True)))
+
+
+def test_a_record_is_whole_where_the_best_checkpoint_is_gone_back_to(tmp_path) -> None:
+    plan = Plan(epochs=2)
+    recorder = Recorder(tmp_path / "record", "2ba")
+    best = run(tmp_path, [Watched("2ba"), recorder], plan, **BEST, load_best_model_at_end=True)
+    worsening(best, after=6)
+    best.fit()
+    assert best.session.trainer.state.best_global_step <= 6
+    assert Record(tmp_path / "record").stretches[-1].end.updates == 12
+
+
+def test_what_cannot_work_is_refused_before_training(tmp_path) -> None:
+    session = run(tmp_path).session
+    with pytest.raises(ValueError, match="attach must be called once for a trainer"):
+        attach(EMA("4ba"), session.trainer)
+    with pytest.raises(ValueError, match="there can be one"):
+        run(tmp_path, [EMA("4ba"), EMA("8ba")])
+    session.trainer.is_fsdp_enabled = True
+    with pytest.raises(NotImplementedError, match="under FSDP they are not"):
+        session.fit()
+
+
+def language_model() -> Any:
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    )
+
+
+def language_trainer(folder: Path, model: Any, ema: EMA) -> Any:
+    tokens = torch.randint(11, (32, 8), generator=torch.Generator().manual_seed(0))
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(
+            str(folder),
+            max_steps=8,
+            learning_rate=0.01,
+            save_steps=4,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+    )
+    attach(ema, trainer)
+    return trainer
+
+
+def test_from_pretrained_finds_the_average_of_a_model_with_tied_weights(tmp_path) -> None:
+    model, ema = language_model(), EMA("2ba")
+    language_trainer(tmp_path, model, ema).train()
+    training = loops.bits(model)
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "checkpoint-8")
+    assert not loops.differences(loops.averaged(ema), loops.bits(loaded))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    resumed, again = language_model(), EMA("2ba")
+    language_trainer(tmp_path / "again", resumed, again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert not loops.differences([training, ema.state_dict()], [loops.bits(resumed), again.state_dict()])
+
+
+def test_adapters_alone_are_averaged_and_saved_as_adapters(tmp_path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1)
+        return peft.get_peft_model(language_model(), config)
+
+    model, ema = adapted(), EMA("2ba")
+    language_trainer(tmp_path, model, ema).train()
+    training, average = loops.bits(model), loops.averaged(ema)
+    averaged = ema.state_dict()["ema_model"]
+    assert averaged
+    assert all("lora_" in name for name in averaged)
+    loaded = peft.PeftModel.from_pretrained(language_model(), tmp_path / "checkpoint-8")
+    found = loops.bits(loaded)
+    assert not loops.differences({n: average[n] for n in averaged}, {n: found[n] for n in averaged})
+    resumed, again = adapted(), EMA("2ba")
+    language_trainer(tmp_path / "again", resumed, again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert not loops.differences([training, ema.state_dict()], [loops.bits(resumed), again.state_dict()])

@@ -172,12 +172,12 @@ def attach(
         tokens_per_step: Tokens in a step, of all processes, for times in ``tok``.
 
     Raises:
-        LoanError: Under DeepSpeed, FSDP and Megatron-LM.
+        NotImplementedError: Under DeepSpeed, FSDP and Megatron-LM.
         TimeError: If ``max_duration`` is no time.
         ValueError: If more than one of the algorithms lends an average.
     """
     if accelerator.distributed_type in _SHARDED:
-        raise LoanError(
+        raise NotImplementedError(
             f"the weights must be whole in every process for their average to be lent, and under "
             f"{accelerator.distributed_type.value} they are not; train with DDP or on one device"
         )

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint
 
 from polyak.algorithm import Algorithm
-from polyak.errors import LoanError, PlanWarning
+from polyak.errors import PlanWarning
 from polyak.events import Event
 from polyak.loop import Loop, StepHooks, as_algorithms, innermost
 from polyak.select import unwrap
@@ -190,7 +190,7 @@ def _steps_per_epoch(trainer: Any, loader: Any) -> int | None:
 def _check(trainer: Any) -> None:
     sharded = {"DeepSpeed": trainer.is_deepspeed_enabled, "FSDP": trainer.is_fsdp_enabled}
     if names := [name for name, enabled in sharded.items() if enabled]:
-        raise LoanError(
+        raise NotImplementedError(
             f"the weights must be whole in every process for their average to be lent, and under {names[0]} they are "
             "not (ZeRO-3 and FSDP shard them, ZeRO-1 and 2 keep others of their own); train with DDP or on one device"
         )
@@ -212,10 +212,10 @@ def attach(algorithms: Algorithm | Sequence[Algorithm], trainer: Trainer) -> Att
         trainer: Before ``train`` is called.
 
     Raises:
-        LoanError: Under DeepSpeed and FSDP, or if the trainer has algorithms already.
-        ValueError: If more than one of the algorithms lends an average.
+        NotImplementedError: Under DeepSpeed and FSDP.
+        ValueError: If the trainer has algorithms already, or more than one of these lends an average.
     """
     _check(trainer)
     if any(isinstance(callback, Attached) for callback in trainer.callback_handler.callbacks):
-        raise LoanError("attach must be called once for a trainer (it has algorithms already); give it a list of all")
+        raise ValueError("attach must be called once for a trainer (it has algorithms already); give it a list of all")
     return Attached(as_algorithms(algorithms), trainer)
