@@ -97,6 +97,12 @@ class Loop:
         self.state.timestamp = self.state.timestamp.to_next_batch(samples=samples, tokens=tokens)
         self.fire(Event.BATCH_END)
 
+    def begin_epoch(self) -> None:
+        """Begin an epoch. One that was left before its end counts as one."""
+        if self.state.timestamp.batch_in_epoch.value:
+            self.state.timestamp = self.state.timestamp.to_next_epoch()
+        self.fire(Event.EPOCH_START)
+
     def end_epoch(self) -> None:
         """Count the end of an epoch."""
         self.state.timestamp = self.state.timestamp.to_next_epoch()
@@ -184,10 +190,10 @@ class StepHooks:
 
     def remove(self) -> bool:
         """Stop calling; return whether that was not done before."""
-        hooks, self._hooks = self._hooks, []
-        for hook in hooks:
-            hook.remove()
-        return bool(hooks)
+        counting = bool(self._hooks)
+        while self._hooks:
+            self._hooks.pop().remove()
+        return counting
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:

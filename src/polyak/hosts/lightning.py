@@ -154,7 +154,7 @@ class Averaging(Callback):
         """Begin an epoch."""
         assert self._loop is not None
         self._tell_lengths(trainer, pl_module)
-        self._loop.fire(Event.EPOCH_START)
+        self._loop.begin_epoch()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Count what is in a batch."""
@@ -214,10 +214,9 @@ class Averaging(Callback):
                 self._loop.fire(event)
 
     def _end(self) -> None:
-        ends, self._ends = self._ends, []
-        for event in ends:
+        while self._ends:
             assert self._loop is not None
-            self._loop.fire(event)
+            self._loop.fire(self._ends.pop(0))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Lend the average."""
