@@ -11,7 +11,7 @@ from host_contract import HostContract, Plan, Run, Session, net_of, of_net
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from polyak import EMA, Event, LoanError, Record, Recorder
+from polyak import EMA, CheckpointError, HalfLife, LoanError, Record, Recorder
 
 accelerate = pytest.importorskip("accelerate")
 from polyak.hosts.accelerate import attach  # noqa: E402
@@ -111,3 +111,77 @@ HOST = AccelerateHost()
 
 class TestContract(HostContract):
     host = HOST
+
+
+# Its own traps
+
+
+def run(folder: Path, algorithms: Any = None, plan: Plan | None = None) -> Run:
+    class Host(AccelerateHost):
+        def session(self, net, algorithm, folder, plan):
+            return AccelerateSession(net, algorithms or algorithm, folder, plan)
+
+    return Run(Host(), folder, plan or Plan())
+
+
+def test_a_state_for_going_on_is_neither_saved_nor_loaded_while_the_average_is_lent(tmp_path) -> None:
+    lent = run(tmp_path, plan=Plan(save_every=9)).fit()
+    accelerator = lent.session.accelerator
+    with lent.session.attached.applied():
+        with pytest.raises(LoanError, match="a state must be saved with training weights in the model"):
+            accelerator.save_state(tmp_path / "wrong")
+        with pytest.raises(LoanError, match="a state must be loaded with training weights in the model"):
+            accelerator.load_state(tmp_path / "state-9")
+        with pytest.raises(LoanError, match="one average at a time"), lent.session.attached.applied():
+            pass
+    assert not list((tmp_path / "wrong").glob("*.safetensors"))
+    lent.assert_training_weights()
+
+
+def test_a_state_has_training_weights_and_the_average_beside_them_without_pickled_code(tmp_path) -> None:
+    saved = run(tmp_path, plan=Plan(save_every=9)).fit()
+    weights, average = saved.ema.batches[8]
+    assert not loops.differences(weights, of_net(load_file(tmp_path / "state-9" / "model.safetensors")))
+    state = torch.load(tmp_path / "state-9" / "custom_checkpoint_0.pkl", weights_only=True)
+    assert not loops.differences(average, of_net(state["algorithms"][0][1]["ema_model"]))
+
+
+def test_passes_that_only_accumulate_gradients_move_no_time(tmp_path) -> None:
+    assert run(tmp_path, plan=Plan(accumulate=3)).fit().session.attached.timestamp.batch.value == 18
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_gradient_scaler_skips_do_not_count(fused) -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    net = net_of()
+    inner = torch.optim.SGD(net.parameters(), lr=0.1, fused=fused)
+    wrapped = accelerate.optimizer.AcceleratedOptimizer(inner, scaler=torch.amp.GradScaler("cpu", growth_interval=2))
+    attached = attach(EMA("4ba"), accelerator, net, wrapped)
+    for factor in (1.0, float("inf"), 1.0, float("nan"), 1.0):
+        wrapped.zero_grad()
+        wrapped.scaler.scale(net(torch.ones(1, 6)).sum() * factor).backward()
+        wrapped.step()
+    assert attached.timestamp.batch.value == 3
+
+
+def test_a_record_is_kept_beside_the_average_and_gone_on_with(tmp_path) -> None:
+    plan, profile = Plan(save_every=6), HalfLife("4ba", unbiased=True)
+    run(tmp_path, [EMA("4ba"), Recorder(tmp_path / "record", "2ba")], plan).fit()
+    want = Record(tmp_path / "record").average(profile)
+    run(tmp_path, [EMA("4ba"), Recorder(tmp_path / "record", "2ba")], plan).fit(tmp_path / "state-12")
+    assert not loops.differences(want, Record(tmp_path / "record").average(profile))
+
+
+def test_the_state_of_other_algorithms_is_refused(tmp_path) -> None:
+    run(tmp_path, plan=Plan(save_every=6)).fit()
+    with pytest.raises(CheckpointError, match=r"the state must be that of \['Recorder'\]"):
+        run(tmp_path / "other", [Recorder(tmp_path / "record", "2ba")]).fit(tmp_path / "state-6")
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharded_weights_are_refused(tmp_path, monkeypatch, kind) -> None:
+    sharded = accelerate.DistributedType(kind)
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", property(lambda self: sharded))
+    net = net_of()
+    with pytest.raises(NotImplementedError, match=f"under {kind} they are not"):
+        attach(EMA("4ba"), accelerate.Accelerator(cpu=True), net, Plan().optimizer(net))
