@@ -243,6 +243,47 @@ def test_a_record_is_whole_where_the_best_checkpoint_is_gone_back_to(tmp_path) -
     assert Record(tmp_path / "record").stretches[-1].end.updates == 12
 
 
+def test_what_is_saved_inside_an_evaluation_does_not_end_its_loan(tmp_path) -> None:
+    class Saves(transformers.TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            nested.session.save()
+
+    nested = run(tmp_path).fit()
+    nested.session.trainer.add_callback(Saves())
+    nested.session.evaluate()
+    assert not loops.differences([nested.ema.average] * 2, nested.probe.evaluated)
+    assert not loops.differences(nested.ema.average, of_net(HOST.loadable(tmp_path / "by-hand")))
+    nested.assert_training_weights()
+
+
+def test_epochs_are_counted_on_from_one_that_was_left(tmp_path) -> None:
+    left = run(tmp_path, [Watched("1ep", update_interval="1ba")])
+    left.probe.raises = ("train", 4, RuntimeError("as planned"))
+    with pytest.raises(RuntimeError, match="as planned"):
+        left.fit()
+    left.fit()
+    assert left.count(Event.EPOCH_END) == 3
+    assert [event for event in left.ema.events if event is Event.BATCH_END or event is Event.EPOCH_END][3:10] == [
+        *[Event.BATCH_END] * 6,
+        Event.EPOCH_END,
+    ]
+
+
+def test_what_is_saved_for_use_has_no_training_state_and_a_recorder_hears_where_a_checkpoint_is(tmp_path) -> None:
+    class Hears(Watched):
+        def state_dict(self):
+            heard.append(attached._loop.state.saving_to)
+            return super().state_dict()
+
+    heard: list[Path | None] = []
+    hears = run(tmp_path, [Hears("4ba")], Plan(save_every=9))
+    (attached,) = [cb for cb in hears.session.trainer.callback_handler.callbacks if hasattr(cb, "_loop")]
+    hears.fit()
+    assert heard == [tmp_path / "checkpoint-9", tmp_path / "checkpoint-18"]
+    assert not (hears.session.save() / STATE_NAME).exists()
+    assert attached._loop.state.saving_to is None
+
+
 def test_what_cannot_work_is_refused_before_training(tmp_path) -> None:
     session = run(tmp_path).session
     with pytest.raises(ValueError, match="attach must be called once for a trainer"):
