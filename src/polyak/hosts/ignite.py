@@ -78,6 +78,8 @@ class Averaging:
         for event, handler in {
             Events.STARTED: self._on_started,
             Events.EPOCH_STARTED: self._on_epoch_started,
+            # Inside an epoch a loader that can be resumed draws until it has given its first batch.
+            Events.GET_BATCH_COMPLETED: self._restore_random,
             Events.ITERATION_STARTED: self._on_iteration_started,
             Events.ITERATION_COMPLETED: self._on_iteration_completed,
             Events.EPOCH_COMPLETED: self._end_epoch,
@@ -118,6 +120,9 @@ class Averaging:
         length = trainer.state.epoch_length
         steps = length // self._accumulates if length and length % self._accumulates == 0 else None
         state.timestamp = replace(state.timestamp, epoch_length=steps)
+        if self._random is not None and hasattr(trainer.state, "rng_states"):
+            # A DeterministicEngine sets its own before the order of the data is drawn, which then is another.
+            trainer.state.rng_states = None
         self._samples = self._tokens = 0
         self._fitting = True
         self._loop.fire(Event.FIT_START)
@@ -128,9 +133,12 @@ class Averaging:
             self._iteration = trainer.state.iteration % length if length else 0
         if self._iteration == 0:
             self._loop.begin_epoch()
-            if self._random is not None and idist.get_world_size() == 1:
-                # The loader's iterator, which draws from these, is made after this.
-                rng.set_state(self._random)
+            # The loader's iterator, which draws from these, is made after this.
+            self._restore_random()
+
+    def _restore_random(self) -> None:
+        if self._random is not None and idist.get_world_size() == 1:
+            rng.set_state(self._random)
         self._random = None
 
     def _on_iteration_started(self, trainer: Engine) -> None:
