@@ -3,10 +3,10 @@
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -20,6 +20,7 @@ from polyak.loop import Loop, StepHooks, as_algorithms, innermost
 from polyak.select import unwrap
 from polyak.shadow import loan_of
 from polyak.time import Time, TimeUnit
+from polyak.trainer import rng
 
 STATE_NAME = "polyak.pt"
 
@@ -39,11 +40,13 @@ class Attached(TrainerCallback):
     Args:
         algorithms: As given to ``attach``, as a list.
         trainer: As given to ``attach``.
+        eval_weights: As given to ``attach``.
     """
 
-    def __init__(self, algorithms: Sequence[Algorithm], trainer: Trainer) -> None:
+    def __init__(self, algorithms: Sequence[Algorithm], trainer: Trainer, eval_weights: str) -> None:
         self._algorithms = algorithms
         self._trainer: Any = trainer
+        self._eval_weights = eval_weights
         self._loop: Loop | None = None
         self._hooks: StepHooks | None = None
         self._resuming: Path | None = None
@@ -75,20 +78,29 @@ class Attached(TrainerCallback):
         return step(model, inputs, *args, **kwargs)
 
     def _evaluation_loop(
-        self, run: Callable[..., Any], dataloader: Any, description: str, *args: Any, **kw: Any
+        self, run: Callable[..., Any], dataloader: Any, description: str, *args: Any, **kwargs: Any
     ) -> Any:
-        predicting = description == "Prediction"
-        start = Event.PREDICT_START if predicting else Event.EVAL_START
-        with self._lent(start, Event.PREDICT_END if predicting else Event.EVAL_END):
-            return run(dataloader, description, *args, **kw)
+        if description == "Prediction":
+            with self._lent(Event.PREDICT_START, Event.PREDICT_END):
+                return run(dataloader, description, *args, **kwargs)
+        raw: dict[str, float] = {}
+        if self._eval_weights == "both":
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            with rng.preserved():
+                raw = run(dataloader, description, *args, **kwargs | {"metric_key_prefix": f"{prefix}_raw"}).metrics
+        with nullcontext() if self._eval_weights == "training" else self._lent(Event.EVAL_START, Event.EVAL_END):
+            output = run(dataloader, description, *args, **kwargs)
+        output.metrics.update(raw)
+        return output
 
     def _save_model(
         self, save: Callable[..., Any], output_dir: str | None = None, _internal_call: bool = False
     ) -> None:
         folder = Path(output_dir or self._trainer.args.output_dir)
         with self._lent(Event.SAVE_START, Event.SAVE_END, folder):
-            # Beside the averaged weights go the training weights, in the states of what has lent the average.
-            if self._loop and _internal_call and self._trainer.args.should_save:
+            # Beside the averaged weights go the training weights, in the states of what has lent the average; but only
+            # into checkpoints, not into what is for use.
+            if self._loop and _internal_call and output_dir and self._trainer.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
                 torch.save(self._loop.state_dict(), folder / STATE_NAME)
             save(output_dir, _internal_call=_internal_call)
@@ -196,7 +208,12 @@ def _check(trainer: Any) -> None:
         )
 
 
-def attach(algorithms: Algorithm | Sequence[Algorithm], trainer: Trainer) -> Attached:
+def attach(
+    algorithms: Algorithm | Sequence[Algorithm],
+    trainer: Trainer,
+    *,
+    eval_weights: Literal["averaged", "training", "both"] = "averaged",
+) -> Attached:
     """Average the weights that a ``Trainer`` trains; evaluate, predict and save with the average.
 
     ``evaluate``, ``predict`` and ``save_model`` use the averaged weights, so ``from_pretrained`` finds them in what is
@@ -210,12 +227,16 @@ def attach(algorithms: Algorithm | Sequence[Algorithm], trainer: Trainer) -> Att
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several.
         trainer: Before ``train`` is called.
+        eval_weights: With which ``evaluate`` does; of both, the training weights' metrics are named ``eval_raw_...``.
 
     Raises:
         NotImplementedError: Under DeepSpeed and FSDP.
-        ValueError: If the trainer has algorithms already, or more than one of these lends an average.
+        ValueError: If the trainer has algorithms already, more than one of these lends an average, or ``eval_weights``
+            is none of its values.
     """
+    if eval_weights not in ("averaged", "training", "both"):
+        raise ValueError(f"eval_weights must be 'averaged', 'training' or 'both' (got {eval_weights!r})")
     _check(trainer)
     if any(isinstance(callback, Attached) for callback in trainer.callback_handler.callbacks):
         raise ValueError("attach must be called once for a trainer (it has algorithms already); give it a list of all")
-    return Attached(as_algorithms(algorithms), trainer)
+    return Attached(as_algorithms(algorithms), trainer, eval_weights)
