@@ -287,3 +287,16 @@ def test_iterations_limit_a_run_in_steps(tmp_path: Path) -> None:
 def test_two_averages_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one average at a time"):
         session(tmp_path, [EMA(), EMA()])
+
+
+# The how-to page
+
+
+def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[1] / "docs" / "hosts" / "ignite.md"
+    if not page.exists():
+        pytest.skip("the documentation is not here")
+    monkeypatch.chdir(tmp_path)
+    script = page.read_text().partition("```python\n")[2].partition("```")[0]
+    assert script.count("\n") < 40
+    exec(compile(script, str(page), "exec"), {"__name__": "__page__"})

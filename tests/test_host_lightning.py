@@ -503,3 +503,16 @@ def test_in_fabric_the_attached_average_is_the_native_trainers_and_is_saved_and_
     assert not loops.differences(whole.average, of_net(saved))
     run(resumed, net_of(seed=7), 1, run(half, net_of(), 2))
     assert not loops.differences(whole.state_dict(), resumed.state_dict())
+
+
+# The how-to page
+
+
+def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[1] / "docs" / "hosts" / "lightning.md"
+    if not page.exists():
+        pytest.skip("the documentation is not here")
+    monkeypatch.chdir(tmp_path)
+    script = page.read_text().partition("```python\n")[2].partition("```")[0]
+    assert script.count("\n") < 40
+    exec(compile(script, str(page), "exec"), {"__name__": "__page__"})
