@@ -7,7 +7,7 @@ from typing import Any
 import loops
 import pytest
 import torch
-from host_contract import HostContract, Plan, Run, Session, net_of, of_net
+from host_contract import HostContract, Plan, Run, Session, Watched, native, net_of, of_net
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -185,3 +185,27 @@ def test_sharded_weights_are_refused(tmp_path, monkeypatch, kind) -> None:
     net = net_of()
     with pytest.raises(NotImplementedError, match=f"under {kind} they are not"):
         attach(EMA("4ba"), accelerate.Accelerator(cpu=True), net, Plan().optimizer(net))
+
+
+def test_an_algorithm_hears_where_the_state_is_saved(tmp_path) -> None:
+    class Hears(EMA):
+        def state_dict(self):
+            heard.append(attached._loop.state.saving_to)
+            return super().state_dict()
+
+    heard: list[Path | None] = []
+    hears = run(tmp_path, [Hears("4ba")], Plan(save_every=9))
+    attached = hears.session.attached
+    hears.fit()
+    attached.state_dict()
+    assert heard == [tmp_path / "state-9", tmp_path / "state-18", None]
+
+
+def test_a_compiled_model_is_averaged_as_it_is_inside(tmp_path) -> None:
+    plan = Plan()
+    net = net_of()
+    session = AccelerateSession(torch.compile(net, backend="eager"), ema := Watched("4ba"), tmp_path, plan)
+    session.fit()
+    assert not loops.differences(native(plan, "4ba").average, ema.average)
+    with session.attached.applied():
+        assert not loops.differences(ema.average, of_net(loops.bits(net)))
