@@ -356,6 +356,47 @@ def test_with_a_loader_that_has_a_state_resuming_inside_an_epoch_is_exact(tmp_pa
     assert not loops.differences(whole.state_dict(), resumed.state_dict())
 
 
+@pytest.mark.parametrize("half_life", ["4ba", "1ep"])
+def test_a_checkpoint_of_the_last_batch_of_an_epoch_goes_on_bit_for_bit(tmp_path: Path, half_life: str) -> None:
+    plan = Plan(evaluate=True, shuffle=True)
+
+    def run(ema: Watched, net: nn.Module, resume: Path | None = None) -> Module:
+        module = Module(net, plan)
+        saver = ModelCheckpoint(tmp_path / str(resume is None), "{step}", save_top_k=-1, every_n_train_steps=6)
+        trainer = trainer_for(tmp_path, plan, Averaging(ema), saver)
+        trainer.fit(module, plan.loader, plan.eval_loader, ckpt_path=resume)
+        return module
+
+    whole, resumed = Watched(half_life), Watched(half_life)
+    one = run(whole, net_of("noisy"))
+    loops.disturb()
+    other = run(resumed, net_of("noisy", seed=7), tmp_path / "True" / "step=12.ckpt")
+    assert resumed.events.count(Event.EPOCH_END) == 1
+    assert not loops.differences(loops.bits(one), loops.bits(other))
+    assert not loops.differences(whole.state_dict(), resumed.state_dict())
+
+
+def test_a_checkpoint_of_a_validation_inside_an_epoch_has_both_sets_of_weights(tmp_path: Path) -> None:
+    ema, plan = Watched("4ba"), Plan(epochs=2, evaluate=True)
+    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_on_train_epoch_end=False)
+    fitted(tmp_path, ema, saver, plan=plan, val_check_interval=0.5)
+    for step, (training, average) in enumerate(ema.batches, 1):
+        if step % 3 == 0:
+            saved = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+            assert not loops.differences(average, of_net(saved["state_dict"]))
+            assert not loops.differences(training, of_net(saved["polyak"]["algorithms"][0][1]["training_model"]))
+
+
+def test_a_second_fit_goes_on_counting(tmp_path: Path) -> None:
+    ema, plan = Watched("0.5ep", update_interval="1ba"), Plan(epochs=4)
+    trainer, module, averaging = fitted(tmp_path, ema)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, plan.loader)
+    now = averaging._loop.state.timestamp
+    assert (now.epoch, now.batch) == ("4ep", "24ba")
+    assert not loops.differences(native(plan, "0.5ep", update_interval="1ba").average, ema.average)
+
+
 def test_the_training_weights_can_be_evaluated_too(tmp_path: Path) -> None:
     ema, plan = Watched("4ba"), Plan(epochs=1)
     trainer, module, averaging = fitted(tmp_path, ema, plan=plan)
@@ -374,7 +415,7 @@ def test_the_best_checkpoint_has_the_weights_that_were_scored(tmp_path: Path) ->
     (scored,) = trainer.validate(module, plan.eval_loader, ckpt_path="best", verbose=False)
     assert scored["loss"] == float(saver.best_model_score)
     alone = Module.load_from_checkpoint(saver.best_model_path, net=net_of(), plan=plan)
-    fresh = trainer_for(tmp_path, plan).validate(alone, plan.eval_loader, verbose=False)
+    fresh = trainer_for(tmp_path, plan, Averaging(EMA())).validate(alone, plan.eval_loader, verbose=False)
     assert fresh[0]["loss"] == float(saver.best_model_score)
 
 
