@@ -1,5 +1,8 @@
 """The ``Trainer`` of Transformers, held to the contract, and to what only it can get wrong."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ import torch
 from host_contract import HostContract, Plan, Run, Session, Watched, native, of_net
 from torch import Tensor, nn
 
-from polyak import EMA, Event, HalfLife, PlanWarning, Record, Recorder
+from polyak import EMA, Event, HalfLife, LoanError, PlanWarning, Record, Recorder
+from polyak.shadow import Shadow
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -251,17 +255,32 @@ def test_a_record_is_whole_where_the_best_checkpoint_is_gone_back_to(tmp_path) -
     assert Record(tmp_path / "record").stretches[-1].end.updates == 12
 
 
-def test_what_is_saved_inside_an_evaluation_does_not_end_its_loan(tmp_path) -> None:
-    class Saves(transformers.TrainerCallback):
+@pytest.mark.parametrize("what", ["save", "evaluate"])
+def test_a_save_or_an_evaluation_inside_an_evaluation_does_not_end_its_loan(tmp_path, what) -> None:
+    class Does(transformers.TrainerCallback):
+        done = False
+
         def on_prediction_step(self, args, state, control, **kwargs):
-            nested.session.save()
+            if not self.done:
+                self.done = True
+                getattr(nested.session, what)()
 
     nested = run(tmp_path).fit()
-    nested.session.trainer.add_callback(Saves())
+    nested.session.trainer.add_callback(Does())
     nested.session.evaluate()
-    assert not loops.differences([nested.ema.average] * 2, nested.probe.evaluated)
-    assert not loops.differences(nested.ema.average, of_net(HOST.loadable(tmp_path / "by-hand")))
+    assert not loops.differences([nested.ema.average] * (2 if what == "save" else 4), nested.probe.evaluated)
+    if what == "save":
+        assert not loops.differences(nested.ema.average, of_net(HOST.loadable(tmp_path / "by-hand")))
     nested.assert_training_weights()
+
+
+def test_nothing_is_evaluated_or_saved_with_the_average_of_someone_else(tmp_path) -> None:
+    one = run(tmp_path).fit()
+    with Shadow(one.session.trainer.model).lent("someone else"):
+        for refused in (one.session.evaluate, one.session.predict, one.session.save):
+            with pytest.raises(LoanError, match="someone else has lent its own"):
+                refused()
+    one.assert_training_weights()
 
 
 def test_epochs_are_counted_on_from_one_that_was_left(tmp_path) -> None:
@@ -335,6 +354,48 @@ def test_after_training_steps_made_by_hand_do_not_count(tmp_path) -> None:
         parameter.grad = torch.ones_like(parameter)
     ended.session.trainer.optimizer.step()
     assert len(ended.ema.batches) == 18
+
+
+def train_in_a_process(folder: str, resume: str = "") -> None:
+    """Train under torchrun, and leave what each process has."""
+    rank = os.environ["RANK"]
+    # Two processes share the batches of an epoch.
+    one = run(Path(folder), [Watched("40sp", update_interval="1ba")], Plan(steps=12, save_every=3), ddp_backend="gloo")
+    one.fit(Path(resume) if resume else None)
+    one.session.evaluate()
+    torch.save({"model": one.weights, "ema": one.ema.state_dict()}, Path(folder) / f"rank-{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_have_one_average_and_go_on_bit_for_bit(tmp_path) -> None:
+    def launch(*arguments: str) -> list[dict[str, Any]]:
+        call = f"import test_host_transformers as t; t.train_in_a_process(*{arguments!r})"
+        (tmp_path / "script.py").write_text(call)
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(["tests", *filter(None, sys.path)]),
+            "OMP_NUM_THREADS": "1",
+        }
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node=2",
+                tmp_path / "script.py",
+            ],
+            cwd=Path(__file__).parents[1],
+            env=environment,
+            check=True,
+            capture_output=True,
+        )
+        return [torch.load(Path(arguments[0]) / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+    whole = launch(str(tmp_path / "whole"))
+    assert not loops.differences(*whole)
+    assert whole[0]["ema"]["updated_at"]["sample"] == 2 * 3 * 6 * loops.BATCH
+    resumed = launch(str(tmp_path / "resumed"), str(tmp_path / "whole" / "checkpoint-9"))
+    assert not loops.differences(whole, resumed)
 
 
 def language_model() -> Any:

@@ -18,7 +18,6 @@ from polyak.errors import PlanWarning
 from polyak.events import Event
 from polyak.loop import Loop, StepHooks, as_algorithms, innermost
 from polyak.select import unwrap
-from polyak.shadow import loan_of
 from polyak.time import Time, TimeUnit
 from polyak.trainer import rng
 
@@ -51,6 +50,7 @@ class Attached(TrainerCallback):
         self._hooks: StepHooks | None = None
         self._resuming: Path | None = None
         self._samples = self._tokens_before = 0
+        self._lending = False
         for name in ("train", "training_step", "evaluation_loop", "save_model"):
             setattr(trainer, name, functools.partial(getattr(self, f"_{name}"), getattr(trainer, name)))
         trainer.add_callback(self)
@@ -107,16 +107,16 @@ class Attached(TrainerCallback):
 
     @contextmanager
     def _lent(self, start: Event, end: Event, saving_to: Path | None = None) -> Iterator[None]:
-        loop = self._loop
-        if loop is None or loan_of(loop.state.model):
+        if self._loop is None or self._lending:
+            # Nothing to lend yet; or an evaluation or a save inside another, with what that has lent.
             yield
             return
-        loop.state.saving_to = saving_to
+        self._lending, self._loop.state.saving_to = True, saving_to
         try:
-            with loop.between(start, end):
+            with self._loop.between(start, end):
                 yield
         finally:
-            loop.state.saving_to = None
+            self._lending, self._loop.state.saving_to = False, None
 
     # The trainer's events
 
