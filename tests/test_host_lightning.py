@@ -1,5 +1,6 @@
 """Lightning's ``Trainer`` and Fabric, held to the contract, and what goes wrong there without care."""
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -549,11 +550,11 @@ def test_in_fabric_the_attached_average_is_the_native_trainers_and_is_saved_and_
 # The how-to page
 
 
-def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scripts_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).parents[1] / "docs" / "hosts" / "lightning.md"
     if not page.exists():
         pytest.skip("the documentation is not here")
     monkeypatch.chdir(tmp_path)
-    script = page.read_text().partition("```python\n")[2].partition("```")[0]
-    assert script.count("\n") < 40
-    exec(compile(script, str(page), "exec"), {"__name__": "__page__"})
+    for script in re.findall("```python\n(.*?)```", page.read_text(), re.DOTALL):
+        assert script.count("\n") < 40
+        exec(compile(script, str(page), "exec"), {"__name__": "__page__"})
