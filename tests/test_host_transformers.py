@@ -10,7 +10,7 @@ from typing import Any
 import loops
 import pytest
 import torch
-from host_contract import HostContract, Plan, Run, Session, Watched, native, of_net
+from host_contract import HostContract, Plan, Run, Session, Watched, native, net_of, of_net
 from torch import Tensor, nn
 
 from polyak import EMA, Event, HalfLife, LoanError, PlanWarning, Record, Recorder
@@ -127,7 +127,7 @@ class TestContract(HostContract):
 # Its own traps
 
 
-def run(folder: Path, algorithms: Any = None, plan: Plan | None = None, **arguments: Any) -> Run:
+def run(folder: Path, algorithms: Any = None, plan: Plan | None = None, net: Any = None, **arguments: Any) -> Run:
     """Return a run whose trainer has arguments of its own."""
 
     class Host(TransformersHost):
@@ -135,7 +135,7 @@ def run(folder: Path, algorithms: Any = None, plan: Plan | None = None, **argume
             return TransformersSession(net, algorithms or algorithm, folder, plan, **arguments)
 
     ema = next((one for one in algorithms or () if isinstance(one, Watched)), None)
-    return Run(Host(), folder, plan or Plan(), ema)
+    return Run(Host(), folder, plan or Plan(), ema, net)
 
 
 BEST = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss"}
@@ -308,6 +308,8 @@ def test_what_is_saved_for_use_has_no_training_state_and_a_recorder_hears_where_
     hears.fit()
     assert heard == [tmp_path / "checkpoint-9", tmp_path / "checkpoint-18"]
     assert not (hears.session.save() / STATE_NAME).exists()
+    hears.session.trainer.save_model(_internal_call=True)  # as push_to_hub does
+    assert not (tmp_path / STATE_NAME).exists()
     assert attached._loop.state.saving_to is None
 
 
@@ -346,6 +348,15 @@ def test_training_weights_can_be_evaluated_too_or_instead(tmp_path, choice) -> N
     assert not loops.differences(native(plan, "4ba").batches, both.ema.batches)
     with pytest.raises(ValueError, match="eval_weights must be 'averaged', 'training' or 'both'"):
         run(tmp_path, eval_weights="raw")
+
+
+def test_evaluating_the_training_weights_too_does_not_change_what_training_draws(tmp_path) -> None:
+    plan = Plan(evaluate=True, shuffle=True)
+    one, both = (
+        run(tmp_path / choice, plan=plan, net=net_of("noisy"), eval_weights=choice).fit()
+        for choice in ("averaged", "both")
+    )
+    assert not loops.differences(one.ema.batches, both.ema.batches)
 
 
 def test_after_training_steps_made_by_hand_do_not_count(tmp_path) -> None:
