@@ -365,7 +365,7 @@ def test_objects_of_libraries_that_are_not_installed_do_not_matter(tmp_path, mon
         (torch.ones(1), "got a Tensor"),
         ({"polyak_checkpoint": 1}, "whole.*KeyError"),
         ({"a": composer_state(), "b": composer_state()}, "one average.*'a', 'b'"),
-        ({"state": {"model": {}, "metadata": {}}}, "trained without an EMA"),
+        ({"state": {"model": {}, "metadata": {}}}, "of Composer, and it has the state of no EMA"),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import polyak
-from polyak import LoanError, PlanWarning, PolyakError, QuarantineWarning, Record
+from polyak import LoanError, MismatchError, PlanWarning, QuarantineWarning, Record
 from polyak.shadow import loan_of
 
 with warnings.catch_warnings():
@@ -131,7 +131,7 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("batch", [3, 6, 9, 12])
+@pytest.mark.parametrize("batch", [6, 9])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=list(PLANS))
 def test_a_resumed_run_equals_one_that_never_stopped_in_weights_average_and_state(tmp_path, plan, batch):
     whole = run(tmp_path / "whole", EMA(**plan))
@@ -213,7 +213,7 @@ def test_a_state_that_composer_saved_under_ddp_fits(tmp_path):
 @pytest.mark.parametrize("config", ["fsdp_config", "tp_config"])
 def test_sharded_models_are_refused_at_once(config):
     state = SimpleNamespace(**{"fsdp_config": None, "tp_config": None, "algorithms": [], config: object()})
-    with pytest.raises(PolyakError, match="rank 0"):
+    with pytest.raises(NotImplementedError, match="rank 0"):
         EMA("4ba").apply(Event.INIT, state, None)
 
 
@@ -221,11 +221,11 @@ def test_sharded_models_are_refused_at_once(config):
 
 
 def test_a_second_average_in_one_trainer_is_refused(tmp_path):
-    with pytest.raises(PolyakError, match="one average at a time"):
+    with pytest.raises(ValueError, match="one average at a time"):
         run(tmp_path, EMA("4ba"), Hosted(polyak.EMA("8ba")))
-    with pytest.raises(PolyakError, match="one average at a time"):
+    with pytest.raises(ValueError, match="one average at a time"):
         run(tmp_path, EMA("4ba"), composers.EMA("4ba"))
-    with pytest.raises(PolyakError, match="one state for each class"):
+    with pytest.raises(ValueError, match="one state for each class"):
         run(tmp_path, Recorder(tmp_path / "r", "3ba"), Recorder(tmp_path / "s", "3ba"))
 
 
@@ -498,7 +498,20 @@ def test_the_parameters_of_composers_functional_form_average_swap_and_copy():
     average.transfer_ema_params(other)
     assert loops.differences(dict(average.named_parameters()), dict(loops.bits(other))) == []
     assert dict(average.named_buffers()) == {}
-    with pytest.raises(PolyakError, match="another"):
+    with pytest.raises(MismatchError, match="another"):
         average.swap_params(other)
     compute_ema(model, other, smoothing=0.0)
     assert loops.differences(training, loops.bits(other)) == []
+
+
+def test_the_script_of_the_page_runs(tmp_path, monkeypatch):
+    page = Path(__file__).parents[1] / "docs" / "hosts" / "composer.md"
+    if not page.exists():
+        pytest.skip("the documentation is not here")
+    monkeypatch.chdir(tmp_path)
+    script = page.read_text().partition("```python\n")[2].partition("```")[0]
+    assert script.count("\n") < 40
+    names: dict[str, Any] = {"__name__": "__page__"}
+    exec(compile(script, str(page), "exec"), names)
+    names["trainer"]._checkpoint_saver.tmp_dir_for_symlink.cleanup()
+    assert torch.load("averaged.pt", weights_only=False)["state"]["model"]

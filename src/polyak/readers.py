@@ -105,7 +105,7 @@ def _composer(content: Content) -> Averaged | None:
             return _with_states(kind, model, [("EMA", saved)])
         _require(saved["ema_started"], kind, "averaging had not begun when it was saved")
         return Averaged(f"{kind} with {_whose(saved)}", _with_counters(model, _like(_tensors(training), model)))
-    _require(False, kind, "it was trained without an EMA")
+    _require(False, kind, "it has the state of no EMA")
     return None
 
 
@@ -196,7 +196,7 @@ def _with_states(kind: str, model: Content, algorithms: Any) -> Averaged:
             if "polyak" not in saved:
                 average = _with_counters(average, base)
             return Averaged(f"{kind} with {_whose(saved)}", {**base, **average})
-    raise CheckpointError(f"the file must hold an average; this is a {kind} without an EMA")
+    raise CheckpointError(f"the file must hold an average; this is a {kind}, and it has the state of no EMA")
 
 
 def _with_counters(average: Mapping[str, Tensor], training: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import polyak.ema
 import polyak.recorder
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
-from polyak.errors import PolyakError
+from polyak.errors import MismatchError
 from polyak.events import Event, elapsed_duration
 from polyak.loop import StepHooks
 from polyak.profiles import Smoothing
@@ -194,10 +194,6 @@ class EMA(Hosted):
     Args:
         *args: As ``polyak.EMA``, whose first four are those of Composer's.
         **options: As ``polyak.EMA``.
-
-    Example:
-        >>> EMA(half_life="100ba", update_interval="10ba").update_interval
-        Time(10, 'ba')
     """
 
     @functools.wraps(polyak.ema.EMA.__init__)
@@ -221,7 +217,7 @@ class Recorder(Hosted):
 def _check(hosted: Hosted, state: Any) -> None:
     """Refuse what cannot work in Composer."""
     if state.fsdp_config is not None or state.tp_config is not None:
-        raise PolyakError(
+        raise NotImplementedError(
             "each process must hold the whole model, since Composer saves an algorithm's state from rank 0 only, and "
             "under FSDP or tensor parallelism that is one shard; train with DDP, or in polyak.Trainer"
         )
@@ -229,12 +225,12 @@ def _check(hosted: Hosted, state: Any) -> None:
     lenders = [a for a in ours if a.algorithm.lends] + [a for a in state.algorithms if isinstance(a, composers.EMA)]
     alike = [a for a in ours if type(a) is type(hosted)]
     if len(lenders) > 1:
-        raise PolyakError(
+        raise ValueError(
             "a model can hold one average at a time, so of the algorithms that lend one there can be one "
             f"(got {lenders})"
         )
     if len(alike) > 1:
-        raise PolyakError(
+        raise ValueError(
             f"Composer keeps one state for each class of algorithms, so there can be one {type(hosted).__qualname__} "
             f"(got {alike}); give the others subclasses"
         )
@@ -243,15 +239,10 @@ def _check(hosted: Hosted, state: Any) -> None:
 class EMAParameters:
     """The average of a model's weights, for loops that call ``compute_ema`` themselves.
 
+    ``swap_params`` puts the average in the model, and the next call gives the model its own weights back.
+
     Args:
         model: The model in training. The average begins with its weights.
-
-    Example:
-        >>> model = nn.Linear(1, 1)
-        >>> average = EMAParameters(model)
-        >>> compute_ema(model, average, smoothing=0.9)
-        >>> average.swap_params(model)  # the model has the average
-        >>> average.swap_params(model)  # and its own weights again
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -290,7 +281,8 @@ class EMAParameters:
 
         Raises:
             ProfileError: If ``smoothing`` is not in [0, 1].
-            PolyakError: If it is another model.
+            MismatchError: If it is another model.
+            LoanError: If it holds an average.
         """
         self._check(model)
         self.shadow.update_(1 - Smoothing(smoothing).value)
@@ -302,6 +294,7 @@ class EMAParameters:
             model: The model in training.
 
         Raises:
+            MismatchError: If it is another model.
             LoanError: If it holds another average.
         """
         self._check(model)
@@ -330,7 +323,7 @@ class EMAParameters:
 
     def _check(self, model: nn.Module) -> None:
         if model is not self._model:
-            raise PolyakError("EMAParameters averages the model it was made of, and this is another; make a new one")
+            raise MismatchError("EMAParameters averages the model it was made of, and this is another; make a new one")
 
 
 def compute_ema(model: nn.Module, ema_model: nn.Module | EMAParameters, smoothing: float = 0.99) -> None:
