@@ -472,21 +472,23 @@ def test_two_averages_and_another_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_search_for_a_learning_rate_leaves_no_trace_in_the_average(tmp_path: Path) -> None:
-    from lightning.pytorch.tuner import Tuner
+    from lightning.pytorch.callbacks import LearningRateFinder
 
     class Searched(Module):
         lr = 0.02
 
+        def __init__(self, net: nn.Module, plan: Plan) -> None:
+            super().__init__(net, plan)
+            self.optimizer = torch.optim.SGD(net.parameters(), lr=self.lr)
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.net.parameters(), lr=self.lr)
+            return self.optimizer
 
     def run(*, search: bool) -> Watched:
         ema, plan = Watched("4ba"), Plan(epochs=2)
         module = Searched(net_of(), plan)
-        trainer = trainer_for(tmp_path, plan, Averaging(ema))
-        if search:
-            Tuner(trainer).lr_find(module, plan.loader, num_training=5, update_attr=False)
-        trainer.fit(module, plan.loader)
+        finder = [LearningRateFinder(num_training_steps=5, update_attr=False)] if search else []
+        trainer_for(tmp_path, plan, Averaging(ema), *finder).fit(module, plan.loader)
         return ema
 
     want, found = run(search=False), run(search=True)
