@@ -345,6 +345,9 @@ def test_training_weights_can_be_evaluated_too_or_instead(tmp_path, choice) -> N
     metrics = both.session.trainer.evaluate()
     assert ("eval_raw_loss" in metrics) == (choice == "both")
     assert metrics.get("eval_raw_loss") != metrics["eval_loss"]
+    both.probe.evaluated.clear()
+    both.session.predict()
+    assert not loops.differences([both.ema.average] * 2, both.probe.evaluated)
     assert not loops.differences(native(plan, "4ba").batches, both.ema.batches)
     with pytest.raises(ValueError, match="eval_weights must be 'averaged', 'training' or 'both'"):
         run(tmp_path, eval_weights="raw")
