@@ -2,6 +2,10 @@
 wrong, each row by its number."""
 
 import copy
+import os
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -205,6 +209,31 @@ def test_a_state_that_composer_saved_under_ddp_fits(tmp_path):
     assert loops.differences(loops.bits(resumed.state.model), whole.keeps.trained[9]) == []
     resumed.fit()
     assert loops.differences(loops.bits(resumed.state.model), whole.keeps.trained[18]) == []
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "--master_port", port]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        [*launcher, str(Path(__file__).with_name("composer_script.py")), str(tmp_path / "two")],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    (kind, training, average), other = (torch.load(tmp_path / "two" / f"end{rank}.pt") for rank in range(2))
+    assert kind == "DistributedDataParallel"
+    assert loops.differences([kind, training, average], other) == []
+    ema = EMA("4ba")
+    made = run(tmp_path / "one", ema, noisy=False, seed=7, load_path=str(saved(tmp_path / "two", 6)))
+    assert loops.differences(training, loops.bits(made.state.model.net)) == []
+    assert loops.differences({f"net.{name}": tensor for name, tensor in average.items()}, loops.averaged(ema)) == []
+    made.fit()
+    assert ema.num_updates == int(made.state.timestamp.batch) - 1
 
 
 # Row 3
