@@ -200,6 +200,14 @@ def test_an_exception_that_a_handler_swallows_leaves_training_weights_and_ends_t
     assert len(run.ema.batches) - seen == 6
 
 
+def test_algorithms_hear_of_an_exception_that_ends_the_run(tmp_path: Path) -> None:
+    run = session(tmp_path)
+    Probe(run.net).raises = ("train", 4, RuntimeError("as planned"))
+    with pytest.raises(RuntimeError, match="as planned"):
+        run.fit()
+    assert run.ema.events[-1] is Event.EXCEPTION
+
+
 def test_what_is_done_at_the_end_of_an_epoch_finds_it_ended_whoever_came_first(tmp_path: Path) -> None:
     # IgniteSession evaluates at EPOCH_COMPLETED, and says so before there is an Averaging.
     run = session(tmp_path, Watched("1ep"), Plan(epochs=3, evaluate=True))
