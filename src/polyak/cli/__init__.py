@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 import polyak
-from polyak.cli import demo, inspect, reconstruct, sweep
+from polyak.cli import convert, demo, inspect, reconstruct, sweep
 from polyak.cli.command import Command
 from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
 
-COMMANDS: tuple[Command, ...] = (demo, inspect, reconstruct, sweep)
+COMMANDS: tuple[Command, ...] = (convert, demo, inspect, reconstruct, sweep)
 
 _INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 _REFUSED = 2

@@ -1,11 +1,10 @@
 """The host for loops of one's own: it counts the steps of a torch optimizer by its step hooks."""
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 from torch import nn
@@ -13,21 +12,11 @@ from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
 from polyak.errors import LoanError
-from polyak.events import Event, elapsed_duration
+from polyak.events import Event
+from polyak.loop import LoopState, StepHooks
 from polyak.select import unwrap
 from polyak.shadow import loan_of
 from polyak.time import Time, Timestamp, as_span
-
-
-@dataclass
-class _LoopState:
-    model: nn.Module
-    timestamp: Timestamp
-    max_duration: Time | None
-    saving_to: Path | None = None
-
-    def get_elapsed_duration(self) -> Time | None:
-        return elapsed_duration(self.timestamp, self.max_duration)
 
 
 class Attached:
@@ -51,7 +40,7 @@ class Attached:
         self,
         algorithm: Algorithm,
         optimizer: Optimizer,
-        state: _LoopState,
+        state: LoopState,
         counts: tuple[int, int],
         logger: MetricLogger,
     ) -> None:
@@ -62,10 +51,7 @@ class Attached:
         self._logger = logger
         self._fitting = False
         dispatch(Event.INIT, state, [algorithm], logger)
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._hooks = StepHooks(optimizer, self._after_step, self._before_step)
 
     @property
     def timestamp(self) -> Timestamp:
@@ -75,20 +61,17 @@ class Attached:
     def _fire(self, event: Event) -> None:
         dispatch(event, self._state, [self.algorithm], self._logger)
 
-    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        del optimizer, args, kwargs
+    def _before_step(self) -> None:
         if not self._fitting:
             # Not in `attach`, so that a state can be loaded first.
             self._fitting = True
             self._fire(Event.FIT_START)
 
-    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        del args, kwargs
-        if _has_stepped(optimizer) and not _is_nested(sys._getframe(1), optimizer):  # noqa: SLF001
-            self._state.timestamp = self.timestamp.to_next_batch(samples=self._samples, tokens=self._tokens)
-            self._fire(Event.BATCH_END)
-            if self.timestamp.epoch_length == self.timestamp.batch_in_epoch.value:
-                self.end_epoch()
+    def _after_step(self) -> None:
+        self._state.timestamp = self.timestamp.to_next_batch(samples=self._samples, tokens=self._tokens)
+        self._fire(Event.BATCH_END)
+        if self.timestamp.epoch_length == self.timestamp.batch_in_epoch.value:
+            self.end_epoch()
 
     def end_epoch(self) -> None:
         """Count the end of an epoch. It is called for you if ``steps_per_epoch`` was given."""
@@ -139,10 +122,7 @@ class Attached:
 
     def detach(self) -> None:
         """Stop counting. The algorithm keeps what it has."""
-        if self._hooks:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks.clear()
+        if self._hooks.remove():
             self._fire(Event.FIT_END)
 
     def __enter__(self) -> Self:
@@ -154,28 +134,6 @@ class Attached:
         if error is not None:
             self._fire(Event.EXCEPTION)
         self.detach()
-
-
-def _has_stepped(optimizer: Optimizer) -> bool:
-    """Whether this step moved weights: a fused one is called even when the gradient scaler found an inf."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is not None and bool(found_inf):
-        return False
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-
-
-def _is_nested(hooked: FrameType, optimizer: Optimizer) -> bool:
-    """Whether the step that ``hooked`` runs was called by a step of the same optimizer.
-
-    torch hooks the ``step`` of each class, so a subclass's that calls its parent's fires twice. A counter of depth
-    would be wrong for good after a step that raised.
-    """
-    outer = hooked.f_back
-    while outer is not None:
-        if outer.f_code is hooked.f_code and outer.f_locals.get("args", (None,))[0] is optimizer:
-            return True
-        outer = outer.f_back
-    return False
 
 
 def attach(
@@ -221,5 +179,5 @@ def attach(
         ...     loss = model(torch.ones(4, 2)).square().mean()
     """
     duration = None if max_duration is None else as_span("max_duration", max_duration, above=0)
-    state = _LoopState(unwrap(model), Timestamp(epoch_length=steps_per_epoch), duration)
+    state = LoopState(unwrap(model), Timestamp(epoch_length=steps_per_epoch), duration)
     return Attached(algorithm, optimizer, state, (samples_per_step, tokens_per_step), logger or NoLogger())

@@ -1,0 +1,64 @@
+"""Read the average that another library saved, and write it as plain safetensors.
+
+Read are checkpoints and states of Composer's EMA (any release), torch's AveragedModel, timm, diffusers' EMAModel,
+ema-pytorch, torch-ema, Lightning's WeightAveraging, and polyak itself. Which it is, is found out. No code that a file
+may hold is run.
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from polyak.cli.asking import size
+from polyak.cli.command import UsageError
+from polyak.readers import read, write
+
+NAME = "convert"
+
+_EPILOG = """\
+examples:
+  polyak convert ep1-ba500-rank0.pt -o averaged.safetensors     (Composer)
+  polyak convert unet_ema -o averaged.safetensors               (a folder of diffusers)
+  polyak convert ema.pt --names model.pt -o averaged.safetensors
+      (torch-ema and diffusers save lists without names: model.pt is torch.save(model.state_dict(), "model.pt"),
+      or a JSON list of [name for name, _ in model.named_parameters()])
+"""
+
+
+def configure(parser: ArgumentParser) -> None:
+    """Add the arguments.
+
+    Args:
+        parser: Of this command.
+    """
+    parser.epilog = _EPILOG
+    parser.add_argument("file", type=Path, metavar="FILE", help="what was saved: a file, or a folder of diffusers")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="F", help="the safetensors file to write")
+    parser.add_argument("--names", type=Path, metavar="M", help="where the names are, for a file without them")
+    parser.add_argument(
+        "--timm",
+        action="store_true",
+        help="FILE is a state dict of timm's ModelEmaV3: it looks like any under DDP",
+    )
+
+
+def run(arguments: Namespace) -> int:
+    """Convert it.
+
+    Args:
+        arguments: As parsed.
+
+    Raises:
+        UsageError: If the output would be the file itself, or a folder.
+        PolyakError: If the library refuses.
+    """
+    source, output = arguments.file, arguments.output
+    inside = source.is_dir() and output.resolve().parent == source.resolve()
+    if output.is_dir() or output.resolve() == source.resolve() or inside:
+        raise UsageError(f"-o must be another file than what is read, and no folder (got {output}); choose another")
+    found = read(source, arguments.names, timm=arguments.timm)
+    write(found, output, source)
+    print(f"format   {found.format}")
+    for note in found.notes:
+        print(f"note     {note}")
+    print(f"written  {output}: {len(found.tensors)} tensors, {size(output.stat().st_size)}")
+    return 0

@@ -1,0 +1,207 @@
+"""The host for Ignite: algorithms at work in a trainer engine, lent to evaluators and checkpoints."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import ignite.distributed as idist
+from ignite.engine import Engine, Events
+from torch import nn
+from torch.optim import Optimizer
+
+from polyak.algorithm import Algorithm, MetricLogger
+from polyak.events import Event
+from polyak.loop import Loop, StepHooks, as_algorithms
+from polyak.time import Time, TimeUnit
+from polyak.trainer import rng
+
+
+class Averaging:
+    """Run ``EMA``, ``Recorder`` or other algorithms in an Ignite trainer.
+
+    An optimizer step that moved weights is one batch of their clock; half-lives may be in ``ba``, ``ep``, ``dur`` and,
+    if they are counted, ``sp`` and ``tok``. Put this among a ``Checkpoint``'s objects ``to_save``, after the model.
+
+    Args:
+        algorithms: One or several; of those that lend an average there can be one.
+        trainer: The engine whose process function trains.
+        model: In training.
+        optimizer: Of several optimizers, the one whose steps are to be counted.
+        evaluators: Engines that evaluate with the average.
+        predictors: Engines that predict with the average.
+        gradient_accumulation_steps: Iterations in an optimizer step, for times in ``ep`` and ``dur``.
+        num_samples: Function of a batch: how many samples it has; needed for times in ``sp``.
+        num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
+        logger: Where the algorithms may log.
+
+    Raises:
+        ValueError: If more than one algorithm lends an average.
+
+    Attributes:
+        algorithms: As given.
+    """
+
+    def __init__(
+        self,
+        algorithms: Algorithm | Sequence[Algorithm],
+        trainer: Engine,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        evaluators: Sequence[Engine] = (),
+        predictors: Sequence[Engine] = (),
+        gradient_accumulation_steps: int = 1,
+        num_samples: Callable[[Any], int] | None = None,
+        num_tokens: Callable[[Any], int] | None = None,
+        logger: MetricLogger | None = None,
+    ) -> None:
+        self.algorithms = as_algorithms(algorithms)
+        self._loop = Loop(self.algorithms, model, logger)
+        self._optimizer = optimizer
+        self._accumulates = gradient_accumulation_steps
+        self._count_samples, self._count_tokens = num_samples, num_tokens
+        self._hooks: StepHooks | None = None
+        self._samples = self._tokens = 0  # since the last step
+        self._iteration: int | None = None  # in the epoch, if one has begun
+        self._fitting = self._interrupted = False
+        self._random: Mapping[str, Any] | None = None
+        self._follow(trainer)
+        for engine in evaluators:
+            self._lend(engine, Event.EVAL_START, Event.EVAL_END)
+        for engine in predictors:
+            self._lend(engine, Event.PREDICT_START, Event.PREDICT_END)
+
+    # Training
+
+    def _follow(self, trainer: Engine) -> None:
+        for event, handler in {
+            Events.STARTED: self._on_started,
+            Events.EPOCH_STARTED: self._on_epoch_started,
+            # Inside an epoch a loader that can be resumed draws until it has given its first batch.
+            Events.GET_BATCH_COMPLETED: self._restore_random,
+            Events.ITERATION_STARTED: self._on_iteration_started,
+            Events.ITERATION_COMPLETED: self._on_iteration_completed,
+            Events.EPOCH_COMPLETED: self._end_epoch,
+            Events.INTERRUPT: self._on_interrupt,
+        }.items():
+            trainer.add_event_handler(event, handler)
+        run = trainer.run
+
+        # Wrapped, because a handler of EXCEPTION_RAISED would swallow the exception, and COMPLETED may be skipped.
+        @wraps(run)
+        def run_and_count(*args: Any, **kwargs: Any) -> Any:
+            if not self._interrupted:
+                # An engine that was terminated begins an epoch anew, whatever the number of its iteration.
+                self._iteration = 0 if trainer.should_terminate else None
+            self._interrupted = False
+            self._hooks = StepHooks(self._optimizer, self._after_step)
+            try:
+                result = run(*args, **kwargs)
+                if self._fitting and not self._interrupted:
+                    self._fitting = False
+                    self._loop.fire(Event.FIT_END)
+            except BaseException:
+                self._fitting = False
+                self._loop.fire(Event.EXCEPTION)
+                raise
+            finally:
+                self._hooks.remove()
+            return result
+
+        trainer.run = run_and_count
+
+    def _on_started(self, trainer: Engine) -> None:
+        state = self._loop.state
+        if trainer.state.max_epochs is not None:
+            state.max_duration = Time(trainer.state.max_epochs, TimeUnit.EPOCH)
+        elif trainer.state.max_iters is not None:
+            state.max_duration = Time(trainer.state.max_iters // self._accumulates, TimeUnit.BATCH)
+        length = trainer.state.epoch_length
+        steps = length // self._accumulates if length and length % self._accumulates == 0 else None
+        state.timestamp = replace(state.timestamp, epoch_length=steps)
+        if self._random is not None and hasattr(trainer.state, "rng_states"):
+            # A DeterministicEngine sets its own before the order of the data is drawn, which then is another.
+            trainer.state.rng_states = None
+        self._samples = self._tokens = 0
+        self._fitting = True
+        self._loop.fire(Event.FIT_START)
+
+    def _on_epoch_started(self, trainer: Engine) -> None:
+        length = trainer.state.epoch_length
+        if self._iteration is None:
+            self._iteration = trainer.state.iteration % length if length else 0
+        if self._iteration == 0:
+            self._loop.begin_epoch()
+            # The loader's iterator, which draws from these, is made after this.
+            self._restore_random()
+
+    def _restore_random(self) -> None:
+        if self._random is not None and idist.get_world_size() == 1:
+            rng.set_state(self._random)
+        self._random = None
+
+    def _on_iteration_started(self, trainer: Engine) -> None:
+        if self._count_samples is not None:
+            self._samples += self._count_samples(trainer.state.batch) * idist.get_world_size()
+        if self._count_tokens is not None:
+            self._tokens += self._count_tokens(trainer.state.batch) * idist.get_world_size()
+
+    def _after_step(self) -> None:
+        samples, tokens, self._samples, self._tokens = self._samples, self._tokens, 0, 0
+        self._loop.end_batch(samples=samples, tokens=tokens)
+
+    def _on_iteration_completed(self, trainer: Engine) -> None:
+        # Not only at EPOCH_COMPLETED, so that what else is done then finds the epoch ended, in whatever order.
+        self._iteration = (self._iteration or 0) + 1
+        if self._iteration == trainer.state.epoch_length:
+            self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        if self._iteration:
+            self._iteration = 0
+            self._loop.end_epoch()
+
+    def _on_interrupt(self) -> None:
+        self._interrupted = True
+
+    # Lending
+
+    def _lend(self, engine: Engine, start: Event, end: Event) -> None:
+        run = engine.run
+
+        # Wrapped, because an engine that is terminated or interrupted may never complete.
+        @wraps(run)
+        def run_with_average(*args: Any, **kwargs: Any) -> Any:
+            with self._loop.between(start, end):
+                return run(*args, **kwargs)
+
+        engine.run = run_with_average
+
+    def saves(self, checkpoint: Callable[[Engine], object]) -> Callable[[Engine], None]:
+        """Return a handler that saves with the average in the model: ``to_save``'s ``model`` has it then.
+
+        The training weights are in the state of this, from which ``Checkpoint.load_objects`` takes them to go on.
+
+        Args:
+            checkpoint: An Ignite ``Checkpoint``, or any handler that saves.
+        """
+
+        def save(engine: Engine) -> None:
+            with self._loop.saving():
+                checkpoint(engine)
+
+        return save
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the algorithms, of the clock and of the random numbers."""
+        return {**self._loop.state_dict(), "rng": rng.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned, and, if the model had the average then, with its training weights.
+
+        Args:
+            state: As saved.
+        """
+        self._loop.load_state_dict(state)
+        self._random = state["rng"]

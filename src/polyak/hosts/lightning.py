@@ -1,0 +1,292 @@
+"""The host for Lightning: a callback for its ``Trainer``. In Fabric's loops, ``polyak.attach`` is what is needed."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import wraps
+from typing import Any, Literal
+
+try:
+    from lightning.pytorch import Callback
+except ModuleNotFoundError:
+    from pytorch_lightning import Callback
+
+from polyak.algorithm import Algorithm
+from polyak.errors import PlanWarning
+from polyak.events import Event
+from polyak.loop import Loop, StepHooks, as_algorithms
+from polyak.select import unwrap
+from polyak.shadow import loan_of
+from polyak.time import Time, TimeUnit
+from polyak.trainer import rng
+
+_KEY = "polyak"
+_SHARDED = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+
+
+class Averaging(Callback):
+    """Run ``EMA``, ``Recorder`` or other algorithms in a Lightning ``Trainer``.
+
+    An optimizer step that moved weights is one batch of their clock; half-lives may be in ``ba``, ``ep``, ``dur`` and,
+    if they are counted, ``sp`` and ``tok``. Validation, test and prediction run with the average, and the model has its
+    training weights before and after. A checkpoint has the average as ``state_dict``, where ``load_from_checkpoint``
+    takes it from, and the training weights under ``polyak``, from which ``fit(ckpt_path=...)`` goes on. Where a
+    checkpoint is evaluated (``test(ckpt_path=...)``), the model has that checkpoint's average.
+
+    Args:
+        algorithms: One or several; of those that lend an average there can be one.
+        eval_weights: ``"averaged"``, or ``"training"`` to evaluate and predict with those. It may be changed.
+        num_samples: Function of a batch: how many samples it has; needed for times in ``sp``.
+        num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
+        optimizer: Of several optimizers, which one's steps are counted.
+
+    Raises:
+        ValueError: If more than one algorithm lends an average, or ``eval_weights`` is neither of its values.
+    """
+
+    def __init__(
+        self,
+        algorithms: Algorithm | Sequence[Algorithm],
+        *,
+        eval_weights: Literal["averaged", "training"] = "averaged",
+        num_samples: Callable[[Any], int] | None = None,
+        num_tokens: Callable[[Any], int] | None = None,
+        optimizer: int = 0,
+    ) -> None:
+        super().__init__()
+        if eval_weights not in ("averaged", "training"):
+            raise ValueError(f"eval_weights must be 'averaged' or 'training' (got {eval_weights!r})")
+        self.algorithms = as_algorithms(algorithms)
+        self.eval_weights = eval_weights
+        self._count_samples, self._count_tokens = num_samples, num_tokens
+        self._optimizer = optimizer
+        self._trainer: Any = None
+        self._loop: Loop | None = None
+        self._hooks: StepHooks | None = None
+        self._samples = self._tokens = 0  # since the last step
+        self._in_epoch = False
+        self._ends: list[Event] = []  # of the evaluation that goes on
+        self._random: Mapping[str, Any] | None = None
+
+    # Set-up
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Meet the model; refuse what would average wrong weights.
+
+        Args:
+            trainer: Lightning's.
+            pl_module: The model.
+            stage: What begins.
+
+        Raises:
+            NotImplementedError: If the strategy shards the weights.
+        """
+        if sharded := _SHARDED & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
+            raise NotImplementedError(
+                f"each process must hold all weights for them to be averaged here (got {', '.join(sharded)}, which "
+                "shards them); use one device or DDP"
+            )
+        if stage == "fit" and (self._loop is None or self._loop.state.model is not unwrap(pl_module)):
+            self._loop = Loop(self.algorithms, pl_module, self)
+        if trainer is not self._trainer:
+            self._trainer = trainer
+            self._surround_saving(trainer)
+
+    def _surround_saving(self, trainer: Any) -> None:
+        # Lightning's own hooks come too early to lend without a copy, and not at all if `save_weights_only`.
+        save = trainer.save_checkpoint
+
+        @wraps(save)
+        def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
+            if self._loop is None:
+                save(filepath, *args, **kwargs)
+            else:
+                with self._loop.saving(None if "://" in str(filepath) else filepath):
+                    save(filepath, *args, **kwargs)
+
+        trainer.save_checkpoint = save_checkpoint
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Hand metrics to the trainer's loggers.
+
+        Args:
+            metrics: By name.
+            step: The trainer's own if it is not given.
+        """
+        for logger in self._trainer.loggers:
+            logger.log_metrics(dict(metrics), step=self._trainer.global_step if step is None else step)
+
+    # Training
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Restore the random numbers of a run that is resumed: Lightning draws from them before it starts training."""
+        del pl_module
+        if self._random is not None and trainer.world_size == 1:
+            rng.set_state(self._random)
+        self._random = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to count steps."""
+        assert self._loop is not None
+        self._stop_counting()
+        self._tell_lengths(trainer, pl_module)
+        self._hooks = StepHooks(trainer.optimizers[self._optimizer], self._after_step)
+        self._samples = self._tokens = 0
+        self._loop.fire(Event.FIT_START)
+
+    def _tell_lengths(self, trainer: Any, pl_module: Any) -> None:
+        assert self._loop is not None
+        state, batches = self._loop.state, trainer.num_training_batches
+        # In manual optimization only the model knows when it steps.
+        known = pl_module.automatic_optimization and math.isfinite(batches)
+        length = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
+        state.timestamp = replace(state.timestamp, epoch_length=length)
+        state.max_duration = None
+        if trainer.max_epochs not in (None, -1):
+            state.max_duration = Time(trainer.max_epochs, TimeUnit.EPOCH)
+        if trainer.max_steps != -1 and (
+            state.max_duration is None or (length is not None and trainer.max_steps < trainer.max_epochs * length)
+        ):
+            state.max_duration = Time(trainer.max_steps, TimeUnit.BATCH)
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin an epoch."""
+        assert self._loop is not None
+        self._tell_lengths(trainer, pl_module)
+        self._loop.begin_epoch()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Count what is in a batch."""
+        del pl_module, batch_idx
+        self._in_epoch = True
+        if self._count_samples is not None:
+            self._samples += self._count_samples(batch) * trainer.world_size
+        if self._count_tokens is not None:
+            self._tokens += self._count_tokens(batch) * trainer.world_size
+
+    def _after_step(self) -> None:
+        assert self._loop is not None
+        samples, tokens, self._samples, self._tokens = self._samples, self._tokens, 0, 0
+        self._loop.end_batch(samples=samples, tokens=tokens)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End the epoch with its last batch: Lightning validates and saves before its own end of the epoch."""
+        del pl_module, outputs, batch, batch_idx
+        self._end_epoch(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """End an epoch that was cut short."""
+        del pl_module
+        self._end_epoch(trainer)
+
+    def _end_epoch(self, trainer: Any) -> None:
+        assert self._loop is not None
+        if self._in_epoch and trainer.is_last_batch:
+            self._in_epoch = False
+            self._loop.end_epoch()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """End training, after the last checkpoint."""
+        del trainer, pl_module
+        if self._loop is not None and self._stop_counting():
+            self._loop.fire(Event.FIT_END)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take back what is lent."""
+        del trainer, pl_module, exception
+        self._ends = []
+        self._stop_counting()
+        if self._loop is not None:
+            self._loop.fire(Event.EXCEPTION)
+
+    def _stop_counting(self) -> bool:
+        hooks, self._hooks = self._hooks, None
+        return hooks is not None and hooks.remove()
+
+    # Evaluation
+
+    def _begin(self, trainer: Any, starts: Sequence[Event], ends: Sequence[Event]) -> None:
+        loaded = trainer.state.fn.value != "fit" and trainer.ckpt_path is not None
+        if self._loop is not None and self.eval_weights == "averaged" and not loaded:
+            self._ends = list(ends)
+            for event in starts:
+                self._loop.fire(event)
+
+    def _end(self) -> None:
+        while self._ends:
+            assert self._loop is not None
+            self._loop.fire(self._ends.pop(0))
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lend the average."""
+        del pl_module
+        if trainer.state.fn.value == "fit":
+            starts, ends = (Event.EVAL_BEFORE_ALL, Event.EVAL_START), (Event.EVAL_END, Event.EVAL_AFTER_ALL)
+        else:
+            starts, ends = (Event.EVAL_STANDALONE_START, Event.EVAL_START), (Event.EVAL_END, Event.EVAL_STANDALONE_END)
+        self._begin(trainer, starts, ends)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take the average back."""
+        del trainer, pl_module
+        self._end()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lend the average."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take the average back."""
+        self.on_validation_end(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lend the average."""
+        del pl_module
+        self._begin(trainer, [Event.PREDICT_START], [Event.PREDICT_END])
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Take the average back."""
+        self.on_validation_end(trainer, pl_module)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what makes Lightning warn if the checkpoint is resumed without this callback."""
+        return {"algorithms": [repr(algorithm) for algorithm in self.algorithms]}
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the state of the algorithms, with the training weights.
+
+        Args:
+            trainer: Lightning's.
+            pl_module: The model.
+            checkpoint: To be added to.
+        """
+        del trainer
+        if self._loop is not None:
+            loan = loan_of(pl_module)
+            holds = f"averaged weights of {loan.holder}" if loan else "training weights"
+            checkpoint[_KEY] = {**self._loop.state_dict(), "state_dict_holds": holds, "rng": rng.get_state()}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on with the training weights and the state of the algorithms, if the checkpoint is to be trained on.
+
+        Args:
+            trainer: Lightning's.
+            pl_module: The model, which has the checkpoint's ``state_dict``.
+            checkpoint: What was loaded.
+        """
+        del pl_module
+        if trainer.state.fn.value != "fit":
+            return
+        assert self._loop is not None
+        if _KEY in checkpoint:
+            self._loop.load_state_dict(checkpoint[_KEY])
+            self._random = checkpoint[_KEY]["rng"]
+        else:
+            warnings.warn(
+                f"the checkpoint was saved without this callback: {self.algorithms} and their clocks begin with it",
+                PlanWarning,
+                stacklevel=2,
+            )

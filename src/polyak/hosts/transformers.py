@@ -1,0 +1,242 @@
+"""The host for the ``Trainer`` of Hugging Face Transformers: hooks in, events out."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import find_batch_size
+from transformers.trainer_utils import get_last_checkpoint
+
+from polyak.algorithm import Algorithm
+from polyak.errors import PlanWarning
+from polyak.events import Event
+from polyak.loop import Loop, StepHooks, as_algorithms, innermost
+from polyak.select import unwrap
+from polyak.time import Time, TimeUnit
+from polyak.trainer import rng
+
+STATE_NAME = "polyak.pt"
+
+
+class _Logger:
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        del step  # the trainer adds its own
+        self._trainer.log(dict(metrics))
+
+
+class Attached(TrainerCallback):
+    """Algorithms at work in a ``Trainer``; ``attach`` makes it.
+
+    Args:
+        algorithms: As given to ``attach``, as a list.
+        trainer: As given to ``attach``.
+        eval_weights: As given to ``attach``.
+    """
+
+    def __init__(self, algorithms: Sequence[Algorithm], trainer: Trainer, eval_weights: str) -> None:
+        self._algorithms = algorithms
+        self._trainer: Any = trainer
+        self._eval_weights = eval_weights
+        self._loop: Loop | None = None
+        self._hooks: StepHooks | None = None
+        self._resuming: Path | None = None
+        self._samples = self._tokens_before = 0
+        self._lending = False
+        for name in ("train", "training_step", "evaluation_loop", "save_model"):
+            setattr(trainer, name, functools.partial(getattr(self, f"_{name}"), getattr(trainer, name)))
+        trainer.add_callback(self)
+
+    # The trainer's public methods, wrapped: it has no event on an exception, nor around ``save_model``.
+
+    def _train(self, train: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        _check(self._trainer)
+        found = resume_from_checkpoint
+        if found is True:
+            found = get_last_checkpoint(self._trainer.args.output_dir)
+        self._resuming = Path(found) if found else None
+        try:
+            return train(resume_from_checkpoint, *args, **kwargs)
+        except BaseException:
+            if self._loop:
+                self._loop.fire(Event.EXCEPTION)
+            raise
+        finally:
+            if self._hooks:
+                self._hooks.remove()
+
+    def _training_step(self, step: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        self._samples += (find_batch_size(inputs) or 0) * self._trainer.args.world_size
+        return step(model, inputs, *args, **kwargs)
+
+    def _evaluation_loop(
+        self, run: Callable[..., Any], dataloader: Any, description: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        if description == "Prediction":
+            with self._lent(Event.PREDICT_START, Event.PREDICT_END):
+                return run(dataloader, description, *args, **kwargs)
+        raw: dict[str, float] = {}
+        if self._eval_weights == "both":
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            with rng.preserved():
+                raw = run(dataloader, description, *args, **kwargs | {"metric_key_prefix": f"{prefix}_raw"}).metrics
+        with nullcontext() if self._eval_weights == "training" else self._lent(Event.EVAL_START, Event.EVAL_END):
+            output = run(dataloader, description, *args, **kwargs)
+        output.metrics.update(raw)
+        return output
+
+    def _save_model(
+        self, save: Callable[..., Any], output_dir: str | None = None, _internal_call: bool = False
+    ) -> None:
+        folder = Path(output_dir or self._trainer.args.output_dir)
+        with self._lent(Event.SAVE_START, Event.SAVE_END, folder):
+            # Beside the averaged weights go the training weights, in the states of what has lent the average; but only
+            # into checkpoints, not into what is for use.
+            if self._loop and _internal_call and output_dir and self._trainer.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(self._loop.state_dict(), folder / STATE_NAME)
+            save(output_dir, _internal_call=_internal_call)
+
+    @contextmanager
+    def _lent(self, start: Event, end: Event, saving_to: Path | None = None) -> Iterator[None]:
+        if self._loop is None or self._lending:
+            # Nothing to lend yet; or an evaluation or a save inside another, with what that has lent.
+            yield
+            return
+        self._lending, self._loop.state.saving_to = True, saving_to
+        try:
+            with self._loop.between(start, end):
+                yield
+        finally:
+            self._lending, self._loop.state.saving_to = False, None
+
+    # The trainer's events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin, or go on from the checkpoint whose averaged weights the trainer has loaded."""
+        if self._loop is None or self._loop.state.model is not unwrap(self._trainer.model):
+            self._loop = Loop(self._algorithms, self._trainer.model, _Logger(self._trainer))
+        loop = self._loop
+        if loop.state.timestamp.batch_in_epoch.value:
+            # A run before this one was left inside an epoch.
+            loop.state.timestamp = loop.state.timestamp.to_next_epoch()
+        if args.max_steps > 0:
+            loop.state.max_duration = Time(args.max_steps, TimeUnit.BATCH)
+        else:
+            loop.state.max_duration = Time(args.num_train_epochs, TimeUnit.EPOCH)
+        length = _steps_per_epoch(self._trainer, kwargs["train_dataloader"])
+        loop.state.timestamp = replace(loop.state.timestamp, epoch_length=length)
+        self._load(self._resuming, state)
+        self._samples, self._tokens_before = 0, state.num_input_tokens_seen
+        if self._hooks:
+            self._hooks.remove()
+        self._hooks = StepHooks(innermost(kwargs["optimizer"]), self._end_batch)
+        loop.fire(Event.FIT_START)
+
+    def _load(self, checkpoint: Path | None, state: Any) -> None:
+        if checkpoint is None or self._loop is None:
+            return
+        path = checkpoint / STATE_NAME
+        if path.exists():
+            self._loop.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            return
+        warnings.warn(
+            f"{checkpoint} has no {STATE_NAME}, so it was saved without polyak: averaging begins with its weights",
+            PlanWarning,
+            stacklevel=2,
+        )
+        for time in (Time(state.global_step, TimeUnit.BATCH), Time(int(state.epoch or 0), TimeUnit.EPOCH)):
+            self._loop.state.timestamp = self._loop.state.timestamp.with_counter(time)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say so."""
+        self._fire(Event.EPOCH_START)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say so."""
+        self._fire(Event.BATCH_START)
+
+    def _end_batch(self) -> None:
+        assert self._loop is not None
+        tokens = self._trainer.state.num_input_tokens_seen
+        self._loop.end_batch(samples=self._samples, tokens=tokens - self._tokens_before)
+        self._samples, self._tokens_before = 0, tokens
+        now = self._loop.state.timestamp
+        if now.epoch_length == now.batch_in_epoch.value:
+            # Here and not in on_epoch_end, since the checkpoint of this step is resumed in the next epoch.
+            self._loop.end_epoch()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End an epoch in which steps were skipped, or whose length was not known."""
+        if self._loop and self._loop.state.timestamp.batch_in_epoch.value and not control.should_training_stop:
+            self._loop.end_epoch()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End; where the best checkpoint was loaded, go back to its training weights and its average."""
+        self._fire(Event.FIT_END)
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load(Path(state.best_model_checkpoint), state)
+
+    def _fire(self, event: Event) -> None:
+        assert self._loop is not None
+        self._loop.fire(event)
+
+
+def _steps_per_epoch(trainer: Any, loader: Any) -> int | None:
+    """Return the optimizer steps in an epoch, if the loader knows its length."""
+    try:
+        batches = len(loader)
+    except TypeError:
+        return None
+    return max(1, -(-batches // trainer.args.gradient_accumulation_steps))
+
+
+def _check(trainer: Any) -> None:
+    sharded = {"DeepSpeed": trainer.is_deepspeed_enabled, "FSDP": trainer.is_fsdp_enabled}
+    if names := [name for name, enabled in sharded.items() if enabled]:
+        raise NotImplementedError(
+            f"the weights must be whole in every process for their average to be lent, and under {names[0]} they are "
+            "not (ZeRO-3 and FSDP shard them, ZeRO-1 and 2 keep others of their own); train with DDP or on one device"
+        )
+
+
+def attach(
+    algorithms: Algorithm | Sequence[Algorithm],
+    trainer: Trainer,
+    *,
+    eval_weights: Literal["averaged", "training", "both"] = "averaged",
+) -> Attached:
+    """Average the weights that a ``Trainer`` trains; evaluate, predict and save with the average.
+
+    ``evaluate``, ``predict`` and ``save_model`` use the averaged weights, so ``from_pretrained`` finds them in what is
+    saved. Each checkpoint also has ``polyak.pt`` with the training weights, from which
+    ``train(resume_from_checkpoint=...)`` goes on bit for bit, as far as the trainer itself does. After ``train``, and
+    after any exception, the model has training weights: save it by ``trainer.save_model``. With
+    ``load_best_model_at_end`` weights and average are those of the best checkpoint.
+
+    Steps count for ``ba``, whatever the gradient accumulation; ``tok`` needs ``include_num_input_tokens_seen``.
+
+    Args:
+        algorithms: ``EMA``, ``Recorder`` or others, one or several.
+        trainer: Before ``train`` is called.
+        eval_weights: With which ``evaluate`` does; of both, the training weights' metrics are named ``eval_raw_...``.
+
+    Raises:
+        NotImplementedError: Under DeepSpeed and FSDP.
+        ValueError: If the trainer has algorithms already, more than one of these lends an average, or ``eval_weights``
+            is none of its values.
+    """
+    if eval_weights not in ("averaged", "training", "both"):
+        raise ValueError(f"eval_weights must be 'averaged', 'training' or 'both' (got {eval_weights!r})")
+    _check(trainer)
+    if any(isinstance(callback, Attached) for callback in trainer.callback_handler.callbacks):
+        raise ValueError("attach must be called once for a trainer (it has algorithms already); give it a list of all")
+    return Attached(as_algorithms(algorithms), trainer, eval_weights)

@@ -1,0 +1,228 @@
+"""What hosts have in common: the algorithms in a loop, where the loop stands, and the steps of its optimizer."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
+from polyak.errors import CheckpointError
+from polyak.events import Event, elapsed_duration
+from polyak.select import unwrap
+from polyak.time import Time, Timestamp
+
+
+@dataclass
+class LoopState:
+    """An ``events.State`` of plain values.
+
+    Args:
+        model: In training, without its outermost wrappers.
+        timestamp: Now.
+        max_duration: How long the loop will go on, if that is known.
+        saving_to: Where a checkpoint is being written, if one is and that is known.
+    """
+
+    model: nn.Module
+    timestamp: Timestamp
+    max_duration: Time | None = None
+    saving_to: Path | None = None
+
+    def get_elapsed_duration(self) -> Time | None:
+        """Return the elapsed share of the run as ``dur``; None if ``max_duration`` is not known."""
+        return elapsed_duration(self.timestamp, self.max_duration)
+
+
+def as_algorithms(algorithms: Algorithm | Sequence[Algorithm]) -> list[Algorithm]:
+    """Return what a host was given as a list.
+
+    Args:
+        algorithms: One or several.
+
+    Raises:
+        ValueError: If more than one of them lends an average.
+    """
+    listed = [algorithms] if isinstance(algorithms, Algorithm) else list(algorithms)
+    if sum(algorithm.lends for algorithm in listed) > 1:
+        raise ValueError(
+            "a model can hold one average at a time, so of the algorithms that lend one there can be one (got "
+            f"{[algorithm for algorithm in listed if algorithm.lends]}); to compare averages, attach them apart"
+        )
+    return listed
+
+
+class Loop:
+    """Algorithms at work in the loop of another framework, whose adapter says what happens there.
+
+    Args:
+        algorithms: At work.
+        model: In training, wrapped or not.
+        logger: Where they may log.
+
+    Attributes:
+        algorithms: As given.
+        state: What they see; the adapter sets what its framework knows.
+    """
+
+    def __init__(self, algorithms: Sequence[Algorithm], model: nn.Module, logger: MetricLogger | None = None) -> None:
+        self.algorithms = algorithms
+        self.state = LoopState(unwrap(model), Timestamp())
+        self._logger = logger or NoLogger()
+        self.fire(Event.INIT)
+
+    def fire(self, event: Event) -> None:
+        """Tell the algorithms what happened.
+
+        Args:
+            event: What.
+        """
+        # A tensor made in inference mode cannot be changed outside it, where what is lent may have to be taken back.
+        with torch.inference_mode(mode=False):
+            dispatch(event, self.state, self.algorithms, self._logger)
+
+    def end_batch(self, *, samples: int = 0, tokens: int = 0) -> None:
+        """Count an optimizer step.
+
+        Args:
+            samples: Samples in it.
+            tokens: Tokens in it.
+        """
+        self.state.timestamp = self.state.timestamp.to_next_batch(samples=samples, tokens=tokens)
+        self.fire(Event.BATCH_END)
+
+    def begin_epoch(self) -> None:
+        """Begin an epoch. One that was left before its end counts as one."""
+        if self.state.timestamp.batch_in_epoch.value:
+            self.state.timestamp = self.state.timestamp.to_next_epoch()
+        self.fire(Event.EPOCH_START)
+
+    def end_epoch(self) -> None:
+        """Count the end of an epoch."""
+        self.state.timestamp = self.state.timestamp.to_next_epoch()
+        self.fire(Event.EPOCH_END)
+
+    @contextmanager
+    def between(self, start: Event, end: Event) -> Iterator[None]:
+        """Fire ``start`` before a ``with`` block and ``end`` after it, however that ends.
+
+        Args:
+            start: Such as ``EVAL_START``.
+            end: Such as ``EVAL_END``.
+        """
+        try:
+            self.fire(start)
+            yield
+        finally:
+            self.fire(end)
+
+    @contextmanager
+    def saving(self, path: str | Path | None = None) -> Iterator[None]:
+        """Surround the taking of a checkpoint.
+
+        Args:
+            path: Where it is being written, if that is known.
+        """
+        self.state.saving_to = None if path is None else Path(path)
+        try:
+            with self.between(Event.SAVE_START, Event.SAVE_END):
+                yield
+        finally:
+            self.state.saving_to = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the algorithms, and where the loop stands."""
+        return {
+            "algorithms": [(type(a).__qualname__, a.state_dict()) for a in self.algorithms],
+            "timestamp": self.state.timestamp.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned. Load the model's own state before.
+
+        Args:
+            state: As saved.
+
+        Raises:
+            CheckpointError: If it is the state of other algorithms.
+            MismatchError: If names or shapes differ from the model's.
+        """
+        saved, ours = state["algorithms"], [type(a).__qualname__ for a in self.algorithms]
+        if [name for name, _ in saved] != ours:
+            raise CheckpointError(f"the state must be that of {ours} (got that of {[name for name, _ in saved]})")
+        for algorithm, (_, own) in zip(self.algorithms, saved, strict=True):
+            algorithm.load_state_dict(own)
+        length = self.state.timestamp.epoch_length
+        self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)
+
+
+class StepHooks:
+    """Hooks on the steps of an optimizer, until they are removed.
+
+    Steps that mixed precision skips, steps without gradients, and a subclass's call of its parent's step do not count.
+
+    Args:
+        optimizer: Of torch, in no other library's wrapper.
+        after: Called after each step that counts.
+        before: Called before each step.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, after: Callable[[], object], before: Callable[[], object] | None = None
+    ) -> None:
+        def pre(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            del optimizer, args, kwargs
+            if before is not None:
+                before()
+
+        def post(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            del args, kwargs
+            if _has_stepped(optimizer) and not _is_nested(sys._getframe(1), optimizer):  # noqa: SLF001
+                after()
+
+        self._hooks = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
+
+    def remove(self) -> bool:
+        """Stop calling; return whether that was not done before."""
+        counting = bool(self._hooks)
+        while self._hooks:
+            self._hooks.pop().remove()
+        return counting
+
+
+def innermost(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that moves the weights, inside wrappers that keep it as ``optimizer``, as Accelerate's.
+
+    Args:
+        optimizer: Wrapped or not.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    return innermost(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _has_stepped(optimizer: Optimizer) -> bool:
+    """Whether this step moved weights: a fused one is called even when the gradient scaler found an inf."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and bool(found_inf):
+        return False
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
+def _is_nested(hooked: FrameType, optimizer: Optimizer) -> bool:
+    """Whether the step that ``hooked`` runs was called by a step of the same optimizer.
+
+    torch hooks the ``step`` of each class, so a subclass's that calls its parent's fires twice. A counter of depth
+    would be wrong for good after a step that raised.
+    """
+    outer = hooked.f_back
+    while outer is not None:
+        if outer.f_code is hooked.f_code and outer.f_locals.get("args", (None,))[0] is optimizer:
+            return True
+        outer = outer.f_back
+    return False

@@ -1,0 +1,393 @@
+"""``polyak convert``: files that other libraries wrote, by running them, and files that nobody should have written."""
+
+import copy
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import loops
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import polyak
+from polyak import CheckpointError
+from polyak.cli import main
+from polyak.readers import READERS, read
+
+# Other libraries' warnings while they write.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def net() -> nn.Module:
+    """With BatchNorm, and two names for one tensor."""
+    model = loops.noisy_perceptron()
+    model.add_module("tied", nn.Linear(6, 8, bias=False))
+    model.tied.weight = model[0].weight
+    return model
+
+
+def move(model: nn.Module, steps: int = 5) -> None:
+    """As training would."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for _ in range(steps):
+            for tensor in [*model.parameters(), *model.buffers()]:
+                if tensor.is_floating_point():
+                    tensor.add_(torch.rand(tensor.shape, generator=generator))
+                else:
+                    tensor.add_(1)
+
+
+def convert(file: Path, *more: str) -> dict[str, Tensor]:
+    output = file.parent / "out.safetensors"
+    assert main(["convert", str(file), "-o", str(output), *more]) == 0
+    return load_file(output)
+
+
+def assert_is(want: Any, got: dict[str, Tensor], model: nn.Module | None = None) -> None:
+    assert loops.differences(dict(want), got) == []
+    if model is not None:
+        model.load_state_dict(got)
+
+
+def test_torch_averaged_model(tmp_path, capsys):
+    model = net()
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        move(model)
+        averaged.update_parameters(model)
+    torch.save(averaged.state_dict(), tmp_path / "a.pt")
+    assert_is(averaged.module.state_dict(), convert(tmp_path / "a.pt"), model)
+    out = capsys.readouterr().out
+    assert "torch AveragedModel" in out
+    assert "averaged 3 times" in out
+    torch.save({"model": model.state_dict(), "ema": averaged.state_dict(), "step": 3}, tmp_path / "b.pt")
+    assert_is(averaged.module.state_dict(), convert(tmp_path / "b.pt"))
+    assert "found under 'ema'" in capsys.readouterr().out
+    # The same as safetensors: tied tensors once for each name.
+    save_file({name: t.clone() for name, t in averaged.state_dict().items()}, tmp_path / "c.safetensors")
+    assert_is(averaged.module.state_dict(), convert(tmp_path / "c.safetensors"))
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["polyak.source"] == "c.safetensors"
+    assert metadata["polyak.source_format"] == "torch AveragedModel"
+    assert len(metadata["polyak.source_sha256"]) == 64
+
+
+def test_an_averaged_model_of_a_compiled_model_loses_the_wrappers_names(tmp_path):
+    model = net()
+    averaged = AveragedModel(torch.compile(model), use_buffers=True)
+    torch.save(averaged.state_dict(), tmp_path / "a.pt")
+    assert_is(model.state_dict(), convert(tmp_path / "a.pt"), model)
+
+
+@pytest.mark.parametrize("include_online", [True, False])
+def test_ema_pytorch(tmp_path, include_online):
+    ema_pytorch = pytest.importorskip("ema_pytorch")
+    model = net()
+    ema = ema_pytorch.EMA(model, beta=0.9, update_after_step=0, update_every=1, include_online_model=include_online)
+    torch.save(ema.state_dict(), tmp_path / "early.pt")
+    with pytest.raises(CheckpointError, match="not begun"):
+        read(tmp_path / "early.pt")
+    for _ in range(4):
+        move(model)
+        ema.update()
+    torch.save({"step": 4, "model": model.state_dict(), "ema": ema.state_dict()}, tmp_path / "trainer.pt")
+    assert_is(ema.ema_model.state_dict(), convert(tmp_path / "trainer.pt"), model)
+    torch.save(ema.state_dict(), tmp_path / "a.pt")
+    assert_is(ema.ema_model.state_dict(), convert(tmp_path / "a.pt"))
+
+
+def positional(library: str, model: nn.Module) -> Any:
+    if library == "torch-ema":
+        ema = pytest.importorskip("torch_ema").ExponentialMovingAverage(model.parameters(), decay=0.9)
+        update = ema.update
+    else:
+        pytest.importorskip("diffusers")
+        from diffusers.training_utils import EMAModel
+
+        ema = EMAModel(model.parameters(), decay=0.9)
+        update = ema.step
+    move(model)
+    update(model.parameters())
+    move(model)
+    update(model.parameters())
+    return ema
+
+
+@pytest.mark.parametrize("library", ["torch-ema", "diffusers"])
+def test_what_has_no_names_gets_them_from_the_model(tmp_path, library, capsys):
+    model = net()
+    ema = positional(library, model)
+    torch.save(ema.state_dict(), tmp_path / "ema.pt")
+    want = copy.deepcopy(model)
+    ema.copy_to(want.parameters())
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    got = convert(tmp_path / "ema.pt", "--names", str(tmp_path / "model.pt"))
+    assert_is(want.state_dict(), got, model)
+    out = capsys.readouterr().out
+    assert library in out
+    assert "3 others, not averaged, are from model.pt" in out
+    names = [name for name, _ in model.named_parameters()]
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    got = convert(tmp_path / "ema.pt", "--names", str(tmp_path / "names.json"))
+    assert_is({name: dict(want.named_parameters())[name].detach() for name in names}, got)
+
+
+@pytest.mark.parametrize("library", ["torch-ema", "diffusers"])
+def test_names_that_do_not_fit_are_refused(tmp_path, library, capsys):
+    model = net()
+    torch.save(positional(library, model).state_dict(), tmp_path / "ema.pt")
+    output = ["-o", str(tmp_path / "out.safetensors")]
+    assert main(["convert", str(tmp_path / "ema.pt"), *output]) == 2
+    assert "without names; give --names" in capsys.readouterr().err
+    save_file({name: t.clone() for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
+    torch.save(loops.perceptron().state_dict(), tmp_path / "other.pt")
+    (tmp_path / "names.json").write_text('["a", "b"]')
+    for name, message in {
+        "model.safetensors": "order",
+        "other.pt": "4 there, 6 here",
+        "names.json": "6 names (it has 2)",
+    }.items():
+        assert main(["convert", str(tmp_path / "ema.pt"), *output, "--names", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_folder_of_diffusers(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    from diffusers import UNet2DModel
+    from diffusers.training_utils import EMAModel
+
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    model = UNet2DModel(8, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2, **blocks)
+    ema = EMAModel(model.parameters(), decay=0.9, model_cls=UNet2DModel, model_config=model.config)
+    move(model)
+    ema.step(model.parameters())
+    ema.save_pretrained(tmp_path / "unet_ema")
+    got = convert(tmp_path / "unet_ema")
+    want = copy.deepcopy(model)
+    ema.copy_to(want.parameters())
+    assert_is(want.state_dict(), got, model)
+    assert "UNet2DModel, decay 0.9, 1 updates" in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    assert main(["convert", str(tmp_path / "other"), "-o", str(tmp_path / "x.safetensors")]) == 2
+    assert "EMAModel.save_pretrained" in capsys.readouterr().err
+
+
+def test_timm(tmp_path, capsys):
+    utils = pytest.importorskip("timm.utils", exc_type=ImportError)
+    model = net()
+    ema = utils.ModelEmaV3(model, decay=0.9)
+    move(model)
+    ema.update(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    saver = utils.CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=0.5)
+    assert_is(ema.module.state_dict(), convert(tmp_path / "last.pth.tar"), model)
+    torch.save(ema.state_dict(), tmp_path / "a.pt")
+    assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / "x.safetensors")]) == 2
+    assert "--timm" in capsys.readouterr().err
+    assert_is(ema.module.state_dict(), convert(tmp_path / "a.pt", "--timm"))
+
+
+@pytest.mark.parametrize("host", ["WeightAveraging", "EMAWeightAveraging"])
+def test_lightning(tmp_path, host):
+    lightning = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = loops.noisy_perceptron()
+
+        def training_step(self, batch: Any) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = Module()
+    callback = getattr(lightning.callbacks, host)()
+    trainer = lightning.Trainer(
+        max_epochs=1, callbacks=[callback], logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", default_root_dir=tmp_path, barebones=False,
+    )  # fmt: skip
+    kept = {}
+
+    def keep(*args: Any) -> None:
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        kept.update(copy.deepcopy(dict(callback._average_model.module.state_dict())))
+
+    callback.on_train_epoch_end = keep
+    trainer.fit(module, torch.utils.data.DataLoader(loops.dataset(), batch_size=loops.BATCH))
+    assert_is(kept, convert(tmp_path / "a.ckpt"), module)
+
+
+@pytest.mark.parametrize("active", [True, False])
+@pytest.mark.parametrize("form", ["0.12", "0.32"])
+def test_composer(tmp_path, form, active):
+    pytest.importorskip("composer", exc_type=ImportError)
+    import composer_script
+    from composer.algorithms.ema.ema import EMA
+
+    ema = EMA("4ba")
+    trainer = composer_script.trainer(tmp_path, ema, net=loops.noisy_perceptron())
+    trainer.fit()
+    (path,) = tmp_path.glob("ep*-ba9-*.pt") if active else [Path(trainer.save_checkpoint(str(tmp_path / "hand.pt")))]
+    if not active:
+        ema._ensure_training_weights_active(trainer.state)
+        path = Path(trainer.save_checkpoint(str(tmp_path / "hand.pt")))
+    saved = torch.load(path, weights_only=False)
+    ((_, state),) = saved["state"]["algorithms"]
+    assert state["ema_weights_active"] is active
+    model = dict(saved["state"]["model"])
+    held = {**state["ema_model"]["named_parameters_dict"], **state["ema_model"]["named_buffers_dict"]}
+    average, training = (model, held) if active else (held, model)
+    if form == "0.12":  # as its state_dict makes it: both models' state dicts
+        state |= {"ema_model": average, "training_model": training}
+        saved["state"]["algorithms"] = [("EMA", state)]
+        path = tmp_path / "early.pt"
+        torch.save(saved, path)
+    # Composer averages the counter of batches, which gives a wrong one.
+    want = average | {name: t for name, t in training.items() if name.endswith("num_batches_tracked")}
+    assert_is(want, convert(path), trainer.state.model)
+    # DDP's prefix, in the state alone
+    if not active:
+        state["ema_model"] = (
+            {kind: {f"module.{n}": t for n, t in part.items()} for kind, part in state["ema_model"].items()}
+            if form == "0.32"
+            else {f"module.{n}": t for n, t in average.items()}
+        )
+        torch.save(saved | {"state": saved["state"] | {"algorithms": [("EMA", state)]}}, tmp_path / "ddp.pt")
+        assert_is(want, convert(tmp_path / "ddp.pt"))
+
+
+def composer_state(**changes: Any) -> dict[str, Any]:
+    """As the head of Composer makes it (composer/algorithms/ema/ema.py)."""
+    held = {"named_parameters_dict": {"weight": torch.ones(2)}, "named_buffers_dict": {"mean": torch.zeros(1)}}
+    return {"repr": "EMA()", "ema_model": held, "ema_weights_active": False, "ema_started": True, **changes}
+
+
+def test_the_state_of_composers_ema_alone(tmp_path):
+    torch.save(composer_state(), tmp_path / "a.pt")
+    assert convert(tmp_path / "a.pt").keys() == {"weight", "mean"}
+    early = {"ema_model": {"weight": torch.ones(2)}, "training_model": {"weight": torch.zeros(2)}}
+    torch.save(composer_state(**early, ema_weights_active=True), tmp_path / "b.pt")
+    assert convert(tmp_path / "b.pt")["weight"].tolist() == [1, 1]
+    for changes, message in {"ema_weights_active": "whole checkpoint", "ema_started": "not begun"}.items():
+        torch.save(composer_state(**{changes: changes == "ema_weights_active"}), tmp_path / "c.pt")
+        with pytest.raises(CheckpointError, match=message):
+            read(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize("hosted", [True, False], ids=["in Composer", "in polyak.Trainer"])
+def test_polyaks_own_checkpoints(tmp_path, hosted):
+    if hosted:
+        pytest.importorskip("composer", exc_type=ImportError)
+        import composer_script
+
+        from polyak.hosts.composer import EMA
+
+        ema = EMA("4ba")
+        trainer = composer_script.trainer(tmp_path, ema, net=loops.noisy_perceptron())
+    else:
+        ema = polyak.EMA("4ba")
+        trainer = loops.train(tmp_path, ema=ema, model=loops.noisy_perceptron())
+    trainer.fit()
+    trainer.save_checkpoint(str(tmp_path / "end.pt"))
+    assert_is(loops.averaged(ema), convert(tmp_path / "end.pt"), trainer.state.model)
+    torch.save(ema.state_dict(), tmp_path / "state.pt")
+    assert_is(loops.averaged(ema), convert(tmp_path / "state.pt"))
+
+
+def test_attached_averages_state(tmp_path):
+    model = loops.perceptron()
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    ema = polyak.EMA("4ba")
+    attached = polyak.attach(ema, model, optimizer)
+    for _ in range(3):
+        model(torch.ones(2, 6)).square().mean().backward()
+        optimizer.step()
+    torch.save(attached.state_dict(), tmp_path / "a.pt")
+    assert convert(tmp_path / "a.pt").keys() == {"2.weight", "2.bias"}
+
+
+class Touch:
+    """Runs code where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_code_of_a_file_runs(tmp_path):
+    averaged = AveragedModel(loops.perceptron())
+    torch.save({"ema": averaged.state_dict(), "args": Touch(tmp_path / "ran")}, tmp_path / "bad.pt")
+    legacy = {"_use_new_zipfile_serialization": False}
+    torch.save({"ema": averaged.state_dict(), "args": Touch(tmp_path / "ran")}, tmp_path / "old.pt", **legacy)
+    # What runs code is refused or stands inert; either way nothing is run.
+    for name in ("bad.pt", "old.pt"):
+        main(["convert", str(tmp_path / name), "-o", str(tmp_path / "out.safetensors")])
+        assert not (tmp_path / "ran").exists()
+
+
+def test_objects_of_libraries_that_are_not_installed_do_not_matter(tmp_path, monkeypatch):
+    class Config:
+        def __init__(self) -> None:
+            self.lr = 0.1
+
+    Config.__module__, Config.__qualname__ = "a_library", "Config"
+    library = type(sys)("a_library")
+    library.Config = Config
+    averaged = AveragedModel(loops.perceptron())
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "a_library", library)
+        torch.save({"ema": averaged.state_dict(), "config": Config()}, tmp_path / "a.pt")
+    assert_is(averaged.module.state_dict(), convert(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight": torch.ones(1)}, "known format: Composer.*torch-ema.*has the keys weight"),
+        ({"module.weight": torch.ones(1)}, "DDP"),
+        ({}, "has the keys none"),
+        (torch.ones(1), "got a Tensor"),
+        ({"polyak_checkpoint": 1}, "whole.*KeyError"),
+        ({"a": composer_state(), "b": composer_state()}, "one average.*'a', 'b'"),
+        ({"state": {"model": {}, "metadata": {}}}, "of Composer, and it has the state of no EMA"),
+    ],
+    ids=str,
+)
+def test_other_files_are_refused_with_a_list_of_what_is_known(tmp_path, capsys, content, message):
+    torch.save(content, tmp_path / "a.pt")
+    assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / "out.safetensors")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_what_is_no_file_of_tensors_is_refused(tmp_path, capsys):
+    (tmp_path / "a.pt").write_text("hello")
+    (tmp_path / "b.safetensors").write_text("hello")
+    for name in ("a.pt", "b.safetensors", "absent.pt"):
+        assert main(["convert", str(tmp_path / name), "-o", str(tmp_path / "out.safetensors")]) == 2
+        assert name in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / "a.pt")]) == 2
+    assert "another file" in capsys.readouterr().err
+
+
+def test_every_reader_passes_over_what_is_not_its_own():
+    for content in ({}, {"weight": torch.ones(1)}, {0: {"exp_avg": torch.ones(1)}}, {"state": {0: {}}}, {"step": 1}):
+        assert [reader(content) for reader in READERS] == [None] * len(READERS)
