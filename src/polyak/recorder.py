@@ -182,8 +182,8 @@ class Recorder(Algorithm):
         if self._mean is None or self._writer is None:
             raise RecordError(f"{self!r} must have seen FIT_START before a batch ends; does the host fire it?")
         interval, now = self._interval_of(state), state.timestamp
-        if now == self._start.timestamp:
-            return  # a step that was skipped
+        if now.batch.value <= self._start.timestamp.batch.value + self._count:
+            return  # mixed precision has skipped this step
         self._count += 1
         self.num_updates += 1
         self._mean.update_(1 / self._count)
