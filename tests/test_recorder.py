@@ -172,6 +172,19 @@ def test_in_the_trainer_it_records_beside_ema_and_goes_on_from_any_checkpoint(tm
         assert stretches(tmp_path / "whole" / "record") == want, checkpoint.name
 
 
+def test_a_checkpoint_that_is_saved_by_hand_after_the_run_is_gone_on_from_too(tmp_path) -> None:
+    trainer(tmp_path / "whole", duration="6ep").fit()
+    short = trainer(tmp_path / "run", duration="3ep")
+    short.fit()
+    short.save_checkpoint(tmp_path / "by-hand.pt")
+    longer = trainer(tmp_path / "run", duration="6ep", load_path=tmp_path / "by-hand.pt")
+    assert longer.state.algorithms[1].state_dict()["record"]["stretches"]
+    longer.fit()
+    ends = [s.end.updates for s in Record(tmp_path / "run" / "record").stretches]
+    assert ends[-1] == Record(tmp_path / "whole" / "record").stretches[-1].end.updates == 60
+    Record(tmp_path / "run" / "record").verify()
+
+
 def test_files_stay_as_long_as_a_kept_checkpoint_refers_to_them_and_no_longer(tmp_path) -> None:
     trainer(tmp_path, keep=2).fit()
     record, folder = Record(tmp_path / "record"), tmp_path / "record"

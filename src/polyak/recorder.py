@@ -131,25 +131,28 @@ class Recorder(Algorithm):
         if self._writer is not None:
             return
         self._interval_of(state)
-        model = state.model
         if self._mean is None:
-            self._mean = Shadow(model, policy=self._policy, device=self._device)
-        self._writer = Writer(
-            self.folder,
-            {
-                name: TensorInfo.of(tensor, averaged=averaged, dtype=self._dtype)
-                for name, (tensor, averaged) in self._mean.kinds().items()
-            },
-            per_level=self._per_level,
-            max_duration=state.max_duration,
-            aliases=_aliases(model, self._mean.averages),
-        )
+            self._mean = Shadow(state.model, policy=self._policy, device=self._device)
+        self._writer = self._new_writer(self._mean, state)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="polyak-record")
         try:
             self._find_place(state)
         except BaseException:
             self._release()
             raise
+
+    def _new_writer(self, mean: Shadow, state: State) -> Writer:
+        tensors = {
+            name: TensorInfo.of(tensor, averaged=averaged, dtype=self._dtype)
+            for name, (tensor, averaged) in mean.kinds().items()
+        }
+        return Writer(
+            self.folder,
+            tensors,
+            per_level=self._per_level,
+            max_duration=state.max_duration,
+            aliases=_aliases(state.model, mean.averages),
+        )
 
     def _find_place(self, state: State) -> None:
         """Go on where the checkpoint says, or from the start in an empty record, or where this recorder stopped."""
@@ -248,14 +251,23 @@ class Recorder(Algorithm):
         """Return all that going on depends on, and keep the files that it refers to; waits for the disk."""
         self._wait()
         state: dict[str, Any] = {"repr": repr(self), "num_updates": self.num_updates, "count": self._count}
-        if self._mean is not None and self._writer is not None:
-            self._pin(self._writer)
+        if self._mean is not None and self._state is not None:
             state |= {
                 "mean": self._mean.state_dict(),
                 "start": {"updates": self._start.updates, **self._start.timestamp.state_dict()},
-                "record": self._writer.state_dict(),
+                "record": self._loaded or self._pinned(self._mean, self._state),
             }
         return state
+
+    def _pinned(self, mean: Shadow, state: State) -> dict[str, Any]:
+        """Return what the record refers to, and keep it; after the run the record is opened once more for that."""
+        writer = self._writer or self._new_writer(mean, state)
+        try:
+            self._pin(writer)
+            return writer.state_dict()
+        finally:
+            if writer is not self._writer:
+                writer.close()
 
     def _pin(self, writer: Writer) -> None:
         path = self._state.saving_to if self._state else None
