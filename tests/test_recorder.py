@@ -326,6 +326,13 @@ def test_the_files_may_have_16_bits(tmp_path, dtype) -> None:
     torch.testing.assert_close(averaged["0.weight"].double(), loop.mean("0.weight", 0, 40), rtol=0.02, atol=0.01)
 
 
+def test_the_running_mean_may_be_kept_elsewhere(tmp_path) -> None:
+    for name, options in (("here", {}), ("there", {"device": "cpu"})):
+        with (loop := Loop(short(tmp_path / name, **options))).attached:
+            loop.run(20)
+    assert stretches(tmp_path / "here") == stretches(tmp_path / "there")
+
+
 def test_bad_arguments_and_foreign_states_are_refused_at_the_door(tmp_path) -> None:
     with pytest.raises(TimeError, match="interval must be above 0"):
         Recorder(tmp_path, "0ba")
