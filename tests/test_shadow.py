@@ -200,6 +200,28 @@ def test_a_tensor_that_is_gone_or_has_another_shape_is_an_error() -> None:
         shadow.update_(0.5)
 
 
+def test_what_is_laid_out_anew_at_the_same_address_is_seen() -> None:
+    model = nn.Linear(3, 3, bias=False)
+    shadow = Shadow(model)
+    shadow.update_(0.5)
+    model.weight.data = model.weight.data.t()
+    shadow.update_(1.0)
+    assert torch.equal(shadow.averages["weight"], model.weight)
+    model.weight.data = model.weight.data.t().view(9, 1)
+    with pytest.raises(MismatchError, match=r"expected shape \(3, 3\), got \(9, 1\)"):
+        shadow.update_(0.5)
+
+
+def test_another_dtype_at_the_same_address_is_seen() -> None:
+    model = nn.Linear(3, 3, bias=False)
+    shadow = Shadow(model)
+    shadow.update_(0.5)
+    nn.init.ones_(model.weight)
+    model.weight.data = model.weight.data.view(torch.bfloat16).flatten()[:9].view(3, 3)
+    shadow.update_(1.0)
+    assert torch.equal(shadow.averages["weight"], model.weight.float())
+
+
 def test_the_policy_can_be_another() -> None:
     def only_the_head(slot) -> Policy:
         return default_policy(slot) if slot.name.startswith("2.") else Policy.LEAVE
