@@ -62,6 +62,10 @@ class CheckpointError(PolyakError, ValueError):
     """A checkpoint, or a state in it, that is not what it should be."""
 
 
+class ShardingError(PolyakError, RuntimeError):
+    """Ranks that disagree, or what cannot be done where each has but a part of the model."""
+
+
 class PlanWarning(UserWarning):
     """A plan that works as asked but can hardly be meant: its numbers are in the message."""
 

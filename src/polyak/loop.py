@@ -24,7 +24,7 @@ class LoopState:
     """An ``events.State`` of plain values.
 
     Args:
-        model: In training, without its outermost wrappers.
+        model: In training, wrapped or not.
         timestamp: Now.
         max_duration: How long the loop will go on, if that is known.
         saving_to: Where a checkpoint is being written, if one is and that is known.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from polyak.errors import MismatchError
+from polyak.sharding import local
 
 # The wrappers that keep the wrapped module under a name that no one else uses, and those that need a look at the type.
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -154,7 +155,7 @@ class Inventory:
         self._modules = list(model.modules())
         self._children, self._tensors = self._contents()
         found = [tensor for tensor in self._tensors if tensor is not None]
-        self._found, self._places = found, _places(found)
+        self._found, self._places = found, _places(list(map(local, found)))
         self._frozen = [tensor for tensor in found if not tensor.requires_grad]
 
     def holds(self) -> bool:
@@ -165,7 +166,7 @@ class Inventory:
             and len(tensors) == len(self._tensors)
             and all(map(is_, children, self._children))
             and all(map(is_, tensors, self._tensors))
-            and _places(self._found) == self._places
+            and _places(list(map(local, self._found))) == self._places
             and not any(map(_TRAINABLE, self._frozen))
         )
 

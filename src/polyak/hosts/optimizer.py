@@ -91,7 +91,7 @@ class Attached:
             raise LoanError(f"a model can hold one average at a time, and {loan.holder} has lent its own already")
         try:
             self._fire(Event.EVAL_START)
-            yield self._state.model
+            yield unwrap(self._state.model)
         finally:
             self._fire(Event.EVAL_END)
 
@@ -154,7 +154,8 @@ def attach(
 
     Args:
         algorithm: ``EMA``, or another.
-        model: The model in training.
+        model: The model in training. In its ``DistributedDataParallel``, or sharded by ``fully_shard`` or tensor
+            parallelism, all ranks must lend the average at the same moments, and are compared then.
         optimizer: The optimizer of its parameters; of several, the one whose steps are to be counted.
         max_duration: How long the loop will go on, for times in ``dur`` and for warnings about the plan.
         steps_per_epoch: Steps in an epoch, for times in ``ep``.
@@ -179,5 +180,5 @@ def attach(
         ...     loss = model(torch.ones(4, 2)).square().mean()
     """
     duration = None if max_duration is None else as_span("max_duration", max_duration, above=0)
-    state = LoopState(unwrap(model), Timestamp(epoch_length=steps_per_epoch), duration)
+    state = LoopState(model, Timestamp(epoch_length=steps_per_epoch), duration)
     return Attached(algorithm, optimizer, state, (samples_per_step, tokens_per_step), logger or NoLogger())

@@ -1,0 +1,83 @@
+"""Real processes of a gloo group, kept for many tests: starting one takes seconds."""
+
+import io
+import multiprocessing
+import traceback
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """Up to four processes; each job makes a group of its own of the first of them.
+
+    Args:
+        folder: For the files by which they find each other.
+        most: How many.
+    """
+
+    def __init__(self, folder: Path, most: int = 4) -> None:
+        self._folder = folder
+        context = multiprocessing.get_context("spawn")
+        self._ends, self._processes = [], []
+        for _ in range(most):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            self._ends.append(ours)
+            self._processes.append(process)
+
+    def run(self, size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run ``job(*args)`` in a group of ``size`` processes, and return what each returned; raise if one raised."""
+        results = self.attempt(size, job, *args)
+        for rank, result in enumerate(results):
+            if isinstance(result, _Raised):
+                raise AssertionError(f"rank {rank} of {size} raised:\n{result.text}")
+        return results
+
+    def attempt(self, size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
+        """Do what ``run`` does; for a rank that raised there is a ``_Raised`` with ``text``."""
+        meeting = self._folder / uuid.uuid4().hex
+        for rank in range(size):
+            self._ends[rank].send((rank, size, str(meeting), job, args))
+        received = [self._ends[rank].recv_bytes() for rank in range(size)]
+        return [torch.load(io.BytesIO(one), weights_only=False) for one in received]
+
+    def close(self) -> None:
+        """End the processes."""
+        for end, process in zip(self._ends, self._processes, strict=True):
+            end.close()
+            process.join(timeout=5)
+            process.kill()
+
+
+class _Raised:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+def _work(end: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, size, meeting, job, args = end.recv()
+        except EOFError:
+            return
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
+        try:
+            result = job(*args)
+        except BaseException:  # noqa: BLE001  whatever it was, the test is told
+            result = _Raised(traceback.format_exc())
+        finally:
+            dist.destroy_process_group()
+        buffer = io.BytesIO()
+        torch.save(result, buffer)
+        end.send_bytes(buffer.getvalue())

@@ -1,0 +1,228 @@
+"""What the processes of ``ranks.Ranks`` do: models under every kind of parallelism, and their averages."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+from polyak import EMA, attach
+from polyak.select import slots, unwrap
+from polyak.shadow import Shadow
+
+# How a model may be spread, and in which groups that is possible.
+KINDS = {
+    "ddp": (2, 3, 4),
+    "ddp, divided average": (2, 3, 4),
+    "fsdp": (2, 3, 4),
+    "fsdp, blocks": (2, 3, 4),
+    "fsdp, bfloat16": (2, 3),
+    "fsdp, cpu offload": (2,),
+    "fsdp, kept whole": (2,),
+    "fsdp, checkpointed": (2,),
+    "fsdp, compiled": (2,),
+    "fsdp, from meta": (3,),
+    "hsdp": (4,),
+    "tp": (2, 3),
+    "fsdp and tp": (4,),
+}
+
+
+class Net(nn.Module):
+    """51 rows do not divide by 2 or 4, and 3 rows leave ranks without any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(37, 51)
+        self.norm = nn.BatchNorm1d(51)
+        self.second = nn.Linear(51, 3)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x)).relu()) * self.scale
+
+
+def net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def batch(step: int, *, own: bool = True) -> Tensor:
+    """Return the batch of a step: of this rank's own, or the same for all."""
+    seed = 100 + step + (1000 * dist.get_rank() if own else 0)
+    return torch.randn(8, 37, generator=torch.Generator().manual_seed(seed))
+
+
+def spread(kind: str) -> nn.Module:
+    """Return the net under a kind of parallelism."""
+    world, model = dist.get_world_size(), net()
+    mesh = init_device_mesh("cpu", (world,))
+    if kind.startswith("ddp"):
+        return DistributedDataParallel(model)
+    if kind == "tp":
+        return parallelize_module(model, mesh, {"first": ColwiseParallel(use_local_output=False)})
+    if kind == "fsdp and tp":
+        grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        plan = {"first": ColwiseParallel(use_local_output=True), "second": RowwiseParallel()}
+        model.norm = nn.Identity()
+        model.first, model.second = nn.Linear(37, 52), nn.Linear(52, 3)
+        parallelize_module(model, grid["tp"], plan)
+        return fully_shard(model, mesh=grid["dp"])
+    if kind == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "shards"))
+    if kind == "fsdp, checkpointed":
+        from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+        model.first = checkpoint_wrapper(model.first)
+    if kind == "fsdp, compiled":
+        model.first.compile(backend="aot_eager")
+    if kind == "fsdp, from meta":
+        model = Net().to("meta")
+    options: dict[str, Any] = {
+        "fsdp, bfloat16": {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)},
+        "fsdp, cpu offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+        "fsdp, kept whole": {"reshard_after_forward": False},
+    }.get(kind, {})
+    if kind != "fsdp":
+        fully_shard(model.first, mesh=mesh, **options)
+        fully_shard(model.second, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    if kind == "fsdp, from meta":
+        model.to_empty(device="cpu")
+        for number, slot in enumerate(slots(model)):
+            with torch.no_grad():
+                torch.manual_seed(number)
+                slot.tensor.normal_(std=0.1) if slot.tensor.is_floating_point() else slot.tensor.zero_()
+                if slot.name == "norm.running_var":
+                    slot.tensor.fill_(1.0)
+    return model
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return a copy of the whole of a tensor."""
+    return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).clone()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the whole weights, which this makes the model hold in shards."""
+    from polyak.sharding import reshard
+
+    reshard(model)
+    return {slot.name: full(slot.tensor) for slot in slots(model)}
+
+
+def ema_of(kind: str, half_life: str = "2ba", **options: Any) -> EMA:
+    if kind == "ddp, divided average":
+        options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
+    return EMA(half_life, **options)
+
+
+class Reference:
+    """The average of a whole copy of the model, which every rank makes for itself."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
+        self._model = nn.Module()
+        for slot in slots(model):
+            tensor = full(slot.tensor)
+            name = slot.name.replace(".", "_")
+            self._model.register_parameter(name, nn.Parameter(tensor)) if slot.is_parameter else (
+                self._model.register_buffer(name, tensor)
+            )
+        self._names = {slot.name: slot.name.replace(".", "_") for slot in slots(model)}
+        self.shadow = Shadow(self._model, dtype=dtype)
+
+    @torch.no_grad()
+    def update_(self, model: nn.Module, weight: float) -> None:
+        tensors = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+        for name, tensor in weights(model).items():
+            tensors[self._names[name]].copy_(tensor)
+        self.shadow.update_(weight)
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        return {name: self.shadow.averages[own] for name, own in self._names.items()}
+
+
+def unequal(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
+    """Return the names under which two sets of tensors differ in a bit."""
+    assert a.keys() == b.keys(), (a.keys(), b.keys())
+    return [n for n in a if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n])]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *, own: bool = True) -> None:
+    model.train()
+    for step in steps:
+        optimizer.zero_grad()
+        output = model(batch(step, own=own))
+        (output.full_tensor() if isinstance(output, DTensor) else output).float().square().mean().backward()
+        optimizer.step()
+
+
+@torch.no_grad()
+def evaluated(model: nn.Module) -> Tensor:
+    model.eval()
+    output = model(batch(999, own=False))
+    model.train()
+    return full(output)
+
+
+# Jobs
+
+
+def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Train; compare the average, a loan and what comes after it to those of a whole copy of the model."""
+    model = spread(kind)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    algorithm = ema_of(kind, dtype=dtype)
+    ema = attach(algorithm, model, optimizer)
+    train(model, optimizer, range(1))
+    reference = Reference(unwrap(model), dtype)
+    for step in range(1, 6):
+        train(model, optimizer, range(step, step + 1))
+        reference.update_(unwrap(model), 1 - 0.5**0.5)
+    averages = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
+    parameters = {name for name, tensor in unwrap(model).named_parameters()}
+    buffers = {n: t for n, t in reference.averages.items() if n.replace("_checkpoint_wrapped_module.", "") not in parameters}
+    found: dict[str, Any] = {"averages": unequal(averages, reference.averages)}
+
+    evaluated(model)  # leaves the outermost module whole
+    before = weights(model)
+    with ema.applied():
+        inside = weights(model)
+        first = evaluated(model)
+        inside_later = weights(model)
+        kept = {n: full(t) for n, t in algorithm._shadow._loan.kept.items()}
+        held = {n: full(t) for n, t in algorithm._shadow.averaged_tensors().items()}
+    after = weights(model)
+    want = {n: t.to(before[n].dtype) for n, t in reference.averages.items()}
+    for name in buffers:  # those of the first rank count
+        dist.broadcast(want[name], 0)
+        dist.broadcast(held[name], 0)
+    found["lent"] = unequal(inside, want) + unequal(inside_later, want)
+    found["kept"] = unequal({n: kept[n] for n in kept}, {n: before[n].to(kept[n].dtype) for n in kept})
+    found["held"] = [n for n in parameters & set(held) if not torch.equal(held[n].float(), reference.averages[n].float())]
+    found["given back"] = unequal(before, after)
+    found["moved by the loan"] = float((evaluated(model) - first).abs().max())
+    train(model, optimizer, range(6, 8))
+    found["weights"] = weights(model)
+    return found
+
+
+def trains_without(kind: str, *, loans: bool) -> dict[str, Tensor]:
+    """Return the weights of a run, with or without an average that is lent on the way."""
+    model = spread(kind)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    if not loans:
+        train(model, optimizer, range(6))
+        return weights(model)
+    with attach(ema_of(kind), model, optimizer) as ema:
+        for step in range(6):
+            train(model, optimizer, range(step, step + 1))
+            with ema.applied():
+                evaluated(model)
+    return weights(model)
