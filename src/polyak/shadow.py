@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from polyak.errors import LoanError, QuarantineWarning
-from polyak.kernels import Exchange, Lerp
+from polyak.kernels import Exchange, Lerp, Place
 from polyak.select import Inventory, Policy, PolicyRule, Slot, check_match, default_policy, slots, unwrap
 
 
@@ -190,8 +190,8 @@ class Shadow:
         # The model's own tensors, not aliases of them: an alias would keep memory that the model gives up.
         tensors = [slot.tensor for slot, _ in self._averaged]
         online = [tensor.to(average.device) for tensor, average in zip(tensors, averages, strict=True)]
-        seeds = [zlib.crc32(slot.name.encode()) for slot, _ in self._averaged]
-        lerp = Lerp(averages, online, seeds, self._quarantined)
+        places = [Place(zlib.crc32(slot.name.encode())) for slot, _ in self._averaged]
+        lerp = Lerp(averages, online, places, self._quarantined)
         # Where the average is on another device, `online` are copies: of this update only.
         if all(tensor is own for tensor, own in zip(online, tensors, strict=True)):
             self._lerp = lerp
