@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from polyak.kernels import KERNELS, SCRATCH_ELEMENTS, Exchange, Lerp, Place, cpu, foreach
@@ -203,6 +203,7 @@ def tilings(draw):
     st.sampled_from([6, 18]),
 )
 @example(((40, 70), [((0, 40), (0, 33)), ((0, 40), (33, 70))]), torch.bfloat16, torch.float32, 0.3, 1, 18)
+@settings(deadline=None)
 def test_updating_shards_that_tile_a_tensor_equals_updating_the_whole(
     kernel, tiling, dtype, online_dtype, weight, seed, job
 ):
