@@ -99,7 +99,8 @@ def contenders(model: nn.Module, average: torch.dtype) -> Iterator[tuple[str, Ca
     yield OURS, lambda: shadow.update_(1 - DECAY)
     other = Shadow(model, dtype=average)
     averages, tensors = list(other.averages.values()), list(model.parameters())
-    other._lerp = kernels.KERNELS["torch"](averages, tensors, range(len(tensors)), torch.zeros((), dtype=torch.int64))
+    places = [kernels.Place(i) for i in range(len(tensors))]
+    other._lerp = kernels.KERNELS["torch"](averages, tensors, places, torch.zeros((), dtype=torch.int64))
     yield OURS_TORCH, lambda: other.update_(1 - DECAY)
     for name, functions in (
         ("torch AveragedModel, avg_fn", {"avg_fn": get_ema_avg_fn(DECAY)}),

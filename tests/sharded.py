@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -33,6 +33,13 @@ KINDS = {
 }
 
 
+# Rows of the first layer and columns of the second.
+PLAN = {
+    "first": ColwiseParallel(output_layouts=Replicate()),
+    "second": RowwiseParallel(input_layouts=Replicate()),
+}
+
+
 class Net(nn.Module):
     """51 rows do not divide by 2 or 4, and 3 rows leave ranks without any."""
 
@@ -44,7 +51,7 @@ class Net(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.norm(self.first(x)).relu()) * self.scale
+        return self.second(self.norm(self.first(x).float()).relu()) * self.scale
 
 
 def net(seed: int = 0) -> Net:
@@ -65,13 +72,14 @@ def spread(kind: str) -> nn.Module:
     if kind.startswith("ddp"):
         return DistributedDataParallel(model)
     if kind == "tp":
-        return parallelize_module(model, mesh, {"first": ColwiseParallel(use_local_output=False)})
+        model.tensor_parallel = True
+        return parallelize_module(model, mesh, PLAN)
     if kind == "fsdp and tp":
         grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
-        plan = {"first": ColwiseParallel(use_local_output=True), "second": RowwiseParallel()}
-        model.norm = nn.Identity()
-        model.first, model.second = nn.Linear(37, 52), nn.Linear(52, 3)
-        parallelize_module(model, grid["tp"], plan)
+        model.first, model.second = nn.Linear(37, 52), nn.Linear(52, 3)  # it must divide where both divide it
+        model.norm = nn.BatchNorm1d(52)
+        model.tensor_parallel = True
+        parallelize_module(model, grid["tp"], PLAN)
         return fully_shard(model, mesh=grid["dp"])
     if kind == "hsdp":
         mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "shards"))
@@ -88,6 +96,8 @@ def spread(kind: str) -> nn.Module:
         "fsdp, cpu offload": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
         "fsdp, kept whole": {"reshard_after_forward": False},
     }.get(kind, {})
+    if kind == "fsdp, bfloat16":
+        fully_shard(model.norm, mesh=mesh)
     if kind != "fsdp":
         fully_shard(model.first, mesh=mesh, **options)
         fully_shard(model.second, mesh=mesh, **options)
@@ -128,24 +138,23 @@ class Reference:
     def __init__(self, model: nn.Module, dtype: torch.dtype | None) -> None:
         self._model = nn.Module()
         for slot in slots(model):
-            tensor = full(slot.tensor)
-            name = slot.name.replace(".", "_")
-            self._model.register_parameter(name, nn.Parameter(tensor)) if slot.is_parameter else (
-                self._model.register_buffer(name, tensor)
-            )
-        self._names = {slot.name: slot.name.replace(".", "_") for slot in slots(model)}
+            *path, attribute = slot.name.split(".")
+            owner = self._model
+            for part in path:
+                owner = owner._modules.setdefault(part, nn.Module())
+            if slot.is_parameter:
+                owner.register_parameter(attribute, nn.Parameter(full(slot.tensor)))
+            else:
+                owner.register_buffer(attribute, full(slot.tensor))
         self.shadow = Shadow(self._model, dtype=dtype)
+        self.averages = self.shadow.averages
 
     @torch.no_grad()
     def update_(self, model: nn.Module, weight: float) -> None:
-        tensors = dict(self._model.named_parameters()) | dict(self._model.named_buffers())
+        tensors = {slot.name: slot.tensor for slot in slots(self._model)}
         for name, tensor in weights(model).items():
-            tensors[self._names[name]].copy_(tensor)
+            tensors[name].copy_(tensor)
         self.shadow.update_(weight)
-
-    @property
-    def averages(self) -> dict[str, Tensor]:
-        return {name: self.shadow.averages[own] for name, own in self._names.items()}
 
 
 def unequal(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
@@ -154,12 +163,12 @@ def unequal(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     return [n for n in a if a[n].dtype != b[n].dtype or not torch.equal(a[n], b[n])]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, *, own: bool = True) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     model.train()
+    own = not hasattr(model, "tensor_parallel")  # whose ranks must see the same
     for step in steps:
         optimizer.zero_grad()
-        output = model(batch(step, own=own))
-        (output.full_tensor() if isinstance(output, DTensor) else output).float().square().mean().backward()
+        model(batch(step, own=own)).float().square().mean().backward()
         optimizer.step()
 
 
@@ -186,8 +195,7 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
         train(model, optimizer, range(step, step + 1))
         reference.update_(unwrap(model), 1 - 0.5**0.5)
     averages = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
-    parameters = {name for name, tensor in unwrap(model).named_parameters()}
-    buffers = {n: t for n, t in reference.averages.items() if n.replace("_checkpoint_wrapped_module.", "") not in parameters}
+    buffers = [slot.name for slot in slots(model) if not slot.is_parameter]
     found: dict[str, Any] = {"averages": unequal(averages, reference.averages)}
 
     evaluated(model)  # leaves the outermost module whole
@@ -202,10 +210,10 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
     want = {n: t.to(before[n].dtype) for n, t in reference.averages.items()}
     for name in buffers:  # those of the first rank count
         dist.broadcast(want[name], 0)
-        dist.broadcast(held[name], 0)
+        dist.broadcast(reference.averages[name], 0)
     found["lent"] = unequal(inside, want) + unequal(inside_later, want)
     found["kept"] = unequal({n: kept[n] for n in kept}, {n: before[n].to(kept[n].dtype) for n in kept})
-    found["held"] = [n for n in parameters & set(held) if not torch.equal(held[n].float(), reference.averages[n].float())]
+    found["held"] = unequal(held, reference.averages)
     found["given back"] = unequal(before, after)
     found["moved by the loan"] = float((evaluated(model) - first).abs().max())
     train(model, optimizer, range(6, 8))

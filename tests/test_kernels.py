@@ -1,25 +1,32 @@
+import itertools
 import os
 import subprocess
 import sys
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from polyak.kernels import KERNELS, SCRATCH_ELEMENTS, Exchange, Lerp, cpu, foreach
-from polyak.kernels.foreach import _round, key
+from polyak.kernels import KERNELS, SCRATCH_ELEMENTS, Exchange, Lerp, Place, cpu, foreach
+from polyak.kernels.foreach import _chance, _round, key
 
 SHAPES = [(3,), (4, 5), (2, 3, 4, 5), (), (0,), (SCRATCH_ELEMENTS + 1,), (700, 400)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["torch", "c"])
-def lerp_(request):
+@pytest.fixture(params=["torch", "c"], scope="module")
+def kernel(request):
     if request.param not in KERNELS:
         pytest.skip(f"no kernel in C: {cpu.WHY_NOT}")
-    return partial(foreach.lerp_, by=KERNELS[request.param])
+    return request.param
+
+
+@pytest.fixture
+def lerp_(kernel):
+    return partial(foreach.lerp_, by=KERNELS[kernel])
 
 
 def tensors(dtype, seed) -> list[torch.Tensor]:
@@ -29,6 +36,10 @@ def tensors(dtype, seed) -> list[torch.Tensor]:
     made.append(torch.randn(6, 8, generator=generator).to(dtype)[:, ::2])  # not dense
     made.append(torch.randn(5, 7, generator=generator).to(dtype).t())
     return made
+
+
+def places(tensors) -> list[Place]:
+    return [Place(seed) for seed in range(len(tensors))]
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e-4, 0.3, 0.9, 1.0])
@@ -41,7 +52,7 @@ def test_a_lerp_is_that_of_float64_for_each_pair_of_dtypes(lerp_, dtype, online_
     online[2] = online[2].contiguous()
     sizes = [a.double().abs() + x.double().abs() for a, x in zip(averages, online, strict=True)]
     want = [a.double() + weight * (x.double() - a.double()) for a, x in zip(averages, online, strict=True)]
-    left_out = lerp_(averages, online, weight, range(len(averages)))
+    left_out = lerp_(averages, online, weight, places(averages))
     assert int(left_out) == 0
     for got, true, size in zip(averages, want, sizes, strict=True):
         unit = torch.finfo(dtype).eps * size + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -52,9 +63,9 @@ def test_a_lerp_is_that_of_float64_for_each_pair_of_dtypes(lerp_, dtype, online_
 def test_weight_one_gives_the_weights_themselves_and_zero_leaves_the_average(lerp_, dtype) -> None:
     averages, online = tensors(dtype, 0), tensors(dtype, 1)
     before = [a.clone() for a in averages]
-    lerp_(averages, online, 0.0, range(len(averages)))
+    lerp_(averages, online, 0.0, places(averages))
     assert all(torch.equal(a, b) for a, b in zip(averages, before, strict=True))
-    lerp_(averages, online, 1.0, range(len(averages)))
+    lerp_(averages, online, 1.0, places(averages))
     assert all(torch.equal(a, x) for a, x in zip(averages, online, strict=True))
 
 
@@ -70,7 +81,7 @@ def test_a_value_that_is_not_finite_leaves_its_average_and_no_other_as_it_was(le
     for place in (0, 100, -1):
         online[0][place] = bad
         online[2][place] = bad
-    assert int(lerp_(averages, online, 0.5, [0, 1, 2])) == 2
+    assert int(lerp_(averages, online, 0.5, places(averages))) == 2
     for average, tensor in zip(averages, online, strict=True):
         assert torch.equal(average, torch.where(tensor.isfinite(), 1.5, 1.0).to(dtype))
 
@@ -78,7 +89,7 @@ def test_a_value_that_is_not_finite_leaves_its_average_and_no_other_as_it_was(le
 def test_large_finite_weights_are_no_infinity(lerp_) -> None:
     for dtype, large in ((torch.float16, 60000.0), (torch.float32, 3e38)):
         average, online = torch.zeros(1000), torch.full((1000,), large, dtype=dtype)
-        assert int(lerp_([average], [online], 1.0, [0])) == 0
+        assert int(lerp_([average], [online], 1.0, [Place(0)])) == 0
         assert torch.equal(average, online.float())
 
 
@@ -95,9 +106,9 @@ def test_the_kernels_give_the_same_bits(monkeypatch, dtype, online_dtype, scale)
         for tensor in (*ours, *theirs, *online):
             tensor.mul_(scale)
         online[5][7] = float("nan")
-        seeds = range(len(ours))
+        where = places(ours)
         counts = [
-            int(foreach.lerp_(averages, online, weight, seeds, 5, by=KERNELS[name]))
+            int(foreach.lerp_(averages, online, weight, where, 5, by=KERNELS[name]))
             for name, averages in (("c", ours), ("torch", theirs))
         ]
         assert counts[0] == counts[1]
@@ -109,7 +120,7 @@ def test_the_kernels_give_the_same_bits(monkeypatch, dtype, online_dtype, scale)
 def test_float16_is_read_exactly_by_c() -> None:
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     average = torch.zeros(every.shape)
-    foreach.lerp_([average], [every], 1.0, [0], by=KERNELS["c"])
+    foreach.lerp_([average], [every], 1.0, [Place(0)], by=KERNELS["c"])
     want = torch.where(every.isfinite(), every.float(), 0)
     assert torch.equal(average.view(torch.int32), want.view(torch.int32))
 
@@ -118,9 +129,9 @@ def test_float16_is_read_exactly_by_c() -> None:
 def test_a_forked_process_has_threads_of_its_own() -> None:
     program = """
 import os, torch
-from polyak.kernels import Lerp
+from polyak.kernels import Lerp, Place
 torch.set_num_threads(2)
-lerp = Lerp([torch.zeros(1_000_000)], [torch.ones(1_000_000)], [0], torch.zeros((), dtype=torch.int64))
+lerp = Lerp([torch.zeros(1_000_000)], [torch.ones(1_000_000)], [Place(0)], torch.zeros((), dtype=torch.int64))
 lerp(0.5, 1)
 child = os.fork()
 lerp(0.5, 2)
@@ -134,7 +145,7 @@ assert os.waitpid(child, 0)[1] == 0
 def test_a_backward_pass_through_an_average_that_has_moved_is_an_error(lerp_) -> None:
     average, inputs = torch.ones(3), torch.ones(3, requires_grad=True)
     loss = (average * inputs).sum()
-    lerp_([average], [torch.zeros(3)], 0.5, [0])
+    lerp_([average], [torch.zeros(3)], 0.5, [Place(0)])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -158,7 +169,7 @@ def test_a_16_bit_average_is_rounded_otherwise_in_each_update() -> None:
     assert len({key(seed, update) for seed in range(50) for update in range(50)}) == 2500
     average, online = torch.zeros(1000, dtype=torch.bfloat16), torch.ones(1000)
     for update in range(4000):
-        Lerp([average], [online], [1], torch.zeros((), dtype=torch.int64))(0.001, update)
+        Lerp([average], [online], [Place(1)], torch.zeros((), dtype=torch.int64))(0.001, update)
     # 1 - 0.999 ** 4000 is 0.982; rounding to nearest would have stalled at 0.25.
     assert abs(average.double().mean() - 0.982) < 0.005
 
@@ -167,7 +178,7 @@ def test_a_16_bit_average_is_rounded_otherwise_in_each_update() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 3e4])
 def test_stochastic_rounding_has_the_right_mean_and_goes_to_a_neighbour(dtype, scale) -> None:
     values = torch.randn(2000, generator=torch.Generator().manual_seed(0)).clamp_(-2, 2) * scale
-    rounded = torch.stack([_round(values, dtype, seed, 0).double() for seed in range(2000)])
+    rounded = torch.stack([_round(values, dtype, _chance(torch.arange(2000), seed)).double() for seed in range(2000)])
     limits = torch.finfo(dtype)
     unit = (values.double().abs() * limits.eps).clamp(min=limits.tiny * limits.eps)
     assert ((rounded - values).abs() <= unit).all()
@@ -175,12 +186,50 @@ def test_stochastic_rounding_has_the_right_mean_and_goes_to_a_neighbour(dtype, s
     assert ((rounded.mean(0) - values).abs() <= 6 * 0.5 * unit / 2000**0.5).all()
 
 
-@given(st.integers(1, 3000), st.integers(0, 2**32 - 1))
-def test_the_chance_in_rounding_does_not_depend_on_how_the_work_is_split(cut, seed) -> None:
-    values = torch.linspace(-3, 3, 3001)
-    whole = _round(values, torch.bfloat16, seed, 0)
-    parts = [_round(values[:cut], torch.bfloat16, seed, 0), _round(values[cut:], torch.bfloat16, seed, cut)]
-    assert torch.equal(whole, torch.cat(parts))
+@st.composite
+def tilings(draw):
+    """A shape, and boxes that tile it: for each dimension some cuts, two of which may be the same."""
+    shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 5, 31, 32, 33, 70]), min_size=1, max_size=3)))
+    edges = [sorted([0, size, *draw(st.lists(st.integers(0, size), max_size=2))]) for size in shape]
+    return shape, list(itertools.product(*map(itertools.pairwise, edges)))
+
+
+@given(
+    tilings(),
+    st.sampled_from([torch.bfloat16, torch.bfloat16, torch.float16, torch.float32]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([0.3, 1.0, 1e-3]),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([6, 18]),
+)
+@example(((40, 70), [((0, 40), (0, 33)), ((0, 40), (33, 70))]), torch.bfloat16, torch.float32, 0.3, 1, 18)
+@settings(deadline=None)
+def test_updating_shards_that_tile_a_tensor_equals_updating_the_whole(
+    kernel, tiling, dtype, online_dtype, weight, seed, job
+):
+    shape, boxes = tiling
+    generator = torch.Generator().manual_seed(seed)
+    whole, online = torch.randn(shape, generator=generator).to(dtype), torch.randn(shape, generator=generator)
+    online = online.to(online_dtype)
+    online.view(-1)[seed % online.numel()] = float("nan")
+    cuts = [tuple(slice(*edges) for edges in box) for box in boxes]
+    shards = [whole[cut].contiguous() for cut in cuts]
+    shards[-1] = shards[-1].t().contiguous().t() if len(shape) == 2 else shards[-1]  # the layout in memory is no matter
+    foreach.lerp_([whole], [online], weight, [Place(seed)], 3, by=KERNELS[kernel])
+    where = [Place(seed, shape, tuple(begin for begin, _ in box)) for box in boxes]
+    with mock.patch.object(cpu, "_JOB", 1 << job):
+        foreach.lerp_(shards, [online[cut].contiguous() for cut in cuts], weight, where, 3, by=KERNELS[kernel])
+    for cut, shard in zip(cuts, shards, strict=True):
+        assert torch.equal(shard, whole[cut])
+
+
+def test_a_shard_of_a_tensor_of_more_than_2_to_the_33_elements_is_rounded_alike_by_both_kernels() -> None:
+    # Where the counter of the chances overflows 32 bits.
+    for offset, rows in (((2**33 - 40,), 100), ((2**34 - 500_000,), 1_000_000), ((5 * 2**33 + 7,), 50)):
+        averages = [torch.ones(rows, dtype=torch.bfloat16) for _ in KERNELS]
+        for average, kernel in zip(averages, KERNELS.values(), strict=True):
+            foreach.lerp_([average], [average + 0.5], 1e-3, [Place(9, (2**40,), offset)], by=kernel)
+        assert all(torch.equal(average, averages[0]) for average in averages)
 
 
 def pairs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -249,6 +298,6 @@ def test_an_exchange_needs_no_more_than_its_scratch() -> None:
 
 def test_the_pieces_of_a_large_tensor_are_rounded_by_chances_of_their_own(lerp_) -> None:
     average = torch.ones(2 * SCRATCH_ELEMENTS, dtype=torch.bfloat16)
-    lerp_([average], [average + 0.5], 0.001, [7])
+    lerp_([average], [average + 0.5], 0.001, [Place(7)])
     first, second = average.chunk(2)
     assert not torch.equal(first, second)

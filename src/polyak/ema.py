@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from polyak.algorithm import Algorithm, MetricLogger
 from polyak.errors import CheckpointError, LoanError, MismatchError, PlanWarning, ProfileError, TimeError
 from polyak.events import Event, State
-from polyak.kernels import lerp_
+from polyak.kernels import Place, lerp_
 from polyak.profiles import HalfLife, Profile, Smoothing
 from polyak.select import Policy, PolicyRule, check_match, default_policy, named_tensors, slots, unwrap
 from polyak.shadow import Shadow, loan_of
@@ -68,7 +68,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         else:
             average.copy_(tensor)
     averages_of, tensors = [average for average, _ in averaged], [tensor for _, tensor in averaged]
-    lerp_(averages_of, tensors, weight, seeds=range(len(averaged)), num_updates=next(_calls))
+    lerp_(averages_of, tensors, weight, [Place(i) for i in range(len(averaged))], num_updates=next(_calls))
 
 
 class _Default(str):

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak import sharding
 from polyak.errors import LoanError, QuarantineWarning, ShardingError
-from polyak.kernels import Exchange, Lerp
+from polyak.kernels import Exchange, Lerp, Place
 from polyak.select import Inventory, Policy, PolicyRule, Slot, check_match, default_policy, slots, unwrap
 from polyak.sharding import Ranks, is_spread, local, rows
 
@@ -236,8 +236,8 @@ class Shadow:
         # The model's own tensors, not aliases of them: an alias would keep memory that the model gives up.
         tensors = [rows(slot.tensor, average) for slot, average in self._averaged]
         online = [tensor.to(average.device) for tensor, average in zip(tensors, averages, strict=True)]
-        seeds = [zlib.crc32(slot.name.encode()) for slot, _ in self._averaged]
-        lerp = Lerp(averages, online, seeds, self._quarantined)
+        places = [_place(slot.name, average) for slot, average in self._averaged]
+        lerp = Lerp(averages, online, places, self._quarantined)
         # Where the average is on another device, `online` are copies: of this update only.
         if all(tensor is own for tensor, own in zip(online, tensors, strict=True)):
             self._lerp = lerp
@@ -504,6 +504,11 @@ class Shadow:
         self._quarantined = torch.zeros((), dtype=torch.int64)
         self._inventory = None
         self._follow_model()
+
+
+def _place(name: str, average: Tensor) -> Place:
+    seed, offset = zlib.crc32(name.encode()), sharding.offset(average)
+    return Place(seed) if offset is None else Place(seed, tuple(average.shape), offset)
 
 
 _AS_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from polyak.kernels import cpu, foreach
 from polyak.kernels.foreach import SCRATCH_ELEMENTS, Exchange
+from polyak.kernels.place import Place
 
-__all__ = ["KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "lerp_"]
+__all__ = ["KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "Place", "lerp_"]
 
 KERNELS: dict[str, type[foreach.Lerp]] = {"torch": foreach.Lerp}
 if not cpu.WHY_NOT:
@@ -33,7 +34,7 @@ Lerp = KERNELS[CHOSEN]
 
 
 def lerp_(
-    averages: Sequence[Tensor], online: Sequence[Tensor], weight: float, seeds: Sequence[int], num_updates: int = 0
+    averages: Sequence[Tensor], online: Sequence[Tensor], weight: float, places: Sequence[Place], num_updates: int = 0
 ) -> Tensor:
     """Do once what ``Lerp`` does, and return how many tensors were not all finite, as a 0-dim tensor.
 
@@ -41,7 +42,7 @@ def lerp_(
         averages: Tensors to move.
         online: Tensors to move them towards, of the same shapes and on the same devices.
         weight: Share of ``online`` taken, from 0 to 1.
-        seeds: For each tensor the seed of its rounding, below 2 ** 32; used for 16-bit averages only.
+        places: For each tensor what its rounding depends on; used for 16-bit averages only.
         num_updates: How often this was done. It is part of the seed.
     """
-    return foreach.lerp_(averages, online, weight, seeds, num_updates, by=Lerp)
+    return foreach.lerp_(averages, online, weight, places, num_updates, by=Lerp)

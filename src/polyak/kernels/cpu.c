@@ -11,12 +11,14 @@
 /* A contiguous part of one tensor, as cpu.py lays it out: a row of 64-bit integers. */
 struct piece {
     int64_t average, online; /* addresses */
-    int64_t count, first;    /* elements, and the index in its tensor of the first; a multiple of BLOCK */
+    int64_t rows, run;       /* runs that follow each other in memory, and the elements of each */
+    int64_t first, step;     /* the index of the first element in the whole, and from one run to the next */
     int64_t pair, seed;      /* which pair of dtypes, and the seed of the rounding */
     int64_t tensor, left_out;
 };
 
 #define BLOCK 32 /* elements that are done at once; the halves of one share 16 random numbers of 32 bits */
+#define CYCLE ((int64_t)1 << 33) /* elements after which these numbers come from another series */
 #define AHEAD 2048 /* bytes to be asked for before they are needed: the hardware alone leaves a tenth of the speed */
 
 static inline uint32_t bits_of(float value) {

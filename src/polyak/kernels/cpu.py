@@ -5,8 +5,9 @@ The arithmetic is that of the torch kernel, bit for bit. Pairs of tensors that i
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import compress, pairwise, product
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.autograd.graph import increment_version
 
 from polyak.kernels import foreach
 from polyak.kernels.build import LIBRARY, sources_id
+from polyak.kernels.place import Box, Place
 
 # The order is that of the functions in lerp.h.
 _PAIRS = {
@@ -79,8 +81,8 @@ class _Threads:
 _threads = _Threads()
 
 
-def _known(average: Tensor, online: Tensor) -> bool:
-    """Return whether the two are plain, known to C, and laid out alike without holes."""
+def _known(average: Tensor, online: Tensor, place: Place) -> bool:
+    """Return whether the two are plain, known to C, and laid out alike without holes, as ``place`` says."""
     plain = all(
         type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in (average, online)
     )
@@ -90,8 +92,37 @@ def _known(average: Tensor, online: Tensor) -> bool:
         return False
     if average.is_contiguous() and online.is_contiguous():
         return True
+    if place.shape is not None and average.dtype in foreach.SIXTEEN_BITS:
+        return False
     order = sorted(range(average.dim()), key=average.stride, reverse=True)
     return all(tensor.permute(order).is_contiguous() for tensor in (average, online))
+
+
+def _box(average: Tensor, place: Place) -> Box:
+    """Return where its elements are in the whole, in one run if that does not matter."""
+    return (place if average.dtype in foreach.SIXTEEN_BITS else Place(0)).box(tuple(average.shape))
+
+
+def _cut(box: Box) -> Iterator[tuple[int, int, int, int, int]]:
+    """Cut a box in pieces of ``_JOB`` elements or so: where in its memory, rows, the run of each, first index, step."""
+    *sizes, run = box.sizes
+    rows, step = (sizes.pop(), box.steps[-2]) if sizes else (1, 0)
+    at = 0
+    for outer in product(*map(range, sizes)):
+        start = box.first + sum(i * s for i, s in zip(outer, box.steps, strict=False))
+        if run <= _JOB:
+            together = _JOB // max(run, 1)
+            for row in range(0, rows, together):
+                count = min(together, rows - row)
+                yield at, count, run, start + row * step, step
+                at += count * run
+        else:
+            for first in range(start, start + rows * step, step) if step else (start,):
+                # At multiples of it, so that all pieces but the first begin with a block.
+                edges = [first, *range(first - first % _JOB + _JOB, first + run, _JOB), first + run]
+                for begin, end in pairwise(edges):
+                    yield at, 1, end - begin, begin, 0
+                    at += end - begin
 
 
 class Lerp(foreach.Lerp):
@@ -102,38 +133,38 @@ class Lerp(foreach.Lerp):
     Args:
         averages: Tensors to move.
         online: Tensors to move them towards, of the same shapes and on the same devices.
-        seeds: For each tensor the seed of its rounding, below 2 ** 32; used for 16-bit averages only.
+        places: For each tensor what its rounding depends on; used for 16-bit averages only.
         left_out: A 0-dim int64 tensor on the first average's device, which counts the tensors that were not all finite.
     """
 
     def __init__(
-        self, averages: Sequence[Tensor], online: Sequence[Tensor], seeds: Sequence[int], left_out: Tensor
+        self, averages: Sequence[Tensor], online: Sequence[Tensor], places: Sequence[Place], left_out: Tensor
     ) -> None:
         assert _library is not None, WHY_NOT
-        known = [_known(a, x) for a, x in zip(averages, online, strict=True)]
-        triples = list(zip(averages, online, seeds, known, strict=True))
-        rest = [(a, x, seed) for a, x, seed, c in triples if not c]
-        super().__init__([a for a, _, _ in rest], [x for _, x, _ in rest], [seed for _, _, seed in rest], left_out)
-        self._moved = [a for a, _, _, c in triples if c]
-        self._held = [x for _, x, _, c in triples if c]  # as long as their addresses are
+        triples = list(zip(averages, online, places, strict=True))
+        known = [_known(*triple) for triple in triples]
+        rest = [triple for triple, c in zip(triples, known, strict=True) if not c]
+        super().__init__([a for a, _, _ in rest], [x for _, x, _ in rest], [place for _, _, place in rest], left_out)
+        ours = list(compress(triples, known))
+        self._moved = [a for a, _, _ in ours]
+        self._held = [x for _, x, _ in ours]  # as long as their addresses are
         pieces = [
             (
-                a.data_ptr() + first * a.element_size(),
-                x.data_ptr() + first * x.element_size(),
-                *(min(_JOB, a.numel() - first), first),
-                *(_PAIRS[a.dtype, x.dtype], seed),
+                a.data_ptr() + at * a.element_size(),
+                x.data_ptr() + at * x.element_size(),
+                *(rows, run, first, step),
+                *(_PAIRS[a.dtype, x.dtype], place.seed),
                 *(number, 0),
             )
-            for number, (a, x, seed, c) in enumerate(triples)
-            if c
-            for first in range(0, a.numel(), _JOB)
+            for number, (a, x, place) in enumerate(ours)
+            for at, rows, run, first, step in _cut(_box(a, place))
         ]
         jobs, size = [0], 0
-        for i, (_, _, count, *_) in enumerate(pieces):
-            if size and size + count > _JOB:
+        for i, (_, _, rows, run, *_) in enumerate(pieces):
+            if size and size + rows * run > _JOB:
                 jobs.append(i)
                 size = 0
-            size += count
+            size += rows * run
         self._num_jobs = len(jobs) if pieces else 0
         self._pieces = torch.tensor(pieces, dtype=torch.int64)
         self._jobs = torch.tensor([*jobs, len(pieces)], dtype=torch.int64)
@@ -153,7 +184,7 @@ class Lerp(foreach.Lerp):
         # Who has kept an average for a backward pass is told that it is no longer what it was, as by torch's own.
         increment_version(self._moved)
         if self._run(weight, num_updates & 0xFFFFFFFF):
-            tensors, flags = self._pieces[:, 6], self._pieces[:, 7]
+            tensors, flags = self._pieces[:, 8], self._pieces[:, 9]
             self._left_out.add_(tensors[flags != 0].unique().numel())
 
     def _run(self, weight: float, num_updates: int) -> int:

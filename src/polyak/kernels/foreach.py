@@ -9,22 +9,26 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from polyak.kernels.place import Box, Place
+
 # Small enough to stay in a core's cache, large enough that the calls do not count.
 SCRATCH_ELEMENTS = 131_072
 
 # Weights from here on may be 1 in float32.
 _NEARLY_ALL = 1 - 2**-25
 
-_SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
-def _flat_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+def _flat_pieces(tensors: Sequence[Tensor], *, in_order: bool = False) -> Iterator[tuple[Tensor, ...]]:
     """Cut tensors of one shape in flat views of at most ``SCRATCH_ELEMENTS``, all at the same places.
 
-    Tensors that are not dense, or not laid out alike, come whole.
+    Tensors that are not dense, or not laid out alike, come whole; with ``in_order`` those that are not contiguous too.
     """
     first = tensors[0]
-    order = sorted(range(first.dim()), key=first.stride, reverse=True)
+    order = list(range(first.dim()))
+    if not in_order:
+        order.sort(key=first.stride, reverse=True)
     views = [tensor.permute(order) for tensor in tensors]
     if all(view.is_contiguous() for view in views):
         yield from zip(*(view.view(-1).split(SCRATCH_ELEMENTS) for view in views), strict=True)
@@ -51,16 +55,16 @@ class Lerp:
     Args:
         averages: Tensors to move.
         online: Tensors to move them towards, of the same shapes and on the same devices.
-        seeds: For each tensor the seed of its rounding, below 2 ** 32; used for 16-bit averages only.
+        places: For each tensor what its rounding depends on; used for 16-bit averages only.
         left_out: A 0-dim int64 tensor on the first average's device, which counts the tensors that were not all finite.
     """
 
     def __init__(
-        self, averages: Sequence[Tensor], online: Sequence[Tensor], seeds: Sequence[int], left_out: Tensor
+        self, averages: Sequence[Tensor], online: Sequence[Tensor], places: Sequence[Place], left_out: Tensor
     ) -> None:
-        self._triples = list(zip(averages, online, seeds, strict=True))
+        self._triples = list(zip(averages, online, places, strict=True))
         self._left_out = left_out
-        alike = [a.dtype == x.dtype and a.dtype not in _SIXTEEN_BITS for a, x in zip(averages, online, strict=True)]
+        alike = [a.dtype == x.dtype and a.dtype not in SIXTEEN_BITS for a, x in zip(averages, online, strict=True)]
         self._alike = list(compress(averages, alike)), list(compress(online, alike))
         self._others = [triple for triple, same in zip(self._triples, alike, strict=True) if not same]
         self._on_cpu = all(tensor.device.type == "cpu" for tensor in averages)
@@ -80,11 +84,11 @@ class Lerp:
                 # The form with one product: `decay * a + (1 - decay) * x` loses a share at every update, because the
                 # two rounded factors do not sum to 1 (2e-3 against 1e-5 after 100,000 updates).
                 torch._foreach_lerp_(*self._alike, weight)
-            for average, tensor, seed in self._others if weight < _NEARLY_ALL else self._triples:
-                _lerp(average, tensor, weight, key(seed, num_updates))
+            for average, tensor, place in self._others if weight < _NEARLY_ALL else self._triples:
+                _lerp(average, tensor, weight, place, num_updates)
             return
-        for average, tensor, seed in self._triples:
-            finite = _lerp_finite(average, tensor, weight, key(seed, num_updates))
+        for average, tensor, place in self._triples:
+            finite = _lerp_finite(average, tensor, weight, place, num_updates)
             self._left_out.add_(finite.logical_not().to(self._left_out.device))
 
 
@@ -92,7 +96,7 @@ def lerp_(
     averages: Sequence[Tensor],
     online: Sequence[Tensor],
     weight: float,
-    seeds: Sequence[int],
+    places: Sequence[Place],
     num_updates: int = 0,
     *,
     by: type[Lerp] = Lerp,
@@ -103,40 +107,38 @@ def lerp_(
         averages: Tensors to move.
         online: Tensors to move them towards, of the same shapes and on the same devices.
         weight: Share of ``online`` taken, from 0 to 1.
-        seeds: For each tensor the seed of its rounding, below 2 ** 32; used for 16-bit averages only.
+        places: For each tensor what its rounding depends on; used for 16-bit averages only.
         num_updates: How often this was done. It is part of the seed.
         by: Which kernel does it.
     """
     left_out = torch.zeros((), dtype=torch.int64, device=averages[0].device if averages else None)
-    by(averages, online, seeds, left_out)(weight, num_updates)
+    by(averages, online, places, left_out)(weight, num_updates)
     return left_out
 
 
-def _lerp(average: Tensor, tensor: Tensor, weight: float, key: int) -> None:
+def _lerp(average: Tensor, tensor: Tensor, weight: float, place: Place, num_updates: int) -> None:
     """Move one average piece by piece."""
-    start = 0
-    for a, x in _flat_pieces((average, tensor)):
-        _lerp_piece(a, x, weight, key, start)
-        start += a.numel()
+    chances = _Chances(place, average, num_updates)
+    for a, x in _flat_pieces((average, tensor), in_order=chances.in_order):
+        _lerp_piece(a, x, weight, chances)
 
 
-def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, key: int) -> Tensor:
+def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, place: Place, num_updates: int) -> Tensor:
     """Move one average piece by piece where ``tensor`` is finite, and return whether all of it is."""
-    start, flags = 0, list[Tensor]()
-    for a, x in _flat_pieces((average, tensor)):
+    chances, flags = _Chances(place, average, num_updates), list[Tensor]()
+    for a, x in _flat_pieces((average, tensor), in_order=chances.in_order):
         finite = x.isfinite()
         flags.append(finite.all())
         # Where it is not, the average moves towards itself.
-        _lerp_piece(a, torch.where(finite, x, a), weight, key, start)
-        start += a.numel()
+        _lerp_piece(a, torch.where(finite, x, a), weight, chances)
     return torch.stack(flags).all()
 
 
-def _lerp_piece(average: Tensor, tensor: Tensor, weight: float, key: int, start: int) -> None:
-    if average.dtype in _SIXTEEN_BITS:
+def _lerp_piece(average: Tensor, tensor: Tensor, weight: float, chances: "_Chances") -> None:
+    if average.dtype in SIXTEEN_BITS:
         moved = average.float()
         _lerp_wide(moved, tensor.float(), weight)
-        average.copy_(_round(moved, average.dtype, key, start))
+        average.copy_(_round(moved, average.dtype, chances.of(average)))
     else:
         _lerp_wide(average, tensor.to(average.dtype), weight)
 
@@ -149,17 +151,49 @@ def _lerp_wide(average: Tensor, tensor: Tensor, weight: float) -> None:
         average.lerp_(tensor, weight)
 
 
-def _round(tensor: Tensor, dtype: torch.dtype, key: int, start: int) -> Tensor:
-    """Round float32 to 16 bits up or down by chance, so that the expectation is the value itself.
+class _Chances:
+    """The chances of rounding up in one update of one average, piece after piece.
 
-    The chance comes from a counter: the element's index from ``start``, hashed with ``key``. So it is the same on
-    each device and in each split of the work, and needs no state. What is too large for ``dtype`` becomes its largest.
+    A chance comes from a counter: the element's index in the whole, hashed with a key. So it is the same on each device
+    and in each split of the work, and needs no state.
     """
-    index = torch.arange(start, start + tensor.numel(), device=tensor.device).view(tensor.shape)
+
+    def __init__(self, place: Place, average: Tensor, num_updates: int) -> None:
+        rounded = average.dtype in SIXTEEN_BITS
+        self._box = place.box(tuple(average.shape)) if rounded else None
+        self._key = key(place.seed, num_updates)
+        self._start = 0
+        self.in_order = rounded and place.shape is not None
+
+    def of(self, piece: Tensor) -> Tensor:
+        """Return a chance below 2 ** 16 for each element of the next piece."""
+        assert self._box is not None
+        flat = torch.arange(self._start, self._start + piece.numel(), device=piece.device)
+        self._start += piece.numel()
+        return _chance(_indices(self._box, flat), self._key).view(piece.shape)
+
+
+def _indices(box: Box, flat: Tensor) -> Tensor:
+    """Return where in the whole the elements are that are ``flat`` in the box."""
+    index, rest = torch.full_like(flat, box.first), flat
+    for size, step in zip(reversed(box.sizes[1:]), reversed(box.steps[1:]), strict=True):
+        index += rest % size * step
+        rest = rest // size
+    return index.add_(rest, alpha=box.steps[0])
+
+
+def _chance(index: Tensor, key: int) -> Tensor:
     # 32 bits for two elements, half a block of 32 apart: what lies together stays together for vector instructions.
     counter = (index >> 5 << 4) | (index & 15)
     drawn = _hash((counter & 0xFFFFFFFF) ^ key ^ _hash(counter >> 32))
-    chance = (drawn >> (index & 16)) & 0xFFFF
+    return (drawn >> (index & 16)) & 0xFFFF
+
+
+def _round(tensor: Tensor, dtype: torch.dtype, chance: Tensor) -> Tensor:
+    """Round float32 to 16 bits up or down by chance, so that the expectation is the value itself.
+
+    What is too large for ``dtype`` becomes its largest. A ``chance`` is below 2 ** 16.
+    """
     limits = torch.finfo(dtype)
     if dtype == torch.bfloat16:  # float32 without its last 16 bits: what they say is the chance of rounding up
         bits = tensor.view(torch.int32)
