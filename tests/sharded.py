@@ -123,7 +123,11 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     from polyak.sharding import reshard
 
     reshard(model)
-    return {slot.name: full(slot.tensor) for slot in slots(model)}
+    found = {slot.name: (full(slot.tensor), slot.is_parameter) for slot in slots(model)}
+    for tensor, is_parameter in found.values():
+        if not is_parameter:  # each rank's are its own, and the first one's are saved
+            dist.broadcast(tensor, 0)
+    return {name: tensor for name, (tensor, _) in found.items()}
 
 
 def ema_of(kind: str, half_life: str = "2ba", **options: Any) -> EMA:
@@ -234,3 +238,61 @@ def trains_without(kind: str, *, loans: bool) -> dict[str, Tensor]:
             with ema.applied():
                 evaluated(model)
     return weights(model)
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "optimizer": moments, "ema": ema}
+
+
+def _averages(algorithm: EMA) -> dict[str, Tensor]:
+    algorithm._agree()  # the first rank's averages of buffers count
+    return {name: full(tensor) for name, tensor in algorithm._shadow.averaged_tensors().items()}
+
+
+def _set_up(kind: str, seed: int, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer, EMA, Any]:
+    model = spread(kind)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    if seed:  # other weights than those that are going to be loaded
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(seed)
+    algorithm = ema_of(kind, **options)
+    return model, optimizer, algorithm, attach(algorithm, model, optimizer)
+
+
+def saves(kind: str, folder: str, dtype: torch.dtype | None, steps: int, asynchronous: bool = False) -> Any:
+    """Train, save by DCP, train on; return the averages at the save, and weights and averages at the end."""
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer, algorithm, ema = _set_up(kind, 0, dtype=dtype, ema_start="2ba")
+    train(model, optimizer, range(steps))
+    then = _averages(algorithm) if algorithm.ema_started else {}
+    state = _state(model, optimizer, ema)
+    # By default any rank's buffers may be saved, this one's running mean and that one's variance.
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    if asynchronous:
+        group = dist.new_group(backend="gloo")  # its messages must not mix with those of training
+        saving = dcp.async_save(state, checkpoint_id=folder, planner=planner, process_group=group)
+        train(model, optimizer, range(steps, steps + 3))
+        saving.result()
+    else:
+        dcp.save(state, checkpoint_id=folder, planner=planner)
+        train(model, optimizer, range(steps, steps + 3))
+    return then, weights(model), _averages(algorithm), ema.timestamp.batch.value
+
+
+def loads(kind: str, folder: str, dtype: torch.dtype | None, steps: int) -> Any:
+    """Load by DCP what ``saves`` saved, train on; return the same."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    model, optimizer, algorithm, ema = _set_up(kind, 1, dtype=dtype, ema_start="2ba")
+    state = _state(model, optimizer, ema)
+    dcp.load(state, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    then = _averages(algorithm) if algorithm.ema_started else {}
+    train(model, optimizer, range(steps, steps + 3))
+    return then, weights(model), _averages(algorithm), ema.timestamp.batch.value
