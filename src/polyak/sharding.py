@@ -137,6 +137,21 @@ def divided(tensor: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", device: torc
     return _spread(copy, mesh, [Shard(0)], tensor)
 
 
+def empty(shape: Sequence[int], dtype: torch.dtype, mesh: "DeviceMesh") -> Tensor:
+    """Return a tensor to be filled, on the CPU, divided over the ranks by its first dimension if it has one.
+
+    Args:
+        shape: Of the whole.
+        dtype: Of its values.
+        mesh: The ranks; of one dimension.
+    """
+    from torch.distributed.tensor import Replicate, Shard  # noqa: PLC0415
+
+    whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    own = _chunks(whole, mesh.size())[mesh.get_local_rank()] if shape else whole
+    return _spread(torch.empty_like(own, device="cpu"), mesh, [Shard(0) if shape else Replicate()], whole)
+
+
 def _chunks(tensor: Tensor, number: int) -> list[Tensor]:
     chunks = list(tensor.detach().chunk(number))
     return chunks + [tensor.detach()[:0]] * (number - len(chunks))
