@@ -159,10 +159,13 @@ def _finish(rest: Mapping[str, Any], draft: Path, path: Path, *, folder: bool) -
         os.fsync(file.fileno())
     if folder:
         _sync(draft)
-    if path.is_dir() or (folder and path.exists()):  # which it cannot take the place of
-        _remove(path, _draft_of(path.with_name(f"{path.name}.old")))
+    aside = _draft_of(path.with_name(f"{path.name}.old"))
+    if path.is_dir() or (folder and path.exists()):  # which it cannot take the place of in one step
+        _discard(aside)
+        path.replace(aside)
     draft.replace(path)
     _sync(path.parent)
+    _discard(aside)
 
 
 def _sync(folder: Path) -> None:
@@ -181,12 +184,12 @@ def _discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _remove(path: Path, draft: Path) -> None:
+def _remove(path: Path) -> None:
     """Remove a checkpoint such that no part of it is left under its name, whatever happens meanwhile."""
     if path.is_dir():
+        draft = _draft_of(path)
         _discard(draft)
-        path.replace(draft)
-        path = draft
+        path = path.replace(draft)
     _discard(path)
 
 
@@ -321,7 +324,7 @@ class CheckpointSaver(Callback):
             # What lies ahead is of a run that went further before this one was resumed from an earlier moment.
             passed = [(moment, path) for moment, path in self._saved() if moment <= (now.batch.value, now.epoch.value)]
             for _, path in passed[: -self.keep]:
-                _remove(path, _draft_of(path))
+                _remove(path)
 
     def _saved(self) -> list[tuple[tuple[int, int], Path]]:
         """Return the checkpoints in the folder with their batches and epochs, oldest first."""
