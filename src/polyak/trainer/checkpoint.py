@@ -114,7 +114,7 @@ def write(checkpoint: Mapping[str, Any], path: Path, group: Group) -> None:
         group: The ranks.
 
     Raises:
-        RuntimeError: On the other ranks, if the first could not write.
+        ShardingError: On the other ranks, if the first could not write.
     """
     sharded = dict[str, Tensor]()
     without = _without_sharded(checkpoint, "", sharded)

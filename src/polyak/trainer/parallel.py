@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler
 
 from polyak import sharding
-from polyak.errors import PlanWarning
+from polyak.errors import PlanWarning, ShardingError
 from polyak.select import slots, unwrap
 from polyak.sharding import Ranks, is_fsdp, is_spread
 
@@ -116,7 +116,7 @@ class Group:
             act: Called on the first.
 
         Raises:
-            RuntimeError: On the others, if the first one's ``act`` raised.
+            ShardingError: On the others, if the first one's ``act`` raised.
         """
         error: BaseException | None = None
         if self.rank == 0:
@@ -128,7 +128,7 @@ class Group:
         if error is not None:
             raise error
         if said is not None:
-            raise RuntimeError(f"the first rank could not {what} ({said})")
+            raise ShardingError(f"the first rank could not {what} ({said})")
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give all ranks the first one's buffers: which each has updated from what it has seen.
@@ -141,10 +141,7 @@ class Group:
 
 
 def start(parallelism: str | None, model: nn.Module, device: str | torch.device | None) -> Group:
-    """Return the group that trains a model, and begin the process group if there is none.
-
-    It is that of the launcher's environment, as ``torchrun`` sets it, or one of this process alone. What is begun here
-    ends with the process.
+    """Return the group that trains a model.
 
     Args:
         parallelism: As ``Trainer`` has it.
@@ -158,17 +155,39 @@ def start(parallelism: str | None, model: nn.Module, device: str | torch.device 
         raise ValueError(f"parallelism must be None or one of {', '.join(KINDS)} (got {parallelism!r})")
     done = kind_of(model)
     if done is not None and parallelism not in (None, done):
-        raise ValueError(f"a model that is under {done} already cannot be put under parallelism={parallelism!r} as well")
+        raise ValueError(
+            f"a model that is under {done} already cannot be put under parallelism={parallelism!r} as well"
+        )
     kind = parallelism or done
+    if kind is None and torch.distributed.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        warnings.warn(
+            f"each of the {os.environ['WORLD_SIZE']} processes that torchrun started trains by itself, and writes where the "
+            "others do; for training together give Trainer parallelism='ddp' or 'fsdp2'",
+            PlanWarning,
+            stacklevel=3,
+        )
+    group = join(kind, device)
+    if done is not None and _spread_over(model) != group.size:
+        raise ValueError(
+            f"each of the {group.size} processes must train on data of its own, and the model is spread over "
+            f"{_spread_over(model)}; the other dimensions of a mesh, as in tensor parallelism, need a loop of your own and "
+            "polyak.attach"
+        )
+    return group
+
+
+def join(kind: str | None, device: str | torch.device | None) -> Group:
+    """Return the group of all processes, and begin the process group if there is none.
+
+    It is that of the launcher's environment, as ``torchrun`` sets it, or one of this process alone. What is begun here
+    ends with the process.
+
+    Args:
+        kind: How they will train; None for this process by itself, which needs no process group.
+        device: Where to; by default a GPU if there is one, with a ``kind`` that of ``LOCAL_RANK``.
+    """
     local = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if kind is None:
-        if torch.distributed.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            warnings.warn(
-                f"each of the {os.environ['WORLD_SIZE']} processes that torchrun started trains by itself, and writes where "
-                "the others do; for training together give Trainer parallelism='ddp' or 'fsdp2'",
-                PlanWarning,
-                stacklevel=3,
-            )
         return Group(None, local)
     if local.type == "cuda":
         if local.index is None:
@@ -177,12 +196,6 @@ def start(parallelism: str | None, model: nn.Module, device: str | torch.device 
     _begin(local)
     world = torch.distributed.group.WORLD
     assert world is not None
-    if done is not None and _copies_and_shards(model) != world.size():
-        raise ValueError(
-            f"each of the {world.size()} processes must train on data of its own, and the model is spread over "
-            f"{_copies_and_shards(model)}; the other dimensions of a mesh, as in tensor parallelism, need a loop of your "
-            "own and polyak.attach"
-        )
     only_gpu = torch.distributed.get_backend() == torch.distributed.Backend.NCCL
     ranks = Ranks(world, local if only_gpu else torch.device("cpu"), replicas=kind == "ddp")
     return Group(kind, local, ranks if world.size() > 1 else None)
@@ -225,7 +238,7 @@ def kind_of(model: nn.Module) -> str | None:
     return None
 
 
-def _copies_and_shards(model: nn.Module) -> int:
+def _spread_over(model: nn.Module) -> int:
     """Return over how many processes a model is spread that each see other data."""
     if isinstance(model, DistributedDataParallel):
         return model.process_group.size()

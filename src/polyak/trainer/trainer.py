@@ -509,7 +509,7 @@ class Trainer:
             path: Where.
 
         Raises:
-            RuntimeError: On the other ranks, if the first could not write; on the first, what went wrong.
+            ShardingError: On the other ranks, if the first could not write; on the first, what went wrong.
         """
         self.state.saving_to = Path(path)
         try:
