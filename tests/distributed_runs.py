@@ -1,7 +1,9 @@
 """What the processes of ``ranks.Ranks`` do in the tests of the trainer: the runs of ``loops``, on several ranks."""
 
 import json
+import os
 import shutil
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -157,3 +159,187 @@ def follows_itself(folder: Path) -> list[str]:
     trainer.fit()
     assert follow.reference is not None
     return unequal(averages(trainer), follow.reference.averages)
+
+
+class Unseeded(list):
+    """A loader that gives each rank its batches in an order of its own."""
+
+    def __iter__(self) -> Any:
+        order = list(super().__iter__())
+        return iter(order[rank() :] + order[: rank()])
+
+
+def refused(what: str, folder: Path) -> str:
+    """Ask for what cannot be done, and return what was said."""
+    world, model, options = dist.get_world_size(), loops.perceptron(), dict[str, Any]()
+    if what == "two kinds":
+        model, options = DistributedDataParallel(model), {"parallelism": "fsdp2"}
+    elif what == "tensor parallelism":
+        model = parallelize_module(model, init_device_mesh("cpu", (world,)), {"0": ColwiseParallel()})
+    elif what == "not all ranks":
+        grid = init_device_mesh("cpu", (world, 1), mesh_dim_names=("others", "shards"))
+        model = fully_shard(model, mesh=grid["shards"])
+    elif what == "other arguments":
+        options = {"parallelism": "ddp", "max_duration": f"{3 + rank()}ep"}
+    elif what == "a step before":
+        return _shards_after_a_step()
+    try:
+        loops.train(folder, model=model, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def _shards_after_a_step() -> str:
+    model = loops.perceptron()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 6)).sum().backward()
+    optimizer.step()
+    try:
+        Trainer(model=model, loss=cross_entropy, optimizers=optimizer, parallelism="fsdp2")
+    except ValueError as error:
+        return f"ValueError: {error}"
+    return "nothing"
+
+
+def fails_to_save(path: Path, folder: Path) -> tuple[str, bool]:
+    """Return what each rank hears of a disk that is full for the first, and whether training weights are back."""
+    trainer = build("fsdp2" if path.suffix == "" else "ddp", folder, max_duration="4ba", saves=None)
+    trainer.fit()
+    before, own = held(trainer), torch.save
+
+    def full_disk(*args: object) -> None:
+        raise OSError("disk full")
+
+    checkpoint.torch.save = full_disk if rank() == 0 else own
+    try:
+        trainer.save_checkpoint(path)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", unequal(before, held(trainer)) == []
+    finally:
+        checkpoint.torch.save = own
+    return "nothing", False
+
+
+def evaluates(kind: str | None) -> dict[str, float]:
+    """Return figures of seven samples in batches of three, in an order that is drawn."""
+    import torchmetrics.classification as theirs
+
+    torch.manual_seed(50 + rank())
+    model = loops.perceptron()
+    data = torch.utils.data.Subset(loops.dataset(), range(7))
+    options: dict[str, Any] = {} if kind is None else {"parallelism": kind}
+    trainer = Trainer(
+        model=model,
+        loss=cross_entropy,
+        eval_dataloader=DataLoader(data, batch_size=3, shuffle=True),
+        metrics={
+            "ours": loops.Accuracy(),
+            "theirs": theirs.MulticlassAccuracy(num_classes=3, average="micro"),
+            "of lists": theirs.MulticlassCalibrationError(num_classes=3),
+        },
+        progress_bar=False,
+        **options,
+    )
+    return trainer.eval()
+
+
+def predicts(kind: str | None) -> list[Tensor]:
+    options: dict[str, Any] = {} if kind is None else {"parallelism": kind}
+    trainer = Trainer(model=loops.perceptron(), loss=cross_entropy, progress_bar=False, **options)
+    return trainer.predict(DataLoader(loops.dataset(2), batch_size=3))
+
+
+def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any]:
+    """Train on each rank's batches by a ``DistributedSampler``, or by oneself on those of all ranks put together."""
+    data = loops.dataset()
+
+    def sampler(of: int) -> DistributedSampler:
+        return DistributedSampler(data, num_replicas=size, rank=of, shuffle=True, seed=3)
+
+    if kind is None:
+        orders = [list(sampler(of)) for of in range(size)]
+        joint = [[i for order in orders for i in order[at : at + 2]] for at in range(0, len(orders[0]), 2)]
+        loader: Any = [(data.tensors[0][rows], data.tensors[1][rows]) for rows in joint]
+    else:
+        loader = DataLoader(data, batch_size=2, sampler=sampler(rank()))
+    model = loops.perceptron()
+    algorithm = EMA("8sp")
+    trainer = Trainer(
+        model=model,
+        train_dataloader=loader,
+        max_duration="1ep",
+        algorithms=algorithm,
+        optimizers=torch.optim.Adam(model.parameters(), lr=0.02),
+        loss=cross_entropy,
+        num_tokens=lambda batch: 10 + rank(),
+        progress_bar=False,
+        **({} if kind is None else {"parallelism": kind}),
+    )
+    trainer.fit()
+    now = trainer.state.timestamp
+    clock = (now.batch.value, now.sample.value, now.token.value)
+    return {"weights": held(trainer), "averages": averages(trainer), "clock": clock}
+
+
+def skips(kind: str, folder: Path) -> dict[str, Any]:
+    """Train in 16 bits with gradients that are not finite on one rank only, at two batches."""
+    calls = iter(range(1000))
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        bad = torch.is_grad_enabled() and next(calls) in (3, 4) and rank() == 1
+        return cross_entropy(outputs.float(), targets) * (float("inf") if bad else 1.0)
+
+    model = loops.perceptron()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(loops.dataset(), batch_size=loops.BATCH, shuffle=True),
+        max_duration="8ba",
+        algorithms=EMA("2ba"),
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=loss,
+        precision="amp_fp16",
+        seed=0,
+        progress_bar=False,
+        parallelism=kind,
+    )
+    trainer.fit()
+    return {"batches": trainer.state.timestamp.batch.value, "drawn": next(calls), "weights": held(trainer)}
+
+
+def differing(folder: Path) -> list[str]:
+    """Return what is said of batches that each rank has in an order of its own."""
+    x, y = loops.dataset().tensors
+    model = loops.perceptron()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=Unseeded(zip(x.split(4), y.split(4), strict=True)),
+        max_duration="1ep",
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+        loss=cross_entropy,
+        progress_bar=False,
+        parallelism="ddp",
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit()
+    return [str(one.message) for one in caught]
+
+
+class Killed(Callback):
+    """Kills a rank's process at an event of a batch."""
+
+    def __init__(self, event: Event, batch: int, victim: int) -> None:
+        self._event, self._batch, self._victim = event, batch, victim
+
+    def run_event(self, event: Event, state: Any, logger: Any) -> None:
+        if event is self._event and state.timestamp.batch.value == self._batch and state.rank == self._victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(kind: str, folder: Path, out: Path, *callbacks: Callback) -> None:
+    """Train to the end, wherever it was stopped; write what came of it for each rank."""
+    trainer = build(kind, folder, noisy=True, autoresume=True, callbacks=callbacks)
+    trainer.fit()
+    out.mkdir(exist_ok=True)
+    torch.save(results(trainer, folder), out / f"{kind}-{rank()}.pt")

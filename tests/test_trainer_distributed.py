@@ -1,10 +1,20 @@
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import distributed_runs as runs
 import loops
 import pytest
 import torch
 from ranks import Ranks
+from torch import nn
+from torch.utils.data import Subset
+
+import polyak
+from polyak import PlanWarning
+from polyak.trainer.parallel import blocks
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +85,169 @@ def test_a_run_goes_on_under_another_parallelism_and_number_of_ranks(
         assert loops.differences(first["saved"], found["loaded"]) == []
         close(found["end"], first["end"])
         assert len(found["said"]) == (size != other_size)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_batch_that_does_not_divide_counts_each_sample_once(ranks, tmp_path, kind) -> None:
+    # Batches of 4 and a last one of 2 on 3 ranks: of one sample or two, of none on the last; in up to two microbatches.
+    data = {"data": Subset(loops.dataset(), range(22)), "grad_accum": 2}
+    alone = runs.trains(None, tmp_path / "alone", **data)
+    for found in ranks.run(3, partial(runs.trains, kind, tmp_path / "ranks", **data)):
+        for what in ("weights", "averages", "losses", "metrics"):
+            close(found[what], alone[what])
+        assert found["clock"]["sample"] == 66
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_figures_of_an_evaluation_are_those_of_all_samples_once(ranks, kind) -> None:
+    alone = runs.evaluates(None)
+    assert len(alone) == 4
+    for found in ranks.run(3, partial(runs.evaluates, kind)):
+        close(found, alone)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_every_rank_predicts_all(ranks, kind) -> None:
+    alone = runs.predicts(None)
+    for found in ranks.run(2, partial(runs.predicts, kind)):
+        close(found, alone)
+
+
+def test_with_a_distributed_sampler_the_batch_is_that_of_all_ranks_together(ranks, tmp_path) -> None:
+    alone = runs.with_own_batches(None, tmp_path, 2)
+    for found in ranks.run(2, partial(runs.with_own_batches, "ddp", tmp_path, 2)):
+        close(found["weights"], alone["weights"])
+        close(found["averages"], alone["averages"])
+        assert found["clock"] == (6, 24, 6 * (10 + 11))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_step_with_gradients_that_are_not_finite_on_one_rank_is_skipped_on_all(ranks, tmp_path, kind) -> None:
+    one, other = ranks.run(2, partial(runs.skips, kind, tmp_path))
+    assert (one["batches"], one["drawn"]) == (8, 10)
+    assert loops.differences(one, other) == []
+    assert all(tensor.isfinite().all() for tensor in one["weights"].values())
+
+
+def test_batches_that_each_rank_draws_in_its_own_order_are_warned_of(ranks, tmp_path) -> None:
+    for said in ranks.run(2, partial(runs.differing, tmp_path)):
+        assert len([one for one in said if "all ranks must draw the same batches" in one]) == 1
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x"])
+def test_a_checkpoint_that_the_first_rank_cannot_write_is_an_error_on_all(ranks, tmp_path, name) -> None:
+    (first, back), (other, also_back) = ranks.run(2, partial(runs.fails_to_save, tmp_path / name, tmp_path / "run"))
+    assert first == "OSError: disk full"
+    assert other.startswith("ShardingError: the first rank could not write")
+    assert "OSError: disk full" in other
+    assert back
+    assert also_back
+    assert [path.name for path in tmp_path.iterdir() if path.name != "run"] == []
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("two kinds", "ValueError: a model that is under ddp already cannot be put under parallelism='fsdp2'"),
+        ("tensor parallelism", "ValueError: a model of DTensors must be under fully_shard"),
+        ("not all ranks", "ValueError: each of the 2 processes must train on data of its own"),
+        ("a step before", "ValueError: optimizers must not have made a step"),
+        ("other arguments", "max_duration: rank 0: 3ep; rank 1: 4ep"),
+    ],
+)
+def test_what_cannot_be_trained_together_is_refused_on_all_ranks(ranks, tmp_path, what, words) -> None:
+    for said in ranks.run(2, partial(runs.refused, what, tmp_path)):
+        assert words in said
+
+
+# One process
+
+
+@pytest.fixture
+def ungrouped():
+    """Let no process group be left that a trainer began."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_one_process_under_a_parallelism_trains_as_without_one_bit_for_bit(ungrouped, tmp_path, kind) -> None:
+    plain = runs.trains(None, tmp_path / "plain", noisy=True)
+    found = runs.trains(kind, tmp_path / "alone", noisy=True)
+    assert torch.distributed.get_world_size() == 1
+    assert loops.differences(plain, found) == []
+
+
+def test_a_parallelism_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="parallelism must be None or one of ddp, fsdp2"):
+        loops.train(Path(), parallelism="fsdp")
+
+
+def test_processes_of_torchrun_that_each_train_by_themselves_are_warned_of(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(PlanWarning, match="each of the 2 processes"):
+        loops.train(tmp_path)
+
+
+# What is sharded by itself
+
+
+def test_the_blocks_of_a_model_are_its_children_and_those_of_its_lists() -> None:
+    model = nn.Module()
+    model.embedding = nn.Embedding(4, 4)
+    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    model.of = nn.ModuleDict({"one": nn.Linear(4, 4)})
+    model.scales = nn.ParameterList([nn.Parameter(torch.ones(4))])
+    model.act = nn.ReLU()
+    model.first, model.second = nn.Linear(4, 4), nn.Linear(4, 4)
+    model.second.weight = model.first.weight
+    model.own = nn.Linear(4, 4)
+    model.bias = model.own.bias
+    assert blocks(model) == [model.embedding, *model.blocks, model.of["one"]]
+
+
+# torchrun
+
+
+def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    path = [str(Path(runs.__file__).parent), str(Path(polyak.__file__).parents[1])]
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("--monitor-interval=0.1", f"--max-restarts={restarts}", *map(str, arguments)),
+        ],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_of_which_a_rank_is_killed_ends_as_one_of_which_none_was(ranks, tmp_path) -> None:
+    done = torchrun(Path(runs.__file__).with_name("torchrun_script.py"), tmp_path, restarts=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Signal 9 (SIGKILL)") >= 2
+    for kind in ("ddp", "fsdp2"):
+        ranks.run(2, partial(runs.killed, kind, tmp_path / "never" / kind, tmp_path / "want"))
+        for rank in range(2):
+            want, got = (torch.load(tmp_path / name / f"{kind}-{rank}.pt") for name in ("want", "results"))
+            assert loops.differences(want, got) == []
+    assert not list(tmp_path.rglob("*.draft"))
+
+
+@pytest.mark.slow
+def test_the_demo_on_two_processes_says_and_writes_everything_once(tmp_path) -> None:
+    short, longer = (torchrun("-m", "polyak", "demo", "--steps", n, "--out", tmp_path / "out") for n in (110, 120))
+    assert short.returncode == longer.returncode == 0, short.stderr + longer.stderr
+    assert short.stdout.count("2 processes train together.") == short.stdout.count("averaged") == 1
+    assert longer.stdout.count("Going on after 110 of 120 steps") == 1
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 24
+    assert (tmp_path / "out" / "demo.png").exists()
+    refused = torchrun("-m", "polyak", "demo", "--steps", 50, "--out", tmp_path / "out")
+    assert refused.returncode != 0
+    assert refused.stderr.count("polyak demo: ") == 1
