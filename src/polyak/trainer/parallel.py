@@ -122,7 +122,7 @@ class Group:
         if self.rank == 0:
             try:
                 act()
-            except BaseException as raised:  # noqa: BLE001  raised again below, when the others know
+            except BaseException as raised:
                 error = raised
         said = self.first(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
@@ -241,6 +241,7 @@ def kind_of(model: nn.Module) -> str | None:
 def _spread_over(model: nn.Module) -> int:
     """Return over how many processes a model is spread that each see other data."""
     if isinstance(model, DistributedDataParallel):
+        assert model.process_group is not None
         return model.process_group.size()
     from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415  half a second
 

@@ -44,11 +44,11 @@ class Trainer:
     and the order of the data, also inside an epoch. (What persistent workers draw at random is excepted: they cannot be
     asked for their states.) After ``fit``, and after any exception, the model has its training weights.
 
-    With ``parallelism`` the same script trains on one device or, started by ``torchrun``, on many. All ranks draw the same
-    batches and each takes its part, so that a batch is the same whatever the number of ranks; if the loader's sampler is
-    a ``DistributedSampler``, each rank's batch is its own and the batch of all is as many times as large. The loss and its
-    gradient are the mean over the samples of that batch, the clock and all figures are the same on all ranks. The first
-    rank logs, prints and, where nothing is sharded, saves. Callbacks run on all ranks.
+    With ``parallelism`` the same script trains on one device or, started by ``torchrun``, on many. All ranks draw the
+    same batches and each takes its part, so that a batch is the same whatever the number of ranks; if the loader's
+    sampler is a ``DistributedSampler``, each rank's batch is its own and the batch of all is as many times as large.
+    The loss and its gradient are means over the samples of that batch; the clock and all figures are the same on all
+    ranks. The first rank logs and prints. Callbacks run on all ranks. See ``docs/distributed.md``.
 
     Args:
         model: Either any module, with ``loss``; or one with a method ``loss(outputs, batch)``, whose ``forward``
@@ -71,9 +71,9 @@ class Trainer:
         log_interval: Time between logs of the training loss.
         device: Where to train; by default the GPU if there is one, and with ``parallelism`` that of ``LOCAL_RANK``.
         precision: ``"fp32"``, or automatic mixed precision as ``"amp_bf16"`` or ``"amp_fp16"``.
-        parallelism: ``"ddp"``, each rank having the whole model, or ``"fsdp2"``, each having a shard of each tensor, its
-            gradient and its optimizer state. The process group is begun if there is none. A model that is in
-            ``DistributedDataParallel`` or under ``fully_shard`` already, with options of its own, is trained as it is.
+        parallelism: ``"ddp"``, each rank having the whole model, or ``"fsdp2"``, each having a shard of each tensor,
+            its gradient and its optimizer state. The process group is begun if there is none. A model that is in
+            ``DistributedDataParallel`` or under ``fully_shard`` already, in any way, is trained as it is.
         grad_accum: In how many microbatches each batch, or each rank's part of it, is run.
         step_schedulers_every_batch: Whether schedulers step with batches instead of epochs.
         seed: For all global random number generators, set here.
@@ -344,8 +344,8 @@ class Trainer:
             if len(set(sums)) > 1:
                 warnings.warn(
                     "all ranks must draw the same batches, of which each takes its part, and the first of this epoch "
-                    f"differs (checksums by rank: {sums}): if the order does, samples are left out; seed it alike on all "
-                    "ranks, or give the loader a DistributedSampler",
+                    f"differs (checksums by rank: {sums}): if the order does, samples are left out; seed it alike on "
+                    "all ranks, or give the loader a DistributedSampler",
                     PlanWarning,
                     stacklevel=2,
                 )
@@ -600,8 +600,8 @@ class Trainer:
                 self._data.set_state(of_data)
             return
         warnings.warn(
-            f"{path} was saved by {len(own)} ranks and {self._group.size} go on: the order of the data goes on as it was, "
-            "and what each rank draws at random besides (as in dropout) begins anew",
+            f"{path} was saved by {len(own)} ranks and {self._group.size} go on: the order of the data goes on as it "
+            "was, and what each rank draws at random besides (as in dropout) begins anew",
             PlanWarning,
             stacklevel=4,
         )
