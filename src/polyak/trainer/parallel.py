@@ -1,4 +1,4 @@
-"""One process or several that train a model together: how they begin, how the model is spread, what they tell another."""
+"""One process or several that train a model together: how they begin, how it is spread, what they tell each other."""
 
 import atexit
 import os
@@ -161,8 +161,8 @@ def start(parallelism: str | None, model: nn.Module, device: str | torch.device 
     kind = parallelism or done
     if kind is None and torch.distributed.is_torchelastic_launched() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         warnings.warn(
-            f"each of the {os.environ['WORLD_SIZE']} processes that torchrun started trains by itself, and writes where the "
-            "others do; for training together give Trainer parallelism='ddp' or 'fsdp2'",
+            f"each of the {os.environ['WORLD_SIZE']} processes of torchrun trains by itself, and writes where "
+            "the others do; for training together give Trainer parallelism='ddp' or 'fsdp2'",
             PlanWarning,
             stacklevel=3,
         )
@@ -170,8 +170,8 @@ def start(parallelism: str | None, model: nn.Module, device: str | torch.device 
     if done is not None and _spread_over(model) != group.size:
         raise ValueError(
             f"each of the {group.size} processes must train on data of its own, and the model is spread over "
-            f"{_spread_over(model)}; the other dimensions of a mesh, as in tensor parallelism, need a loop of your own and "
-            "polyak.attach"
+            f"{_spread_over(model)}; the other dimensions of a mesh, as in tensor parallelism, need a loop of your own "
+            "and polyak.attach"
         )
     return group
 
@@ -232,8 +232,8 @@ def kind_of(model: nn.Module) -> str | None:
         return "fsdp2"
     if any(is_spread(parameter) for parameter in model.parameters()):
         raise ValueError(
-            "a model of DTensors must be under fully_shard for Trainer to train it; for tensor parallelism alone, write "
-            "the loop and use polyak.attach"
+            "a model of DTensors must be under fully_shard for Trainer to train it; for tensor parallelism alone, "
+            "write the loop and use polyak.attach"
         )
     return None
 
@@ -276,8 +276,8 @@ def _shard(model: nn.Module, group: Group, optimizers: Sequence[Optimizer]) -> N
 
     if any(optimizer.state for optimizer in optimizers):
         raise ValueError(
-            "optimizers must not have made a step before the model is sharded: their states would be of whole tensors; to "
-            "go on from a run, load its checkpoint"
+            "optimizers must not have made a step before the model is sharded: their states would be of whole tensors; "
+            "to go on from a run, load its checkpoint"
         )
     if group.ranks:
         group.ranks.broadcast(slot.tensor for slot in slots(model))
