@@ -2,11 +2,15 @@
 
 import atexit
 import os
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +23,14 @@ from polyak.errors import PlanWarning, ShardingError
 from polyak.select import slots, unwrap
 from polyak.sharding import Ranks, is_fsdp, is_spread
 
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
 T = TypeVar("T")
 
 KINDS = ("ddp", "fsdp2")
+# How long a rank waits for the first, as torch's own process groups do.
+_PATIENCE_S = 1800
 
 
 @dataclass(frozen=True)
@@ -204,12 +213,42 @@ def join(kind: str | None, device: str | torch.device | None) -> Group:
 def _begin(device: torch.device) -> None:
     if torch.distributed.is_initialized():
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        torch.distributed.init_process_group(backend)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
+
+        store, rank, size = next(rendezvous("env://"))
+        store = _of_this_start(store, rank, size)
+    elif {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        store, rank, size = None, -1, -1  # from the environment
     else:
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store, rank, size = torch.distributed.HashStore(), 0, 1
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     atexit.register(_end)
+
+
+def _of_this_start(store: "Store", rank: int, size: int) -> "Store":
+    """Return a part of torchrun's store in which nothing is left of processes that it has started anew since.
+
+    torchrun keeps one store over restarts, with the addresses of those that are gone in it, and a process that comes
+    first would wait at such an address (https://github.com/pytorch/pytorch/issues/135712). So the first rank invents a
+    name for this start. Another takes the name that it finds only when the first has noted it under that name.
+    """
+    own, last = uuid.uuid4().hex, time.monotonic() + _PATIENCE_S
+    if rank == 0:
+        store.set("polyak/start", own)
+        came = [store.get(f"polyak/{own}/{other}").decode() for other in range(1, size)]
+        store.set(f"polyak/{own}/came", " ".join(came))
+        return torch.distributed.PrefixStore(own, store)
+    while time.monotonic() < last:
+        name = store.get("polyak/start").decode()
+        store.set(f"polyak/{name}/{rank}", own)
+        with suppress(RuntimeError):  # of an earlier start that ended before it was noted
+            store.wait([f"polyak/{name}/came"], timedelta(seconds=1))
+            if own in store.get(f"polyak/{name}/came").decode().split():
+                return torch.distributed.PrefixStore(name, store)
+            time.sleep(0.05)
+    raise ShardingError(f"all ranks must come within {_PATIENCE_S} s for training to begin (the first has not)")
 
 
 def _end() -> None:
