@@ -334,4 +334,6 @@ def killed(kind: str, folder: Path, out: Path, *callbacks: Callback) -> None:
     trainer = build(kind, folder, noisy=True, autoresume=True, callbacks=callbacks)
     trainer.fit()
     out.mkdir(exist_ok=True)
-    torch.save(results(trainer, folder), out / f"{kind}-{rank()}.pt")
+    found = results(trainer, folder)
+    del found["loss"]  # a run that was done before a restart has none
+    torch.save(found, out / f"{kind}-{rank()}.pt")

@@ -304,9 +304,29 @@ def spread(model: nn.Module, group: Group, optimizers: Sequence[Optimizer]) -> n
     if kind_of(model) is not None or group.kind is None:
         return model
     if group.kind == "ddp":
-        return DistributedDataParallel(model, device_ids=[group.device.index] if group.device.type == "cuda" else None)
+        wrapped = DistributedDataParallel(
+            model, device_ids=[group.device.index] if group.device.type == "cuda" else None
+        )
+        _settle_buckets(wrapped)
+        return wrapped
     _shard(model, group, optimizers)
     return model
+
+
+def _settle_buckets(model: DistributedDataParallel) -> None:
+    """Let gradients lie from the first step on where they will lie in all others.
+
+    After its first backward pass DDP sorts them into buckets anew, in the order in which they came. Sums over three
+    ranks and more depend in the last bit on where in a bucket a gradient lies: the first step after a resumption would
+    not be what it was. So here is a backward pass of nothing, in which they come from last to first.
+    """
+    if any(getattr(module, "sparse", False) for module in model.modules()):
+        return  # the gradients of nothing are dense
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.reducer.prepare_for_forward()
+    model.reducer.prepare_for_backward([])
+    torch.stack([parameter.flatten()[:1].sum().abs().float() for parameter in parameters]).sum().backward()
+    model.zero_grad()
 
 
 def _shard(model: nn.Module, group: Group, optimizers: Sequence[Optimizer]) -> None:
