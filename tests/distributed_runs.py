@@ -12,7 +12,7 @@ import loops
 import torch
 import torch.distributed as dist
 from sharded import Reference, full, unequal, weights
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from polyak import EMA, Callback, Event, Trainer
+from polyak.sharding import copy_
 from polyak.trainer import rng
 
 KINDS = ("ddp", "ddp, divided average", "fsdp2")
@@ -37,9 +38,20 @@ def build(kind: str | None, folder: Path, *, noisy: bool = False, model_seed: in
     model = (loops.noisy_perceptron if noisy else loops.perceptron)(model_seed + rank())
     if noisy:
         more["data"] = loops.Noisy()
-    if kind is not None:
+    if kind == "sharded before":
+        model = fully_shard(model)
+        broadcast(model)
+    elif kind is not None:
         more["parallelism"] = "fsdp2" if kind == "fsdp2" else "ddp"
     return loops.train(folder, ema=algorithm, model=model, shuffle=True, **more)
+
+
+def broadcast(model: nn.Module) -> None:
+    """Give all ranks the weights with which the first one began."""
+    whole = loops.perceptron()
+    with torch.no_grad():
+        for own, parameter in zip(model.parameters(), whole.parameters(), strict=True):
+            copy_(own, parameter)
 
 
 def averages(trainer: Trainer) -> dict[str, Tensor]:
@@ -80,7 +92,7 @@ def moments(trainer: Trainer) -> list[Tensor]:
 
 def trains(kind: str | None, folder: Path, **more: Any) -> dict[str, Any]:
     """Train to the end."""
-    losses = loops.Recorder() if kind != "fsdp2" else Losses()
+    losses = Losses()
     trainer = build(kind, folder, callbacks=(losses,), **more)
     trainer.fit()
     return results(trainer, folder) | {"losses": losses.losses}

@@ -36,7 +36,7 @@ def close(one, other) -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-CELLS = [(kind, size) for kind in runs.KINDS for size in (2, 3)]
+CELLS = [*((kind, size) for kind in runs.KINDS for size in (2, 3)), ("sharded before", 2)]
 
 
 @pytest.mark.parametrize(("kind", "size"), CELLS, ids=str)

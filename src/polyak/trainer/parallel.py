@@ -113,7 +113,7 @@ class Group:
         """
         if not self.ranks:
             return tensor
-        mean = tensor.to(self.ranks.device, torch.float32, copy=True)
+        mean = tensor.to(self.ranks.device, torch.promote_types(tensor.dtype, torch.float32), copy=True)
         torch.distributed.all_reduce(mean, group=self.ranks.group)
         return (mean / self.size).to(tensor.device)
 

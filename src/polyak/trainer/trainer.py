@@ -186,6 +186,7 @@ class Trainer:
         self.logger = Logger(self.state, destinations if self._group.rank == 0 else [])
         self._data = rng.Stream(train_dataloader)
         self._own_batches = parallel.divides_itself(train_dataloader)
+        self._seed = torch.initial_seed()
         if self._group.ranks:
             self._agree()
             self._part_random_numbers()
@@ -221,7 +222,7 @@ class Trainer:
 
     def _part_random_numbers(self) -> None:
         """Let all ranks draw one order of the data, and each other numbers in the model."""
-        self._seed = self._group.first(torch.initial_seed())
+        self._seed = self._group.first(self._seed)
         shared = self._group.first(self._data.get_state())
         if not self._own_batches:
             self._data.set_apart(shared)
