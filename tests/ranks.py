@@ -36,9 +36,8 @@ class Ranks:
     def run(self, size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
         """Run ``job(*args)`` in a group of ``size`` processes, and return what each returned; raise if one raised."""
         results = self.attempt(size, job, *args)
-        for rank, result in enumerate(results):
-            if isinstance(result, _Raised):
-                raise AssertionError(f"rank {rank} of {size} raised:\n{result.text}")
+        raised = [f"rank {rank} of {size} raised:\n{one.text}" for rank, one in enumerate(results) if _failed(one)]
+        assert not raised, raised[0]
         return results
 
     def attempt(self, size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
@@ -55,6 +54,10 @@ class Ranks:
             end.close()
             process.join(timeout=5)
             process.kill()
+
+
+def _failed(result: Any) -> bool:
+    return isinstance(result, _Raised)
 
 
 class _Raised:
@@ -74,7 +77,7 @@ def _work(end: Connection) -> None:
         )
         try:
             result = job(*args)
-        except BaseException:  # noqa: BLE001  whatever it was, the test is told
+        except BaseException:
             result = _Raised(traceback.format_exc())
         finally:
             dist.destroy_process_group()

@@ -225,15 +225,15 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
     return found
 
 
-def trains_without(kind: str, *, loans: bool) -> dict[str, Tensor]:
+def trains(kind: str, loans: bool) -> dict[str, Tensor]:
     """Return the weights of a run, with or without an average that is lent on the way."""
     model = spread(kind)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     if not loans:
-        train(model, optimizer, range(6))
+        train(model, optimizer, range(5))
         return weights(model)
     with attach(ema_of(kind), model, optimizer) as ema:
-        for step in range(6):
+        for step in range(5):
             train(model, optimizer, range(step, step + 1))
             with ema.applied():
                 evaluated(model)
@@ -296,3 +296,109 @@ def loads(kind: str, folder: str, dtype: torch.dtype | None, steps: int) -> Any:
     then = _averages(algorithm) if algorithm.ema_started else {}
     train(model, optimizer, range(steps, steps + 3))
     return then, weights(model), _averages(algorithm), ema.timestamp.batch.value
+
+
+def communicates(kind: str) -> tuple[int, int]:
+    """Return how many messages an update takes, and how many a loan."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    model = spread(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    algorithm = ema_of(kind)
+    ema = attach(algorithm, model, optimizer)
+    train(model, optimizer, range(3))
+    with CommDebugMode() as update:
+        algorithm._shadow.update_(0.5)
+    with CommDebugMode() as loan, ema.applied():
+        pass
+    return update.get_total_counts(), loan.get_total_counts()
+
+
+def shares(kind: str) -> tuple[int, int, int]:
+    """Return the bytes of this rank's averages, of the parameters it owns, and of the whole model."""
+    from polyak.sharding import local
+
+    model = spread(kind)
+    shadow = Shadow(model, mesh=ema_of(kind)._mesh)
+    own = sum(local(average).untyped_storage().nbytes() for average in shadow.averages.values())
+    shards = sum(local(parameter).nbytes for parameter in model.parameters())
+    return own, shards, sum(parameter.numel() * 4 for parameter in model.parameters())
+
+
+def disagrees(about: str) -> None:
+    """Lend an average about which one rank differs from the others."""
+    odd = dist.get_rank() == 1
+    model = spread("ddp")
+    if about == "tensors" and odd:
+        model.module.scale.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    start = "3ba" if about == "beginning" and odd else "0ba"
+    algorithm = EMA("3ba" if about == "profile" and odd else "2ba", ema_start=start if about == "beginning" else "0ba")
+    ema = attach(algorithm, model, optimizer)
+    for step in range(2 if about == "steps" and odd else 3 if about != "beginning" else 2):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.5 + step)
+        optimizer.step()
+        if about == "nan" and odd and step == 1:
+            with torch.no_grad():
+                model.module.second.weight[1, 2] = torch.nan
+        if about == "values" and odd and step == 1:
+            with torch.no_grad():
+                model.module.second.weight[1, 2] += 1e-6
+    with ema.applied():
+        pass
+
+
+def sees_a_nan_in_one_shard() -> list[str]:
+    """Return the warnings of a loan after one rank's shard was not finite."""
+    import warnings
+
+    model = spread("fsdp, blocks")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    ema = attach(EMA("2ba"), model, optimizer)
+    train(model, optimizer, range(2))
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.first.weight.to_local()[0, 0] = torch.nan
+    ema.algorithm._shadow.update_(0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with ema.applied():
+            pass
+    return [str(one.message) for one in caught] + [str(ema.state_dict()["algorithm"]["num_quarantined"])]
+
+
+def is_interrupted(kind: str, fails: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train; let an evaluation with the average fail in the middle of the forward pass on all ranks; train on."""
+    model = spread(kind)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    algorithm = ema_of(kind)
+    ema = attach(algorithm, model, optimizer)
+    train(model, optimizer, range(3))
+    if fails:
+
+        def fail(*args: Any) -> None:
+            raise ValueError("as planned")
+
+        hook = unwrap(model).norm.register_forward_hook(fail)
+        try:
+            with ema.applied():
+                evaluated(model)
+        except ValueError:
+            pass
+        hook.remove()
+    train(model, optimizer, range(3, 6))
+    return weights(model), _averages(algorithm)
+
+
+def refuses(kind: str) -> str:
+    """Return the error of asking for the average as a module."""
+    model = spread(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    algorithm = ema_of(kind)
+    attach(algorithm, model, optimizer)
+    train(model, optimizer, range(2))
+    try:
+        return str(algorithm.ema_model)
+    except RuntimeError as error:
+        return str(error)

@@ -292,8 +292,7 @@ class EMA(Algorithm):
     def _start(self, state: State) -> None:
         model = state.model
         parameters = (slot for slot in slots(model) if slot.is_parameter and self._policy(slot) is Policy.AVERAGE)
-        finite = all(bool(local(slot.tensor).isfinite().all()) for slot in parameters)
-        if not (self._ranks.all(finite) if self._ranks else finite):
+        if not all(bool(local(slot.tensor).isfinite().all()) for slot in parameters):
             message = f"averaging waits: the weights are not finite at {state.timestamp.batch}"
             warnings.warn(message, PlanWarning, stacklevel=2)
             return
@@ -485,8 +484,8 @@ class EMA(Algorithm):
         """Return all that going on depends on, as tensors, numbers and strings.
 
         If it is taken while the average is lent, it has the training weights too, as ``training_model``. Where
-        ``torch.distributed`` is in use it has the same entries before averaging has begun as after, the weights standing
-        for their average: ``torch.distributed.checkpoint`` loads into what is there already.
+        ``torch.distributed`` is in use it has the same entries before averaging has begun as after, the weights
+        standing for their average: ``torch.distributed.checkpoint`` loads into what is there already.
         """
         lent = self.ema_weights_active
         if self._ranks is not None and not self._ranks.replicas and not lent:

@@ -55,7 +55,9 @@ class Loan:
         self._converted = [(t, k, a) for (t, a, same), k in zip(pairs, kept, strict=True) if not same]
         self._parameters = {id(slot.tensor) for slot in slots if slot.is_parameter}
         self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
-        self._divided = [(s, a) for s, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(s.tensor)]
+        # Where the average is divided over ranks and the model is not.
+        self._divided = [slot for slot, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(slot.tensor)]
+        self._mesh = next((a.device_mesh for a in averages if is_spread(a)), None)
         self._guard: RemovableHandle | None = None
 
     @torch.no_grad()
@@ -87,9 +89,8 @@ class Loan:
 
     def _gather(self) -> None:
         """Let every rank have all rows where the average is divided and the model is not."""
-        if self._divided:
-            mesh = self._divided[0][1].device_mesh
-            sharding.gather([slot.tensor for slot, _ in self._divided], mesh)
+        if self._divided and self._mesh is not None:
+            sharding.gather([slot.tensor for slot in self._divided], self._mesh)
 
     def _reshard(self) -> None:
         """Let no module hold whole tensors that were gathered from averaged shards."""
@@ -292,10 +293,10 @@ class Shadow:
         """
         count = self.num_quarantined
         if count > since:
-            ranks = f" (by rank: {self._quarantined_by_rank})" if self._quarantined_by_rank else ""
+            where = f" (by rank: {self._quarantined_by_rank})" if self._quarantined_by_rank else ""
             warnings.warn(
-                f"weights must be finite to be averaged: {count - since} tensors with inf or nan came in{ranks}, and those "
-                "values were kept out of the average; look at the loss and the learning rate",
+                f"weights must be finite to be averaged: {count - since} tensors with inf or nan came in{where}, and "
+                "those values were kept out of the average; look at the loss and the learning rate",
                 QuarantineWarning,
                 stacklevel=2,
             )
@@ -433,7 +434,7 @@ class Shadow:
                 memo[id(slot.tensor)] = slot.tensor
         if self._mesh is not None or sharding.is_fsdp(self._model):
             raise ShardingError(
-                "a module of its own needs whole tensors, and the average is in shards; lend it to the model, or export it"
+                "a module of its own needs whole tensors, and the average is in shards; lend it to the model"
             )
         return copy.deepcopy(self._model, memo).eval()
 
@@ -500,7 +501,8 @@ class Shadow:
             if training:
                 sharding.copy_(tensor, training[name])
         self.num_updates = int(state["num_updates"])
-        self._quarantined_before, self._quarantined_by_rank = int(state["num_quarantined"]), []
+        self._quarantined_before = int(state["num_quarantined"])
+        self._quarantined_by_rank.clear()
         self._quarantined = torch.zeros((), dtype=torch.int64)
         self._inventory = None
         self._follow_model()

@@ -271,16 +271,6 @@ class Ranks:
         """This process's number among them."""
         return self.group.rank()
 
-    def all(self, truth: bool) -> bool:
-        """Return whether something is true on all ranks. All must ask.
-
-        Args:
-            truth: Whether it is here.
-        """
-        votes = torch.tensor(int(truth), device=self.device)
-        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, self.group)
-        return bool(votes)
-
     def sums(self, number: int) -> list[int]:
         """Return the number of each rank. All must ask.
 
