@@ -402,3 +402,16 @@ def refuses(kind: str) -> str:
         return str(algorithm.ema_model)
     except RuntimeError as error:
         return str(error)
+
+
+def exports(kind: str, folder: str, max_file_bytes: float) -> dict[str, Tensor]:
+    """Export the average; return what the model holds while it is lent."""
+    from polyak import export_averaged
+
+    model, optimizer, algorithm, ema = _set_up(kind, 0)
+    train(model, optimizer, range(3))
+    before = weights(model)
+    export_averaged(algorithm, model, folder, max_file_bytes=max_file_bytes)
+    assert unequal(before, weights(model)) == []
+    with ema.applied():
+        return weights(model)

@@ -11,9 +11,11 @@ from polyak.errors import (
     PolyakError,
     ProfileError,
     QuarantineWarning,
+    ShardingError,
     TimeError,
 )
 from polyak.events import Event, State
+from polyak.export import export_averaged
 from polyak.hosts.optimizer import Attached, attach
 from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
@@ -60,6 +62,7 @@ __all__ = [
     "Record",
     "RecordError",
     "Recorder",
+    "ShardingError",
     "Smoothing",
     "State",
     "TensorBoardLogger",
@@ -75,6 +78,7 @@ __all__ = [
     "compute_ema",
     "default_policy",
     "dispatch",
+    "export_averaged",
     "sweep",
     "update_bn",
 ]
