@@ -20,10 +20,11 @@ class Ranks:
     Args:
         folder: For the files by which they find each other.
         most: How many.
+        backend: ``gloo``, or ``nccl`` where each rank has a GPU.
     """
 
-    def __init__(self, folder: Path, most: int = 4) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, most: int = 4, backend: str = "gloo") -> None:
+        self._folder, self._backend = folder, backend
         context = multiprocessing.get_context("spawn")
         self._ends, self._processes = [], []
         for _ in range(most):
@@ -44,7 +45,7 @@ class Ranks:
         """Do what ``run`` does; for a rank that raised there is a ``_Raised`` with ``text``."""
         meeting = self._folder / uuid.uuid4().hex
         for rank in range(size):
-            self._ends[rank].send((rank, size, str(meeting), job, args))
+            self._ends[rank].send((self._backend, rank, size, str(meeting), job, args))
         received = [self._ends[rank].recv_bytes() for rank in range(size)]
         return [torch.load(io.BytesIO(one), weights_only=False) for one in received]
 
@@ -69,11 +70,13 @@ def _work(end: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            rank, size, meeting, job, args = end.recv()
+            backend, rank, size, meeting, job, args = end.recv()
         except EOFError:
             return
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
         )
         try:
             result = job(*args)

@@ -40,6 +40,11 @@ PLAN = {
 }
 
 
+def device() -> str:
+    """Return where this group's models are."""
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
 class Net(nn.Module):
     """51 rows do not divide by 2 or 4, and 3 rows leave ranks without any."""
 
@@ -62,27 +67,30 @@ def net(seed: int = 0) -> Net:
 def batch(step: int, *, own: bool = True) -> Tensor:
     """Return the batch of a step: of this rank's own, or the same for all."""
     seed = 100 + step + (1000 * dist.get_rank() if own else 0)
-    return torch.randn(8, 37, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(8, 37, generator=torch.Generator().manual_seed(seed)).to(device())
 
 
 def spread(kind: str) -> nn.Module:
     """Return the net under a kind of parallelism."""
-    world, model = dist.get_world_size(), net()
-    mesh = init_device_mesh("cpu", (world,))
+    world, model = dist.get_world_size(), net().to(device())
+    mesh = init_device_mesh(device(), (world,))
     if kind.startswith("ddp"):
         return DistributedDataParallel(model)
     if kind == "tp":
         model.tensor_parallel = True
         return parallelize_module(model, mesh, PLAN)
     if kind == "fsdp and tp":
-        grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
-        model.first, model.second = nn.Linear(37, 52), nn.Linear(52, 3)  # it must divide where both divide it
-        model.norm = nn.BatchNorm1d(52)
+        grid = init_device_mesh(device(), (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        model.first, model.second = (
+            nn.Linear(37, 52).to(device()),
+            nn.Linear(52, 3).to(device()),
+        )  # it must divide where both divide it
+        model.norm = nn.BatchNorm1d(52).to(device())
         model.tensor_parallel = True
         parallelize_module(model, grid["tp"], PLAN)
         return fully_shard(model, mesh=grid["dp"])
     if kind == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "shards"))
+        mesh = init_device_mesh(device(), (2, world // 2), mesh_dim_names=("copies", "shards"))
     if kind == "fsdp, checkpointed":
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -103,7 +111,7 @@ def spread(kind: str) -> nn.Module:
         fully_shard(model.second, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     if kind == "fsdp, from meta":
-        model.to_empty(device="cpu")
+        model.to_empty(device=device())
         for number, slot in enumerate(slots(model)):
             with torch.no_grad():
                 torch.manual_seed(number)
@@ -118,21 +126,26 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).clone()
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the whole weights, which this makes the model hold in shards."""
+def own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the whole weights and of this rank's buffers; this makes the model hold its shards."""
     from polyak.sharding import reshard
 
     reshard(model)
-    found = {slot.name: (full(slot.tensor), slot.is_parameter) for slot in slots(model)}
-    for tensor, is_parameter in found.values():
-        if not is_parameter:  # each rank's are its own, and the first one's are saved
-            dist.broadcast(tensor, 0)
-    return {name: tensor for name, (tensor, _) in found.items()}
+    return {slot.name: full(slot.tensor) for slot in slots(model)}
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the same with the first rank's buffers: each rank's are its own, and the first one's are saved."""
+    found = own_weights(model)
+    for slot in slots(model):
+        if not slot.is_parameter:
+            dist.broadcast(found[slot.name], 0)
+    return found
 
 
 def ema_of(kind: str, half_life: str = "2ba", **options: Any) -> EMA:
     if kind == "ddp, divided average":
-        options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
+        options["mesh"] = init_device_mesh(device(), (dist.get_world_size(),))
     return EMA(half_life, **options)
 
 
@@ -156,7 +169,7 @@ class Reference:
     @torch.no_grad()
     def update_(self, model: nn.Module, weight: float) -> None:
         tensors = {slot.name: slot.tensor for slot in slots(self._model)}
-        for name, tensor in weights(model).items():
+        for name, tensor in own_weights(model).items():
             tensors[name].copy_(tensor)
         self.shadow.update_(weight)
 
@@ -203,14 +216,14 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
     found: dict[str, Any] = {"averages": unequal(averages, reference.averages)}
 
     evaluated(model)  # leaves the outermost module whole
-    before = weights(model)
+    before = own_weights(model)
     with ema.applied():
-        inside = weights(model)
+        inside = own_weights(model)
         first = evaluated(model)
-        inside_later = weights(model)
+        inside_later = own_weights(model)
         kept = {n: full(t) for n, t in algorithm._shadow._loan.kept.items()}
         held = {n: full(t) for n, t in algorithm._shadow.averaged_tensors().items()}
-    after = weights(model)
+    after = own_weights(model)
     want = {n: t.to(before[n].dtype) for n, t in reference.averages.items()}
     for name in buffers:  # those of the first rank count
         dist.broadcast(want[name], 0)
@@ -221,7 +234,7 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
     found["given back"] = unequal(before, after)
     found["moved by the loan"] = float((evaluated(model) - first).abs().max())
     train(model, optimizer, range(6, 8))
-    found["weights"] = weights(model)
+    found["weights"] = own_weights(model)
     return found
 
 

@@ -18,7 +18,7 @@ def ranks(tmp_path_factory):
     made.close()
 
 
-@pytest.mark.parametrize(("kind", "size"), [("fsdp, blocks", 3), ("hsdp", 4), ("tp", 2), ("ddp, divided average", 2)])
+@pytest.mark.parametrize(("kind", "size"), [(kind, max(sizes)) for kind, sizes in sharded.KINDS.items()], ids=str)
 def test_ranks_export_the_average_that_they_lend(ranks, tmp_path, kind, size) -> None:
     lent = ranks.run(size, sharded.exports, kind, str(tmp_path / "averaged"), 5e9)[0]
     (file,) = (tmp_path / "averaged").glob("*.safetensors")

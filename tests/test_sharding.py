@@ -82,9 +82,9 @@ def test_a_value_that_is_not_finite_in_one_shard_is_known_to_all_ranks(ranks) ->
         assert saved == "1"
 
 
-@pytest.mark.parametrize("kind", ["fsdp, blocks", "fsdp, kept whole", "ddp", "ddp, divided average"])
-def test_an_evaluation_that_fails_leaves_training_as_it_was(ranks, kind) -> None:
-    undisturbed, failed = (ranks.run(2, sharded.is_interrupted, kind, fails) for fails in (False, True))
+@pytest.mark.parametrize(("kind", "size"), [cell for cell in CELLS if cell[1] == min(sharded.KINDS[cell[0]])], ids=str)
+def test_an_evaluation_that_fails_leaves_training_as_it_was(ranks, kind, size) -> None:
+    undisturbed, failed = (ranks.run(size, sharded.is_interrupted, kind, fails) for fails in (False, True))
     for one, other in zip(undisturbed, failed, strict=True):
         assert sharded.unequal(one[0], other[0]) == []
         assert sharded.unequal(one[1], other[1]) == []
@@ -93,3 +93,15 @@ def test_an_evaluation_that_fails_leaves_training_as_it_was(ranks, kind) -> None
 @pytest.mark.parametrize("kind", ["fsdp, blocks", "ddp, divided average"])
 def test_a_module_over_shards_is_refused(ranks, kind) -> None:
     assert all("whole tensors" in text for text in ranks.run(2, sharded.refuses, kind))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", [kind for kind, sizes in sharded.KINDS.items() if 2 in sizes])
+def test_a_sharded_average_is_that_of_the_whole_model_over_nccl(tmp_path, kind) -> None:
+    made = Ranks(tmp_path, most=2, backend="nccl")
+    try:
+        for found in made.run(2, sharded.follows_the_whole, kind, None):
+            assert found["averages"] == found["lent"] == found["kept"] == found["held"] == found["given back"] == []
+    finally:
+        made.close()
