@@ -17,6 +17,7 @@ from polyak.algorithm import Algorithm, MetricLogger
 from polyak.errors import CheckpointError, LoanError, MismatchError, PlanWarning, ProfileError, TimeError
 from polyak.events import Event, State
 from polyak.kernels import lerp_
+from polyak.offload import Offload
 from polyak.profiles import HalfLife, Profile, Smoothing
 from polyak.select import Policy, PolicyRule, check_match, default_policy, named_tensors, slots, unwrap
 from polyak.shadow import Shadow, loan_of
@@ -102,6 +103,8 @@ class EMA(Algorithm):
         profile: Instead of a half-life, any profile that one buffer can follow.
         dtype: The dtype of the average. None stands for the model's own, and float32 where that has 16 bits.
         policy: Which tensors are averaged, copied or left.
+        offload: Whether the average is in CPU memory and updated there in the background, and how: ``Offload()``. It
+            is the same average, and a run may go on with or without.
 
     Raises:
         TimeError: If a time string cannot be read, or its value cannot be meant.
@@ -138,6 +141,7 @@ class EMA(Algorithm):
         profile: Profile | None = None,
         dtype: torch.dtype | None = None,
         policy: PolicyRule = default_policy,
+        offload: Offload | None = None,
     ) -> None:
         if isinstance(half_life, _Default) and (smoothing is not None or profile is not None):
             half_life = None
@@ -164,6 +168,7 @@ class EMA(Algorithm):
             raise ProfileError("update_interval must be finite (got inf); an infinite half-life never moves either")
         self._dtype = dtype
         self._policy = policy
+        self._offload = offload
         self._model: nn.Module | None = None
         self._shadow: Shadow | None = None
         self._pending: Mapping[str, Any] | None = None
@@ -200,7 +205,8 @@ class EMA(Algorithm):
     def ema_model(self) -> nn.Module | None:
         """The average as a module over its own tensors, in eval mode: no copy. None before averaging has begun.
 
-        While the average is lent this is the model in training.
+        While the average is lent this is the model in training. An offloaded average moves while training goes on:
+        get this anew when you use it, which waits for the last update.
         """
         return self._shadow.averaged_model() if self._shadow else None
 
@@ -286,7 +292,7 @@ class EMA(Algorithm):
             warnings.warn(message, PlanWarning, stacklevel=2)
             return
         self._check_clock(state)
-        self._shadow = Shadow(model, dtype=self._dtype, policy=self._policy)
+        self._shadow = Shadow(model, dtype=self._dtype, policy=self._policy, offload=self._offload)
         # The profile's clock starts where averaging was asked to, so that these weights count for what they span.
         self._origin = state.timestamp
         if self.ema_start.value == 0:
@@ -501,7 +507,7 @@ class EMA(Algorithm):
         if not state["ema_started"]:
             self._shadow = None
             return
-        shadow = self._shadow or Shadow(self._model, dtype=self._dtype, policy=self._policy)
+        shadow = self._shadow or Shadow(self._model, dtype=self._dtype, policy=self._policy, offload=self._offload)
         shadow.load_state_dict(
             {
                 "averages": state["ema_model"],

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak.errors import LoanError, QuarantineWarning
 from polyak.kernels import Exchange, Lerp
+from polyak.offload import Offload, Offloader, hold_writes
 from polyak.select import Inventory, Policy, PolicyRule, Slot, check_match, default_policy, slots, unwrap
 
 
@@ -42,7 +43,8 @@ class Loan:
         alike = [a.dtype == t.dtype and a.device == t.device for a, t in zip(averages, self._tensors, strict=True)]
         pairs = list(zip(self._tensors, averages, alike, strict=True))
         self._exchange = Exchange([t for t, _, same in pairs if same], [a for _, a, same in pairs if same])
-        kept = [a if same else t.clone() for t, a, same in pairs]
+        # An average that is on another device is there for want of room on this one.
+        kept = [a if same else t.clone() if t.device == a.device else t.to(a.device) for t, a, same in pairs]
         self.kept = {slot.name: tensor for slot, tensor in zip(slots, kept, strict=True)}
         self._converted = [(t, k, a) for (t, a, same), k in zip(pairs, kept, strict=True) if not same]
         self._parameters = {id(slot.tensor) for slot in slots if slot.is_parameter}
@@ -51,6 +53,7 @@ class Loan:
     @torch.no_grad()
     def start(self) -> None:
         """Put the average in the model. After an error or an interrupt, ``end`` puts right what was begun."""
+        hold_writes()
         _LOANS[self._model] = self
         self._guard = register_optimizer_step_pre_hook(self._refuse_step)
         self._exchange.forward()
@@ -101,9 +104,12 @@ class Shadow:
             16-bit averages are rounded stochastically, since plain ones do not move at long half-lives.
         policy: What is done with which tensor.
         device: Where the averages are; None for where the model is.
+        offload: Instead of a device, that averages are on the CPU and move there in the background, and how. All
+            methods but ``update_`` wait until they have.
 
     Raises:
-        ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more.
+        ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more, or both ``device`` and
+            ``offload`` are given.
 
     Attributes:
         averages: The averaged and the copied tensors by canonical name. While lent to a model of the same dtype, they
@@ -129,14 +135,19 @@ class Shadow:
         dtype: torch.dtype | None = None,
         policy: PolicyRule = default_policy,
         device: torch.device | str | None = None,
+        offload: Offload | None = None,
     ) -> None:
         if dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float64, float32, bfloat16 or float16 (got {dtype!r})")
         self._model = unwrap(model)
         self._dtype = dtype
         self._policy = policy
-        self._device = None if device is None else torch.device(device)
-        self.averages: dict[str, Tensor] = {}
+        if offload is not None and device is not None:
+            raise ValueError(f"device must be None for an offloaded average, which is on the CPU (got {device!r})")
+        self._offload = offload
+        self._device = torch.device("cpu") if offload else None if device is None else torch.device(device)
+        self._offloader: Offloader | None = None
+        self._averages: dict[str, Tensor] = {}
         self.num_updates = 0
         self._quarantined = torch.zeros((), dtype=torch.int64)
         self._slots: list[Slot] = []
@@ -165,7 +176,8 @@ class Shadow:
         """List the tensors again if the model's have changed: new ones join, beginning with their current values."""
         if self._inventory is not None and self._inventory.holds():
             return
-        self._inventory = self._lerp = None
+        self._wait()
+        self._inventory = self._lerp = self._offloader = None
         policies = [(slot, self._policy_of(slot)) for slot in slots(self._model)]
         # What is frozen on the way goes on being averaged: its average has not arrived yet.
         held = [(s, p) for s, p in policies if p is not Policy.LEAVE or s.name in self.averages]
@@ -183,14 +195,34 @@ class Shadow:
             self._quarantined = self._quarantined.to(self._averaged[0][1].device)
         self._inventory = Inventory(self._model)
 
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged and the copied tensors by canonical name."""
+        self._wait()
+        return self._averages
+
+    def _wait(self) -> None:
+        """Wait for the update in the background, which whoever reads an average has to."""
+        if self._offloader is not None:
+            self._offloader.wait()
+
     def _find_lerp(self) -> Callable[[float, int], None]:
         if self._lerp is not None:
             return self._lerp
         averages = [average for _, average in self._averaged]
         # The model's own tensors, not aliases of them: an alias would keep memory that the model gives up.
         tensors = [slot.tensor for slot, _ in self._averaged]
-        online = [tensor.to(average.device) for tensor, average in zip(tensors, averages, strict=True)]
         seeds = [zlib.crc32(slot.name.encode()) for slot, _ in self._averaged]
+        if self._offload is not None:
+            self._lerp = self._offloader = Offloader(
+                self._offload,
+                lambda staged: Lerp(averages, staged, seeds, self._quarantined),
+                tensors,
+                [slot.is_parameter for slot, _ in self._averaged],
+                [(copied, slot.tensor) for slot, copied in self._copied],
+            )
+            return self._lerp
+        online = [tensor.to(average.device) for tensor, average in zip(tensors, averages, strict=True)]
         lerp = Lerp(averages, online, seeds, self._quarantined)
         # Where the average is on another device, `online` are copies: of this update only.
         if all(tensor is own for tensor, own in zip(online, tensors, strict=True)):
@@ -217,6 +249,7 @@ class Shadow:
         Raises:
             LoanError: If the model holds an average, this or another.
             MismatchError: If an averaged tensor is gone from the model or has changed its shape.
+            OffloadError: If the update before failed in the background.
         """
         if loan := loan_of(self._model):
             raise LoanError(
@@ -224,14 +257,16 @@ class Shadow:
                 "let it be given back first"
             )
         self._follow_model()
+        self._find_lerp()(weight, self.num_updates + 1)
         self.num_updates += 1
-        self._find_lerp()(weight, self.num_updates)
-        for slot, copied in self._copied:
-            copied.copy_(slot.tensor)
+        if self._offloader is None:
+            for slot, copied in self._copied:
+                copied.copy_(slot.tensor)
 
     @property
     def num_quarantined(self) -> int:
         """How many tensors came in with values that are not finite so far. Reading it waits for the device."""
+        self._wait()
         return int(self._quarantined)
 
     def warn_of_quarantine(self, since: int = 0) -> int:
@@ -330,6 +365,7 @@ class Shadow:
         if self._loan:
             return self._model
         self._follow_model()
+        self._wait()
         if self._module is None:
             self._module = self._module_over(self.averages)
         return self._module
@@ -396,18 +432,21 @@ class Shadow:
         """
         if loan := loan_of(self._model):
             raise LoanError(f"a state cannot be loaded while {loan.holder} has lent its average to the model")
+        if self._offloader is not None:
+            self._offloader.settle()  # what comes replaces a broken average as well
         averages: Mapping[str, Tensor] = state["averages"]
         known = {slot.name: slot.tensor for slot in slots(self._model)}
         # A tensor that is frozen here and was not there is averaged on.
-        held = {name: known[name] for name in known if name in averages or name in self.averages}
+        held = {name: known[name] for name in known if name in averages or name in self._averages}
         check_match("a saved average must fit the model", held, averages)
         training: Mapping[str, Tensor] = state.get("training") or held
         check_match("saved training weights must fit the model", held, training)
+        hold_writes()
         for name, tensor in held.items():
-            self.averages.setdefault(name, self._new_average(tensor)).copy_(averages[name])
+            self._averages.setdefault(name, self._new_average(tensor)).copy_(averages[name])
             if training is not held:
                 tensor.detach().copy_(training[name])
         self.num_updates = int(state["num_updates"])
         self._quarantined = torch.tensor(int(state["num_quarantined"]))
-        self._inventory = None
+        self._inventory = self._offloader = None
         self._follow_model()
