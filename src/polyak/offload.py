@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -157,12 +156,8 @@ def _room_for(tensor: Tensor) -> Tensor:
 
     The averages are not: pinned memory comes in powers of two, and cannot be swapped out.
     """
-    options: dict[str, Any] = {"dtype": tensor.dtype, "device": "cpu", "pin_memory": tensor.is_cuda}
-    expanded = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (
-        torch.empty(tensor.shape, **options)
-        if expanded
-        else torch.empty_strided(tensor.shape, tensor.stride(), **options)
+    return torch.empty_strided(
+        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
     )
 
 
