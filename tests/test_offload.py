@@ -256,6 +256,24 @@ def test_nobody_reads_a_half_moved_average(late) -> None:
         assert same({name: tensor.clone() for name, tensor in read().items()}, want), reader
 
 
+def test_an_update_under_way_ends_before_a_state_is_loaded_or_tensors_are_listed_anew(late) -> None:
+    model = net()
+    shadow = Shadow(model, offload=Offload())
+    state = copy.deepcopy(shadow.state_dict())
+    for change in (
+        lambda: shadow.load_state_dict(state),
+        lambda: [model.double(), shadow.lend("a"), shadow.give_back()],
+    ):
+        shift(model)
+        shadow.update_(1.0)
+        late.half_way()
+        under_way = shadow._offloader
+        change()
+        now = exact(dict(shadow.averages))
+        under_way.settle()
+        assert exact(dict(shadow.averages)) == now
+
+
 def test_the_quarantine_is_counted_to_the_last_update(late) -> None:
     model = net()
     shadow = Shadow(model, offload=Offload())
