@@ -436,20 +436,19 @@ def test_an_interrupt_at_any_line_of_an_update_leaves_a_whole_average(late) -> N
     for n in range(1, 100):
         model = net()
         shadow = Shadow(model, offload=Offload())
-        want = [values(model)]
         for _ in range(2):
             shift(model)
             shadow.update_(1.0)
-            want = [*want[-1:], values(model)]
+        before = values(model)
         shift(model)
-        want = [*want[-1:], values(model)]
+        now = values(model)
         try:
             with interrupted_at_line(n):
                 shadow.update_(1.0)
         except Interrupted:
+            due = shadow._offloader._job == (1.0, 3)
             shift(model)
-            got = {name: tensor.clone() for name, tensor in shadow.averages.items()}
-            assert any(same(got, whole) for whole in want), n
+            assert same(dict(shadow.averages), now if due else before), n
             shadow.update_(1.0)
             assert same(dict(shadow.averages), values(model)), n
         else:
@@ -482,15 +481,17 @@ def test_an_interrupt_at_any_line_of_waiting_leaves_the_update_to_be_waited_for(
 def run(program: str) -> None:
     """Run a program that must be silent and end well, with another's start."""
     start = """
-import os, time, torch
+import os, threading, torch
 from torch import nn
 import polyak.shadow
 from polyak import Offload, OffloadError
 from polyak.kernels import Lerp
 
+go_on = threading.Event()
+
 class Slow(Lerp):
     def __call__(self, weight, num_updates):
-        time.sleep(0.3)
+        go_on.wait(60)
         super().__call__(weight, num_updates)
 
 polyak.shadow.Lerp = Slow
@@ -500,16 +501,17 @@ shadow = polyak.shadow.Shadow(model, offload=Offload())
 shadow.update_(0.5)
 """
     command = [sys.executable, "-W", "ignore", "-c", start + program]
-    done = subprocess.run(command, timeout=60, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, timeout=300, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_process_ends_with_an_update_under_way() -> None:
-    run("")
+    run("threading.Timer(0.3, go_on.set).start()")
 
 
 def test_a_forked_process_goes_on_with_a_thread_of_its_own() -> None:
     run("""
+go_on.set()
 shadow.averages
 child = os.fork()
 nn.init.ones_(model.weight)
@@ -526,6 +528,7 @@ def test_a_process_that_was_forked_during_an_update_refuses_its_half_moved_avera
 averages = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 state = {"averages": averages, "num_updates": 1, "num_quarantined": 0}
 child = os.fork()
+go_on.set()
 if child:
     shadow.update_(0.5)
     shadow.averages
@@ -676,7 +679,10 @@ no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def on_gpu(dtype=torch.float32) -> nn.Module:
-    return nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4)), nn.BatchNorm1d(1024)).to("cuda", dtype)
+    model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4)), nn.BatchNorm1d(1024)).to("cuda", dtype)
+    model[0].weight.data = model[0].weight.data.t()
+    model[1].weight.data = model[1].weight.data.repeat(1, 2)[:, ::2]
+    return model
 
 
 @gpu
@@ -726,12 +732,12 @@ def test_on_a_gpu_neither_the_next_step_nor_the_next_batch_is_seen_however_late_
 @pytest.mark.parametrize("overlap", [False, True])
 def test_on_a_gpu_an_update_waits_for_nothing_and_takes_no_memory_there(overlap) -> None:
     model = on_gpu(torch.bfloat16)
+    model[1].weight.data = model[1].weight.data.contiguous()  # to close holes takes memory there
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     shadow = Shadow(model, offload=Offload(overlap))
     shadow.update_(0.1)
     shadow._wait()
-    torch.cuda.synchronize()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

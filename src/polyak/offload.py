@@ -156,9 +156,12 @@ def _room_for(tensor: Tensor) -> Tensor:
 
     The averages are not: pinned memory comes in powers of two, and cannot be swapped out.
     """
-    return torch.empty_strided(
-        tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
-    )
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    if tensor.is_cuda and not tensor.permute(order).is_contiguous():
+        # One with holes goes through memory that is not pinned unless it has none here: who knows when that is done.
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+    strides = tensor.stride()
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
 
 
 class _Transfer:
