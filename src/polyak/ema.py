@@ -205,8 +205,8 @@ class EMA(Algorithm):
     def ema_model(self) -> nn.Module | None:
         """The average as a module over its own tensors, in eval mode: no copy. None before averaging has begun.
 
-        While the average is lent this is the model in training. An offloaded average moves while training goes on:
-        get this anew when you use it, which waits for the last update.
+        While the average is lent this is the model in training. An offloaded average is on the CPU and moves while
+        training goes on: get this anew at each use, which waits for the last update.
         """
         return self._shadow.averaged_model() if self._shadow else None
 

@@ -33,9 +33,9 @@ class Offload:
 
     Args:
         overlap: Whether a GPU goes on with the next batch while its weights are still being copied, on a stream of
-            their own. The next step of a ``torch.optim`` optimizer waits for them. Nothing else may then write to
-            parameters without waiting, such as clipping them after the step or a CUDA graph of the step; by default
-            the GPU makes the copy before it does anything else, and all that is safe.
+            their own. Steps of ``torch.optim`` optimizers, and loans, wait for the copy. Whatever else writes to
+            parameters does not, such as clipping them after a step, or a step replayed as a CUDA graph: where there is
+            such a thing leave this False, and the GPU copies before it goes on.
 
     Example:
         >>> from polyak import EMA, attach
