@@ -307,6 +307,15 @@ def test_the_average_moves_when_the_weights_are_copied(late, monkeypatch) -> Non
         assert same(dict(shadow.averages), want)
 
 
+def test_no_graph_is_built_in_the_background() -> None:
+    model = net(torch.bfloat16)
+    shadow = Shadow(model, dtype=torch.float64, offload=Offload())
+    shadow.averaged_model()[1].running_mean.requires_grad_()  # the average's own tensor
+    shift(model)
+    shadow.update_(1.0)
+    assert torch.equal(shadow.averages["1.running_mean"], model[1].running_mean.double())
+
+
 def test_at_most_one_update_is_under_way(monkeypatch) -> None:
     going, running, most = threading.Event(), 0, 0
 

@@ -95,7 +95,6 @@ class Offloader:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="polyak-offload")
         self._process = os.getpid()
 
-    @torch.no_grad()
     def __call__(self, weight: float, num_updates: int) -> None:
         """Copy the model's tensors, and leave the rest to the thread. Waits for the update before.
 
