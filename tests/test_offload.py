@@ -83,8 +83,10 @@ class Late:
 def lateness():
     with pytest.MonkeyPatch.context() as monkeypatch:
         late = Late(monkeypatch)
-        yield late
-        late.opened.set()
+        try:
+            yield late
+        finally:
+            late.opened.set()
 
 
 @pytest.fixture
