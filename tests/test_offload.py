@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak.shadow
-from polyak import EMA, MismatchError, Offload, OffloadError, attach, offload
+from polyak import EMA, MismatchError, Offload, OffloadError, attach
 from polyak.kernels import Lerp
-from polyak.offload import Offloader, _Transfer, hold_writes
+from polyak.offload import Offloader, _Transfer
 from polyak.shadow import Shadow
 
 TIMEOUT_S = 20.0
@@ -658,9 +658,6 @@ def test_copies_are_ordered_against_what_changes_the_weights(monkeypatch, overla
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: told.append((stream.name, "is recorded")))
     rows = [(Into("weight"), torch.ones(1), overlap), (Into("buffer"), torch.ones(1), False)]
     transfer = _Transfer(torch.device("cuda", 0), rows)
-    if overlap:
-        offload._OVERLAPPING.add(transfer)
-        offload._hold_steps()
     transfer.start()
     both = ("buffer", "weight")
     copied = [
@@ -672,23 +669,36 @@ def test_copies_are_ordered_against_what_changes_the_weights(monkeypatch, overla
         ("side", "records", both),
     ]
     assert told == (copied if overlap else [("main", "weight"), ("main", "buffer"), ("main", "records", both[::-1])])
-    # What changes weights: an optimizer's step, a loan of any average, a state that brings weights along.
-    model = nn.Linear(1, 1)
-    shadow = Shadow(model)
-    optimizer = torch.optim.SGD(model.parameters())
-    for change in (
-        hold_writes,
-        optimizer.step,
-        lambda: shadow.lend("a test"),
-        lambda: [shadow.give_back(), shadow.load_state_dict(shadow.state_dict())],
-    ):
-        told.clear()
-        change()
-        assert told == [("main", "waits for", both)] * overlap
-    del transfer
     told.clear()
-    hold_writes()
-    assert told == []
+    transfer.hold()
+    assert told == [("main", "waits for", both if overlap else both[::-1])]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_what_changes_weights_waits_before_for_copies_that_overlap(monkeypatch, overlap) -> None:
+    held = []
+    monkeypatch.setattr(_Transfer, "hold", lambda _: held.append(values(model)))
+    model = net()
+    shadow, other = Shadow(model, offload=Offload(overlap)), Shadow(model)
+    shift(model)
+    state = copy.deepcopy(other.state_dict()) | {"training": values(model)}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for change in (optimizer.step, lambda: other.lend("a test"), lambda: other.load_state_dict(state)):
+        if other.holder:
+            other.give_back()
+        shadow.update_(0.5)
+        before = values(model)
+        held.clear()
+        change()
+        assert not same(values(model), before)
+        assert same(held[0], before) if overlap else held == []
+    del shadow
+    gc.collect()
+    held.clear()
+    optimizer.step()
+    assert held == []
 
 
 gpu = pytest.mark.gpu
