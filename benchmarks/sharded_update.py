@@ -46,6 +46,11 @@ def _time_ms(repeats: int, step: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+def _limit_ms(repeats: int, elements: int) -> float:
+    flat, other = torch.randn(elements), torch.randn(elements)
+    return _time_ms(repeats, lambda: other.lerp_(flat, 0.1))
+
+
 def _peak_bytes(step: Callable[[], object]) -> int:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before = memory_bytes("VmRSS")
@@ -67,10 +72,7 @@ def _rank(rank: int, size: int, meeting: str, parameters: int, repeats: int, res
     shadows: list[Shadow] = []
     made = _peak_bytes(lambda: shadows.append(Shadow(model)))
     (shadow,) = shadows
-    flat = torch.randn(sum(shard.numel() for shard in shards))
-    other = torch.randn_like(flat)
-    limit = _time_ms(repeats, lambda: other.lerp_(flat, 0.1))
-    del flat, other
+    limit = _limit_ms(repeats, sum(shard.numel() for shard in shards))
     update = _time_ms(repeats, lambda: shadow.update_(0.1))
 
     def loan() -> None:
@@ -136,8 +138,8 @@ def main() -> None:
         "# What the average of a sharded model costs each rank",
         "",
         *paragraph(
-            f"A model of {arguments.parameters:g} M float32 parameters under `fully_shard` (on one rank: whole), and its"
-            " float32 average. Times are medians of the slowest rank's; all ranks work at once and share the machine's"
+            f"A model of {arguments.parameters:g} M float32 parameters under `fully_shard` (on one rank: whole), and"
+            " its float32 average. Times are medians of the slowest rank's; all ranks work at once and share the machine's"
             " cores and memory bandwidth, which is why a rank's time does not fall as its shard does. The limit is an"
             " in-place `y.lerp_(x, a)` over one flat pair of as many elements as the shard has, by all ranks at once."
             " Memory is the first rank's peak above what it had before. CPU and gloo only: nothing of this was measured"

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from polyak import EMA, attach
+from polyak import EMA, Offload, attach
 from polyak.select import slots, unwrap
 from polyak.shadow import Shadow
 
@@ -23,6 +23,7 @@ KINDS = {
     "fsdp, blocks": (2, 3, 4),
     "fsdp, bfloat16": (2, 3),
     "fsdp, cpu offload": (2,),
+    "fsdp, offloaded average": (2,),
     "fsdp, kept whole": (2,),
     "fsdp, checkpointed": (2,),
     "fsdp, compiled": (2,),
@@ -146,6 +147,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def ema_of(kind: str, half_life: str = "2ba", **options: Any) -> EMA:
     if kind == "ddp, divided average":
         options["mesh"] = init_device_mesh(device(), (dist.get_world_size(),))
+    if kind == "fsdp, offloaded average":
+        options["offload"] = Offload()
     return EMA(half_life, **options)
 
 

@@ -7,6 +7,7 @@ from polyak.errors import (
     CheckpointError,
     LoanError,
     MismatchError,
+    OffloadError,
     PlanWarning,
     PolyakError,
     ProfileError,
@@ -17,6 +18,7 @@ from polyak.errors import (
 from polyak.events import Event, State
 from polyak.export import export_averaged
 from polyak.hosts.optimizer import Attached, attach
+from polyak.offload import Offload
 from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
 from polyak.record import RecordError
@@ -51,6 +53,8 @@ __all__ = [
     "LoanError",
     "Logger",
     "MismatchError",
+    "Offload",
+    "OffloadError",
     "PlanWarning",
     "Policy",
     "PolyakError",

@@ -17,6 +17,7 @@ from polyak.algorithm import Algorithm, MetricLogger
 from polyak.errors import CheckpointError, LoanError, MismatchError, PlanWarning, ProfileError, TimeError
 from polyak.events import Event, State
 from polyak.kernels import Place, lerp_
+from polyak.offload import Offload
 from polyak.profiles import HalfLife, Profile, Smoothing
 from polyak.select import Policy, PolicyRule, check_match, default_policy, named_tensors, slots, unwrap
 from polyak.shadow import Shadow, loan_of
@@ -108,6 +109,8 @@ class EMA(Algorithm):
         policy: Which tensors are averaged, copied or left.
         mesh: Ranks over which the average is divided, of a model that each of them has whole, as under
             ``DistributedDataParallel``. The average of a sharded model lies in the model's own shards, without this.
+        offload: Whether the average is in CPU memory and updated there in the background, and how: ``Offload()``. It
+            is the same average, and a run may go on with or without.
 
     Raises:
         TimeError: If a time string cannot be read, or its value cannot be meant.
@@ -145,6 +148,7 @@ class EMA(Algorithm):
         dtype: torch.dtype | None = None,
         policy: PolicyRule = default_policy,
         mesh: "DeviceMesh | None" = None,
+        offload: Offload | None = None,
     ) -> None:
         if isinstance(half_life, _Default) and (smoothing is not None or profile is not None):
             half_life = None
@@ -173,6 +177,7 @@ class EMA(Algorithm):
         self._policy = policy
         self._mesh = mesh
         self._ranks: Ranks | None = None
+        self._offload = offload
         self._model: nn.Module | None = None
         self._shadow: Shadow | None = None
         self._pending: Mapping[str, Any] | None = None
@@ -209,7 +214,8 @@ class EMA(Algorithm):
     def ema_model(self) -> nn.Module | None:
         """The average as a module over its own tensors, in eval mode: no copy. None before averaging has begun.
 
-        While the average is lent this is the model in training.
+        While the average is lent this is the model in training. An offloaded average is on the CPU and moves while
+        training goes on: get this anew at each use, which waits for the last update.
         """
         return self._shadow.averaged_model() if self._shadow else None
 
@@ -307,7 +313,7 @@ class EMA(Algorithm):
         self._updated_at = state.timestamp
 
     def _new_shadow(self, model: nn.Module) -> Shadow:
-        return Shadow(model, dtype=self._dtype, policy=self._policy, mesh=self._mesh)
+        return Shadow(model, dtype=self._dtype, policy=self._policy, mesh=self._mesh, offload=self._offload)
 
     def _check_clock(self, state: State) -> None:
         unit = self.profile.unit
