@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from polyak.kernels import cpu, foreach, look
-from polyak.kernels.foreach import SCRATCH_ELEMENTS, Exchange
+from polyak.kernels.foreach import SCRATCH_ELEMENTS
 from polyak.kernels.place import Place
 
-__all__ = ["KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "Place", "lerp_", "unmoved"]
+__all__ = ["EXCHANGES", "KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "Place", "lerp_", "unmoved"]
 
 KERNELS: dict[str, type[foreach.Lerp]] = {"torch": foreach.Lerp}
+EXCHANGES: dict[str, type[foreach.Exchange]] = {"torch": foreach.Exchange}
 if not cpu.WHY_NOT:
     KERNELS["c"] = cpu.Lerp
+    EXCHANGES["c"] = cpu.Exchange
 
 
 def _choose() -> str:
@@ -30,7 +32,7 @@ def _choose() -> str:
 
 
 CHOSEN = _choose()
-Lerp = KERNELS[CHOSEN]
+Lerp, Exchange = KERNELS[CHOSEN], EXCHANGES[CHOSEN]
 
 
 def lerp_(
