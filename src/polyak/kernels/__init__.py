@@ -10,15 +10,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from polyak.kernels import cpu, foreach
-from polyak.kernels.foreach import SCRATCH_ELEMENTS, Exchange
+from polyak.kernels import cpu, foreach, look
+from polyak.kernels.foreach import SCRATCH_ELEMENTS
 from polyak.kernels.place import Place
 
-__all__ = ["KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "Place", "lerp_"]
+__all__ = ["EXCHANGES", "KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "Place", "lerp_", "unmoved"]
 
 KERNELS: dict[str, type[foreach.Lerp]] = {"torch": foreach.Lerp}
+EXCHANGES: dict[str, type[foreach.Exchange]] = {"torch": foreach.Exchange}
 if not cpu.WHY_NOT:
     KERNELS["c"] = cpu.Lerp
+    EXCHANGES["c"] = cpu.Exchange
 
 
 def _choose() -> str:
@@ -30,7 +32,7 @@ def _choose() -> str:
 
 
 CHOSEN = _choose()
-Lerp = KERNELS[CHOSEN]
+Lerp, Exchange = KERNELS[CHOSEN], EXCHANGES[CHOSEN]
 
 
 def lerp_(
@@ -46,3 +48,12 @@ def lerp_(
         num_updates: How often this was done. It is part of the seed.
     """
     return foreach.lerp_(averages, online, weight, places, num_updates, by=Lerp)
+
+
+def unmoved(tensors: Sequence[Tensor]) -> look.Unmoved:
+    """Note where tensors are, and return what tells whether they still are there, of the same dtype and layout.
+
+    Args:
+        tensors: Of any kind.
+    """
+    return (look.HAS_C and CHOSEN == "c" and look.in_c(tensors)) or look.in_python(tensors)
