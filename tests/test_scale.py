@@ -109,21 +109,26 @@ def test_an_updates_share_of_a_step_depends_neither_on_the_model_nor_on_the_devi
     assert replicated.update_s() / replicated.step_s == pytest.approx(4 * one.update_s() / one.step_s)
 
 
-times = st.lists(st.floats(0, 100), min_size=1, max_size=30)
+@given(appends=st.lists(st.floats(0, 100), min_size=1, max_size=30), interval=st.floats(0, 200))
+def test_training_waits_as_it_would_by_two_clocks(scale, appends, interval) -> None:
+    now = free = waited = 0.0  # when training is, and when the thread is done
+    for append in appends:
+        now += interval
+        waited += max(0.0, free - now)
+        now = max(now, free)
+        free = now + append
+    assert scale.waits(interval, appends) == pytest.approx(waited, abs=1e-6)
 
 
-@given(appends=times, interval=st.floats(0, 200))
-def test_training_waits_only_where_an_append_outlasts_a_stretch(scale, appends, interval) -> None:
-    waited = scale.waits(interval, appends)
-    longest = max(appends[:-1], default=0.0)
-    assert (waited > 1e-9) == (longest > interval + 1e-9) or abs(longest - interval) < 1e-6
-    assert waited <= sum(appends[:-1]) + 1e-6
-    assert scale.waits(interval + 1, appends) <= waited + 1e-6
-
-
-@given(appends=times)
-def test_without_training_between_the_run_lasts_as_long_as_its_appends(scale, appends) -> None:
-    assert scale.waits(0.0, appends) == pytest.approx(sum(appends[:-1]))
+@pytest.mark.parametrize("merges", [0, 1, 6])
+def test_an_append_takes_as_long_as_the_slower_of_file_system_and_threads(scale, costs, merges) -> None:
+    deployment = deploy(scale, costs, scale.MODELS[1], 512, operations=float("inf"))
+    # A merge reads two stretches and writes one.
+    assert deployment.append_s(merges, shared=1e9) == pytest.approx(4 * 70.554 * (1 + 3 * merges), rel=1e-4)
+    threads = 4 * deployment.shard * (costs.write_s + merges * costs.merge_s)
+    assert deployment.append_s(merges, shared=1e15) == pytest.approx(threads)
+    slow = replace(deployment, assumed=scale.Assumed(operations=1))
+    assert slow.append_s(merges, shared=1e15) == pytest.approx(threads + 513 * (1 + 5 * merges))
 
 
 def test_a_run_as_long_as_the_table_says_never_waits_and_a_shorter_one_does(scale, costs) -> None:
