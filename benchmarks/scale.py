@@ -410,6 +410,7 @@ def inputs(a: Assumed, m: Measured) -> list[str]:
         ("DCP's plan, for a shard of a tensor, sent to one rank", f"{m.plan_bytes:.0f} B", "measured", by("scale")),
         ("the same, what its objects take there, at most", size(m.plan_memory), "measured", by("scale")),
         ("the same, time of that rank", duration(m.plan_s), "measured", by("scale")),
+        ("the same, in the file of metadata", size(m.metadata_bytes), "measured", by("scale")),
         ("device: bf16 compute, memory", f"{a.flops / 1e12:g} TFLOP/s, {size(a.memory)}", "assumed", h100),
         ("share of that compute in use", percent(a.utilisation), "assumed", f"{llama}: 38 to 43 %"),
         (
@@ -548,6 +549,12 @@ def breaks(a: Assumed, m: Measured) -> list[str]:
             f"{duration(middle_group.plan_items(4) * m.plan_s)}. A quarter of it is the average's",
             "a gloo group for DCP; `enable_plan_caching`, which plans the first save only; one replica that plans and "
             f"saves: {number(replica)} shards, {duration(replica * m.plan_s)}",
+        ),
+        (
+            "every rank reads all of DCP's metadata when it loads",
+            f"1 T in {a.group} shards: {size(replica * m.metadata_bytes)}, on {devices:,} ranks "
+            f"{size(replica * m.metadata_bytes * devices)}, as many times unpickled",
+            "fewer shards a tensor (groups of 64: an eighth); a record's layout in its manifest, once",
         ),
         (
             "a record that plans each stretch",
