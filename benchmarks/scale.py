@@ -554,7 +554,7 @@ def breaks(a: Assumed, m: Measured) -> list[str]:
             "every rank reads all of DCP's metadata when it loads",
             f"1 T in {a.group} shards: {size(replica * m.metadata_bytes)}, on {devices:,} ranks "
             f"{size(replica * m.metadata_bytes * devices)}, as many times unpickled",
-            "fewer shards a tensor (groups of 64: an eighth); a record's layout in its manifest, once",
+            "read once a host and sent on (a storage reader of one's own); a record's layout in its manifest, once",
         ),
         (
             "a record that plans each stretch",
