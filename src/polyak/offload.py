@@ -29,7 +29,7 @@ class Offload:
     numbers are those of an average updated in place, bit for bit. What goes wrong on the thread is raised by the next
     call as an ``OffloadError``.
 
-    For a model on the CPU it works alike and gains little, since that copy costs most of what an update does.
+    For a model on the CPU it works alike and gains nothing, since that copy takes about as long as an update.
 
     Args:
         overlap: Whether a GPU goes on with the next batch while its weights are still being copied, on a stream of
