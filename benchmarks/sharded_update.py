@@ -140,10 +140,10 @@ def main() -> None:
         *paragraph(
             f"A model of {arguments.parameters:g} M float32 parameters under `fully_shard` (on one rank: whole), and"
             " its float32 average. Times are medians of the slowest rank's; all ranks work at once and share the"
-            " machine's cores and memory bandwidth, which is why a rank's time does not fall as its shard does. The limit"
-            " is an in-place `y.lerp_(x, a)` over one flat pair of as many elements as the shard has, by all ranks at once."
-            " Memory is the first rank's peak above what it had before. CPU and gloo only: nothing of this was measured"
-            " on a GPU or between machines."
+            " machine's cores and memory bandwidth, which is why a rank's time does not fall as its shard does. The"
+            " limit is an in-place `y.lerp_(x, a)` over one flat pair of as many elements as the shard has, by all"
+            " ranks at once. Memory is the first rank's peak above what it had before. CPU and gloo only: nothing of"
+            " this was measured on a GPU or between machines."
         ),
         "",
         *table(head, rows),

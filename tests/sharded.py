@@ -237,7 +237,11 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
     found["given back"] = unequal(before, after)
     found["moved by the loan"] = float((evaluated(model) - first).abs().max())
     train(model, optimizer, range(6, 8))
-    found["weights"] = own_weights(model)
+    before, averages = own_weights(model), {n: full(t) for n, t in algorithm._shadow.averages.items()}
+    parameters = [slot.name for slot in slots(model) if slot.is_parameter]
+    apart = sum(float((before[n] - averages[n].float()).double().square().sum()) for n in parameters)
+    length = sum(float(averages[n].double().square().sum()) for n in parameters)
+    found["distance"] = algorithm.metrics()["ema/distance"] / (apart / length) ** 0.5
     return found
 
 

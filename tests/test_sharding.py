@@ -23,6 +23,7 @@ def test_a_sharded_average_is_that_of_the_whole_model_bit_for_bit(ranks, kind, s
         assert found["held"] == []
         assert found["given back"] == []
         assert found["moved by the loan"] > 1e-4
+        assert found["distance"] == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "size"), [cell for cell in CELLS if cell[1] == max(sharded.KINDS[cell[0]])], ids=str)

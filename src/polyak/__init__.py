@@ -17,7 +17,8 @@ from polyak.errors import (
 )
 from polyak.events import Event, State
 from polyak.export import export_averaged
-from polyak.hosts.optimizer import Attached, attach
+from polyak.hosts.optimizer import attach
+from polyak.loop import Attached
 from polyak.offload import Offload
 from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window

@@ -1,6 +1,7 @@
 """The averaged tensors of a model: how they move, how they are lent to the model, what is saved of them."""
 
 import copy
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -335,6 +336,36 @@ class Shadow:
                 stacklevel=2,
             )
         return count
+
+    @torch.no_grad()
+    def distance(self, ranks: Ranks | None = None) -> float:
+        """Return the norm of weights minus average over that of the average, both over all averaged parameters.
+
+        Relative, so that it says the same of any model. It takes a pass over both, and waits for the device.
+
+        Args:
+            ranks: That train the model together, if there are several. All must call this.
+
+        Raises:
+            LoanError: If the model holds another average.
+        """
+        if (loan := loan_of(self._model)) and loan is not self._loan:
+            raise LoanError(f"the model must hold its own weights for their distance: {loan.holder} has lent its own")
+        sharding.reshard(self._model)
+        averages, online = self.averaged_tensors(), self._loan.kept if self._loan else self._online()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for name in (slot.name for slot, _ in self._averaged if slot.is_parameter):
+            parts = local(averages[name]), rows(online[name], averages[name])
+            share = 1.0 if ranks is None else ranks.share(averages[name])
+            # In pieces, so that the differences take little memory.
+            for average, weights in zip(*(part.reshape(-1).split(1 << 22) for part in parts), strict=True):
+                wide = average.to(torch.promote_types(average.dtype, torch.float32))
+                norms = torch.stack([(weights.to(wide) - wide).norm(), wide.norm()])
+                sums = sums.to(norms.device) + share * norms.double().square()
+        apart, length = (ranks.total(sums) if ranks else sums).sqrt().tolist()
+        if length == 0:
+            return 0.0 if apart == 0 else math.inf
+        return apart / length
 
     @torch.no_grad()
     def agree(self, ranks: Ranks, facts: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ The core works on local tensors and communicates nothing. What is here is for th
 torch's own classes are asked for only where somebody has imported them, which costs half of what importing torch does.
 """
 
+import math
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -270,6 +271,28 @@ class Ranks:
     def rank(self) -> int:
         """This process's number among them."""
         return self.group.rank()
+
+    def share(self, tensor: Tensor) -> float:
+        """Return the share of a local part in a sum over all ranks in which each element is to count once.
+
+        Args:
+            tensor: Spread over these ranks, or the same on each.
+        """
+        parts = 1
+        if is_spread(tensor):
+            sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+            parts = math.prod(size for size, placement in sizes if not placement.is_replicate())
+        return parts / self.group.size()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of what all ranks give. All must give something.
+
+        Args:
+            tensor: That of this one.
+        """
+        sum_of_all = tensor.to(self.device, copy=True)
+        torch.distributed.all_reduce(sum_of_all, group=self.group)
+        return sum_of_all
 
     def sums(self, number: int) -> list[int]:
         """Return the number of each rank. All must ask.
