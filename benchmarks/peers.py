@@ -36,13 +36,23 @@ class MissingError(Exception):
     """A library is not installed, or cannot do what is asked."""
 
 
+class No:
+    """The answer of any function of ``Nothing``."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def __bool__(self) -> bool:
+        return False
+
+
 class Nothing(ModuleType):
     """A module all of whose functions say no: in place of the parts of a package that its average does not need."""
 
-    __path__: list[str] = []
-
     def __getattr__(self, name: str) -> object:
-        return lambda *_, **__: False
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return No
 
 
 def file_of(package: str, path: str, without: tuple[str, ...] = ()) -> ModuleType:
@@ -51,7 +61,8 @@ def file_of(package: str, path: str, without: tuple[str, ...] = ()) -> ModuleTyp
     if found is None or found.origin is None:
         raise MissingError(f"{package} is not installed")
     parent = f"{package}_without"
-    sys.modules |= {name: Nothing(name) for name in (parent, *(f"{parent}.{part}" for part in without))}
+    for name in (parent, *(f"{parent}.{part}" for part in without)):
+        sys.modules[name] = Nothing(name)
     name = f"{parent}.{Path(path).stem}"
     spec = importlib.util.spec_from_file_location(name, Path(found.origin).parent / path)
     assert spec is not None
