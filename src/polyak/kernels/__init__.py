@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from polyak.kernels import foreach, look
-from polyak.kernels.choice import CHOSEN, KERNELS, Lerp
-from polyak.kernels.foreach import SCRATCH_ELEMENTS, Exchange
+from polyak.kernels.choice import CHOSEN, EXCHANGES, KERNELS, Exchange, Lerp
+from polyak.kernels.foreach import SCRATCH_ELEMENTS
 from polyak.kernels.place import Place
 
-__all__ = ["KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "Place", "lerp_", "unmoved"]
+__all__ = ["EXCHANGES", "KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "Place", "lerp_", "unmoved"]
 
 
 def lerp_(

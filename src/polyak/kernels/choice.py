@@ -17,9 +17,12 @@ from torch import Tensor
 from polyak.kernels import cpu, foreach
 from polyak.kernels.place import Place
 
-KERNELS: dict[str, type[foreach.Lerp]] = {"torch": foreach.Lerp}  # on the CPU
+# On the CPU.
+KERNELS: dict[str, type[foreach.Lerp]] = {"torch": foreach.Lerp}
+EXCHANGES: dict[str, type[foreach.Exchange]] = {"torch": foreach.Exchange}
 if not cpu.WHY_NOT:
     KERNELS["c"] = cpu.Lerp
+    EXCHANGES["c"] = cpu.Exchange
 
 _WHY_NOT = {"torch": "", "c": cpu.WHY_NOT, "triton": "" if find_spec("triton") else "it is not installed"}
 _ASKED = os.environ.get("POLYAK_KERNEL")
@@ -29,6 +32,7 @@ if _ASKED and _WHY_NOT.get(_ASKED, "there is none of this name"):
     raise ImportError(f"POLYAK_KERNEL must be one of {names} here (got {_ASKED!r}): {reason}")
 
 CHOSEN = "torch" if cpu.WHY_NOT or _ASKED == "torch" else "c"
+Exchange = EXCHANGES[CHOSEN]
 
 
 @cache

@@ -85,6 +85,23 @@ TARGET static int64_t LEVEL(lerp_piece)(const struct piece *piece, double weight
     return of[piece->pair](piece, weight, round);
 }
 
+TARGET static void LEVEL(swap_bytes)(char *restrict const left, char *restrict const right, int64_t bytes) {
+    const int64_t whole = bytes - bytes % 64;
+    for (int64_t i = 0; i < whole; i += 64) {
+        char aside[64];
+        __builtin_prefetch(left + i + AHEAD, 1);
+        __builtin_prefetch(right + i + AHEAD, 1);
+        memcpy(aside, left + i, 64);
+        memcpy(left + i, right + i, 64);
+        memcpy(right + i, aside, 64);
+    }
+    for (int64_t i = whole; i < bytes; i++) {
+        const char aside = left[i];
+        left[i] = right[i];
+        right[i] = aside;
+    }
+}
+
 #undef LERP_BLOCK
 #undef LERP
 #undef DRAW
