@@ -122,7 +122,7 @@ def test_a_lerp_is_that_of_float64_and_bit_for_bit_that_of_torch(lerp_, dtype, o
 @pytest.mark.parametrize(("dtype", "online_dtype"), [pair for pair in PAIRS if torch.float64 not in pair])
 def test_very_large_and_very_small_values_come_out_as_torch_has_them(lerp_, dtype, online_dtype, scale) -> None:
     ours, theirs, online = ([t * scale for t in tensors(d, i)] for d, i in ((dtype, 0), (dtype, 0), (online_dtype, 1)))
-    counts = [int(run(a, online, 0.3, places(a), 5)) for run, a in ((lerp_, ours), (foreach.lerp_, theirs))]
+    counts = [int(run(a, online, 0.5, places(a), 5)) for run, a in ((lerp_, ours), (foreach.lerp_, theirs))]
     assert counts[0] == counts[1]
     assert same_bits(ours, theirs)
 
@@ -353,6 +353,17 @@ def test_a_gpu_gives_the_bits_of_the_cpu(dtype, online_dtype) -> None:
         assert int(foreach.lerp_(averages, online, weight, places(averages), number, by=KERNELS[choice.CHOSEN])) == 1
         assert same_bits([t.cpu() for t in gpu[0]], averages)
     assert int(left_out) == 4
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_moves_a_tensor_at_any_address(dtype) -> None:
+    averages, online = tensors(dtype, 0, shapes=[(9000,)]), tensors(torch.float32, 1, shapes=[(9000,)])
+    on_device = [[t.cuda() for t in side] for side in (averages, online)]
+    for begin in (0, 1, 4, 8):
+        foreach.lerp_([on_device[0][0][begin:]], [on_device[1][0][begin:]], 0.3, [Place(1)], begin, by=choice.Lerp)
+        foreach.lerp_([averages[0][begin:]], [online[0][begin:]], 0.3, [Place(1)], begin)
+    assert same_bits([on_device[0][0].cpu()], averages)
 
 
 @on_gpu
