@@ -229,6 +229,13 @@ def test_a_launch_takes_the_weight_and_the_number_that_were_staged_last(interpre
     assert not same_bits([staged], [before])
 
 
+def test_the_default_device_is_no_matter(interpreted) -> None:
+    average, online, left_out = torch.ones(70), torch.full((70,), 2.0), torch.zeros((), dtype=torch.int64)
+    with torch.device("meta"):
+        interpreted.Lerp([average], [online], [Place(0)], left_out)(0.5, 1)
+    assert torch.equal(average, torch.full((70,), 1.5))
+
+
 def test_a_backward_pass_through_an_average_that_has_moved_is_an_error(lerp_) -> None:
     average, inputs = torch.ones(3), torch.ones(3, requires_grad=True)
     loss = (average * inputs).sum()
@@ -397,7 +404,7 @@ def test_a_weight_is_not_staged_within_a_graph() -> None:
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_update_waits_for_nothing_and_allocates_nothing(dtype) -> None:
-    *_, lerp, _ = _on_the_device(dtype, torch.bfloat16)
+    *_, gpu, lerp, _ = _on_the_device(dtype, torch.bfloat16)
     lerp(0.5, 0)
     torch.cuda.synchronize()
     before = torch.cuda.memory_stats()["allocation.all.allocated"]
@@ -405,9 +412,11 @@ def test_an_update_waits_for_nothing_and_allocates_nothing(dtype) -> None:
     try:
         for number in range(1, 20):
             lerp(1 / (number + 1), number)
+        after = torch.cuda.memory_stats()["allocation.all.allocated"]
+        foreach.lerp_(*gpu, 0.5, places(gpu[0]), by=choice.Lerp)  # made anew, it does not wait either
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert after == before
 
 
 @on_gpu

@@ -174,11 +174,16 @@ def _pieces(average: Tensor, place: Place) -> Iterator[tuple[int, int, int, int,
 
 def _launch_over(table: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the table as the kernel reads it, and for each program the row that it is about."""
-    columns = torch.tensor(table, dtype=torch.int64)
+    columns = torch.tensor(table, dtype=torch.int64, device="cpu")
     programs = (columns[:, 2] + BLOCK - 1) // BLOCK
-    rows = torch.repeat_interleave(torch.arange(len(table), dtype=torch.int32), programs)
+    rows = torch.repeat_interleave(torch.arange(len(table), dtype=torch.int32, device="cpu"), programs)
     first_program = programs.cumsum(0) - programs
-    return torch.cat([columns, first_program[:, None]], dim=1).to(device), rows.to(device)
+    on_host = torch.cat([columns, first_program[:, None]], dim=1), rows
+    if device.type == "cpu":
+        return on_host
+    # Pinned memory goes over without a wait, and torch keeps it until it has.
+    table_there, rows_there = (tensor.pin_memory().to(device, non_blocking=True) for tensor in on_host)
+    return table_there, rows_there
 
 
 class Lerp(foreach.Lerp):
