@@ -27,6 +27,8 @@ _PAIRS = {
             (torch.float32, torch.float16),
             (torch.bfloat16, torch.bfloat16),
             (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float16),
+            (torch.float16, torch.float32),
             (torch.float64, torch.float64),
         ]
     )
