@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from peers import DECAY
 from results_io import RESULTS, item, measured, paragraph, progress, provenance, table, write
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
-from update_time import DECAY, PAIRS, gpt2, resnet50
+from update_time import PAIRS, gpt2, resnet50
 
 from polyak import kernels
 from polyak.kernels import foreach
