@@ -263,7 +263,7 @@ def test_the_demo_on_two_processes_says_and_writes_everything_once(tmp_path) -> 
     assert short.stdout.count("2 processes train together.") == short.stdout.count("averaged") == 1
     assert longer.stdout.count("Going on after 110 of 120 steps") == 1
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len(set(lines)) == 24
+    assert len(lines) == len(set(lines)) == 36
     assert (tmp_path / "out" / "demo.png").exists()
     refused = torchrun("-m", "polyak", "demo", "--steps", 50, "--out", tmp_path / "out")
     assert refused.returncode != 0
