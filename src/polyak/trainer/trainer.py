@@ -601,8 +601,8 @@ class Trainer:
                 self._data.set_state(of_data)
             return
         warnings.warn(
-            f"{path} was saved by {len(own)} ranks and {self._group.size} go on: the order of the data goes on as it "
-            "was, and what each rank draws at random besides (as in dropout) begins anew",
+            f"{path} was saved by other ranks ({len(own)}) than go on ({self._group.size}): the order of the data goes "
+            "on as it was, and what each rank draws at random besides, as in dropout, begins anew",
             PlanWarning,
             stacklevel=4,
         )
