@@ -1,9 +1,12 @@
 """What the processes of ``ranks.Ranks`` do in the tests of the trainer: the runs of ``loops``, on several ranks."""
 
+import itertools
 import json
 import os
 import shutil
 import signal
+import time
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from polyak import EMA, Callback, Event, Trainer
 from polyak.sharding import copy_
 from polyak.trainer import rng
+from polyak.trainer import trainer as trainer_module
 
 KINDS = ("ddp", "ddp, divided average", "fsdp2")
 
@@ -31,11 +35,30 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+class Centered(nn.Module):
+    """Has a buffer that follows what it sees, and that what it returns depends on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.lerp_(x.detach().mean(0), 0.1)
+        return x - self.mean
+
+
+def noisy_perceptron(seed: int) -> nn.Module:
+    return loops.seeded(
+        lambda: nn.Sequential(nn.Linear(6, 8), Centered(), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3)), seed
+    )
+
+
 def build(kind: str | None, folder: Path, *, noisy: bool = False, model_seed: int = 0, **more: Any) -> Trainer:
     """Return a trainer with everything on. Each rank's model begins with other weights, of which the first's count."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if kind == "ddp, divided average" else None
     algorithm = EMA(more.pop("half_life", "4ba"), mesh=mesh)
-    model = (loops.noisy_perceptron if noisy else loops.perceptron)(model_seed + rank())
+    model = (noisy_perceptron if noisy else loops.perceptron)(model_seed + rank())
     if noisy:
         more["data"] = loops.Noisy()
     if kind == "sharded before":
@@ -95,7 +118,7 @@ def trains(kind: str | None, folder: Path, **more: Any) -> dict[str, Any]:
     losses = Losses()
     trainer = build(kind, folder, callbacks=(losses,), **more)
     trainer.fit()
-    return results(trainer, folder) | {"losses": losses.losses}
+    return results(trainer, folder) | {"losses": losses.losses, "draws": torch.rand(3)}
 
 
 class Losses(Callback):
@@ -269,6 +292,9 @@ def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any
         loader = DataLoader(data, batch_size=2, sampler=sampler(rank()))
     model = loops.perceptron()
     algorithm = EMA("8sp")
+    # Clocks of which that of the second rank is faster.
+    ticks = itertools.count(step=1 + 100 * rank())
+    trainer_module.time = types.SimpleNamespace(perf_counter=ticks.__next__)
     trainer = Trainer(
         model=model,
         train_dataloader=loader,
@@ -280,9 +306,12 @@ def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any
         progress_bar=False,
         **({} if kind is None else {"parallelism": kind}),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    finally:
+        trainer_module.time = time
     now = trainer.state.timestamp
-    clock = (now.batch.value, now.sample.value, now.token.value)
+    clock = (now.batch.value, now.sample.value, now.token.value, now.total_wct.value)
     return {"weights": held(trainer), "averages": averages(trainer), "clock": clock}
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 import polyak
-from polyak import PlanWarning
+from polyak import CheckpointError, CheckpointSaver, PlanWarning
 from polyak.cli import main
 from polyak.trainer.parallel import _of_this_start, blocks
 
@@ -43,6 +43,7 @@ CELLS = [*((kind, size) for kind in runs.KINDS for size in (2, 3)), ("sharded be
 @pytest.mark.parametrize(("kind", "size"), CELLS, ids=str)
 def test_a_run_of_several_ranks_is_that_of_one(ranks, alone, tmp_path, kind, size) -> None:
     found = ranks.run(size, partial(runs.trains, kind, tmp_path))
+    assert len({tuple(one.pop("draws").tolist()) for one in found}) == size
     for one in found:
         assert loops.differences({**found[0], "log": []}, {**one, "log": []}) == []
         assert {**one["clock"], "total_wct": 0} == {**alone["clock"], "total_wct": 0}
@@ -55,8 +56,7 @@ def test_a_run_of_several_ranks_is_that_of_one(ranks, alone, tmp_path, kind, siz
 
 @pytest.mark.parametrize(("kind", "size"), [*((kind, 2) for kind in runs.KINDS), ("ddp", 3)], ids=str)
 def test_a_resumed_run_of_several_ranks_equals_one_that_never_stopped(ranks, tmp_path, kind, size) -> None:
-    # A rank's part of a batch must not be a single sample where there is BatchNorm.
-    found = ranks.run(size, partial(runs.resumes, kind, tmp_path, noisy=size == 2))
+    found = ranks.run(size, partial(runs.resumes, kind, tmp_path, noisy=True, eval_weights="both"))
     assert found == [{}] * size
 
 
@@ -122,7 +122,7 @@ def test_with_a_distributed_sampler_the_batch_is_that_of_all_ranks_together(rank
     for found in ranks.run(2, partial(runs.with_own_batches, "ddp", tmp_path, 2)):
         close(found["weights"], alone["weights"])
         close(found["averages"], alone["averages"])
-        assert found["clock"] == (6, 24, 6 * (10 + 11))
+        assert found["clock"] == (6, 24, 6 * (10 + 11), 6)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -182,6 +182,21 @@ def test_one_process_under_a_parallelism_trains_as_without_one_bit_for_bit(ungro
     found = runs.trains(kind, tmp_path / "alone", noisy=True)
     assert torch.distributed.get_world_size() == 1
     assert loops.differences(plain, found) == []
+
+
+def test_a_saver_keeps_the_newest_folders_and_writes_over_one(ungrouped, tmp_path) -> None:
+    saver = CheckpointSaver(tmp_path, "1ba", keep=2)
+    (tmp_path / ".ep0-ba1.draft").mkdir()
+    trainer = loops.train(tmp_path, saves=None, max_duration="4ba", parallelism="fsdp2", callbacks=(saver,))
+    trainer.fit()
+    assert sorted(path.name for path in tmp_path.glob("*ep*")) == ["ep0-ba3", "ep0-ba4"]
+    assert saver.latest() == tmp_path / "ep0-ba4"
+    trainer.save_checkpoint(saver.latest())
+    assert loops.train(tmp_path, saves=None, load_path=saver.latest()).state.timestamp.batch.value == 4
+    assert sorted(path.name for path in tmp_path.glob("*ep*")) == ["ep0-ba3", "ep0-ba4"]
+    (saver.latest() / "rest.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"must be a checkpoint of polyak.Trainer; it has no rest.pt"):
+        loops.train(tmp_path, load_path=saver.latest())
 
 
 def test_a_parallelism_that_does_not_exist_is_refused() -> None:
