@@ -5,9 +5,9 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from polyak import sharding
 from polyak.errors import PlanWarning, ShardingError
 from polyak.select import slots, unwrap
-from polyak.sharding import Ranks, is_fsdp, is_spread
+from polyak.sharding import Ranks, is_fsdp, is_spread, local
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -106,16 +106,16 @@ class Group:
         return sums.tolist()
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean of a tensor over the ranks.
+        """Return the mean of a tensor over the ranks. No device is waited for.
 
         Args:
             tensor: Of one shape on all.
         """
         if not self.ranks:
             return tensor
-        mean = tensor.to(self.ranks.device, torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        mean = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
         torch.distributed.all_reduce(mean, group=self.ranks.group)
-        return (mean / self.size).to(tensor.device)
+        return mean / self.size
 
     def once(self, what: str, act: Callable[[], object]) -> None:
         """Let the first one act and the others wait; where it raises, all do.
@@ -145,8 +145,16 @@ class Group:
         Args:
             model: Wrapped or not.
         """
+        self.share(slot.tensor for slot in slots(model) if not slot.is_parameter and not is_spread(slot.tensor))
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of the first one.
+
+        Args:
+            tensors: On the group's device, of the same shapes on all.
+        """
         if self.ranks:
-            self.ranks.broadcast(s.tensor for s in slots(model) if not s.is_parameter and not is_spread(s.tensor))
+            replace(self.ranks, device=self.device).broadcast(tensors)
 
 
 def start(parallelism: str | None, model: nn.Module, device: str | torch.device | None) -> Group:
@@ -195,19 +203,19 @@ def join(kind: str | None, device: str | torch.device | None) -> Group:
         kind: How they will train; None for this process by itself, which needs no process group.
         device: Where to; by default a GPU if there is one, with a ``kind`` that of ``LOCAL_RANK``.
     """
-    local = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    own = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if kind is None:
-        return Group(None, local)
-    if local.type == "cuda":
-        if local.index is None:
-            local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(local)
-    _begin(local)
+        return Group(None, own)
+    if own.type == "cuda":
+        if own.index is None:
+            own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(own)
+    _begin(own)
     world = torch.distributed.group.WORLD
     assert world is not None
     only_gpu = torch.distributed.get_backend() == torch.distributed.Backend.NCCL
-    ranks = Ranks(world, local if only_gpu else torch.device("cpu"), replicas=kind == "ddp")
-    return Group(kind, local, ranks if world.size() > 1 else None)
+    ranks = Ranks(world, own if only_gpu else torch.device("cpu"), replicas=kind == "ddp")
+    return Group(kind, own, ranks if world.size() > 1 else None)
 
 
 def _begin(device: torch.device) -> None:
@@ -338,8 +346,7 @@ def _shard(model: nn.Module, group: Group, optimizers: Sequence[Optimizer]) -> N
             "optimizers must not have made a step before the model is sharded: their states would be of whole tensors; "
             "to go on from a run, load its checkpoint"
         )
-    if group.ranks:
-        group.ranks.broadcast(slot.tensor for slot in slots(model))
+    group.share(slot.tensor for slot in slots(model))
     inner = unwrap(model)
     names = {id(parameter): name for name, parameter in inner.named_parameters()}
     mesh = init_device_mesh(group.device.type, (group.size,))
@@ -400,8 +407,13 @@ def laid_out(source: Tensor, like: Tensor) -> Tensor:
         source: Spread in any way, or not.
         like: Of the same shape.
     """
-    if not is_spread(like):
-        return source.full_tensor() if is_spread(source) else source
-    target = torch.empty_like(like, dtype=source.dtype, requires_grad=False)
-    sharding.copy_(target, source)
-    return target
+    if is_spread(like):
+        target = torch.empty_like(like, dtype=source.dtype, requires_grad=False)
+        sharding.copy_(target, source)
+        return target
+    if is_spread(source):
+        # Gathered where the model is: not every group can send what is on the CPU.
+        there = sharding.beside(source, local(source).to(like.device))
+        assert is_spread(there)
+        return there.full_tensor()
+    return source

@@ -274,7 +274,6 @@ class Trainer:
         for batch in self._rest_of_epoch():
             self._drawn += 1
             self._fire(Event.BATCH_START)
-            batch = batches.to_device(batch, self._device)  # noqa: PLW2901  the same batch
             stepped = self._train_batch(batch)
             self.state.previous_timestamp = self.state.timestamp
             self.state.timestamp = self._after(batch, time.perf_counter() - began, steps=int(stepped))
@@ -360,7 +359,7 @@ class Trainer:
         total: Tensor | None = None
         for i, (part, factor) in enumerate(parts):
             with self._gradients_kept_here(i + 1 < len(parts)):
-                _, loss = self._step(part)
+                _, loss = self._step(batches.to_device(part, self._device))
                 if factor != 1:
                     loss = loss * factor
                 self._scaler.scale(loss).backward()
