@@ -1,4 +1,7 @@
-"""``polyak convert``: files that other libraries wrote, by running them, and files that nobody should have written."""
+"""``polyak convert``: files that other libraries wrote, by running them, and files that nobody should have written.
+
+Those of Composer and timm are in tests/test_composer_files.py and tests/test_convert_timm.py.
+"""
 
 import copy
 import json
@@ -11,8 +14,9 @@ from typing import Any
 import loops
 import pytest
 import torch
+from foreign import assert_is, convert, move, net
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -23,38 +27,6 @@ from polyak.readers import READERS, read
 
 # Other libraries' warnings while they write.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def net() -> nn.Module:
-    """With BatchNorm, and two names for one tensor."""
-    model = loops.noisy_perceptron()
-    model.add_module("tied", nn.Linear(6, 8, bias=False))
-    model.tied.weight = model[0].weight
-    return model
-
-
-def move(model: nn.Module, steps: int = 5) -> None:
-    """As training would."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for _ in range(steps):
-            for tensor in [*model.parameters(), *model.buffers()]:
-                if tensor.is_floating_point():
-                    tensor.add_(torch.rand(tensor.shape, generator=generator))
-                else:
-                    tensor.add_(1)
-
-
-def convert(file: Path, *more: str) -> dict[str, Tensor]:
-    output = file.parent / "out.safetensors"
-    assert main(["convert", str(file), "-o", str(output), *more]) == 0
-    return load_file(output)
-
-
-def assert_is(want: Any, got: dict[str, Tensor], model: nn.Module | None = None) -> None:
-    assert loops.differences(dict(want), got) == []
-    if model is not None:
-        model.load_state_dict(got)
 
 
 def test_torch_averaged_model(tmp_path, capsys):
@@ -182,22 +154,6 @@ def test_a_folder_of_diffusers(tmp_path, capsys):
     assert "EMAModel.save_pretrained" in capsys.readouterr().err
 
 
-def test_timm(tmp_path, capsys):
-    utils = pytest.importorskip("timm.utils", exc_type=ImportError)
-    model = net()
-    ema = utils.ModelEmaV3(model, decay=0.9)
-    move(model)
-    ema.update(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    saver = utils.CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=str(tmp_path))
-    saver.save_checkpoint(0, metric=0.5)
-    assert_is(ema.module.state_dict(), convert(tmp_path / "last.pth.tar"), model)
-    torch.save(ema.state_dict(), tmp_path / "a.pt")
-    assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / "x.safetensors")]) == 2
-    assert "--timm" in capsys.readouterr().err
-    assert_is(ema.module.state_dict(), convert(tmp_path / "a.pt", "--timm"))
-
-
 @pytest.mark.parametrize("host", ["WeightAveraging", "EMAWeightAveraging"])
 def test_lightning(tmp_path, host):
     lightning = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
@@ -230,45 +186,6 @@ def test_lightning(tmp_path, host):
     assert_is(kept, convert(tmp_path / "a.ckpt"), module)
 
 
-@pytest.mark.parametrize("active", [True, False])
-@pytest.mark.parametrize("form", ["0.12", "0.32"])
-def test_composer(tmp_path, form, active):
-    pytest.importorskip("composer", exc_type=ImportError)
-    import composer_script
-    from composer.algorithms.ema.ema import EMA
-
-    ema = EMA("4ba")
-    trainer = composer_script.trainer(tmp_path, ema, net=loops.noisy_perceptron())
-    trainer.fit()
-    (path,) = tmp_path.glob("ep*-ba9-*.pt") if active else [Path(trainer.save_checkpoint(str(tmp_path / "hand.pt")))]
-    if not active:
-        ema._ensure_training_weights_active(trainer.state)
-        path = Path(trainer.save_checkpoint(str(tmp_path / "hand.pt")))
-    saved = torch.load(path, weights_only=False)
-    ((_, state),) = saved["state"]["algorithms"]
-    assert state["ema_weights_active"] is active
-    model = dict(saved["state"]["model"])
-    held = {**state["ema_model"]["named_parameters_dict"], **state["ema_model"]["named_buffers_dict"]}
-    average, training = (model, held) if active else (held, model)
-    if form == "0.12":  # as its state_dict makes it: both models' state dicts
-        state |= {"ema_model": average, "training_model": training}
-        saved["state"]["algorithms"] = [("EMA", state)]
-        path = tmp_path / "early.pt"
-        torch.save(saved, path)
-    # Composer averages the counter of batches, which gives a wrong one.
-    want = average | {name: t for name, t in training.items() if name.endswith("num_batches_tracked")}
-    assert_is(want, convert(path), trainer.state.model)
-    # DDP's prefix, in the state alone
-    if not active:
-        state["ema_model"] = (
-            {kind: {f"module.{n}": t for n, t in part.items()} for kind, part in state["ema_model"].items()}
-            if form == "0.32"
-            else {f"module.{n}": t for n, t in average.items()}
-        )
-        torch.save(saved | {"state": saved["state"] | {"algorithms": [("EMA", state)]}}, tmp_path / "ddp.pt")
-        assert_is(want, convert(tmp_path / "ddp.pt"))
-
-
 def composer_state(**changes: Any) -> dict[str, Any]:
     """As the head of Composer makes it (composer/algorithms/ema/ema.py)."""
     held = {"named_parameters_dict": {"weight": torch.ones(2)}, "named_buffers_dict": {"mean": torch.zeros(1)}}
@@ -287,19 +204,9 @@ def test_the_state_of_composers_ema_alone(tmp_path):
             read(tmp_path / "c.pt")
 
 
-@pytest.mark.parametrize("hosted", [True, False], ids=["in Composer", "in polyak.Trainer"])
-def test_polyaks_own_checkpoints(tmp_path, hosted):
-    if hosted:
-        pytest.importorskip("composer", exc_type=ImportError)
-        import composer_script
-
-        from polyak.hosts.composer import EMA
-
-        ema = EMA("4ba")
-        trainer = composer_script.trainer(tmp_path, ema, net=loops.noisy_perceptron())
-    else:
-        ema = polyak.EMA("4ba")
-        trainer = loops.train(tmp_path, ema=ema, model=loops.noisy_perceptron())
+def test_polyaks_own_checkpoints(tmp_path):
+    ema = polyak.EMA("4ba")
+    trainer = loops.train(tmp_path, ema=ema, model=loops.noisy_perceptron())
     trainer.fit()
     trainer.save_checkpoint(str(tmp_path / "end.pt"))
     assert_is(loops.averaged(ema), convert(tmp_path / "end.pt"), trainer.state.model)
