@@ -17,6 +17,7 @@ import torch
 from foreign import assert_is, convert
 from torch import Tensor
 
+import polyak
 from polyak import PlanWarning
 
 if find_spec("mcli") is None:
@@ -26,7 +27,7 @@ with warnings.catch_warnings():
     from composer.algorithms.ema import ema as composers
     from composer_script import Keeps, trainer
 
-    from polyak.hosts.composer import EMA, Hosted, Recorder
+    from polyak.hosts.composer import EMA, Hosted
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error::polyak.errors.PlanWarning")]
 
@@ -145,6 +146,38 @@ def test_a_checkpoint_saved_by_hand_goes_on_too(tmp_path, runs):
     assert loops.differences(loops.averaged(ema) | {COUNTER: 0}, average | {COUNTER: 0}) == []
     resumed.fit()
     assert ema.num_updates == 6
+
+
+@pytest.mark.parametrize("by", ["0.12.1", "0.32.1", "polyak"])
+def test_a_checkpoint_taken_up_without_its_ema_gives_the_training_weights_and_warns(tmp_path, request, by, unaveraged):
+    if by == "polyak":
+        trainer(tmp_path, EMA("4ba"), net=loops.noisy_perceptron()).fit()
+        left = Left(tmp_path)
+    else:
+        left = request.getfixturevalue("early" if by == "0.12.1" else "late")["4ba"]
+    path = left.checkpoint(9)
+    with pytest.warns(PlanWarning, match=r"there is no EMA here.*training weights"):
+        resumed = resume(tmp_path / "resumed", path, save=None)
+    assert loops.differences(unaveraged[9], weights_of(resumed)) == []
+    resumed.fit()
+    assert loops.differences(unaveraged[18], weights_of(resumed)) == []
+    with pytest.warns(PlanWarning, match="there is no EMA here"):
+        other = polyak.EMA("4ba")  # by another name, which Composer goes by
+        again = resume(tmp_path / "other", path, Hosted(other), save=None)
+    assert loops.differences(unaveraged[9], weights_of(again)) == []
+    # For use, without going on, it is the average that is wanted.
+    for_use = resume(tmp_path / "use", path, save=None, load_weights_only=True)
+    assert loops.differences(contents(path)[0], weights_of(for_use)) == []
+
+
+def test_composers_own_ema_takes_up_its_own_checkpoint_as_ever(tmp_path, late):
+    left = late["4ba"]
+    theirs = composers.EMA("4ba")
+    resumed = resume(tmp_path, left.checkpoint(9), theirs, save=None)
+    assert theirs.ema_weights_active
+    assert loops.differences(contents(left.checkpoint(9))[0], weights_of(resumed)) == []
+    resumed.fit()
+    assert loops.differences(left.trained(18), resumed.state.callbacks[-1].trained[18]) == []
 
 
 @pytest.mark.parametrize("active", [True, False], ids=["average in the model", "training weights in the model"])

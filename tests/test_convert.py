@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ema_pytorch
 import loops
 import pytest
 import torch
+import torch_ema
 from foreign import assert_is, convert, move, net
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -62,7 +64,6 @@ def test_an_averaged_model_of_a_compiled_model_loses_the_wrappers_names(tmp_path
 
 @pytest.mark.parametrize("include_online", [True, False])
 def test_ema_pytorch(tmp_path, include_online):
-    ema_pytorch = pytest.importorskip("ema_pytorch")
     model = net()
     ema = ema_pytorch.EMA(model, beta=0.9, update_after_step=0, update_every=1, include_online_model=include_online)
     torch.save(ema.state_dict(), tmp_path / "early.pt")
@@ -79,11 +80,10 @@ def test_ema_pytorch(tmp_path, include_online):
 
 def positional(library: str, model: nn.Module) -> Any:
     if library == "torch-ema":
-        ema = pytest.importorskip("torch_ema").ExponentialMovingAverage(model.parameters(), decay=0.9)
+        ema = torch_ema.ExponentialMovingAverage(model.parameters(), decay=0.9)
         update = ema.update
     else:
-        pytest.importorskip("diffusers")
-        from diffusers.training_utils import EMAModel
+        from diffusers.training_utils import EMAModel  # takes seconds
 
         ema = EMAModel(model.parameters(), decay=0.9)
         update = ema.step
@@ -134,7 +134,6 @@ def test_names_that_do_not_fit_are_refused(tmp_path, library, capsys):
 
 
 def test_a_folder_of_diffusers(tmp_path, capsys):
-    pytest.importorskip("diffusers")
     from diffusers import UNet2DModel
     from diffusers.training_utils import EMAModel
 
@@ -156,7 +155,7 @@ def test_a_folder_of_diffusers(tmp_path, capsys):
 
 @pytest.mark.parametrize("host", ["WeightAveraging", "EMAWeightAveraging"])
 def test_lightning(tmp_path, host):
-    lightning = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
+    import lightning.pytorch as lightning  # takes seconds
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -94,19 +94,31 @@ def _composer(content: Content) -> Averaged | None:
         return None
     kind, model = "checkpoint of Composer", _tensors(state["model"])
     for _, saved in _pairs(state.get("algorithms", ())):
-        if "ema_weights_active" not in saved and "polyak" not in saved:
+        if not _is_ema(saved):
             continue
-        if "training_model" in saved and saved.get("ema_weights_active", True):
-            # Up to 0.12, or of polyak: the model was saved with the average in it.
-            training = saved["training_model"]
-        elif saved.get("ema_weights_active"):
-            training = {**saved["ema_model"]["named_parameters_dict"], **saved["ema_model"]["named_buffers_dict"]}
-        else:
+        if (training := training_weights(saved, model)) is None:
             return _with_states(kind, model, [("EMA", saved)])
         _require(saved["ema_started"], kind, "averaging had not begun when it was saved")
-        return Averaged(f"{kind} with {_whose(saved)}", _with_counters(model, _like(_tensors(training), model)))
+        return Averaged(f"{kind} with {_whose(saved)}", _with_counters(model, training))
     _require(False, kind, "it has the state of no EMA")
     return None
+
+
+def training_weights(saved: object, model: Content) -> dict[str, Tensor] | None:
+    """Return the training weights in an algorithm's state in a checkpoint of Composer, if its model has the average.
+
+    Args:
+        saved: The state, of ``EMA`` of polyak or Composer, or of any other algorithm.
+        model: The state dict of the model beside it.
+    """
+    if not _is_ema(saved):
+        return None
+    if "training_model" in saved:  # of polyak while the average is lent; up to 0.12 always
+        held = saved["training_model"] if saved.get("ema_weights_active", True) else None
+    else:
+        held = saved["ema_model"] if saved.get("ema_weights_active") else None
+        held = held and {**held["named_parameters_dict"], **held["named_buffers_dict"]}
+    return None if held is None else _like(_tensors(held), model)
 
 
 def _lightning(content: Content) -> Averaged | None:
@@ -181,6 +193,10 @@ def _require(holds: object, kind: str, problem: str) -> None:
 
 def _pairs(algorithms: Any) -> Iterator[tuple[str, Content]]:
     yield from algorithms.items() if isinstance(algorithms, Mapping) else algorithms
+
+
+def _is_ema(saved: object) -> TypeGuard[Content]:
+    return isinstance(saved, Mapping) and "ema_started" in saved
 
 
 def _whose(saved: Content) -> str:
