@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import loops
@@ -28,7 +27,6 @@ if find_spec("mcli") is None:
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Composer's own
     from composer.algorithms.ema import ema as composers
-    from composer.core import Event
     from composer_script import Keeps, trainer
 
     from polyak.hosts.composer import EMA, EMAParameters, Hosted, Recorder, compute_ema
@@ -240,11 +238,20 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
 # Row 3
 
 
-@pytest.mark.parametrize("config", ["fsdp_config", "tp_config"])
-def test_sharded_models_are_refused_at_once(config):
-    state = SimpleNamespace(**{"fsdp_config": None, "tp_config": None, "algorithms": [], config: object()})
+@pytest.fixture
+def one_process():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_sharded_models_are_refused_at_once(tmp_path, monkeypatch, version):
+    monkeypatch.setenv("FSDP_VERSION", version)
     with pytest.raises(NotImplementedError, match="rank 0"):
-        EMA("4ba").apply(Event.INIT, state, None)
+        run(tmp_path, EMA("4ba"), parallelism_config={"fsdp": {}})
 
 
 # Row 4
