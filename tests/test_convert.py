@@ -294,6 +294,22 @@ def test_what_is_no_file_of_tensors_is_refused(tmp_path, capsys):
     assert "another file" in capsys.readouterr().err
 
 
+def test_what_is_written_is_a_safetensors_file_by_name_too_in_a_folder_that_exists(tmp_path, capsys):
+    torch.save(AveragedModel(loops.perceptron()).state_dict(), tmp_path / "a.pt")
+    for name in ("out.pt", "absent/out.safetensors"):
+        assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / name)]) == 2
+        assert f"must be a .safetensors file in a folder that exists (got {tmp_path / name})" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize(("option", "message"), [("--names", "leave out those"), ("--timm", "leave out --timm")])
+def test_an_option_that_does_not_go_with_the_file_is_refused(tmp_path, capsys, option, message):
+    torch.save(AveragedModel(loops.perceptron()).state_dict(), tmp_path / "a.pt")
+    given = [option, str(tmp_path / "a.pt")] if option == "--names" else [option]
+    assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / "out.safetensors"), *given]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_every_reader_passes_over_what_is_not_its_own():
     for content in ({}, {"weight": torch.ones(1)}, {0: {"exp_avg": torch.ones(1)}}, {"state": {0: {}}}, {"step": 1}):
         assert [reader(content) for reader in READERS] == [None] * len(READERS)

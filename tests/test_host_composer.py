@@ -2,6 +2,7 @@
 wrong, each row by its number."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -507,9 +508,15 @@ def test_the_script_of_the_page_runs(tmp_path, monkeypatch):
     if not page.exists():
         pytest.skip("the documentation is not here")
     monkeypatch.chdir(tmp_path)
-    script = page.read_text().partition("```python\n")[2].partition("```")[0]
+    script, going_on = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert script.count("\n") < 40
     names: dict[str, Any] = {"__name__": "__page__"}
     exec(compile(script, str(page), "exec"), names)
-    names["trainer"]._checkpoint_saver.tmp_dir_for_symlink.cleanup()
-    assert torch.load("averaged.pt", weights_only=False)["state"]["model"]
+    made = names["trainer"]
+    made._checkpoint_saver.tmp_dir_for_symlink.cleanup()
+    (ema,) = made.state.algorithms
+    averaged = torch.load("averaged.pt", weights_only=False)["state"]["model"]
+    assert loops.differences(loops.averaged(ema), dict(averaged)) == []
+    exec(compile(going_on, str(page), "exec"), names)
+    training = torch.load("training.pt", weights_only=False)["state"]["model"]
+    assert loops.differences(loops.bits(made.state.model), dict(training)) == []

@@ -135,7 +135,9 @@ def _timm(content: Content) -> Averaged | None:
 
 def _timm_state(content: Content) -> Averaged:
     if not _bare(content):
-        raise CheckpointError("the names in a state dict of timm's ModelEmaV3 must all begin with 'module.'")
+        raise CheckpointError(
+            "all names in a state dict of timm's ModelEmaV3 must begin with 'module.' (these do not); leave out --timm"
+        )
     return Averaged("timm ModelEmaV3", _under(_MODULE, content))
 
 
@@ -334,7 +336,7 @@ def read(path: Path, names: Path | None = None, *, timm: bool = False) -> Averag
             )
         return _named(found, names)
     if names is not None:
-        raise CheckpointError(f"names must not be given where the file has them (this is {found.format})")
+        raise CheckpointError(f"the file has names (this is {found.format}); leave out those that were given")
     if not found.tensors:
         raise CheckpointError(f"the file must hold an average; this is {found.format}, and it has no tensors")
     return found
