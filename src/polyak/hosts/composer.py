@@ -413,10 +413,8 @@ def _give_back(name: str, training: Mapping[str, Tensor] | None, model: nn.Modul
     if training is None:
         return
     tensors = named_tensors(model)
-    if unexpected := training.keys() - tensors.keys():
-        raise MismatchError(f"the model must have the training weights that {name} saved", unexpected=unexpected)
-    for key, tensor in training.items():
-        tensors[key].copy_(tensor)
+    for key in training.keys() & tensors.keys():  # Composer has seen to the others, strictly or as it was told
+        tensors[key].copy_(training[key])
     warnings.warn(
         f"the checkpoint was saved with the average of {name} in its model, and there is no {name} here: the model has "
         f"been given the training weights; add {name} to go on averaging, or load_weights_only=True for the average",
