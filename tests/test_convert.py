@@ -5,9 +5,12 @@ Those of Composer and timm are in tests/test_composer_files.py and tests/test_co
 
 import copy
 import json
+import math
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +81,24 @@ def test_ema_pytorch(tmp_path, include_online):
     assert_is(ema.ema_model.state_dict(), convert(tmp_path / "a.pt"))
 
 
+@pytest.mark.parametrize("steps", [4, 70_000])
+def test_a_checkpoint_of_ema_pytorchs_posthocema(tmp_path, capsys, steps):
+    # It saves all in float16 by default, the number of steps too, which is inf from 65,520 on.
+    model = net()
+    ema = ema_pytorch.PostHocEMA(
+        model, sigma_rels=(0.05, 0.28), update_every=1, checkpoint_folder=tmp_path, checkpoint_every_num_steps=4
+    )
+    for _ in range(3):
+        move(model)
+        ema.update()
+    for one in ema.ema_models:
+        one.step.fill_(steps - 1)
+    ema.update()
+    want = {name: tensor.half() for name, tensor in ema.ema_models[1].ema_model.state_dict().items()}
+    assert_is(want, convert(tmp_path / f"1.{steps}.pt"), model)
+    assert ("4 steps" in capsys.readouterr().out) is (steps == 4)
+
+
 def positional(library: str, model: nn.Module) -> Any:
     if library == "torch-ema":
         ema = torch_ema.ExponentialMovingAverage(model.parameters(), decay=0.9)
@@ -122,11 +143,22 @@ def test_names_that_do_not_fit_are_refused(tmp_path, library, capsys):
     assert "without names; give --names" in capsys.readouterr().err
     save_file({name: t.clone() for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
     torch.save(loops.perceptron().state_dict(), tmp_path / "other.pt")
-    (tmp_path / "names.json").write_text('["a", "b"]')
+    for name, text in {
+        "names.json": '["a", "b"]',
+        "twice.json": '["a", "b", "c", "d", "e", "a"]',
+        "dict.json": '{"a": 1}',
+        "cut.json": '["a"',
+    }.items():
+        (tmp_path / name).write_text(text)
     for name, message in {
         "model.safetensors": "order",
         "other.pt": "4 there, 6 here",
         "names.json": "6 names (it has 2)",
+        "twice.json": "each name once",
+        "dict.json": 'a JSON list of names (got {"a": 1})',
+        "cut.json": "a JSON list of names",
+        "absent.json": "a JSON list of names",
+        "absent.pt": "must exist",
     }.items():
         assert main(["convert", str(tmp_path / "ema.pt"), *output, "--names", str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
@@ -308,6 +340,59 @@ def test_an_option_that_does_not_go_with_the_file_is_refused(tmp_path, capsys, o
     given = [option, str(tmp_path / "a.pt")] if option == "--names" else [option]
     assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / "out.safetensors"), *given]) == 2
     assert message in capsys.readouterr().err
+
+
+ONE = {"weight": torch.ones(2)}
+CONTENTS = [
+    {"polyak_checkpoint": 1, "model_holds": "averaged weights", "model": ONE, "algorithms": {}},
+    {"polyak": {"state_dict_holds": "training weights", "algorithms": {"EMA": composer_state()}}, "state_dict": ONE},
+    {"state": {"model": ONE, "metadata": {}, "algorithms": [("EMA", composer_state(ema_weights_active=True))]}},
+    composer_state(),
+    {"averaging_state": {}, "current_model_state": ONE, "state_dict": ONE},
+    {"state_dict_ema": ONE, "state_dict": ONE},
+    {"n_averaged": torch.tensor(3), "module.weight": torch.ones(2)},
+    {"initted": torch.tensor(True), "step": torch.tensor(3), "ema_model.weight": torch.ones(2)},
+    {"shadow_params": [torch.ones(2)], "optimization_step": 3, "decay": 0.9},
+]
+ODD = [
+    None,
+    -1,
+    math.inf,
+    "x",
+    [],
+    [None],
+    {},
+    {"x": None},
+    {0: 0},
+    torch.ones(2),
+    torch.tensor(math.nan),
+    [("EMA", 1)],
+]
+
+
+def spoilt(content: Any) -> Iterator[Any]:
+    """Yield it with any one of its values, at any depth, removed or replaced by something odd."""
+    for key in content if isinstance(content, dict) else range(len(content)):
+        kept = [k for k in content if k != key] if isinstance(content, dict) else []
+        yield {k: content[k] for k in kept}
+        inner = list(spoilt(content[key])) if isinstance(content[key], (dict, list, tuple)) else []
+        for odd in [*ODD, *inner]:
+            if isinstance(content, dict):
+                yield content | {key: odd}
+            else:
+                yield [odd if i == key else value for i, value in enumerate(content)]
+
+
+@pytest.mark.parametrize("content", CONTENTS, ids=lambda content: next(iter(content)))
+def test_a_file_that_is_not_whole_is_read_or_refused_and_no_more(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    (tmp_path / "names.json").write_text('["weight"]')
+    names = tmp_path / "names.json" if "shadow_params" in content else None
+    assert read(tmp_path / "a.pt", names).tensors.keys() <= {"weight", "mean"}
+    for bad in spoilt(content):
+        torch.save(bad, tmp_path / "a.pt")
+        with suppress(CheckpointError):
+            assert all(isinstance(tensor, Tensor) for tensor in read(tmp_path / "a.pt", names).tensors.values()), bad
 
 
 def test_every_reader_passes_over_what_is_not_its_own():

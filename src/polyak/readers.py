@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -152,18 +153,21 @@ def _ema_pytorch(content: Content) -> Averaged | None:
     if not {"initted", "step"} <= content.keys() or not any(name.startswith("ema_model.") for name in content):
         return None
     _require(bool(content["initted"]), "ema-pytorch", "averaging had not begun when it was saved")
-    return Averaged("ema-pytorch", _under("ema_model.", content), (f"{int(content['step'])} steps",))
+    steps = float(content["step"])  # inf where PostHocEMA saved a large one in 16 bits
+    notes = (f"{steps:g} steps",) if isfinite(steps) else ()
+    return Averaged("ema-pytorch", _under("ema_model.", content), notes)
 
 
 def _positional(content: Content) -> Averaged | None:
     """Read what has no names: diffusers' ``EMAModel`` and torch-ema's ``ExponentialMovingAverage``."""
-    if not isinstance(content.get("shadow_params"), list):
+    parameters = content.get("shadow_params")
+    if not isinstance(parameters, list) or not all(isinstance(tensor, Tensor) for tensor in parameters):
         return None
     diffusers = "optimization_step" in content
     steps = content["optimization_step" if diffusers else "num_updates"]
     return Averaged(
         "diffusers EMAModel" if diffusers else "torch-ema",
-        {str(i): tensor for i, tensor in enumerate(content["shadow_params"])},
+        {str(i): tensor for i, tensor in enumerate(parameters)},
         (f"decay {content.get('decay')}, {steps} updates",),
         positional=True,
     )
@@ -326,7 +330,8 @@ def read(path: Path, names: Path | None = None, *, timm: bool = False) -> Averag
         found = _read_folder(path) if path.is_dir() else _read_file(path, timm=timm)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        # A file of a known format with something else where its numbers and tensors should be.
         raise CheckpointError(f"{path} must be whole (reading it gave {type(error).__name__}: {error})") from error
     if found.positional:
         if names is None:
@@ -389,7 +394,7 @@ def _read_folder(path: Path) -> Averaged:
 def _named(found: Averaged, names: Path) -> Averaged:
     given = list(found.tensors.values())
     if names.suffix == ".json":
-        listed = json.loads(names.read_text())
+        listed = _listed(names)
         if len(listed) != len(given):
             raise CheckpointError(f"{names} must have {len(given)} names (it has {len(listed)})")
         return replace(found, tensors=dict(zip(listed, given, strict=True)), positional=False)
@@ -415,6 +420,18 @@ def _named(found: Averaged, names: Path) -> Averaged:
     others = sum(first[_place(name, tensor)] not in average for name, tensor in model.items())
     note = (f"{others} others, not averaged, are from {names.name}",) if others else ()
     return replace(found, tensors=tensors, notes=(*found.notes, *note), positional=False)
+
+
+def _listed(names: Path) -> list[str]:
+    try:
+        listed = json.loads(names.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{names} must be a JSON list of names ({error})") from error
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise CheckpointError(f"{names} must be a JSON list of names (got {json.dumps(listed)[:60]})")
+    if len(set(listed)) < len(listed):
+        raise CheckpointError(f"{names} must have each name once")
+    return listed
 
 
 def _place(name: str, tensor: Tensor) -> object:
