@@ -42,6 +42,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error::polyak.errors.PlanWarning"),
     pytest.mark.filterwarnings("error::polyak.errors.QuarantineWarning"),
+    pytest.mark.filterwarnings("ignore:training has waited:polyak.errors.PlanWarning"),  # disks differ
 ]
 
 
