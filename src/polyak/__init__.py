@@ -14,7 +14,8 @@ from polyak.errors import (
     TimeError,
 )
 from polyak.events import Event, State
-from polyak.hosts.optimizer import Attached, attach
+from polyak.hosts.optimizer import attach
+from polyak.loop import Attached
 from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
 from polyak.record import RecordError

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.algorithm import Algorithm, MetricLogger
+from polyak.algorithm import Algorithm, MetricLogger, NoLogger
 from polyak.errors import CheckpointError, LoanError, MismatchError, PlanWarning, ProfileError, TimeError
 from polyak.events import Event, State
 from polyak.kernels import lerp_
@@ -89,7 +89,7 @@ class EMA(Algorithm):
     The average begins with the weights after the first update event at or past ``ema_start``. With a half-life its
     decay follows what elapsed between two updates, whatever the interval, the batch size or the steps skipped. The
     model holds the average from ``EVAL_START``, ``PREDICT_START`` and ``SAVE_START`` to the end event of each, and
-    the training weights at all other times.
+    the training weights at all other times. Where an evaluation begins, ``metrics`` go to the loop's logger.
 
     Args:
         half_life: After how long half of the average is new: ``"1000ba"``, ``"1.5ep"``, ``"1e6tok"``, in any unit of
@@ -169,6 +169,8 @@ class EMA(Algorithm):
         self._pending: Mapping[str, Any] | None = None
         self._origin = Timestamp()
         self._updated_at: Timestamp | None = None
+        self._decay: float | None = None
+        self._logged_at: Time | None = None
         self._lent_until: Event | None = None
         self._quarantine_warned = 0
 
@@ -219,6 +221,22 @@ class EMA(Algorithm):
         """How many tensors came in with inf or nan, which were kept out. Reading it waits for the device."""
         return self._shadow.num_quarantined if self._shadow else 0
 
+    def metrics(self) -> dict[str, float]:
+        """Return what is worth a curve, by the names under which it is logged; nothing before averaging has begun.
+
+        ``ema/decay`` is the share of the average that the last update kept, ``ema/distance`` how far the weights are
+        from the average (``Shadow.distance``). They are logged where an evaluation begins, once for each batch, and
+        not in updates: reading them waits for the device and takes a pass over the weights. To see them more often,
+        log what this returns.
+
+        Raises:
+            LoanError: If the model holds another average.
+        """
+        if self._shadow is None:
+            return {}
+        decay = {} if self._decay is None else {"ema/decay": self._decay}
+        return decay | {"ema/distance": self._shadow.distance()}
+
     def match(self, event: Event, state: State) -> bool:
         """Return whether to act: at set-up, where an update is due, where a loan begins or ends."""
         if event in (Event.INIT, Event.FIT_START, Event.FIT_END):
@@ -231,7 +249,6 @@ class EMA(Algorithm):
 
     def apply(self, event: Event, state: State, logger: MetricLogger) -> None:
         """Begin, update, lend or take back the average."""
-        del logger
         if event is Event.INIT:
             self._bind(state.model)
         elif event is Event.FIT_START:
@@ -240,6 +257,8 @@ class EMA(Algorithm):
         elif event is Event.FIT_END:
             self._on_fit_end(state)
         elif event in _LENDING:
+            if event is Event.EVAL_START:
+                self._log(state, logger)
             self._lend(event)
         elif self._lent_until is not None:
             self._give_back()
@@ -315,8 +334,15 @@ class EMA(Algorithm):
             moments = (self._origin, self._updated_at, state.timestamp)
             origin, last, this = (self._clock(moment, state) for moment in moments)
             before, now = max(0.0, last - origin), max(0.0, this - origin)
-        self._shadow.update_(1 - self.profile.decay(before, now))
+        self._decay = self.profile.decay(before, now)
+        self._shadow.update_(1 - self._decay)
         self._updated_at = state.timestamp
+
+    def _log(self, state: State, logger: MetricLogger) -> None:
+        now = state.timestamp.batch
+        if now != self._logged_at and not isinstance(logger, NoLogger):
+            self._logged_at = now
+            logger.log_metrics(self.metrics(), step=int(now.value))
 
     # Lending
 
@@ -467,6 +493,7 @@ class EMA(Algorithm):
                 "num_quarantined": shadow["num_quarantined"],
                 "origin": self._origin.state_dict(),
                 "updated_at": self._updated_at.state_dict() if self._updated_at else None,
+                "decay": self._decay,
             }
             if "training" in shadow:
                 state["training_model"] = shadow["training"]
@@ -513,6 +540,7 @@ class EMA(Algorithm):
         self._shadow = shadow
         self._origin = Timestamp.from_state_dict(state["origin"])
         self._updated_at = Timestamp.from_state_dict(state["updated_at"]) if state["updated_at"] else None
+        self._decay = state["decay"]
         self._quarantine_warned = shadow.num_quarantined
 
 
@@ -580,4 +608,5 @@ def _from_composer(state: Mapping[str, Any], model: nn.Module, policy: PolicyRul
         "num_quarantined": 0,
         "origin": Timestamp().state_dict(),
         "updated_at": None,
+        "decay": None,
     }

@@ -1,6 +1,7 @@
 """The averaged tensors of a model: how they move, how they are lent to the model, what is saved of them."""
 
 import copy
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -249,6 +250,30 @@ class Shadow:
                 stacklevel=2,
             )
         return count
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """Return the norm of weights minus average over that of the average, both over all averaged parameters.
+
+        Relative, so that it says the same of any model. It takes a pass over both, and waits for the device.
+
+        Raises:
+            LoanError: If the model holds another average.
+        """
+        if (loan := loan_of(self._model)) and loan is not self._loan:
+            raise LoanError(f"the model must hold its own weights for their distance: {loan.holder} has lent its own")
+        averages, online = self.averaged_tensors(), self._loan.kept if self._loan else self._online()
+        norms = [torch.zeros(2)]
+        for name in (slot.name for slot, _ in self._averaged if slot.is_parameter):
+            # In pieces, so that the differences take little memory.
+            pieces = (tensor.reshape(-1).split(1 << 22) for tensor in (averages[name], online[name]))
+            for average, weights in zip(*pieces, strict=True):
+                wide = average.to(torch.promote_types(average.dtype, torch.float32))
+                norms.append(torch.stack([(weights.to(wide) - wide).norm(), wide.norm()]).float())
+        apart, length = torch.stack([pair.to(norms[-1].device) for pair in norms]).norm(dim=0).tolist()
+        if length == 0:
+            return 0.0 if apart == 0 else math.inf
+        return apart / length
 
     @property
     def holder(self) -> str | None:
