@@ -258,6 +258,15 @@ def test_attached_averages_state(tmp_path):
     assert convert(tmp_path / "a.pt").keys() == {"2.weight", "2.bias"}
 
 
+@pytest.mark.parametrize("key", [None, "averaging"], ids=["alone", "in a checkpoint"])
+def test_a_hosts_state(tmp_path, key):
+    ema = polyak.EMA("4ba")
+    loops.train(tmp_path, ema=ema).fit()
+    state = {"algorithms": [("Recorder", {"count": 3}), ("EMA", ema.state_dict())], "timestamp": {"batch": 18}}
+    torch.save({key: state} if key else state, tmp_path / "a.pt")
+    assert_is(loops.averaged(ema), convert(tmp_path / "a.pt"))
+
+
 class Touch:
     """Runs code where it is unpickled."""
 
@@ -348,6 +357,7 @@ CONTENTS = [
     {"polyak": {"state_dict_holds": "training weights", "algorithms": {"EMA": composer_state()}}, "state_dict": ONE},
     {"state": {"model": ONE, "metadata": {}, "algorithms": [("EMA", composer_state(ema_weights_active=True))]}},
     composer_state(),
+    {"algorithms": [("EMA", composer_state())], "timestamp": {}},
     {"averaging_state": {}, "current_model_state": ONE, "state_dict": ONE},
     {"state_dict_ema": ONE, "state_dict": ONE},
     {"n_averaged": torch.tensor(3), "module.weight": torch.ones(2)},

@@ -122,6 +122,13 @@ def training_weights(saved: object, model: Content) -> dict[str, Tensor] | None:
     return None if held is None else _like(_tensors(held), model)
 
 
+def _polyak_loop(content: Content) -> Averaged | None:
+    """Read what `attach` and the hosts keep beside the model: the states of algorithms, and a clock."""
+    if not {"algorithms", "timestamp"} <= content.keys():
+        return None
+    return next((found for _, saved in _pairs(content["algorithms"]) if (found := _ema_state(saved))), None)
+
+
 def _lightning(content: Content) -> Averaged | None:
     if not {"averaging_state", "current_model_state", "state_dict"} <= content.keys():
         return None
@@ -178,6 +185,7 @@ READERS: Sequence[Callable[[Content], Averaged | None]] = (
     _polyak_lightning,
     _composer,
     _ema_state,
+    _polyak_loop,
     _lightning,
     _timm,
     _averaged_model,
