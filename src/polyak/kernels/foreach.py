@@ -64,6 +64,7 @@ class Lerp:
     ) -> None:
         self._triples = list(zip(averages, online, places, strict=True))
         self._left_out = left_out
+        self._scratch = _Scratch()
         alike = [a.dtype == x.dtype and a.dtype not in SIXTEEN_BITS for a, x in zip(averages, online, strict=True)]
         self._alike = list(compress(averages, alike)), list(compress(online, alike))
         self._others = [triple for triple, same in zip(self._triples, alike, strict=True) if not same]
@@ -85,10 +86,11 @@ class Lerp:
                 # two rounded factors do not sum to 1 (2e-3 against 1e-5 after 100,000 updates).
                 torch._foreach_lerp_(*self._alike, weight)
             for average, tensor, place in self._others if weight < _NEARLY_ALL else self._triples:
-                _lerp(average, tensor, weight, place, num_updates)
+                _lerp(average, tensor, weight, _Chances(place, average, num_updates), self._scratch)
             return
         for average, tensor, place in self._triples:
-            finite = _lerp_finite(average, tensor, weight, place, num_updates)
+            chances = _Chances(place, average, num_updates)
+            finite = _lerp_finite(average, tensor, weight, chances, self._scratch)
             self._left_out.add_(finite.logical_not().to(self._left_out.device))
 
 
@@ -116,31 +118,63 @@ def lerp_(
     return left_out
 
 
-def _lerp(average: Tensor, tensor: Tensor, weight: float, place: Place, num_updates: int) -> None:
+class _Scratch:
+    """Memory for one piece at a time in another dtype than its own, kept from update to update."""
+
+    def __init__(self) -> None:
+        self._held = dict[tuple[str, torch.dtype, torch.device], Tensor]()
+
+    def like(self, piece: Tensor, dtype: torch.dtype, purpose: str) -> Tensor:
+        """Return a tensor of the shape of ``piece``, with whatever is in it.
+
+        Args:
+            piece: A piece.
+            dtype: Of the result.
+            purpose: Two results at a time have two purposes.
+        """
+        if piece.numel() > SCRATCH_ELEMENTS:  # it came whole, since it is not dense
+            return torch.empty_like(piece, dtype=dtype)
+        key = purpose, dtype, piece.device
+        if key not in self._held:
+            self._held[key] = torch.empty(SCRATCH_ELEMENTS, dtype=dtype, device=piece.device)
+        return self._held[key][: piece.numel()].view(piece.shape)
+
+
+def _lerp(average: Tensor, tensor: Tensor, weight: float, chances: "_Chances", scratch: _Scratch) -> None:
     """Move one average piece by piece."""
-    chances = _Chances(place, average, num_updates)
     for a, x in _flat_pieces((average, tensor), in_order=chances.in_order):
-        _lerp_piece(a, x, weight, chances)
+        _lerp_piece(a, _as_wide(x, a, scratch), weight, chances, scratch)
 
 
-def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, place: Place, num_updates: int) -> Tensor:
+def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, chances: "_Chances", scratch: _Scratch) -> Tensor:
     """Move one average piece by piece where ``tensor`` is finite, and return whether all of it is."""
-    chances, flags = _Chances(place, average, num_updates), list[Tensor]()
+    flags = list[Tensor]()
     for a, x in _flat_pieces((average, tensor), in_order=chances.in_order):
         finite = x.isfinite()
         flags.append(finite.all())
         # Where it is not, the average moves towards itself.
-        _lerp_piece(a, torch.where(finite, x, a), weight, chances)
+        target = scratch.like(a, _wide(a.dtype), "target").copy_(x)
+        _lerp_piece(a, torch.where(finite, target, a, out=target), weight, chances, scratch)
     return torch.stack(flags).all()
 
 
-def _lerp_piece(average: Tensor, tensor: Tensor, weight: float, chances: "_Chances") -> None:
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return in which dtype an average of ``dtype`` is moved."""
+    return torch.float32 if dtype in SIXTEEN_BITS else dtype
+
+
+def _as_wide(tensor: Tensor, average: Tensor, scratch: _Scratch) -> Tensor:
+    wide = _wide(average.dtype)
+    return tensor if tensor.dtype == wide else scratch.like(average, wide, "target").copy_(tensor)
+
+
+def _lerp_piece(average: Tensor, target: Tensor, weight: float, chances: "_Chances", scratch: _Scratch) -> None:
     if average.dtype in SIXTEEN_BITS:
-        moved = average.float()
-        _lerp_wide(moved, tensor.float(), weight)
+        moved = scratch.like(average, torch.float32, "moved").copy_(average)
+        _lerp_wide(moved, target, weight)
         average.copy_(_round(moved, average.dtype, chances.of(average)))
     else:
-        _lerp_wide(average, tensor.to(average.dtype), weight)
+        _lerp_wide(average, target, weight)
 
 
 def _lerp_wide(average: Tensor, tensor: Tensor, weight: float) -> None:
