@@ -58,8 +58,16 @@ class LoanError(PolyakError, RuntimeError):
     """An update, an optimizer step or a second loan while the average is in the model, or the reverse."""
 
 
+class OffloadError(PolyakError, RuntimeError):
+    """An update in the background that failed, and an average that nothing is known of since."""
+
+
 class CheckpointError(PolyakError, ValueError):
     """A checkpoint, or a state in it, that is not what it should be."""
+
+
+class ShardingError(PolyakError, RuntimeError):
+    """Ranks that disagree, or what cannot be done where each has but a part of the model."""
 
 
 class PlanWarning(UserWarning):

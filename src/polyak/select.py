@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from polyak.errors import MismatchError
 from polyak.kernels import unmoved
+from polyak.sharding import is_spread, local
 
 # The wrappers that keep the wrapped module under a name that no one else uses, and those that need a look at the type.
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -154,7 +155,9 @@ class Inventory:
         self._modules = list(model.modules())
         self._children, self._tensors = self._contents()
         found = [tensor for tensor in self._tensors if tensor is not None]
-        self._unmoved = unmoved(found)
+        self._spread = [tensor for tensor in found if is_spread(tensor)]
+        self._parts = list(map(local, self._spread))
+        self._unmoved = unmoved([*(tensor for tensor in found if not is_spread(tensor)), *self._parts])
         self._frozen = [t for t in found if isinstance(t, nn.Parameter) and not t.requires_grad]
 
     def holds(self) -> bool:
@@ -165,6 +168,7 @@ class Inventory:
             and len(tensors) == len(self._tensors)
             and all(map(is_, children, self._children))
             and all(map(is_, tensors, self._tensors))
+            and all(map(is_, map(local, self._spread), self._parts))
             and self._unmoved()
             and not any(map(_TRAINABLE, self._frozen))
         )

@@ -1,11 +1,12 @@
 """The averaged tensors of a model: how they move, how they are lent to the model, what is saved of them."""
 
 import copy
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,9 +14,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from polyak.errors import LoanError, QuarantineWarning
+from polyak import sharding
+from polyak.errors import LoanError, QuarantineWarning, ShardingError
 from polyak.kernels import Exchange, Lerp, Place
+from polyak.offload import Offload, Offloader, hold_writes
 from polyak.select import Inventory, Policy, PolicyRule, Slot, check_match, default_policy, slots, unwrap
+from polyak.sharding import Ranks, is_spread, local, rows
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Loan:
@@ -36,26 +43,36 @@ class Loan:
 
     def __init__(self, model: nn.Module, slots: Sequence[Slot], averages: Sequence[Tensor], holder: str) -> None:
         self.holder = holder
-        self._model, self._slots, self._averages = model, slots, averages
-        self._tensors = [slot.tensor.detach() for slot in slots]
+        self._model, self._slots = model, slots
+        # What is here of each: all that follows is done to shards beside shards, and to rows beside rows.
+        self._tensors = [rows(slot.tensor, average).detach() for slot, average in zip(slots, averages, strict=True)]
+        parts = [local(average) for average in averages]
         # Values of one dtype change places. Others need room, and what can run out of memory comes before any change.
-        alike = [a.dtype == t.dtype and a.device == t.device for a, t in zip(averages, self._tensors, strict=True)]
-        pairs = list(zip(self._tensors, averages, alike, strict=True))
+        alike = [a.dtype == t.dtype and a.device == t.device for a, t in zip(parts, self._tensors, strict=True)]
+        pairs = list(zip(self._tensors, parts, alike, strict=True))
         self._exchange = Exchange([t for t, _, same in pairs if same], [a for _, a, same in pairs if same])
-        kept = [a if same else t.clone() for t, a, same in pairs]
-        self.kept = {slot.name: tensor for slot, tensor in zip(slots, kept, strict=True)}
+        # An average that is on another device is there for want of room on this one.
+        kept = [a if same else t.clone() if t.device == a.device else t.to(a.device) for t, a, same in pairs]
+        named = zip(slots, averages, kept, strict=True)
+        self.kept = {slot.name: sharding.beside(average, tensor) for slot, average, tensor in named}
         self._converted = [(t, k, a) for (t, a, same), k in zip(pairs, kept, strict=True) if not same]
         self._parameters = {id(slot.tensor) for slot in slots if slot.is_parameter}
+        self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
+        # Where the average is divided over ranks and the model is not.
+        self._divided = [slot for slot, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(slot.tensor)]
+        self._mesh = next((a.device_mesh for a in averages if is_spread(a)), None)
         self._guard: RemovableHandle | None = None
 
     @torch.no_grad()
     def start(self) -> None:
         """Put the average in the model. After an error or an interrupt, ``end`` puts right what was begun."""
+        hold_writes()
         _LOANS[self._model] = self
         self._guard = register_optimizer_step_pre_hook(self._refuse_step)
         self._exchange.forward()
         for tensor, _, average in self._converted:
             tensor.copy_(average)
+        self._gather()
 
     @torch.no_grad()
     def end(self) -> None:
@@ -63,13 +80,28 @@ class Loan:
         self._exchange.back()
         for tensor, kept, _ in self._converted:
             tensor.copy_(kept)
-        for slot, tensor in zip(self._slots, self._tensors, strict=True):
+        self._reshard()
+        for slot, tensor, kept in zip(self._slots, self._tensors, self.kept.values(), strict=True):
             # The model may have been moved, or have replaced a tensor, while it held the average.
-            if slot.tensor.data_ptr() != tensor.data_ptr():
-                slot.tensor.copy_(tensor)
+            here = rows(slot.tensor, kept)
+            if here.data_ptr() != tensor.data_ptr():
+                here.copy_(tensor)
+        self._gather()
         if self._guard:
             self._guard.remove()
         _LOANS.pop(self._model, None)
+
+    def _gather(self) -> None:
+        """Let every rank have all rows where the average is divided and the model is not."""
+        if self._divided and self._mesh is not None:
+            sharding.gather([slot.tensor for slot in self._divided], self._mesh)
+
+    def _reshard(self) -> None:
+        """Let no module hold whole tensors that were gathered from averaged shards."""
+        if self._sharded:
+            sharding.reshard(self._model)
+            if not all(is_spread(slot.tensor) for slot in self._sharded):
+                sharding.reshard_after_an_error(self._model)
 
     def _refuse_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         del args, kwargs
@@ -101,9 +133,13 @@ class Shadow:
             16-bit averages are rounded stochastically, since plain ones do not move at long half-lives.
         policy: What is done with which tensor.
         device: Where the averages are; None for where the model is.
+        mesh: Ranks over which the averages are divided, of a model that each of them has whole. A loan gathers them.
+        offload: Instead of a device, that averages are on the CPU and move there in the background, and how. All
+            methods but ``update_`` wait until they have.
 
     Raises:
-        ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more.
+        ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more, if both ``device`` and ``offload``
+            are given, or if ``mesh`` has several dimensions or the model is sharded already.
 
     Attributes:
         averages: The averaged and the copied tensors by canonical name. While lent to a model of the same dtype, they
@@ -129,16 +165,30 @@ class Shadow:
         dtype: torch.dtype | None = None,
         policy: PolicyRule = default_policy,
         device: torch.device | str | None = None,
+        mesh: "DeviceMesh | None" = None,
+        offload: Offload | None = None,
     ) -> None:
         if dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float64, float32, bfloat16 or float16 (got {dtype!r})")
         self._model = unwrap(model)
         self._dtype = dtype
         self._policy = policy
-        self._device = None if device is None else torch.device(device)
-        self.averages: dict[str, Tensor] = {}
+        if offload is not None and device is not None:
+            raise ValueError(f"device must be None for an offloaded average, which is on the CPU (got {device!r})")
+        self._offload = offload
+        self._device = torch.device("cpu") if offload else None if device is None else torch.device(device)
+        self._mesh = mesh
+        if mesh is not None and (mesh.ndim > 1 or any(is_spread(tensor) for tensor in self._model.parameters())):
+            raise ValueError(
+                "mesh must have one dimension, and the model must be whole on each of its ranks; the average of a "
+                f"sharded model is sharded as it is, without mesh (got {mesh})"
+            )
+        self._offloader: Offloader | None = None
+        self._averages: dict[str, Tensor] = {}
         self.num_updates = 0
         self._quarantined = torch.zeros((), dtype=torch.int64)
+        self._quarantined_before = 0
+        self._quarantined_by_rank: list[int] = []
         self._slots: list[Slot] = []
         self._averaged: list[tuple[Slot, Tensor]] = []
         self._copied: list[tuple[Slot, Tensor]] = []
@@ -148,16 +198,21 @@ class Shadow:
         self._module: nn.Module | None = None
         self._follow_model()
 
-    def _new_average(self, tensor: Tensor) -> Tensor:
+    def _new_average(self, slot: Slot) -> Tensor:
+        tensor = slot.tensor
         dtype = tensor.dtype
         if dtype.is_floating_point:
             dtype = self._dtype or torch.promote_types(dtype, torch.float32)
-        return torch.empty_like(tensor, dtype=dtype, device=self._device, requires_grad=False).copy_(tensor)
+        if self._mesh is not None and slot.is_parameter and tensor.dim():
+            return sharding.divided(tensor, dtype, self._mesh, self._device)
+        part = local(tensor)
+        copy = torch.empty_like(part, dtype=dtype, device=self._device, requires_grad=False).copy_(part)
+        return sharding.beside(tensor, copy)
 
     def _policy_of(self, slot: Slot) -> Policy:
         policy = self._policy(slot)
         # A buffer with -inf in it is a mask, not a running statistic.
-        mask = policy is Policy.AVERAGE and not slot.is_parameter and not bool(slot.tensor.isfinite().all())
+        mask = policy is Policy.AVERAGE and not slot.is_parameter and not bool(local(slot.tensor).isfinite().all())
         return Policy.COPY if mask else policy
 
     @torch.no_grad()
@@ -165,32 +220,58 @@ class Shadow:
         """List the tensors again if the model's have changed: new ones join, beginning with their current values."""
         if self._inventory is not None and self._inventory.holds():
             return
-        self._inventory = self._lerp = None
+        sharding.reshard(self._model)
+        if self._inventory is not None and self._inventory.holds():
+            return
+        self._wait()
+        self._inventory = self._lerp = self._offloader = None
         policies = [(slot, self._policy_of(slot)) for slot in slots(self._model)]
         # What is frozen on the way goes on being averaged: its average has not arrived yet.
         held = [(s, p) for s, p in policies if p is not Policy.LEAVE or s.name in self.averages]
         for slot, _ in held:
             average = self.averages.get(slot.name)
             if average is None:
-                self.averages[slot.name] = self._new_average(slot.tensor)
-            elif average.device != (self._device or slot.tensor.device):
-                self.averages[slot.name] = average.to(self._device or slot.tensor.device)
+                self.averages[slot.name] = self._new_average(slot)
+            elif local(average).device != (device := self._device or local(slot.tensor).device):
+                self.averages[slot.name] = sharding.beside(average, local(average).to(device))
         self._slots, self._module = [slot for slot, _ in held], None
         check_match("the model must keep the averaged tensors", self.averages, self._online())
         self._copied = [(s, self.averages[s.name]) for s, p in held if p is Policy.COPY]
         self._averaged = [(s, self.averages[s.name]) for s, p in held if p is not Policy.COPY]
-        if self._averaged:
-            self._quarantined = self._quarantined.to(self._averaged[0][1].device)
+        # Where some are on a GPU, the count is there: elsewhere it would have to be waited for.
+        devices = [local(average).device for _, average in self._averaged]
+        if devices:
+            self._quarantined = self._quarantined.to(next((d for d in devices if d.type != "cpu"), devices[0]))
         self._inventory = Inventory(self._model)
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged and the copied tensors by canonical name."""
+        self._wait()
+        return self._averages
+
+    def _wait(self) -> None:
+        """Wait for the update in the background, which whoever reads an average has to."""
+        if self._offloader is not None:
+            self._offloader.wait()
 
     def _find_lerp(self) -> Callable[[float, int], None]:
         if self._lerp is not None:
             return self._lerp
-        averages = [average for _, average in self._averaged]
+        averages = [local(average) for _, average in self._averaged]
         # The model's own tensors, not aliases of them: an alias would keep memory that the model gives up.
-        tensors = [slot.tensor for slot, _ in self._averaged]
+        tensors = [rows(slot.tensor, average) for slot, average in self._averaged]
+        places = [_place(slot.name, average) for slot, average in self._averaged]
+        if self._offload is not None:
+            self._lerp = self._offloader = Offloader(
+                self._offload,
+                lambda staged: Lerp(averages, staged, places, self._quarantined),
+                tensors,
+                [slot.is_parameter for slot, _ in self._averaged],
+                [(local(copied), local(slot.tensor)) for slot, copied in self._copied],
+            )
+            return self._lerp
         online = [tensor.to(average.device) for tensor, average in zip(tensors, averages, strict=True)]
-        places = [Place(zlib.crc32(slot.name.encode())) for slot, _ in self._averaged]
         lerp = Lerp(averages, online, places, self._quarantined)
         # Where the average is on another device, `online` are copies: of this update only.
         if all(tensor is own for tensor, own in zip(online, tensors, strict=True)):
@@ -217,6 +298,7 @@ class Shadow:
         Raises:
             LoanError: If the model holds an average, this or another.
             MismatchError: If an averaged tensor is gone from the model or has changed its shape.
+            OffloadError: If the update before failed in the background.
         """
         if loan := loan_of(self._model):
             raise LoanError(
@@ -224,15 +306,21 @@ class Shadow:
                 "let it be given back first"
             )
         self._follow_model()
+        self._find_lerp()(weight, self.num_updates + 1)
         self.num_updates += 1
-        self._find_lerp()(weight, self.num_updates)
-        for slot, copied in self._copied:
-            copied.copy_(slot.tensor)
+        if self._offloader is None:
+            for slot, copied in self._copied:
+                local(copied).copy_(local(slot.tensor))
 
     @property
     def num_quarantined(self) -> int:
-        """How many tensors came in with values that are not finite so far. Reading it waits for the device."""
-        return int(self._quarantined)
+        """How many tensors came in with values that are not finite so far. Reading it waits for the device.
+
+        What other ranks saw in their shards is in it as of the last ``agree``.
+        """
+        self._wait()
+        own = int(self._quarantined)
+        return self._quarantined_before + (sum(self._quarantined_by_rank) if self._quarantined_by_rank else own)
 
     def warn_of_quarantine(self, since: int = 0) -> int:
         """Warn if more than ``since`` tensors came in with values that are not finite, and return how many did.
@@ -242,13 +330,73 @@ class Shadow:
         """
         count = self.num_quarantined
         if count > since:
+            where = f" (by rank: {self._quarantined_by_rank})" if self._quarantined_by_rank else ""
             warnings.warn(
-                f"weights must be finite to be averaged: {count - since} tensors with inf or nan came in, and those "
-                "values were kept out of the average; look at the loss and the learning rate",
+                f"weights must be finite to be averaged: {count - since} tensors with inf or nan came in{where}, and "
+                "those values were kept out of the average; look at the loss and the learning rate",
                 QuarantineWarning,
                 stacklevel=2,
             )
         return count
+
+    @torch.no_grad()
+    def distance(self, ranks: Ranks | None = None) -> float:
+        """Return the norm of weights minus average over that of the average, both over all averaged parameters.
+
+        Relative, so that it says the same of any model. It takes a pass over both, and waits for the device.
+
+        Args:
+            ranks: That train the model together, if there are several. All must call this.
+
+        Raises:
+            LoanError: If the model holds another average.
+        """
+        if (loan := loan_of(self._model)) and loan is not self._loan:
+            raise LoanError(f"the model must hold its own weights for their distance: {loan.holder} has lent its own")
+        sharding.reshard(self._model)
+        averages, online = self.averaged_tensors(), self._loan.kept if self._loan else self._online()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for name in (slot.name for slot, _ in self._averaged if slot.is_parameter):
+            parts = local(averages[name]), rows(online[name], averages[name])
+            share = 1.0 if ranks is None else ranks.share(averages[name])
+            # In pieces, so that the differences take little memory.
+            for average, weights in zip(*(part.reshape(-1).split(1 << 22) for part in parts), strict=True):
+                wide = average.to(torch.promote_types(average.dtype, torch.float32))
+                norms = torch.stack([(weights.to(wide) - wide).norm(), wide.norm()])
+                sums = sums.to(norms.device) + share * norms.double().square()
+        apart, length = (ranks.total(sums) if ranks else sums).sqrt().tolist()
+        if length == 0:
+            return 0.0 if apart == 0 else math.inf
+        return apart / length
+
+    @torch.no_grad()
+    def agree(self, ranks: Ranks, facts: Mapping[str, Any]) -> None:
+        """Check that all ranks average the same, and give all of them the first one's averages of buffers.
+
+        Buffers, such as the statistics of BatchNorm, follow what each rank has seen. Where every rank has the whole
+        model their averages of parameters must be equal bit for bit. All ranks must call this.
+
+        Args:
+            ranks: That train the model together.
+            facts: What else they must agree on.
+
+        Raises:
+            ShardingError: If they do not; it says which rank and what.
+        """
+        self._follow_model()
+        said = {
+            **facts,
+            "number of updates": self.num_updates,
+            "tensors": {name: f"{tuple(a.shape)} of {a.dtype}" for name, a in self.averages.items()},
+        }
+        if ranks.replicas:
+            own = [(slot.name, average) for slot, average in self._averaged if slot.is_parameter]
+            said["tensors with inf or nan"] = self.num_quarantined
+            said["sum of the bits of"] = _checksums({name: average for name, average in own if not is_spread(average)})
+        else:
+            self._quarantined_by_rank = ranks.sums(int(self._quarantined))
+        ranks.agree("the average", said)
+        ranks.broadcast(self.averages[s.name] for s in self._slots if not s.is_parameter and not is_spread(s.tensor))
 
     @property
     def holder(self) -> str | None:
@@ -319,8 +467,12 @@ class Shadow:
         """Return the average by name, wherever it is now."""
         if not self._loan:
             return dict(self.averages)
+        sharding.reshard(self._model)
         kept, online = self._loan.kept, self._online()
-        return {name: online[name] if kept[name] is own else own for name, own in self.averages.items()}
+        return {
+            name: sharding.beside(own, rows(online[name], own)) if local(kept[name]) is local(own) else own
+            for name, own in self.averages.items()
+        }
 
     def averaged_model(self) -> nn.Module:
         """Return a module whose tensors are the averages: no copy, in eval mode, without gradients.
@@ -330,6 +482,7 @@ class Shadow:
         if self._loan:
             return self._model
         self._follow_model()
+        self._wait()
         if self._module is None:
             self._module = self._module_over(self.averages)
         return self._module
@@ -347,6 +500,10 @@ class Shadow:
                 memo[id(slot.tensor)] = nn.Parameter(tensor, requires_grad=False) if slot.is_parameter else tensor
             elif slot.is_parameter:
                 memo[id(slot.tensor)] = slot.tensor
+        if self._mesh is not None or sharding.is_fsdp(self._model):
+            raise ShardingError(
+                "a module of its own needs whole tensors, and the average is in shards; lend it to the model"
+            )
         return copy.deepcopy(self._model, memo).eval()
 
     @torch.no_grad()
@@ -360,6 +517,8 @@ class Shadow:
         Raises:
             MismatchError: If names or shapes differ.
         """
+        sharding.reshard(self._model)
+        sharding.reshard(model)
         source = {slot.name: slot.tensor.detach() for slot in slots(self._model)}
         if not training:
             source |= self.averaged_tensors()
@@ -368,7 +527,7 @@ class Shadow:
         target = {slot.name: slot.tensor for slot in slots(model)}
         check_match("the model to fill must be like the one in training", source, target)
         for name, tensor in target.items():
-            tensor.copy_(source[name])
+            sharding.copy_(tensor.detach(), source[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages by name and the counters; while the average is lent, the training weights too."""
@@ -396,18 +555,40 @@ class Shadow:
         """
         if loan := loan_of(self._model):
             raise LoanError(f"a state cannot be loaded while {loan.holder} has lent its average to the model")
+        sharding.reshard(self._model)
+        if self._offloader is not None:
+            self._offloader.settle()  # what comes replaces a broken average as well
         averages: Mapping[str, Tensor] = state["averages"]
-        known = {slot.name: slot.tensor for slot in slots(self._model)}
         # A tensor that is frozen here and was not there is averaged on.
-        held = {name: known[name] for name in known if name in averages or name in self.averages}
-        check_match("a saved average must fit the model", held, averages)
-        training: Mapping[str, Tensor] = state.get("training") or held
-        check_match("saved training weights must fit the model", held, training)
-        for name, tensor in held.items():
-            self.averages.setdefault(name, self._new_average(tensor)).copy_(averages[name])
-            if training is not held:
-                tensor.detach().copy_(training[name])
+        held = {s.name: s for s in slots(self._model) if s.name in averages or s.name in self._averages}
+        online = {name: slot.tensor.detach() for name, slot in held.items()}
+        check_match("a saved average must fit the model", online, averages)
+        training: Mapping[str, Tensor] | None = state.get("training")
+        if training:
+            check_match("saved training weights must fit the model", online, training)
+        hold_writes()
+        for name, tensor in online.items():
+            sharding.copy_(self._averages.setdefault(name, self._new_average(held[name])), averages[name])
+            if training:
+                sharding.copy_(tensor, training[name])
         self.num_updates = int(state["num_updates"])
-        self._quarantined = torch.tensor(int(state["num_quarantined"]))
-        self._inventory = None
+        self._quarantined_before = int(state["num_quarantined"])
+        self._quarantined_by_rank.clear()
+        self._quarantined = torch.zeros((), dtype=torch.int64)
+        self._inventory = self._offloader = None
         self._follow_model()
+
+
+def _place(name: str, average: Tensor) -> Place:
+    seed, offset = zlib.crc32(name.encode()), sharding.offset(average)
+    return Place(seed) if offset is None else Place(seed, tuple(average.shape), offset)
+
+
+_AS_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return for each tensor the sum of its bits taken as integers: equal on each device, in whatever order."""
+    reals = {n: torch.view_as_real(t) if t.is_complex() else t for n, t in tensors.items()}
+    sums = [tensor.view(_AS_INT[tensor.element_size()]).sum(dtype=torch.int64) for tensor in reals.values()]
+    return dict(zip(reals, torch.stack(sums).tolist() if sums else [], strict=True))

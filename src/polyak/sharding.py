@@ -1,0 +1,352 @@
+"""Models that are spread over processes: the part of a tensor that is here, and what the ranks must agree on.
+
+The core works on local tensors and communicates nothing. What is here is for the moments between: a loan, a state.
+torch's own classes are asked for only where somebody has imported them, which costs half of what importing torch does.
+"""
+
+import math
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from polyak.errors import ShardingError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
+
+# Bytes that one broadcast takes together: what it needs beside the tensors.
+_BUCKET_BYTES = 32 * 2**20
+
+
+def is_initialized() -> bool:
+    """Return whether this process is one of several, or may be."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_spread(tensor: Tensor) -> "TypeIs[DTensor]":
+    """Return whether a tensor is a ``DTensor``, of which each rank holds a part.
+
+    Args:
+        tensor: Any.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what of a tensor is in this process, without a copy: a shard, or the tensor itself.
+
+    Args:
+        tensor: Any.
+    """
+    return tensor._local_tensor if is_spread(tensor) else tensor  # noqa: SLF001  to_local() makes a node of autograd
+
+
+def beside(tensor: Tensor, part: Tensor) -> Tensor:
+    """Return ``part`` as the local part of a tensor that lies over the ranks as ``tensor`` does.
+
+    Args:
+        tensor: Spread over ranks or not.
+        part: Of the shape of its local part, in any dtype and on any device.
+    """
+    return _spread(part, tensor.device_mesh, tensor.placements, tensor) if is_spread(tensor) else part
+
+
+def _spread(part: Tensor, mesh: "DeviceMesh", placements: Any, whole: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415  see above
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta  # noqa: PLC0415
+
+    # Not `from_local`, which would move a part that is kept on the CPU to the mesh's device.
+    meta = TensorMeta(whole.shape, whole.stride(), part.dtype)
+    return DTensor(part, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
+
+
+def offset(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return where the local part of a tensor begins in the whole; None if it is the whole, or empty.
+
+    Args:
+        tensor: Spread over ranks or not.
+
+    Raises:
+        ShardingError: If the part is no box: some ways of dividing a dimension twice leave gaps.
+    """
+    if not is_spread(tensor) or not local(tensor).numel():
+        return None
+    chunks = tensor.__create_chunk_list__()
+    if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(local(tensor).shape):
+        raise ShardingError(f"a rank's part of a tensor must have no gaps (got {tensor.placements} of {tensor.shape})")
+    return tuple(chunks[0].offsets)
+
+
+@torch.no_grad()
+def copy_(target: Tensor, source: Tensor) -> None:
+    """Copy between tensors of one shape, of which either may be spread over ranks.
+
+    Args:
+        target: To be overwritten.
+        source: If it is spread otherwise than ``target``, all ranks must take part.
+    """
+    if not is_spread(target):
+        target.copy_(source.full_tensor() if is_spread(source) else source)
+    elif not is_spread(source):
+        part, at = local(target), offset(target)
+        box = () if at is None else tuple(slice(a, a + n) for a, n in zip(at, part.shape, strict=True))
+        if part.numel():
+            part.copy_(source[box])
+    elif source.placements == target.placements and source.device_mesh == target.device_mesh:
+        local(target).copy_(local(source))
+    else:
+        local(target).copy_(local(source.redistribute(target.device_mesh, target.placements)))
+
+
+# A model that every rank has whole, and an average that is divided over the ranks by its first dimension.
+
+
+def rows(tensor: Tensor, average: Tensor) -> Tensor:
+    """Return the part of the model's tensor that lies beside the local part of its average, without a copy.
+
+    Args:
+        tensor: The model's.
+        average: Its average; it may be divided where ``tensor`` is not.
+    """
+    if is_spread(tensor) or not is_spread(average):
+        return local(tensor)
+    return _chunks(tensor, average.device_mesh.size())[average.device_mesh.get_local_rank()]
+
+
+def divided(tensor: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", device: torch.device | None) -> Tensor:
+    """Return a copy of a tensor, divided over the ranks by its first dimension.
+
+    Args:
+        tensor: Whole on every rank, of one dimension or more.
+        dtype: Of the copy.
+        mesh: The ranks; of one dimension.
+        device: Of the copy; None for the tensor's.
+    """
+    from torch.distributed.tensor import Shard  # noqa: PLC0415
+
+    own = _chunks(tensor, mesh.size())[mesh.get_local_rank()]
+    copy = torch.empty_like(own, dtype=dtype, device=device, requires_grad=False).copy_(own)
+    return _spread(copy, mesh, [Shard(0)], tensor)
+
+
+def _chunks(tensor: Tensor, number: int) -> list[Tensor]:
+    chunks = list(tensor.detach().chunk(number))
+    return chunks + [tensor.detach()[:0]] * (number - len(chunks))
+
+
+@torch.no_grad()
+def gather(tensors: Sequence[Tensor], mesh: "DeviceMesh") -> None:
+    """Give every rank all rows of tensors of which each rank has its own rows right.
+
+    Args:
+        tensors: Whole on every rank, of one dimension or more.
+        mesh: Over which the rows are divided; of one dimension.
+    """
+    chunks = [_chunks(tensor, mesh.size()) for tensor in tensors]
+    for rank in range(mesh.size()):
+        _broadcast([of_ranks[rank] for of_ranks in chunks], rank, mesh.get_group(), None)
+
+
+def _broadcast(tensors: Iterable[Tensor], source: int, group: "ProcessGroup", device: torch.device | None) -> None:
+    """Overwrite tensors with those of one rank, many in one message."""
+    own = torch.distributed.get_rank(group) == source
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(device)
+        torch.distributed.broadcast(flat, group=group, group_src=source)
+        if not own:
+            for tensor, piece in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(piece.view(tensor.shape))
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    kinds = dict[tuple[torch.dtype, torch.device], list[Tensor]]()
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for alike in kinds.values():
+        bucket, size = list[Tensor](), 0
+        for tensor in alike:
+            if bucket and size + tensor.nbytes > _BUCKET_BYTES:
+                yield bucket
+                bucket, size = list[Tensor](), 0
+            bucket.append(tensor)
+            size += tensor.nbytes
+        yield bucket
+
+
+# FSDP2
+
+
+def _units(model: nn.Module) -> list[Any]:
+    module = sys.modules.get("torch.distributed.fsdp")
+    return [m for m in model.modules() if isinstance(m, module.FSDPModule)] if module else []
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Return whether ``fully_shard`` was called on a module of the model.
+
+    Args:
+        model: Any.
+    """
+    return bool(_units(model))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the modules of the model hold their shards: after a forward pass the outermost ones hold whole tensors.
+
+    What is copied into shards while whole tensors are held would not be seen by the next forward pass.
+
+    Args:
+        model: With or without ``fully_shard``.
+    """
+    for unit in _units(model):
+        unit.reshard()
+
+
+def reshard_after_an_error(model: nn.Module) -> None:
+    """Do what ``reshard`` does in a model whose forward pass was left by an exception.
+
+    Args:
+        model: With ``fully_shard``.
+
+    Raises:
+        ShardingError: If this version of torch cannot.
+    """
+    units = _units(model)
+    inner = {id(part) for unit in units for part in unit.modules() if part is not unit}
+    for root in (unit for unit in units if id(unit) not in inner):
+        if not hasattr(root, "reset_iter_state"):
+            raise ShardingError(
+                "a model under fully_shard must be in shards again after an exception in its forward pass, which "
+                f"torch {torch.__version__} cannot do and 2.13 can; stop, and go on from a checkpoint"
+            )
+        root.reset_iter_state()
+
+
+# Ranks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train one model together, and so must agree on its average.
+
+    Args:
+        group: They.
+        device: Where tensors are for a message among them.
+        replicas: Whether each has the whole model.
+    """
+
+    group: "ProcessGroup"
+    device: torch.device
+    replicas: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Ranks | None":
+        """Return those that train ``model``; None if it is one process, or that cannot be seen from the model.
+
+        Args:
+            model: As it is trained, in its ``DistributedDataParallel`` if it has one.
+        """
+        if not is_initialized():
+            return None
+        group, replicas = torch.distributed.group.WORLD, False
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            group, replicas = model.process_group, True
+        elif not any(is_spread(tensor) for tensor in model.parameters()) and not is_fsdp(model):
+            return None
+        assert group is not None
+        on_gpu = torch.distributed.get_backend(group) == torch.distributed.Backend.NCCL
+        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        return cls(group, device, replicas) if group.size() > 1 else None
+
+    @property
+    def rank(self) -> int:
+        """This process's number among them."""
+        return self.group.rank()
+
+    def share(self, tensor: Tensor) -> float:
+        """Return the share of a local part in a sum over all ranks in which each element is to count once.
+
+        Args:
+            tensor: Spread over these ranks, or the same on each.
+        """
+        parts = 1
+        if is_spread(tensor):
+            sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+            parts = math.prod(size for size, placement in sizes if not placement.is_replicate())
+        return parts / self.group.size()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of what all ranks give. All must give something.
+
+        Args:
+            tensor: That of this one.
+        """
+        sum_of_all = tensor.to(self.device, copy=True)
+        torch.distributed.all_reduce(sum_of_all, group=self.group)
+        return sum_of_all
+
+    def sums(self, number: int) -> list[int]:
+        """Return the number of each rank. All must ask.
+
+        Args:
+            number: That of this one.
+        """
+        said = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(self.group.size())]
+        torch.distributed.all_gather(said, torch.tensor(number, device=self.device), self.group)
+        return [int(one) for one in said]
+
+    def agree(self, what: str, facts: Mapping[str, Any]) -> None:
+        """Check that all ranks say the same. All must ask; where they differ, all raise.
+
+        Args:
+            what: What they must agree on, for the error.
+            facts: By name; a fact may itself be a mapping.
+
+        Raises:
+            ShardingError: If they do not; it says which rank says what.
+        """
+        digest = zlib.crc32(repr(sorted(facts.items())).encode())
+        extremes = torch.tensor([digest, -digest], dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, self.group)
+        if extremes[0] == -extremes[1]:
+            return
+        said: list[Any] = [None] * self.group.size()
+        torch.distributed.all_gather_object(said, dict(facts), self.group)
+        raise ShardingError(f"all ranks must agree on {what}:\n" + "\n".join(_differences("", said)))
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite tensors with those of the first rank. All must take part.
+
+        Args:
+            tensors: Of the same shapes on all ranks.
+        """
+        with torch.no_grad():
+            _broadcast(tensors, 0, self.group, self.device)
+
+
+_MOST_LINES = 8
+
+
+def _differences(name: str, said: Sequence[Any]) -> list[str]:
+    """Return a line for each fact in which not all ranks say the same."""
+    if all(one == said[0] for one in said):
+        return []
+    if all(isinstance(one, Mapping) for one in said):
+        keys = sorted({key for one in said for key in one})
+        lines = [line for key in keys for line in _differences(f"{name} {key}".strip(), [one.get(key) for one in said])]
+        return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"  and {len(lines) - _MOST_LINES} more"]
+    ranks = dict[str, list[str]]()
+    for rank, one in enumerate(said):
+        ranks.setdefault("nothing" if one is None else str(one), []).append(str(rank))
+    fewest_first = sorted(ranks.items(), key=lambda item: len(item[1]))
+    parts = (f"{'ranks' if len(who) > 1 else 'rank'} {', '.join(who)}: {value}" for value, who in fewest_first)
+    return [f"  {name}: " + "; ".join(parts)]
