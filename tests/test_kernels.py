@@ -406,3 +406,17 @@ def test_an_update_in_torch_allocates_flags_only(online_dtype) -> None:
 
 def test_an_update_in_torch_of_16_bit_averages_allocates_at_most_pieces_at_a_time() -> None:
     assert allocations("torch", torch.bfloat16, torch.bfloat16).largest <= 8 * SCRATCH_ELEMENTS
+
+
+@pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_many_small_tensors_are_moved_as_each_alone_would_be(online_dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.promote_types(online_dtype, torch.float32)
+    online = [torch.randn(i % 7, i % 3 + 1, generator=generator).to(online_dtype) for i in range(600)]
+    one, other = ([torch.ones(x.shape, dtype=dtype) for x in online] for _ in range(2))
+    assert int(foreach.lerp_(one, online, 0.3, places(one))) == 0
+    for average, tensor in zip(other, online, strict=True):
+        foreach.lerp_([average], [tensor], 0.3, [Place(0)])
+    assert same(one, other)
+    online[577][0, 0] = float("nan")
+    assert int(foreach.lerp_(one, online, 0.3, places(one))) == 1
