@@ -132,11 +132,14 @@ def test_float16_is_read_exactly_by_c() -> None:
 def test_a_forked_process_has_threads_of_its_own() -> None:
     program = """
 import os, torch
-from polyak.kernels import Lerp, Place
+from polyak.kernels import KERNELS, Place
 torch.set_num_threads(2)
-lerp = Lerp([torch.zeros(1_000_000)], [torch.ones(1_000_000)], [Place(0)], torch.zeros((), dtype=torch.int64))
+lerp = KERNELS["c"]([torch.zeros(1_000_000)], [torch.ones(1_000_000)], [Place(0)], torch.zeros((), dtype=torch.int64))
 lerp(0.5, 1)
+lerp._jobs._queue[1] = 1  # as if a thread were at work just now
 child = os.fork()
+if child:
+    lerp._jobs._queue[1] = 0
 lerp(0.5, 2)
 if child == 0:
     os._exit(0)
