@@ -315,6 +315,26 @@ def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any
     return {"weights": held(trainer), "averages": averages(trainer), "clock": clock}
 
 
+def mixes_samplers(path: Path, *, at: str) -> str:
+    """Save with a ``DistributedSampler``, load without; return what is said."""
+
+    def make(**options: Any) -> Trainer:
+        model = loops.perceptron()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        common = {"loss": cross_entropy, "optimizers": optimizer, "progress_bar": False, "parallelism": "ddp"}
+        return Trainer(model=model, max_duration=at, **common, **options)
+
+    data = loops.dataset()
+    first = make(train_dataloader=DataLoader(data, batch_size=2, sampler=DistributedSampler(data)))
+    first.fit()
+    first.save_checkpoint(path)
+    try:
+        make(train_dataloader=DataLoader(data, batch_size=4), load_path=path)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def skips(kind: str, folder: Path) -> dict[str, Any]:
     """Train in 16 bits with gradients that are not finite on one rank only, at two batches."""
     calls = iter(range(1000))

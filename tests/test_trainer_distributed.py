@@ -125,6 +125,14 @@ def test_with_a_distributed_sampler_the_batch_is_that_of_all_ranks_together(rank
         assert found["clock"] == (6, 24, 6 * (10 + 11), 6)
 
 
+def test_what_a_distributed_sampler_divides_is_gone_on_with_inside_an_epoch_only_by_the_same_ranks(
+    ranks, tmp_path
+) -> None:
+    for said in ranks.run(2, partial(runs.mixes_samplers, tmp_path / "inside.pt", at="3ba")):
+        assert said.startswith("CheckpointError: a checkpoint from inside an epoch that a DistributedSampler divides")
+    assert ranks.run(2, partial(runs.mixes_samplers, tmp_path / "end.pt", at="1ep")) == ["nothing", "nothing"]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_step_with_gradients_that_are_not_finite_on_one_rank_is_skipped_on_all(ranks, tmp_path, kind) -> None:
     one, other = ranks.run(2, partial(runs.skips, kind, tmp_path))
