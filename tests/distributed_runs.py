@@ -253,7 +253,7 @@ def evaluates(kind: str | None) -> dict[str, float]:
     import torchmetrics.classification as theirs
 
     torch.manual_seed(50 + rank())
-    model = loops.perceptron()
+    model = loops.perceptron(1)
     data = torch.utils.data.Subset(loops.dataset(), range(7))
     options: dict[str, Any] = {} if kind is None else {"parallelism": kind}
     trainer = Trainer(

@@ -106,6 +106,7 @@ def test_a_batch_that_does_not_divide_counts_each_sample_once(ranks, tmp_path, k
 def test_figures_of_an_evaluation_are_those_of_all_samples_once(ranks, kind) -> None:
     alone = runs.evaluates(None)
     assert len(alone) == 4
+    assert alone["eval/ours"] == pytest.approx(3 / 7)
     for found in ranks.run(3, partial(runs.evaluates, kind)):
         close(found, alone)
 

@@ -601,9 +601,9 @@ class Trainer:
             return
         if saved["drawn"] and (self._own_batches or (of_data is None and len(own) > 1)):
             raise CheckpointError(
-                f"a checkpoint from inside an epoch that a DistributedSampler divides must be loaded by as many ranks, "
-                f"with one ({path} was saved by {len(own)} ranks, and {self._group.size} load it); load one from the end "
-                "of an epoch"
+                "a checkpoint from inside an epoch that a DistributedSampler divides must be loaded by as many ranks, "
+                f"with one ({path} was saved by {len(own)} ranks, and {self._group.size} load it); load one from the "
+                "end of an epoch"
             )
         warnings.warn(
             f"{path} was saved by other ranks ({len(own)}) than go on ({self._group.size}): the order of the data goes "
