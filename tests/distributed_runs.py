@@ -315,6 +315,23 @@ def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any
     return {"weights": held(trainer), "averages": averages(trainer), "clock": clock}
 
 
+def raw_figures(kind: str, folder: Path) -> tuple[float, float]:
+    """Return the loss of the training weights with the first rank's buffers, by hand and as evaluated."""
+
+    class Raw(Callback):
+        def eval_before_all(self, state: Any, logger: Any) -> None:
+            self.held = weights(state.model)
+
+    raw = Raw()
+    more = {"max_duration": "4ba", "saves": None, "eval_weights": "both", "callbacks": (raw,)}
+    trainer = build(kind, folder, noisy=True, **more)
+    trainer.fit()
+    model = noisy_perceptron(0).eval()
+    model.load_state_dict(raw.held)
+    inputs, targets = loops.dataset(2, seed=5).tensors
+    return cross_entropy(model(inputs), targets).item(), trainer.state.eval_metrics["eval_raw/loss"]
+
+
 def mixes_samplers(path: Path, *, at: str) -> str:
     """Save with a ``DistributedSampler``, load without; return what is said."""
 

@@ -112,6 +112,12 @@ def test_figures_of_an_evaluation_are_those_of_all_samples_once(ranks, kind) -> 
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_training_weights_are_evaluated_with_the_first_ranks_buffers(ranks, tmp_path, kind) -> None:
+    want, got = ranks.run(2, partial(runs.raw_figures, kind, tmp_path))[0]
+    assert got == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_every_rank_predicts_all(ranks, kind) -> None:
     alone = runs.predicts(None)
     for found in ranks.run(2, partial(runs.predicts, kind)):
