@@ -56,7 +56,8 @@ def test_a_run_of_several_ranks_is_that_of_one(ranks, alone, tmp_path, kind, siz
 
 @pytest.mark.parametrize(("kind", "size"), [*((kind, 2) for kind in runs.KINDS), ("ddp", 3)], ids=str)
 def test_a_resumed_run_of_several_ranks_equals_one_that_never_stopped(ranks, tmp_path, kind, size) -> None:
-    found = ranks.run(size, partial(runs.resumes, kind, tmp_path, noisy=True, eval_weights="both"))
+    # Of three, it is the plain model whose sums show the order in which they were taken.
+    found = ranks.run(size, partial(runs.resumes, kind, tmp_path, noisy=size == 2, eval_weights="both"))
     assert found == [{}] * size
 
 
