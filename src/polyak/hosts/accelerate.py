@@ -34,8 +34,7 @@ class _Checkpoints:
         self._saving_to: Path | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        folder, self._saving_to = self._saving_to, None
-        return self._attached.state_dict(folder)
+        return self._attached.state_dict(self._saving_to)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._attached.load_state_dict(state)
