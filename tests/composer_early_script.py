@@ -38,26 +38,37 @@ class Keeps(composer.Callback):
         torch.save(loops.bits(state.model), f"{self.folder}/trained{state.timestamp.batch.value}.pt")
 
 
-def train(folder, half_life):
+def trainer_of(half_life, **options):
     model = Wrapped()
-    trainer = composer.Trainer(
+    return composer.Trainer(
         model=model,
         train_dataloader=DataLoader(loops.dataset(), batch_size=loops.BATCH),
-        eval_dataloader=DataLoader(loops.dataset(2, seed=5), batch_size=loops.BATCH),
-        max_duration="3ep",
         algorithms=[EMA(half_life)],
-        callbacks=[Keeps(folder)],
         optimizers=torch.optim.Adam(model.parameters(), lr=0.02),
-        save_folder=folder,
-        save_interval="3ba",
         device="cpu",
         progress_bar=False,
         seed=3,
+        **options,
+    )
+
+
+def train(folder, half_life):
+    trainer = trainer_of(
+        half_life,
+        max_duration="3ep",
+        eval_dataloader=DataLoader(loops.dataset(2, seed=5), batch_size=loops.BATCH),
+        callbacks=[Keeps(folder)],
+        save_folder=folder,
+        save_interval="3ba",
     )
     trainer.fit()
     # What is saved by hand has whatever the last event left in the model.
     trainer.eval()
     trainer.save_checkpoint(f"{folder}/training-in-it.pt")
+    # The `training_model` of a run that has not evaluated yet is that of its beginning.
+    trainer = trainer_of(half_life, max_duration="5ba")
+    trainer.fit()
+    trainer.save_checkpoint(f"{folder}/never-swapped.pt")
 
 
 if __name__ == "__main__":

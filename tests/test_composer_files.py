@@ -148,6 +148,17 @@ def test_a_checkpoint_saved_by_hand_goes_on_too(tmp_path, runs):
     assert ema.num_updates == 6
 
 
+def test_the_training_weights_are_the_models_where_0_12_1_has_not_set_any_aside(tmp_path, early):
+    path = early["4ba"].folder / "never-swapped.pt"
+    model, state = contents(path)
+    assert not state["ema_weights_active"]
+    assert loops.differences(model, state["training_model"])
+    ema = EMA("4ba")
+    resumed = resume(tmp_path, path, ema)
+    assert loops.differences(model, weights_of(resumed)) == []
+    assert loops.differences(loops.averaged(ema) | {COUNTER: 0}, state["ema_model"] | {COUNTER: 0}) == []
+
+
 @pytest.mark.parametrize("by", ["0.12.1", "0.32.1", "polyak"])
 def test_a_checkpoint_taken_up_without_its_ema_gives_the_training_weights_and_warns(tmp_path, request, by, unaveraged):
     if by == "polyak":
