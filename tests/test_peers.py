@@ -450,7 +450,7 @@ def test_a_truncated_state_is_an_error():
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     state, before = copy.deepcopy(attached.state_dict()), loops.averaged(ema)
-    del state["algorithm"]["ema_model"]["bias"]
+    del state["algorithms"][0][1]["ema_model"]["bias"]
     with pytest.raises(MismatchError, match="bias"):
         attached.load_state_dict(state)
     assert loops.differences(before, loops.averaged(ema)) == []
@@ -464,7 +464,7 @@ def test_on_the_cpu_the_weights_set_aside_are_no_alias_of_the_model():
     attached = followed(ema, model, [1.0, 3.0])
     with attached.applied():
         assert model.weight.item() == 2.0
-        aside = attached.state_dict()["algorithm"]["training_model"]["weight"]
+        aside = attached.state_dict()["algorithms"][0][1]["training_model"]["weight"]
         assert aside.item() == 3.0
         assert aside.data_ptr() != model.weight.data_ptr()
     assert model.weight.item() == 3.0
@@ -475,7 +475,7 @@ def test_the_average_is_in_the_state_that_is_saved(tmp_path):
     attached = followed(ema, Weight(), [1.0, 3.0])
     torch.save(attached.state_dict(), tmp_path / "state.pt")
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert saved["algorithm"]["ema_model"]["weight"].item() == average_of(ema) == 2.0
+    assert saved["algorithms"][0][1]["ema_model"]["weight"].item() == average_of(ema) == 2.0
 
 
 # All of them
