@@ -128,7 +128,7 @@ def test_a_state_saved_under_a_wrapper_loads_without_it_and_back(saved_by, wrapp
     model = loops.perceptron()
     never_stopped, attached, optimizer = averaging(first(model), n=5)
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), attached.state_dict()))
-    assert set(state[2]["algorithm"]["ema_model"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert set(state[2]["algorithms"][0][1]["ema_model"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     steps(model, optimizer, 3, seed=1)
 
     again = loops.perceptron(seed=3)
@@ -145,7 +145,7 @@ def test_a_state_saved_under_a_wrapper_loads_without_it_and_back(saved_by, wrapp
 def test_a_state_with_other_names_is_refused_with_both_sides():
     _, attached, _ = averaging(loops.perceptron())
     state = attached.state_dict()
-    averages = state["algorithm"]["ema_model"]
+    averages = state["algorithms"][0][1]["ema_model"]
     averages["stranger.weight"] = averages.pop("0.weight")
     averages["2.bias"] = torch.zeros(5)
     model = loops.perceptron(seed=2)
