@@ -43,7 +43,8 @@ class Recorder(Algorithm):
     an error on a rank the open stretch of a sharded model is lost, since the other ranks are elsewhere.
 
     Args:
-        folder: Where the record is kept, on a disk that all ranks see. A record that is there already is gone on with only from a checkpoint.
+        folder: Where the record is kept, on a disk that all ranks see. A record that is there already is gone on with
+            only from a checkpoint.
         interval: Length of a stretch, in any unit: half-lives below it cannot be told afterwards. None takes a 512th of
             the run, for which the host must know ``max_duration``.
         per_level: How many stretches of one length are kept: 4 is exact to about 1 %, 8 to 0.3 % with half as many
@@ -200,7 +201,7 @@ class Recorder(Algorithm):
             per_level=self._per_level,
             max_duration=state.max_duration,
             aliases=_aliases(state.model, mean.averages),
-            # A group of their own: the thread that writes must not speak in between what training says.
+            # A group of their own: what the thread sends must not mix with the messages of training.
             ranks=self._ranks.apart() if self._ranks is not None and self._sharded else None,
         )
 
@@ -288,17 +289,21 @@ class Recorder(Algorithm):
 
     def _close_after_an_error(self) -> None:
         """Do the same without the other ranks, which may be elsewhere. The error that ends the run is to be seen."""
+        lost: object = None
         try:
             self._wait()
             if self._count and self._fitting and self._state is not None:
                 if self._sharded:
-                    raise RecordError(f"not all ranks may have seen its {self._count} updates")
-                self._hand_over(self._state.timestamp)
-                self._wait()
+                    lost = f"other ranks may not have got to the last of its {self._count} updates"
+                else:
+                    self._hand_over(self._state.timestamp)
+                    self._wait()
         except Exception as error:
-            warnings.warn(f"the last stretch was not recorded: {error}", PlanWarning, stacklevel=2)
+            lost = error
         finally:
             self._release()
+        if lost is not None:
+            warnings.warn(f"the last stretch was not recorded: {lost}", PlanWarning, stacklevel=2)
 
     def _release(self) -> None:
         self._fitting = False

@@ -340,7 +340,7 @@ class Ranks:
         """Return the same ranks in a group of their own, for a thread beside training's. All must call this."""
         members = torch.distributed.get_process_group_ranks(self.group)
         group = torch.distributed.new_group(members, backend="gloo", use_local_synchronization=True)
-        assert group is not None
+        assert isinstance(group, torch.distributed.ProcessGroup)  # every caller is a member
         return Ranks(group, torch.device("cpu"), self.replicas)
 
     def disband(self) -> None:

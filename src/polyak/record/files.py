@@ -280,7 +280,9 @@ def _pieces(path: Path, handles: Sequence[Any], tensors: Mapping[str, TensorInfo
     # What was written does not overlap: if there are as many numbers as there must be, all are there.
     wrong |= {name for name, info in tensors.items() if sum(map(_size, pieces[name])) != prod(info.shape)}
     if wrong:
-        raise RecordError(f"{path} must hold the tensors of its manifest (other are {sorted(wrong)[:5]}): it is foreign")
+        raise RecordError(
+            f"{path} must hold the tensors of its manifest (other are {sorted(wrong)[:5]}): it is foreign"
+        )
     return pieces
 
 
@@ -300,7 +302,9 @@ def _listed(folder: Path, stretch: Stretch) -> dict[Path, tuple[int, str]]:
     with _missing(path / PARTS):
         text = (path / PARTS).read_bytes()
     if hashlib.sha256(text).hexdigest() != stretch.sha256:
-        raise RecordError(f"{path / PARTS} must have the SHA-256 in the manifest: it is damaged, restore it from a copy")
+        raise RecordError(
+            f"{path / PARTS} must have the SHA-256 in the manifest: it is damaged, restore it from a copy"
+        )
     parts = json.loads(text)
     if not all(_PART.fullmatch(name) for name in parts):
         raise RecordError(f"{path / PARTS} must name the files beside it (got {sorted(parts)[:5]})")

@@ -309,7 +309,8 @@ class Writer:
         """Merge what has aged, after one more of level 0."""
         level = 0
         while (i := due([stretch.level for stretch in stretches], level, self._manifest.per_level)) is not None:
-            stretches = [*stretches[:i], self._merged(*stretches[i : i + 2], like), *stretches[i + 2 :]]
+            merged = self._merged(stretches[i], stretches[i + 1], like)
+            stretches = [*stretches[:i], merged, *stretches[i + 2 :]]
             level += 1
         return stretches
 
@@ -441,4 +442,3 @@ def _check_tensors(expected: Mapping[str, TensorInfo], got: Mapping[str, Tensor]
             unexpected=got.keys() - expected.keys(),
             misshaped=misshaped,
         )
-

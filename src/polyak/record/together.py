@@ -14,7 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, StorageWriter, save
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
@@ -90,7 +89,7 @@ class Together:
         Args:
             folder: Of the record.
             tensors: What is written.
-            like: Tensors that lie over the ranks as what is written does. Of what each rank has whole, the first writes.
+            like: Tensors that lie over the ranks as what is written does. What each rank has whole the first writes.
             source: Gives the values, where they are wanted.
             metadata: For the headers.
 

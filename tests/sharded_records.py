@@ -1,0 +1,183 @@
+"""What the processes of ``ranks.Ranks`` do with a ``Recorder``."""
+
+import contextlib
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from sharded import Reference, spread, train, weights
+from torch.distributed.checkpoint import DefaultSavePlanner
+
+import polyak.record.store
+import polyak.record.together
+from polyak import Event, Recorder, attach
+from polyak.loop import Loop
+from polyak.select import slots, unwrap
+
+
+class Whole:
+    """A recorder in one process, of a whole copy of a sharded model; on the first rank alone."""
+
+    def __init__(self, model: torch.nn.Module, recorder: Recorder) -> None:
+        self.model = Reference(unwrap(model), None)._model
+        self.loop = Loop([recorder], self.model)
+        self.begun = False
+
+    @torch.no_grad()
+    def take(self, values: dict[str, torch.Tensor]) -> None:
+        for slot in slots(self.model):
+            slot.tensor.copy_(values[slot.name])
+        if not self.begun:
+            self.loop.fire(Event.FIT_START)
+            self.begun = True
+        self.loop.end_batch()
+
+
+class Run:
+    """A model in training, its recorder, and another of the whole."""
+
+    def __init__(self, kind: str, folder: str, interval: str = "4ba", per_level: int = 1, **options: Any) -> None:
+        self.folder, self.model = Path(folder), spread(kind)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.02)
+        self.recorder = Recorder(self.folder / "sharded" / "record", interval, per_level, **options)
+        self.attached = attach(self.recorder, self.model, self.optimizer)
+        whole = Recorder(self.folder / "whole" / "record", interval, per_level, **options)
+        self.whole = Whole(self.model, whole)
+
+    def train(self, steps: range) -> None:
+        for step in steps:
+            train(self.model, self.optimizer, range(step, step + 1))
+            values = weights(self.model)
+            if dist.get_rank() == 0:
+                self.whole.take(values)
+
+    def save(self, name: str) -> None:
+        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        dcp.save({"run": self.attached}, checkpoint_id=self.folder / name, planner=planner)
+        if dist.get_rank() == 0:
+            torch.save(self.whole.loop.state_dict(), self.folder / f"{name}.pt")
+
+    def load(self, name: str) -> None:
+        dcp.load({"run": self.attached}, checkpoint_id=self.folder / name)
+        self.whole.loop.load_state_dict(torch.load(self.folder / f"{name}.pt", weights_only=True))
+
+    def end(self) -> None:
+        self.attached.detach()
+        if dist.get_rank() == 0:
+            self.whole.loop.fire(Event.FIT_END)
+
+
+def records(kind: str, folder: str, stop: int, steps: int, options: dict[str, Any]) -> None:
+    """Record; save on the way, and go on, so that the record is ahead of the checkpoint."""
+    run = Run(kind, folder, **options)
+    if stop == 0:
+        run.attached._before_step()
+        if dist.get_rank() == 0:
+            run.whole.loop.fire(Event.FIT_START)
+            run.whole.begun = True
+    run.train(range(stop))
+    run.save("state")
+    run.train(range(stop, steps))
+    run.end()
+
+
+def resumes(kind: str, folder: str, stop: int, steps: int, options: dict[str, Any]) -> int:
+    """Load what ``records`` saved, and record on."""
+    run = Run(kind, folder, **options)
+    run.load("state")
+    run.train(range(stop, steps))
+    run.end()
+    return run.recorder.num_updates
+
+
+def keeps_a_mean(folder: str) -> tuple[bool, bool, list[str]]:
+    """Return whether this rank of DDP has a mean and a writer, and what is in its state."""
+    run = Run("ddp", folder)
+    run.train(range(6))
+    found = run.recorder._mean is not None, run.recorder._writer is not None
+    state = run.recorder.state_dict() if dist.get_rank() == 0 else {}  # the first may take it alone
+    run.end()
+    return *found, sorted(state)
+
+
+def fails_on(rank: int, kind: str, folder: str) -> str:
+    """Let the disk refuse what one rank writes; return the error of this rank."""
+    run = Run(kind, folder, per_level=4)
+    run.train(range(5))
+    run.recorder._wait()
+    module = polyak.record.store if kind == "ddp" else polyak.record.together
+    real = module.write_tensors
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    if dist.get_rank() == rank:
+        module.write_tensors = full
+    try:
+        for step in range(5, 20):
+            train(run.model, run.optimizer, range(step, step + 1))
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    else:
+        said = "no error"
+    finally:
+        module.write_tensors = real
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.attached._fire(Event.EXCEPTION)
+    return said
+
+
+def is_refused(what: str, kind: str, folder: str) -> str:
+    """Return the error where one rank is unlike the others, or the recorder cannot work."""
+    odd, here = dist.get_rank() == 1, Path.cwd()
+    options: dict[str, Any] = {}
+    if what == "interval" and odd:
+        options["interval"] = "5ba"
+    if what == "dtype" and odd:
+        options["dtype"] = torch.bfloat16
+    if what == "seconds":
+        options["interval"] = "4sec"
+    if what == "folder":  # of one name, on disks that are not shared
+        own = Path(folder) / f"disk {dist.get_rank()}"
+        own.mkdir()
+        os.chdir(own)
+        folder = "."
+    try:
+        run = Run(kind, folder, **options)
+        train(run.model, run.optimizer, range(1))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        os.chdir(here)
+    return "no error"
+
+
+def raises_on(rank: int, kind: str, folder: str) -> tuple[float, list[str]]:
+    """Leave training by an error on one rank while the others are elsewhere; return how long that took them."""
+    run = Run(kind, folder)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(KeyError), run.attached:
+            for step in range(7):
+                train(run.model, run.optimizer, range(step, step + 1))
+            if dist.get_rank() != rank:
+                time.sleep(0.5)
+            began = time.monotonic()
+            raise KeyError
+    return time.monotonic() - began, [str(one.message) for one in caught]
+
+
+def loaded_by_dcp(kind: str, folder: str, stretch: str) -> dict[str, torch.Tensor]:
+    """Read a stretch into the shards of this number of ranks by DCP's own reader."""
+    from sharded import full
+
+    model = unwrap(spread(kind))
+    tensors = {slot.name: slot.tensor.detach() for slot in slots(model)}
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(Path(folder) / stretch)))
+    return {name: full(tensor) for name, tensor in tensors.items()}
