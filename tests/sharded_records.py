@@ -12,12 +12,17 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharded import Reference, spread, train, weights
 from torch.distributed.checkpoint import DefaultSavePlanner
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import polyak.record.store
 import polyak.record.together
-from polyak import Event, Recorder, attach
+from polyak import Event, Record, Recorder, attach
 from polyak.loop import Loop
+from polyak.record import Edge, TensorInfo, Writer
 from polyak.select import slots, unwrap
+from polyak.sharding import Ranks
+from polyak.time import Timestamp
 
 
 class Whole:
@@ -171,6 +176,46 @@ def raises_on(rank: int, kind: str, folder: str) -> tuple[float, list[str]]:
             began = time.monotonic()
             raise KeyError
     return time.monotonic() - began, [str(one.message) for one in caught]
+
+
+def has_another_clock(folder: str) -> str:
+    """Return what the state of this rank, whose clock differs, says of the record."""
+    run = Run("fsdp", folder)
+    run.train(range(3))
+    run.attached._state.timestamp = run.attached.timestamp.to_next_batch(steps=0, seconds=1.0 + dist.get_rank())
+    run.train(range(3, 9))
+    said = run.recorder.state_dict()["record"]
+    run.end()
+    return said
+
+
+def writes_again(folder: str) -> None:
+    """Rewind a record and write the same once more, while a pin keeps it and after it was deleted in part."""
+    assert dist.group.WORLD is not None
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    ranks = Ranks(dist.group.WORLD, torch.device("cpu"), replicas=False).apart()
+    with Writer(folder, {"weight": TensorInfo(torch.float32, (9, 4), averaged=True)}, ranks=ranks) as writer:
+
+        def append(n: int) -> None:
+            weight = torch.full((9, 4), float(n))
+            edges = [Edge(i, Timestamp().to_next_batch(steps=i)) for i in (n, n + 1)]
+            writer.append({"weight": distribute_tensor(weight, mesh, [Shard(0)])}, *edges)
+
+        append(0)
+        state = writer.state_dict()
+        append(1)
+        there = Path(folder) / writer.stretches[1].file
+        writer.pin("kept")
+        for damaged in (False, True):
+            writer.rewind(state)
+            assert there.is_dir()
+            if damaged and dist.get_rank() == 0:
+                (there / "00001.safetensors").unlink()
+            dist.barrier()
+            append(1)
+        if dist.get_rank() == 0:
+            Record(folder).verify()
+            assert not list(Path(folder).glob("*.tmp"))
 
 
 def loaded_by_dcp(kind: str, folder: str, stretch: str) -> dict[str, torch.Tensor]:

@@ -178,7 +178,18 @@ def test_dcp_itself_reads_a_stretch_onto_any_number_of_ranks(ranks, tmp_path) ->
         assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+def test_a_folder_that_is_there_keeps_its_place_if_the_same_is_written_again(ranks, tmp_path) -> None:
+    ranks.run(2, jobs.writes_again, str(tmp_path))
+
+
 # Agreement.
+
+
+def test_ranks_whose_clocks_differ_have_the_same_record(ranks, tmp_path) -> None:
+    first, *others = ranks.run(3, jobs.has_another_clock, str(tmp_path))
+    assert [stretch["end"]["total_wct"] for stretch in json.loads(first)["stretches"]] == [1.0, 1.0]
+    assert all(other == first for other in others)
+
 
 
 def test_of_ranks_with_the_whole_model_the_first_records_alone(ranks, tmp_path) -> None:

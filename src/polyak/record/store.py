@@ -336,10 +336,9 @@ class Writer:
         metadata = {"format": "pt", "polyak.updates": f"{start.updates}-{end.updates}"}
         written = self._writers.write(self.folder, self._manifest.tensors, like, source, metadata)
         stretch = Stretch(start, end, level, written.size_bytes, written.sha256, written.sharded)
-        self._writers.first(lambda: self._name(written.path, stretch))
-        return stretch
+        return self._writers.first(lambda: self._named(written.path, stretch))
 
-    def _name(self, passing: Path, stretch: Stretch) -> None:
+    def _named(self, passing: Path, stretch: Stretch) -> Stretch:
         """Give a stretch its own name. No folder takes another's place in one step: one kept by a pin stays."""
         path = self.folder / stretch.file
         if path.is_dir():
@@ -349,8 +348,9 @@ class Writer:
                 shutil.rmtree(path)
             else:  # it has the same in it
                 shutil.rmtree(passing)
-                return
+                return stretch
         passing.replace(path)
+        return stretch
 
     def _commit(self, manifest: Manifest) -> None:
         self._writers.first(lambda: self._replace(manifest))
