@@ -110,19 +110,21 @@ def keeps_a_mean(folder: str) -> tuple[bool, bool, list[str]]:
     return *found, sorted(state)
 
 
-def fails_on(rank: int, kind: str, folder: str) -> str:
-    """Let the disk refuse what one rank writes; return the error of this rank."""
+def fails_on(rank: int, kind: str, folder: str, how: str = "full") -> str:
+    """Let what one rank writes be refused by the disk, or go elsewhere; return the error of this rank."""
     run = Run(kind, folder, per_level=4)
     run.train(range(5))
     run.recorder._wait()
     module = polyak.record.store if kind == "ddp" else polyak.record.together
     real = module.write_tensors
 
-    def full(*_: Any) -> Any:
-        raise OSError(28, "No space left on device")
+    def fails(path: Path, *args: Any) -> Any:
+        if how == "full":
+            raise OSError(28, "No space left on device")
+        return real(Path(folder) / "elsewhere", *args)
 
     if dist.get_rank() == rank:
-        module.write_tensors = full
+        module.write_tensors = fails
     try:
         for step in range(5, 20):
             train(run.model, run.optimizer, range(step, step + 1))
@@ -156,6 +158,9 @@ def is_refused(what: str, kind: str, folder: str) -> str:
     try:
         run = Run(kind, folder, **options)
         train(run.model, run.optimizer, range(1))
+        if what == "updates":
+            run.recorder.num_updates += odd
+            train(run.model, run.optimizer, range(1, 8))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:

@@ -191,7 +191,6 @@ def test_ranks_whose_clocks_differ_have_the_same_record(ranks, tmp_path) -> None
     assert all(other == first for other in others)
 
 
-
 def test_of_ranks_with_the_whole_model_the_first_records_alone(ranks, tmp_path) -> None:
     first, other = ranks.run(2, jobs.keeps_a_mean, str(tmp_path))
     assert first == (True, True, ["count", "mean", "num_updates", "record", "repr", "start"])
@@ -221,6 +220,12 @@ def test_what_the_disk_refuses_one_rank_ends_training_on_all_and_the_record_is_a
     }
 
 
+def test_parts_that_the_first_rank_does_not_see_are_no_stretch(ranks, tmp_path) -> None:
+    for said in ranks.run(2, jobs.fails_on, 1, "fsdp", str(tmp_path), "elsewhere"):
+        assert re.search("the first does not see .*00001.safetensors: record to a disk that all machines share", said)
+    assert [s.end.updates for s in Record(tmp_path / "sharded" / "record").stretches] == [4]
+
+
 @pytest.mark.parametrize(
     ("what", "message"),
     [
@@ -228,9 +233,10 @@ def test_what_the_disk_refuses_one_rank_ends_training_on_all_and_the_record_is_a
         ("dtype", "tensors first.bias: .*rank 1: .*bfloat16"),
         ("folder", "sha256 of its manifest: rank 0: .*; ranks 1, 2: nothing"),
         ("seconds", "a unit other than seconds"),
+        ("updates", "the stretch to be written:\n  end: rank 1: 5; ranks 0, 2: 4"),
     ],
 )
-def test_ranks_that_do_not_agree_find_out_before_the_first_update(ranks, tmp_path, what, message) -> None:
+def test_ranks_that_do_not_agree_find_out(ranks, tmp_path, what, message) -> None:
     for said in ranks.run(3, jobs.is_refused, what, "fsdp", str(tmp_path)):
         assert re.search(message, said), said
 

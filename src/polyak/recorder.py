@@ -161,7 +161,8 @@ class Recorder(Algorithm):
         interval = self._interval_of(state)
         if self._ranks is not None:
             self._agree()
-            if TimeUnit.SECOND in (interval.unit, getattr(state.max_duration, "unit", None)):
+            length = state.max_duration if interval.unit is TimeUnit.DURATION else interval
+            if length is not None and length.unit is TimeUnit.SECOND:
                 raise RecordError(
                     "a stretch must end at the same batch on all ranks, and their clocks differ (got an interval of "
                     f"{interval}, max_duration={state.max_duration}): use a unit other than seconds"

@@ -194,13 +194,14 @@ class Writer:
 
         Args:
             tensors: The means over the updates after ``start``, up to and including ``end``; of the tensors that are
-                not averaged, their values at ``end``. On any device.
+                not averaged, their values at ``end``. On any device. Several ranks give what is spread over them so.
             start: Where the record ends so far; on an empty record, update 0.
             end: Where the stretch ends.
 
         Raises:
             RecordError: If the stretch does not follow on the record, or the disk refuses.
             MismatchError: If the tensors are not those of the record.
+            ShardingError: If the ranks that write together give different stretches.
         """
         manifest = self._manifest
         _check_tensors(manifest.tensors, tensors)
