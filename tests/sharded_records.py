@@ -213,11 +213,12 @@ def writes_again(folder: str) -> None:
         writer.pin("kept")
         for damaged in (False, True):
             writer.rewind(state)
-            assert there.is_dir()
+            before = there.stat().st_ino
             if damaged and dist.get_rank() == 0:
                 (there / "00001.safetensors").unlink()
             dist.barrier()
             append(1)
+            assert (there.stat().st_ino != before) == damaged  # at no moment was it gone
         if dist.get_rank() == 0:
             Record(folder).verify()
             assert not list(Path(folder).glob("*.tmp"))
