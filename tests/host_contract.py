@@ -15,15 +15,17 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import loops
 import pytest
+import reference
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,19 +34,43 @@ from polyak import EMA, Event, Trainer
 from polyak.shadow import loan_of
 
 # What a host may lack, with its reason in ``Host.lacks``; the tests that need it are skipped with that reason.
+# The table in the README has a row for each.
 CAPABILITIES = {
-    "accumulation": "gradient accumulation",
+    "equal": "weights and average after each step: the native trainer's, bit for bit",
+    "accumulation": "the same with gradient accumulation",
+    "skipped": "steps that mixed precision skips are not averaged",
+    "buffers": "BatchNorm statistics averaged, counters copied",
+    "compiled": "`torch.compile`d models",
+    "epochs": "half-lives in epochs and shares of the run",
+    "samples": "half-lives in samples",
+    "tokens": "half-lives in tokens",
     "evaluation": "evaluation with the average",
+    "choice": "evaluation of raw and averaged weights side by side",
     "prediction": "prediction with the average",
-    "saving": "averaged weights where users load them",
-    "epochs": "times in ep and dur",
-    "samples": "times in sp",
-    "epoch end": "resuming from the end of an epoch, bit for bit",
-    "mid-epoch": "resuming from inside an epoch, bit for bit",
+    "metrics": "`ema/decay` and `ema/distance` in its own loggers",
+    "given back": "training weights back after evaluation, saving, an error, an interrupt",
+    "saving": "the average where its users load weights from",
+    "epoch end": "resumed at the end of an epoch, bit for bit",
     "random": "the same with shuffled data and dropout",
-    "random mid-epoch": "the same from inside an epoch",
-    "kill": "the same after SIGKILL",
+    "kill": "the same after `kill -9`",
+    "mid-epoch": "resumed inside an epoch, bit for bit",
+    "random mid-epoch": "the same with shuffled data and dropout, inside an epoch",
 }
+# What a capability is worth nothing without.
+NEEDS = {
+    "choice": ["evaluation"],
+    "metrics": ["evaluation"],
+    "random": ["epoch end"],
+    "kill": ["epoch end"],
+    "random mid-epoch": ["random", "mid-epoch"],
+}
+
+
+def why_not(capability: str, lacks: Mapping[str, str]) -> str | None:
+    """Return why a host that lacks these does not have a capability, or None if it has."""
+    assert {capability, *lacks} <= CAPABILITIES.keys()
+    reasons = [lacks.get(capability), *(why_not(other, lacks) for other in NEEDS.get(capability, []))]
+    return next(filter(None, reasons), None)
 
 
 @dataclass(frozen=True)
@@ -57,6 +83,12 @@ class Plan:
     evaluate: bool = False  # at the end of every epoch
     save_every: int | None = None  # steps
     shuffle: bool = False
+    choice: bool = False  # whether evaluation is of the training weights too
+    scaled: bool = False  # whether there is a gradient scaler
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        return torch.amp.GradScaler("cpu", init_scale=2.0) if self.scaled else None
 
     @property
     def data(self) -> TensorDataset:
@@ -91,6 +123,10 @@ class Session(Protocol):
         """Save now, as this framework's users do by hand, and return where."""
         ...
 
+    def logged(self, name: str) -> list[float]:
+        """Return the values that the framework's own loggers have of a metric."""
+        ...
+
     def checkpoint(self, step: int) -> Path:
         """Return where ``fit`` saved after that many steps (a multiple of ``Plan.save_every``)."""
         ...
@@ -107,6 +143,11 @@ class Host(Protocol):
     def loadable(self, saved: Path) -> Mapping[str, Tensor]:
         """Return the weights that users find in what ``save`` or ``fit`` saved, as they load it."""
         ...
+
+
+def num_tokens(batch: Any) -> int:
+    """Return the tokens in a batch: as many as there are inputs."""
+    return batch[0].numel()
 
 
 class Probe:
@@ -134,6 +175,18 @@ class Probe:
                 raise error
 
 
+class Overflows:
+    """Gives every third batch gradients that are not finite."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self._batches = 0
+        net.register_forward_hook(self._spoil)
+
+    def _spoil(self, net: nn.Module, inputs: object, logits: Tensor) -> Tensor:
+        self._batches += net.training
+        return logits * float("inf") if net.training and self._batches % 3 == 1 else logits
+
+
 class Watched(EMA):
     """Keeps the events it hears of, and the training weights and the average after each batch that updates."""
 
@@ -158,17 +211,24 @@ class Watched(EMA):
 
 def of_net(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies under the names that the net itself gives them, whatever wraps it."""
-    return {name.rpartition("net.")[2]: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    names = {name: name.rpartition("net.")[2].removeprefix("_orig_mod.") for name in tensors}
+    return {names[name]: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
 
 def net_of(kind: str = "perceptron", seed: int = 0) -> nn.Module:
     torch.set_num_threads(1)
-    return {"perceptron": loops.perceptron, "noisy": loops.noisy_perceptron}[kind](seed)
+    return {
+        "perceptron": loops.perceptron,
+        "noisy": loops.noisy_perceptron,
+        "normed": lambda seed: loops.seeded(
+            lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)), seed
+        ),
+    }[kind](seed)
 
 
-def native(plan: Plan, *args: Any, **kwargs: Any) -> Watched:
+def native(plan: Plan, *args: Any, kind: str = "perceptron", **kwargs: Any) -> Watched:
     """Train in the native trainer what a host is to train; return the algorithm with what it saw."""
-    ema, net = Watched(*args, **kwargs), net_of()
+    ema, net = Watched(*args, **kwargs), net_of(kind)
     Trainer(
         net,
         DataLoader(plan.data, batch_size=loops.BATCH * plan.accumulate),
@@ -177,6 +237,7 @@ def native(plan: Plan, *args: Any, **kwargs: Any) -> Watched:
         algorithms=ema,
         optimizers=plan.optimizer(net),
         loss=nn.functional.cross_entropy,
+        num_tokens=num_tokens,
         progress_bar=False,
     ).fit()
     return ema
@@ -185,13 +246,21 @@ def native(plan: Plan, *args: Any, **kwargs: Any) -> Watched:
 class Run:
     """A session with its eyes: the net, the probe in it, the algorithm that is watched."""
 
-    def __init__(self, host: Host, folder: Path, plan: Plan, ema: Watched | None = None, net: nn.Module | None = None):
+    def __init__(
+        self,
+        host: Host,
+        folder: Path,
+        plan: Plan,
+        ema: Watched | None = None,
+        net: nn.Module | None = None,
+        wrap: Callable[[nn.Module], nn.Module] = lambda net: net,
+    ) -> None:
         self.host, self.plan = host, plan
         self.net = net_of() if net is None else net
         self.probe = Probe(self.net)
         self.ema = Watched("4ba") if ema is None else ema
         folder.mkdir(parents=True, exist_ok=True)
-        self.session = host.session(self.net, self.ema, folder, plan)
+        self.session = host.session(wrap(self.net), self.ema, folder, plan)
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -216,21 +285,55 @@ class HostContract:
     host: ClassVar[Host]
 
     def needs(self, *capabilities: str) -> None:
-        assert set(capabilities) | set(self.host.lacks) <= set(CAPABILITIES)
         for capability in capabilities:
-            if capability in self.host.lacks:
-                pytest.skip(f"no {CAPABILITIES[capability]}: {self.host.lacks[capability]}")
+            if reason := why_not(capability, self.host.lacks):
+                pytest.skip(f"not {CAPABILITIES[capability]}: {reason}")
 
     # The average
 
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_after_each_step_weights_and_average_are_the_native_trainers(self, tmp_path, accumulate) -> None:
-        if accumulate > 1:
-            self.needs("accumulation")
+        self.needs("equal" if accumulate == 1 else "accumulation")
         plan = Plan(accumulate=accumulate)
         run, want = Run(self.host, tmp_path, plan).fit(), native(plan, "4ba")
         assert len(run.ema.batches) == plan.epochs * plan.steps
         assert not loops.differences(want.batches, run.ema.batches)
+        run.assert_training_weights()
+
+    def test_a_step_that_mixed_precision_skips_is_no_step(self, tmp_path) -> None:
+        self.needs("skipped")
+        run = Run(self.host, tmp_path, Plan(scaled=True))
+        Overflows(run.net)
+        run.fit()
+        assert (run.probe.trained, len(run.ema.batches)) == (18, 12)
+        weights = [weights for weights, _ in run.ema.batches]
+        assert all(loops.differences(*two) for two in pairwise(weights))
+        names = weights[0]
+        want = {name: reference.online([w[name] for w in weights], [0.5**0.25] * 11) for name in names}
+        for name, average in run.ema.average.items():
+            torch.testing.assert_close(average.double(), want[name], rtol=1e-5, atol=1e-6)
+        run.assert_training_weights()
+
+    def test_statistics_of_batchnorm_are_averaged_and_lent_as_the_weights_are(self, tmp_path) -> None:
+        self.needs("buffers")
+        plan = Plan(evaluate="evaluation" not in self.host.lacks)
+        run = Run(self.host, tmp_path, plan, net=net_of("normed")).fit()
+        assert not loops.differences(native(plan, "4ba", kind="normed").batches, run.ema.batches)
+        weights, average = run.ema.batches[-1]
+        assert run.ema.average["1.num_batches_tracked"] == weights["1.num_batches_tracked"] == 18
+        assert loops.differences(weights["1.running_var"], average["1.running_var"])
+        if plan.evaluate:
+            assert not loops.differences(average, run.probe.evaluated[-1])
+        run.assert_training_weights()
+
+    @pytest.mark.filterwarnings("ignore")  # of torch.compile itself
+    def test_a_compiled_model_is_averaged_and_lent_as_it_is_inside(self, tmp_path) -> None:
+        self.needs("compiled")
+        plan = Plan(epochs=1, evaluate="evaluation" not in self.host.lacks)
+        run = Run(self.host, tmp_path, plan, wrap=lambda net: torch.compile(net, backend="eager")).fit()
+        assert not loops.differences(native(plan, "4ba").batches, run.ema.batches)
+        if plan.evaluate:
+            assert not loops.differences([run.ema.average] * 2, run.probe.evaluated)
         run.assert_training_weights()
 
     @pytest.mark.parametrize(
@@ -240,10 +343,11 @@ class HostContract:
             ("epochs", {"half_life": "1ep"}),
             ("epochs", {"half_life": "0.2dur", "ema_start": "0.4dur"}),
             ("samples", {"half_life": "20sp", "ema_start": "12sp"}),
+            ("tokens", {"half_life": "120tok", "ema_start": "72tok"}),
         ],
         ids=str,
     )
-    def test_half_lives_in_epochs_and_samples_are_the_native_trainers(self, tmp_path, unit, options) -> None:
+    def test_half_lives_in_other_units_than_batches_are_the_native_trainers(self, tmp_path, unit, options) -> None:
         self.needs(unit)
         plan = Plan(accumulate=1 if "accumulation" in self.host.lacks else 2)
         run, want = Run(self.host, tmp_path, plan, Watched(**options)).fit(), native(plan, **options)
@@ -278,6 +382,29 @@ class HostContract:
         run.assert_training_weights()
         assert not loops.differences(native(run.plan, "4ba").batches, run.ema.batches)
 
+    def test_raw_and_averaged_weights_can_be_evaluated_side_by_side(self, tmp_path) -> None:
+        self.needs("choice")
+        run = Run(self.host, tmp_path, Plan(evaluate=True, choice=True)).fit()
+        ends = [run.ema.batches[step] for step in (5, 11, 17)]
+        # Two batches with each, in whatever order.
+        seen = sorted(map(repr, map(list, map(loops.leaves, run.probe.evaluated))))
+        assert seen == sorted(repr(list(loops.leaves(tensors))) for end in ends for tensors in end for _ in range(2))
+        run.assert_training_weights()
+        assert not loops.differences(native(run.plan, "4ba").batches, run.ema.batches)
+
+    def test_decay_and_distance_go_to_the_frameworks_own_loggers(self, tmp_path) -> None:
+        self.needs("metrics")
+        run = Run(self.host, tmp_path, Plan(evaluate=True)).fit()
+        assert run.session.logged("ema/decay") == pytest.approx([0.5**0.25] * 3)
+        far = []
+        for weights, average in (run.ema.batches[step] for step in (5, 11, 17)):
+            apart, whole = (
+                torch.cat([tensor.flatten() for tensor in tensors]).norm()
+                for tensors in ([weights[n] - average[n] for n in average], average.values())
+            )
+            far.append(float(apart / whole))
+        assert run.session.logged("ema/distance") == pytest.approx(far, rel=1e-5)
+
     def test_prediction_sees_the_average_and_gives_the_training_weights_back(self, tmp_path) -> None:
         self.needs("prediction")
         run = Run(self.host, tmp_path, Plan()).fit()
@@ -288,6 +415,7 @@ class HostContract:
     @pytest.mark.parametrize("error", [RuntimeError("as planned"), KeyboardInterrupt()], ids=["error", "interrupt"])
     @pytest.mark.parametrize("during", ["training", "evaluation in fit", "evaluation", "prediction"])
     def test_after_an_exception_the_model_has_its_training_weights(self, tmp_path, during, error) -> None:
+        self.needs("given back")
         if during != "training":
             self.needs("prediction" if during == "prediction" else "evaluation")
         run = Run(self.host, tmp_path, Plan(evaluate=during == "evaluation in fit"))
@@ -319,7 +447,7 @@ class HostContract:
     def test_a_resumed_run_is_as_if_it_had_not_stopped(self, tmp_path, half_life, step, kind) -> None:
         self.needs("epoch end" if step == 6 else "mid-epoch")
         if kind == "noisy":
-            self.needs("random", *(["random mid-epoch"] if step == 9 else []))
+            self.needs("random" if step == 6 else "random mid-epoch")
         if half_life == "1ep":
             self.needs("epochs")
         plan = Plan(save_every=3, shuffle=kind == "noisy", evaluate="evaluation" not in self.host.lacks)
@@ -334,7 +462,7 @@ class HostContract:
         assert not loops.differences(whole.ema.batches[-(18 - step) :], resumed.ema.batches[-(18 - step) :])
 
     def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(self, tmp_path) -> None:
-        self.needs("epoch end", "kill")
+        self.needs("kill")
         plan = Plan(save_every=6)
         call = (
             f"import host_contract; host_contract.die({type(self).__module__.rpartition('.')[2]!r}, {str(tmp_path)!r})"

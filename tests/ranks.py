@@ -20,10 +20,11 @@ class Ranks:
     Args:
         folder: For the files by which they find each other.
         most: How many.
+        backend: ``gloo``, or ``nccl`` where each rank has a GPU.
     """
 
-    def __init__(self, folder: Path, most: int = 4) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, most: int = 4, backend: str = "gloo") -> None:
+        self._folder, self._backend = folder, backend
         context = multiprocessing.get_context("spawn")
         self._ends, self._processes = [], []
         for _ in range(most):
@@ -36,16 +37,15 @@ class Ranks:
     def run(self, size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
         """Run ``job(*args)`` in a group of ``size`` processes, and return what each returned; raise if one raised."""
         results = self.attempt(size, job, *args)
-        for rank, result in enumerate(results):
-            if isinstance(result, _Raised):
-                raise AssertionError(f"rank {rank} of {size} raised:\n{result.text}")
+        raised = [f"rank {rank} of {size} raised:\n{one.text}" for rank, one in enumerate(results) if _failed(one)]
+        assert not raised, raised[0]
         return results
 
     def attempt(self, size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
         """Do what ``run`` does; for a rank that raised there is a ``_Raised`` with ``text``."""
         meeting = self._folder / uuid.uuid4().hex
         for rank in range(size):
-            self._ends[rank].send((rank, size, str(meeting), job, args))
+            self._ends[rank].send((self._backend, rank, size, str(meeting), job, args))
         received = [self._ends[rank].recv_bytes() for rank in range(size)]
         return [torch.load(io.BytesIO(one), weights_only=False) for one in received]
 
@@ -57,6 +57,10 @@ class Ranks:
             process.kill()
 
 
+def _failed(result: Any) -> bool:
+    return isinstance(result, _Raised)
+
+
 class _Raised:
     def __init__(self, text: str) -> None:
         self.text = text
@@ -66,15 +70,17 @@ def _work(end: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            rank, size, meeting, job, args = end.recv()
+            backend, rank, size, meeting, job, args = end.recv()
         except EOFError:
             return
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
         )
         try:
             result = job(*args)
-        except BaseException:  # noqa: BLE001  whatever it was, the test is told
+        except BaseException:
             result = _Raised(traceback.format_exc())
         finally:
             dist.destroy_process_group()

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from polyak import EMA, attach
+from polyak import EMA, Offload, attach
 from polyak.select import slots, unwrap
 from polyak.shadow import Shadow
 
@@ -23,6 +23,7 @@ KINDS = {
     "fsdp, blocks": (2, 3, 4),
     "fsdp, bfloat16": (2, 3),
     "fsdp, cpu offload": (2,),
+    "fsdp, offloaded average": (2,),
     "fsdp, kept whole": (2,),
     "fsdp, checkpointed": (2,),
     "fsdp, compiled": (2,),
@@ -38,6 +39,11 @@ PLAN = {
     "first": ColwiseParallel(output_layouts=Replicate()),
     "second": RowwiseParallel(input_layouts=Replicate()),
 }
+
+
+def device() -> str:
+    """Return where this group's models are."""
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
 class Net(nn.Module):
@@ -62,27 +68,30 @@ def net(seed: int = 0) -> Net:
 def batch(step: int, *, own: bool = True) -> Tensor:
     """Return the batch of a step: of this rank's own, or the same for all."""
     seed = 100 + step + (1000 * dist.get_rank() if own else 0)
-    return torch.randn(8, 37, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(8, 37, generator=torch.Generator().manual_seed(seed)).to(device())
 
 
 def spread(kind: str) -> nn.Module:
     """Return the net under a kind of parallelism."""
-    world, model = dist.get_world_size(), net()
-    mesh = init_device_mesh("cpu", (world,))
+    world, model = dist.get_world_size(), net().to(device())
+    mesh = init_device_mesh(device(), (world,))
     if kind.startswith("ddp"):
         return DistributedDataParallel(model)
     if kind == "tp":
         model.tensor_parallel = True
         return parallelize_module(model, mesh, PLAN)
     if kind == "fsdp and tp":
-        grid = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
-        model.first, model.second = nn.Linear(37, 52), nn.Linear(52, 3)  # it must divide where both divide it
-        model.norm = nn.BatchNorm1d(52)
+        grid = init_device_mesh(device(), (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        model.first, model.second = (
+            nn.Linear(37, 52).to(device()),
+            nn.Linear(52, 3).to(device()),
+        )  # it must divide where both divide it
+        model.norm = nn.BatchNorm1d(52).to(device())
         model.tensor_parallel = True
         parallelize_module(model, grid["tp"], PLAN)
         return fully_shard(model, mesh=grid["dp"])
     if kind == "hsdp":
-        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copies", "shards"))
+        mesh = init_device_mesh(device(), (2, world // 2), mesh_dim_names=("copies", "shards"))
     if kind == "fsdp, checkpointed":
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -103,7 +112,7 @@ def spread(kind: str) -> nn.Module:
         fully_shard(model.second, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     if kind == "fsdp, from meta":
-        model.to_empty(device="cpu")
+        model.to_empty(device=device())
         for number, slot in enumerate(slots(model)):
             with torch.no_grad():
                 torch.manual_seed(number)
@@ -118,21 +127,28 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()).clone()
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of the whole weights, which this makes the model hold in shards."""
+def own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the whole weights and of this rank's buffers; this makes the model hold its shards."""
     from polyak.sharding import reshard
 
     reshard(model)
-    found = {slot.name: (full(slot.tensor), slot.is_parameter) for slot in slots(model)}
-    for tensor, is_parameter in found.values():
-        if not is_parameter:  # each rank's are its own, and the first one's are saved
-            dist.broadcast(tensor, 0)
-    return {name: tensor for name, (tensor, _) in found.items()}
+    return {slot.name: full(slot.tensor) for slot in slots(model)}
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the same with the first rank's buffers: each rank's are its own, and the first one's are saved."""
+    found = own_weights(model)
+    for slot in slots(model):
+        if not slot.is_parameter:
+            dist.broadcast(found[slot.name], 0)
+    return found
 
 
 def ema_of(kind: str, half_life: str = "2ba", **options: Any) -> EMA:
     if kind == "ddp, divided average":
-        options["mesh"] = init_device_mesh("cpu", (dist.get_world_size(),))
+        options["mesh"] = init_device_mesh(device(), (dist.get_world_size(),))
+    if kind == "fsdp, offloaded average":
+        options["offload"] = Offload()
     return EMA(half_life, **options)
 
 
@@ -156,7 +172,7 @@ class Reference:
     @torch.no_grad()
     def update_(self, model: nn.Module, weight: float) -> None:
         tensors = {slot.name: slot.tensor for slot in slots(self._model)}
-        for name, tensor in weights(model).items():
+        for name, tensor in own_weights(model).items():
             tensors[name].copy_(tensor)
         self.shadow.update_(weight)
 
@@ -203,14 +219,14 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
     found: dict[str, Any] = {"averages": unequal(averages, reference.averages)}
 
     evaluated(model)  # leaves the outermost module whole
-    before = weights(model)
+    before = own_weights(model)
     with ema.applied():
-        inside = weights(model)
+        inside = own_weights(model)
         first = evaluated(model)
-        inside_later = weights(model)
+        inside_later = own_weights(model)
         kept = {n: full(t) for n, t in algorithm._shadow._loan.kept.items()}
         held = {n: full(t) for n, t in algorithm._shadow.averaged_tensors().items()}
-    after = weights(model)
+    after = own_weights(model)
     want = {n: t.to(before[n].dtype) for n, t in reference.averages.items()}
     for name in buffers:  # those of the first rank count
         dist.broadcast(want[name], 0)
@@ -221,19 +237,23 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
     found["given back"] = unequal(before, after)
     found["moved by the loan"] = float((evaluated(model) - first).abs().max())
     train(model, optimizer, range(6, 8))
-    found["weights"] = weights(model)
+    before, averages = own_weights(model), {n: full(t) for n, t in algorithm._shadow.averages.items()}
+    parameters = [slot.name for slot in slots(model) if slot.is_parameter]
+    apart = sum(float((before[n] - averages[n].float()).double().square().sum()) for n in parameters)
+    length = sum(float(averages[n].double().square().sum()) for n in parameters)
+    found["distance"] = algorithm.metrics()["ema/distance"] / (apart / length) ** 0.5
     return found
 
 
-def trains_without(kind: str, *, loans: bool) -> dict[str, Tensor]:
+def trains(kind: str, loans: bool) -> dict[str, Tensor]:
     """Return the weights of a run, with or without an average that is lent on the way."""
     model = spread(kind)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     if not loans:
-        train(model, optimizer, range(6))
+        train(model, optimizer, range(5))
         return weights(model)
     with attach(ema_of(kind), model, optimizer) as ema:
-        for step in range(6):
+        for step in range(5):
             train(model, optimizer, range(step, step + 1))
             with ema.applied():
                 evaluated(model)
@@ -296,3 +316,122 @@ def loads(kind: str, folder: str, dtype: torch.dtype | None, steps: int) -> Any:
     then = _averages(algorithm) if algorithm.ema_started else {}
     train(model, optimizer, range(steps, steps + 3))
     return then, weights(model), _averages(algorithm), ema.timestamp.batch.value
+
+
+def communicates(kind: str) -> tuple[int, int]:
+    """Return how many messages an update takes, and how many a loan."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    model = spread(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    algorithm = ema_of(kind)
+    ema = attach(algorithm, model, optimizer)
+    train(model, optimizer, range(3))
+    with CommDebugMode() as update:
+        algorithm._shadow.update_(0.5)
+    with CommDebugMode() as loan, ema.applied():
+        pass
+    return update.get_total_counts(), loan.get_total_counts()
+
+
+def shares(kind: str) -> tuple[int, int, int]:
+    """Return the bytes of this rank's averages, of the parameters it owns, and of the whole model."""
+    from polyak.sharding import local
+
+    model = spread(kind)
+    shadow = Shadow(model, mesh=ema_of(kind)._mesh)
+    own = sum(local(average).untyped_storage().nbytes() for average in shadow.averages.values())
+    shards = sum(local(parameter).nbytes for parameter in model.parameters())
+    return own, shards, sum(parameter.numel() * 4 for parameter in model.parameters())
+
+
+def disagrees(about: str) -> None:
+    """Lend an average about which one rank differs from the others."""
+    odd = dist.get_rank() == 1
+    model = spread("ddp")
+    if about == "tensors" and odd:
+        model.module.scale.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    start = "3ba" if about == "beginning" and odd else "0ba"
+    algorithm = EMA("3ba" if about == "profile" and odd else "2ba", ema_start=start if about == "beginning" else "0ba")
+    ema = attach(algorithm, model, optimizer)
+    for step in range(2 if about == "steps" and odd else 3 if about != "beginning" else 2):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.5 + step)
+        optimizer.step()
+        if about == "nan" and odd and step == 1:
+            with torch.no_grad():
+                model.module.second.weight[1, 2] = torch.nan
+        if about == "values" and odd and step == 1:
+            with torch.no_grad():
+                model.module.second.weight[1, 2] += 1e-6
+    with ema.applied():
+        pass
+
+
+def sees_a_nan_in_one_shard() -> list[str]:
+    """Return the warnings of a loan after one rank's shard was not finite."""
+    import warnings
+
+    model = spread("fsdp, blocks")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    ema = attach(EMA("2ba"), model, optimizer)
+    train(model, optimizer, range(2))
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.first.weight.to_local()[0, 0] = torch.nan
+    ema.algorithm._shadow.update_(0.5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with ema.applied():
+            pass
+    return [str(one.message) for one in caught] + [str(ema.state_dict()["algorithm"]["num_quarantined"])]
+
+
+def is_interrupted(kind: str, fails: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train; let an evaluation with the average fail in the middle of the forward pass on all ranks; train on."""
+    model = spread(kind)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    algorithm = ema_of(kind)
+    ema = attach(algorithm, model, optimizer)
+    train(model, optimizer, range(3))
+    if fails:
+
+        def fail(*args: Any) -> None:
+            raise ValueError("as planned")
+
+        hook = unwrap(model).norm.register_forward_hook(fail)
+        try:
+            with ema.applied():
+                evaluated(model)
+        except ValueError:
+            pass
+        hook.remove()
+    train(model, optimizer, range(3, 6))
+    return weights(model), _averages(algorithm)
+
+
+def refuses(kind: str) -> str:
+    """Return the error of asking for the average as a module."""
+    model = spread(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    algorithm = ema_of(kind)
+    attach(algorithm, model, optimizer)
+    train(model, optimizer, range(2))
+    try:
+        return str(algorithm.ema_model)
+    except RuntimeError as error:
+        return str(error)
+
+
+def exports(kind: str, folder: str, max_file_bytes: float) -> dict[str, Tensor]:
+    """Export the average; return what the model holds while it is lent."""
+    from polyak import export_averaged
+
+    model, optimizer, algorithm, ema = _set_up(kind, 0)
+    train(model, optimizer, range(3))
+    before = weights(model)
+    export_averaged(algorithm, model, folder, max_file_bytes=max_file_bytes)
+    assert unequal(before, weights(model)) == []
+    with ema.applied():
+        return weights(model)

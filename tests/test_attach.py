@@ -1,6 +1,7 @@
 """EMA in a plain loop, against the float64 reference."""
 
 import copy
+import math
 
 import pytest
 import reference
@@ -9,11 +10,14 @@ from torch import nn
 
 from polyak import (
     EMA,
+    Event,
     HalfLife,
     LoanError,
     PlanWarning,
     PowerFunction,
     ProfileError,
+    Record,
+    Recorder,
     Smoothing,
     TimeError,
     Uniform,
@@ -21,12 +25,13 @@ from polyak import (
     Window,
     attach,
 )
+from polyak.shadow import Shadow
 
 
 class Loop:
     """A loop that gives one weight a sequence of values, by steps of an optimizer."""
 
-    def __init__(self, ema: EMA, **counts) -> None:
+    def __init__(self, ema, **counts) -> None:
         self.model = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(self.model.weight)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
@@ -297,3 +302,169 @@ def test_an_ema_is_for_one_model() -> None:
     Loop(ema)
     with pytest.raises(ValueError, match="make a new EMA"):
         Loop(ema)
+
+
+@pytest.mark.parametrize("lr", [0.1, 0.2])
+def test_of_several_optimizers_the_one_that_steps_last_counts_when_all_weights_have_moved(lr) -> None:
+    model = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+    first, last = (torch.optim.SGD(part.parameters(), lr=lr) for part in model)
+    ema = EMA(half_life="2ba")
+    weights = []
+    with attach(ema, model, last) as attached:
+        for _ in range(4):
+            model(torch.ones(1, 1)).square().sum().backward()
+            for optimizer in (first, last):
+                optimizer.step()
+                optimizer.zero_grad()
+            weights.append(model[0].weight.detach().clone())
+    assert attached.timestamp.batch.value == 4
+    want = reference.online(weights, [0.5**0.5] * 3)
+    torch.testing.assert_close(ema.ema_model[0].weight.double(), want, rtol=1e-5, atol=1e-6)
+
+
+def test_optimizers_that_step_in_the_backward_pass_count_one_batch_each_time_that_step_is_called() -> None:
+    model = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+    optimizers = {parameter: torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()}
+
+    def step_now(parameter: nn.Parameter) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step_now)
+    ema, weights = EMA(half_life="2ba"), []
+    with attach(ema, model, None, max_duration="4ba", steps_per_epoch=2) as attached:
+        for _ in range(4):
+            model(torch.ones(1, 1)).square().sum().backward()
+            attached.step()
+            weights.append(model[0].weight.detach().clone())
+        with attached.applied(), pytest.raises(LoanError, match="must not run on averaged weights"):
+            model(torch.ones(1, 1)).square().sum().backward()
+    assert (attached.timestamp.batch, attached.timestamp.epoch) == ("4ba", "2ep")
+    want = reference.online(weights, [0.5**0.5] * 3)
+    torch.testing.assert_close(ema.ema_model[0].weight.double(), want, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="here it is detached"):
+        attached.step()
+
+
+def test_a_loop_whose_steps_are_counted_by_hand_is_warned_of_its_plan_at_the_first() -> None:
+    attached = attach(EMA(half_life="5ba", ema_start="100ba"), nn.Linear(1, 1), None, max_duration="4ba")
+    with pytest.warns(PlanWarning, match="averaging never starts: its first update is at 100ba"):
+        attached.step()
+
+
+def test_steps_are_counted_by_hand_or_by_the_optimizer_but_not_both() -> None:
+    loop = Loop(EMA(half_life="5ba"))
+    with pytest.raises(ValueError, match="here those of the optimizer are counted"):
+        loop.attached.step()
+
+
+def test_several_algorithms_follow_one_loop(tmp_path) -> None:
+    ema, recorder = EMA(half_life="5ba"), Recorder(tmp_path / "record", interval="2ba")
+    with Loop([ema, recorder]).run(10).attached as attached:
+        assert attached.algorithm is ema
+    assert Record(tmp_path / "record").stretches[-1].end.updates == 10
+    with pytest.raises(ValueError, match="one average at a time"):
+        Loop([EMA(), EMA()])
+
+
+def test_weights_that_deepspeed_keeps_elsewhere_are_refused() -> None:
+    model = nn.Linear(1, 1)
+    model.weight.ds_id = 0  # as ZeRO-3 marks them
+    with pytest.raises(NotImplementedError, match="under DeepSpeed ZeRO-3 it does not"):
+        attach(EMA(), model, None)
+
+
+def test_a_model_in_one_flat_tensor_is_refused() -> None:
+    class FullyShardedDataParallel(nn.Module):
+        """The real one needs processes."""
+
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self._fsdp_wrapped_module = module
+
+    assert hasattr(torch.distributed.fsdp, "FullyShardedDataParallel")
+    with pytest.raises(NotImplementedError, match="under FullyShardedDataParallel it does not"):
+        attach(EMA(), nn.Sequential(FullyShardedDataParallel(nn.Linear(1, 1))), None)
+
+
+class Log:
+    """A logger that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int | None, dict[str, float]]] = []
+
+    def log_metrics(self, metrics, step=None) -> None:
+        self.lines.append((step, dict(metrics)))
+
+
+def test_decay_and_distance_are_logged_once_where_an_evaluation_begins() -> None:
+    log, ema = Log(), EMA(half_life="5ba", ema_start="2ba")
+    loop = Loop(ema, logger=log)
+    with loop.run(1).attached.applied():
+        pass
+    with loop.run(1).attached.applied():
+        pass
+    loop.run(8)
+    average, weights = ema.ema_model.weight.detach().clone(), loop.weights[-1]
+    for _ in range(2):
+        with loop.attached.applied():
+            # Of the training weights also now.
+            assert ema.metrics() == log.lines[-1][1]
+    want = {"ema/decay": 0.5**0.2, "ema/distance": float((weights - average).norm() / average.norm())}
+    assert log.lines == [(2, {"ema/distance": 0.0}), (10, pytest.approx(want, rel=1e-6))]
+
+
+def test_what_is_logged_after_a_stop_is_what_would_have_been() -> None:
+    one, log = EMA(half_life="5ba"), Log()
+    loop = Loop(one).run(4)
+    other = Loop(EMA(half_life="5ba"), logger=log)
+    other.model.load_state_dict(loop.model.state_dict())
+    other.attached.load_state_dict(loop.attached.state_dict())
+    with other.attached.applied():
+        pass
+    assert log.lines == [(4, one.metrics())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_distance_is_that_of_the_parameters_relative_to_their_average(dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Linear(4, 4)).to(dtype)
+    model[0].to(memory_format=torch.channels_last)
+    model[2].weight.requires_grad_(requires_grad=False)
+    shadow = Shadow(model)
+    before = {name: tensor.detach().double() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    with torch.no_grad():
+        for tensor in [*model.parameters(), model[1].running_var]:
+            tensor.add_(torch.randn_like(tensor))
+    after = {name: tensor.detach().double() for name, tensor in model.named_parameters() if name in before}
+    apart = sum(float((after[name] - before[name]).square().sum()) for name in before)
+    want = (apart / sum(float(tensor.square().sum()) for tensor in before.values())) ** 0.5
+    assert shadow.distance() == pytest.approx(want, rel=1e-6)
+    with shadow.lent("the test"):
+        assert shadow.distance() == pytest.approx(want, rel=1e-6)
+        with pytest.raises(LoanError, match="the test has lent its own"):
+            Shadow(model).distance()
+
+
+def test_the_distance_from_an_average_of_nothing_but_zeros_is_none_or_infinite() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    shadow = Shadow(model)
+    assert shadow.distance() == 0
+    nn.init.ones_(model.weight)
+    assert shadow.distance() == math.inf
+
+
+def test_a_block_that_an_error_ends_says_so_and_ends_once() -> None:
+    class Hears(EMA):
+        def match(self, event, state):
+            heard.append(event)
+            return super().match(event, state)
+
+    heard: list[Event] = []
+    with pytest.raises(RuntimeError, match="as planned"), Loop(Hears(half_life="5ba")).run(2).attached as attached:
+        raise RuntimeError("as planned")
+    attached.detach()
+    assert heard == [Event.INIT, Event.FIT_START, *[Event.BATCH_END] * 2, Event.EXCEPTION, Event.FIT_END]

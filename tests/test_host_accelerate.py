@@ -17,16 +17,40 @@ accelerate = pytest.importorskip("accelerate")
 from polyak.hosts.accelerate import attach  # noqa: E402
 
 
+class Tracker(accelerate.tracking.GeneralTracker):
+    """A tracker as its users write one."""
+
+    name = "kept"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int | None, dict[str, float]]] = []
+
+    @property
+    def tracker(self) -> Any:
+        return self.lines
+
+    def store_init_configuration(self, values: Any) -> None:
+        """Nothing."""
+
+    def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
+        self.lines.append((step, values))
+
+
 class AccelerateSession:
     """A script as its users write it."""
 
     def __init__(self, net: nn.Module, algorithms: Any, folder: Path, plan: Plan) -> None:
-        self.folder, self.plan = folder, plan
+        self.folder, self.plan, self.tracker = folder, plan, Tracker()
         self.accelerator = accelerate.Accelerator(
             cpu=True,
+            log_with=self.tracker,
             gradient_accumulation_steps=plan.accumulate,
             dataloader_config=accelerate.DataLoaderConfiguration(use_seedable_sampler=plan.shuffle),
         )
+        self.accelerator.init_trackers("run")
+        self.accelerator.scaler = plan.scaler  # which it makes for a GPU
         self.net, self.optimizer, self.loader, self.eval_loader = self.accelerator.prepare(
             net, plan.optimizer(net), plan.loader, plan.eval_loader
         )
@@ -38,6 +62,7 @@ class AccelerateSession:
             max_duration=f"{plan.epochs}ep",
             steps_per_epoch=plan.steps,
             samples_per_step=loops.BATCH * plan.accumulate,
+            tokens_per_step=6 * loops.BATCH * plan.accumulate,
         )
         self.done = 0
 
@@ -62,19 +87,25 @@ class AccelerateSession:
         self.done += 1
         if self.plan.evaluate and self.done % self.plan.steps == 0:
             self.evaluate()
+            if self.plan.choice:
+                self.run_evaluation()
         if self.plan.save_every and self.done % self.plan.save_every == 0:
             self.accelerator.save_state(self.checkpoint(self.done))
             with self.attached.applied():
                 self.accelerator.save_model(self.net, self.checkpoint(self.done) / "for-use")
 
     def evaluate(self) -> None:
-        with self.attached.applied(), torch.no_grad():
-            self.net.eval()
-            try:
-                for inputs, _ in self.eval_loader:
-                    self.net(inputs)
-            finally:
-                self.net.train()
+        with self.attached.applied():
+            self.run_evaluation()
+
+    @torch.no_grad()
+    def run_evaluation(self) -> None:
+        self.net.eval()
+        try:
+            for inputs, _ in self.eval_loader:
+                self.net(inputs)
+        finally:
+            self.net.train()
 
     predict = evaluate
 
@@ -82,6 +113,11 @@ class AccelerateSession:
         with self.attached.applied():
             self.accelerator.save_model(self.net, self.folder / "by-hand" / "for-use")
         return self.folder / "by-hand"
+
+    def logged(self, name: str) -> list[float]:
+        steps, lines = zip(*self.tracker.lines, strict=True)
+        assert steps == (6, 12, 18)
+        return [line[name] for line in lines]
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"state-{step}"

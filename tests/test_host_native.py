@@ -5,16 +5,25 @@ from pathlib import Path
 
 import loops
 import torch
-from host_contract import HostContract, Plan, Session
+from host_contract import HostContract, Plan, Session, num_tokens
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from polyak import EMA, CheckpointSaver, Trainer
+from polyak.trainer.loggers import Destination
+
+
+class Kept(Destination):
+    def __init__(self) -> None:
+        self.lines: list[Mapping[str, float]] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.lines.append(metrics)
 
 
 class NativeSession:
     def __init__(self, net: nn.Module, algorithm: EMA, folder: Path, plan: Plan) -> None:
-        self.folder = folder
+        self.folder, self.log = folder, Kept()
         loader = DataLoader(plan.data, batch_size=loops.BATCH * plan.accumulate, shuffle=plan.shuffle)
         self.options = {
             "model": net,
@@ -25,6 +34,10 @@ class NativeSession:
             "algorithms": algorithm,
             "optimizers": plan.optimizer(net),
             "loss": nn.functional.cross_entropy,
+            "loggers": self.log,
+            "eval_weights": "both" if plan.choice else "averaged",
+            "precision": "amp_fp16" if plan.scaled else "fp32",
+            "num_tokens": num_tokens,
             "progress_bar": False,
             "callbacks": [CheckpointSaver(folder, f"{plan.save_every}ba")] if plan.save_every else [],
         }
@@ -44,6 +57,9 @@ class NativeSession:
     def save(self) -> Path:
         self.trainer.save_checkpoint(self.folder / "by-hand.pt")
         return self.folder / "by-hand.pt"
+
+    def logged(self, name: str) -> list[float]:
+        return [line[name] for line in self.log.lines if name in line]
 
     def checkpoint(self, step: int) -> Path:
         (found,) = self.folder.glob(f"ep{(step - 1) // self.plan.steps}-ba{step}.pt")

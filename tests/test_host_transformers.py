@@ -82,7 +82,8 @@ class TransformersSession:
             eval_dataset=plan.eval_data,
             optimizers=(optimizer := plan.optimizer(model), torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
         )
-        attach(algorithms, self.trainer, eval_weights=eval_weights)
+        self.trainer.accelerator.scaler = plan.scaler  # which it makes for a GPU
+        attach(algorithms, self.trainer, eval_weights="both" if plan.choice else eval_weights)
 
     def fit(self, resume: Path | None = None) -> None:
         self.trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -96,6 +97,9 @@ class TransformersSession:
     def save(self) -> Path:
         self.trainer.save_model(str(self.folder / "by-hand"))
         return self.folder / "by-hand"
+
+    def logged(self, name: str) -> list[float]:
+        return [line[name] for line in self.trainer.state.log_history if name in line]
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"checkpoint-{step}"
@@ -227,10 +231,12 @@ def test_a_batch_size_found_by_trying_counts_each_step_once(tmp_path) -> None:
     found.assert_training_weights()
 
 
-def test_tokens_are_counted_where_the_trainer_does(tmp_path) -> None:
-    plan = Plan(accumulate=2)
-    tokens = run(tmp_path, [Watched(f"{loops.BATCH * 2 * 6 * 4}tok", update_interval="1ba")], plan).fit()
-    assert not loops.differences(native(plan, "4ba").batches, tokens.ema.batches)
+@pytest.mark.parametrize(("limit", "duration"), [({"max_steps": 9}, "9ba"), ({"num_train_epochs": 1.5}, "1.5ep")])
+def test_shares_of_the_run_are_of_its_steps_or_epochs_as_it_is_limited(tmp_path, limit, duration) -> None:
+    limited = run(tmp_path, [Watched("0.2dur", ema_start="0.5dur")], **limit).fit()
+    (attached,) = [cb for cb in limited.session.trainer.callback_handler.callbacks if hasattr(cb, "_loop")]
+    assert attached._loop.state.max_duration == duration
+    assert len(limited.ema.batches) == limited.session.trainer.state.global_step - 4 == 5
 
 
 def test_a_record_is_kept_beside_the_average_and_gone_on_with(tmp_path) -> None:
@@ -319,9 +325,11 @@ def test_what_cannot_work_is_refused_before_training(tmp_path) -> None:
         attach(EMA("4ba"), session.trainer)
     with pytest.raises(ValueError, match="there can be one"):
         run(tmp_path, [EMA("4ba"), EMA("8ba")])
-    session.trainer.is_fsdp_enabled = True
-    with pytest.raises(NotImplementedError, match="under FSDP they are not"):
-        session.fit()
+    for flag, name in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
+        setattr(session.trainer, flag, True)
+        with pytest.raises(NotImplementedError, match=f"under {name} they are not"):
+            session.fit()
+        setattr(session.trainer, flag, False)
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch.compile itself
@@ -378,6 +386,7 @@ def train_in_a_process(folder: str, resume: str = "") -> None:
     one.fit(Path(resume) if resume else None)
     one.session.evaluate()
     torch.save({"model": one.weights, "ema": one.ema.state_dict()}, Path(folder) / f"rank-{rank}.pt")
+    torch.distributed.destroy_process_group()  # or its threads may abort the process at its end
 
 
 @pytest.mark.slow
@@ -419,7 +428,7 @@ def language_model() -> Any:
     )
 
 
-def language_trainer(folder: Path, model: Any, ema: EMA) -> Any:
+def language_trainer(folder: Path, model: Any, ema: EMA, **arguments: Any) -> Any:
     tokens = torch.randint(11, (32, 8), generator=torch.Generator().manual_seed(0))
     trainer = transformers.Trainer(
         model,
@@ -431,8 +440,10 @@ def language_trainer(folder: Path, model: Any, ema: EMA) -> Any:
             use_cpu=True,
             report_to="none",
             disable_tqdm=True,
+            **arguments,
         ),
-        train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
+        train_dataset=(data := [{"input_ids": row, "labels": row} for row in tokens]),
+        eval_dataset=data,
     )
     attach(ema, trainer)
     return trainer
@@ -450,14 +461,26 @@ def test_from_pretrained_finds_the_average_of_a_model_with_tied_weights(tmp_path
     assert not loops.differences([training, ema.state_dict()], [loops.bits(resumed), again.state_dict()])
 
 
+def adapted() -> Any:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1)
+    return peft.get_peft_model(language_model(), config)
+
+
+def test_the_best_adapters_are_gone_back_to_with_their_training_weights_and_their_average(tmp_path) -> None:
+    model, ema = adapted(), Watched("2ba")
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = language_trainer(tmp_path, model, ema, eval_strategy="steps", eval_steps=4, **best)
+    trainer.train()
+    assert trainer.state.best_global_step == 4
+    weights, average = ema.batches[3]
+    assert loops.differences(weights, ema.batches[-1][0])
+    assert not loops.differences([weights, average], [of_net(loops.bits(model)), ema.average])
+
+
 def test_adapters_alone_are_averaged_and_saved_as_adapters(tmp_path) -> None:
     peft = pytest.importorskip("peft")
-
-    def adapted() -> Any:
-        torch.manual_seed(0)
-        config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, lora_dropout=0.1)
-        return peft.get_peft_model(language_model(), config)
-
     model, ema = adapted(), EMA("2ba")
     language_trainer(tmp_path, model, ema).train()
     training, average = loops.bits(model), loops.averaged(ema)

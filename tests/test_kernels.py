@@ -2,6 +2,7 @@ import itertools
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from unittest import mock
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from polyak.kernels import KERNELS, SCRATCH_ELEMENTS, Exchange, Lerp, Place, cpu, foreach
+from polyak.kernels import EXCHANGES, KERNELS, SCRATCH_ELEMENTS, Lerp, Place, cpu, foreach
 from polyak.kernels.foreach import _chance, _round, key
 
 SHAPES = [(3,), (4, 5), (2, 3, 4, 5), (), (0,), (SCRATCH_ELEMENTS + 1,), (700, 400)]
@@ -233,9 +234,14 @@ def test_a_shard_of_a_tensor_of_more_than_2_to_the_33_elements_is_rounded_alike_
 
 
 def pairs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    left = [*tensors(torch.float32, 0), *tensors(torch.bfloat16, 0), torch.arange(5), torch.tensor([True, False])]
-    right = [*tensors(torch.float32, 1), *tensors(torch.bfloat16, 1), torch.arange(5, 10), torch.tensor([False, True])]
-    right[4] = right[4].contiguous()
+    def one(seed):
+        return [t for dtype in (torch.float32, torch.bfloat16) for t in tensors(dtype, seed) if t.numel() < 1000] + [
+            torch.arange(seed, seed + 2500),
+            torch.tensor([seed > 0, False]),
+        ]
+
+    left, right = one(0), one(1)
+    right[2] = right[2].contiguous()  # the other is not
     return left, right
 
 
@@ -243,57 +249,105 @@ def same(some, others) -> bool:
     return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
 
 
-def test_an_exchange_swaps_all_values_and_swaps_them_back() -> None:
+@pytest.fixture
+def exchange_of(kernel, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(cpu, "_SWAP", 1 << 10)  # enough of them for all threads
+    monkeypatch.setattr(cpu, "_JOB", 1 << 12)
+    monkeypatch.setattr(foreach, "SCRATCH_ELEMENTS", 1000)
+    return EXCHANGES[kernel]
+
+
+def test_an_exchange_swaps_all_values_and_swaps_them_back(exchange_of) -> None:
     left, right = pairs()
     old_left, old_right = [t.clone() for t in left], [t.clone() for t in right]
-    exchange = Exchange(left, right)
-    exchange.forward()
-    assert same(left, old_right)
-    assert same(right, old_left)
+    exchange = exchange_of(left, right)
+    for _ in range(2):
+        exchange.forward()
+        assert same(left, old_right)
+        assert same(right, old_left)
+        exchange.back()
+        assert same(left, old_left)
+        assert same(right, old_right)
+
+
+class Stop(BaseException):
+    """An interrupt."""
+
+
+class Stopping:
+    """Raises ``Stop`` at one line of the kernels and again so many lines later, as an interrupt might."""
+
+    def __init__(self, *lines: int) -> None:
+        self.lines, self.seen = set(lines), 0
+
+    def __enter__(self) -> "Stopping":
+        self.before = sys.gettrace()
+        sys.settrace(self.enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+    def enter(self, frame, event, argument):
+        return self.line if frame.f_code.co_filename in (cpu.__file__, foreach.__file__) else None
+
+    def line(self, frame, event, argument):
+        if event == "line":
+            self.seen += 1
+            if self.seen in self.lines:
+                raise Stop
+        return self.line
+
+
+def test_an_exchange_that_is_interrupted_anywhere_goes_back_even_if_that_is_interrupted_too(exchange_of) -> None:
+    left, right = pairs()
+    old_left, old_right = [t.clone() for t in left], [t.clone() for t in right]
+    with Stopping() as all_of_it:
+        exchange = exchange_of(left, right)
+        made = all_of_it.seen
+        exchange.forward()
     exchange.back()
-    assert same(left, old_left)
-    assert same(right, old_right)
-
-
-def test_an_exchange_that_is_interrupted_anywhere_goes_back_even_if_that_is_interrupted_too(monkeypatch) -> None:
-    class Stop(BaseException):
-        pass
-
-    real = Exchange._step
-    calls = 0
-    stops = set[tuple[int, str]]()
-
-    def step(self, number) -> None:
-        nonlocal calls
-        calls += 1
-        if (calls, "before") in stops:
-            raise Stop
-        real(self, number)
-        if (calls, "after") in stops:
-            raise Stop
-
-    monkeypatch.setattr(Exchange, "_step", step)
-    left, right = pairs()
-    old_left, old_right = [t.clone() for t in left], [t.clone() for t in right]
-    total = 3 * len(Exchange(left, right)._buckets)
-    for first in range(1, total + 1):
-        for second in (1, 2, 3, 4, 5):
-            for when in ("before", "after"):
-                calls, stops = 0, {(first, when), (first + second, when)}
-                exchange = Exchange(left, right)
+    lines = all_of_it.seen - made
+    assert lines > 5
+    for first in range(1, lines + 1, max(1, lines // 60)):
+        for second in (1, 2, 5, 9, lines // 2, lines - 3):
+            exchange = exchange_of(left, right)
+            with Stopping(first, first + second):
                 with pytest.raises(Stop):
                     exchange.forward()
-                try:
+                with suppress(Stop):
                     exchange.back()
-                except Stop:
-                    exchange.back()
-                assert same(left, old_left)
-                assert same(right, old_right)
+            exchange.back()
+            assert same(left, old_left)
+            assert same(right, old_right)
+
+
+def test_an_exchange_that_is_interrupted_may_go_on(exchange_of) -> None:
+    left, right = pairs()
+    old_left, old_right = [t.clone() for t in left], [t.clone() for t in right]
+    for first in range(1, 40, 3):
+        exchange = exchange_of(left, right)
+        with Stopping(first), suppress(Stop):
+            exchange.forward()
+        exchange.forward()
+        assert same(left, old_right)
+        exchange.back()
+        assert same(left, old_left)
+        assert same(right, old_right)
 
 
 def test_an_exchange_needs_no_more_than_its_scratch() -> None:
     left, right = [torch.zeros(10 * SCRATCH_ELEMENTS)], [torch.ones(10 * SCRATCH_ELEMENTS)]
-    assert sum(s.numel() for s in Exchange(left, right)._scratches.values()) <= SCRATCH_ELEMENTS
+    assert sum(s.numel() for s in foreach.Exchange(left, right)._scratches.values()) <= SCRATCH_ELEMENTS
+
+
+def test_a_backward_pass_through_weights_that_were_swapped_is_an_error(exchange_of) -> None:
+    weight, inputs = torch.ones(3), torch.ones(3, requires_grad=True)
+    loss = (weight * inputs).sum()
+    exchange_of([weight], [torch.zeros(3)]).forward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_the_pieces_of_a_large_tensor_are_rounded_by_chances_of_their_own(lerp_) -> None:

@@ -1,8 +1,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from polyak import MismatchError, Policy, default_policy
+from polyak import MismatchError, Policy, default_policy, select
+from polyak.kernels import look
 from polyak.select import Inventory, all_slots, check_match, named_tensors, slots, unwrap
 
 
@@ -60,6 +62,21 @@ def test_a_wrapped_part_of_a_model_keeps_its_names() -> None:
     assert [slot.name for slot in slots(model)] == names
 
 
+@pytest.fixture(params=["c", "python"])
+def looks(request, monkeypatch):
+    if request.param == "c" and not look.HAS_C:
+        pytest.skip("no kernel in C, or a torch without the exchange API of DLPack")
+
+    def in_c(tensors):
+        lazy = any(map(is_lazy, tensors))
+        found = look.in_c(tensors)
+        assert (found is None) == lazy
+        return found or look.in_python(tensors)
+
+    monkeypatch.setattr(select, "unmoved", in_c if request.param == "c" else look.in_python)
+
+
+@pytest.mark.usefixtures("looks")
 @pytest.mark.parametrize(
     "change",
     [
@@ -71,6 +88,11 @@ def test_a_wrapped_part_of_a_model_keeps_its_names() -> None:
         lambda model: model.to(torch.float64),
         lambda model: setattr(model.head.weight, "data", model.head.weight.data.clone()),
         lambda model: setattr(model.head.weight, "data", model.head.weight.data[:1]),
+        lambda model: setattr(model.head.weight, "data", model.head.weight.data.view(4, 3)),
+        lambda model: setattr(model.module.weight, "data", model.module.weight.data.t()),
+        lambda model: setattr(model.flags, "data", model.flags.data.view(torch.uint8)),
+        lambda model: setattr(model.head.weight, "data", model.head.weight.data.view(-1)),
+        lambda model: setattr(model.flags, "data", model.flags.data.clone()),
     ],
 )
 def test_an_inventory_no_longer_holds_when_a_tensor_is_added_replaced_moved_or_made_trainable(change) -> None:
@@ -85,11 +107,23 @@ def test_an_inventory_no_longer_holds_when_a_tensor_is_added_replaced_moved_or_m
     assert Inventory(model).holds()
 
 
+@pytest.mark.usefixtures("looks")
 def test_an_inventory_no_longer_holds_when_a_lazy_module_was_built() -> None:
     model = nn.Sequential(nn.LazyLinear(2))
     inventory = Inventory(model)
     assert inventory.holds()
     model(torch.zeros(1, 3))
+    assert not inventory.holds()
+
+
+@pytest.mark.skipif(not look.HAS_C, reason="no kernel in C, or a torch without the exchange API of DLPack")
+def test_an_inventory_of_tensors_without_an_address_is_looked_at_in_python() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    assert look.in_c(list(model.parameters())) is None
+    inventory = Inventory(model)
+    assert inventory.holds()
+    model.to_empty(device="cpu")
     assert not inventory.holds()
 
 

@@ -7,14 +7,19 @@ from polyak.errors import (
     CheckpointError,
     LoanError,
     MismatchError,
+    OffloadError,
     PlanWarning,
     PolyakError,
     ProfileError,
     QuarantineWarning,
+    ShardingError,
     TimeError,
 )
 from polyak.events import Event, State
-from polyak.hosts.optimizer import Attached, attach
+from polyak.export import export_averaged
+from polyak.hosts.optimizer import attach
+from polyak.loop import Attached
+from polyak.offload import Offload
 from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
 from polyak.record import RecordError
@@ -49,6 +54,8 @@ __all__ = [
     "LoanError",
     "Logger",
     "MismatchError",
+    "Offload",
+    "OffloadError",
     "PlanWarning",
     "Policy",
     "PolyakError",
@@ -60,6 +67,7 @@ __all__ = [
     "Record",
     "RecordError",
     "Recorder",
+    "ShardingError",
     "Smoothing",
     "State",
     "TensorBoardLogger",
@@ -75,6 +83,7 @@ __all__ = [
     "compute_ema",
     "default_policy",
     "dispatch",
+    "export_averaged",
     "sweep",
     "update_bn",
 ]

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from polyak.algorithm import Algorithm, MetricLogger
+from polyak.algorithm import Algorithm, MetricLogger, NoLogger
 from polyak.errors import CheckpointError, LoanError, MismatchError, PlanWarning, ProfileError, TimeError
 from polyak.events import Event, State
 from polyak.kernels import Place, lerp_
+from polyak.offload import Offload
 from polyak.profiles import HalfLife, Profile, Smoothing
 from polyak.select import Policy, PolicyRule, check_match, default_policy, named_tensors, slots, unwrap
 from polyak.shadow import Shadow, loan_of
@@ -93,7 +94,7 @@ class EMA(Algorithm):
     The average begins with the weights after the first update event at or past ``ema_start``. With a half-life its
     decay follows what elapsed between two updates, whatever the interval, the batch size or the steps skipped. The
     model holds the average from ``EVAL_START``, ``PREDICT_START`` and ``SAVE_START`` to the end event of each, and
-    the training weights at all other times.
+    the training weights at all other times. Where an evaluation begins, ``metrics`` go to the loop's logger.
 
     Args:
         half_life: After how long half of the average is new: ``"1000ba"``, ``"1.5ep"``, ``"1e6tok"``, in any unit of
@@ -108,6 +109,8 @@ class EMA(Algorithm):
         policy: Which tensors are averaged, copied or left.
         mesh: Ranks over which the average is divided, of a model that each of them has whole, as under
             ``DistributedDataParallel``. The average of a sharded model lies in the model's own shards, without this.
+        offload: Whether the average is in CPU memory and updated there in the background, and how: ``Offload()``. It
+            is the same average, and a run may go on with or without.
 
     Raises:
         TimeError: If a time string cannot be read, or its value cannot be meant.
@@ -145,6 +148,7 @@ class EMA(Algorithm):
         dtype: torch.dtype | None = None,
         policy: PolicyRule = default_policy,
         mesh: "DeviceMesh | None" = None,
+        offload: Offload | None = None,
     ) -> None:
         if isinstance(half_life, _Default) and (smoothing is not None or profile is not None):
             half_life = None
@@ -173,11 +177,14 @@ class EMA(Algorithm):
         self._policy = policy
         self._mesh = mesh
         self._ranks: Ranks | None = None
+        self._offload = offload
         self._model: nn.Module | None = None
         self._shadow: Shadow | None = None
         self._pending: Mapping[str, Any] | None = None
         self._origin = Timestamp()
         self._updated_at: Timestamp | None = None
+        self._decay: float | None = None
+        self._logged_at: Time | None = None
         self._lent_until: Event | None = None
         self._quarantine_warned = 0
 
@@ -209,7 +216,8 @@ class EMA(Algorithm):
     def ema_model(self) -> nn.Module | None:
         """The average as a module over its own tensors, in eval mode: no copy. None before averaging has begun.
 
-        While the average is lent this is the model in training.
+        While the average is lent this is the model in training. An offloaded average is on the CPU and moves while
+        training goes on: get this anew at each use, which waits for the last update.
         """
         return self._shadow.averaged_model() if self._shadow else None
 
@@ -228,6 +236,22 @@ class EMA(Algorithm):
         """How many tensors came in with inf or nan, which were kept out. Reading it waits for the device."""
         return self._shadow.num_quarantined if self._shadow else 0
 
+    def metrics(self) -> dict[str, float]:
+        """Return what is worth a curve, by the names under which it is logged; nothing before averaging has begun.
+
+        ``ema/decay`` is the share of the average that the last update kept, ``ema/distance`` how far the weights are
+        from the average (``Shadow.distance``). They are logged where an evaluation begins, once for each batch, and
+        not in updates: reading them waits for the device and takes a pass over the weights. To see them more often,
+        log what this returns. Where several ranks train together, all must call this.
+
+        Raises:
+            LoanError: If the model holds another average.
+        """
+        if self._shadow is None:
+            return {}
+        decay = {} if self._decay is None else {"ema/decay": self._decay}
+        return decay | {"ema/distance": self._shadow.distance(self._ranks)}
+
     def match(self, event: Event, state: State) -> bool:
         """Return whether to act: at set-up, where an update is due, where a loan begins or ends."""
         if event in (Event.INIT, Event.FIT_START, Event.FIT_END):
@@ -241,7 +265,6 @@ class EMA(Algorithm):
 
     def apply(self, event: Event, state: State, logger: MetricLogger) -> None:
         """Begin, update, lend or take back the average."""
-        del logger
         if event is Event.INIT:
             self._bind(state.model)
         elif event is Event.FIT_START:
@@ -250,6 +273,9 @@ class EMA(Algorithm):
         elif event is Event.FIT_END:
             self._on_fit_end(state)
         elif event in _LENDING:
+            self._agree()
+            if event is Event.EVAL_START:
+                self._log(state, logger)
             self._lend(event)
         elif self._lent_until is not None:
             self._give_back()
@@ -292,8 +318,7 @@ class EMA(Algorithm):
     def _start(self, state: State) -> None:
         model = state.model
         parameters = (slot for slot in slots(model) if slot.is_parameter and self._policy(slot) is Policy.AVERAGE)
-        finite = all(bool(local(slot.tensor).isfinite().all()) for slot in parameters)
-        if not (self._ranks.all(finite) if self._ranks else finite):
+        if not all(bool(local(slot.tensor).isfinite().all()) for slot in parameters):
             message = f"averaging waits: the weights are not finite at {state.timestamp.batch}"
             warnings.warn(message, PlanWarning, stacklevel=2)
             return
@@ -308,7 +333,7 @@ class EMA(Algorithm):
         self._updated_at = state.timestamp
 
     def _new_shadow(self, model: nn.Module) -> Shadow:
-        return Shadow(model, dtype=self._dtype, policy=self._policy, mesh=self._mesh)
+        return Shadow(model, dtype=self._dtype, policy=self._policy, mesh=self._mesh, offload=self._offload)
 
     def _check_clock(self, state: State) -> None:
         unit = self.profile.unit
@@ -330,13 +355,20 @@ class EMA(Algorithm):
             moments = (self._origin, self._updated_at, state.timestamp)
             origin, last, this = (self._clock(moment, state) for moment in moments)
             before, now = max(0.0, last - origin), max(0.0, this - origin)
-        self._shadow.update_(1 - self.profile.decay(before, now))
+        self._decay = self.profile.decay(before, now)
+        self._shadow.update_(1 - self._decay)
         self._updated_at = state.timestamp
+
+    def _log(self, state: State, logger: MetricLogger) -> None:
+        now = state.timestamp.batch
+        # What several ranks train is measured by all of them, whoever logs.
+        if now != self._logged_at and (self._ranks is not None or not isinstance(logger, NoLogger)):
+            self._logged_at = now
+            logger.log_metrics(self.metrics(), step=int(now.value))
 
     # Lending
 
     def _lend(self, event: Event) -> None:
-        self._agree()
         if self._shadow is None:
             return
         self._quarantine_warned = self._shadow.warn_of_quarantine(self._quarantine_warned)
@@ -485,8 +517,8 @@ class EMA(Algorithm):
         """Return all that going on depends on, as tensors, numbers and strings.
 
         If it is taken while the average is lent, it has the training weights too, as ``training_model``. Where
-        ``torch.distributed`` is in use it has the same entries before averaging has begun as after, the weights standing
-        for their average: ``torch.distributed.checkpoint`` loads into what is there already.
+        ``torch.distributed`` is in use it has the same entries before averaging has begun as after, the weights
+        standing for their average: ``torch.distributed.checkpoint`` loads into what is there already.
         """
         lent = self.ema_weights_active
         if self._ranks is not None and not self._ranks.replicas and not lent:
@@ -504,6 +536,7 @@ class EMA(Algorithm):
                 "origin": self._origin.state_dict(),
                 "updated": self._updated_at is not None,
                 "updated_at": (self._updated_at or Timestamp()).state_dict(),
+                "decay": self._decay,
             }
             if lent:
                 state["training_model"] = saved["training"]
@@ -552,6 +585,7 @@ class EMA(Algorithm):
         self._shadow = shadow
         self._origin = Timestamp.from_state_dict(state["origin"])
         self._updated_at = Timestamp.from_state_dict(state["updated_at"]) if state["updated"] else None
+        self._decay = state["decay"]
         self._quarantine_warned = shadow.num_quarantined
 
 
@@ -619,4 +653,5 @@ def _from_composer(state: Mapping[str, Any], model: nn.Module, policy: PolicyRul
         "num_quarantined": 0,
         "origin": Timestamp().state_dict(),
         "updated": False,
+        "decay": None,
     }

@@ -58,6 +58,10 @@ class LoanError(PolyakError, RuntimeError):
     """An update, an optimizer step or a second loan while the average is in the model, or the reverse."""
 
 
+class OffloadError(PolyakError, RuntimeError):
+    """An update in the background that failed, and an average that nothing is known of since."""
+
+
 class CheckpointError(PolyakError, ValueError):
     """A checkpoint, or a state in it, that is not what it should be."""
 

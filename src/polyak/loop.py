@@ -1,22 +1,23 @@
-"""What hosts have in common: the algorithms in a loop, where the loop stands, and the steps of its optimizer."""
+"""What hosts have in common: the algorithms in a loop, where it stands, its optimizer's steps; loops of one's own."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
-from polyak.errors import CheckpointError
+from polyak.errors import CheckpointError, LoanError
 from polyak.events import Event, elapsed_duration
 from polyak.select import unwrap
-from polyak.time import Time, Timestamp
+from polyak.shadow import loan_of
+from polyak.time import Time, Timestamp, as_span
 
 
 @dataclass
@@ -66,14 +67,18 @@ class Loop:
         model: In training, wrapped or not.
         logger: Where they may log.
 
+    Raises:
+        NotImplementedError: If the model's parameters are not whole in this process.
+
     Attributes:
         algorithms: As given.
         state: What they see; the adapter sets what its framework knows.
     """
 
     def __init__(self, algorithms: Sequence[Algorithm], model: nn.Module, logger: MetricLogger | None = None) -> None:
+        _refuse_parts(model)
         self.algorithms = algorithms
-        self.state = LoopState(unwrap(model), Timestamp())
+        self.state = LoopState(model, Timestamp())
         self._logger = logger or NoLogger()
         self.fire(Event.INIT)
 
@@ -162,6 +167,16 @@ class Loop:
         self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)
 
 
+def _refuse_parts(model: nn.Module) -> None:
+    """Refuse parameters that are elsewhere, or in one flat tensor: ZeRO-3's, which it marks, and the first FSDP's."""
+    flat = any(cls.__name__ == "FullyShardedDataParallel" for m in model.modules() for cls in type(m).__mro__)
+    if flat or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise NotImplementedError(
+            "each process must hold a model's parameters as they are for them to be averaged, and under "
+            f"{'FullyShardedDataParallel' if flat else 'DeepSpeed ZeRO-3'} it does not; train with DDP or on one device"
+        )
+
+
 class StepHooks:
     """Hooks on the steps of an optimizer, until they are removed.
 
@@ -204,6 +219,144 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     """
     inner = getattr(optimizer, "optimizer", None)
     return innermost(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+class Attached:
+    """Algorithms at work in a loop of one's own; ``attach`` makes it, ``polyak``'s or that of a host with such loops.
+
+    As a context manager it detaches at the end of the block.
+
+    Args:
+        algorithms: One or several.
+        model: In training, wrapped or not.
+        optimizer: As for ``polyak.attach``.
+        max_duration: As for ``polyak.attach``.
+        steps_per_epoch: As for ``polyak.attach``.
+        samples_per_step: As for ``polyak.attach``.
+        tokens_per_step: As for ``polyak.attach``.
+        logger: Where the algorithms log.
+
+    Raises:
+        TimeError: If ``max_duration`` is no time.
+        ValueError: If more than one of the algorithms lends an average.
+        NotImplementedError: If the model's parameters are not whole in this process.
+
+    Attributes:
+        algorithms: What is at work.
+    """
+
+    def __init__(
+        self,
+        algorithms: Algorithm | Sequence[Algorithm],
+        model: nn.Module,
+        optimizer: Optimizer | None,
+        *,
+        max_duration: Time | str | None = None,
+        steps_per_epoch: int | None = None,
+        samples_per_step: int = 0,
+        tokens_per_step: int = 0,
+        logger: MetricLogger | None = None,
+    ) -> None:
+        self._loop = Loop(as_algorithms(algorithms), model, logger)
+        self._loop.state.timestamp = Timestamp(epoch_length=steps_per_epoch)
+        self._loop.state.max_duration = None if max_duration is None else as_span("max_duration", max_duration, above=0)
+        self.algorithms = self._loop.algorithms
+        self._samples, self._tokens = samples_per_step, tokens_per_step
+        self._fitting, self._detached = False, False
+        self._hooks = StepHooks(innermost(optimizer), self._end_batch, self._begin) if optimizer is not None else None
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """The first of ``algorithms``."""
+        return self.algorithms[0]
+
+    @property
+    def timestamp(self) -> Timestamp:
+        """What has been counted so far."""
+        return self._loop.state.timestamp
+
+    def _begin(self) -> None:
+        if not self._fitting:
+            # Not in `attach`, so that a state can be loaded first.
+            self._fitting = True
+            self._loop.fire(Event.FIT_START)
+
+    def _end_batch(self) -> None:
+        self._loop.end_batch(samples=self._samples, tokens=self._tokens)
+        if self.timestamp.epoch_length == self.timestamp.batch_in_epoch.value:
+            self.end_epoch()
+
+    def step(self) -> None:
+        """Count a batch, whose weights have all moved. Only where ``attach`` was given no optimizer.
+
+        Raises:
+            ValueError: If an optimizer's steps are counted, or this is detached.
+        """
+        if self._hooks is not None or self._detached:
+            reason = "it is detached" if self._detached else "those of the optimizer are counted"
+            raise ValueError(f"steps are counted by hand where attach was given no optimizer (here {reason})")
+        self._begin()
+        self._end_batch()
+
+    def end_epoch(self) -> None:
+        """Count the end of an epoch. It is called for you if ``steps_per_epoch`` was given."""
+        self._loop.end_epoch()
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """Put the average in the model for a ``with`` block, however that ends: to evaluate it, or save it for use.
+
+        Before averaging has begun, the model keeps its own weights.
+
+        Raises:
+            LoanError: If the model holds an average already.
+        """
+        if loan := loan_of(self._loop.state.model):
+            raise LoanError(f"a model can hold one average at a time, and {loan.holder} has lent its own already")
+        with self._loop.between(Event.EVAL_START, Event.EVAL_END):
+            yield unwrap(self._loop.state.model)
+
+    def state_dict(self, path: str | Path | None = None) -> dict[str, Any]:
+        """Return the state of the algorithms and the clock, to be saved beside the model's and the optimizer's.
+
+        Args:
+            path: Where it will be saved, if an algorithm is to keep what it refers to as long as that is there.
+        """
+        self._loop.state.saving_to = None if path is None else Path(path)
+        try:
+            return self._loop.state_dict()
+        finally:
+            self._loop.state.saving_to = None
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned. Load the model's and the optimizer's states before.
+
+        Args:
+            state: As saved.
+
+        Raises:
+            CheckpointError: If it is the state of other algorithms.
+            MismatchError: If names or shapes differ from the model's.
+        """
+        self._loop.load_state_dict(state)
+
+    def detach(self) -> None:
+        """Stop counting. The algorithms keep what they have."""
+        if self._hooks is not None:
+            self._hooks.remove()
+        if not self._detached:
+            self._detached = True
+            self._loop.fire(Event.FIT_END)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._loop.fire(Event.EXCEPTION)
+        self.detach()
 
 
 def _has_stepped(optimizer: Optimizer) -> bool:

@@ -12,10 +12,10 @@ from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from polyak.errors import MismatchError
-from polyak.sharding import local
+from polyak.kernels import unmoved
+from polyak.sharding import is_spread, local
 
 # The wrappers that keep the wrapped module under a name that no one else uses, and those that need a look at the type.
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -142,10 +142,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Inventory:
-    """What a model holds, noted so that a look tells whether it still does, at about 1 us a tensor.
+    """What a model holds, noted so that a look tells whether it still does, at 0.1 us a tensor (in C; else 2 us).
 
     It no longer does when a module, parameter or buffer was added, removed or replaced, when a tensor has moved or has
-    another dtype or layout, and when what was frozen has become trainable.
+    another dtype or layout, and when a parameter that was frozen has become trainable.
 
     Args:
         model: Wrapped or not.
@@ -155,8 +155,10 @@ class Inventory:
         self._modules = list(model.modules())
         self._children, self._tensors = self._contents()
         found = [tensor for tensor in self._tensors if tensor is not None]
-        self._found, self._places = found, _places(list(map(local, found)))
-        self._frozen = [tensor for tensor in found if not tensor.requires_grad]
+        self._spread = [tensor for tensor in found if is_spread(tensor)]
+        self._parts = list(map(local, self._spread))
+        self._unmoved = unmoved([*(tensor for tensor in found if not is_spread(tensor)), *self._parts])
+        self._frozen = [t for t in found if isinstance(t, nn.Parameter) and not t.requires_grad]
 
     def holds(self) -> bool:
         """Return whether the model still is as it was."""
@@ -166,7 +168,8 @@ class Inventory:
             and len(tensors) == len(self._tensors)
             and all(map(is_, children, self._children))
             and all(map(is_, tensors, self._tensors))
-            and _places(list(map(local, self._found))) == self._places
+            and all(map(is_, map(local, self._spread), self._parts))
+            and self._unmoved()
             and not any(map(_TRAINABLE, self._frozen))
         )
 
@@ -181,17 +184,6 @@ class Inventory:
 
 _HELD = attrgetter("_modules"), attrgetter("_parameters"), attrgetter("_buffers")
 _TRAINABLE = attrgetter("requires_grad")
-
-
-# All that a kernel takes for granted of a tensor: at another dtype or layout it would read memory that is not its own.
-_LOOKS = (Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape"), Tensor.stride)
-
-
-def _places(tensors: list[Tensor]) -> list[list[Any]]:
-    try:
-        return [list(map(look, tensors)) for look in _LOOKS]
-    except (RuntimeError, ValueError):  # a lazily built module has parameters that are nowhere yet
-        return [[-1 if is_lazy(tensor) else tensor.data_ptr() for tensor in tensors]]
 
 
 def check_match(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """The averaged tensors of a model: how they move, how they are lent to the model, what is saved of them."""
 
 import copy
+import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from polyak import sharding
 from polyak.errors import LoanError, QuarantineWarning, ShardingError
 from polyak.kernels import Exchange, Lerp, Place
+from polyak.offload import Offload, Offloader, hold_writes
 from polyak.select import Inventory, Policy, PolicyRule, Slot, check_match, default_policy, slots, unwrap
 from polyak.sharding import Ranks, is_spread, local, rows
 
@@ -49,18 +51,22 @@ class Loan:
         alike = [a.dtype == t.dtype and a.device == t.device for a, t in zip(parts, self._tensors, strict=True)]
         pairs = list(zip(self._tensors, parts, alike, strict=True))
         self._exchange = Exchange([t for t, _, same in pairs if same], [a for _, a, same in pairs if same])
-        kept = [a if same else t.clone() for t, a, same in pairs]
+        # An average that is on another device is there for want of room on this one.
+        kept = [a if same else t.clone() if t.device == a.device else t.to(a.device) for t, a, same in pairs]
         named = zip(slots, averages, kept, strict=True)
         self.kept = {slot.name: sharding.beside(average, tensor) for slot, average, tensor in named}
         self._converted = [(t, k, a) for (t, a, same), k in zip(pairs, kept, strict=True) if not same]
         self._parameters = {id(slot.tensor) for slot in slots if slot.is_parameter}
         self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
-        self._divided = [(s, a) for s, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(s.tensor)]
+        # Where the average is divided over ranks and the model is not.
+        self._divided = [slot for slot, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(slot.tensor)]
+        self._mesh = next((a.device_mesh for a in averages if is_spread(a)), None)
         self._guard: RemovableHandle | None = None
 
     @torch.no_grad()
     def start(self) -> None:
         """Put the average in the model. After an error or an interrupt, ``end`` puts right what was begun."""
+        hold_writes()
         _LOANS[self._model] = self
         self._guard = register_optimizer_step_pre_hook(self._refuse_step)
         self._exchange.forward()
@@ -87,9 +93,8 @@ class Loan:
 
     def _gather(self) -> None:
         """Let every rank have all rows where the average is divided and the model is not."""
-        if self._divided:
-            mesh = self._divided[0][1].device_mesh
-            sharding.gather([slot.tensor for slot, _ in self._divided], mesh)
+        if self._divided and self._mesh is not None:
+            sharding.gather([slot.tensor for slot in self._divided], self._mesh)
 
     def _reshard(self) -> None:
         """Let no module hold whole tensors that were gathered from averaged shards."""
@@ -129,10 +134,12 @@ class Shadow:
         policy: What is done with which tensor.
         device: Where the averages are; None for where the model is.
         mesh: Ranks over which the averages are divided, of a model that each of them has whole. A loan gathers them.
+        offload: Instead of a device, that averages are on the CPU and move there in the background, and how. All
+            methods but ``update_`` wait until they have.
 
     Raises:
-        ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more, or ``mesh`` has several dimensions or
-            the model is sharded already.
+        ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more, if both ``device`` and ``offload``
+            are given, or if ``mesh`` has several dimensions or the model is sharded already.
 
     Attributes:
         averages: The averaged and the copied tensors by canonical name. While lent to a model of the same dtype, they
@@ -159,20 +166,25 @@ class Shadow:
         policy: PolicyRule = default_policy,
         device: torch.device | str | None = None,
         mesh: "DeviceMesh | None" = None,
+        offload: Offload | None = None,
     ) -> None:
         if dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float64, float32, bfloat16 or float16 (got {dtype!r})")
         self._model = unwrap(model)
         self._dtype = dtype
         self._policy = policy
-        self._device = None if device is None else torch.device(device)
+        if offload is not None and device is not None:
+            raise ValueError(f"device must be None for an offloaded average, which is on the CPU (got {device!r})")
+        self._offload = offload
+        self._device = torch.device("cpu") if offload else None if device is None else torch.device(device)
         self._mesh = mesh
         if mesh is not None and (mesh.ndim > 1 or any(is_spread(tensor) for tensor in self._model.parameters())):
             raise ValueError(
                 "mesh must have one dimension, and the model must be whole on each of its ranks; the average of a "
                 f"sharded model is sharded as it is, without mesh (got {mesh})"
             )
-        self.averages: dict[str, Tensor] = {}
+        self._offloader: Offloader | None = None
+        self._averages: dict[str, Tensor] = {}
         self.num_updates = 0
         self._quarantined = torch.zeros((), dtype=torch.int64)
         self._quarantined_before = 0
@@ -211,7 +223,8 @@ class Shadow:
         sharding.reshard(self._model)
         if self._inventory is not None and self._inventory.holds():
             return
-        self._inventory = self._lerp = None
+        self._wait()
+        self._inventory = self._lerp = self._offloader = None
         policies = [(slot, self._policy_of(slot)) for slot in slots(self._model)]
         # What is frozen on the way goes on being averaged: its average has not arrived yet.
         held = [(s, p) for s, p in policies if p is not Policy.LEAVE or s.name in self.averages]
@@ -225,9 +238,22 @@ class Shadow:
         check_match("the model must keep the averaged tensors", self.averages, self._online())
         self._copied = [(s, self.averages[s.name]) for s, p in held if p is Policy.COPY]
         self._averaged = [(s, self.averages[s.name]) for s, p in held if p is not Policy.COPY]
-        if self._averaged:
-            self._quarantined = self._quarantined.to(local(self._averaged[0][1]).device)
+        # Where some are on a GPU, the count is there: elsewhere it would have to be waited for.
+        devices = [local(average).device for _, average in self._averaged]
+        if devices:
+            self._quarantined = self._quarantined.to(next((d for d in devices if d.type != "cpu"), devices[0]))
         self._inventory = Inventory(self._model)
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The averaged and the copied tensors by canonical name."""
+        self._wait()
+        return self._averages
+
+    def _wait(self) -> None:
+        """Wait for the update in the background, which whoever reads an average has to."""
+        if self._offloader is not None:
+            self._offloader.wait()
 
     def _find_lerp(self) -> Callable[[float, int], None]:
         if self._lerp is not None:
@@ -235,8 +261,17 @@ class Shadow:
         averages = [local(average) for _, average in self._averaged]
         # The model's own tensors, not aliases of them: an alias would keep memory that the model gives up.
         tensors = [rows(slot.tensor, average) for slot, average in self._averaged]
-        online = [tensor.to(average.device) for tensor, average in zip(tensors, averages, strict=True)]
         places = [_place(slot.name, average) for slot, average in self._averaged]
+        if self._offload is not None:
+            self._lerp = self._offloader = Offloader(
+                self._offload,
+                lambda staged: Lerp(averages, staged, places, self._quarantined),
+                tensors,
+                [slot.is_parameter for slot, _ in self._averaged],
+                [(local(copied), local(slot.tensor)) for slot, copied in self._copied],
+            )
+            return self._lerp
+        online = [tensor.to(average.device) for tensor, average in zip(tensors, averages, strict=True)]
         lerp = Lerp(averages, online, places, self._quarantined)
         # Where the average is on another device, `online` are copies: of this update only.
         if all(tensor is own for tensor, own in zip(online, tensors, strict=True)):
@@ -263,6 +298,7 @@ class Shadow:
         Raises:
             LoanError: If the model holds an average, this or another.
             MismatchError: If an averaged tensor is gone from the model or has changed its shape.
+            OffloadError: If the update before failed in the background.
         """
         if loan := loan_of(self._model):
             raise LoanError(
@@ -270,10 +306,11 @@ class Shadow:
                 "let it be given back first"
             )
         self._follow_model()
+        self._find_lerp()(weight, self.num_updates + 1)
         self.num_updates += 1
-        self._find_lerp()(weight, self.num_updates)
-        for slot, copied in self._copied:
-            local(copied).copy_(local(slot.tensor))
+        if self._offloader is None:
+            for slot, copied in self._copied:
+                local(copied).copy_(local(slot.tensor))
 
     @property
     def num_quarantined(self) -> int:
@@ -281,6 +318,7 @@ class Shadow:
 
         What other ranks saw in their shards is in it as of the last ``agree``.
         """
+        self._wait()
         own = int(self._quarantined)
         return self._quarantined_before + (sum(self._quarantined_by_rank) if self._quarantined_by_rank else own)
 
@@ -292,14 +330,44 @@ class Shadow:
         """
         count = self.num_quarantined
         if count > since:
-            ranks = f" (by rank: {self._quarantined_by_rank})" if self._quarantined_by_rank else ""
+            where = f" (by rank: {self._quarantined_by_rank})" if self._quarantined_by_rank else ""
             warnings.warn(
-                f"weights must be finite to be averaged: {count - since} tensors with inf or nan came in{ranks}, and those "
-                "values were kept out of the average; look at the loss and the learning rate",
+                f"weights must be finite to be averaged: {count - since} tensors with inf or nan came in{where}, and "
+                "those values were kept out of the average; look at the loss and the learning rate",
                 QuarantineWarning,
                 stacklevel=2,
             )
         return count
+
+    @torch.no_grad()
+    def distance(self, ranks: Ranks | None = None) -> float:
+        """Return the norm of weights minus average over that of the average, both over all averaged parameters.
+
+        Relative, so that it says the same of any model. It takes a pass over both, and waits for the device.
+
+        Args:
+            ranks: That train the model together, if there are several. All must call this.
+
+        Raises:
+            LoanError: If the model holds another average.
+        """
+        if (loan := loan_of(self._model)) and loan is not self._loan:
+            raise LoanError(f"the model must hold its own weights for their distance: {loan.holder} has lent its own")
+        sharding.reshard(self._model)
+        averages, online = self.averaged_tensors(), self._loan.kept if self._loan else self._online()
+        sums = torch.zeros(2, dtype=torch.float64)
+        for name in (slot.name for slot, _ in self._averaged if slot.is_parameter):
+            parts = local(averages[name]), rows(online[name], averages[name])
+            share = 1.0 if ranks is None else ranks.share(averages[name])
+            # In pieces, so that the differences take little memory.
+            for average, weights in zip(*(part.reshape(-1).split(1 << 22) for part in parts), strict=True):
+                wide = average.to(torch.promote_types(average.dtype, torch.float32))
+                norms = torch.stack([(weights.to(wide) - wide).norm(), wide.norm()])
+                sums = sums.to(norms.device) + share * norms.double().square()
+        apart, length = (ranks.total(sums) if ranks else sums).sqrt().tolist()
+        if length == 0:
+            return 0.0 if apart == 0 else math.inf
+        return apart / length
 
     @torch.no_grad()
     def agree(self, ranks: Ranks, facts: Mapping[str, Any]) -> None:
@@ -414,6 +482,7 @@ class Shadow:
         if self._loan:
             return self._model
         self._follow_model()
+        self._wait()
         if self._module is None:
             self._module = self._module_over(self.averages)
         return self._module
@@ -433,7 +502,7 @@ class Shadow:
                 memo[id(slot.tensor)] = slot.tensor
         if self._mesh is not None or sharding.is_fsdp(self._model):
             raise ShardingError(
-                "a module of its own needs whole tensors, and the average is in shards; lend it to the model, or export it"
+                "a module of its own needs whole tensors, and the average is in shards; lend it to the model"
             )
         return copy.deepcopy(self._model, memo).eval()
 
@@ -487,22 +556,26 @@ class Shadow:
         if loan := loan_of(self._model):
             raise LoanError(f"a state cannot be loaded while {loan.holder} has lent its average to the model")
         sharding.reshard(self._model)
+        if self._offloader is not None:
+            self._offloader.settle()  # what comes replaces a broken average as well
         averages: Mapping[str, Tensor] = state["averages"]
         # A tensor that is frozen here and was not there is averaged on.
-        held = {s.name: s for s in slots(self._model) if s.name in averages or s.name in self.averages}
+        held = {s.name: s for s in slots(self._model) if s.name in averages or s.name in self._averages}
         online = {name: slot.tensor.detach() for name, slot in held.items()}
         check_match("a saved average must fit the model", online, averages)
         training: Mapping[str, Tensor] | None = state.get("training")
         if training:
             check_match("saved training weights must fit the model", online, training)
+        hold_writes()
         for name, tensor in online.items():
-            sharding.copy_(self.averages.setdefault(name, self._new_average(held[name])), averages[name])
+            sharding.copy_(self._averages.setdefault(name, self._new_average(held[name])), averages[name])
             if training:
                 sharding.copy_(tensor, training[name])
         self.num_updates = int(state["num_updates"])
-        self._quarantined_before, self._quarantined_by_rank = int(state["num_quarantined"]), []
+        self._quarantined_before = int(state["num_quarantined"])
+        self._quarantined_by_rank.clear()
         self._quarantined = torch.zeros((), dtype=torch.int64)
-        self._inventory = None
+        self._inventory = self._offloader = None
         self._follow_model()
 
 

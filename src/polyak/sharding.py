@@ -4,6 +4,7 @@ The core works on local tensors and communicates nothing. What is here is for th
 torch's own classes are asked for only where somebody has imported them, which costs half of what importing torch does.
 """
 
+import math
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -274,15 +275,27 @@ class Ranks:
         """This process's number among them."""
         return self.group.rank()
 
-    def all(self, truth: bool) -> bool:
-        """Return whether something is true on all ranks. All must ask.
+    def share(self, tensor: Tensor) -> float:
+        """Return the share of a local part in a sum over all ranks in which each element is to count once.
 
         Args:
-            truth: Whether it is here.
+            tensor: Spread over these ranks, or the same on each.
         """
-        votes = torch.tensor(int(truth), device=self.device)
-        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, self.group)
-        return bool(votes)
+        parts = 1
+        if is_spread(tensor):
+            sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+            parts = math.prod(size for size, placement in sizes if not placement.is_replicate())
+        return parts / self.group.size()
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of what all ranks give. All must give something.
+
+        Args:
+            tensor: That of this one.
+        """
+        sum_of_all = tensor.to(self.device, copy=True)
+        torch.distributed.all_reduce(sum_of_all, group=self.group)
+        return sum_of_all
 
     def sums(self, number: int) -> list[int]:
         """Return the number of each rank. All must ask.

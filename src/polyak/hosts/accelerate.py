@@ -1,7 +1,6 @@
 """The host for loops with Hugging Face Accelerate: its checkpoints hold the states of the algorithms."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,9 @@ from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
 from polyak.errors import LoanError
-from polyak.events import Event
-from polyak.loop import Loop, StepHooks, as_algorithms, innermost
-from polyak.select import unwrap
+from polyak.loop import Attached
 from polyak.shadow import loan_of
-from polyak.time import Time, Timestamp, as_span
+from polyak.time import Time
 
 _SHARDED = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
 
@@ -29,114 +26,30 @@ class _Logger:
         self._accelerator.log(dict(metrics), step=step)
 
 
-class Attached:
-    """Algorithms at work in a loop with Accelerate; ``attach`` makes it.
+class _Checkpoints:
+    """What Accelerate saves and loads for what is attached; it calls all of this."""
 
-    Args:
-        loop: The algorithms.
-        optimizer: As given to ``attach``.
-        counts: Samples and tokens in a step.
-    """
-
-    def __init__(self, loop: Loop, optimizer: Optimizer, counts: tuple[int, int]) -> None:
-        self._loop = loop
-        self._samples, self._tokens = counts
-        self._fitting = False
+    def __init__(self, attached: Attached, model: nn.Module) -> None:
+        self._attached, self._model = attached, model
         self._saving_to: Path | None = None
-        self._hooks = StepHooks(innermost(optimizer), self._after_step, self._before_step)
-
-    @property
-    def timestamp(self) -> Timestamp:
-        """What has been counted so far."""
-        return self._loop.state.timestamp
-
-    def _before_step(self) -> None:
-        if not self._fitting:
-            # Not in `attach`, so that a state can be loaded first.
-            self._fitting = True
-            self._loop.fire(Event.FIT_START)
-
-    def _after_step(self) -> None:
-        self._loop.end_batch(samples=self._samples, tokens=self._tokens)
-        if self.timestamp.epoch_length == self.timestamp.batch_in_epoch.value:
-            self.end_epoch()
-
-    def end_epoch(self) -> None:
-        """Count the end of an epoch. It is called for you if ``steps_per_epoch`` was given."""
-        self._loop.end_epoch()
-
-    @contextmanager
-    def applied(self) -> Iterator[nn.Module]:
-        """Put the average in the model for the length of a ``with`` block, to evaluate it or to save it for use.
-
-        Before averaging has begun, the model keeps its own weights.
-
-        Raises:
-            LoanError: If the model holds an average already.
-        """
-        model = self._loop.state.model
-        if loan := loan_of(model):
-            raise LoanError(f"a model can hold one average at a time, and {loan.holder} has lent its own already")
-        with self._loop.between(Event.EVAL_START, Event.EVAL_END):
-            yield model
-
-    def detach(self) -> None:
-        """Stop counting. The algorithms keep what they have, and stay in the checkpoints."""
-        if self._hooks.remove():
-            self._loop.fire(Event.FIT_END)
-
-    # Called by Accelerate
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the algorithms and the clock."""
-        self._loop.state.saving_to, self._saving_to = self._saving_to, None
-        try:
-            return self._loop.state_dict()
-        finally:
-            self._loop.state.saving_to = None
+        return self._attached.state_dict(self._saving_to)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned.
-
-        Args:
-            state: As saved.
-
-        Raises:
-            CheckpointError: If it is the state of other algorithms.
-            MismatchError: If names or shapes differ from the model's.
-        """
-        self._loop.load_state_dict(state)
+        self._attached.load_state_dict(state)
 
     def before_saving(self, models: object, weights: object, folder: str) -> None:
-        """Note where a checkpoint is saved, if it may be.
-
-        Args:
-            models: Not used.
-            weights: Not used.
-            folder: Where.
-
-        Raises:
-            LoanError: If the model holds the average.
-        """
         del models, weights
         self._saving_to = Path(folder)
         self._refuse_loan("saved")
 
     def before_loading(self, models: object, folder: str) -> None:
-        """Check that a checkpoint may be loaded.
-
-        Args:
-            models: Not used.
-            folder: Not used.
-
-        Raises:
-            LoanError: If the model holds the average.
-        """
         del models, folder
         self._refuse_loan("loaded")
 
     def _refuse_loan(self, what: str) -> None:
-        if loan := loan_of(self._loop.state.model):
+        if loan := loan_of(self._model):
             raise LoanError(
                 f"a state must be {what} with training weights in the model, and {loan.holder} has lent its average; "
                 "leave the block of applied() first (what is for use is saved inside it, by accelerator.save_model)"
@@ -147,7 +60,7 @@ def attach(
     algorithms: Algorithm | Sequence[Algorithm],
     accelerator: Accelerator,
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | None,
     *,
     max_duration: Time | str | None = None,
     steps_per_epoch: int | None = None,
@@ -165,7 +78,8 @@ def attach(
         algorithms: ``EMA``, ``Recorder`` or others, one or several.
         accelerator: What prepared the model.
         model: As ``accelerator.prepare`` returned it.
-        optimizer: Of its parameters; of several, the one whose steps are to be counted.
+        optimizer: As ``accelerator.prepare`` returned it; of several, the one that steps last in a batch. None if you
+            call ``step`` of what this returns, once after each batch.
         max_duration: How long the loop will go on, for times in ``dur`` and for warnings about the plan.
         steps_per_epoch: Optimizer steps in an epoch, for times in ``ep``.
         samples_per_step: Samples in a step, of all processes, for times in ``sp``.
@@ -181,11 +95,18 @@ def attach(
             f"the weights must be whole in every process for their average to be lent, and under "
             f"{accelerator.distributed_type.value} they are not; train with DDP or on one device"
         )
-    loop = Loop(as_algorithms(algorithms), unwrap(model), _Logger(accelerator))
-    loop.state.timestamp = Timestamp(epoch_length=steps_per_epoch)
-    loop.state.max_duration = None if max_duration is None else as_span("max_duration", max_duration, above=0)
-    attached = Attached(loop, optimizer, (samples_per_step, tokens_per_step))
-    accelerator.register_for_checkpointing(attached)
-    accelerator.register_save_state_pre_hook(attached.before_saving)
-    accelerator.register_load_state_pre_hook(attached.before_loading)
+    attached = Attached(
+        algorithms,
+        model,
+        optimizer,
+        max_duration=max_duration,
+        steps_per_epoch=steps_per_epoch,
+        samples_per_step=samples_per_step,
+        tokens_per_step=tokens_per_step,
+        logger=_Logger(accelerator),
+    )
+    checkpoints = _Checkpoints(attached, model)
+    accelerator.register_for_checkpointing(checkpoints)
+    accelerator.register_save_state_pre_hook(checkpoints.before_saving)
+    accelerator.register_load_state_pre_hook(checkpoints.before_loading)
     return attached

@@ -10,18 +10,28 @@ from ignite.engine import Engine, Events
 from torch import nn
 from torch.optim import Optimizer
 
-from polyak.algorithm import Algorithm, MetricLogger
+from polyak.algorithm import Algorithm
 from polyak.events import Event
 from polyak.loop import Loop, StepHooks, as_algorithms
 from polyak.time import Time, TimeUnit
 from polyak.trainer import rng
 
 
+class _Logger:
+    def __init__(self, trainer: Engine) -> None:
+        self._trainer = trainer
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        del step  # a logger of Ignite's takes the engine's
+        self._trainer.state.metrics.update(metrics)
+
+
 class Averaging:
     """Run ``EMA``, ``Recorder`` or other algorithms in an Ignite trainer.
 
     An optimizer step that moved weights is one batch of their clock; half-lives may be in ``ba``, ``ep``, ``dur`` and,
-    if they are counted, ``sp`` and ``tok``. Put this among a ``Checkpoint``'s objects ``to_save``, after the model.
+    if they are counted, ``sp`` and ``tok``. What they log becomes metrics of the trainer's state, where Ignite's
+    loggers find it. Put this among a ``Checkpoint``'s objects ``to_save``, after the model.
 
     Args:
         algorithms: One or several; of those that lend an average there can be one.
@@ -33,7 +43,6 @@ class Averaging:
         gradient_accumulation_steps: Iterations in an optimizer step, for times in ``ep`` and ``dur``.
         num_samples: Function of a batch: how many samples it has; needed for times in ``sp``.
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
-        logger: Where the algorithms may log.
 
     Raises:
         ValueError: If more than one algorithm lends an average.
@@ -54,10 +63,9 @@ class Averaging:
         gradient_accumulation_steps: int = 1,
         num_samples: Callable[[Any], int] | None = None,
         num_tokens: Callable[[Any], int] | None = None,
-        logger: MetricLogger | None = None,
     ) -> None:
         self.algorithms = as_algorithms(algorithms)
-        self._loop = Loop(self.algorithms, model, logger)
+        self._loop = Loop(self.algorithms, model, _Logger(trainer))
         self._optimizer = optimizer
         self._accumulates = gradient_accumulation_steps
         self._count_samples, self._count_tokens = num_samples, num_tokens

@@ -1,4 +1,4 @@
-"""The host for Lightning: a callback for its ``Trainer``. In Fabric's loops, ``polyak.attach`` is what is needed."""
+"""The host for Lightning: ``Averaging``, a callback for its ``Trainer``, and ``attach`` for Fabric's loops."""
 
 import math
 import warnings
@@ -7,15 +7,20 @@ from dataclasses import replace
 from functools import wraps
 from typing import Any, Literal
 
+from torch import nn
+from torch.optim import Optimizer
+
 try:
+    from lightning.fabric import Fabric, is_wrapped
     from lightning.pytorch import Callback
 except ModuleNotFoundError:
+    from lightning_fabric import Fabric, is_wrapped
     from pytorch_lightning import Callback
 
 from polyak.algorithm import Algorithm
 from polyak.errors import PlanWarning
 from polyak.events import Event
-from polyak.loop import Loop, StepHooks, as_algorithms
+from polyak.loop import Attached, Loop, StepHooks, as_algorithms
 from polyak.select import unwrap
 from polyak.shadow import loan_of
 from polyak.time import Time, TimeUnit
@@ -23,6 +28,15 @@ from polyak.trainer import rng
 
 _KEY = "polyak"
 _SHARDED = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+_Weights = Literal["averaged", "training"]
+
+
+def _refuse_sharded(strategy: Any) -> None:
+    if sharded := _SHARDED & {cls.__name__ for cls in type(strategy).__mro__}:
+        raise NotImplementedError(
+            f"each process must hold all weights for them to be averaged here (got {', '.join(sharded)}, which "
+            "shards them); use one device or DDP"
+        )
 
 
 class Averaging(Callback):
@@ -36,27 +50,29 @@ class Averaging(Callback):
 
     Args:
         algorithms: One or several; of those that lend an average there can be one.
-        eval_weights: ``"averaged"``, or ``"training"`` to evaluate and predict with those. It may be changed.
+        eval_weights: ``"averaged"``, or ``"training"`` to evaluate and predict with those; or a list of these, one for
+            each dataloader that is validated or tested, so that ``["averaged", "training"]`` for the same dataloader
+            given twice shows both. It may be changed.
         num_samples: Function of a batch: how many samples it has; needed for times in ``sp``.
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
         optimizer: Of several optimizers, which one's steps are counted.
 
     Raises:
-        ValueError: If more than one algorithm lends an average, or ``eval_weights`` is neither of its values.
+        ValueError: If more than one algorithm lends an average, or ``eval_weights`` is none of its values.
     """
 
     def __init__(
         self,
         algorithms: Algorithm | Sequence[Algorithm],
         *,
-        eval_weights: Literal["averaged", "training"] = "averaged",
+        eval_weights: _Weights | Sequence[_Weights] = "averaged",
         num_samples: Callable[[Any], int] | None = None,
         num_tokens: Callable[[Any], int] | None = None,
         optimizer: int = 0,
     ) -> None:
         super().__init__()
-        if eval_weights not in ("averaged", "training"):
-            raise ValueError(f"eval_weights must be 'averaged' or 'training' (got {eval_weights!r})")
+        if not {"averaged", "training"}.issuperset([eval_weights] if isinstance(eval_weights, str) else eval_weights):
+            raise ValueError(f"eval_weights must be 'averaged' or 'training', or a list of them (got {eval_weights!r})")
         self.algorithms = as_algorithms(algorithms)
         self.eval_weights = eval_weights
         self._count_samples, self._count_tokens = num_samples, num_tokens
@@ -82,11 +98,7 @@ class Averaging(Callback):
         Raises:
             NotImplementedError: If the strategy shards the weights.
         """
-        if sharded := _SHARDED & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
-            raise NotImplementedError(
-                f"each process must hold all weights for them to be averaged here (got {', '.join(sharded)}, which "
-                "shards them); use one device or DDP"
-            )
+        _refuse_sharded(trainer.strategy)
         if stage == "fit" and (self._loop is None or self._loop.state.model is not unwrap(pl_module)):
             self._loop = Loop(self.algorithms, pl_module, self)
         if trainer is not self._trainer:
@@ -112,10 +124,13 @@ class Averaging(Callback):
 
         Args:
             metrics: By name.
-            step: The trainer's own if it is not given.
+            step: Not used: the trainer's own is that of its other metrics.
         """
+        del step
+        if self._trainer.sanity_checking:
+            return  # as Lightning itself
         for logger in self._trainer.loggers:
-            logger.log_metrics(dict(metrics), step=self._trainer.global_step if step is None else step)
+            logger.log_metrics(dict(metrics), step=self._trainer.global_step)
 
     # Training
 
@@ -206,26 +221,52 @@ class Averaging(Callback):
 
     # Evaluation
 
-    def _begin(self, trainer: Any, starts: Sequence[Event], ends: Sequence[Event]) -> None:
-        loaded = trainer.state.fn.value != "fit" and trainer.ckpt_path is not None
-        if self._loop is not None and self.eval_weights == "averaged" and not loaded:
-            self._ends = list(ends)
-            for event in starts:
-                self._loop.fire(event)
+    def _begin(self, trainer: Any, start: Event, end: Event) -> None:
+        # Not where a checkpoint is evaluated: the model has its weights.
+        if self._loop is not None and (trainer.state.fn.value == "fit" or trainer.ckpt_path is None):
+            self._ends = [end]
+            self._loop.fire(start)
 
     def _end(self) -> None:
         while self._ends:
             assert self._loop is not None
             self._loop.fire(self._ends.pop(0))
 
-    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lend the average."""
-        del pl_module
-        if trainer.state.fn.value == "fit":
-            starts, ends = (Event.EVAL_BEFORE_ALL, Event.EVAL_START), (Event.EVAL_END, Event.EVAL_AFTER_ALL)
+    def _lend_for(self, dataloader: int) -> None:
+        """See to it that the model has the weights with which a dataloader is to be evaluated."""
+        choice = self.eval_weights if isinstance(self.eval_weights, str) else self.eval_weights[dataloader]
+        if self._loop is None or not self._ends or (choice == "averaged") == (Event.EVAL_END in self._ends):
+            return
+        if choice == "averaged":
+            self._ends.insert(0, Event.EVAL_END)
+            self._loop.fire(Event.EVAL_START)
         else:
-            starts, ends = (Event.EVAL_STANDALONE_START, Event.EVAL_START), (Event.EVAL_END, Event.EVAL_STANDALONE_END)
-        self._begin(trainer, starts, ends)
+            self._loop.fire(self._ends.pop(0))
+
+    def _begin_evaluation(self, trainer: Any, dataloaders: int) -> None:
+        if not isinstance(self.eval_weights, str) and len(self.eval_weights) != dataloaders:
+            raise ValueError(
+                f"a list eval_weights must have an entry for each of the {dataloaders} dataloaders (got "
+                f"{self.eval_weights!r}); or give it one value for all"
+            )
+        if trainer.state.fn.value == "fit":
+            self._begin(trainer, Event.EVAL_BEFORE_ALL, Event.EVAL_AFTER_ALL)
+        else:
+            self._begin(trainer, Event.EVAL_STANDALONE_START, Event.EVAL_STANDALONE_END)
+        self._lend_for(0)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Lend the average, if the first dataloader is to see it."""
+        del pl_module
+        self._begin_evaluation(trainer, len(trainer.num_val_batches))
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Change the weights for another dataloader."""
+        del trainer, pl_module, batch
+        if batch_idx == 0:
+            self._lend_for(dataloader_idx)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the average back."""
@@ -233,8 +274,15 @@ class Averaging(Callback):
         self._end()
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Lend the average."""
-        self.on_validation_start(trainer, pl_module)
+        """Lend the average, if the first dataloader is to see it."""
+        del pl_module
+        self._begin_evaluation(trainer, len(trainer.num_test_batches))
+
+    def on_test_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Change the weights for another dataloader."""
+        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the average back."""
@@ -243,7 +291,8 @@ class Averaging(Callback):
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Lend the average."""
         del pl_module
-        self._begin(trainer, [Event.PREDICT_START], [Event.PREDICT_END])
+        if self.eval_weights != "training":
+            self._begin(trainer, Event.PREDICT_START, Event.PREDICT_END)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Take the average back."""
@@ -290,3 +339,57 @@ class Averaging(Callback):
                 PlanWarning,
                 stacklevel=2,
             )
+
+
+class _FabricLogger:
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._fabric.log_dict(metrics, step=step)
+
+
+def attach(
+    algorithms: Algorithm | Sequence[Algorithm],
+    fabric: Fabric,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    *,
+    max_duration: Time | str | None = None,
+    steps_per_epoch: int | None = None,
+    samples_per_step: int = 0,
+    tokens_per_step: int = 0,
+) -> Attached:
+    """Let algorithms follow a loop in Fabric; they log through its loggers.
+
+    What this returns goes into what ``fabric.save`` saves, after the model. Evaluate under its ``applied()``, and save
+    there what is for use.
+
+    Args:
+        algorithms: ``EMA``, ``Recorder`` or others, one or several.
+        fabric: What set up the model.
+        model: As ``fabric.setup`` returned it, or as it was before.
+        optimizer: As ``fabric.setup`` returned it, or as it was before; of several, the one that steps last in a batch.
+            None if you call ``step`` of what this returns, once after each batch.
+        max_duration: How long the loop will go on, for times in ``dur`` and for warnings about the plan.
+        steps_per_epoch: Optimizer steps in an epoch, for times in ``ep``.
+        samples_per_step: Samples in a step, of all processes, for times in ``sp``.
+        tokens_per_step: Tokens in a step, of all processes, for times in ``tok``.
+
+    Raises:
+        NotImplementedError: If the strategy shards the weights.
+        TimeError: If ``max_duration`` is no time.
+        ValueError: If more than one of the algorithms lends an average.
+    """
+    _refuse_sharded(fabric.strategy)
+    inner: Any = model.module if is_wrapped(model) else model
+    return Attached(
+        algorithms,
+        inner,
+        optimizer,
+        max_duration=max_duration,
+        steps_per_epoch=steps_per_epoch,
+        samples_per_step=samples_per_step,
+        tokens_per_step=tokens_per_step,
+        logger=_FabricLogger(fabric),
+    )

@@ -1,36 +1,19 @@
 """The arithmetic on tensors: ``Lerp`` moves averages towards weights, ``Exchange`` swaps two sets of tensors.
 
 Nothing else in polyak computes on weights, so that a faster implementation has one place to go. All give the same bits.
-Which one serves is settled here, once: the one in C where it was compiled, or what the environment variable
-``POLYAK_KERNEL`` names (``c`` or ``torch``).
+Which one serves is settled in ``choice.py``, once.
 """
 
-import os
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from polyak.kernels import cpu, foreach
-from polyak.kernels.foreach import SCRATCH_ELEMENTS, Exchange
+from polyak.kernels import foreach, look
+from polyak.kernels.choice import CHOSEN, EXCHANGES, KERNELS, Exchange, Lerp
+from polyak.kernels.foreach import SCRATCH_ELEMENTS
 from polyak.kernels.place import Place
 
-__all__ = ["KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "Place", "lerp_"]
-
-KERNELS: dict[str, type[foreach.Lerp]] = {"torch": foreach.Lerp}
-if not cpu.WHY_NOT:
-    KERNELS["c"] = cpu.Lerp
-
-
-def _choose() -> str:
-    asked = os.environ.get("POLYAK_KERNEL") or ("torch" if cpu.WHY_NOT else "c")
-    if asked not in KERNELS:
-        reason = cpu.WHY_NOT if asked == "c" else "there is none of this name"
-        raise ImportError(f"POLYAK_KERNEL must be one of {sorted(KERNELS)} here (got {asked!r}): {reason}")
-    return asked
-
-
-CHOSEN = _choose()
-Lerp = KERNELS[CHOSEN]
+__all__ = ["EXCHANGES", "KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "Place", "lerp_", "unmoved"]
 
 
 def lerp_(
@@ -46,3 +29,12 @@ def lerp_(
         num_updates: How often this was done. It is part of the seed.
     """
     return foreach.lerp_(averages, online, weight, places, num_updates, by=Lerp)
+
+
+def unmoved(tensors: Sequence[Tensor]) -> look.Unmoved:
+    """Note where tensors are, and return what tells whether they still are there, of the same dtype and layout.
+
+    Args:
+        tensors: Of any kind.
+    """
+    return (look.HAS_C and CHOSEN == "c" and look.in_c(tensors)) or look.in_python(tensors)

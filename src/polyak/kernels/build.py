@@ -14,7 +14,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "_cpu.so"
-_SOURCES = ("cpu.c", "lerp.h")
+_SOURCES = ("cpu.c", "look.c", "lerp.h")
 _FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC")
 
 
@@ -36,7 +36,8 @@ def build() -> Path:
     compiler = shlex.split(os.environ.get("CC") or "cc")
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         draft = Path(folder) / LIBRARY.name
-        command = [*compiler, *_FLAGS, f"-DSOURCES={sources_id()}", "-o", str(draft), str(FOLDER / _SOURCES[0])]
+        files = [str(FOLDER / name) for name in _SOURCES if name.endswith(".c")]
+        command = [*compiler, *_FLAGS, f"-DSOURCES={sources_id()}", "-o", str(draft), *files]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:

@@ -1,9 +1,10 @@
-/* Many averages moved towards the weights of a model, by one weight, in plain C over pointers.
+/* Many averages moved towards the weights of a model, by one weight, or swapped with them, in plain C over pointers.
  *
  * Called through ctypes by a few threads at once, without the interpreter's lock. The numbers are those of the torch
- * kernel, bit for bit: one fused multiply-add an element, and rounding to bfloat16 by chance from a counter.
+ * kernel, bit for bit: one fused multiply-add an element, and rounding to 16 bits by chance from a counter.
  */
 
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
@@ -17,8 +18,20 @@ struct piece {
     int64_t tensor, left_out;
 };
 
+/* Bytes at two addresses that change places. */
+struct pair {
+    int64_t left, right, bytes;
+    int64_t swapped; /* whether they have. Written by who swaps them, in one go with it. */
+};
+
+/* What the threads of one run share. A run never uses the queue of another: who comes late finds nothing to do. */
+struct queue {
+    _Atomic int64_t next, active, any; /* the next job, who is at work, whether anyone has left a value out */
+};
+
 #define BLOCK 32 /* elements that are done at once; the halves of one share 16 random numbers of 32 bits */
 #define CYCLE ((int64_t)1 << 33) /* elements after which these numbers come from another series */
+#define CHUNK 1024 /* elements that are looked at as a whole, to leave out what they do not need */
 #define AHEAD 2048 /* bytes to be asked for before they are needed: the hardware alone leaves a tenth of the speed */
 
 static inline uint32_t bits_of(float value) {
@@ -74,6 +87,21 @@ static inline uint16_t to_bfloat16(float value, uint32_t chance) {
     return (uint16_t)((rounded | (bits & 0x80000000u)) >> 16);
 }
 
+/* As floor(value / unit + chance) in units of the last place of float16, which below its smallest normal number no longer
+ * shrinks. A number too large becomes the largest; nan stays. */
+static inline uint16_t to_float16(float value, uint32_t chance) {
+    const uint32_t magnitude = bits_of(value) & 0x7FFFFFFFu;
+    const uint32_t is_large = -(uint32_t)(magnitude >= 143u << 23), is_nan = -(uint32_t)(magnitude > 0x7F800000u);
+    const float safe = float_of(bits_of(value) & ~is_large);
+    const uint32_t exponent = magnitude >> 23, of_unit = exponent < 113 ? 113 : exponent;
+    const float units = safe * float_of((2 * 127 + 10 - of_unit) << 23) + (float)(int32_t)(chance >> 3) * 0x1p-13f;
+    const int32_t cut = (int32_t)units, floored = cut - ((float)cut > units);
+    const uint32_t sum = ((of_unit - 113) << 10) + (uint32_t)(floored < 0 ? -floored : floored);
+    const uint32_t rounded = ((sum > 0x7BFFu ? 0x7BFFu : sum) & ~is_large) | (0x7BFFu & is_large);
+    const uint32_t sign = ((bits_of(units) & ~is_large) | (bits_of(value) & is_large)) >> 16 & 0x8000;
+    return (uint16_t)(((rounded & ~is_nan) | (0x7E00u & is_nan)) | sign);
+}
+
 #if defined(__x86_64__)
 #define LEVEL(name) name##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
@@ -92,33 +120,73 @@ static inline uint16_t to_bfloat16(float value, uint32_t chance) {
 #endif
 
 typedef int64_t lerp(const struct piece *, double, uint32_t);
+typedef void swap(char *, char *, int64_t);
+
+#if defined(__x86_64__)
+static int has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
 
 static lerp *chosen(void) {
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
+    if (has_avx512())
         return lerp_piece_avx512;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? lerp_piece_avx2 : 0;
-#else
-    return lerp_piece_neon;
-#endif
 }
+
+static swap *chosen_swap(void) { return has_avx512() ? swap_bytes_avx512 : swap_bytes_avx2; }
+#else
+static lerp *chosen(void) { return lerp_piece_neon; }
+
+static swap *chosen_swap(void) { return swap_bytes_neon; }
+#endif
 
 /* From which sources this was compiled, or 0 if this processor cannot run it. */
 int64_t polyak_sources(void) { return chosen() ? SOURCES : 0; }
 
-/* Do jobs until none is left: job i is the pieces from jobs[i] to jobs[i + 1]. Returns whether a value was left out. */
-int64_t polyak_lerp(struct piece *pieces, const int64_t *jobs, int64_t num_jobs, int64_t *next, double weight,
-                    uint32_t round) {
+static int64_t begin(struct queue *queue) {
+    atomic_fetch_add(&queue->active, 1);
+    return atomic_fetch_add(&queue->next, 1);
+}
+
+/* Leave; who is told to wait does so until no one is at work, and no one will be. */
+static void end(struct queue *queue, int64_t num_jobs, int64_t wait) {
+    atomic_fetch_sub(&queue->active, 1);
+    if (!wait)
+        return;
+    atomic_store(&queue->next, num_jobs);
+    while (atomic_load(&queue->active))
+        sched_yield();
+}
+
+/* Do jobs until none is left: job i is the pieces from jobs[i] to jobs[i + 1]. */
+void polyak_lerp(struct queue *queue, int64_t wait, struct piece *pieces, const int64_t *jobs, int64_t num_jobs,
+                 double weight, uint32_t round) {
     lerp *const lerp_piece = chosen();
-    int64_t any = 0;
-    for (;;) {
-        const int64_t job = atomic_fetch_add((_Atomic int64_t *)next, 1);
-        if (job >= num_jobs)
-            return any;
+    for (int64_t job = begin(queue); job < num_jobs; job = atomic_fetch_add(&queue->next, 1))
         for (int64_t i = jobs[job]; i < jobs[job + 1]; i++) {
             pieces[i].left_out = lerp_piece(&pieces[i], weight, hash(round));
-            any |= pieces[i].left_out;
+            if (pieces[i].left_out)
+                atomic_store(&queue->any, 1);
         }
-    }
+    end(queue, num_jobs, wait);
+}
+
+/* Swap the pairs that are not yet as they should be: `swapped` is 1 or, to put them back, 0. */
+void polyak_swap(struct queue *queue, int64_t wait, struct pair *pairs, const int64_t *jobs, int64_t num_jobs,
+                 int64_t swapped) {
+    swap *const swap_bytes = chosen_swap();
+    for (int64_t job = begin(queue); job < num_jobs; job = atomic_fetch_add(&queue->next, 1))
+        for (int64_t i = jobs[job]; i < jobs[job + 1]; i++)
+            if (pairs[i].swapped != swapped) {
+                swap_bytes((char *)pairs[i].left, (char *)pairs[i].right, pairs[i].bytes);
+                pairs[i].swapped = swapped;
+            }
+    end(queue, num_jobs, wait);
+}
+
+/* Wait until no one is at work on this queue, nor will be. */
+void polyak_settle(struct queue *queue, int64_t num_jobs) {
+    atomic_fetch_add(&queue->active, 1);
+    end(queue, num_jobs, 1);
 }

@@ -1,13 +1,14 @@
-"""The kernel in C for averages on the CPU, where it was compiled: all tensors in one call a thread.
+"""The kernels in C for averages on the CPU, where they were compiled: all tensors in one call a thread.
 
-The arithmetic is that of the torch kernel, bit for bit. Pairs of tensors that it does not know go to that kernel.
+The arithmetic is that of the torch kernels, bit for bit. Pairs of tensors that C does not know go to those.
 """
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import compress, pairwise, product
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, compress, pairwise, product
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,15 @@ _PAIRS = {
             (torch.float32, torch.float16),
             (torch.bfloat16, torch.bfloat16),
             (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float16),
+            (torch.float16, torch.float32),
             (torch.float64, torch.float64),
         ]
     )
 }
 # Elements that one call of a thread takes in: 0.1 ms or so, against the 0.05 ms that waking a thread takes.
 _JOB = 1 << 18
+_SWAP = 1 << 18  # bytes in a piece that is swapped
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -51,11 +55,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, "this processor lacks the instructions that it needs (AVX2 and FMA)"
     if found != sources_id():
         return None, f"{LIBRARY} was compiled from other sources; {hint}"
-    library.polyak_lerp.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
-        *(ctypes.c_double, ctypes.c_uint32),
-    ]
-    library.polyak_lerp.restype = ctypes.c_int64
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    run = [pointer, number, pointer, pointer, number]  # queue, wait, pieces, jobs, num_jobs
+    library.polyak_lerp.argtypes = [*run, ctypes.c_double, ctypes.c_uint32]
+    library.polyak_swap.argtypes = [*run, number]
+    library.polyak_settle.argtypes = [pointer, number]
+    for function in (library.polyak_lerp, library.polyak_swap, library.polyak_settle):
+        function.restype = None
     return library, ""
 
 
@@ -81,21 +87,81 @@ class _Threads:
 _threads = _Threads()
 
 
+class _Jobs:
+    """Jobs for C, done again and again by as many threads as torch has.
+
+    An interrupt, which comes between calls of C only, may stop the one who asked, but no thread in the middle of a job.
+    Who is then still at work is waited for before the next run.
+
+    Args:
+        call: What does them.
+        pieces: Rows of integers, as ``call`` expects them.
+        sizes: How much work each row is, in units of which a job has about ``_JOB``.
+        held: What the addresses in ``pieces`` point into.
+    """
+
+    def __init__(
+        self, call: Callable[..., None], pieces: Sequence[tuple[int, ...]], sizes: Sequence[int], held: object
+    ) -> None:
+        starts, size = [0] if pieces else [], 0
+        for i, more in enumerate(sizes):
+            if size and size + more > _JOB:
+                starts.append(i)
+                size = 0
+            size += more
+        self.num_jobs = len(starts)
+        self.pieces = array("q", chain.from_iterable(pieces))
+        self._starts = array("q", [*starts, len(pieces)])
+        self._fixed = self.pieces.buffer_info()[0], self._starts.buffer_info()[0], self.num_jobs
+        self._call, self._held = call, held
+        self._queue = (ctypes.c_int64 * 3)()
+
+    def run(self, *arguments: float) -> bool:
+        """Do them once, and return whether ``call`` has raised its flag.
+
+        Args:
+            arguments: For ``call``.
+        """
+        self._settle()
+        self._queue = queue = (ctypes.c_int64 * 3)()
+        try:
+            for _ in range(min(torch.get_num_threads(), self.num_jobs) - 1):
+                _threads.pool().submit(self._work, queue, 0, arguments)
+            self._work(queue, 1, arguments)
+        except BaseException:
+            self._settle()
+            raise
+        return bool(queue[2])
+
+    def _work(self, queue: ctypes.Array[ctypes.c_int64], wait: int, arguments: tuple[float, ...]) -> None:
+        self._call(queue, wait, *self._fixed, *arguments)
+
+    def _settle(self) -> None:
+        assert _library is not None
+        _library.polyak_settle(self._queue, self.num_jobs)
+
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _lie_alike(one: Tensor, other: Tensor, *, in_order: bool = False) -> bool:
+    """Return whether the two are plain, on the CPU, laid out alike and without holes.
+
+    They have one shape. With ``in_order`` they are also laid out as their indices count.
+    """
+    plain = type(one) in _PLAIN and type(other) in _PLAIN and one.is_cpu and other.is_cpu
+    if not (plain and one.layout == other.layout == torch.strided):
+        return False
+    if one.is_contiguous() and other.is_contiguous():
+        return one.numel() == other.numel()
+    order = sorted(range(one.dim()), key=one.stride, reverse=True)
+    return not in_order and all(tensor.permute(order).is_contiguous() for tensor in (one, other))
+
+
 def _known(average: Tensor, online: Tensor, place: Place) -> bool:
-    """Return whether the two are plain, known to C, and laid out alike without holes, as ``place`` says."""
-    plain = all(
-        type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided for tensor in (average, online)
-    )
-    if not plain or (average.dtype, online.dtype) not in _PAIRS:
-        return False
-    if average.device.type != "cpu" or online.device.type != "cpu" or average.shape != online.shape:
-        return False
-    if average.is_contiguous() and online.is_contiguous():
-        return True
-    if place.shape is not None and average.dtype in foreach.SIXTEEN_BITS:
-        return False
-    order = sorted(range(average.dim()), key=average.stride, reverse=True)
-    return all(tensor.permute(order).is_contiguous() for tensor in (average, online))
+    """Return whether the two are plain, known to C, and laid out as it takes for granted."""
+    in_order = place.shape is not None and average.dtype in foreach.SIXTEEN_BITS
+    return (average.dtype, online.dtype) in _PAIRS and _lie_alike(average, online, in_order=in_order)
 
 
 def _box(average: Tensor, place: Place) -> Box:
@@ -147,7 +213,6 @@ class Lerp(foreach.Lerp):
         super().__init__([a for a, _, _ in rest], [x for _, x, _ in rest], [place for _, _, place in rest], left_out)
         ours = list(compress(triples, known))
         self._moved = [a for a, _, _ in ours]
-        self._held = [x for _, x, _ in ours]  # as long as their addresses are
         pieces = [
             (
                 a.data_ptr() + at * a.element_size(),
@@ -159,17 +224,8 @@ class Lerp(foreach.Lerp):
             for number, (a, x, place) in enumerate(ours)
             for at, rows, run, first, step in _cut(_box(a, place))
         ]
-        jobs, size = [0], 0
-        for i, (_, _, rows, run, *_) in enumerate(pieces):
-            if size and size + rows * run > _JOB:
-                jobs.append(i)
-                size = 0
-            size += rows * run
-        self._num_jobs = len(jobs) if pieces else 0
-        self._pieces = torch.tensor(pieces, dtype=torch.int64)
-        self._jobs = torch.tensor([*jobs, len(pieces)], dtype=torch.int64)
-        self._next = torch.zeros((), dtype=torch.int64)
-        self._addresses = self._pieces.data_ptr(), self._jobs.data_ptr(), self._num_jobs, self._next.data_ptr()
+        self._columns = len(pieces[0]) if pieces else 1
+        self._jobs = _Jobs(_library.polyak_lerp, pieces, [piece[2] * piece[3] for piece in pieces], held=ours)
 
     def __call__(self, weight: float, num_updates: int) -> None:
         """Move every average once.
@@ -179,24 +235,51 @@ class Lerp(foreach.Lerp):
             num_updates: How often this was done. It is part of the seed.
         """
         super().__call__(weight, num_updates)
-        if not self._num_jobs:
+        if not self._jobs.num_jobs:
             return
         # Who has kept an average for a backward pass is told that it is no longer what it was, as by torch's own.
         increment_version(self._moved)
-        if self._run(weight, num_updates & 0xFFFFFFFF):
-            tensors, flags = self._pieces[:, 8], self._pieces[:, 9]
-            self._left_out.add_(tensors[flags != 0].unique().numel())
+        if self._jobs.run(weight, num_updates & 0xFFFFFFFF):
+            tensors, flags = (self._jobs.pieces[column :: self._columns] for column in (8, 9))
+            self._left_out.add_(len(set(compress(tensors, flags))))
 
-    def _run(self, weight: float, num_updates: int) -> int:
-        assert _library is not None
-        call, arguments = _library.polyak_lerp, (*self._addresses, weight, num_updates)
-        self._next.zero_()
-        helpers = min(torch.get_num_threads(), self._num_jobs) - 1
-        if not helpers:
-            return call(*arguments)
-        others = [_threads.pool().submit(call, *arguments) for _ in range(helpers)]
-        try:
-            found = call(*arguments)
-        finally:
-            wait(others)  # an interrupt must not leave them at work
-        return found | any(other.result() for other in others)
+
+class Exchange(foreach.Exchange):
+    """Do what ``foreach.Exchange`` does, in C: one pass over memory, and no scratch.
+
+    Args:
+        left: Tensors.
+        right: As many, of the same shapes, dtypes and devices.
+    """
+
+    def __init__(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+        assert _library is not None, WHY_NOT
+        pairs = list(zip(left, right, strict=True))
+        # Complex tensors may be conjugated without having been touched: their bits do not say what they are.
+        known = [a.dtype == b.dtype and not a.is_complex() and _lie_alike(a, b) for a, b in pairs]
+        rest = [pair for pair, c in zip(pairs, known, strict=True) if not c]
+        super().__init__([a for a, _ in rest], [b for _, b in rest])
+        ours = list(compress(pairs, known))
+        self._swapped = [tensor for pair in ours for tensor in pair]
+        pieces = [
+            (left_at + at, right_at + at, min(_SWAP, size - at), 0)
+            for left_at, right_at, size in ((a.data_ptr(), b.data_ptr(), a.nbytes) for a, b in ours)
+            for at in range(0, size, _SWAP)
+        ]
+        self._jobs = _Jobs(_library.polyak_swap, pieces, [piece[2] for piece in pieces], held=ours)
+
+    def forward(self) -> None:
+        """Swap what has not been swapped yet."""
+        super().forward()
+        self._swap(1)
+
+    def back(self) -> None:
+        """Swap back what has been swapped."""
+        self._swap(0)
+        super().back()
+
+    def _swap(self, swapped: int) -> None:
+        # Each piece says of itself whether it is swapped, so this may be done again after an interrupt.
+        if self._jobs.num_jobs:
+            increment_version(self._swapped)
+            self._jobs.run(swapped)

@@ -1,0 +1,157 @@
+"""What the average of a sharded model costs each rank: time, messages and memory, against the number of ranks.
+
+    python benchmarks/sharded_update.py [--parameters 64] [--repeats 9] [--out benchmarks/results/sharded_update.md]
+
+Real processes of gloo on this machine, which share its cores and its memory's bandwidth: so the limit, an in-place
+`y += a * (x - y)` over as many bytes as a rank's update moves, is measured by all ranks at once, like everything here.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from loan_time import memory_bytes
+from results_io import RESULTS, measured, paragraph, provenance, table, write
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+from polyak import EMA
+from polyak.shadow import Shadow
+from polyak.sharding import Ranks, local
+
+_LAYERS = 16
+
+
+def _time_ms(repeats: int, step: Callable[[], object]) -> float:
+    """Return the median over repeats of the slowest rank's time."""
+    step()
+    times = []
+    for _ in range(repeats):
+        dist.barrier()
+        start = time.perf_counter()
+        step()
+        slowest = torch.tensor(1000 * (time.perf_counter() - start))
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        times.append(float(slowest))
+    return statistics.median(times)
+
+
+def _limit_ms(repeats: int, elements: int) -> float:
+    flat, other = torch.randn(elements), torch.randn(elements)
+    return _time_ms(repeats, lambda: other.lerp_(flat, 0.1))
+
+
+def _peak_bytes(step: Callable[[], object]) -> int:
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = memory_bytes("VmRSS")
+    step()
+    return max(0, memory_bytes("VmHWM") - before)
+
+
+def _rank(rank: int, size: int, meeting: str, parameters: int, repeats: int, results: Any) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    width = round((parameters / _LAYERS) ** 0.5)
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(_LAYERS)))
+    if size > 1:
+        mesh = init_device_mesh("cpu", (size,))
+        for layer in model:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    shards = [local(parameter).detach() for parameter in model.parameters()]
+    shadows: list[Shadow] = []
+    made = _peak_bytes(lambda: shadows.append(Shadow(model)))
+    (shadow,) = shadows
+    limit = _limit_ms(repeats, sum(shard.numel() for shard in shards))
+    update = _time_ms(repeats, lambda: shadow.update_(0.1))
+
+    def loan() -> None:
+        shadow.lend("the benchmark")
+        shadow.give_back()
+
+    found = {
+        "ranks": size,
+        "shard_bytes": sum(shard.nbytes for shard in shards),
+        "limit_ms": limit,
+        "update_ms": update,
+        "loan_ms": _time_ms(repeats, loan),
+        "average_bytes": made,
+        "loan_bytes": min(_peak_bytes(loan) for _ in range(3)),
+        "update_bytes": min(_peak_bytes(lambda: shadow.update_(0.1)) for _ in range(3)),
+    }
+    with CommDebugMode() as messages:
+        shadow.update_(0.1)
+    found["messages"] = messages.get_total_counts()
+    if ranks := Ranks.of(model):
+        found["agree_ms"] = _time_ms(repeats, lambda: shadow.agree(ranks, {"algorithm": repr(EMA())}))
+    if rank == 0:
+        results.put(found)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--parameters", type=float, default=64, help="of the model, in millions (default: 64)")
+    parser.add_argument("--repeats", type=int, default=9, help="of each (default: 9)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sharded_update.md")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    found = []
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    for size in (1, 2, 3, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            given = (size, f"{folder}/meeting", int(arguments.parameters * 1e6), arguments.repeats, results)
+            torch.multiprocessing.spawn(_rank, given, nprocs=size)
+            found.append(results.get())
+    rows = [
+        (
+            f["ranks"],
+            f"{f['shard_bytes'] / 2**20:.0f}",
+            f"{f['limit_ms']:.1f}",
+            f"{f['update_ms']:.1f}",
+            f"{f['update_ms'] / f['limit_ms']:.2f}",
+            f["messages"],
+            f"{f['loan_ms']:.1f}",
+            f"{f['agree_ms']:.1f}" if "agree_ms" in f else "",
+            f"{f['average_bytes'] / 2**20:.0f}",
+            f"{f['update_bytes'] / 2**20:.1f}",
+            f"{f['loan_bytes'] / 2**20:.1f}",
+        )
+        for f in found
+    ]
+    head = (
+        *("ranks", "a rank's shard, MiB", "limit, ms", "update, ms", "over the limit", "messages in an update"),
+        *("lend and give back, ms", "agree, ms", "the average, MiB", "more in an update, MiB", "more in a loan, MiB"),
+    )
+    how, wall_s = provenance("torch"), time.perf_counter() - began
+    lines = [
+        "# What the average of a sharded model costs each rank",
+        "",
+        *paragraph(
+            f"A model of {arguments.parameters:g} M float32 parameters under `fully_shard` (on one rank: whole), and"
+            " its float32 average. Times are medians of the slowest rank's; all ranks work at once and share the"
+            " machine's cores and memory bandwidth, which is why a rank's time does not fall as its shard does. The"
+            " limit is an in-place `y.lerp_(x, a)` over one flat pair of as many elements as the shard has, by all"
+            " ranks at once. Memory is the first rank's peak above what it had before. CPU and gloo only: nothing of"
+            " this was measured on a GPU or between machines."
+        ),
+        "",
+        *table(head, rows),
+        "",
+        *measured(how, wall_s),
+    ]
+    write(arguments.out, lines, {"results": found, "how": how, "wall_s": round(wall_s, 1)})
+
+
+if __name__ == "__main__":
+    main()

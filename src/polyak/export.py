@@ -1,0 +1,126 @@
+"""The averaged weights alone, as safetensors that any tool reads: in one file, or in several with an index."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from polyak.ema import EMA
+from polyak.record.files import write_tensors
+from polyak.record.manifest import TensorInfo
+from polyak.select import all_slots
+from polyak.sharding import Ranks
+
+
+def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_bytes: float = 5e9) -> None:
+    """Write the model with its averaged weights to a folder of safetensors files, in the model's own dtypes.
+
+    It holds what the model's state dict would: averaged, copied and left tensors, tied ones under each of their names,
+    as ``model.safetensors``, or in several files with an index, named as Hugging Face does. Where it comes from is in
+    their metadata. Of a sharded model each rank writes its shards by ``torch.distributed.checkpoint``, and the first
+    one puts them together from disk, a file at a time: no rank holds the whole. All ranks must call this.
+
+    Args:
+        ema: Whose average.
+        model: The one in training, as it was given to the loop. It lends itself for the time of writing.
+        folder: A new or empty one. It is complete or not there.
+        max_file_bytes: How large a file may become, if it holds more than one tensor.
+
+    Raises:
+        FileExistsError: If ``folder`` has something in it.
+        LoanError: If averaging has not begun, or the model holds an average.
+        ShardingError: If ranks disagree.
+
+    Example:
+        >>> from polyak import attach
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> ema = attach(EMA("10ba"), model, optimizer)
+        >>> for _ in range(20):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(4, 2)).square().mean().backward()
+        ...     optimizer.step()
+        >>> export_averaged(ema.algorithm, model, "averaged")
+        >>> from safetensors.torch import load_file
+        >>> sorted(load_file("averaged/model.safetensors"))
+        ['bias', 'weight']
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"an export needs a new or empty folder (got {folder}, which holds something)")
+    ranks = Ranks.of(model)
+    is_first = ranks is None or ranks.rank == 0
+    draft = folder.with_name(f".{folder.name}.draft")
+    try:
+        ema.get_ema_model(model)
+        tensors = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
+        if is_first:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+        metadata = {"format": "pt", "polyak.algorithm": repr(ema), "polyak.updates": str(ema.num_updates)}
+        if ranks is not None and not ranks.replicas:
+            _write_shards(tensors, draft, ranks, max_file_bytes, metadata)
+        elif is_first:
+            _write(tensors, draft, max_file_bytes, metadata, lambda names: {name: tensors[name] for name in names})
+    finally:
+        ema.get_training_model(model)
+    if is_first:
+        if folder.exists():
+            folder.rmdir()
+        draft.rename(folder)
+    if ranks is not None:
+        torch.distributed.barrier(ranks.group)
+
+
+def _write_shards(
+    tensors: dict[str, Tensor], folder: Path, ranks: Ranks, max_file_bytes: float, metadata: dict[str, str]
+) -> None:
+    import torch.distributed.checkpoint as dcp  # noqa: PLC0415  half a second that few need
+
+    torch.distributed.barrier(ranks.group)  # the folder is there
+    shards = folder / "shards"
+    # Plain tensors, such as buffers, are the first rank's.
+    dcp.save(tensors, checkpoint_id=shards, planner=dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True))
+    if ranks.rank > 0:
+        return
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        whole = {name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype) for name in names}
+        dcp.load(whole, checkpoint_id=shards, no_dist=True)
+        return whole
+
+    _write(tensors, folder, max_file_bytes, metadata, read)
+    shutil.rmtree(shards)
+
+
+def _write(
+    tensors: dict[str, Tensor],
+    folder: Path,
+    max_file_bytes: float,
+    metadata: dict[str, str],
+    read: Callable[[list[str]], dict[str, Tensor]],
+) -> None:
+    """Write files of at most ``max_file_bytes``, each of which is read as a whole."""
+    files, size = [list[str]()], 0
+    for name, tensor in tensors.items():
+        size += tensor.nbytes
+        if files[-1] and size > max_file_bytes:
+            files.append([])
+            size = tensor.nbytes
+        files[-1].append(name)
+    weight_map = dict[str, str]()
+    for number, names in enumerate(files, start=1):
+        file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        held = read(names)
+        infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape), averaged=True) for name, tensor in held.items()}
+        write_tensors(folder / file, infos, held.__getitem__, metadata)
+        weight_map |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": weight_map,
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+import sharded
+import torch
+from ranks import Ranks
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from polyak import EMA, LoanError, attach, export_averaged
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    made = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(("kind", "size"), [(kind, max(sizes)) for kind, sizes in sharded.KINDS.items()], ids=str)
+def test_ranks_export_the_average_that_they_lend(ranks, tmp_path, kind, size) -> None:
+    lent = ranks.run(size, sharded.exports, kind, str(tmp_path / "averaged"), 5e9)[0]
+    (file,) = (tmp_path / "averaged").glob("*.safetensors")
+    assert sharded.unequal(load_file(file), lent) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["averaged"]
+
+
+def test_a_large_model_is_exported_in_several_files_and_an_index(ranks, tmp_path) -> None:
+    lent = ranks.run(2, sharded.exports, "fsdp, blocks", str(tmp_path / "averaged"), 8000)[0]
+    names = sorted(path.name for path in (tmp_path / "averaged").glob("*.safetensors"))
+    assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    parts = [load_file(tmp_path / "averaged" / name) for name in names]
+    assert sharded.unequal({n: t for part in parts for n, t in part.items()}, lent) == []
+    index = json.loads((tmp_path / "averaged" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == lent.keys()
+
+
+def trained() -> tuple[nn.Module, EMA]:
+    model = sharded.net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = attach(EMA("2ba"), model, optimizer)
+    for _ in range(3):
+        model(torch.randn(4, 37)).square().mean().backward()
+        optimizer.step()
+    return model, ema.algorithm
+
+
+def test_one_process_exports_one_file_that_the_model_loads(tmp_path) -> None:
+    model, ema = trained()
+    export_averaged(ema, model, tmp_path / "averaged")
+    other = sharded.net(seed=1)
+    other.load_state_dict(load_file(tmp_path / "averaged" / "model.safetensors"))
+    assert sharded.unequal(dict(other.named_parameters()), dict(ema.ema_model.named_parameters())) == []
+    with safe_open(tmp_path / "averaged" / "model.safetensors", framework="pt") as file:
+        assert file.metadata()["polyak.updates"] == "2"
+        assert "HalfLife" in file.metadata()["polyak.algorithm"]
+
+
+def test_a_folder_that_holds_something_is_not_written_to(tmp_path) -> None:
+    model, ema = trained()
+    (tmp_path / "model.safetensors").write_text("dear to somebody")
+    with pytest.raises(FileExistsError, match="new or empty folder"):
+        export_averaged(ema, model, tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "dear to somebody"
+
+
+def test_an_average_that_has_not_begun_is_not_exported(tmp_path) -> None:
+    model = nn.Linear(2, 1)
+    ema = attach(EMA("2ba"), model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(LoanError, match="must have begun"):
+        export_averaged(ema.algorithm, model, tmp_path / "averaged")
+    assert list(tmp_path.iterdir()) == []
