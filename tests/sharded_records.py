@@ -46,7 +46,7 @@ class Whole:
 class Run:
     """A model in training, its recorder, and another of the whole."""
 
-    def __init__(self, kind: str, folder: str, interval: str = "4ba", per_level: int = 1, **options: Any) -> None:
+    def __init__(self, kind: str, folder: str, interval: str = "2ba", per_level: int = 1, **options: Any) -> None:
         self.folder, self.model = Path(folder), spread(kind)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.02)
         self.recorder = Recorder(self.folder / "sharded" / "record", interval, per_level, **options)
@@ -63,12 +63,15 @@ class Run:
 
     def save(self, name: str) -> None:
         planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-        dcp.save({"run": self.attached}, checkpoint_id=self.folder / name, planner=planner)
+        state = {"recorder": self.recorder, "clock": self.attached.timestamp.state_dict()}
+        dcp.save(state, checkpoint_id=self.folder / name, planner=planner)
         if dist.get_rank() == 0:
             torch.save(self.whole.loop.state_dict(), self.folder / f"{name}.pt")
 
     def load(self, name: str) -> None:
-        dcp.load({"run": self.attached}, checkpoint_id=self.folder / name)
+        state = {"recorder": self.recorder, "clock": self.attached.timestamp.state_dict()}
+        dcp.load(state, checkpoint_id=self.folder / name)
+        self.attached._loop.state.timestamp = Timestamp.from_state_dict(state["clock"])
         self.whole.loop.load_state_dict(torch.load(self.folder / f"{name}.pt", weights_only=True))
 
     def end(self) -> None:
@@ -81,7 +84,7 @@ def records(kind: str, folder: str, stop: int, steps: int, options: dict[str, An
     """Record; save on the way, and go on, so that the record is ahead of the checkpoint."""
     run = Run(kind, folder, **options)
     if stop == 0:
-        run.attached._before_step()
+        run.attached._begin()
         if dist.get_rank() == 0:
             run.whole.loop.fire(Event.FIT_START)
             run.whole.begun = True
@@ -103,7 +106,7 @@ def resumes(kind: str, folder: str, stop: int, steps: int, options: dict[str, An
 def keeps_a_mean(folder: str) -> tuple[bool, bool, list[str]]:
     """Return whether this rank of DDP has a mean and a writer, and what is in its state."""
     run = Run("ddp", folder)
-    run.train(range(6))
+    run.train(range(3))
     found = run.recorder._mean is not None, run.recorder._writer is not None
     state = run.recorder.state_dict() if dist.get_rank() == 0 else {}  # the first may take it alone
     run.end()
@@ -113,7 +116,7 @@ def keeps_a_mean(folder: str) -> tuple[bool, bool, list[str]]:
 def fails_on(rank: int, kind: str, folder: str, how: str = "full") -> str:
     """Let what one rank writes be refused by the disk, or go elsewhere; return the error of this rank."""
     run = Run(kind, folder, per_level=4)
-    run.train(range(5))
+    run.train(range(3))
     run.recorder._wait()
     module = polyak.record.store if kind == "ddp" else polyak.record.together
     real = module.write_tensors
@@ -126,7 +129,7 @@ def fails_on(rank: int, kind: str, folder: str, how: str = "full") -> str:
     if dist.get_rank() == rank:
         module.write_tensors = fails
     try:
-        for step in range(5, 20):
+        for step in range(3, 10):
             train(run.model, run.optimizer, range(step, step + 1))
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
@@ -136,7 +139,7 @@ def fails_on(rank: int, kind: str, folder: str, how: str = "full") -> str:
         module.write_tensors = real
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run.attached._fire(Event.EXCEPTION)
+        run.attached._loop.fire(Event.EXCEPTION)
     return said
 
 
@@ -145,7 +148,7 @@ def is_refused(what: str, kind: str, folder: str) -> str:
     odd, here = dist.get_rank() == 1, Path.cwd()
     options: dict[str, Any] = {}
     if what == "interval" and odd:
-        options["interval"] = "5ba"
+        options["interval"] = "3ba"
     if what == "dtype" and odd:
         options["dtype"] = torch.bfloat16
     if what == "seconds":
@@ -160,7 +163,7 @@ def is_refused(what: str, kind: str, folder: str) -> str:
         train(run.model, run.optimizer, range(1))
         if what == "updates":
             run.recorder.num_updates += odd
-            train(run.model, run.optimizer, range(1, 8))
+            train(run.model, run.optimizer, range(1, 4))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -174,7 +177,7 @@ def raises_on(rank: int, kind: str, folder: str) -> tuple[float, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with contextlib.suppress(KeyError), run.attached:
-            for step in range(7):
+            for step in range(3):
                 train(run.model, run.optimizer, range(step, step + 1))
             if dist.get_rank() != rank:
                 time.sleep(0.5)
@@ -186,9 +189,9 @@ def raises_on(rank: int, kind: str, folder: str) -> tuple[float, list[str]]:
 def has_another_clock(folder: str) -> str:
     """Return what the state of this rank, whose clock differs, says of the record."""
     run = Run("fsdp", folder)
-    run.train(range(3))
-    run.attached._state.timestamp = run.attached.timestamp.to_next_batch(steps=0, seconds=1.0 + dist.get_rank())
-    run.train(range(3, 9))
+    run.train(range(1))
+    run.attached._loop.state.timestamp = run.attached.timestamp.to_next_batch(steps=0, seconds=1.0 + dist.get_rank())
+    run.train(range(1, 5))
     said = run.recorder.state_dict()["record"]
     run.end()
     return said

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner, StorageWriter, save
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -33,7 +33,7 @@ from polyak.record.files import (
     write_tensors,
 )
 from polyak.record.manifest import RecordError, TensorInfo
-from polyak.sharding import Ranks, is_spread
+from polyak.sharding import Ranks
 
 T = TypeVar("T")
 
@@ -47,6 +47,7 @@ class Together:
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
+        self._planner = _Planner()
 
     @property
     def is_first(self) -> bool:
@@ -89,18 +90,18 @@ class Together:
         Args:
             folder: Of the record.
             tensors: What is written.
-            like: Tensors that lie over the ranks as what is written does. What each rank has whole the first writes.
+            like: Tensors that lie over the ranks as what is written does. Where several hold the same the first of
+                them writes it.
             source: Gives the values, where they are wanted.
             metadata: For the headers.
 
         Raises:
             RecordError: If that failed on any rank; it says where and why.
         """
-        held = {name: tensor for name, tensor in like.items() if is_spread(tensor) or self.is_first}
         parts = _Parts(folder, tensors, source, metadata)
-        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
-            return save(held, storage_writer=parts, planner=planner, process_group=self._ranks.group).storage_data
+            group = self._ranks.group
+            return save(dict(like), storage_writer=parts, planner=self._planner, process_group=group).storage_data
         except CheckpointException as error:
             said = "; ".join(f"rank {rank}: {one}" for rank, (one, _) in sorted(error.failures.items()))
             raise RecordError(f"all ranks must write their parts of a stretch, and it failed on {said}") from error
@@ -110,6 +111,28 @@ class Together:
     def close(self) -> None:
         """Let the group go."""
         self._ranks.disband()
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans once: what a rank holds stays the same, and planning takes as long as there are shards on all ranks."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True)
+        self._own: list[WriteItem] | None = None
+
+    def create_local_plan(self) -> SavePlan:
+        """Return what this rank could write."""
+        return super().create_local_plan() if self._own is None else SavePlan([])
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """Return what each rank writes."""
+        return super().create_global_plan(all_plans) if self._own is None else (all_plans, Metadata({}))
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        """Return what this rank writes."""
+        if self._own is None:
+            self._own = new_plan.items
+        return replace(new_plan, items=self._own)
 
 
 @dataclass(frozen=True)
@@ -198,4 +221,5 @@ class _Parts(StorageWriter):
                 os.fsync(file.fileno())
             flush_folder(self._passing)
         size_bytes = sum(part.size_in_bytes for part in parts)
+        metadata.state_dict_metadata = {}  # it would be sent to all
         metadata.storage_data = Written(self._passing, size_bytes, hashlib.sha256(text).hexdigest(), sharded=True)
