@@ -108,7 +108,9 @@ def keeps_a_mean(folder: str) -> tuple[bool, bool, list[str]]:
     run = Run("ddp", folder)
     run.train(range(3))
     found = run.recorder._mean is not None, run.recorder._writer is not None
-    state = run.recorder.state_dict() if dist.get_rank() == 0 else {}  # the first may take it alone
+    if dist.get_rank() == 0:
+        run.recorder.state_dict()  # the first may take it alone
+    state = run.recorder.state_dict()
     run.end()
     return *found, sorted(state)
 
