@@ -96,9 +96,9 @@ def main() -> None:
             f"MiB above what the process had before it made the model and, in parentheses, what is more than without "
             f"an average, in units of the model's size. A transformer with AdamW, {STEPS + 1} steps of 64 tokens, an "
             "update after each of the first; libraries that lend their average have done so once for an evaluation. "
-            "The least that an average can take is its own size: 1, or 2 for a float32 average of a bfloat16 model, and "
-            "to lend it 1 more where the dtypes differ. The optimizer's temporaries are part of each peak. Figures of less than a "
-            "tenth are noise of the allocator. CPU only: nothing of this was measured on a GPU."
+            "The least that an average can take is its own size: 1, or 2 for a float32 average of a bfloat16 model, "
+            "and to lend it 1 more where the dtypes differ. The optimizer's temporaries are part of each peak. Figures "
+            "of less than a tenth are noise of the allocator. CPU only: nothing of this was measured on a GPU."
         ),
         "",
         *table(("", *heads), [(name, *(cell(pair, name) for pair in PAIRS)) for name in (NONE, *names)]),

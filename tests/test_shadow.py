@@ -151,10 +151,10 @@ def test_out_of_memory_at_the_beginning_of_a_loan_changes_nothing(monkeypatch) -
     shift(model)
     training = values(model)
 
-    def no_memory(*_: object) -> None:
+    def no_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(torch.Tensor, "clone", no_memory)
+    monkeypatch.setattr(torch.Tensor, "to", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         shadow.lend("a test")
     monkeypatch.undo()

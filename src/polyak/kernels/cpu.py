@@ -114,7 +114,7 @@ class _Jobs:
         self._starts = array("q", [*starts, len(pieces)])
         self._fixed = self.pieces.buffer_info()[0], self._starts.buffer_info()[0], self.num_jobs
         self._call, self._held = call, held
-        self._queue = (ctypes.c_int64 * 3)()
+        self._queue, self._process = (ctypes.c_int64 * 3)(), os.getpid()
 
     def run(self, *arguments: float) -> bool:
         """Do them once, and return whether ``call`` has raised its flag.
@@ -123,7 +123,7 @@ class _Jobs:
             arguments: For ``call``.
         """
         self._settle()
-        self._queue = queue = (ctypes.c_int64 * 3)()
+        self._queue, self._process = queue, _ = (ctypes.c_int64 * 3)(), os.getpid()
         try:
             for _ in range(min(torch.get_num_threads(), self.num_jobs) - 1):
                 _threads.pool().submit(self._work, queue, 0, arguments)
@@ -138,7 +138,8 @@ class _Jobs:
 
     def _settle(self) -> None:
         assert _library is not None
-        _library.polyak_settle(self._queue, self.num_jobs)
+        if self._process == os.getpid():  # a forked process has none of the threads that were at work
+            _library.polyak_settle(self._queue, self.num_jobs)
 
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -100,9 +100,11 @@
                 most_online[j] = most_online[j] > x ? most_online[j] : x;                                              \
             }                                                                                                          \
         }                                                                                                              \
+        BITS large = 0;                                                                                                \
         for (int64_t j = 0; j < BLOCK; j++)                                                                            \
-            if (most[j] >= 0x7E80 || most_online[j] >= (BITS)0x7E80 << shift)                                          \
-                return 0;                                                                                              \
+            large |= (BITS)(most[j] >= 0x7E80) | (BITS)(most_online[j] >= (BITS)0x7E80 << shift);                      \
+        if (large)                                                                                                     \
+            return 0;                                                                                                  \
         for (int64_t i = 0; i < count; i += BLOCK) {                                                                   \
             DRAW;                                                                                                      \
             for (int64_t j = 0; j < BLOCK; j++) {                                                                      \
