@@ -246,17 +246,17 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
 
 
 def trains(kind: str, loans: bool) -> dict[str, Tensor]:
-    """Return the weights of a run, with or without an average that is lent on the way."""
+    """Return the weights of a run, evaluated on the way with its own weights, and with an average or not."""
     model = spread(kind)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    if not loans:
-        train(model, optimizer, range(5))
-        return weights(model)
-    with attach(ema_of(kind), model, optimizer) as ema:
-        for step in range(5):
-            train(model, optimizer, range(step, step + 1))
+    ema = attach(ema_of(kind) if loans else [], model, optimizer)
+    for step in range(5):
+        train(model, optimizer, range(step, step + 1))
+        raw = evaluated(model)  # leaves the outermost module of FSDP2 whole
+        if loans and step > 1:
             with ema.applied():
-                evaluated(model)
+                assert not torch.equal(raw, evaluated(model))
+            assert torch.equal(raw, evaluated(model))
     return weights(model)
 
 

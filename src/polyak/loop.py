@@ -144,7 +144,8 @@ class Loop:
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the algorithms, and where the loop stands."""
         return {
-            "algorithms": [(type(a).__qualname__, a.state_dict()) for a in self.algorithms],
+            # Lists, not tuples, into which `torch.distributed.checkpoint` does not look.
+            "algorithms": [[type(a).__qualname__, a.state_dict()] for a in self.algorithms],
             "timestamp": self.state.timestamp.state_dict(),
         }
 
