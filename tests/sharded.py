@@ -220,6 +220,7 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
 
     evaluated(model)  # leaves the outermost module whole
     before = own_weights(model)
+    evaluated(model)  # and so it is when the average is lent
     with ema.applied():
         inside = own_weights(model)
         first = evaluated(model)
@@ -385,7 +386,7 @@ def sees_a_nan_in_one_shard() -> list[str]:
         warnings.simplefilter("always")
         with ema.applied():
             pass
-    return [str(one.message) for one in caught] + [str(ema.state_dict()["algorithm"]["num_quarantined"])]
+    return [str(one.message) for one in caught] + [str(ema.algorithm.state_dict()["num_quarantined"])]
 
 
 def is_interrupted(kind: str, fails: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
