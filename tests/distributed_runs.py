@@ -8,6 +8,7 @@ import signal
 import time
 import types
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from polyak import EMA, Callback, Event, Trainer
+from polyak import EMA, Callback, CheckpointSaver, Event, Recorder, Trainer
 from polyak.sharding import copy_
 from polyak.trainer import rng
 from polyak.trainer import trainer as trainer_module
@@ -350,6 +351,32 @@ def mixes_samplers(path: Path, *, at: str) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def records(kind: str | None, folder: Path, stops: tuple[int | None, ...] = (None,)) -> list[int]:
+    """Record a run, stopping at some batches and going on each time; return where each part began."""
+    began = []
+    for stop in stops:
+        model = loops.perceptron()
+        raises = [] if stop is None else [loops.Raises(Event.BATCH_START, InterruptedError(), batch=stop)]
+        options: dict[str, Any] = {} if kind is None else {"parallelism": kind}
+        trainer = Trainer(
+            model=model,
+            train_dataloader=DataLoader(loops.dataset(), batch_size=loops.BATCH, shuffle=True),
+            max_duration="3ep",
+            algorithms=[EMA("4ba"), Recorder(folder / "record", "2ba")],
+            optimizers=torch.optim.Adam(model.parameters(), lr=0.02),
+            loss=cross_entropy,
+            callbacks=[CheckpointSaver(folder / "checkpoints", "3ba"), *raises],
+            autoresume=True,
+            seed=1,
+            progress_bar=False,
+            **options,
+        )
+        began.append(trainer.state.timestamp.batch.value)
+        with suppress(InterruptedError):
+            trainer.fit()
+    return began
 
 
 def skips(kind: str, folder: Path) -> dict[str, Any]:

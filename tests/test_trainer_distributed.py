@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 import polyak
-from polyak import CheckpointError, CheckpointSaver, PlanWarning
+from polyak import CheckpointError, CheckpointSaver, HalfLife, PlanWarning, Record
 from polyak.cli import main
 from polyak.trainer.parallel import _of_this_start, blocks
 
@@ -59,6 +59,18 @@ def test_a_resumed_run_of_several_ranks_equals_one_that_never_stopped(ranks, tmp
     # Of three, it is the plain model whose sums show the order in which they were taken.
     found = ranks.run(size, partial(runs.resumes, kind, tmp_path, noisy=size == 2, eval_weights="both"))
     assert found == [{}] * size
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_record_of_several_ranks_that_was_gone_on_with_is_that_of_one_run(ranks, tmp_path, kind) -> None:
+    runs.records(None, tmp_path / "alone")
+    ranks.run(2, partial(runs.records, kind, tmp_path / "whole"))
+    assert ranks.run(2, partial(runs.records, kind, tmp_path / "parts", (8, None))) == [[0, 6], [0, 6]]
+    alone, whole, parts = (
+        Record(tmp_path / name / "record").average(HalfLife("5ba")) for name in ("alone", "whole", "parts")
+    )
+    assert loops.differences(whole, parts) == []
+    close(whole, alone)
 
 
 def test_an_average_under_fsdp2_is_that_of_the_whole_weights_bit_for_bit(ranks, tmp_path) -> None:
