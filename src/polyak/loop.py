@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
 from polyak.errors import CheckpointError, LoanError
 from polyak.events import Event, elapsed_duration
-from polyak.select import unwrap
+from polyak.select import slots, unwrap
 from polyak.shadow import loan_of
+from polyak.sharding import has_spread, is_fsdp, is_initialized, reshard
 from polyak.time import Time, Timestamp, as_span
 
 
@@ -165,6 +166,56 @@ class Loop:
             algorithm.load_state_dict(own)
         length = self.state.timestamp.epoch_length
         self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the state is spread over ranks, so that each must save its own part of it. All ranks must ask."""
+        model = self.state.model
+        return is_initialized() and (
+            is_fsdp(model)
+            or has_spread(list(model.parameters()))
+            or any(has_spread(algorithm.state_dict()) for algorithm in self.algorithms if algorithm.lends)
+        )
+
+    def save_parts(self, folder: Path, *, weights: bool) -> None:
+        """Save what ``state_dict`` returns by ``torch.distributed.checkpoint``. All ranks must call this.
+
+        Args:
+            folder: To be made, in that of the checkpoint that is being written.
+            weights: Whether to save the model's weights with it: where the rest of the checkpoint has averaged ones.
+        """
+        import torch.distributed.checkpoint as dcp  # noqa: PLC0415  half a second that few need
+
+        self.state.saving_to = folder.parent
+        try:
+            # Of what ranks have of their own, such as buffers, the first one's is saved.
+            planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+            dcp.save(self._parts(weights), checkpoint_id=folder, planner=planner)
+        finally:
+            self.state.saving_to = None
+
+    def load_parts(self, folder: Path, *, weights: bool) -> None:
+        """Go on from what ``save_parts`` saved, on the same ranks or others. All ranks must call this.
+
+        Args:
+            folder: As given to ``save_parts``.
+            weights: As given to ``save_parts``; the model gets them.
+
+        Raises:
+            CheckpointError: If it is the state of other algorithms.
+        """
+        import torch.distributed.checkpoint as dcp  # noqa: PLC0415  see above
+
+        state = self._parts(weights)
+        dcp.load(state, checkpoint_id=folder)
+        self.load_state_dict(state["loop"])
+
+    def _parts(self, weights: bool) -> dict[str, Any]:
+        parts: dict[str, Any] = {"loop": self.state_dict()}
+        if weights:
+            reshard(self.state.model)
+            parts["weights"] = {slot.name: slot.tensor.detach() for slot in slots(self.state.model) if slot.persistent}
+        return parts
 
 
 def _refuse_parts(model: nn.Module) -> None:
@@ -327,6 +378,30 @@ class Attached:
             return self._loop.state_dict()
         finally:
             self._loop.state.saving_to = None
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether the state is spread over ranks, so that each must save its own part of it. All ranks must ask."""
+        return self._loop.in_parts
+
+    def save_parts(self, folder: Path) -> None:
+        """Save what ``state_dict`` returns by ``torch.distributed.checkpoint``. All ranks must call this.
+
+        Args:
+            folder: To be made, in that of the checkpoint that is being written.
+        """
+        self._loop.save_parts(folder, weights=False)
+
+    def load_parts(self, folder: Path) -> None:
+        """Go on from what ``save_parts`` saved, on the same ranks or others. All ranks must call this.
+
+        Args:
+            folder: As given to ``save_parts``.
+
+        Raises:
+            CheckpointError: If it is the state of other algorithms.
+        """
+        self._loop.load_parts(folder, weights=False)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned. Load the model's and the optimizer's states before.

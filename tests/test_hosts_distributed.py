@@ -1,0 +1,83 @@
+"""Hosts on several processes, under their frameworks' own settings: gloo groups of two."""
+
+import hosts_in_ranks
+import pytest
+import sharded
+import torch
+from ranks import Ranks
+
+FSDP_ON_A_CPU = "only where a test tells Accelerate that it can"
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    made = Ranks(tmp_path_factory.mktemp("ranks"), most=2)
+    yield made
+    made.close()
+
+
+CELLS = [
+    ("lightning", "ddp"),
+    ("lightning", "ddp, divided average"),
+    ("lightning", "fsdp"),
+    ("lightning", "fsdp, one file"),
+]
+
+
+@pytest.fixture(scope="module", params=CELLS, ids=": ".join)
+def runs(request, ranks, tmp_path_factory):
+    """What each rank found in a run, and in one that went on from the first epoch's checkpoint; and the cell."""
+    name, kind = request.param
+    script = pytest.importorskip(name) and getattr(hosts_in_ranks, name)
+    folder = str(tmp_path_factory.mktemp(name))
+    return ranks.run(2, script, kind, folder), ranks.run(2, script, kind, folder, True), name, kind
+
+
+def close(got, want) -> bool:
+    return torch.allclose(got.double(), want, atol=1e-6, rtol=0)
+
+
+def test_the_average_is_that_of_the_whole_weights_and_the_same_on_every_rank(runs) -> None:
+    first, second = runs[0]
+    assert sharded.unequal(first.average, second.average) == []
+    assert len(first.want) == hosts_in_ranks.EPOCHS * hosts_in_ranks.STEPS
+    parameters = [tensor for name, tensor in first.average.items() if "running" not in name and "num_" not in name]
+    assert all(close(got, want) for got, want in zip(parameters, first.want[-1], strict=True))
+
+
+def test_every_rank_evaluates_with_the_average(runs) -> None:
+    ends = [hosts_in_ranks.STEPS - 1, 2 * hosts_in_ranks.STEPS - 1, 2 * hosts_in_ranks.STEPS - 1]
+    for found in runs[0]:
+        assert len(found.evaluated) == 3
+        for seen, step in zip(found.evaluated, ends, strict=True):
+            assert close(seen, found.want[step][0])
+
+
+def test_training_goes_on_with_training_weights_the_same_on_every_rank(runs) -> None:
+    first, second = runs[0]
+    assert sharded.unequal(first.weights, second.weights) == []
+    assert not all(close(tensor, want) for tensor, want in zip(first.weights.values(), first.want[-1], strict=True))
+
+
+def test_a_checkpoint_has_the_average_where_users_load_weights(runs) -> None:
+    for found in runs[0]:
+        loaded = [tensor for name, tensor in found.loadable.items() if "running" not in name and "num_" not in name]
+        assert all(close(got, want) for got, want in zip(loaded, found.want[hosts_in_ranks.STEPS - 1], strict=True))
+
+
+def test_a_resumed_run_is_as_if_it_had_not_stopped(runs) -> None:
+    for whole, resumed in zip(runs[0], runs[1], strict=True):
+        assert len(resumed.want) == hosts_in_ranks.STEPS
+        assert sharded.unequal(whole.weights, resumed.weights) == []
+        assert sharded.unequal(whole.average, resumed.average) == []
+
+
+def test_one_process_logs(runs) -> None:
+    assert [found.lines for found in runs[0]] == [2, 0]
+
+
+@pytest.mark.parametrize("name", ["lightning"])
+def test_ranks_that_disagree_are_told_on_each(ranks, tmp_path, name) -> None:
+    pytest.importorskip(name)
+    for raised in ranks.attempt(2, getattr(hosts_in_ranks, name), "ddp, disagreeing", str(tmp_path)):
+        assert "ShardingError: all ranks must agree on the average" in raised.text
