@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sharded import full
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 from polyak import EMA
@@ -46,7 +46,7 @@ class Found:
     Args:
         weights: At the end, whole, by canonical name.
         average: The same of the average.
-        want: The average after each step, of the parameters in order, by the formula.
+        want: The average of the parameters after each step, by the formula.
         evaluated: The first layer's weight, in each evaluation.
         loadable: What this framework's users load from the checkpoint of the first epoch.
         lines: How often the distance of the average was logged.
@@ -55,7 +55,7 @@ class Found:
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
-    want: list[list[Tensor]] = field(default_factory=list)
+    want: list[dict[str, Tensor]] = field(default_factory=list)
     evaluated: list[Tensor] = field(default_factory=list)
     loadable: dict[str, Tensor] = field(default_factory=dict)
     lines: int = 0
@@ -70,13 +70,15 @@ class Found:
 
         model[0].register_forward_hook(note)
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+    def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Work out the average."""
 
         def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-            now = [full(p).double() for group in optimizer.param_groups for p in group["params"]]
+            if any(parameter.grad is None for parameter in model.parameters()):
+                return  # torch itself takes a step where it loads a state by `torch.distributed.checkpoint`
+            now = {name: full(parameter).double() for name, parameter in model.named_parameters()}
             last = self.want[-1] if self.want else now
-            self.want.append([DECAY * a + (1 - DECAY) * w for a, w in zip(last, now, strict=True)])
+            self.want.append({name: DECAY * last[name] + (1 - DECAY) * now[name] for name in now})
 
         optimizer.register_step_post_hook(after)
 
@@ -84,15 +86,18 @@ class Found:
         reshard(model)
         self.weights = {name: full(tensor) for name, tensor in model.named_parameters()}
         ema._agree()
-        self.average = {name: full(tensor) for name, tensor in ema._shadow.averaged_tensors().items()}
+        self.average = _inner({name: full(tensor) for name, tensor in ema._shadow.averaged_tensors().items()})
+        self.loadable = _inner(self.loadable)
         return self
+
+
+def _inner(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the name under which a framework's module has the net."""
+    return {name.removeprefix("net."): tensor for name, tensor in tensors.items()}
 
 
 class Odd(EMA):
     """Averages that a wrong value gets into on one rank."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict()
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
         super().apply(event, state, logger)
@@ -120,6 +125,25 @@ def listed(folder: Path) -> list[str]:
 
 def data(seed: int = 0, batches: int = STEPS) -> Any:
     return loops.dataset(batches * dist.get_world_size(), seed=seed)
+
+
+def fsdp_on_a_cpu() -> None:
+    """Let Accelerate take FSDP2 on a CPU, which it only knows of GPUs and their like; and forget the last script."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    if hasattr(AcceleratorState, "unpatched"):
+        return
+    AcceleratorState.unpatched = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        AcceleratorState.unpatched(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
 
 
 # Lightning
@@ -153,7 +177,7 @@ def lightning(kind: str, folder: str, resume: bool = False) -> Found:
             found.watch(self.net)
 
         def configure_model(self) -> None:
-            if kind.startswith("fsdp"):
+            if fsdp and not isinstance(self.net, FSDPModule):  # it is called for each fit and validation
                 shard(self.net, self.device_mesh["data_parallel"])
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -164,7 +188,7 @@ def lightning(kind: str, folder: str, resume: bool = False) -> Found:
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             optimizer = optimizer_of(self)
-            found.follow(optimizer)
+            found.follow(self.net, optimizer)
             return optimizer
 
     found, path = Found(), Path(folder)
@@ -193,5 +217,157 @@ def lightning(kind: str, folder: str, resume: bool = False) -> Found:
             found.loadable = _load_distributed_checkpoint(path / "epoch=0.ckpt")["state_dict"]
         else:
             found.loadable = torch.load(path / "epoch=0.ckpt", weights_only=True)["state_dict"]
-        found.loadable = {name.removeprefix("net."): tensor for name, tensor in found.loadable.items()}
-    return found.end(module, ema)
+    return found.end(module.net, ema)
+
+
+# Accelerate
+
+
+def accelerate(kind: str, folder: str, resume: bool = False) -> Found:
+    environment()
+    fsdp_on_a_cpu()
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.tracking import GeneralTracker
+    from safetensors.torch import load_file
+
+    from polyak.hosts.accelerate import attach
+
+    class Kept(GeneralTracker):
+        name, requires_logging_directory, tracker = "kept", False, None
+
+        def store_init_configuration(self, values: Any) -> None:
+            """Nothing."""
+
+        def log(self, values: dict[str, float], step: int | None = None, **kwargs: Any) -> None:
+            found.lines += "ema/distance" in values
+
+    found, path = Found(), Path(folder)
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    plugin = None
+    if kind.startswith("fsdp"):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="size_based_wrap",
+            min_num_params=1,
+            cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT" if kind == "fsdp, one file" else "SHARDED_STATE_DICT",
+        )
+    accelerator = Accelerator(cpu=True, log_with=Kept(), fsdp_plugin=plugin)
+    accelerator.init_trackers("run")
+    inner = net()
+    model, optimizer, loader = accelerator.prepare(
+        inner, optimizer_of(inner), DataLoader(data(), batch_size=loops.BATCH)
+    )
+    assert (type(model).__name__ == "DistributedDataParallel") == (plugin is None)
+    ema = ema_for(kind)
+    attached = attach(ema, accelerator, model, optimizer, steps_per_epoch=STEPS)
+    found.follow(inner, optimizer.optimizer)
+    found.watch(inner)
+    inputs = data(1, 1)[:][0]
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        model.eval()
+        with attached.applied():
+            model(inputs)
+        model.train()
+
+    if resume:
+        accelerator.load_state(path / "state-0")
+    for epoch in range(attached.timestamp.epoch.value, EPOCHS):
+        for x, y in loader:
+            accelerator.backward(nn.functional.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+        evaluate()
+        accelerator.save_state(path / f"state-{epoch}")
+        if epoch == 0:
+            with attached.applied():
+                accelerator.save_model(model, path / "for-use")
+    if not resume:
+        evaluate()
+        dist.barrier()
+        found.loadable = load_file(path / "for-use" / "model.safetensors")
+        found.files = listed(path)
+    return found.end(inner, ema)
+
+
+# Transformers
+
+
+def transformers(kind: str, folder: str, resume: bool = False) -> Found:
+    environment()
+    fsdp_on_a_cpu()
+    import transformers
+    from safetensors.torch import load_file
+
+    from polyak.hosts.transformers import attach
+
+    class Classifier(nn.Module):
+        main_input_name = "x"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    class Kept(transformers.TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            found.lines += state.is_world_process_zero and "ema/distance" in logs
+
+    def collate(samples: list[Any]) -> dict[str, Tensor]:
+        inputs, labels = zip(*samples, strict=True)
+        return {"x": torch.stack(inputs), "labels": torch.stack(labels)}
+
+    found, path = Found(), Path(folder)
+    os.environ["ACCELERATE_USE_FSDP"] = "false"
+    fsdp: dict[str, Any] = {}
+    if kind.startswith("fsdp"):
+        state_dict_type = "FULL_STATE_DICT" if kind == "fsdp, one file" else "SHARDED_STATE_DICT"
+        config = {"version": 2, "min_num_params": 1, "state_dict_type": state_dict_type, "cpu_ram_efficient_loading": False}
+        fsdp = {"fsdp": True, "fsdp_config": config}
+    model = Classifier()
+    found.watch(model.net)
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=EPOCHS,
+            per_device_train_batch_size=loops.BATCH,
+            per_device_eval_batch_size=loops.BATCH,
+            learning_rate=0.02,
+            lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            max_grad_norm=0.0,
+            use_cpu=True,
+            ddp_backend="gloo",
+            report_to="none",
+            disable_tqdm=True,
+            **fsdp,
+        ),
+        data_collator=collate,
+        train_dataset=data(),
+        eval_dataset=data(1, 1),
+        callbacks=[Kept()],
+    )
+    create = trainer.create_optimizer
+
+    def create_optimizer(*args: Any) -> Any:
+        optimizer = create(*args)
+        found.follow(model.net, optimizer)
+        return optimizer
+
+    trainer.create_optimizer = create_optimizer
+    attach(ema := ema_for(kind), trainer)
+    trainer.train(resume_from_checkpoint=str(path / f"checkpoint-{STEPS}") if resume else None)
+    if not resume:
+        trainer.evaluate()
+        found.files = listed(path)
+        if kind != "fsdp":
+            found.loadable = load_file(path / f"checkpoint-{STEPS}" / "model.safetensors")
+    return found.end(model.net, ema)
