@@ -17,6 +17,10 @@ test: $(VENV)/dev.stamp ## Check format, lint, types and imports, then run the t
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2
+	PYTHONPATH=tests/stubs $(BIN)/pytest -n 2 $(STUBBED)
+
+# Tests of what imports a torchvision run in interpreters of their own: other libraries must not take the stub for the real one.
+STUBBED := tests/test_host_composer.py tests/test_composer_files.py tests/test_convert_timm.py
 
 format: $(VENV)/dev.stamp ## Lay out the code, and repair what ruff can
 	$(BIN)/ruff check --fix .
@@ -26,11 +30,15 @@ clean: ## Remove the environment and what the tools left
 	rm -rf $(VENV) dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 
 # Installs again only when what is asked for changed.
-$(VENV)/%.stamp: pyproject.toml constraints.txt hatch_build.py $(wildcard src/polyak/kernels/*.[ch])
+$(VENV)/%.stamp: pyproject.toml constraints.txt tests/stubs/requirements.txt hatch_build.py $(wildcard src/polyak/kernels/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --build-constraint constraints.txt --editable '.[$(EXTRAS)]'
+	$(if $(ALONE),$(BIN)/python -m pip install --quiet --no-deps $(ALONE))
+	$(if $(EARLY),$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/composer-$(EARLY) mosaicml==$(EARLY))
 	touch $@
 
 $(VENV)/demo.stamp: EXTRAS := cli
 $(VENV)/dev.stamp: EXTRAS := dev
+$(VENV)/dev.stamp: ALONE := --requirement tests/stubs/requirements.txt
+$(VENV)/dev.stamp: EARLY := 0.12.1

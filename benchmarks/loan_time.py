@@ -13,11 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peers import OURS, PACKAGES, averages_of, tensor_by_tensor
 from results_io import RESULTS, measured, paragraph, progress, provenance, table, write
 from torch import nn
 from update_time import PAIRS, gpt2, resnet50
-
-from polyak.shadow import Shadow
 
 Step = Callable[[], object]
 
@@ -38,35 +37,11 @@ def extra_bytes(steps: tuple[Step, Step]) -> int:
 
 def contenders(model: nn.Module, average: torch.dtype) -> dict[str, tuple[Step, Step]]:
     """Return what lends and what gives back."""
-    shadow = Shadow(model, dtype=average)
-    own = [p.detach().to(average, copy=True) for p in model.parameters()]
-    kept: list[torch.Tensor] = []
-
-    @torch.no_grad()
-    def store_and_copy() -> None:
-        kept.extend(p.detach().clone() for p in model.parameters())
-        for s, p in zip(own, model.parameters(), strict=True):
-            p.copy_(s)
-
-    @torch.no_grad()
-    def restore() -> None:
-        for c, p in zip(kept, model.parameters(), strict=True):
-            p.copy_(c)
-        kept.clear()
-
-    @torch.no_grad()
-    def swap() -> None:
-        for s, p in zip(own, model.parameters(), strict=True):
-            aside = p.detach().clone()
-            p.copy_(s)
-            s.copy_(aside)
-
-    found = {
-        "polyak": (lambda: shadow.lend("the benchmark"), shadow.give_back),
-        "formula of diffusers and torch-ema: store, copy_to, restore": (store_and_copy, restore),
-    }
-    if model[0].dtype == average:
-        found["tensor by tensor, as torch's swap_ema functions do"] = (swap, swap)
+    names = (OURS, "torch-ema", "diffusers EMAModel, foreach")
+    found = {name: (made.lend, made.give_back) for name, made in averages_of(model, average, names).items()}
+    if all(p.dtype == average for p in model.parameters()):
+        swap = tensor_by_tensor(model, average)
+        found["tensor by tensor, through a clone of each"] = swap.lend, swap.give_back
     return found
 
 
@@ -102,7 +77,7 @@ def main() -> None:
                     cells = f"{lend:.2f}", f"{back:.2f}", f"{extra / 2**20:.1f}", f"{size / 2**20:.1f}"
                     rows.append((f"{case}, {pair}", name, *cells))
                 bar.advance(task)
-    how = provenance("torch")
+    how = provenance(*PACKAGES)
     wall_s = time.perf_counter() - began
     lines = [
         "# Lending an average to the model, and giving it back",
@@ -110,8 +85,9 @@ def main() -> None:
         *paragraph(
             "Medians; the contenders of a case took turns in one run. Memory is the least of three peaks of the process"
             " above what it had before; allocators keep small blocks, so what is small may show as none. Where model"
-            " and average have one dtype polyak exchanges values through a scratch buffer of at most 131,072 elements."
-            " Where they differ it keeps the model's own bits aside, as the others do. CPU only."
+            " and average have one dtype polyak exchanges values in place. Where they differ it keeps the model's own"
+            " bits aside, as the others do. The modules of other libraries, which are evaluated in the model's stead,"
+            " take no loan and hold a second model. CPU only: nothing of this was measured on a GPU."
         ),
         "",
         *table(("case", "who", "lend, ms", "give back, ms", "extra memory, MiB", "model, MiB"), rows),

@@ -1,37 +1,34 @@
 """How long one update of an average takes, beside other libraries and beside the memory's own limit.
 
-    python benchmarks/update_time.py [--repeats 11] [--largest 100] [--out benchmarks/results/update_time.md]
+    python benchmarks/update_time.py [--repeats 11] [--largest 300] [--out benchmarks/results/update_time.md]
 
 All contenders of a case take turns in one run, so that whatever else the machine does befalls them alike. Libraries
-that are not installed are left out; `pip install ema-pytorch torch-ema` and, without what it depends on, `timm`.
+that are not installed are left out; see `peers.py`. 300 million in the largest tensor take some 16 GiB of memory.
 """
 
 import argparse
 import ctypes
-import importlib.util
 import os
 import random
 import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
 from pathlib import Path
-from types import ModuleType
 
 import torch
+from peers import DECAY, MAKERS, OURS, PACKAGES, QUICK, averages_of
 from results_io import RESULTS, item, measured, paragraph, progress, provenance, table, write
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from polyak import kernels
 from polyak.shadow import Shadow
 
-DECAY = 0.999
+MOST_FOR_ALL = 150_000_000  # elements; of larger models there are averages of the quicker contenders only
 LEAST, PATIENCE_S = 3, 1.0  # who has taken so long in so many turns gets no more of them
-OURS, OURS_TORCH, LIMIT = "polyak", "polyak, kernel in torch", "the limit"
+OURS_TORCH, LIMIT = "polyak, kernel in torch", "the limit"
 PAIRS = {
     "float32": (torch.float32, torch.float32),
     "bfloat16 model, float32 average": (torch.bfloat16, torch.float32),
@@ -80,97 +77,22 @@ def limit(num_elements: int, folder: Path, threads: int) -> Callable[[], None]:
     return run
 
 
-def file_of(package: str, path: str) -> ModuleType | None:
-    """Import one file of a package without the package, which needs what is not installed."""
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        return None
-    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(found.origin).parent / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def contenders(model: nn.Module, average: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield what updates an average of ``model``, each with an average of its own."""
-    shadow = Shadow(model, dtype=average)
-    yield OURS, lambda: shadow.update_(1 - DECAY)
+def contenders(model: nn.Module, average: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Return what updates an average of ``model``, each with an average of its own."""
+    large = sum(p.numel() for p in model.parameters()) > MOST_FOR_ALL
+    found = {name: made.update for name, made in averages_of(model, average, QUICK if large else MAKERS).items()}
     other = Shadow(model, dtype=average)
     averages, tensors = list(other.averages.values()), list(model.parameters())
     places = [kernels.Place(i) for i in range(len(tensors))]
     other._lerp = kernels.KERNELS["torch"](averages, tensors, places, torch.zeros((), dtype=torch.int64))
-    yield OURS_TORCH, lambda: other.update_(1 - DECAY)
-    for name, functions in (
-        ("torch AveragedModel, avg_fn", {"avg_fn": get_ema_avg_fn(DECAY)}),
-        ("torch AveragedModel, multi_avg_fn", {"multi_avg_fn": get_ema_multi_avg_fn(DECAY)}),
-    ):
-        averaged = AveragedModel(model, **functions)
-        averaged.module.to(average)
-        averaged.update_parameters(model)
-        yield name, lambda averaged=averaged: averaged.update_parameters(model)
-    if importlib.util.find_spec("ema_pytorch"):
-        import ema_pytorch
-
-        for foreach in (False, True):
-            copy = deepcopy(model).to(average)
-            lucid = ema_pytorch.EMA(
-                model,
-                ema_model=copy,
-                beta=DECAY,
-                update_every=1,
-                update_after_step=0,
-                use_foreach=foreach,
-                coerce_dtype=True,
-            )
-            lucid.update()
-            yield f"ema-pytorch{', foreach' if foreach else ''}", lucid.update
-    if timm := file_of("timm", "utils/model_ema.py"):
-        v3 = timm.ModelEmaV3(model, DECAY, dtype=average)
-        yield "timm ModelEmaV3", lambda: v3.update(model)
-    if importlib.util.find_spec("torch_ema"):
-        from torch_ema import ExponentialMovingAverage
-
-        ema = ExponentialMovingAverage(model.parameters(), DECAY, use_num_updates=False)
-        ema.shadow_params = [p.to(average) for p in ema.shadow_params]
-        yield "torch-ema", ema.update
-    yield from formulas(model, average)
-
-
-def formulas(model: nn.Module, average: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield the updates of libraries that do not install here, as they are written there."""
-
-    def own() -> list[torch.Tensor]:
-        return [p.detach().to(average, copy=True) for p in model.parameters()]
-
-    loop, foreach, named = own(), own(), own()
-
-    @torch.no_grad()
-    def diffusers() -> None:
-        for s, p in zip(loop, list(model.parameters()), strict=True):
-            s.sub_((1 - DECAY) * (s - p))
-
-    @torch.no_grad()
-    def diffusers_foreach() -> None:
-        torch._foreach_sub_(foreach, torch._foreach_sub(foreach, list(model.parameters())), alpha=1 - DECAY)
-
-    names = dict(zip(dict(model.named_parameters()), named, strict=True))
-
-    @torch.no_grad()
-    def composer() -> None:
-        for name, p in model.named_parameters():
-            names[name].copy_(names[name] * DECAY + p.data * (1 - DECAY))
-
-    yield "formula of diffusers", diffusers
-    yield "formula of diffusers, foreach", diffusers_foreach
-    yield "formula of Composer", composer
+    found[OURS_TORCH] = lambda: other.update_(1 - DECAY)
+    return found
 
 
 def race(model: nn.Module, average: torch.dtype, run_limit: Callable[[], None], repeats: int) -> dict[str, list[float]]:
     """Return the seconds of each contender, and of the limit, all in turns in an order that changes."""
     runs = {LIMIT: run_limit}
-    for name, run in contenders(model, average):
+    for name, run in contenders(model, average).items():
         try:
             run()
         except (RuntimeError, TypeError) as error:
@@ -191,7 +113,7 @@ def race(model: nn.Module, average: torch.dtype, run_limit: Callable[[], None], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=11, help="of each (default: 11)")
-    parser.add_argument("--largest", type=int, default=100, help="millions in the largest tensor (default: 100)")
+    parser.add_argument("--largest", type=int, default=300, help="millions in the largest tensor (default: 300)")
     parser.add_argument("--out", type=Path, default=RESULTS / "update_time.md")
     parser.add_argument("--limit-s", type=float, default=1e9, help="begin no further case after so many seconds")
     arguments = parser.parse_args()
@@ -258,7 +180,7 @@ def main() -> None:
         rows.append(("polyak over the limit", *(f"{found['over_limit']:.2f}" for found in of)))
         rows.append(("the best peer over polyak", *(f"{found['best_peer_over_ours']:.2f}" for found in of)))
         lines += [f"## {pair.capitalize()}", "", *table(("", *titles), rows), ""]
-    how = provenance("torch", "ema-pytorch", "timm", "torch-ema")
+    how = provenance(*PACKAGES)
     wall_s = time.perf_counter() - began
     lines += [
         *item(f"polyak's kernel: {kernels.CHOSEN}. Load of the machine at the end: {os.getloadavg()[0]:.1f} processes.")

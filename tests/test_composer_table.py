@@ -128,7 +128,7 @@ def test_a_state_saved_under_a_wrapper_loads_without_it_and_back(saved_by, wrapp
     model = loops.perceptron()
     never_stopped, attached, optimizer = averaging(first(model), n=5)
     state = copy.deepcopy((model.state_dict(), optimizer.state_dict(), attached.state_dict()))
-    assert set(state[2]["algorithm"]["ema_model"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert set(state[2]["algorithms"][0][1]["ema_model"]) == {"0.weight", "0.bias", "2.weight", "2.bias"}
     steps(model, optimizer, 3, seed=1)
 
     again = loops.perceptron(seed=3)
@@ -145,7 +145,7 @@ def test_a_state_saved_under_a_wrapper_loads_without_it_and_back(saved_by, wrapp
 def test_a_state_with_other_names_is_refused_with_both_sides():
     _, attached, _ = averaging(loops.perceptron())
     state = attached.state_dict()
-    averages = state["algorithm"]["ema_model"]
+    averages = state["algorithms"][0][1]["ema_model"]
     averages["stranger.weight"] = averages.pop("0.weight")
     averages["2.bias"] = torch.zeros(5)
     model = loops.perceptron(seed=2)
@@ -158,7 +158,7 @@ def test_a_state_with_other_names_is_refused_with_both_sides():
     assert loops.differences(before, loops.bits(model)) == []
 
 
-# Row 3, FSDP2, is not here: sharding is a later issue's.
+# Row 3 is in tests/test_host_composer.py: there sharded models are refused, since Composer saves one shard.
 
 
 # Row 4
@@ -567,7 +567,9 @@ class Counting(nn.Module):
 def test_integer_and_bool_buffers_of_the_average_are_those_of_the_last_update():
     model = Counting()
     ema, attached, _ = averaging(model, EMA("1000ba"), n=61)
-    average, online = loops.averaged(ema), loops.bits(model)
+    online = loops.bits(model)
+    model(torch.zeros(4, 6))  # counted by the model, and no update
+    average = loops.averaged(ema)
     assert average["layer.1.num_batches_tracked"].item() == 61
     assert average["small"].item() == 68
     for name in ("layer.1.num_batches_tracked", "mask", "small"):
@@ -782,44 +784,16 @@ def composer_compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: floa
             average.copy_(average * smoothing + (1.0 - smoothing) * tensor.detach())
 
 
-def test_compute_ema_makes_no_copy_of_the_model():
-    class Allocations(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            del types
-            result = function(*args, **(kwargs or {}))
-            if not str(function).split(".")[1].rstrip("_").endswith(("view", "detach", "permute", "split")):
-                known = {t.untyped_storage().data_ptr() for t in _tensors(args)}
-                new = [t for t in _tensors(result) if t.untyped_storage().data_ptr() not in known]
-                self.elements += sum(t.numel() for t in new)
-            return result
-
-    model, average = (nn.ParameterList(torch.randn(500_000) for _ in range(4)) for _ in range(2))
-    with Allocations() as ours:
-        compute_ema(model, average, 0.9)
-    with Allocations() as composers:
-        composer_compute_ema(model, average, 0.9)
-    assert composers.elements >= 2_000_000
-    assert ours.elements < 50_000
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for inner in value for t in _tensors(inner)] if isinstance(value, (list, tuple)) else []
-
-
-@pytest.mark.slow
 class Allocations(TorchDispatchMode):
     """Counts the elements of the new tensors that operations make. What is made is written and read once more."""
 
     elements = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
         result = func(*args, **(kwargs or {}))
         makes_new = not func._schema.is_mutable and not any(r.alias_info for r in func._schema.returns)
-        if makes_new and isinstance(result, torch.Tensor):
+        if makes_new and isinstance(result, Tensor):
             self.elements += result.numel()
         return result
 

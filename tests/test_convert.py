@@ -1,18 +1,27 @@
-"""``polyak convert``: files that other libraries wrote, by running them, and files that nobody should have written."""
+"""``polyak convert``: files that other libraries wrote, by running them, and files that nobody should have written.
+
+Those of Composer and timm are in tests/test_composer_files.py and tests/test_convert_timm.py.
+"""
 
 import copy
 import json
+import math
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import ema_pytorch
 import loops
 import pytest
 import torch
+import torch_ema
+from foreign import assert_is, convert, move, net
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -23,38 +32,6 @@ from polyak.readers import READERS, read
 
 # Other libraries' warnings while they write.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def net() -> nn.Module:
-    """With BatchNorm, and two names for one tensor."""
-    model = loops.noisy_perceptron()
-    model.add_module("tied", nn.Linear(6, 8, bias=False))
-    model.tied.weight = model[0].weight
-    return model
-
-
-def move(model: nn.Module, steps: int = 5) -> None:
-    """As training would."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for _ in range(steps):
-            for tensor in [*model.parameters(), *model.buffers()]:
-                if tensor.is_floating_point():
-                    tensor.add_(torch.rand(tensor.shape, generator=generator))
-                else:
-                    tensor.add_(1)
-
-
-def convert(file: Path, *more: str) -> dict[str, Tensor]:
-    output = file.parent / "out.safetensors"
-    assert main(["convert", str(file), "-o", str(output), *more]) == 0
-    return load_file(output)
-
-
-def assert_is(want: Any, got: dict[str, Tensor], model: nn.Module | None = None) -> None:
-    assert loops.differences(dict(want), got) == []
-    if model is not None:
-        model.load_state_dict(got)
 
 
 def test_torch_averaged_model(tmp_path, capsys):
@@ -90,7 +67,6 @@ def test_an_averaged_model_of_a_compiled_model_loses_the_wrappers_names(tmp_path
 
 @pytest.mark.parametrize("include_online", [True, False])
 def test_ema_pytorch(tmp_path, include_online):
-    ema_pytorch = pytest.importorskip("ema_pytorch")
     model = net()
     ema = ema_pytorch.EMA(model, beta=0.9, update_after_step=0, update_every=1, include_online_model=include_online)
     torch.save(ema.state_dict(), tmp_path / "early.pt")
@@ -105,13 +81,30 @@ def test_ema_pytorch(tmp_path, include_online):
     assert_is(ema.ema_model.state_dict(), convert(tmp_path / "a.pt"))
 
 
+@pytest.mark.parametrize("steps", [4, 70_000])
+def test_a_checkpoint_of_ema_pytorchs_posthocema(tmp_path, capsys, steps):
+    # It saves all in float16 by default, the number of steps too, which is inf from 65,520 on.
+    model = net()
+    ema = ema_pytorch.PostHocEMA(
+        model, sigma_rels=(0.05, 0.28), update_every=1, checkpoint_folder=tmp_path, checkpoint_every_num_steps=4
+    )
+    for _ in range(3):
+        move(model)
+        ema.update()
+    for one in ema.ema_models:
+        one.step.fill_(steps - 1)
+    ema.update()
+    want = {name: tensor.half() for name, tensor in ema.ema_models[1].ema_model.state_dict().items()}
+    assert_is(want, convert(tmp_path / f"1.{steps}.pt"), model)
+    assert ("4 steps" in capsys.readouterr().out) is (steps == 4)
+
+
 def positional(library: str, model: nn.Module) -> Any:
     if library == "torch-ema":
-        ema = pytest.importorskip("torch_ema").ExponentialMovingAverage(model.parameters(), decay=0.9)
+        ema = torch_ema.ExponentialMovingAverage(model.parameters(), decay=0.9)
         update = ema.update
     else:
-        pytest.importorskip("diffusers")
-        from diffusers.training_utils import EMAModel
+        from diffusers.training_utils import EMAModel  # takes seconds
 
         ema = EMAModel(model.parameters(), decay=0.9)
         update = ema.step
@@ -150,11 +143,22 @@ def test_names_that_do_not_fit_are_refused(tmp_path, library, capsys):
     assert "without names; give --names" in capsys.readouterr().err
     save_file({name: t.clone() for name, t in model.state_dict().items()}, tmp_path / "model.safetensors")
     torch.save(loops.perceptron().state_dict(), tmp_path / "other.pt")
-    (tmp_path / "names.json").write_text('["a", "b"]')
+    for name, text in {
+        "names.json": '["a", "b"]',
+        "twice.json": '["a", "b", "c", "d", "e", "a"]',
+        "dict.json": '{"a": 1}',
+        "cut.json": '["a"',
+    }.items():
+        (tmp_path / name).write_text(text)
     for name, message in {
         "model.safetensors": "order",
         "other.pt": "4 there, 6 here",
         "names.json": "6 names (it has 2)",
+        "twice.json": "each name once",
+        "dict.json": 'a JSON list of names (got {"a": 1})',
+        "cut.json": "a JSON list of names",
+        "absent.json": "a JSON list of names",
+        "absent.pt": "must exist",
     }.items():
         assert main(["convert", str(tmp_path / "ema.pt"), *output, "--names", str(tmp_path / name)]) == 2
         assert message in capsys.readouterr().err
@@ -162,7 +166,6 @@ def test_names_that_do_not_fit_are_refused(tmp_path, library, capsys):
 
 
 def test_a_folder_of_diffusers(tmp_path, capsys):
-    pytest.importorskip("diffusers")
     from diffusers import UNet2DModel
     from diffusers.training_utils import EMAModel
 
@@ -182,25 +185,9 @@ def test_a_folder_of_diffusers(tmp_path, capsys):
     assert "EMAModel.save_pretrained" in capsys.readouterr().err
 
 
-def test_timm(tmp_path, capsys):
-    utils = pytest.importorskip("timm.utils", exc_type=ImportError)
-    model = net()
-    ema = utils.ModelEmaV3(model, decay=0.9)
-    move(model)
-    ema.update(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    saver = utils.CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=str(tmp_path))
-    saver.save_checkpoint(0, metric=0.5)
-    assert_is(ema.module.state_dict(), convert(tmp_path / "last.pth.tar"), model)
-    torch.save(ema.state_dict(), tmp_path / "a.pt")
-    assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / "x.safetensors")]) == 2
-    assert "--timm" in capsys.readouterr().err
-    assert_is(ema.module.state_dict(), convert(tmp_path / "a.pt", "--timm"))
-
-
 @pytest.mark.parametrize("host", ["WeightAveraging", "EMAWeightAveraging"])
 def test_lightning(tmp_path, host):
-    lightning = pytest.importorskip("lightning.pytorch", exc_type=ImportError)
+    import lightning.pytorch as lightning  # takes seconds
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -230,45 +217,6 @@ def test_lightning(tmp_path, host):
     assert_is(kept, convert(tmp_path / "a.ckpt"), module)
 
 
-@pytest.mark.parametrize("active", [True, False])
-@pytest.mark.parametrize("form", ["0.12", "0.32"])
-def test_composer(tmp_path, form, active):
-    pytest.importorskip("composer", exc_type=ImportError)
-    import composer_script
-    from composer.algorithms.ema.ema import EMA
-
-    ema = EMA("4ba")
-    trainer = composer_script.trainer(tmp_path, ema, net=loops.noisy_perceptron())
-    trainer.fit()
-    (path,) = tmp_path.glob("ep*-ba9-*.pt") if active else [Path(trainer.save_checkpoint(str(tmp_path / "hand.pt")))]
-    if not active:
-        ema._ensure_training_weights_active(trainer.state)
-        path = Path(trainer.save_checkpoint(str(tmp_path / "hand.pt")))
-    saved = torch.load(path, weights_only=False)
-    ((_, state),) = saved["state"]["algorithms"]
-    assert state["ema_weights_active"] is active
-    model = dict(saved["state"]["model"])
-    held = {**state["ema_model"]["named_parameters_dict"], **state["ema_model"]["named_buffers_dict"]}
-    average, training = (model, held) if active else (held, model)
-    if form == "0.12":  # as its state_dict makes it: both models' state dicts
-        state |= {"ema_model": average, "training_model": training}
-        saved["state"]["algorithms"] = [("EMA", state)]
-        path = tmp_path / "early.pt"
-        torch.save(saved, path)
-    # Composer averages the counter of batches, which gives a wrong one.
-    want = average | {name: t for name, t in training.items() if name.endswith("num_batches_tracked")}
-    assert_is(want, convert(path), trainer.state.model)
-    # DDP's prefix, in the state alone
-    if not active:
-        state["ema_model"] = (
-            {kind: {f"module.{n}": t for n, t in part.items()} for kind, part in state["ema_model"].items()}
-            if form == "0.32"
-            else {f"module.{n}": t for n, t in average.items()}
-        )
-        torch.save(saved | {"state": saved["state"] | {"algorithms": [("EMA", state)]}}, tmp_path / "ddp.pt")
-        assert_is(want, convert(tmp_path / "ddp.pt"))
-
-
 def composer_state(**changes: Any) -> dict[str, Any]:
     """As the head of Composer makes it (composer/algorithms/ema/ema.py)."""
     held = {"named_parameters_dict": {"weight": torch.ones(2)}, "named_buffers_dict": {"mean": torch.zeros(1)}}
@@ -287,19 +235,9 @@ def test_the_state_of_composers_ema_alone(tmp_path):
             read(tmp_path / "c.pt")
 
 
-@pytest.mark.parametrize("hosted", [True, False], ids=["in Composer", "in polyak.Trainer"])
-def test_polyaks_own_checkpoints(tmp_path, hosted):
-    if hosted:
-        pytest.importorskip("composer", exc_type=ImportError)
-        import composer_script
-
-        from polyak.hosts.composer import EMA
-
-        ema = EMA("4ba")
-        trainer = composer_script.trainer(tmp_path, ema, net=loops.noisy_perceptron())
-    else:
-        ema = polyak.EMA("4ba")
-        trainer = loops.train(tmp_path, ema=ema, model=loops.noisy_perceptron())
+def test_polyaks_own_checkpoints(tmp_path):
+    ema = polyak.EMA("4ba")
+    trainer = loops.train(tmp_path, ema=ema, model=loops.noisy_perceptron())
     trainer.fit()
     trainer.save_checkpoint(str(tmp_path / "end.pt"))
     assert_is(loops.averaged(ema), convert(tmp_path / "end.pt"), trainer.state.model)
@@ -318,6 +256,15 @@ def test_attached_averages_state(tmp_path):
         optimizer.step()
     torch.save(attached.state_dict(), tmp_path / "a.pt")
     assert convert(tmp_path / "a.pt").keys() == {"2.weight", "2.bias"}
+
+
+@pytest.mark.parametrize("key", [None, "averaging"], ids=["alone", "in a checkpoint"])
+def test_a_hosts_state(tmp_path, key):
+    ema = polyak.EMA("4ba")
+    loops.train(tmp_path, ema=ema).fit()
+    state = {"algorithms": [("Recorder", {"count": 3}), ("EMA", ema.state_dict())], "timestamp": {"batch": 18}}
+    torch.save({key: state} if key else state, tmp_path / "a.pt")
+    assert_is(loops.averaged(ema), convert(tmp_path / "a.pt"))
 
 
 class Touch:
@@ -386,6 +333,76 @@ def test_what_is_no_file_of_tensors_is_refused(tmp_path, capsys):
         assert name in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / "a.pt")]) == 2
     assert "another file" in capsys.readouterr().err
+
+
+def test_what_is_written_is_a_safetensors_file_by_name_too_in_a_folder_that_exists(tmp_path, capsys):
+    torch.save(AveragedModel(loops.perceptron()).state_dict(), tmp_path / "a.pt")
+    for name in ("out.pt", "absent/out.safetensors"):
+        assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / name)]) == 2
+        assert f"must be a .safetensors file in a folder that exists (got {tmp_path / name})" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize(("option", "message"), [("--names", "leave out those"), ("--timm", "leave out --timm")])
+def test_an_option_that_does_not_go_with_the_file_is_refused(tmp_path, capsys, option, message):
+    torch.save(AveragedModel(loops.perceptron()).state_dict(), tmp_path / "a.pt")
+    given = [option, str(tmp_path / "a.pt")] if option == "--names" else [option]
+    assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / "out.safetensors"), *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+ONE = {"weight": torch.ones(2)}
+CONTENTS = [
+    {"polyak_checkpoint": 1, "model_holds": "averaged weights", "model": ONE, "algorithms": {}},
+    {"polyak": {"state_dict_holds": "training weights", "algorithms": {"EMA": composer_state()}}, "state_dict": ONE},
+    {"state": {"model": ONE, "metadata": {}, "algorithms": [("EMA", composer_state(ema_weights_active=True))]}},
+    composer_state(),
+    {"algorithms": [("EMA", composer_state())], "timestamp": {}},
+    {"averaging_state": {}, "current_model_state": ONE, "state_dict": ONE},
+    {"state_dict_ema": ONE, "state_dict": ONE},
+    {"n_averaged": torch.tensor(3), "module.weight": torch.ones(2)},
+    {"initted": torch.tensor(True), "step": torch.tensor(3), "ema_model.weight": torch.ones(2)},
+    {"shadow_params": [torch.ones(2)], "optimization_step": 3, "decay": 0.9},
+]
+ODD = [
+    None,
+    -1,
+    math.inf,
+    "x",
+    [],
+    [None],
+    {},
+    {"x": None},
+    {0: 0},
+    torch.ones(2),
+    torch.tensor(math.nan),
+    [("EMA", 1)],
+]
+
+
+def spoilt(content: Any) -> Iterator[Any]:
+    """Yield it with any one of its values, at any depth, removed or replaced by something odd."""
+    for key in content if isinstance(content, dict) else range(len(content)):
+        kept = [k for k in content if k != key] if isinstance(content, dict) else []
+        yield {k: content[k] for k in kept}
+        inner = list(spoilt(content[key])) if isinstance(content[key], (dict, list, tuple)) else []
+        for odd in [*ODD, *inner]:
+            if isinstance(content, dict):
+                yield content | {key: odd}
+            else:
+                yield [odd if i == key else value for i, value in enumerate(content)]
+
+
+@pytest.mark.parametrize("content", CONTENTS, ids=lambda content: next(iter(content)))
+def test_a_file_that_is_not_whole_is_read_or_refused_and_no_more(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    (tmp_path / "names.json").write_text('["weight"]')
+    names = tmp_path / "names.json" if "shadow_params" in content else None
+    assert read(tmp_path / "a.pt", names).tensors.keys() <= {"weight", "mean"}
+    for bad in spoilt(content):
+        torch.save(bad, tmp_path / "a.pt")
+        with suppress(CheckpointError):
+            assert all(isinstance(tensor, Tensor) for tensor in read(tmp_path / "a.pt", names).tensors.values()), bad
 
 
 def test_every_reader_passes_over_what_is_not_its_own():

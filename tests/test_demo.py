@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -109,8 +110,12 @@ def uninterrupted(tmp_path_factory):
 def test_the_averaged_weights_are_better_than_the_raw_ones(full) -> None:
     out, printed, _ = full
     curves = read_curves(out / "metrics.jsonl")
-    assert curves["eval/accuracy"].last > curves["eval_raw/accuracy"].last + 0.02
-    assert curves["eval/loss"].last < curves["eval_raw/loss"].last
+    # The raw weights' curve is jagged, and where it ends depends on the processor's last bits.
+    late = slice(-30, None)
+    raw, averaged = curves["eval_raw/accuracy"].values[late], curves["eval/accuracy"].values[late]
+    assert min(averaged) > statistics.mean(raw) + 0.01
+    assert max(averaged) - min(averaged) < max(raw) - min(raw)
+    assert curves["eval/loss"].last < statistics.mean(curves["eval_raw/loss"].values[late])
     assert "Averaging helps here because" in printed
     assert f"{curves['eval/accuracy'].last:.1%}" in printed
     assert f"{curves['eval_raw/accuracy'].last:.1%}" in printed

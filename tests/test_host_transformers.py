@@ -10,7 +10,7 @@ from typing import Any
 import loops
 import pytest
 import torch
-from host_contract import HostContract, Plan, Run, Session, Watched, native, net_of, of_net
+from host_contract import HostContract, Overflows, Plan, Run, Session, Watched, native, net_of, of_net
 from torch import Tensor, nn
 
 from polyak import EMA, Event, HalfLife, LoanError, PlanWarning, Record, Recorder
@@ -231,12 +231,21 @@ def test_a_batch_size_found_by_trying_counts_each_step_once(tmp_path) -> None:
     found.assert_training_weights()
 
 
+def test_an_epoch_in_which_steps_were_skipped_ends_where_the_trainers_does(tmp_path) -> None:
+    skipped = run(tmp_path, plan=Plan(scaled=True))
+    Overflows(skipped.net)
+    skipped.fit()
+    ends = [event for event in skipped.ema.events if event is Event.BATCH_END or event is Event.EPOCH_END]
+    assert ends == [*[Event.BATCH_END] * 4, Event.EPOCH_END] * 3
+
+
 @pytest.mark.parametrize(("limit", "duration"), [({"max_steps": 9}, "9ba"), ({"num_train_epochs": 1.5}, "1.5ep")])
 def test_shares_of_the_run_are_of_its_steps_or_epochs_as_it_is_limited(tmp_path, limit, duration) -> None:
     limited = run(tmp_path, [Watched("0.2dur", ema_start="0.5dur")], **limit).fit()
     (attached,) = [cb for cb in limited.session.trainer.callback_handler.callbacks if hasattr(cb, "_loop")]
     assert attached._loop.state.max_duration == duration
     assert len(limited.ema.batches) == limited.session.trainer.state.global_step - 4 == 5
+    assert limited.count(Event.EPOCH_END) == 1
 
 
 def test_a_record_is_kept_beside_the_average_and_gone_on_with(tmp_path) -> None:

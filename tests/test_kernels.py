@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from polyak.kernels import EXCHANGES, KERNELS, SCRATCH_ELEMENTS, Lerp, Place, cpu, foreach
 from polyak.kernels.foreach import _chance, _round, key
@@ -130,11 +132,14 @@ def test_float16_is_read_exactly_by_c() -> None:
 def test_a_forked_process_has_threads_of_its_own() -> None:
     program = """
 import os, torch
-from polyak.kernels import Lerp, Place
+from polyak.kernels import KERNELS, Place
 torch.set_num_threads(2)
-lerp = Lerp([torch.zeros(1_000_000)], [torch.ones(1_000_000)], [Place(0)], torch.zeros((), dtype=torch.int64))
+lerp = KERNELS["c"]([torch.zeros(1_000_000)], [torch.ones(1_000_000)], [Place(0)], torch.zeros((), dtype=torch.int64))
 lerp(0.5, 1)
+lerp._jobs._queue[1] = 1  # as if a thread were at work just now
 child = os.fork()
+if child:
+    lerp._jobs._queue[1] = 0
 lerp(0.5, 2)
 if child == 0:
     os._exit(0)
@@ -355,3 +360,66 @@ def test_the_pieces_of_a_large_tensor_are_rounded_by_chances_of_their_own(lerp_)
     lerp_([average], [average + 0.5], 0.001, [Place(7)])
     first, second = average.chunk(2)
     assert not torch.equal(first, second)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of memory that operations give back and did not get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.largest = self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        old = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        self.calls += 1
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in old:
+                self.total += tensor.nbytes
+                self.largest = max(self.largest, tensor.nbytes)
+        return made
+
+
+def allocations(kernel, dtype, online_dtype) -> Allocations:
+    averages = [torch.ones(size, dtype=dtype) for size in (3 * SCRATCH_ELEMENTS, 64, 64)]
+    online = [torch.ones(a.shape, dtype=online_dtype) for a in averages]
+    update = KERNELS[kernel](averages, online, places(averages), torch.zeros((), dtype=torch.int64))
+    with torch.no_grad():
+        update(0.1, 1)
+        with Allocations() as found:
+            update(0.1, 2)
+    return found
+
+
+@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+@pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_in_c_calls_no_operation_of_torch(dtype, online_dtype) -> None:
+    if (dtype, online_dtype) in cpu._PAIRS:
+        assert allocations("c", dtype, online_dtype).calls == 0
+
+
+@pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
+def test_an_update_in_torch_allocates_flags_only(online_dtype) -> None:
+    found = allocations("torch", torch.float32, online_dtype)
+    assert found.calls > 0
+    assert found.total < 1000
+
+
+def test_an_update_in_torch_of_16_bit_averages_allocates_at_most_pieces_at_a_time() -> None:
+    assert allocations("torch", torch.bfloat16, torch.bfloat16).largest <= 8 * SCRATCH_ELEMENTS
+
+
+@pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_many_small_tensors_are_moved_as_each_alone_would_be(online_dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.promote_types(online_dtype, torch.float32)
+    online = [torch.randn(i % 7, i % 3 + 1, generator=generator).to(online_dtype) for i in range(600)]
+    one, other = ([torch.ones(x.shape, dtype=dtype) for x in online] for _ in range(2))
+    assert int(foreach.lerp_(one, online, 0.3, places(one))) == 0
+    for average, tensor in zip(other, online, strict=True):
+        foreach.lerp_([average], [tensor], 0.3, [Place(0)])
+    assert same(one, other)
+    online[577][0, 0] = float("nan")
+    assert int(foreach.lerp_(one, online, 0.3, places(one))) == 1

@@ -12,8 +12,9 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -94,19 +95,38 @@ def _composer(content: Content) -> Averaged | None:
         return None
     kind, model = "checkpoint of Composer", _tensors(state["model"])
     for _, saved in _pairs(state.get("algorithms", ())):
-        if "ema_weights_active" not in saved and "polyak" not in saved:
+        if not _is_ema(saved):
             continue
-        if "training_model" in saved and saved.get("ema_weights_active", True):
-            # Up to 0.12, or of polyak: the model was saved with the average in it.
-            training = saved["training_model"]
-        elif saved.get("ema_weights_active"):
-            training = {**saved["ema_model"]["named_parameters_dict"], **saved["ema_model"]["named_buffers_dict"]}
-        else:
+        if (training := training_weights(saved, model)) is None:
             return _with_states(kind, model, [("EMA", saved)])
         _require(saved["ema_started"], kind, "averaging had not begun when it was saved")
-        return Averaged(f"{kind} with {_whose(saved)}", _with_counters(model, _like(_tensors(training), model)))
+        return Averaged(f"{kind} with {_whose(saved)}", _with_counters(model, training))
     _require(False, kind, "it has the state of no EMA")
     return None
+
+
+def training_weights(saved: object, model: Content) -> dict[str, Tensor] | None:
+    """Return the training weights in an algorithm's state in a checkpoint of Composer, if its model has the average.
+
+    Args:
+        saved: The state, of ``EMA`` of polyak or Composer, or of any other algorithm.
+        model: The state dict of the model beside it.
+    """
+    if not _is_ema(saved):
+        return None
+    if "training_model" in saved:  # of polyak while the average is lent; up to 0.12 always
+        held = saved["training_model"] if saved.get("ema_weights_active", True) else None
+    else:
+        held = saved["ema_model"] if saved.get("ema_weights_active") else None
+        held = held and {**held["named_parameters_dict"], **held["named_buffers_dict"]}
+    return None if held is None else _like(_tensors(held), model)
+
+
+def _polyak_loop(content: Content) -> Averaged | None:
+    """Read what `attach` and the hosts keep beside the model: the states of algorithms, and a clock."""
+    if not {"algorithms", "timestamp"} <= content.keys():
+        return None
+    return next((found for _, saved in _pairs(content["algorithms"]) if (found := _ema_state(saved))), None)
 
 
 def _lightning(content: Content) -> Averaged | None:
@@ -123,7 +143,9 @@ def _timm(content: Content) -> Averaged | None:
 
 def _timm_state(content: Content) -> Averaged:
     if not _bare(content):
-        raise CheckpointError("the names in a state dict of timm's ModelEmaV3 must all begin with 'module.'")
+        raise CheckpointError(
+            "all names in a state dict of timm's ModelEmaV3 must begin with 'module.' (these do not); leave out --timm"
+        )
     return Averaged("timm ModelEmaV3", _under(_MODULE, content))
 
 
@@ -138,18 +160,21 @@ def _ema_pytorch(content: Content) -> Averaged | None:
     if not {"initted", "step"} <= content.keys() or not any(name.startswith("ema_model.") for name in content):
         return None
     _require(bool(content["initted"]), "ema-pytorch", "averaging had not begun when it was saved")
-    return Averaged("ema-pytorch", _under("ema_model.", content), (f"{int(content['step'])} steps",))
+    steps = float(content["step"])  # inf where PostHocEMA saved a large one in 16 bits
+    notes = (f"{steps:g} steps",) if isfinite(steps) else ()
+    return Averaged("ema-pytorch", _under("ema_model.", content), notes)
 
 
 def _positional(content: Content) -> Averaged | None:
     """Read what has no names: diffusers' ``EMAModel`` and torch-ema's ``ExponentialMovingAverage``."""
-    if not isinstance(content.get("shadow_params"), list):
+    parameters = content.get("shadow_params")
+    if not isinstance(parameters, list) or not all(isinstance(tensor, Tensor) for tensor in parameters):
         return None
     diffusers = "optimization_step" in content
     steps = content["optimization_step" if diffusers else "num_updates"]
     return Averaged(
         "diffusers EMAModel" if diffusers else "torch-ema",
-        {str(i): tensor for i, tensor in enumerate(content["shadow_params"])},
+        {str(i): tensor for i, tensor in enumerate(parameters)},
         (f"decay {content.get('decay')}, {steps} updates",),
         positional=True,
     )
@@ -160,6 +185,7 @@ READERS: Sequence[Callable[[Content], Averaged | None]] = (
     _polyak_lightning,
     _composer,
     _ema_state,
+    _polyak_loop,
     _lightning,
     _timm,
     _averaged_model,
@@ -181,6 +207,10 @@ def _require(holds: object, kind: str, problem: str) -> None:
 
 def _pairs(algorithms: Any) -> Iterator[tuple[str, Content]]:
     yield from algorithms.items() if isinstance(algorithms, Mapping) else algorithms
+
+
+def _is_ema(saved: object) -> TypeGuard[Content]:
+    return isinstance(saved, Mapping) and "ema_started" in saved
 
 
 def _whose(saved: Content) -> str:
@@ -308,7 +338,8 @@ def read(path: Path, names: Path | None = None, *, timm: bool = False) -> Averag
         found = _read_folder(path) if path.is_dir() else _read_file(path, timm=timm)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        # A file of a known format with something else where its numbers and tensors should be.
         raise CheckpointError(f"{path} must be whole (reading it gave {type(error).__name__}: {error})") from error
     if found.positional:
         if names is None:
@@ -318,7 +349,7 @@ def read(path: Path, names: Path | None = None, *, timm: bool = False) -> Averag
             )
         return _named(found, names)
     if names is not None:
-        raise CheckpointError(f"names must not be given where the file has them (this is {found.format})")
+        raise CheckpointError(f"the file has names (this is {found.format}); leave out those that were given")
     if not found.tensors:
         raise CheckpointError(f"the file must hold an average; this is {found.format}, and it has no tensors")
     return found
@@ -371,7 +402,7 @@ def _read_folder(path: Path) -> Averaged:
 def _named(found: Averaged, names: Path) -> Averaged:
     given = list(found.tensors.values())
     if names.suffix == ".json":
-        listed = json.loads(names.read_text())
+        listed = _listed(names)
         if len(listed) != len(given):
             raise CheckpointError(f"{names} must have {len(given)} names (it has {len(listed)})")
         return replace(found, tensors=dict(zip(listed, given, strict=True)), positional=False)
@@ -397,6 +428,18 @@ def _named(found: Averaged, names: Path) -> Averaged:
     others = sum(first[_place(name, tensor)] not in average for name, tensor in model.items())
     note = (f"{others} others, not averaged, are from {names.name}",) if others else ()
     return replace(found, tensors=tensors, notes=(*found.notes, *note), positional=False)
+
+
+def _listed(names: Path) -> list[str]:
+    try:
+        listed = json.loads(names.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{names} must be a JSON list of names ({error})") from error
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise CheckpointError(f"{names} must be a JSON list of names (got {json.dumps(listed)[:60]})")
+    if len(set(listed)) < len(listed):
+        raise CheckpointError(f"{names} must have each name once")
+    return listed
 
 
 def _place(name: str, tensor: Tensor) -> object:

@@ -238,8 +238,10 @@ class Shadow:
         check_match("the model must keep the averaged tensors", self.averages, self._online())
         self._copied = [(s, self.averages[s.name]) for s, p in held if p is Policy.COPY]
         self._averaged = [(s, self.averages[s.name]) for s, p in held if p is not Policy.COPY]
-        if self._averaged:
-            self._quarantined = self._quarantined.to(local(self._averaged[0][1]).device)
+        # Where some are on a GPU, the count is there: elsewhere it would have to be waited for.
+        devices = [local(average).device for _, average in self._averaged]
+        if devices:
+            self._quarantined = self._quarantined.to(next((d for d in devices if d.type != "cpu"), devices[0]))
         self._inventory = Inventory(self._model)
 
     @property

@@ -1,8 +1,8 @@
 """Read the average that another library saved, and write it as plain safetensors.
 
-Read are checkpoints and states of Composer's EMA (any release), torch's AveragedModel, timm, diffusers' EMAModel,
-ema-pytorch, torch-ema, Lightning's WeightAveraging, and polyak itself. Which it is, is found out. No code that a file
-may hold is run.
+It knows the checkpoints of Composer's EMA (any release), timm, Lightning's WeightAveraging and polyak itself, and
+the states of torch's AveragedModel, ema-pytorch, torch-ema and diffusers' EMAModel, alone or in a checkpoint of your
+own. Which it is, is found out. The file is not changed, and no code that it may hold is run.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -21,6 +21,9 @@ examples:
   polyak convert ema.pt --names model.pt -o averaged.safetensors
       (torch-ema and diffusers save lists without names: model.pt is torch.save(model.state_dict(), "model.pt"),
       or a JSON list of [name for name, _ in model.named_parameters()])
+
+in Python, what is written loads by
+  model.load_state_dict(safetensors.torch.load_file("averaged.safetensors"))
 """
 
 
@@ -32,8 +35,8 @@ def configure(parser: ArgumentParser) -> None:
     """
     parser.epilog = _EPILOG
     parser.add_argument("file", type=Path, metavar="FILE", help="what was saved: a file, or a folder of diffusers")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="F", help="the safetensors file to write")
-    parser.add_argument("--names", type=Path, metavar="M", help="where the names are, for a file without them")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the safetensors file to write")
+    parser.add_argument("--names", type=Path, metavar="MODEL", help="where the names are, for a file without them")
     parser.add_argument(
         "--timm",
         action="store_true",
@@ -48,13 +51,15 @@ def run(arguments: Namespace) -> int:
         arguments: As parsed.
 
     Raises:
-        UsageError: If the output would be the file itself, or a folder.
+        UsageError: If the output would be the file itself, a folder, in none, or by name no safetensors file.
         PolyakError: If the library refuses.
     """
     source, output = arguments.file, arguments.output
     inside = source.is_dir() and output.resolve().parent == source.resolve()
     if output.is_dir() or output.resolve() == source.resolve() or inside:
         raise UsageError(f"-o must be another file than what is read, and no folder (got {output}); choose another")
+    if output.suffix != ".safetensors" or not output.parent.is_dir():
+        raise UsageError(f"-o must be a .safetensors file in a folder that exists (got {output}); choose another")
     found = read(source, arguments.names, timm=arguments.timm)
     write(found, output, source)
     print(f"format   {found.format}")

@@ -1,29 +1,34 @@
 """The host for MosaicML Composer: ``EMA`` and ``Recorder`` as algorithms of its trainer, and ``compute_ema``.
 
 Composer's users change one import. What this adds to Composer: it has no event around saving and none for
-exceptions, so its ``save_checkpoint`` and the ``fit``, ``eval`` and ``predict`` of its trainer are given them here.
+exceptions, so its ``save_checkpoint`` and the ``fit``, ``eval`` and ``predict`` of its trainer are given them here. And
+a checkpoint whose average no one takes up gives back its training weights.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer import Trainer
 from composer.algorithms.ema import ema as composers
 from composer.core import Algorithm as ComposerAlgorithm
+from composer.core import State
 from composer.utils import checkpoint
 from torch import Tensor, nn
 
 import polyak.ema
 import polyak.recorder
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
-from polyak.errors import MismatchError
+from polyak.errors import MismatchError, PlanWarning
 from polyak.events import Event, elapsed_duration
 from polyak.loop import StepHooks
 from polyak.profiles import Smoothing
-from polyak.select import slots
+from polyak.readers import training_weights
+from polyak.select import named_tensors, slots
 from polyak.shadow import Shadow
 from polyak.time import Time, Timestamp, TimeUnit
 
@@ -388,6 +393,37 @@ def _telling_of_exceptions(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _giving_back(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
+    """Give the model its training weights where no one here takes up the ``EMA`` that a checkpoint has."""
+
+    @functools.wraps(load_state_dict)
+    def load(state: Any, saved: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        result = load_state_dict(state, saved, *args, **options)
+        known = {type(algorithm).__qualname__ for algorithm in state.algorithms}
+        for name, algorithm in dict(saved.get("algorithms", ())).items():
+            if name not in known and "model" in saved:
+                _give_back(name, training_weights(algorithm, saved["model"]), state.model)
+        return result
+
+    return load
+
+
+@torch.no_grad()
+def _give_back(name: str, training: Mapping[str, Tensor] | None, model: nn.Module) -> None:
+    if training is None:
+        return
+    tensors = named_tensors(model)
+    for key in training.keys() & tensors.keys():  # Composer has seen to the others, strictly or as it was told
+        tensors[key].copy_(training[key])
+    warnings.warn(
+        f"the checkpoint was saved with the average of {name} in its model, and there is no {name} here: the model has "
+        f"been given the training weights; add {name} to go on averaging, or load_weights_only=True for the average",
+        PlanWarning,
+        stacklevel=2,
+    )
+
+
 checkpoint.save_checkpoint = _saving(checkpoint.save_checkpoint)
+State.load_state_dict = _giving_back(State.load_state_dict)
 for _name in ("fit", "eval", "predict"):
     setattr(Trainer, _name, _telling_of_exceptions(getattr(Trainer, _name)))

@@ -186,7 +186,9 @@ class Attached(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End an epoch in which steps were skipped, or whose length was not known."""
-        if self._loop and self._loop.state.timestamp.batch_in_epoch.value and not control.should_training_stop:
+        # Called also where the run stops inside an epoch, which then has not ended.
+        ended = not control.should_training_stop or float(state.epoch).is_integer()
+        if self._loop and self._loop.state.timestamp.batch_in_epoch.value and ended:
             self._loop.end_epoch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,38 +1,19 @@
 """The arithmetic on tensors: ``Lerp`` moves averages towards weights, ``Exchange`` swaps two sets of tensors.
 
 Nothing else in polyak computes on weights, so that a faster implementation has one place to go. All give the same bits.
-Which one serves is settled here, once: the one in C where it was compiled, or what the environment variable
-``POLYAK_KERNEL`` names (``c`` or ``torch``).
+Which one serves is settled in ``choice.py``, once.
 """
 
-import os
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from polyak.kernels import cpu, foreach, look
+from polyak.kernels import foreach, look
+from polyak.kernels.choice import CHOSEN, EXCHANGES, KERNELS, Exchange, Lerp
 from polyak.kernels.foreach import SCRATCH_ELEMENTS
 from polyak.kernels.place import Place
 
 __all__ = ["EXCHANGES", "KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "Place", "lerp_", "unmoved"]
-
-KERNELS: dict[str, type[foreach.Lerp]] = {"torch": foreach.Lerp}
-EXCHANGES: dict[str, type[foreach.Exchange]] = {"torch": foreach.Exchange}
-if not cpu.WHY_NOT:
-    KERNELS["c"] = cpu.Lerp
-    EXCHANGES["c"] = cpu.Exchange
-
-
-def _choose() -> str:
-    asked = os.environ.get("POLYAK_KERNEL") or ("torch" if cpu.WHY_NOT else "c")
-    if asked not in KERNELS:
-        reason = cpu.WHY_NOT if asked == "c" else "there is none of this name"
-        raise ImportError(f"POLYAK_KERNEL must be one of {sorted(KERNELS)} here (got {asked!r}): {reason}")
-    return asked
-
-
-CHOSEN = _choose()
-Lerp, Exchange = KERNELS[CHOSEN], EXCHANGES[CHOSEN]
 
 
 def lerp_(

@@ -31,6 +31,7 @@ struct queue {
 
 #define BLOCK 32 /* elements that are done at once; the halves of one share 16 random numbers of 32 bits */
 #define CYCLE ((int64_t)1 << 33) /* elements after which these numbers come from another series */
+#define CHUNK 1024 /* elements that are looked at as a whole, to leave out what they do not need */
 #define AHEAD 2048 /* bytes to be asked for before they are needed: the hardware alone leaves a tenth of the speed */
 
 static inline uint32_t bits_of(float value) {
@@ -84,6 +85,21 @@ static inline uint16_t to_bfloat16(float value, uint32_t chance) {
     rounded = rounded > 0x7F7FFFFFu ? 0x7F7FFFFFu : rounded;
     rounded = magnitude > 0x7F800000u ? 0x7FC00000u : rounded;
     return (uint16_t)((rounded | (bits & 0x80000000u)) >> 16);
+}
+
+/* As floor(value / unit + chance) in units of the last place of float16, which below its smallest normal number no longer
+ * shrinks. A number too large becomes the largest; nan stays. */
+static inline uint16_t to_float16(float value, uint32_t chance) {
+    const uint32_t magnitude = bits_of(value) & 0x7FFFFFFFu;
+    const uint32_t is_large = -(uint32_t)(magnitude >= 143u << 23), is_nan = -(uint32_t)(magnitude > 0x7F800000u);
+    const float safe = float_of(bits_of(value) & ~is_large);
+    const uint32_t exponent = magnitude >> 23, of_unit = exponent < 113 ? 113 : exponent;
+    const float units = safe * float_of((2 * 127 + 10 - of_unit) << 23) + (float)(int32_t)(chance >> 3) * 0x1p-13f;
+    const int32_t cut = (int32_t)units, floored = cut - ((float)cut > units);
+    const uint32_t sum = ((of_unit - 113) << 10) + (uint32_t)(floored < 0 ? -floored : floored);
+    const uint32_t rounded = ((sum > 0x7BFFu ? 0x7BFFu : sum) & ~is_large) | (0x7BFFu & is_large);
+    const uint32_t sign = ((bits_of(units) & ~is_large) | (bits_of(value) & is_large)) >> 16 & 0x8000;
+    return (uint16_t)(((rounded & ~is_nan) | (0x7E00u & is_nan)) | sign);
 }
 
 #if defined(__x86_64__)

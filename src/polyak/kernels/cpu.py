@@ -5,9 +5,10 @@ The arithmetic is that of the torch kernels, bit for bit. Pairs of tensors that 
 
 import ctypes
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import compress, pairwise, product
+from itertools import chain, compress, pairwise, product
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ _PAIRS = {
             (torch.float32, torch.float16),
             (torch.bfloat16, torch.bfloat16),
             (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float16),
+            (torch.float16, torch.float32),
             (torch.float64, torch.float64),
         ]
     )
@@ -107,11 +110,11 @@ class _Jobs:
                 size = 0
             size += more
         self.num_jobs = len(starts)
-        self.pieces = torch.tensor(pieces, dtype=torch.int64)
-        self._starts = torch.tensor([*starts, len(pieces)], dtype=torch.int64)
-        self._fixed = self.pieces.data_ptr(), self._starts.data_ptr(), self.num_jobs
+        self.pieces = array("q", chain.from_iterable(pieces))
+        self._starts = array("q", [*starts, len(pieces)])
+        self._fixed = self.pieces.buffer_info()[0], self._starts.buffer_info()[0], self.num_jobs
         self._call, self._held = call, held
-        self._queue = (ctypes.c_int64 * 3)()
+        self._queue, self._process = (ctypes.c_int64 * 3)(), os.getpid()
 
     def run(self, *arguments: float) -> bool:
         """Do them once, and return whether ``call`` has raised its flag.
@@ -120,7 +123,7 @@ class _Jobs:
             arguments: For ``call``.
         """
         self._settle()
-        self._queue = queue = (ctypes.c_int64 * 3)()
+        self._queue, self._process = queue, _ = (ctypes.c_int64 * 3)(), os.getpid()
         try:
             for _ in range(min(torch.get_num_threads(), self.num_jobs) - 1):
                 _threads.pool().submit(self._work, queue, 0, arguments)
@@ -135,22 +138,23 @@ class _Jobs:
 
     def _settle(self) -> None:
         assert _library is not None
-        _library.polyak_settle(self._queue, self.num_jobs)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN and tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if self._process == os.getpid():  # a forked process has none of the threads that were at work
+            _library.polyak_settle(self._queue, self.num_jobs)
 
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def _lie_alike(one: Tensor, other: Tensor, *, in_order: bool = False) -> bool:
-    """Return whether the two are laid out alike without holes; with ``in_order``, as their indices count."""
-    if one.shape != other.shape:
+    """Return whether the two are plain, on the CPU, laid out alike and without holes.
+
+    They have one shape. With ``in_order`` they are also laid out as their indices count.
+    """
+    plain = type(one) in _PLAIN and type(other) in _PLAIN and one.is_cpu and other.is_cpu
+    if not (plain and one.layout == other.layout == torch.strided):
         return False
     if one.is_contiguous() and other.is_contiguous():
-        return True
+        return one.numel() == other.numel()
     order = sorted(range(one.dim()), key=one.stride, reverse=True)
     return not in_order and all(tensor.permute(order).is_contiguous() for tensor in (one, other))
 
@@ -158,10 +162,7 @@ def _lie_alike(one: Tensor, other: Tensor, *, in_order: bool = False) -> bool:
 def _known(average: Tensor, online: Tensor, place: Place) -> bool:
     """Return whether the two are plain, known to C, and laid out as it takes for granted."""
     in_order = place.shape is not None and average.dtype in foreach.SIXTEEN_BITS
-    pair = average.dtype, online.dtype
-    return (
-        pair in _PAIRS and _is_plain(average) and _is_plain(online) and _lie_alike(average, online, in_order=in_order)
-    )
+    return (average.dtype, online.dtype) in _PAIRS and _lie_alike(average, online, in_order=in_order)
 
 
 def _box(average: Tensor, place: Place) -> Box:
@@ -224,6 +225,7 @@ class Lerp(foreach.Lerp):
             for number, (a, x, place) in enumerate(ours)
             for at, rows, run, first, step in _cut(_box(a, place))
         ]
+        self._columns = len(pieces[0]) if pieces else 1
         self._jobs = _Jobs(_library.polyak_lerp, pieces, [piece[2] * piece[3] for piece in pieces], held=ours)
 
     def __call__(self, weight: float, num_updates: int) -> None:
@@ -239,8 +241,8 @@ class Lerp(foreach.Lerp):
         # Who has kept an average for a backward pass is told that it is no longer what it was, as by torch's own.
         increment_version(self._moved)
         if self._jobs.run(weight, num_updates & 0xFFFFFFFF):
-            tensors, flags = self._jobs.pieces[:, 8], self._jobs.pieces[:, 9]
-            self._left_out.add_(tensors[flags != 0].unique().numel())
+            tensors, flags = (self._jobs.pieces[column :: self._columns] for column in (8, 9))
+            self._left_out.add_(len(set(compress(tensors, flags))))
 
 
 class Exchange(foreach.Exchange):
@@ -254,18 +256,16 @@ class Exchange(foreach.Exchange):
     def __init__(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
         assert _library is not None, WHY_NOT
         pairs = list(zip(left, right, strict=True))
-        known = [
-            a.dtype == b.dtype and not a.is_complex() and _is_plain(a) and _is_plain(b) and _lie_alike(a, b)
-            for a, b in pairs
-        ]
+        # Complex tensors may be conjugated without having been touched: their bits do not say what they are.
+        known = [a.dtype == b.dtype and not a.is_complex() and _lie_alike(a, b) for a, b in pairs]
         rest = [pair for pair, c in zip(pairs, known, strict=True) if not c]
         super().__init__([a for a, _ in rest], [b for _, b in rest])
         ours = list(compress(pairs, known))
         self._swapped = [tensor for pair in ours for tensor in pair]
         pieces = [
-            (a.data_ptr() + at, b.data_ptr() + at, min(_SWAP, a.nbytes - at), 0)
-            for a, b in ours
-            for at in range(0, a.nbytes, _SWAP)
+            (left_at + at, right_at + at, min(_SWAP, size - at), 0)
+            for left_at, right_at, size in ((a.data_ptr(), b.data_ptr(), a.nbytes) for a, b in ours)
+            for at in range(0, size, _SWAP)
         ]
         self._jobs = _Jobs(_library.polyak_swap, pieces, [piece[2] for piece in pieces], held=ours)
 

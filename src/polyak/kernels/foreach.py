@@ -14,6 +14,9 @@ from polyak.kernels.place import Box, Place
 # Small enough to stay in a core's cache, large enough that the calls do not count.
 SCRATCH_ELEMENTS = 131_072
 
+# Tensors up to here are taken together, so many that they fit in the scratch.
+_SMALL = 1024
+
 # Weights from here on may be 1 in float32.
 _NEARLY_ALL = 1 - 2**-25
 
@@ -36,12 +39,47 @@ def _flat_pieces(tensors: Sequence[Tensor], *, in_order: bool = False) -> Iterat
         yield tuple(tensors)
 
 
-def _sum_is_finite(tensor: Tensor) -> Tensor:
-    """Return a 0-dim bool: if it holds all of ``tensor`` is finite, and if not there is reason to look."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.sum(dtype=wide).isfinite()
+def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Group small tensors of one dtype, up to ``SCRATCH_ELEMENTS`` in all. Others come alone."""
+    kinds = dict[tuple[torch.dtype, torch.device], list[Tensor]]()
+    for tensor in tensors:
+        if tensor.numel() > _SMALL:
+            yield [tensor]
+        else:
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for kind in kinds.values():
+        for i in range(0, len(kind), SCRATCH_ELEMENTS // _SMALL):
+            yield kind[i : i + SCRATCH_ELEMENTS // _SMALL]
+
+
+def _sum_is_finite(tensors: list[Tensor], scratch: "_Scratch") -> Tensor:
+    """Return a 0-dim bool: if it holds all of ``tensors`` is finite, and if not there is reason to look."""
+    # What is small is copied first: a call for each would cost more than the copies.
+    all_of_it = tensors[0]
+    if len(tensors) > 1:
+        flat = [tensor.reshape(-1) for tensor in tensors]
+        room = scratch.all(all_of_it.dtype, all_of_it.device, "seen")
+        all_of_it = torch.cat(flat, out=room[: sum(tensor.numel() for tensor in flat)])
+    if all_of_it.is_complex():
+        all_of_it = torch.view_as_real(all_of_it)
+    wide = torch.float64 if all_of_it.dtype == torch.float64 else torch.float32
+    return all_of_it.sum(dtype=wide).isfinite()
+
+
+def _is_grouped(average: Tensor) -> bool:
+    """Return whether it is moved together with others."""
+    return average.dtype not in SIXTEEN_BITS and average.numel() <= _SMALL
+
+
+def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Group averages of one dtype, with their weights, up to ``SCRATCH_ELEMENTS`` in all."""
+    kinds = dict[tuple[torch.dtype, torch.dtype, torch.device], list[tuple[Tensor, Tensor]]]()
+    for average, tensor in pairs:
+        kinds.setdefault((average.dtype, tensor.dtype, average.device), []).append((average, tensor))
+    for kind in kinds.values():
+        for i in range(0, len(kind), SCRATCH_ELEMENTS // _SMALL):
+            group = kind[i : i + SCRATCH_ELEMENTS // _SMALL]
+            yield [average for average, _ in group], [tensor for _, tensor in group]
 
 
 class Lerp:
@@ -66,8 +104,13 @@ class Lerp:
         self._left_out = left_out
         alike = [a.dtype == x.dtype and a.dtype not in SIXTEEN_BITS for a, x in zip(averages, online, strict=True)]
         self._alike = list(compress(averages, alike)), list(compress(online, alike))
-        self._others = [triple for triple, same in zip(self._triples, alike, strict=True) if not same]
+        self._scratch = _Scratch()
         self._on_cpu = all(tensor.device.type == "cpu" for tensor in averages)
+        others = [triple for triple, same in zip(self._triples, alike, strict=True) if not same and self._on_cpu]
+        self._others = [triple for triple in others if not _is_grouped(triple[0])]
+        grouped = [(a, x) for a, x, _ in others if _is_grouped(a)]
+        self._groups = [(*group, self._scratch.parts(*group)) for group in _groups(grouped)]
+        self._online = list(_together(online))
 
     def __call__(self, weight: float, num_updates: int) -> None:
         """Move every average once.
@@ -79,16 +122,21 @@ class Lerp:
         if not self._triples:
             return
         # Reading a flag costs nothing on the CPU and stalls the queue of any other device.
-        if self._on_cpu and bool(torch.stack([_sum_is_finite(x) for _, x, _ in self._triples]).all()):
+        if self._on_cpu and bool(torch.stack([_sum_is_finite(xs, self._scratch) for xs in self._online]).all()):
             if self._alike[0] and weight < _NEARLY_ALL:
                 # The form with one product: `decay * a + (1 - decay) * x` loses a share at every update, because the
                 # two rounded factors do not sum to 1 (2e-3 against 1e-5 after 100,000 updates).
                 torch._foreach_lerp_(*self._alike, weight)
+            if weight < _NEARLY_ALL:
+                for averages, tensors, parts in self._groups:
+                    torch._foreach_copy_(parts, tensors)
+                    torch._foreach_lerp_(averages, parts, weight)
             for average, tensor, place in self._others if weight < _NEARLY_ALL else self._triples:
-                _lerp(average, tensor, weight, place, num_updates)
+                _lerp(average, tensor, weight, _Chances(place, average, num_updates), self._scratch)
             return
         for average, tensor, place in self._triples:
-            finite = _lerp_finite(average, tensor, weight, place, num_updates)
+            chances = _Chances(place, average, num_updates)
+            finite = _lerp_finite(average, tensor, weight, chances, self._scratch)
             self._left_out.add_(finite.logical_not().to(self._left_out.device))
 
 
@@ -116,31 +164,74 @@ def lerp_(
     return left_out
 
 
-def _lerp(average: Tensor, tensor: Tensor, weight: float, place: Place, num_updates: int) -> None:
+class _Scratch:
+    """Memory for one piece at a time in another dtype than its own, kept from update to update."""
+
+    def __init__(self) -> None:
+        self._held = dict[tuple[str, torch.dtype, torch.device], Tensor]()
+
+    def like(self, piece: Tensor, dtype: torch.dtype, purpose: str) -> Tensor:
+        """Return a tensor of the shape of ``piece``, with whatever is in it.
+
+        Args:
+            piece: A piece.
+            dtype: Of the result.
+            purpose: Two results at a time have two purposes.
+        """
+        if piece.numel() > SCRATCH_ELEMENTS:  # it came whole, since it is not dense
+            return torch.empty_like(piece, dtype=dtype)
+        return self.all(dtype, piece.device, purpose)[: piece.numel()].view(piece.shape)
+
+    def parts(self, averages: list[Tensor], online: list[Tensor]) -> list[Tensor]:
+        """Return a part of one scratch for each of ``online``, in the dtype of ``averages``."""
+        scratch = self.all(averages[0].dtype, averages[0].device, "target")
+        sizes = [tensor.numel() for tensor in online]
+        parts = scratch[: sum(sizes)].split(sizes)
+        return [part.view(tensor.shape) for part, tensor in zip(parts, online, strict=True)]
+
+    def all(self, dtype: torch.dtype, device: torch.device, purpose: str) -> Tensor:
+        """Return all ``SCRATCH_ELEMENTS`` of one scratch."""
+        key = purpose, dtype, device
+        if key not in self._held:
+            self._held[key] = torch.empty(SCRATCH_ELEMENTS, dtype=dtype, device=device)
+        return self._held[key]
+
+
+def _lerp(average: Tensor, tensor: Tensor, weight: float, chances: "_Chances", scratch: _Scratch) -> None:
     """Move one average piece by piece."""
-    chances = _Chances(place, average, num_updates)
     for a, x in _flat_pieces((average, tensor), in_order=chances.in_order):
-        _lerp_piece(a, x, weight, chances)
+        _lerp_piece(a, _as_wide(x, a, scratch), weight, chances, scratch)
 
 
-def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, place: Place, num_updates: int) -> Tensor:
+def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, chances: "_Chances", scratch: _Scratch) -> Tensor:
     """Move one average piece by piece where ``tensor`` is finite, and return whether all of it is."""
-    chances, flags = _Chances(place, average, num_updates), list[Tensor]()
+    flags = list[Tensor]()
     for a, x in _flat_pieces((average, tensor), in_order=chances.in_order):
         finite = x.isfinite()
         flags.append(finite.all())
         # Where it is not, the average moves towards itself.
-        _lerp_piece(a, torch.where(finite, x, a), weight, chances)
+        target = scratch.like(a, _wide(a.dtype), "target").copy_(x)
+        _lerp_piece(a, torch.where(finite, target, a, out=target), weight, chances, scratch)
     return torch.stack(flags).all()
 
 
-def _lerp_piece(average: Tensor, tensor: Tensor, weight: float, chances: "_Chances") -> None:
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """Return in which dtype an average of ``dtype`` is moved."""
+    return torch.float32 if dtype in SIXTEEN_BITS else dtype
+
+
+def _as_wide(tensor: Tensor, average: Tensor, scratch: _Scratch) -> Tensor:
+    wide = _wide(average.dtype)
+    return tensor if tensor.dtype == wide else scratch.like(average, wide, "target").copy_(tensor)
+
+
+def _lerp_piece(average: Tensor, target: Tensor, weight: float, chances: "_Chances", scratch: _Scratch) -> None:
     if average.dtype in SIXTEEN_BITS:
-        moved = average.float()
-        _lerp_wide(moved, tensor.float(), weight)
+        moved = scratch.like(average, torch.float32, "moved").copy_(average)
+        _lerp_wide(moved, target, weight)
         average.copy_(_round(moved, average.dtype, chances.of(average)))
     else:
-        _lerp_wide(average, tensor.to(average.dtype), weight)
+        _lerp_wide(average, target, weight)
 
 
 def _lerp_wide(average: Tensor, tensor: Tensor, weight: float) -> None:

@@ -34,8 +34,9 @@ struct exchange_api {
 /* Whether `api` is of a version that is known here, and has what is needed. */
 int64_t polyak_can_look(const struct exchange_api *api) { return api->major == 1 && api->from_object; }
 
-/* Note in `notes` where the tensors are, or compare: 1 for done or the same, 0 for not the same, -1 for an exception. */
-int64_t polyak_look(const struct exchange_api *api, void *const *objects, int64_t count, int64_t *notes, int64_t compare) {
+/* Note in `notes` where the tensors are, or compare. Returns 1 for done or the same, 0 for not, -1 for an exception. */
+int64_t polyak_look(const struct exchange_api *api, void *const *objects, int64_t count, int64_t *notes,
+                    int64_t compare) {
     for (int64_t i = 0; i < count; i++) {
         struct dl_tensor tensor;
         if (api->from_object(objects[i], &tensor))
