@@ -50,7 +50,6 @@ class Found:
         evaluated: The first layer's weight, in each evaluation.
         loadable: What this framework's users load from the checkpoint of the first epoch.
         lines: How often the distance of the average was logged.
-        files: What is in the checkpoint of the first epoch.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -59,7 +58,6 @@ class Found:
     evaluated: list[Tensor] = field(default_factory=list)
     loadable: dict[str, Tensor] = field(default_factory=dict)
     lines: int = 0
-    files: list[str] = field(default_factory=list)
 
     def watch(self, model: nn.Sequential) -> None:
         """Note with which weights the model is evaluated."""
@@ -75,7 +73,7 @@ class Found:
 
         def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             if any(parameter.grad is None for parameter in model.parameters()):
-                return  # torch itself takes a step where it loads a state by `torch.distributed.checkpoint`
+                return
             now = {name: full(parameter).double() for name, parameter in model.named_parameters()}
             last = self.want[-1] if self.want else now
             self.want.append({name: DECAY * last[name] + (1 - DECAY) * now[name] for name in now})
@@ -116,11 +114,6 @@ def environment() -> None:
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
     warnings.simplefilter("ignore")
-
-
-def listed(folder: Path) -> list[str]:
-    dist.barrier()
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def data(seed: int = 0, batches: int = STEPS) -> Any:
@@ -211,7 +204,6 @@ def lightning(kind: str, folder: str, resume: bool = False) -> Found:
     loaders = DataLoader(data(), batch_size=loops.BATCH), DataLoader(data(5, 1), batch_size=loops.BATCH)
     trainer.fit(module, *loaders, ckpt_path=path / "epoch=0.ckpt" if resume else None)
     if not resume:
-        found.files = listed(path)
         trainer.validate(module, loaders[1], verbose=False)
         if fsdp and parts:
             found.loadable = _load_distributed_checkpoint(path / "epoch=0.ckpt")["state_dict"]
@@ -288,7 +280,6 @@ def accelerate(kind: str, folder: str, resume: bool = False) -> Found:
         evaluate()
         dist.barrier()
         found.loadable = load_file(path / "for-use" / "model.safetensors")
-        found.files = listed(path)
     return found.end(inner, ema)
 
 
@@ -327,7 +318,12 @@ def transformers(kind: str, folder: str, resume: bool = False) -> Found:
     fsdp: dict[str, Any] = {}
     if kind.startswith("fsdp"):
         state_dict_type = "FULL_STATE_DICT" if kind == "fsdp, one file" else "SHARDED_STATE_DICT"
-        config = {"version": 2, "min_num_params": 1, "state_dict_type": state_dict_type, "cpu_ram_efficient_loading": False}
+        config = {
+            "version": 2,
+            "min_num_params": 1,
+            "state_dict_type": state_dict_type,
+            "cpu_ram_efficient_loading": False,
+        }
         fsdp = {"fsdp": True, "fsdp_config": config}
     model = Classifier()
     found.watch(model.net)
@@ -367,7 +363,6 @@ def transformers(kind: str, folder: str, resume: bool = False) -> Found:
     trainer.train(resume_from_checkpoint=str(path / f"checkpoint-{STEPS}") if resume else None)
     if not resume:
         trainer.evaluate()
-        found.files = listed(path)
         if kind != "fsdp":
             found.loadable = load_file(path / f"checkpoint-{STEPS}" / "model.safetensors")
     return found.end(model.net, ema)

@@ -385,7 +385,7 @@ def sees_a_nan_in_one_shard() -> list[str]:
         warnings.simplefilter("always")
         with ema.applied():
             pass
-    return [str(one.message) for one in caught] + [str(ema.state_dict()["algorithm"]["num_quarantined"])]
+    return [str(one.message) for one in caught] + [str(ema.state_dict()["algorithms"][0][1]["num_quarantined"])]
 
 
 def is_interrupted(kind: str, fails: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

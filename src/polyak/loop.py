@@ -145,7 +145,8 @@ class Loop:
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the algorithms, and where the loop stands."""
         return {
-            "algorithms": [(type(a).__qualname__, a.state_dict()) for a in self.algorithms],
+            # Lists, not tuples, into which `torch.distributed.checkpoint` does not look.
+            "algorithms": [[type(a).__qualname__, a.state_dict()] for a in self.algorithms],
             "timestamp": self.state.timestamp.state_dict(),
         }
 
@@ -231,7 +232,8 @@ def _refuse_parts(model: nn.Module) -> None:
 class StepHooks:
     """Hooks on the steps of an optimizer, until they are removed.
 
-    Steps that mixed precision skips, steps without gradients, and a subclass's call of its parent's step do not count.
+    Steps that mixed precision skips, steps without gradients, a subclass's call of its parent's step, and the one that
+    ``torch.distributed.checkpoint`` takes to have a state to load into, do not count.
 
     Args:
         optimizer: Of torch, in no other library's wrapper.
@@ -244,12 +246,13 @@ class StepHooks:
     ) -> None:
         def pre(optimizer: Optimizer, args: object, kwargs: object) -> None:
             del optimizer, args, kwargs
-            if before is not None:
+            if before is not None and not _is_rehearsal(sys._getframe(1)):  # noqa: SLF001
                 before()
 
         def post(optimizer: Optimizer, args: object, kwargs: object) -> None:
             del args, kwargs
-            if _has_stepped(optimizer) and not _is_nested(sys._getframe(1), optimizer):  # noqa: SLF001
+            hooked = sys._getframe(1)  # noqa: SLF001
+            if _has_stepped(optimizer) and not _is_nested(hooked, optimizer) and not _is_rehearsal(hooked):
                 after()
 
         self._hooks = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
@@ -451,6 +454,19 @@ def _is_nested(hooked: FrameType, optimizer: Optimizer) -> bool:
     outer = hooked.f_back
     while outer is not None:
         if outer.f_code is hooked.f_code and outer.f_locals.get("args", (None,))[0] is optimizer:
+            return True
+        outer = outer.f_back
+    return False
+
+
+def _is_rehearsal(hooked: FrameType) -> bool:
+    """Whether the step that ``hooked`` runs was called by ``torch.distributed.checkpoint``, with gradients of zeros.
+
+    What that does to the optimizer could also be a real step, of a warm-up that begins with a learning rate of 0.
+    """
+    outer = hooked.f_back
+    while outer is not None:
+        if outer.f_code.co_name == "_init_optim_state":
             return True
         outer = outer.f_back
     return False

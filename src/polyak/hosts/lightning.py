@@ -392,11 +392,16 @@ def attach(
         tokens_per_step: Tokens in a step, of all processes, for times in ``tok``.
 
     Raises:
-        NotImplementedError: Under DeepSpeed and the first FSDP.
+        NotImplementedError: Under DeepSpeed, FSDP and ``ModelParallelStrategy``.
         TimeError: If ``max_duration`` is no time.
         ValueError: If more than one of the algorithms lends an average.
     """
     _refuse_foreign(fabric.strategy)
+    if type(fabric.strategy).__name__ == "ModelParallelStrategy":
+        raise NotImplementedError(
+            "Fabric saves from one process all that is no model or optimizer, and of a sharded average (got "
+            "ModelParallelStrategy) each has a part; use polyak.attach and torch.distributed.checkpoint, DDP or one device"
+        )
     # Not its public `module`, which is inside of DDP.
     inner: Any = model._forward_module if is_wrapped(model) else model  # noqa: SLF001
     return Attached(

@@ -101,7 +101,8 @@ class Attached(TrainerCallback):
         # Beside the averaged weights go the training weights; but only into checkpoints, not into what is for use.
         loop = self._loop if _internal_call and output_dir else None
         if loop and loop.in_parts:
-            loop.save_parts(folder / PARTS_NAME, weights=True)
+            # Under FSDP the trainer itself saves training weights to go on from.
+            loop.save_parts(folder / PARTS_NAME, weights=not self._trainer.is_fsdp_enabled)
             loop = None
         with self._lent(Event.SAVE_START, Event.SAVE_END, folder):
             if loop and self._trainer.args.should_save:
@@ -153,7 +154,7 @@ class Attached(TrainerCallback):
             return
         path = checkpoint / STATE_NAME
         if (checkpoint / PARTS_NAME).exists():
-            self._loop.load_parts(checkpoint / PARTS_NAME, weights=True)
+            self._loop.load_parts(checkpoint / PARTS_NAME, weights=not self._trainer.is_fsdp_enabled)
             return
         if path.exists():
             self._loop.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
