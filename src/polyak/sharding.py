@@ -49,7 +49,7 @@ def has_spread(state: Any) -> bool:
     """
     if isinstance(state, Mapping):
         return any(map(has_spread, state.values()))
-    if isinstance(state, list | tuple):
+    if isinstance(state, Sequence) and not isinstance(state, str | bytes):
         return any(map(has_spread, state))
     return isinstance(state, Tensor) and is_spread(state)
 
@@ -62,12 +62,14 @@ def whole(state: Any) -> Any:
     """
     if isinstance(state, Mapping):
         return {key: whole(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(map(whole, state))
+    if isinstance(state, Sequence) and not isinstance(state, str | bytes):
+        return [whole(value) for value in state]
     if not isinstance(state, Tensor) or not is_spread(state):
         return state
     # Messages go between the mesh's devices; the part may be kept on another.
-    gathered = beside(state, local(state).to(state.device_mesh.device_type)).full_tensor()
+    part = beside(state, local(state).to(state.device_mesh.device_type))
+    assert is_spread(part)
+    gathered = part.full_tensor()
     return gathered.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0)
 
 

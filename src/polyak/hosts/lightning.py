@@ -140,7 +140,7 @@ class Averaging(Callback):
     # Training
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Meet the model in its wrapper; restore random numbers, from which Lightning draws before it starts training."""
+        """Meet the model in its wrapper; restore random numbers: Lightning draws from them before it trains."""
         del pl_module
         assert self._loop is not None
         self._loop.state.model = trainer.strategy.model
@@ -399,8 +399,8 @@ def attach(
     _refuse_foreign(fabric.strategy)
     if type(fabric.strategy).__name__ == "ModelParallelStrategy":
         raise NotImplementedError(
-            "Fabric saves from one process all that is no model or optimizer, and of a sharded average (got "
-            "ModelParallelStrategy) each has a part; use polyak.attach and torch.distributed.checkpoint, DDP or one device"
+            "Fabric saves from one process all that is no model or optimizer, and under ModelParallelStrategy each has "
+            "a part of the average; use polyak.attach and torch.distributed.checkpoint, or DDP, or one device"
         )
     # Not its public `module`, which is inside of DDP.
     inner: Any = model._forward_module if is_wrapped(model) else model  # noqa: SLF001
