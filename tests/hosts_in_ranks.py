@@ -366,3 +366,55 @@ def transformers(kind: str, folder: str, resume: bool = False) -> Found:
         if kind != "fsdp":
             found.loadable = load_file(path / f"checkpoint-{STEPS}" / "model.safetensors")
     return found.end(model.net, ema)
+
+
+# Composer
+
+
+def composer(kind: str, folder: str, resume: bool = False) -> Found:
+    environment()
+    os.environ["NODE_RANK"] = "0"
+    from composer import Trainer
+    from composer.loggers import LoggerDestination
+    from composer.utils import dist as composers
+    from composer_script import Wrapped
+
+    from polyak.hosts.composer import EMA as Hosted
+
+    class Kept(LoggerDestination):
+        def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+            found.lines += dist.get_rank() == 0 and "ema/distance" in metrics
+
+    class MyEMA(Hosted):
+        def __init__(self) -> None:
+            super().__init__("2ba")
+            self.algorithm = ema_for(kind)
+
+    found, path = Found(), Path(folder)
+    model, train, held = Wrapped(net()), data(), data(1, 1)
+    found.watch(model.net)
+    optimizer = optimizer_of(model)
+    found.follow(model.net, optimizer)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=DataLoader(train, batch_size=loops.BATCH, sampler=composers.get_sampler(train, shuffle=False)),
+        eval_dataloader=DataLoader(held, batch_size=loops.BATCH, sampler=composers.get_sampler(held, shuffle=False)),
+        max_duration=f"{EPOCHS}ep",
+        algorithms=[hosted := MyEMA()],
+        optimizers=optimizer,
+        loggers=[Kept()],
+        save_folder=str(path),
+        save_interval="1ep",
+        save_overwrite=True,
+        load_path=str(path / f"ep1-ba{STEPS}-rank0.pt") if resume else None,
+        device="cpu",
+        progress_bar=False,
+        seed=3,
+    )
+    trainer.fit()
+    if not resume:
+        trainer.eval()
+        dist.barrier()
+        found.loadable = torch.load(path / f"ep1-ba{STEPS}-rank0.pt", weights_only=False)["state"]["model"]
+        found.loadable = {name.removeprefix("module."): tensor for name, tensor in found.loadable.items()}
+    return found.end(model.net, hosted.algorithm)

@@ -1,5 +1,7 @@
 """Hosts on several processes, under their frameworks' own settings: gloo groups of two."""
 
+from importlib.util import find_spec
+
 import hosts_in_ranks
 import pytest
 import sharded
@@ -27,14 +29,22 @@ CELLS = [
     ("transformers", "ddp, divided average"),
     ("transformers", "fsdp"),
     ("transformers", "fsdp, one file"),
+    ("composer", "ddp"),
+    ("composer", "ddp, divided average"),
 ]
+
+
+def script_of(name: str):
+    if find_spec(name) is None or (name == "composer" and find_spec("mcli") is None):
+        pytest.skip(f"no {name} here" if name != "composer" else "Composer needs stubs: PYTHONPATH=tests/stubs pytest")
+    return getattr(hosts_in_ranks, name)
 
 
 @pytest.fixture(scope="module", params=CELLS, ids=": ".join)
 def runs(request, ranks, tmp_path_factory):
     """What each rank found in a run, and in one that went on from the first epoch's checkpoint; and the cell."""
     name, kind = request.param
-    script = pytest.importorskip(name) and getattr(hosts_in_ranks, name)
+    script = script_of(name)
     folder = str(tmp_path_factory.mktemp(name))
     return ranks.run(2, script, kind, folder), ranks.run(2, script, kind, folder, True), name, kind
 
@@ -83,8 +93,7 @@ def test_one_process_logs(runs) -> None:
     assert [found.lines for found in runs[0]] == [2, 0]
 
 
-@pytest.mark.parametrize("name", ["lightning", "accelerate", "transformers"])
+@pytest.mark.parametrize("name", ["lightning", "accelerate", "transformers", "composer"])
 def test_ranks_that_disagree_are_told_on_each(ranks, tmp_path, name) -> None:
-    pytest.importorskip(name)
-    for raised in ranks.attempt(2, getattr(hosts_in_ranks, name), "ddp, disagreeing", str(tmp_path)):
+    for raised in ranks.attempt(2, script_of(name), "ddp, disagreeing", str(tmp_path)):
         assert "ShardingError: all ranks must agree on the average" in raised.text
