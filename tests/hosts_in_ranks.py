@@ -212,6 +212,63 @@ def lightning(kind: str, folder: str, resume: bool = False) -> Found:
     return found.end(module.net, ema)
 
 
+# Fabric
+
+
+def fabric(kind: str, folder: str, resume: bool = False) -> Found:
+    environment()
+    from lightning.fabric import Fabric
+    from lightning.fabric.loggers.logger import Logger, rank_zero_only
+
+    from polyak.hosts.lightning import attach
+
+    class Kept(Logger):
+        name, version = "kept", 0
+
+        @rank_zero_only
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            found.lines += "ema/distance" in metrics
+
+        def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+            """Nothing."""
+
+    found, path = Found(), Path(folder)
+    fabric = Fabric(accelerator="cpu", devices=dist.get_world_size(), strategy="ddp", loggers=Kept())
+    fabric.launch()
+    inner = net()
+    model, optimizer = fabric.setup(inner, optimizer_of(inner))
+    loader = fabric.setup_dataloaders(DataLoader(data(), batch_size=loops.BATCH))
+    attached = attach(ema := ema_for(kind), fabric, model, optimizer, steps_per_epoch=STEPS)
+    found.follow(inner, optimizer.optimizer)
+    found.watch(inner)
+    inputs = data(1, 1)[:][0]
+    state = {"model": model, "optimizer": optimizer, "ema": attached}
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        model.eval()
+        with attached.applied():
+            model(inputs)
+        model.train()
+
+    if resume:
+        fabric.load(path / "state-0.ckpt", state)
+    for epoch in range(attached.timestamp.epoch.value, EPOCHS):
+        for x, y in loader:
+            fabric.backward(nn.functional.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+        evaluate()
+        fabric.save(path / f"state-{epoch}.ckpt", state)
+        if epoch == 0:
+            with attached.applied():
+                fabric.save(path / "averaged.ckpt", {"model": model})
+    if not resume:
+        evaluate()
+        found.loadable = torch.load(path / "averaged.ckpt", weights_only=True)["model"]
+    return found.end(inner, ema)
+
+
 # Accelerate
 
 
@@ -379,13 +436,13 @@ def composer(kind: str, folder: str, resume: bool = False) -> Found:
     from composer.utils import dist as composers
     from composer_script import Wrapped
 
-    from polyak.hosts.composer import EMA as Hosted
+    from polyak.hosts import composer as hosted
 
     class Kept(LoggerDestination):
         def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
             found.lines += dist.get_rank() == 0 and "ema/distance" in metrics
 
-    class MyEMA(Hosted):
+    class MyEMA(hosted.EMA):
         def __init__(self) -> None:
             super().__init__("2ba")
             self.algorithm = ema_for(kind)
@@ -400,7 +457,7 @@ def composer(kind: str, folder: str, resume: bool = False) -> Found:
         train_dataloader=DataLoader(train, batch_size=loops.BATCH, sampler=composers.get_sampler(train, shuffle=False)),
         eval_dataloader=DataLoader(held, batch_size=loops.BATCH, sampler=composers.get_sampler(held, shuffle=False)),
         max_duration=f"{EPOCHS}ep",
-        algorithms=[hosted := MyEMA()],
+        algorithms=[ema := MyEMA()],
         optimizers=optimizer,
         loggers=[Kept()],
         save_folder=str(path),
@@ -417,4 +474,4 @@ def composer(kind: str, folder: str, resume: bool = False) -> Found:
         dist.barrier()
         found.loadable = torch.load(path / f"ep1-ba{STEPS}-rank0.pt", weights_only=False)["state"]["model"]
         found.loadable = {name.removeprefix("module."): tensor for name, tensor in found.loadable.items()}
-    return found.end(model.net, hosted.algorithm)
+    return found.end(model.net, ema.algorithm)

@@ -21,6 +21,7 @@ CELLS = [
     ("lightning", "ddp, divided average"),
     ("lightning", "fsdp"),
     ("lightning", "fsdp, one file"),
+    ("fabric", "ddp"),
     ("accelerate", "ddp"),
     ("accelerate", "ddp, divided average"),
     ("accelerate", "fsdp"),
@@ -35,8 +36,10 @@ CELLS = [
 
 
 def script_of(name: str):
-    if find_spec(name) is None or (name == "composer" and find_spec("mcli") is None):
-        pytest.skip(f"no {name} here" if name != "composer" else "Composer needs stubs: PYTHONPATH=tests/stubs pytest")
+    if (find_spec("mcli") is not None) != (name == "composer"):
+        pytest.skip("Composer is tested with stubs (PYTHONPATH=tests/stubs pytest ...), and the others without")
+    if find_spec("lightning" if name == "fabric" else name) is None:
+        pytest.skip(f"no {name} here")
     return getattr(hosts_in_ranks, name)
 
 
@@ -93,7 +96,7 @@ def test_one_process_logs(runs) -> None:
     assert [found.lines for found in runs[0]] == [2, 0]
 
 
-@pytest.mark.parametrize("name", ["lightning", "accelerate", "transformers", "composer"])
+@pytest.mark.parametrize("name", ["lightning", "fabric", "accelerate", "transformers", "composer"])
 def test_ranks_that_disagree_are_told_on_each(ranks, tmp_path, name) -> None:
     for raised in ranks.attempt(2, script_of(name), "ddp, disagreeing", str(tmp_path)):
         assert "ShardingError: all ranks must agree on the average" in raised.text
