@@ -220,6 +220,7 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
 
     evaluated(model)  # leaves the outermost module whole
     before = own_weights(model)
+    evaluated(model)  # and so it is when the average is lent
     with ema.applied():
         inside = own_weights(model)
         first = evaluated(model)
@@ -246,17 +247,17 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
 
 
 def trains(kind: str, loans: bool) -> dict[str, Tensor]:
-    """Return the weights of a run, with or without an average that is lent on the way."""
+    """Return the weights of a run, evaluated on the way with its own weights, and with an average or not."""
     model = spread(kind)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    if not loans:
-        train(model, optimizer, range(5))
-        return weights(model)
-    with attach(ema_of(kind), model, optimizer) as ema:
-        for step in range(5):
-            train(model, optimizer, range(step, step + 1))
+    ema = attach(ema_of(kind) if loans else [], model, optimizer)
+    for step in range(5):
+        train(model, optimizer, range(step, step + 1))
+        raw = evaluated(model)  # leaves the outermost module of FSDP2 whole
+        if loans and step > 1:
             with ema.applied():
-                evaluated(model)
+                assert not torch.equal(raw, evaluated(model))
+            assert torch.equal(raw, evaluated(model))
     return weights(model)
 
 
@@ -385,7 +386,7 @@ def sees_a_nan_in_one_shard() -> list[str]:
         warnings.simplefilter("always")
         with ema.applied():
             pass
-    return [str(one.message) for one in caught] + [str(ema.state_dict()["algorithms"][0][1]["num_quarantined"])]
+    return [str(one.message) for one in caught] + [str(ema.algorithm.state_dict()["num_quarantined"])]
 
 
 def is_interrupted(kind: str, fails: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

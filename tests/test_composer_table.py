@@ -331,7 +331,7 @@ def test_an_error_in_any_operation_of_a_loan_leaves_training_weights_and_average
         assert not ema.ema_weights_active
         if mode.left > 0:
             break
-    assert n > 10
+    assert n > 3  # the exchange itself may be no operation of torch's
     steps(model, optimizer, 1)
     assert ema.num_updates == 3
 

@@ -26,6 +26,11 @@ def test_ranks_export_the_average_that_they_lend(ranks, tmp_path, kind, size) ->
     assert [path.name for path in tmp_path.iterdir()] == ["averaged"]
 
 
+def test_one_rank_of_a_sharded_model_exports_it(ranks, tmp_path) -> None:
+    lent = ranks.run(1, sharded.exports, "fsdp, blocks", str(tmp_path / "averaged"), 5e9)[0]
+    assert sharded.unequal(load_file(tmp_path / "averaged" / "model.safetensors"), lent) == []
+
+
 def test_a_large_model_is_exported_in_several_files_and_an_index(ranks, tmp_path) -> None:
     lent = ranks.run(2, sharded.exports, "fsdp, blocks", str(tmp_path / "averaged"), 8000)[0]
     names = sorted(path.name for path in (tmp_path / "averaged").glob("*.safetensors"))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import sharded
 import test_export
+import test_recorder_sharded
 import test_sharded_checkpoints
 import test_sharding
 
@@ -15,6 +16,7 @@ FEATURES = {
     "loans leave training as it was": test_sharding.test_training_goes_on_after_loans_as_if_there_had_been_none,
     "so does a failed evaluation": test_sharding.test_an_evaluation_that_fails_leaves_training_as_it_was,
     "resumed by DCP, bit for bit": test_sharded_checkpoints.test_a_run_resumed_by_dcp_is_as_if_it_had_not_stopped,
+    "recorded, bit for bit": test_recorder_sharded.test_the_record_of_ranks_is_that_of_the_whole_model_bit_for_bit,
     "exported as safetensors": test_export.test_ranks_export_the_average_that_they_lend,
 }
 
@@ -22,7 +24,7 @@ FEATURES = {
 def sizes(test, kind: str) -> str:
     """Return the numbers of ranks with which a test runs for a kind of parallelism."""
     cells = next(mark.args[1] for mark in test.pytestmark if mark.args[0] == ("kind", "size"))
-    return ", ".join(str(size) for one, size in cells if one == kind)
+    return ", ".join(str(size) for one, size in sorted(cells) if one == kind)
 
 
 def lines() -> list[str]:

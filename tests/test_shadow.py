@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from polyak import LoanError, MismatchError, Policy, QuarantineWarning, default_policy
+from polyak.kernels import EXCHANGES
 from polyak.shadow import Shadow, loan_of
 
 
@@ -145,16 +146,51 @@ def test_what_is_moved_or_replaced_during_a_loan_still_gets_its_training_weights
     assert equal(values(model), training)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loan_after_the_model_has_moved_goes_to_where_it_is(dtype) -> None:
+    model = net(dtype)
+    shadow = Shadow(model)
+    for move in (lambda: model.to(torch.float64), lambda: model.to(dtype), lambda: setattr(model[0], "extra", None)):
+        shift(model)
+        shadow.update_(0.25)
+        with shadow.lent("the test"):
+            pass
+        old = [parameter.data for parameter in model.parameters()]  # kept, so that the new ones are elsewhere
+        move()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        training = values(model)
+        with shadow.lent("the test"):
+            want = {name: tensor.to(training[name].dtype) for name, tensor in shadow.averaged_tensors().items()}
+            assert equal(values(model), {name: want.get(name, tensor) for name, tensor in training.items()})
+            assert not equal(values(model), training)
+        assert equal(values(model), training)
+        del old
+
+
+def test_a_loan_that_has_ended_keeps_no_memory_of_the_model(monkeypatch) -> None:
+    for exchange in EXCHANGES.values():
+        monkeypatch.setattr("polyak.shadow.Exchange", exchange)
+        model = net()
+        shadow = Shadow(model)
+        with shadow.lent("the test"):
+            pass
+        own = model[0].weight
+        tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor) and found is not own]
+        places = [found.untyped_storage().data_ptr() for found in tensors if found.layout == torch.strided]
+        assert own.data_ptr() not in places
+
+
 def test_out_of_memory_at_the_beginning_of_a_loan_changes_nothing(monkeypatch) -> None:
     model = net(torch.bfloat16)
     shadow = Shadow(model)
     shift(model)
     training = values(model)
 
-    def no_memory(*_: object) -> None:
+    def no_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(torch.Tensor, "clone", no_memory)
+    monkeypatch.setattr(torch.Tensor, "to", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         shadow.lend("a test")
     monkeypatch.undo()

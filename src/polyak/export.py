@@ -12,7 +12,7 @@ from polyak.ema import EMA
 from polyak.record.files import write_tensors
 from polyak.record.manifest import TensorInfo
 from polyak.select import all_slots
-from polyak.sharding import Ranks
+from polyak.sharding import Ranks, local
 
 
 def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_bytes: float = 5e9) -> None:
@@ -64,6 +64,7 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
         if ranks is not None and not ranks.replicas:
             _write_shards(tensors, draft, ranks, max_file_bytes, metadata)
         elif is_first:
+            tensors = {name: local(tensor) for name, tensor in tensors.items()}  # the whole, if it is spread over one
             _write(tensors, draft, max_file_bytes, metadata, lambda names: {name: tensors[name] for name in names})
     finally:
         ema.get_training_model(model)

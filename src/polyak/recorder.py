@@ -1,8 +1,9 @@
 """``Recorder``: keeps a record of the weights while training, for averages of any profile to be taken afterwards."""
 
+import json
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from polyak.events import Event, State
 from polyak.record import Edge, RecordError, TensorInfo, Writer
 from polyak.select import PolicyRule, all_slots, default_policy, slots, unwrap
 from polyak.shadow import Shadow
+from polyak.sharding import Ranks, beside, is_initialized, local
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 
 # A state may be the one that is being written over the last, and then the last is still needed if that fails.
@@ -35,8 +37,14 @@ class Recorder(Algorithm):
     that checkpoint is gone, or, where its path is not known, until two newer states were taken. A record that is ahead
     of a resumed checkpoint is rewound to it.
 
+    Ranks that train one model together write one record. Of a sharded model each writes its shards, and the record can
+    be gone on with on any number of ranks; all must then take the state together, as
+    ``torch.distributed.checkpoint`` does. Of a model in ``DistributedDataParallel`` the first rank records alone. After
+    an error on a rank the open stretch of a sharded model is lost, since the other ranks are elsewhere.
+
     Args:
-        folder: Where the record is kept. A record that is there already is gone on with only from a checkpoint.
+        folder: Where the record is kept, on a disk that all ranks see. A record that is there already is gone on with
+            only from a checkpoint.
         interval: Length of a stretch, in any unit: half-lives below it cannot be told afterwards. None takes a 512th of
             the run, for which the host must know ``max_duration``.
         per_level: How many stretches of one length are kept: 4 is exact to about 1 %, 8 to 0.3 % with half as many
@@ -87,12 +95,14 @@ class Recorder(Algorithm):
         self._device = device
         self._policy = policy
         self._state: State | None = None
+        self._ranks: Ranks | None = None
         self._mean: Shadow | None = None
         self._count = 0  # updates in the open stretch
         self._start = Edge(0, Timestamp())
-        self._loaded: Mapping[str, Any] | None = None
+        self._loaded: str | None = None
         self._writer: Writer | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self._fitting = False
         self._pending: Future[object] | None = None
         self._waited_s = 0.0
         self._quarantine_warned = 0
@@ -124,22 +134,62 @@ class Recorder(Algorithm):
         if self._state is not None and unwrap(self._state.model) is not unwrap(state.model):
             raise MismatchError("a Recorder records one model, and this one has another already; make a new Recorder")
         self._state = state
+        self._ranks = Ranks.of(state.model)
+
+    @property
+    def _follows(self) -> bool:
+        """Whether another rank, which has the same weights, records, and this one only counts along."""
+        return self._ranks is not None and self._ranks.replicas and self._ranks.rank > 0
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether this rank records its part of the weights."""
+        return self._ranks is not None and not self._ranks.replicas
+
+    def _first(self, act: Callable[[], None]) -> None:
+        """Let what fails where there is a record fail on the ranks that follow too."""
+        if self._ranks is not None and self._ranks.replicas:
+            self._ranks.first(act)
+        else:
+            act()
 
     # The record
 
     def _open(self, state: State) -> None:
-        if self._writer is not None:
+        if self._fitting:
             return
-        self._interval_of(state)
+        interval = self._interval_of(state)
+        if self._ranks is not None:
+            self._agree()
+            length = state.max_duration if interval.unit is TimeUnit.DURATION else interval
+            if length is not None and length.unit is TimeUnit.SECOND:
+                raise RecordError(
+                    "a stretch must end at the same batch on all ranks, and their clocks differ (got an interval of "
+                    f"{interval}, max_duration={state.max_duration}): use a unit other than seconds"
+                )
+        self._first(lambda: self._open_record(state))
+        self._fitting = True
+        if self.num_updates == 0:
+            self._start = Edge(0, state.timestamp)
+
+    def _agree(self) -> None:
+        assert self._ranks is not None
+        facts = {"recorder": repr(self), "updates": self.num_updates, "updates in the open stretch": self._count}
+        self._ranks.agree("what is recorded", facts)
+
+    def _open_record(self, state: State) -> None:
         if self._mean is None:
-            self._mean = Shadow(state.model, policy=self._policy, device=self._device)
+            self._mean = self._new_mean(state)
         self._writer = self._new_writer(self._mean, state)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="polyak-record")
         try:
-            self._find_place(state)
+            self._find_place()
         except BaseException:
             self._release()
             raise
+
+    def _new_mean(self, state: State) -> Shadow:
+        return Shadow(state.model, policy=self._policy, device=self._device)
 
     def _new_writer(self, mean: Shadow, state: State) -> Writer:
         tensors = {
@@ -152,13 +202,15 @@ class Recorder(Algorithm):
             per_level=self._per_level,
             max_duration=state.max_duration,
             aliases=_aliases(state.model, mean.averages),
+            # A group of their own: what the thread sends must not mix with the messages of training.
+            ranks=self._ranks.apart() if self._ranks is not None and self._sharded else None,
         )
 
-    def _find_place(self, state: State) -> None:
+    def _find_place(self) -> None:
         """Go on where the checkpoint says, or from the start in an empty record, or where this recorder stopped."""
         assert self._writer is not None
         if self._loaded is not None:
-            self._writer.rewind(self._loaded)
+            self._writer.rewind(json.loads(self._loaded))
             self._loaded = None
             self._writer.unpin_gone()
         held = self._writer.stretches[-1].end.updates if self._writer.stretches else 0
@@ -167,8 +219,6 @@ class Recorder(Algorithm):
                 f"{self.folder} has a record of {held} updates already, and this run has made {self.num_updates}: "
                 "resume it from its checkpoint, delete the folder, or record to another"
             )
-        if self.num_updates == 0:
-            self._start = Edge(0, state.timestamp)
 
     def _interval_of(self, state: State) -> Time:
         interval = self.interval
@@ -182,28 +232,33 @@ class Recorder(Algorithm):
         return interval
 
     def _take_in(self, state: State) -> None:
-        if self._mean is None or self._writer is None:
+        if not self._fitting:
             raise RecordError(f"{self!r} must have seen FIT_START before a batch ends; does the host fire it?")
         interval, now = self._interval_of(state), state.timestamp
         if now.batch.value <= self._start.timestamp.batch.value + self._count:
             return  # mixed precision has skipped this step
         self._count += 1
         self.num_updates += 1
-        self._mean.update_(1 / self._count)
+        if self._mean is not None:
+            self._mean.update_(1 / self._count)
         before = self._start.timestamp.intervals(interval, state.max_duration)
         if now.intervals(interval, state.max_duration) > before:
             self._end_stretch(now)
 
     def _end_stretch(self, now: Timestamp) -> None:
-        assert self._mean is not None
-        assert self._writer is not None
-        assert self._thread is not None
-        self._quarantine_warned = self._mean.warn_of_quarantine(self._quarantine_warned)
-        end = Edge(self.num_updates, now)
         # Waited for before the copy is made, so that at most one is in memory beside the running mean.
-        self._wait(saying=True)
-        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self._mean.averages.items()}
-        self._pending = self._thread.submit(self._writer.append, tensors, self._start, end)
+        self._first(lambda: self._wait(saying=True))
+        self._hand_over(now)
+
+    def _hand_over(self, now: Timestamp) -> None:
+        """Let the thread write the open stretch."""
+        end = Edge(self.num_updates, now)
+        if self._mean is not None and self._writer is not None and self._thread is not None:
+            self._quarantine_warned = self._mean.warn_of_quarantine(self._quarantine_warned)
+            tensors = {
+                name: beside(tensor, local(tensor).to("cpu", copy=True)) for name, tensor in self._mean.averages.items()
+            }
+            self._pending = self._thread.submit(self._writer.append, tensors, self._start, end)
         self._start, self._count = end, 0
 
     def _wait(self, *, saying: bool = False) -> None:
@@ -224,20 +279,35 @@ class Recorder(Algorithm):
 
     def _close(self) -> None:
         """Write the open stretch, wait until it is on disk, let the record go."""
+        if not self._fitting:
+            return
         try:
-            if self._count and self._writer is not None and self._state is not None:
+            if self._count and self._state is not None:
                 self._end_stretch(self._state.timestamp)
-            self._wait()
+            self._first(self._wait)
         finally:
             self._release()
 
     def _close_after_an_error(self) -> None:
+        """Do the same without the other ranks, which may be elsewhere. The error that ends the run is to be seen."""
+        lost: object = None
         try:
-            self._close()
-        except Exception as error:  # the error that ends the run is the one to be seen
-            warnings.warn(f"the last stretch was not recorded: {error}", PlanWarning, stacklevel=2)
+            self._wait()
+            if self._count and self._fitting and self._state is not None:
+                if self._sharded:
+                    lost = f"other ranks may not have got to the last of its {self._count} updates"
+                else:
+                    self._hand_over(self._state.timestamp)
+                    self._wait()
+        except Exception as error:
+            lost = error
+        finally:
+            self._release()
+        if lost is not None:
+            warnings.warn(f"the last stretch was not recorded: {lost}", PlanWarning, stacklevel=2)
 
     def _release(self) -> None:
+        self._fitting = False
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
@@ -248,23 +318,30 @@ class Recorder(Algorithm):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that going on depends on, and keep the files that it refers to; waits for the disk."""
+        """Return all that going on depends on, and keep the files that it refers to; waits for the disk.
+
+        Where ``torch.distributed`` is in use it has the same entries before recording has begun as after. Where several
+        ranks have the whole model each, the first rank's state has the open stretch.
+        """
         self._wait()
         state: dict[str, Any] = {"repr": repr(self), "num_updates": self.num_updates, "count": self._count}
-        if self._mean is not None and self._state is not None:
-            state |= {
-                "mean": self._mean.state_dict(),
-                "start": {"updates": self._start.updates, **self._start.timestamp.state_dict()},
-                "record": self._loaded or self._pinned(self._mean, self._state),
-            }
+        if self._state is None or (self._mean is None and not is_initialized()):
+            return state
+        if self._sharded:
+            self._agree()
+        state["start"] = {"updates": self._start.updates, **self._start.timestamp.state_dict()}
+        if not self._follows:
+            mean = self._mean or self._new_mean(self._state)
+            state["mean"] = mean.state_dict()
+            state["record"] = self._loaded or (self._pinned(mean, self._state) if self._mean else "")
         return state
 
-    def _pinned(self, mean: Shadow, state: State) -> dict[str, Any]:
+    def _pinned(self, mean: Shadow, state: State) -> str:
         """Return what the record refers to, and keep it; after the run the record is opened once more for that."""
         writer = self._writer or self._new_writer(mean, state)
         try:
             self._pin(writer)
-            return writer.state_dict()
+            return json.dumps(writer.state_dict())
         finally:
             if writer is not self._writer:
                 writer.close()
@@ -291,15 +368,16 @@ class Recorder(Algorithm):
             raise CheckpointError(f"the state must be that of a Recorder (got the keys {sorted(state)})")
         if self._state is None:
             raise CheckpointError("a Recorder must be in its Trainer, or attached, before a state is loaded")
-        if "record" not in state:
+        if "start" not in state:
             return
-        self._mean = Shadow(self._state.model, policy=self._policy, device=self._device)
-        self._mean.load_state_dict(state["mean"])
+        if not self._follows and state["record"]:
+            self._mean = self._new_mean(self._state)
+            self._mean.load_state_dict(state["mean"])
+            self._quarantine_warned = self._mean.num_quarantined
+            self._loaded = state["record"]
         self.num_updates, self._count = int(state["num_updates"]), int(state["count"])
         start = dict(state["start"])
         self._start = Edge(int(start.pop("updates")), Timestamp.from_state_dict(start))
-        self._quarantine_warned = self._mean.num_quarantined
-        self._loaded = state["record"]
 
 
 def _aliases(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -28,34 +29,34 @@ if TYPE_CHECKING:
 class Loan:
     """An average in a model, and what has to be given back to it.
 
-    ``Shadow.lend`` makes one. While it stands, an optimizer step over the model's parameters raises.
+    ``Shadow.lend`` makes one. While it stands, an optimizer step over the model's parameters raises. It may stand again
+    once it has ended.
 
     Args:
         model: Who gets the average, unwrapped.
         slots: Where in it.
         averages: What each of these places gets.
-        holder: Who lends, to name it in errors.
+        unmoved: Whether the model still holds the same tensors in the same places.
 
     Attributes:
-        holder: As given.
-        kept: The training weights by name, as long as the loan stands.
+        holder: Who lends, to name it in errors.
     """
 
-    def __init__(self, model: nn.Module, slots: Sequence[Slot], averages: Sequence[Tensor], holder: str) -> None:
-        self.holder = holder
-        self._model, self._slots = model, slots
+    @torch.no_grad()
+    def __init__(
+        self, model: nn.Module, slots: Sequence[Slot], averages: Sequence[Tensor], unmoved: Callable[[], bool]
+    ) -> None:
+        self.holder = ""
+        self._model, self._slots, self._averages, self._unmoved = model, slots, averages, unmoved
         # What is here of each: all that follows is done to shards beside shards, and to rows beside rows.
-        self._tensors = [rows(slot.tensor, average).detach() for slot, average in zip(slots, averages, strict=True)]
-        parts = [local(average) for average in averages]
-        # Values of one dtype change places. Others need room, and what can run out of memory comes before any change.
-        alike = [a.dtype == t.dtype and a.device == t.device for a, t in zip(parts, self._tensors, strict=True)]
-        pairs = list(zip(self._tensors, parts, alike, strict=True))
-        self._exchange = Exchange([t for t, _, same in pairs if same], [a for _, a, same in pairs if same])
-        # An average that is on another device is there for want of room on this one.
-        kept = [a if same else t.clone() if t.device == a.device else t.to(a.device) for t, a, same in pairs]
-        named = zip(slots, averages, kept, strict=True)
-        self.kept = {slot.name: sharding.beside(average, tensor) for slot, average, tensor in named}
-        self._converted = [(t, k, a) for (t, a, same), k in zip(pairs, kept, strict=True) if not same]
+        parts = [(rows(slot.tensor, a), local(a)) for slot, a in zip(slots, averages, strict=True)]
+        # Values of one dtype change places. Others need room.
+        self._alike = [a.dtype == t.dtype and a.device == t.device for t, a in parts]
+        alike = list(compress(parts, self._alike))
+        self._exchange = Exchange([t for t, _ in alike], [a for _, a in alike])
+        self._converting = [a for (_, a), same in zip(parts, self._alike, strict=True) if not same]
+        self._tensors: list[Tensor] = []
+        self._aside: list[Tensor] = []
         self._parameters = {id(slot.tensor) for slot in slots if slot.is_parameter}
         self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
         # Where the average is divided over ranks and the model is not.
@@ -63,33 +64,61 @@ class Loan:
         self._mesh = next((a.device_mesh for a in averages if is_spread(a)), None)
         self._guard: RemovableHandle | None = None
 
+    @property
+    def may_stay(self) -> bool:
+        """Whether what this keeps when it has ended is no memory of the model's."""
+        return not self._exchange.has_views
+
+    @property
+    def _converted(self) -> list[Tensor]:
+        return [tensor for tensor, same in zip(self._tensors, self._alike, strict=True) if not same]
+
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """The training weights by name, as long as the loan stands."""
+        aside = iter(self._aside)
+        found = zip(self._slots, self._averages, self._alike, strict=True)
+        return {slot.name: a if same else sharding.beside(a, next(aside)) for slot, a, same in found}
+
     @torch.no_grad()
-    def start(self) -> None:
-        """Put the average in the model. After an error or an interrupt, ``end`` puts right what was begun."""
+    def start(self, holder: str) -> None:
+        """Put the average in the model. After an error or an interrupt, ``end`` puts right what was begun.
+
+        Args:
+            holder: Who lends.
+        """
         hold_writes()
+        self.holder = holder
+        # Aliases, so that this memory stays where it is, whatever becomes of the model.
+        self._tensors = [rows(slot.tensor, a).detach() for slot, a in zip(self._slots, self._averages, strict=True)]
+        # What can run out of memory comes before any change. An average that is on another device is there for want of
+        # room on this one.
+        self._aside = [t.to(a.device, copy=True) for t, a in zip(self._converted, self._converting, strict=True)]
         _LOANS[self._model] = self
         self._guard = register_optimizer_step_pre_hook(self._refuse_step)
         self._exchange.forward()
-        for tensor, _, average in self._converted:
-            tensor.copy_(average)
+        if self._aside:
+            torch._foreach_copy_(self._converted, self._converting)
         self._gather()
 
     @torch.no_grad()
     def end(self) -> None:
         """Put the training weights back, bit for bit. It may be called again when it was interrupted."""
         self._exchange.back()
-        for tensor, kept, _ in self._converted:
-            tensor.copy_(kept)
+        if self._aside:
+            torch._foreach_copy_(self._converted, self._aside)
         self._reshard()
-        for slot, tensor, kept in zip(self._slots, self._tensors, self.kept.values(), strict=True):
+        if self._tensors and not self._unmoved():
             # The model may have been moved, or have replaced a tensor, while it held the average.
-            here = rows(slot.tensor, kept)
-            if here.data_ptr() != tensor.data_ptr():
-                here.copy_(tensor)
+            for slot, tensor, average in zip(self._slots, self._tensors, self._averages, strict=True):
+                here = rows(slot.tensor, average)
+                if here.data_ptr() != tensor.data_ptr():
+                    here.copy_(tensor)
         self._gather()
         if self._guard:
             self._guard.remove()
         _LOANS.pop(self._model, None)
+        self._tensors = self._aside = list[Tensor]()
 
     def _gather(self) -> None:
         """Let every rank have all rows where the average is divided and the model is not."""
@@ -194,6 +223,7 @@ class Shadow:
         self._copied: list[tuple[Slot, Tensor]] = []
         self._inventory: Inventory | None = None
         self._lerp: Callable[[float, int], None] | None = None
+        self._lender: Loan | None = None
         self._loan: Loan | None = None
         self._module: nn.Module | None = None
         self._follow_model()
@@ -224,7 +254,7 @@ class Shadow:
         if self._inventory is not None and self._inventory.holds():
             return
         self._wait()
-        self._inventory = self._lerp = self._offloader = None
+        self._inventory = self._lerp = self._offloader = self._lender = None
         policies = [(slot, self._policy_of(slot)) for slot in slots(self._model)]
         # What is frozen on the way goes on being averaged: its average has not arrived yet.
         held = [(s, p) for s, p in policies if p is not Policy.LEAVE or s.name in self.averages]
@@ -421,10 +451,13 @@ class Shadow:
                 "let the first be given back"
             )
         self._follow_model()
-        loan = Loan(self._model, self._slots, [self.averages[slot.name] for slot in self._slots], holder)
-        self._loan = loan
+        if self._lender is None:
+            assert self._inventory is not None
+            averages = [self.averages[slot.name] for slot in self._slots]
+            self._lender = Loan(self._model, self._slots, averages, self._inventory.holds)
+        self._loan = loan = self._lender
         try:
-            loan.start()
+            loan.start(holder)
         except BaseException:
             self.give_back()
             raise
@@ -443,6 +476,8 @@ class Shadow:
             self._loan.end()
             raise
         finally:
+            if not self._loan.may_stay:
+                self._lender = None
             self._loan = None
 
     @contextmanager
@@ -575,7 +610,7 @@ class Shadow:
         self._quarantined_before = int(state["num_quarantined"])
         self._quarantined_by_rank.clear()
         self._quarantined = torch.zeros((), dtype=torch.int64)
-        self._inventory = self._offloader = None
+        self._inventory = self._offloader = self._lender = None
         self._follow_model()
 
 

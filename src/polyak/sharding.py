@@ -7,9 +7,10 @@ torch's own classes are asked for only where somebody has imported them, which c
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
+
+T = TypeVar("T")
 
 # Bytes that one broadcast takes together: what it needs beside the tensors.
 _BUCKET_BYTES = 32 * 2**20
@@ -168,6 +171,21 @@ def divided(tensor: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", device: torc
     own = _chunks(tensor, mesh.size())[mesh.get_local_rank()]
     copy = torch.empty_like(own, dtype=dtype, device=device, requires_grad=False).copy_(own)
     return _spread(copy, mesh, [Shard(0)], tensor)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, mesh: "DeviceMesh") -> Tensor:
+    """Return a tensor to be filled, on the CPU, divided over the ranks by its first dimension if it has one.
+
+    Args:
+        shape: Of the whole.
+        dtype: Of its values.
+        mesh: The ranks; of one dimension.
+    """
+    from torch.distributed.tensor import Replicate, Shard  # noqa: PLC0415
+
+    whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    own = _chunks(whole, mesh.size())[mesh.get_local_rank()] if shape else whole
+    return _spread(torch.empty_like(own, device="cpu"), mesh, [Shard(0) if shape else Replicate()], whole)
 
 
 def _chunks(tensor: Tensor, number: int) -> list[Tensor]:
@@ -354,6 +372,41 @@ class Ranks:
         said: list[Any] = [None] * self.group.size()
         torch.distributed.all_gather_object(said, dict(facts), self.group)
         raise ShardingError(f"all ranks must agree on {what}:\n" + "\n".join(_differences("", said)))
+
+    def first(self, act: Callable[[], T]) -> T:
+        """Return what ``act`` returns on the first rank; where it fails there, all raise. All must call this.
+
+        Args:
+            act: Done by the first alone; its result must be one that can be pickled.
+
+        Raises:
+            ShardingError: On the other ranks, if it failed.
+        """
+        said: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self.rank == 0:
+            try:
+                said[0] = act()
+            except Exception as error:  # whatever it is, the others must not wait for ever
+                failure, said[1] = error, str(error)
+        torch.distributed.broadcast_object_list(said, group=self.group, group_src=0, device=self.device)
+        if failure is not None:
+            raise failure
+        if said[1] is not None:
+            raise ShardingError(f"the first rank must succeed for all, and it failed: {said[1]}")
+        return said[0]
+
+    def apart(self) -> "Ranks":
+        """Return the same ranks in a group of their own, for a thread beside training's. All must call this."""
+        members = torch.distributed.get_process_group_ranks(self.group)
+        group = torch.distributed.new_group(members, backend="gloo", use_local_synchronization=True)
+        assert isinstance(group, torch.distributed.ProcessGroup)  # every caller is a member
+        return Ranks(group, torch.device("cpu"), self.replicas)
+
+    def disband(self) -> None:
+        """Let go of a group that ``apart`` made."""
+        with suppress(ValueError):  # it went when all groups did
+            torch.distributed.destroy_process_group(self.group)
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors with those of the first rank. All must take part.

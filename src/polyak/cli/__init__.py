@@ -9,20 +9,19 @@ from typing import NoReturn, TextIO
 
 import polyak
 from polyak.cli import convert, demo, inspect, reconstruct, sweep
-from polyak.cli.command import Command
+from polyak.cli.command import REFUSED, Command
 from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
 
 COMMANDS: tuple[Command, ...] = (convert, demo, inspect, reconstruct, sweep)
 
 _INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
-_REFUSED = 2
 
 
 class _Parser(argparse.ArgumentParser):
     """A parser that refuses in one line, and lays out its help as it is written."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(_REFUSED, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(REFUSED, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return arguments.run(arguments)
         except (PolyakError, OSError) as error:
             _say(f"{name}: {error}")
-            return _REFUSED
+            return REFUSED
         except KeyboardInterrupt:
             _say(f"{name}: interrupted; the same command goes on from where it was")
             return _INTERRUPTED

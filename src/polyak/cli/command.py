@@ -37,6 +37,9 @@ class Command(Protocol):
         ...
 
 
+REFUSED = 2  # the exit code
+
+
 class UsageError(PolyakError, ValueError):
     """What was asked cannot be done; the message is one line."""
 

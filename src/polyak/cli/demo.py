@@ -4,26 +4,29 @@ A small network learns scikit-learn's digits while 30 % of its training labels
 are wrong. Its weights never come to rest; their exponential moving average
 does. Both are evaluated on clean test digits all along. It takes a few seconds
 on a CPU. Stop it at any moment: the same command goes on to the same result.
+Under torchrun several processes train together, each on its part of a batch.
 """
 
 import shutil
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 import polyak
-from polyak.cli.command import UsageError, require, span, whole
+from polyak.cli.command import REFUSED, UsageError, require, span, whole
 from polyak.cli.folder import RunFolder, replacing
 from polyak.cli.recipe import NUM_VALIDATION, RECORD_INTERVAL, Digits, build_trainer, load_data, measure
 from polyak.ema import EMA
-from polyak.errors import ProfileError
+from polyak.errors import PlanWarning, ProfileError, QuarantineWarning, ShardingError
 from polyak.posthoc import Record
 from polyak.profiles import HalfLife
 from polyak.record import TensorInfo, write_tensors
@@ -32,6 +35,7 @@ from polyak.report.swept import swept
 from polyak.sweeping import best, sweep
 from polyak.time import Time, TimeUnit
 from polyak.trainer import CheckpointSaver, JSONLinesLogger, ProgressBar
+from polyak.trainer.parallel import Group, join
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,6 +66,7 @@ examples:
   polyak demo --half-life 10ba --out short   forget half within ten steps
   polyak demo --half-life 1000ba --out long  still remember the first weights
   polyak demo --seed 1 --out another         other digits, labels and weights
+  torchrun --nproc-per-node 2 -m polyak demo --out two     on two processes
 """
 
 
@@ -99,26 +104,42 @@ def run(arguments: Namespace) -> int:
     require("cli", {"sklearn": "scikit-learn", "rich": "rich", "matplotlib": "matplotlib"})
     from rich.console import Console  # noqa: PLC0415  an extra
 
-    console = Console(highlight=False)
+    parallelism: Literal["ddp"] | None = "ddp" if torch.distributed.is_torchelastic_launched() else None
+    group = join(parallelism, "cpu")
+    console = Console(highlight=False, quiet=group.rank > 0)
+    if group.rank > 0:  # the first says what is to be said
+        for category in (PlanWarning, QuarantineWarning):
+            warnings.simplefilter("ignore", category)
     digits = Digits(arguments.seed, arguments.steps, arguments.half_life)
     folder = RunFolder(arguments.out)
-    with folder.locked():
-        folder.begin(
-            {"--seed": digits.seed, "--half-life": str(digits.half_life), "--steps": digits.steps},
-            f"flipped={digits.flipped} lr={digits.lr} batch_size={digits.batch_size} "
-            f"validation={NUM_VALIDATION} record={RECORD_INTERVAL}",
-            may_grow=None if digits.half_life.unit is TimeUnit.DURATION else "--steps",
-        )
+    with ExitStack() as held:
+        try:
+            group.once("begin", lambda: _begin(digits, folder, held))
+        except ShardingError:
+            return REFUSED
         console.print(
             f"Digits, {digits.flipped:.0%} of the training labels wrong. A small network, SGD at a constant learning "
             f"rate, EMA with half-life {digits.half_life}, seed {digits.seed}."
         )
-        if folder.complete:
+        if group.first(folder.complete):
             console.print(f"{digits.steps} steps are done already; nothing was trained.")
         else:
-            _train(digits, folder, console)
-        _show(_final(read_curves(folder.metrics), digits, folder), _choose(digits, folder, console), folder, console)
+            _train(digits, folder, console, group, parallelism)
+        if group.rank == 0:
+            _show(
+                _final(read_curves(folder.metrics), digits, folder), _choose(digits, folder, console), folder, console
+            )
     return 0
+
+
+def _begin(digits: Digits, folder: RunFolder, held: ExitStack) -> None:
+    held.enter_context(folder.locked())
+    folder.begin(
+        {"--seed": digits.seed, "--half-life": str(digits.half_life), "--steps": digits.steps},
+        f"flipped={digits.flipped} lr={digits.lr} batch_size={digits.batch_size} "
+        f"validation={NUM_VALIDATION} record={RECORD_INTERVAL}",
+        may_grow=None if digits.half_life.unit is TimeUnit.DURATION else "--steps",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,24 +160,31 @@ class _Accuracies(ProgressBar):
         super().log_metrics({self._NAMES[n]: 100 * v for n, v in metrics.items() if n in self._NAMES}, step)
 
 
-def _train(digits: Digits, folder: RunFolder, console: "Console") -> None:
+def _train(
+    digits: Digits, folder: RunFolder, console: "Console", group: Group, parallelism: Literal["ddp"] | None
+) -> None:
     # Threads cost more than they bring in a network of this size, and their number could change the last bits.
     torch.set_num_threads(1)
     saver = CheckpointSaver(folder.checkpoints, "100ba", keep=2)
-    if saver.latest() is None and folder.record.exists():
-        shutil.rmtree(folder.record)  # of a run that was killed before it could be gone on with
+    if group.first(saver.latest() is None and folder.record.exists()):
+        # Of a run that was killed before it could be gone on with.
+        group.once("remove the record of a run that was killed", lambda: shutil.rmtree(folder.record))
     trainer, ema = build_trainer(
         digits,
         callbacks=[saver],
         loggers=[JSONLinesLogger(folder.metrics), _Accuracies()],
         record=folder.record,
         autoresume=True,
+        parallelism=parallelism,
     )
+    if group.size > 1:
+        console.print(f"{group.size} processes train together.")
     if begun := trainer.state.timestamp.batch.value:
         console.print(f"Going on after {begun} of {digits.steps} steps, from {saver.latest()}.")
     trainer.fit()
-    (folder.sweep / "report.html").unlink(missing_ok=True)  # of a shorter run
-    _write(digits, folder, ema)
+    if group.rank == 0:
+        (folder.sweep / "report.html").unlink(missing_ok=True)  # of a shorter run
+        _write(digits, folder, ema)
 
 
 def _write(digits: Digits, folder: RunFolder, ema: EMA) -> None:

@@ -70,6 +70,7 @@ def _describe(record: Record, *, verified: bool) -> dict[str, Any]:
         "to": None,
         "max_duration": None if record.max_duration is None else str(record.max_duration),
         "stretches": len(stretches),
+        "in_parts": sum(stretch.sharded for stretch in stretches),
         "per_level": manifest.per_level,
         "levels": [_level(level, stretches) for level in sorted({one.level for one in stretches}, reverse=True)],
         "size_bytes": sum(stretch.size_bytes for stretch in stretches),
@@ -143,7 +144,11 @@ def _show(plain: dict[str, Any]) -> None:
     table.add_row("tensors", f"{tensors['averaged']} averaged, {tensors['last_value']} with their last value{tied}")
     dtypes = ", ".join(tensors["dtypes"])
     table.add_row("numbers averaged", f"{tensors['averaged_numbers']:,} as {dtypes}")
-    table.add_row("size", f"{size(plain['size_bytes'])} in {plain['stretches']} files")
+    files = f"{plain['stretches']} files"
+    if plain["in_parts"]:
+        of_them = "" if plain["in_parts"] == plain["stretches"] else f" in {plain['in_parts']} of them"
+        files = f"{plain['stretches']} stretches, a file of each rank{of_them}"
+    table.add_row("size", f"{size(plain['size_bytes'])} in {files}")
     if finest:
         table.add_row("finest half-life", f"{finest['updates']:,} updates, {_number(finest['ba'])}ba")
     pins = ", ".join(f"{name} ({pin['path'] or 'no path'})" for name, pin in plain["pins"].items())

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,7 @@ def build_trainer(
     eval_interval: str = "10ba",
     record: Path | None = None,
     autoresume: bool = False,
+    parallelism: Literal["ddp"] | None = None,
 ) -> tuple[Trainer, EMA]:
     """Return what trains it, on the CPU, and the average that will be kept.
 
@@ -159,6 +160,7 @@ def build_trainer(
         eval_interval: As for ``Trainer``. Both raw and averaged weights are evaluated.
         record: Where to record the run, if at all.
         autoresume: As for ``Trainer``.
+        parallelism: As for ``Trainer``.
     """
     train, _, test = load_data(digits)
     with torch.random.fork_rng(devices=[]):
@@ -191,5 +193,6 @@ def build_trainer(
         seed=digits.seed,
         progress_bar=False,
         autoresume=autoresume,
+        parallelism=parallelism,
     )
     return trainer, ema

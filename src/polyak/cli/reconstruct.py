@@ -74,7 +74,7 @@ def run(arguments: Namespace) -> int:
         profile = HalfLife(profile.span, unbiased=True)
     record = Record(arguments.record)
     output = arguments.output
-    if output.is_dir() or output.resolve().parent == record.folder.resolve():
+    if output.is_dir() or record.folder.resolve() in output.resolve().parents:
         raise UsageError(f"-o must be a file outside the record, and no folder (got {output}); choose another")
     record.export(profile, output, arguments.at, dtype=_DTYPES.get(arguments.dtype or ""))
     with safe_open(output, framework="pt") as file:

@@ -343,6 +343,11 @@ class Exchange:
             (dtype, device): torch.empty(size, dtype=dtype, device=device) for (dtype, device), size in largest.items()
         }
 
+    @property
+    def has_views(self) -> bool:
+        """Whether this keeps the memory of its tensors, which so outlasts them."""
+        return bool(self._buckets)
+
     def forward(self) -> None:
         """Swap what has not been swapped yet."""
         while self._done < 3 * len(self._buckets):

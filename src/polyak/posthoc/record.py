@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from polyak.posthoc.fitting import Fit, error_estimate, finest, fit, warn_of_error
 from polyak.profiles import Profile
 from polyak.record import (
+    Box,
     Stretch,
     StretchFile,
     TensorInfo,
@@ -20,6 +22,7 @@ from polyak.record import (
     disk_errors,
     load_manifest,
     open_stretch,
+    whole,
     write_tensors,
 )
 from polyak.time import Time
@@ -200,8 +203,8 @@ class Record:
             products = torch.zeros(pairs, pairs, dtype=torch.float64)
             with self._opened(self.stretches) as files:
                 for name, info in self.tensors.items():
-                    if info.averaged and pairs:
-                        _add_inner_products(products, [_flat(file.read(name)) for file in files])
+                    for box in _boxes(info.shape, _CHUNK // len(files)) if info.averaged and pairs else ():
+                        _add_inner_products(products, [_flat(file.read(name, box)) for file in files])
             self._products = products.tolist()
         return self._products
 
@@ -221,6 +224,16 @@ def _combined(files: Sequence[StretchFile], name: str, info: TensorInfo, coeffic
         if coefficient:
             total.add_(file.read(name), alpha=coefficient)
     return total
+
+
+def _boxes(shape: tuple[int, ...], most: int) -> Iterator[Box | None]:
+    """Yield what to read of a tensor at a time: all of it, or as many of its rows as have about ``most`` numbers."""
+    if prod(shape) <= most:
+        yield None
+        return
+    rows = max(1, most // prod(shape[1:]))
+    for at in range(0, shape[0], rows):
+        yield slice(at, min(at + rows, shape[0])), *whole(shape[1:])
 
 
 def _flat(tensor: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 ``docs/record-format.md`` describes the format. What can be read out of a record is in ``polyak.posthoc``.
 """
 
-from polyak.record.files import StretchFile, check_content, open_stretch, write_tensors
+from polyak.record.files import Box, StretchFile, check_content, disk_errors, open_stretch, whole, write_tensors
 from polyak.record.manifest import Edge, Manifest, Pin, RecordError, Stretch, TensorInfo, load_manifest
-from polyak.record.store import Writer, disk_errors
+from polyak.record.store import Writer
 
 __all__ = [
+    "Box",
     "Edge",
     "Manifest",
     "Pin",
@@ -20,5 +21,6 @@ __all__ = [
     "disk_errors",
     "load_manifest",
     "open_stretch",
+    "whole",
     "write_tensors",
 ]

@@ -2,15 +2,21 @@
 
 The format is public: eight bytes with the length of a JSON header, the header, then the raw tensors. safetensors' own
 writers want all tensors in memory at once; its reader is used as it is.
+
+A stretch is one file, or, where several ranks have written it together, a folder with a file for the part of each.
 """
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +25,65 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polyak.record.manifest import DTYPE_NAMES, RecordError, Stretch, TensorInfo
+
+# What of a tensor: for each dimension a slice with a start and a stop, as it is indexed.
+Box = tuple[slice, ...]
+# Gives a box of a tensor, or all of it for None; what is written comes from one, which is open meanwhile.
+Read = Callable[[str, Box | None], Tensor]
+Source = AbstractContextManager[Read]
+
+# At the end of the names of what is not complete yet.
+PASSING = ".tmp"
+# In the folder of a stretch: its parts, with the size and hash of each.
+PARTS = "parts.json"
+_PART = re.compile(r"\d{5,}\.safetensors")
+# How torch.distributed.checkpoint says in a safetensors file where in the whole tensors its own begin.
+PLACES = "DCP_SHARDING_INFO"
+OFFSETS = "saved_offsets"
+
+_ADVICE = {
+    errno.ENOSPC: "make room on the disk",
+    errno.EDQUOT: "make room within the quota",
+    errno.EACCES: "make the folder writable, or record to another",
+    errno.EPERM: "make the folder writable, or record to another",
+    errno.EROFS: "record to a disk that can be written",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A stretch that is on disk under a passing name.
+
+    Args:
+        path: That name.
+        size_bytes: As in ``Stretch``.
+        sha256: As in ``Stretch``.
+        sharded: As in ``Stretch``.
+    """
+
+    path: Path
+    size_bytes: int
+    sha256: str
+    sharded: bool
+
+
+@contextmanager
+def disk_errors(doing: str) -> Iterator[None]:
+    """Turn what the disk refuses within a ``with`` block into a ``RecordError`` that says what to do.
+
+    Args:
+        doing: What was being done.
+
+    Raises:
+        RecordError: In place of an ``OSError``.
+    """
+    try:
+        yield
+    except RecordError:
+        raise
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, "see to the disk")
+        raise RecordError(f"{doing} failed: {error}. What was there before is as it was: {advice} and go on") from error
 
 
 def _layout(tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -84,6 +149,22 @@ def write_tensors(
         raise
 
 
+def flush_folder(folder: Path) -> None:
+    """See that the names in a folder are on disk.
+
+    Args:
+        folder: Which.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @torch.no_grad()
 def _cast(name: str, tensor: Tensor, info: TensorInfo) -> Tensor:
     assert tuple(tensor.shape) == info.shape, (name, tensor.shape, info)
@@ -96,28 +177,72 @@ def _cast(name: str, tensor: Tensor, info: TensorInfo) -> Tensor:
     return cast
 
 
-class StretchFile:
-    """A stretch's file, open for reading. ``open_stretch`` makes it.
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What one file holds of a tensor: all of it, or a box."""
+
+    handle: Any
+    box: Box
+
+
+def whole(shape: Sequence[int]) -> Box:
+    """Return the box that is all of a tensor.
 
     Args:
-        handle: Of safetensors.
+        shape: Of the tensor.
+    """
+    return tuple(slice(0, size) for size in shape)
+
+
+class StretchFile:
+    """A stretch, open for reading. ``open_stretch`` makes it.
+
+    Args:
+        tensors: What is in it.
+        pieces: Where, by name.
     """
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, tensors: Mapping[str, TensorInfo], pieces: Mapping[str, Sequence[_Piece]]) -> None:
+        self._tensors = tensors
+        self._pieces = pieces
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor, backed by the file: do not write to it.
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """Return a tensor, backed by the file if it lies in one: do not write to it.
 
         Args:
             name: Which.
+            box: What of it; None for all.
         """
-        return self._handle.get_tensor(name)
+        pieces = self._pieces[name]
+        if box is None and len(pieces) == 1:
+            return pieces[0].handle.get_tensor(name)
+        info = self._tensors[name]
+        box = whole(info.shape) if box is None else box
+        found = [(piece, common) for piece in pieces if (common := _common(piece.box, box)) is not None]
+        if len(found) == 1:
+            return _slice(*found[0], name)
+        result = torch.empty([side.stop - side.start for side in box], dtype=info.dtype)
+        for piece, common in found:
+            result[_seen_from(common, box)] = _slice(piece, common, name)
+        return result
+
+
+def _slice(piece: _Piece, box: Box, name: str) -> Tensor:
+    return piece.handle.get_slice(name)[_seen_from(box, piece.box)]
+
+
+def _seen_from(box: Box, outer: Box) -> Box:
+    return tuple(slice(i.start - o.start, i.stop - o.start) for i, o in zip(box, outer, strict=True))
+
+
+def _common(a: Box, b: Box) -> Box | None:
+    common = tuple(slice(max(i.start, j.start), min(i.stop, j.stop)) for i, j in zip(a, b, strict=True))
+    return common if all(side.start < side.stop for side in common) else None
 
 
 @contextmanager
 def open_stretch(folder: Path, stretch: Stretch, tensors: Mapping[str, TensorInfo]) -> Iterator[StretchFile]:
-    """Open a stretch's file for the length of a ``with`` block, and see that it is what the manifest says.
+    """Open a stretch for the length of a ``with`` block, and see that it is what the manifest says.
 
     Args:
         folder: Of the record.
@@ -125,52 +250,101 @@ def open_stretch(folder: Path, stretch: Stretch, tensors: Mapping[str, TensorInf
         tensors: What must be in it.
 
     Raises:
-        RecordError: If it is missing, truncated, or another file.
+        RecordError: If it is missing, truncated, or another one.
     """
     path = folder / stretch.file
-    check_size(folder, stretch)
+    files = check_size(folder, stretch)
     try:
-        with safe_open(path, framework="pt") as handle:
-            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (a method, not a dict)
-            found = {name: (one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()}
-            expected = {name: (DTYPE_NAMES[info.dtype], info.shape) for name, info in tensors.items()}
-            if found != expected:
-                wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
-                raise RecordError(
-                    f"{path} must hold the tensors of its manifest (other are {wrong[:5]}): it is foreign"
-                )
-            del slices
-            yield StretchFile(handle)
+        with ExitStack() as stack:
+            handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+            yield StretchFile(tensors, _pieces(path, handles, tensors))
     except SafetensorError as error:
         raise RecordError(f"{path} must be a safetensors file ({error}): restore it from a copy") from error
 
 
-def check_size(folder: Path, stretch: Stretch) -> None:
-    """See that a stretch's file is there and has its full size.
+def _pieces(path: Path, handles: Sequence[Any], tensors: Mapping[str, TensorInfo]) -> dict[str, list[_Piece]]:
+    """Return where each tensor lies; see that all of it is there."""
+    pieces: dict[str, list[_Piece]] = {name: [] for name in tensors}
+    wrong = set[str]()
+    for handle in handles:
+        places = json.loads((handle.metadata() or {}).get(PLACES, "{}"))
+        for name in handle.keys():  # noqa: SIM118 (a method, not a dict)
+            here, info = handle.get_slice(name), tensors.get(name)
+            box = whole(here.get_shape())
+            if name in places:
+                box = tuple(slice(at, at + b.stop) for at, b in zip(places[name][OFFSETS], box, strict=True))
+            if info is None or here.get_dtype() != DTYPE_NAMES[info.dtype] or not _within(box, info.shape):
+                wrong.add(name)
+            else:
+                pieces[name].append(_Piece(handle, box))
+    # What was written does not overlap: if there are as many numbers as there must be, all are there.
+    wrong |= {name for name, info in tensors.items() if sum(map(_size, pieces[name])) != prod(info.shape)}
+    if wrong:
+        raise RecordError(
+            f"{path} must hold the tensors of its manifest (other are {sorted(wrong)[:5]}): it is foreign"
+        )
+    return pieces
 
-    Args:
-        folder: Of the record.
-        stretch: Which.
 
-    Raises:
-        RecordError: If not.
-    """
+def _size(piece: _Piece) -> int:
+    return prod(side.stop - side.start for side in piece.box)
+
+
+def _within(box: Box, shape: tuple[int, ...]) -> bool:
+    return len(box) == len(shape) and all(0 <= b.start <= b.stop <= size for b, size in zip(box, shape, strict=True))
+
+
+def _listed(folder: Path, stretch: Stretch) -> dict[Path, tuple[int, str]]:
+    """Return the files of a stretch, and the size and the hash that each must have."""
     path = folder / stretch.file
+    if not stretch.sharded:
+        return {path: (stretch.size_bytes, stretch.sha256)}
+    with _missing(path / PARTS):
+        text = (path / PARTS).read_bytes()
+    if hashlib.sha256(text).hexdigest() != stretch.sha256:
+        raise RecordError(
+            f"{path / PARTS} must have the SHA-256 in the manifest: it is damaged, restore it from a copy"
+        )
+    parts = json.loads(text)
+    if not all(_PART.fullmatch(name) for name in parts):
+        raise RecordError(f"{path / PARTS} must name the files beside it (got {sorted(parts)[:5]})")
+    return {path / name: (part["size_bytes"], part["sha256"]) for name, part in parts.items()}
+
+
+@contextmanager
+def _missing(path: Path) -> Iterator[None]:
     try:
-        size_bytes = path.stat().st_size
+        yield
     except OSError as error:
         raise RecordError(
             f"{path} cannot be opened ({error.strerror}). If a run is writing this record it may just have merged the "
             "file: open the record again. Otherwise restore the file from a copy"
         ) from error
-    if size_bytes != stretch.size_bytes:
-        raise RecordError(
-            f"{path} must have {stretch.size_bytes} bytes (got {size_bytes}): it is damaged, restore it from a copy"
-        )
+
+
+def check_size(folder: Path, stretch: Stretch) -> list[Path]:
+    """See that the files of a stretch are there and have their full size, and return them.
+
+    Args:
+        folder: Of the record.
+        stretch: Which.
+
+    Raises:
+        RecordError: If not.
+    """
+    files = _listed(folder, stretch)
+    for path, (expected, _) in files.items():
+        with _missing(path):
+            size_bytes = path.stat().st_size
+        if size_bytes != expected:
+            raise RecordError(
+                f"{path} must have {expected} bytes (got {size_bytes}): it is damaged, restore it from a copy"
+            )
+    return list(files)
 
 
 def check_content(folder: Path, stretch: Stretch) -> None:
-    """See that a stretch's file holds what was written, by its hash.
+    """See that the files of a stretch hold what was written, by their hashes.
 
     Args:
         folder: Of the record.
@@ -180,7 +354,9 @@ def check_content(folder: Path, stretch: Stretch) -> None:
         RecordError: If not.
     """
     check_size(folder, stretch)
-    path = folder / stretch.file
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != stretch.sha256:
-            raise RecordError(f"{path} must have the SHA-256 in the manifest: it is damaged, restore it from a copy")
+    for path, (_, sha256) in _listed(folder, stretch).items():
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise RecordError(
+                    f"{path} must have the SHA-256 in the manifest: it is damaged, restore it from a copy"
+                )

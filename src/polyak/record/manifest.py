@@ -42,7 +42,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-STRETCH_FILE = re.compile(r"\d{10,20}-\d{10,20}-[0-9a-f]{16}\.safetensors")
+STRETCH_FILE = re.compile(r"\d{10,20}-\d{10,20}-[0-9a-f]{16}(\.safetensors)?")
 _COUNTERS = (
     TimeUnit.ITERATION,
     TimeUnit.EPOCH,
@@ -126,8 +126,9 @@ class Stretch:
         start: Where it begins.
         end: Where it ends.
         level: How often what is in it was merged.
-        size_bytes: Size of its file.
-        sha256: Hash of its file, in hexadecimal.
+        size_bytes: Size of its file, or of its parts together.
+        sha256: Hash of its file, or of the list of its parts, in hexadecimal.
+        sharded: Whether it lies in parts, in a folder, as several ranks have written it together.
     """
 
     start: Edge
@@ -135,6 +136,7 @@ class Stretch:
     level: int
     size_bytes: int
     sha256: str
+    sharded: bool = False
 
     @property
     def num_updates(self) -> int:
@@ -143,8 +145,9 @@ class Stretch:
 
     @property
     def file(self) -> str:
-        """Name of its file. It follows from the content, so that a name never stands for two contents."""
-        return f"{self.start.updates:010d}-{self.end.updates:010d}-{self.sha256[:16]}.safetensors"
+        """Name of its file or folder. It follows from the content: a name never stands for two contents."""
+        name = f"{self.start.updates:010d}-{self.end.updates:010d}-{self.sha256[:16]}"
+        return name if self.sharded else f"{name}.safetensors"
 
     def to_plain(self) -> dict[str, Any]:
         """Return the entry of the manifest."""
@@ -175,6 +178,7 @@ class Stretch:
             _count(entry["level"], f"{where}.level"),
             _count(entry["size_bytes"], f"{where}.size_bytes"),
             _string(entry["sha256"], f"{where}.sha256"),
+            sharded=not _string(entry["file"], f"{where}.file").endswith(".safetensors"),
         )
         _require(
             _SHA256.fullmatch(stretch.sha256) is not None,

@@ -5,19 +5,32 @@ one step. Whatever happens in between, the record on disk is the one before or t
 names are deleted afterwards, or when the next writer opens the record.
 """
 
-import errno
+import hashlib
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from polyak.errors import MismatchError
-from polyak.record.files import check_size, open_stretch, write_tensors
+from polyak.record.files import (
+    PASSING,
+    Box,
+    Read,
+    Source,
+    Written,
+    check_size,
+    disk_errors,
+    flush_folder,
+    open_stretch,
+    write_tensors,
+)
 from polyak.record.lock import Lock
 from polyak.record.manifest import (
     MANIFEST,
@@ -30,39 +43,66 @@ from polyak.record.manifest import (
     TensorInfo,
     load_manifest,
 )
+from polyak.sharding import Ranks, local
 from polyak.time import Time
 
-_PASSING = ".tmp"
-_ADVICE = {
-    errno.ENOSPC: "make room on the disk",
-    errno.EDQUOT: "make room within the quota",
-    errno.EACCES: "make the folder writable, or record to another",
-    errno.EPERM: "make the folder writable, or record to another",
-    errno.EROFS: "record to a disk that can be written",
-}
+if TYPE_CHECKING:
+    from polyak.record.together import Together
+
+T = TypeVar("T")
+
+# Of one writer alone, and of several together.
+_PASSING_STRETCH = re.compile(rf"stretch(-[0-9a-f]+)?{re.escape(PASSING)}")
 
 
-@contextmanager
-def disk_errors(doing: str) -> Iterator[None]:
-    """Turn what the disk refuses within a ``with`` block into a ``RecordError`` that says what to do.
+class Alone:
+    """The only process that writes a record; ``together.Together`` is many."""
 
-    Args:
-        doing: What was being done.
+    is_first = True
 
-    Raises:
-        RecordError: In place of an ``OSError``.
-    """
-    try:
-        yield
-    except RecordError:
-        raise
-    except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "see to the disk")
-        raise RecordError(f"{doing} failed: {error}. What was there before is as it was: {advice} and go on") from error
+    def first(self, act: Callable[[], T]) -> T:
+        """Return what ``act`` returns.
+
+        Args:
+            act: What one must do alone.
+        """
+        return act()
+
+    def agree(self, what: str, facts: Mapping[str, Any]) -> None:
+        """Agree with oneself."""
+
+    def write(
+        self,
+        folder: Path,
+        tensors: Mapping[str, TensorInfo],
+        like: Mapping[str, Tensor],
+        source: Source,
+        metadata: Mapping[str, str],
+    ) -> Written:
+        """Write a stretch under a passing name, and see that it is on disk.
+
+        Args:
+            folder: Of the record.
+            tensors: What is written.
+            like: Not used.
+            source: Gives the values.
+            metadata: For the header.
+        """
+        del like
+        path = folder / f"stretch{PASSING}"
+        with source as read:
+            size_bytes, sha256 = write_tensors(path, tensors, lambda name: read(name, None), metadata)
+        return Written(path, size_bytes, sha256, sharded=False)
+
+    def close(self) -> None:
+        """Have nothing to let go."""
 
 
 class Writer:
     """Writes the record in a folder. One at a time; for use by one thread.
+
+    Ranks that write one together each have a ``Writer`` and make the same calls. Each writes its part of a stretch; the
+    first does the rest.
 
     Args:
         folder: Where the record is, or will be.
@@ -70,11 +110,13 @@ class Writer:
         per_level: Stretches of one level that are kept beside the two that merge next, at least 1; None merges none.
         max_duration: The length of the run, if known.
         aliases: Further names of tied tensors, and the name that each is kept under.
+        ranks: That write it together, in a group that is this writer's alone; None for one process.
 
     Raises:
         RecordError: If another writer is at it, the folder cannot be written, or holds a record that cannot be read,
             or one with another ``per_level``.
         MismatchError: If the record that is there keeps other tensors.
+        ShardingError: If another rank has failed, keeps other tensors or does not see the same folder.
 
     Example:
         >>> tensors = {"weight": TensorInfo(torch.float32, (2,), averaged=True)}
@@ -93,18 +135,34 @@ class Writer:
         per_level: int | None = 4,
         max_duration: Time | None = None,
         aliases: Mapping[str, str] | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        wanted = Manifest(dict(tensors), per_level, max_duration, dict(aliases or {}))
         self.folder = Path(folder)
+        self._lock: Lock | None = None
+        self._writers = Alone() if ranks is None else _together(ranks)
+        try:
+            wanted = Manifest(dict(tensors), per_level, max_duration, dict(aliases or {}))
+            self._manifest = self._writers.first(lambda: self._opened(wanted))
+            self._writers.agree(f"the record in {self.folder}", self._facts(wanted))
+        except BaseException:
+            self.close()
+            raise
+
+    def _opened(self, wanted: Manifest) -> Manifest:
         with disk_errors(f"opening {self.folder} to record"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.folder)
-        try:
-            with disk_errors(f"opening {self.folder} to record"):
-                self._manifest = self._open(wanted)
-        except BaseException:
-            self._lock.release()
-            raise
+            return self._open(wanted)
+
+    def _facts(self, wanted: Manifest) -> dict[str, Any]:
+        """Return what all ranks must say alike: what is to be kept, and what they see in the folder."""
+        path = self.folder / MANIFEST
+        return {
+            "sha256 of its manifest": hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None,
+            "per_level": wanted.per_level,
+            "tensors": {name: str(info) for name, info in wanted.tensors.items()},
+            "aliases": wanted.aliases,
+        }
 
     def _open(self, wanted: Manifest) -> Manifest:
         if not (self.folder / MANIFEST).exists():
@@ -114,7 +172,7 @@ class Writer:
                     f"{self.folder} must have a {MANIFEST} for its {len(lost)} stretches: restore it from a copy, or "
                     "record to another folder"
                 )
-            self._commit(wanted)
+            self._replace(wanted)
             return wanted
         found = load_manifest(self.folder)
         _check_same(self.folder, found, wanted)
@@ -136,16 +194,18 @@ class Writer:
 
         Args:
             tensors: The means over the updates after ``start``, up to and including ``end``; of the tensors that are
-                not averaged, their values at ``end``. On any device.
+                not averaged, their values at ``end``. On any device. Several ranks give what is spread over them so.
             start: Where the record ends so far; on an empty record, update 0.
             end: Where the stretch ends.
 
         Raises:
             RecordError: If the stretch does not follow on the record, or the disk refuses.
             MismatchError: If the tensors are not those of the record.
+            ShardingError: If the ranks that write together give different stretches.
         """
         manifest = self._manifest
         _check_tensors(manifest.tensors, tensors)
+        self._writers.agree("the stretch to be written", {"start": start.updates, "end": end.updates})
         if manifest.stretches:
             last = manifest.stretches[-1].end
             if start.updates != last.updates:
@@ -156,8 +216,8 @@ class Writer:
                 )
             start = last  # the same moment, which a host may by now call the start of the next epoch
         with self._failing_cleanly(f"adding a stretch to {self.folder}"):
-            stretch = self._write(tensors.__getitem__, start, end, level=0)
-            stretches = self._merge([*manifest.stretches, stretch])
+            stretch = self._write(_given(tensors), tensors, start, end, level=0)
+            stretches = self._merge([*manifest.stretches, stretch], tensors)
             self._commit(replace(manifest, stretches=tuple(stretches)))
         return stretch
 
@@ -178,6 +238,11 @@ class Writer:
         stretches = tuple(Stretch.from_plain(one, f"stretches[{i}]") for i, one in enumerate(entries))
         if stretches == self.stretches:
             return
+        self._writers.first(lambda: self._check_sizes(stretches))
+        with self._failing_cleanly(f"rewinding {self.folder}"):
+            self._commit(replace(self._manifest, stretches=stretches))
+
+    def _check_sizes(self, stretches: Sequence[Stretch]) -> None:
         try:
             for stretch in stretches:
                 check_size(self.folder, stretch)
@@ -186,8 +251,6 @@ class Writer:
                 f"{self.folder} can be rewound only to a checkpoint whose files it still has; it is pinned to "
                 f"{sorted(self.pins)}: resume from one of these, or record to another folder ({error})"
             ) from error
-        with self._failing_cleanly(f"rewinding {self.folder}"):
-            self._commit(replace(self._manifest, stretches=stretches))
 
     def pin(self, name: str, path: str | Path | None = None) -> None:
         """Keep the files that the record now consists of until ``unpin``.
@@ -220,13 +283,17 @@ class Writer:
         Raises:
             RecordError: If the disk refuses.
         """
-        self._set_pins(
-            {name: pin for name, pin in self.pins.items() if pin.path is None or (self.folder / pin.path).exists()}
+        there = self._writers.first(
+            lambda: {n: pin for n, pin in self.pins.items() if pin.path is None or (self.folder / pin.path).exists()}
         )
+        self._set_pins(there)
 
     def close(self) -> None:
         """Let the next writer in. What was appended is already on disk."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+        self._writers.close()
 
     def __enter__(self) -> Self:
         return self
@@ -239,48 +306,68 @@ class Writer:
             with self._failing_cleanly(f"changing the pins of {self.folder}"):
                 self._commit(replace(self._manifest, pins=dict(pins)))
 
-    def _merge(self, stretches: list[Stretch]) -> list[Stretch]:
+    def _merge(self, stretches: list[Stretch], like: Mapping[str, Tensor]) -> list[Stretch]:
         """Merge what has aged, after one more of level 0."""
         level = 0
         while (i := due([stretch.level for stretch in stretches], level, self._manifest.per_level)) is not None:
-            stretches = [*stretches[:i], self._merged(*stretches[i : i + 2]), *stretches[i + 2 :]]
+            merged = self._merged(stretches[i], stretches[i + 1], like)
+            stretches = [*stretches[:i], merged, *stretches[i + 2 :]]
             level += 1
         return stretches
 
-    def _merged(self, older: Stretch, newer: Stretch) -> Stretch:
+    def _merged(self, older: Stretch, newer: Stretch, like: Mapping[str, Tensor]) -> Stretch:
+        return self._write(self._mean(older, newer), like, older.start, newer.end, level=older.level + 1)
+
+    @contextmanager
+    def _mean(self, older: Stretch, newer: Stretch) -> Iterator[Read]:
         infos = self._manifest.tensors
         with open_stretch(self.folder, older, infos) as old, open_stretch(self.folder, newer, infos) as new:
 
-            def read(name: str) -> Tensor:
+            def read(name: str, box: Box | None) -> Tensor:
                 if not infos[name].averaged:
-                    return new.read(name)
+                    return new.read(name, box)
                 exact = torch.complex128 if infos[name].dtype.is_complex else torch.float64
-                total = old.read(name).to(exact).mul_(older.num_updates)
-                total.add_(new.read(name), alpha=newer.num_updates)
+                total = old.read(name, box).to(exact).mul_(older.num_updates)
+                total.add_(new.read(name, box), alpha=newer.num_updates)
                 return total.div_(older.num_updates + newer.num_updates)
 
-            return self._write(read, older.start, newer.end, level=older.level + 1)
+            yield read
 
-    def _write(self, read: Callable[[str], Tensor], start: Edge, end: Edge, *, level: int) -> Stretch:
-        passing = self.folder / f"stretch{_PASSING}"
+    def _write(self, source: Source, like: Mapping[str, Tensor], start: Edge, end: Edge, *, level: int) -> Stretch:
         metadata = {"format": "pt", "polyak.updates": f"{start.updates}-{end.updates}"}
-        size_bytes, sha256 = write_tensors(passing, self._manifest.tensors, read, metadata)
-        stretch = Stretch(start, end, level, size_bytes, sha256)
-        passing.replace(self.folder / stretch.file)
+        written = self._writers.write(self.folder, self._manifest.tensors, like, source, metadata)
+        stretch = Stretch(start, end, level, written.size_bytes, written.sha256, written.sharded)
+        return self._writers.first(lambda: self._named(written.path, stretch))
+
+    def _named(self, passing: Path, stretch: Stretch) -> Stretch:
+        """Give a stretch its own name. No folder takes another's place in one step: one kept by a pin stays."""
+        path = self.folder / stretch.file
+        if path.is_dir():
+            try:
+                check_size(self.folder, stretch)
+            except RecordError:  # nothing keeps it: it could not be deleted whole
+                shutil.rmtree(path)
+            else:  # it has the same in it
+                shutil.rmtree(passing)
+                return stretch
+        passing.replace(path)
         return stretch
 
     def _commit(self, manifest: Manifest) -> None:
+        self._writers.first(lambda: self._replace(manifest))
+        self._manifest = manifest
+
+    def _replace(self, manifest: Manifest) -> None:
         """Put ``manifest`` in the place of the one on disk, then delete what it no longer names."""
-        _flush_folder(self.folder)  # so that no manifest is on disk before the files it names
-        passing = self.folder / f"{MANIFEST}{_PASSING}"
+        flush_folder(self.folder)  # so that no manifest is on disk before the files it names
+        passing = self.folder / f"{MANIFEST}{PASSING}"
         with passing.open("w", encoding="utf-8") as file:
             file.write(manifest.to_json())
             file.flush()
             os.fsync(file.fileno())
         passing.replace(self.folder / MANIFEST)
-        self._manifest = manifest
         with suppress(OSError):  # it is in place; all that is open is whether a power cut would bring back the last one
-            _flush_folder(self.folder)
+            flush_folder(self.folder)
         self._clean(manifest)
 
     @contextmanager
@@ -289,7 +376,8 @@ class Writer:
             with disk_errors(doing):
                 yield
         except BaseException:
-            self._clean(self._manifest)
+            if self._writers.is_first:
+                self._clean(self._manifest)
             raise
 
     def _clean(self, manifest: Manifest) -> None:
@@ -298,8 +386,20 @@ class Writer:
         with suppress(OSError):
             for path in list(self.folder.iterdir()):
                 ours = STRETCH_FILE.fullmatch(path.name) and path.name not in named
-                if ours or path.name in {f"stretch{_PASSING}", f"{MANIFEST}{_PASSING}"}:
-                    path.unlink(missing_ok=True)
+                if ours or _PASSING_STRETCH.fullmatch(path.name) or path.name == f"{MANIFEST}{PASSING}":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _together(ranks: Ranks) -> "Together":
+    from polyak.record.together import Together  # noqa: PLC0415  importing DCP takes as long as half of torch
+
+    return Together(ranks)
+
+
+@contextmanager
+def _given(tensors: Mapping[str, Tensor]) -> Iterator[Read]:
+    # What is here of a tensor is what this rank is asked for.
+    yield lambda name, _: local(tensors[name])
 
 
 def due(levels: Sequence[int], level: int, per_level: int | None) -> int | None:
@@ -343,11 +443,3 @@ def _check_tensors(expected: Mapping[str, TensorInfo], got: Mapping[str, Tensor]
             unexpected=got.keys() - expected.keys(),
             misshaped=misshaped,
         )
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,6 +1,7 @@
 """What is done with a batch of whatever shape: moved, counted, cut into microbatches."""
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
         device: Where to.
     """
     if isinstance(batch, Mapping):
-        return {key: to_device(value, device) for key, value in batch.items()}
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return moved
+        kept = copy.copy(batch)  # of its own class, which may give its values as attributes too
+        kept.update(moved)
+        return kept
     if isinstance(batch, (tuple, list)):
-        moved = [to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+        values = [to_device(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch.to(device, non_blocking=True) if hasattr(batch, "to") else batch
 
 
@@ -58,4 +64,46 @@ def split(batch: Any, parts: int) -> list[Any]:
         return [dict(zip(batch.keys(), row, strict=True)) for row in zip(*columns, strict=True)]
     if isinstance(batch, (tuple, list)):
         return [list(row) for row in zip(*(split(value, parts) for value in batch), strict=True)]
-    raise ValueError(f"grad_accum needs batches of tensors in tuples, lists or mappings (got a {type(batch).__name__})")
+    raise ValueError(
+        "to be cut for grad_accum or parallelism, batches must be tensors in tuples, lists or mappings (got a "
+        f"{type(batch).__name__})"
+    )
+
+
+def shares(
+    batch: Any, parts: int, count: Callable[[Any], int], *, rank: int = 0, size: int = 1
+) -> list[tuple[Any, float]]:
+    """Return the microbatches of one rank's part of a batch, each with the factor of its loss.
+
+    With these factors the mean over ranks of the sum over microbatches is the mean over the samples of the batch. All
+    ranks get the same number of microbatches, since they meet in each: one without samples left gets others' with a
+    factor of 0.
+
+    Args:
+        batch: Tensors with one first dimension, in tuples, lists and mappings.
+        parts: In how many microbatches each rank runs its part, at most.
+        count: Returns how many samples a batch has.
+        rank: Whose part.
+        size: How many ranks there are.
+    """
+    if parts == size == 1:
+        return [(batch, 1.0)]
+    whole, of_ranks = count(batch), split(batch, size)
+    number = len(split(of_ranks[0], parts))  # the first is the largest
+    if rank >= len(of_ranks):
+        return [(part, 0.0) for part in split(of_ranks[0], parts)]
+    own = split(of_ranks[rank], parts)
+    return [(part, size * count(part) / whole) for part in own] + [(own[-1], 0.0)] * (number - len(own))
+
+
+def checksum(batch: Any) -> int:
+    """Return a number that tells two batches apart, their order too.
+
+    Args:
+        batch: Whose tensors, in tuples, lists and mappings, are looked at.
+    """
+    if isinstance(batch, Tensor):
+        content = batch.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)
+        return int((content * torch.arange(1, len(content) + 1, device=content.device)).sum())
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return sum(i * checksum(part) for i, part in enumerate(parts, start=1))

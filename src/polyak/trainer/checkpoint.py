@@ -1,26 +1,35 @@
-"""Checkpoints of the trainer: one file each, written whole or not at all, loaded without unpickling code."""
+"""Checkpoints of the trainer: one file each, or a folder where tensors are in shards; written whole or not at all."""
 
 import os
 import pickle
 import re
+import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from polyak import sharding
 from polyak.algorithm import MetricLogger
 from polyak.errors import CheckpointError
 from polyak.events import Event
 from polyak.select import slots, unwrap
 from polyak.shadow import loan_of
+from polyak.sharding import is_spread
 from polyak.time import Time, as_span
 from polyak.trainer.callback import Callback
+from polyak.trainer.parallel import Group, laid_out
 from polyak.trainer.state import TrainerState, every
 
-_FORMAT = 1
-_NAME = re.compile(r"ep(\d+)-ba(\d+)\.pt")
+_FORMAT = 2
+_NAME = re.compile(r"ep(\d+)-ba(\d+)(\.pt)?")
+# In a folder: all but the sharded tensors, in whose places there are mappings of this one key.
+_REST = "rest.pt"
+_SHARDED = "polyak_sharded"
 
 
 def model_entries(model: nn.Module) -> dict[str, Any]:
@@ -33,6 +42,7 @@ def model_entries(model: nn.Module) -> dict[str, Any]:
         model: Wrapped or not; names are saved without the wrapper's prefix.
     """
     inner = unwrap(model)
+    sharding.reshard(inner)
     entries: dict[str, Any] = {"model": inner.state_dict(), "training_model": None, "model_holds": "training weights"}
     if loan := loan_of(model):
         kept: dict[int, Tensor] = {id(s.tensor): loan.kept[s.name] for s in slots(inner) if s.name in loan.kept}
@@ -42,43 +52,188 @@ def model_entries(model: nn.Module) -> dict[str, Any]:
     return entries
 
 
-def write(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint such that ``path`` is either what it was or complete, whatever happens meanwhile.
+def load_model(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a model's weights, however they and it are divided over ranks.
 
     Args:
-        checkpoint: Tensors and plain containers.
-        path: Where; its folder is made if need be.
+        model: Wrapped or not.
+        weights: As saved.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        with draft.open("wb") as file:
-            torch.save({"polyak_checkpoint": _FORMAT, **checkpoint}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    inner = unwrap(model)
+    sharding.reshard(inner)
+    inner.load_state_dict(_fitted(weights, inner.state_dict(keep_vars=True)))
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint that ``write`` wrote, tensors on the CPU.
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load an optimizer's state, however it and the parameters are divided over ranks.
 
     Args:
-        path: The file.
+        optimizer: Over as many parameters.
+        state: As saved.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    fitted = {
+        index: _fitted(values, dict.fromkeys(values, parameters[index])) if index < len(parameters) else values
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": fitted})
+
+
+def _fitted(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what was saved, with its tensors divided as ours of the same names and shapes are."""
+    if not any(isinstance(value, Tensor) and is_spread(value) for value in (*saved.values(), *ours.values())):
+        return saved
+
+    def fits(name: str, value: Any) -> bool:
+        own = ours.get(name)
+        return isinstance(value, Tensor) and isinstance(own, Tensor) and own.shape == value.shape
+
+    return {name: laid_out(value, ours[name]) if fits(name, value) else value for name, value in saved.items()}
+
+
+def has_shards(state: Mapping[str, Any]) -> bool:
+    """Return whether there are sharded tensors in a nested container.
+
+    Args:
+        state: As ``state_dict`` returns it.
+    """
+    found = dict[str, Tensor]()
+    _without_sharded(state, "", found)
+    return bool(found)
+
+
+def write(checkpoint: Mapping[str, Any], path: Path, group: Group) -> None:
+    """Write a checkpoint such that ``path`` is complete or not there, whatever happens meanwhile. All ranks take part.
+
+    It is a file if it has no sharded tensors. Else it is a folder: the sharded tensors in it are written by all ranks
+    through ``torch.distributed.checkpoint``, the rest by the first.
+
+    Args:
+        checkpoint: Tensors and plain containers; those of the first rank count.
+        path: Where; the folder that it is in is made if need be.
+        group: The ranks.
 
     Raises:
-        CheckpointError: If the file is absent, or not such a checkpoint.
+        ShardingError: On the other ranks, if the first could not write.
+    """
+    sharded = dict[str, Tensor]()
+    without = _without_sharded(checkpoint, "", sharded)
+    rest = {"polyak_checkpoint": _FORMAT, **(without if sharded else checkpoint)}
+    draft = _draft_of(path)
+    try:
+        if sharded:
+            group.once(f"write {path}", lambda: _begin_folder(draft))
+            _write_shards(sharded, draft)
+        group.once(f"write {path}", lambda: _finish(rest, draft, path, folder=bool(sharded)))
+    except BaseException:
+        if group.rank == 0:
+            _discard(draft)
+        raise
+
+
+def _draft_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.draft")
+
+
+def _begin_folder(draft: Path) -> None:
+    _discard(draft)
+    draft.mkdir(parents=True)
+
+
+def _write_shards(sharded: dict[str, Tensor], folder: Path) -> None:
+    import torch.distributed.checkpoint as dcp  # noqa: PLC0415  half a second
+
+    # Copies are the first rank's, as all else.
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    dcp.save(sharded, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
+
+
+def _finish(rest: Mapping[str, Any], draft: Path, path: Path, *, folder: bool) -> None:
+    """Write all but the shards, and give the draft its name."""
+    if not folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _discard(draft)
+    with (draft / _REST if folder else draft).open("wb") as file:
+        torch.save(rest, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if folder:
+        _sync(draft)
+    aside = _draft_of(path.with_name(f"{path.name}.old"))
+    if path.is_dir() or (folder and path.exists()):  # which it cannot take the place of in one step
+        _discard(aside)
+        path.replace(aside)
+    draft.replace(path)
+    _sync(path.parent)
+    _discard(aside)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint such that no part of it is left under its name, whatever happens meanwhile."""
+    if path.is_dir():
+        draft = _draft_of(path)
+        _discard(draft)
+        path = path.replace(draft)
+    _discard(path)
+
+
+def _without_sharded(value: Any, name: str, sharded: dict[str, Tensor]) -> Any:
+    """Return a nested container with what is said of its sharded tensors in their places, and note those by name."""
+    if isinstance(value, Tensor):
+        if not is_spread(value):
+            return value
+        sharded[name] = value
+        return {_SHARDED: name, "shape": tuple(value.shape), "dtype": value.dtype}
+    if isinstance(value, Mapping):
+        return {key: _without_sharded(inner, f"{name}.{key}".strip("."), sharded) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_without_sharded(inner, f"{name}.{i}", sharded) for i, inner in enumerate(value))
+    return value
+
+
+def _with_sharded(value: Any, make: Callable[[tuple[int, ...], torch.dtype], Tensor], made: dict[str, Tensor]) -> Any:
+    """Return a nested container with tensors in the places of what is said of them, and note those by name."""
+    if isinstance(value, Mapping):
+        if _SHARDED in value:
+            tensor = made[value[_SHARDED]] = make(value["shape"], value["dtype"])
+            return tensor
+        return {key: _with_sharded(inner, make, made) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_sharded(inner, make, made) for inner in value)
+    return value
+
+
+def read(path: Path, group: Group | None = None) -> dict[str, Any]:
+    """Read a checkpoint that ``write`` wrote, by any number of ranks; tensors are on the CPU.
+
+    Args:
+        path: The file or folder.
+        group: Ranks among which the sharded tensors are divided, each reading what it gets; None reads them whole.
+
+    Raises:
+        CheckpointError: If it is absent, or not such a checkpoint.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path / _REST if path.is_dir() else path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
+        if path.is_dir():
+            raise CheckpointError(f"{path} must be a checkpoint of polyak.Trainer; it has no {_REST}") from None
         raise CheckpointError(f"a checkpoint must exist to be loaded (there is no {path})") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} must be a checkpoint of polyak.Trainer; it cannot be read: {error}") from error
@@ -87,7 +242,23 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} must be a checkpoint of polyak.Trainer in format {_FORMAT}; to begin from other weights, load "
             "them into the model before"
         )
-    return checkpoint
+    return _read_shards(checkpoint, path, group) if path.is_dir() else checkpoint
+
+
+def _read_shards(checkpoint: dict[str, Any], folder: Path, group: Group | None) -> dict[str, Any]:
+    import torch.distributed.checkpoint as dcp  # noqa: PLC0415  half a second
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+
+    made = dict[str, Tensor]()
+    if group is None or group.kind is None:
+        whole = _with_sharded(checkpoint, lambda shape, dtype: torch.empty(shape, dtype=dtype), made)
+    else:
+        mesh = init_device_mesh(group.device.type, (group.size,))
+        whole = _with_sharded(checkpoint, lambda shape, dtype: sharding.empty(shape, dtype, mesh), made)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        dcp.load(made, storage_reader=dcp.FileSystemReader(folder), no_dist=group is None or group.kind is None)
+    return whole
 
 
 class CheckpointSaver(Callback):
@@ -95,9 +266,11 @@ class CheckpointSaver(Callback):
 
     A checkpoint has the averaged weights, if there are any, as ``model``, and the training weights apart, as
     ``training_model``; ``model_holds`` says so. ``torch.load(path, weights_only=True)["model"]`` is for evaluation.
+    Where the model or an average is divided over ranks, a checkpoint is a folder, of which each rank writes its part.
 
     Args:
-        folder: Where to save; files are named by epochs and batches, as ``ep1-ba500.pt``.
+        folder: Where to save; checkpoints are named by epochs and batches, as ``ep1-ba500.pt``, or ``ep1-ba500`` for
+            a folder. All ranks must see it.
         save_interval: A time in any unit, saved at the ends of epochs for ``ep`` and of batches for others; or a
             function of the state and the event (``BATCH_CHECKPOINT`` or ``EPOCH_CHECKPOINT``) that says when.
         keep: How many of the newest to keep; None keeps all.
@@ -133,10 +306,10 @@ class CheckpointSaver(Callback):
             logger: Not used.
         """
         del logger
-        if event is Event.FIT_START:
+        if event is Event.FIT_START and state.rank == 0:
             # What a process left that was killed while it wrote.
-            for draft in self.folder.glob(".ep*-ba*.pt.draft"):
-                draft.unlink(missing_ok=True)
+            for draft in self.folder.glob(".ep*-ba*.draft"):
+                _discard(draft)
         # Asked by its truth: it may answer with another library's bool.
         if event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and (
             self.save_interval(state, event) or state.finished
@@ -145,16 +318,17 @@ class CheckpointSaver(Callback):
 
     def _save(self, state: TrainerState) -> None:
         now = state.timestamp
-        state.save_checkpoint(self.folder / f"ep{now.epoch.value}-ba{now.batch.value}.pt")
-        if self.keep is not None:
+        suffix = "" if state.sharded else ".pt"
+        state.save_checkpoint(self.folder / f"ep{now.epoch.value}-ba{now.batch.value}{suffix}")
+        if self.keep is not None and state.rank == 0:
             # What lies ahead is of a run that went further before this one was resumed from an earlier moment.
             passed = [(moment, path) for moment, path in self._saved() if moment <= (now.batch.value, now.epoch.value)]
             for _, path in passed[: -self.keep]:
-                path.unlink(missing_ok=True)
+                _remove(path)
 
     def _saved(self) -> list[tuple[tuple[int, int], Path]]:
         """Return the checkpoints in the folder with their batches and epochs, oldest first."""
-        found = [(match, path) for path in self.folder.glob("ep*.pt") if (match := _NAME.fullmatch(path.name))]
+        found = [(match, path) for path in self.folder.glob("ep*") if (match := _NAME.fullmatch(path.name))]
         return sorted(((int(match[2]), int(match[1])), path) for match, path in found)
 
     def latest(self) -> Path | None:

@@ -35,22 +35,23 @@ def generators_of(loader: object) -> list[torch.Generator]:
     return list({id(g): g for g in owned if isinstance(g, torch.Generator)}.values())
 
 
-def get_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+def get_state(generators: Sequence[torch.Generator] = (), *, gpu: bool = True) -> dict[str, Any]:
     """Return the states of the global generators, and of ``generators``, as tensors and plain containers.
 
     Args:
         generators: Others that matter.
+        gpu: Whether those of GPUs do.
     """
     state: dict[str, Any] = {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
         "generators": [generator.get_state() for generator in generators],
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if gpu and torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if numpy := sys.modules.get("numpy"):
         kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (kind, [int(key) for key in keys], *rest)
+        state["numpy"] = (kind, keys.tolist(), *rest)
     return state
 
 
@@ -84,3 +85,65 @@ def preserved(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
         yield
     finally:
         set_state(state, generators)
+
+
+class Stream:
+    """What a data loader draws from: the global generators, or states of their own, apart from what the model draws.
+
+    Ranks that take their shares of the same batches have it apart, from one beginning: they must draw one order and the
+    same transforms, and each other numbers in the model.
+
+    Args:
+        loader: Its generators belong to the stream.
+    """
+
+    def __init__(self, loader: object) -> None:
+        self.generators = generators_of(loader)
+        self._apart: dict[str, Any] | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is apart from the global generators."""
+        return self._apart is not None
+
+    def set_apart(self, state: dict[str, Any]) -> None:
+        """Keep it apart from now on, beginning with a state.
+
+        Args:
+            state: As ``get_state`` returned it.
+        """
+        self._apart = state
+        self.set_state(state)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return its state, as tensors and plain containers."""
+        if self._apart is None:
+            return get_state(self.generators)
+        return {**self._apart, "generators": [generator.get_state() for generator in self.generators]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from what ``get_state`` returned.
+
+        Args:
+            state: As returned.
+        """
+        if self._apart is None:
+            set_state(state, self.generators)
+            return
+        self._apart = state
+        for generator, own in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(own)
+
+    @contextmanager
+    def drawn(self) -> Iterator[None]:
+        """Let what is drawn in the block be drawn from it."""
+        if self._apart is None:
+            yield
+            return
+        own = get_state(gpu=False)
+        set_state({**self._apart, "generators": []})
+        try:
+            yield
+        finally:
+            self._apart = get_state(gpu=False)
+            set_state(own)

@@ -34,10 +34,12 @@ class TrainerState:
         algorithms: As given to the trainer.
         timestamp: Now.
         previous_timestamp: Before the last batch or epoch ended.
-        loss: Of the last batch, detached.
+        loss: Of the last batch, over all ranks, detached.
         eval_metrics: The last evaluation's, by name.
         saving_to: Where a checkpoint is being written, between ``SAVE_START`` and ``SAVE_END``.
-        save_checkpoint: Writes a checkpoint of the run to a path.
+        save_checkpoint: Writes a checkpoint of the run to a path. Where several ranks train, all must call it.
+        rank: The number of this process among those that train the model. Only the first, 0, should write and print.
+        sharded: Whether the model or an average is divided over ranks, so that checkpoints are folders.
     """
 
     model: nn.Module
@@ -51,6 +53,8 @@ class TrainerState:
     loss: Tensor | None = None
     eval_metrics: dict[str, float] = field(default_factory=dict)
     saving_to: Path | None = None
+    rank: int = 0
+    sharded: bool = False
 
     def get_elapsed_duration(self) -> Time | None:
         """Return the elapsed share of the run as ``dur``; None if ``max_duration`` is not known."""

@@ -3,6 +3,7 @@
 import math
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm, dispatch
@@ -19,10 +21,10 @@ from polyak.events import Event
 from polyak.select import unwrap
 from polyak.shadow import loan_of
 from polyak.time import Time, Timestamp, TimeUnit, as_span
-from polyak.trainer import batches, checkpoint, rng
+from polyak.trainer import batches, checkpoint, parallel, rng
 from polyak.trainer.callback import Callback
 from polyak.trainer.checkpoint import CheckpointSaver
-from polyak.trainer.evaluation import Evaluator, Metric, eval_mode
+from polyak.trainer.evaluation import Evaluator, Metric, drawing_alike, eval_mode
 from polyak.trainer.loggers import Destination, Logger
 from polyak.trainer.progress import ProgressBar
 from polyak.trainer.state import Scheduler, TrainerState, countable, every
@@ -31,6 +33,7 @@ T = TypeVar("T")
 
 _PRECISIONS = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
 _MOST_SKIPPED = 100
+_END = object()
 
 
 class Trainer:
@@ -40,6 +43,12 @@ class Trainer:
     from a checkpoint bit for bit as if it had not stopped: weights, average, optimizers, schedulers, random numbers
     and the order of the data, also inside an epoch. (What persistent workers draw at random is excepted: they cannot be
     asked for their states.) After ``fit``, and after any exception, the model has its training weights.
+
+    With ``parallelism`` the same script trains on one device or, started by ``torchrun``, on many. All ranks draw the
+    same batches and each takes its part, so that a batch is the same whatever the number of ranks; if the loader's
+    sampler is a ``DistributedSampler``, each rank's batch is its own and the batch of all is as many times as large.
+    The loss and its gradient are means over the samples of that batch; the clock and all figures are the same on all
+    ranks. The first rank logs and prints. Callbacks run on all ranks. See ``docs/distributed.md``.
 
     Args:
         model: Either any module, with ``loss``; or one with a method ``loss(outputs, batch)``, whose ``forward``
@@ -60,9 +69,12 @@ class Trainer:
         eval_weights: ``"averaged"`` evaluates as the algorithms have it; ``"both"`` also evaluates the training
             weights, as ``eval_raw``.
         log_interval: Time between logs of the training loss.
-        device: Where to train; by default the GPU if there is one.
+        device: Where to train; by default the GPU if there is one, and with ``parallelism`` that of ``LOCAL_RANK``.
         precision: ``"fp32"``, or automatic mixed precision as ``"amp_bf16"`` or ``"amp_fp16"``.
-        grad_accum: In how many microbatches each batch is run.
+        parallelism: ``"ddp"``, each rank having the whole model, or ``"fsdp2"``, each having a shard of each tensor,
+            its gradient and its optimizer state. The process group is begun if there is none. A model that is in
+            ``DistributedDataParallel`` or under ``fully_shard`` already, in any way, is trained as it is.
+        grad_accum: In how many microbatches each batch, or each rank's part of it, is run.
         step_schedulers_every_batch: Whether schedulers step with batches instead of epochs.
         seed: For all global random number generators, set here.
         progress_bar: Whether to show one; None shows it on a terminal where rich is installed.
@@ -73,7 +85,8 @@ class Trainer:
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
 
     Raises:
-        ValueError: If arguments contradict each other.
+        ValueError: If arguments contradict each other, or an optimizer has a state already when the model is sharded.
+        ShardingError: If the ranks were given other arguments.
         CheckpointError: If the checkpoint to load is not one, or is one of another set-up.
 
     Attributes:
@@ -116,6 +129,7 @@ class Trainer:
         log_interval: str | Time = "1ba",
         device: str | torch.device | None = None,
         precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32",
+        parallelism: Literal["ddp", "fsdp2"] | None = None,
         grad_accum: int = 1,
         step_schedulers_every_batch: bool = False,
         seed: int | None = None,
@@ -135,12 +149,15 @@ class Trainer:
         if seed is not None:
             rng.seed_all(seed)
 
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model.to(self._device)
+        self._group = parallel.start(parallelism, model, device)
+        self._device = self._group.device
+        if parallel.kind_of(model) is None:
+            model.to(self._device)
+        model = parallel.spread(model, self._group, _listed(optimizers))
         self._algorithms, self._callbacks = _listed(algorithms), _listed(callbacks)
         self._train_loader = train_dataloader
         self._eval_loaders = _by_label(eval_dataloader)
-        self._evaluator = Evaluator(dict(metrics.items()) if metrics else {}, self._device, num_samples)
+        self._evaluator = Evaluator(dict(metrics.items()) if metrics else {}, self._group, num_samples)
         self._loss = loss
         self._eval_both = eval_weights == "both"
         self._eval_due = _each("eval_interval", eval_interval)
@@ -163,13 +180,21 @@ class Trainer:
             self._algorithms,
             self.save_checkpoint,
             Timestamp(epoch_length=_length(train_dataloader)),
+            rank=self._group.rank,
         )
         destinations = [*_listed(loggers), *([ProgressBar()] if _shows_progress(progress_bar) else [])]
-        self.logger = Logger(self.state, destinations)
+        self.logger = Logger(self.state, destinations if self._group.rank == 0 else [])
+        self._data = rng.Stream(train_dataloader)
+        self._own_batches = parallel.divides_itself(train_dataloader)
+        self._seed = torch.initial_seed()
+        if self._group.ranks:
+            self._agree()
+            self._part_random_numbers()
 
         self._fire(Event.INIT)
+        self.state.sharded = self._is_sharded()
         if autoresume:
-            load_path = self._newest_checkpoint() or load_path
+            load_path = self._group.first(self._newest_checkpoint() or load_path)
         self._fire(Event.BEFORE_LOAD)
         if load_path is not None:
             self._load(Path(load_path))
@@ -179,6 +204,38 @@ class Trainer:
         dispatch(event, self.state, self._algorithms, self.logger)
         for callback in (*self._callbacks, *self.logger.destinations):
             callback.run_event(event, self.state, self.logger)
+
+    # Ranks
+
+    def _agree(self) -> None:
+        assert self._group.ranks is not None
+        self._group.ranks.agree(
+            "the run",
+            {
+                "max_duration": str(self.state.max_duration),
+                "batches in an epoch": self.state.timestamp.epoch_length,
+                "number of optimizers": len(self.state.optimizers),
+                "number of algorithms": len(self._algorithms),
+                "batches of its own by DistributedSampler": self._own_batches,
+            },
+        )
+
+    def _part_random_numbers(self) -> None:
+        """Let all ranks draw one order of the data, and each other numbers in the model."""
+        self._seed = self._group.first(self._seed)
+        shared = self._group.first(self._data.get_state())
+        if not self._own_batches:
+            self._data.set_apart(shared)
+        self._draw_anew()
+
+    def _draw_anew(self) -> None:
+        where = f"{self._seed} {self._group.rank} {self.state.timestamp.batch.value}"
+        rng.seed_all(zlib.crc32(where.encode()))
+
+    def _is_sharded(self) -> bool:
+        if self._group.kind is None:
+            return False
+        return self._group.kind == "fsdp2" or any(checkpoint.has_shards(a.state_dict()) for a in self._algorithms)
 
     # Training
 
@@ -217,15 +274,9 @@ class Trainer:
         for batch in self._rest_of_epoch():
             self._drawn += 1
             self._fire(Event.BATCH_START)
-            batch = batches.to_device(batch, self._device)  # noqa: PLW2901  the same batch
             stepped = self._train_batch(batch)
-            now, self.state.previous_timestamp = self.state.timestamp, self.state.timestamp
-            self.state.timestamp = now.to_next_batch(
-                samples=self._count_samples(batch),
-                tokens=self._count_tokens(batch) if self._count_tokens else 0,
-                seconds=time.perf_counter() - began,
-                steps=int(stepped),
-            )
+            self.state.previous_timestamp = self.state.timestamp
+            self.state.timestamp = self._after(batch, time.perf_counter() - began, steps=int(stepped))
             self._log_training_if_due(Event.BATCH_END)
             self._fire(Event.BATCH_END)
             self._evaluate_if_due(Event.BATCH_END)
@@ -236,53 +287,85 @@ class Trainer:
         if not self.state.finished or self._drawn == self.state.timestamp.epoch_length:
             self._end_epoch()
 
+    def _after(self, batch: Any, seconds: float, steps: int) -> Timestamp:
+        """Return the moment after a batch: the same on all ranks, by the first one's clock."""
+        samples, tokens = self._count_samples(batch), self._count_tokens(batch) if self._count_tokens else 0
+        if self._group.ranks:
+            first = self._group.rank == 0
+            own = (samples, tokens) if first or self._own_batches else (0, 0)
+            samples, tokens, seconds = self._group.totals(*own, seconds if first else 0.0)
+        return self.state.timestamp.to_next_batch(
+            samples=int(samples), tokens=int(tokens), seconds=seconds, steps=steps
+        )
+
     def _rest_of_epoch(self) -> Iterator[Any]:
         """Yield the batches of this epoch that are not drawn yet, in the order in which they would have come."""
         loader = self._train_loader
         assert loader is not None
-        set_epoch = getattr(getattr(loader, "sampler", None), "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(self.state.timestamp.epoch.value)
-        generators, skip = rng.generators_of(loader), self._drawn
-        now = rng.get_state(generators)
+        for sampler in (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)):
+            for one in (sampler, getattr(sampler, "sampler", None)):
+                if hasattr(one, "set_epoch"):
+                    one.set_epoch(self.state.timestamp.epoch.value)
+        skip, now = self._drawn, self._data.get_state()
         if skip:
             # The order and the random transforms of an epoch follow from the generators' states at its beginning.
             assert self._epoch_rng is not None
-            rng.set_state(self._epoch_rng, generators)
+            self._data.set_state(self._epoch_rng)
         else:
             self._epoch_rng = now
-        iterator = iter(loader)
+        with self._data.drawn():
+            iterator = iter(loader)
         for drawn in range(skip):
-            try:
-                next(iterator)
-            except StopIteration:
-                raise CheckpointError(
-                    f"the data must be those of the checkpoint, which was saved after {skip} batches of an epoch (got "
-                    f"a train_dataloader that gives {drawn})"
-                ) from None
+            with self._data.drawn():
+                if next(iterator, _END) is _END:
+                    raise CheckpointError(
+                        f"the data must be those of the checkpoint, which was saved after {skip} batches of an epoch "
+                        f"(got a train_dataloader that gives {drawn})"
+                    )
         if skip:
-            rng.set_state(now, generators)
+            self._data.set_state(now)
         empty = skip == 0
-        for batch in iterator:
+        while True:
+            with self._data.drawn():
+                batch = next(iterator, _END)
+            if batch is _END:
+                break
+            if empty:
+                self._compare(batch)
             empty = False
             yield batch
         if empty:
             raise ValueError("train_dataloader must give at least one batch an epoch (it gave none)")
 
+    def _compare(self, batch: Any) -> None:
+        """Warn if the ranks, which must draw the same batches, do not."""
+        if self._group.ranks and not self._own_batches:
+            sums = self._group.each(batches.checksum(batch))
+            if len(set(sums)) > 1:
+                warnings.warn(
+                    "all ranks must draw the same batches, of which each takes its part, and the first of this epoch "
+                    f"differs (checksums by rank: {sums}): if the order does, samples are left out; seed it alike on "
+                    "all ranks, or give the loader a DistributedSampler",
+                    PlanWarning,
+                    stacklevel=2,
+                )
+
     def _train_batch(self, batch: Any) -> bool:
         """Run a batch; return whether the weights were moved."""
         for optimizer in self.state.optimizers:
             optimizer.zero_grad()
-        parts = batches.split(batch, self._grad_accum)
-        whole = self._count_samples(batch) if len(parts) > 1 else 1
+        where = {} if self._own_batches else {"rank": self._group.rank, "size": self._group.size}
+        parts = batches.shares(batch, self._grad_accum, self._count_samples, **where)
         total: Tensor | None = None
-        for part in parts:
-            _, loss = self._step(part)
-            if len(parts) > 1:
-                loss = loss * (self._count_samples(part) / whole)
-            self._scaler.scale(loss).backward()
+        for i, (part, factor) in enumerate(parts):
+            with self._gradients_kept_here(i + 1 < len(parts)):
+                _, loss = self._step(batches.to_device(part, self._device))
+                if factor != 1:
+                    loss = loss * factor
+                self._scaler.scale(loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
-        self.state.loss = total
+        assert total is not None
+        self.state.loss = self._group.mean(total)
         scale = self._scaler.get_scale()
         for optimizer in self.state.optimizers:
             self._scaler.step(optimizer)
@@ -297,6 +380,11 @@ class Trainer:
         if stepped and self._schedule_batches:
             self._step_schedulers()
         return stepped
+
+    def _gradients_kept_here(self, kept: bool) -> AbstractContextManager[object]:
+        """Return a context in which no gradients are sent to other ranks, if they are to be kept."""
+        model = self.state.model
+        return model.no_sync() if kept and isinstance(model, DistributedDataParallel) else nullcontext()
 
     def _step(self, batch: Any, *, evaluating: bool = False) -> tuple[Any, Tensor]:
         """Return the outputs and the loss of a batch."""
@@ -354,6 +442,7 @@ class Trainer:
 
     def _run_evaluations(self, loaders: Mapping[str, Iterable[Any]]) -> dict[str, float]:
         metrics: dict[str, float] = {}
+        self._group.share_buffers(self.state.model)
         for label, loader in loaders.items():
             if self._eval_both:
                 metrics |= self._evaluate_on(loader, f"{label}_raw")
@@ -391,7 +480,7 @@ class Trainer:
 
     @torch.no_grad()
     def predict(self, dataloader: Iterable[Any]) -> list[Any]:
-        """Return the outputs for each batch, from the averaged weights if there are any.
+        """Return the outputs for each batch, from the averaged weights if there are any. Each rank runs all batches.
 
         Args:
             dataloader: Batches as the model takes them; of a pair, a plain module gets the first, its inputs.
@@ -400,7 +489,7 @@ class Trainer:
         outputs = []
         try:
             self._fire(Event.PREDICT_START)
-            with rng.preserved(rng.generators_of(dataloader)), eval_mode(model), self._autocast():
+            with drawing_alike(dataloader, self._group), eval_mode(model), self._autocast():
                 for batch in dataloader:
                     moved = batches.to_device(batch, self._device)
                     paired = self._loss is not None and isinstance(moved, (tuple, list))
@@ -412,13 +501,19 @@ class Trainer:
     # Checkpoints
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Write a checkpoint of the run; the file is complete or not there.
+        """Write a checkpoint of the run; it is complete or not there. All ranks must call this.
+
+        It is a file, or a folder where the model or an average is divided over ranks.
 
         Args:
             path: Where.
+
+        Raises:
+            ShardingError: On the other ranks, if the first could not write; on the first, what went wrong.
         """
         self.state.saving_to = Path(path)
         try:
+            self._group.share_buffers(self.state.model)
             self._fire(Event.SAVE_START)
             checkpoint.write(
                 {
@@ -433,14 +528,23 @@ class Trainer:
                     "eval_metrics": self.state.eval_metrics,
                     "drawn": self._drawn,
                     "skipped_in_a_row": self._skipped_in_a_row,
-                    "rng": rng.get_state(rng.generators_of(self._train_loader)),
-                    "epoch_rng": self._epoch_rng,
+                    **self._random_states(),
                 },
                 Path(path),
+                self._group,
             )
         finally:
             self._fire(Event.SAVE_END)
             self.state.saving_to = None
+
+    def _random_states(self) -> dict[str, Any]:
+        """Return the states of the ranks' generators, by rank; what all draw alike, once."""
+        apart = self._data.apart
+        return {
+            "rng": self._group.to_first(rng.get_state(self._data.generators)),
+            "epoch_rng": [self._epoch_rng] if apart else self._group.to_first(self._epoch_rng),
+            "data_rng": self._data.get_state() if apart else None,
+        }
 
     def _newest_checkpoint(self) -> Path | None:
         for callback in self._callbacks:
@@ -452,7 +556,7 @@ class Trainer:
         return [*self._callbacks, *self.logger.destinations]
 
     def _load(self, path: Path) -> None:
-        saved = checkpoint.read(path)
+        saved = checkpoint.read(path, self._group)
         for name, ours in (("optimizers", self.state.optimizers), ("schedulers", self.state.schedulers)):
             if len(saved[name]) != len(ours):
                 raise CheckpointError(
@@ -460,11 +564,11 @@ class Trainer:
                 )
         weights = saved["model"] if saved["training_model"] is None else saved["training_model"]
         try:
-            unwrap(self.state.model).load_state_dict(weights)
+            checkpoint.load_model(self.state.model, weights)
         except RuntimeError as error:
             raise CheckpointError(f"the model must be that of {path}: {error}") from error
         for optimizer, state in zip(self.state.optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            checkpoint.load_optimizer(optimizer, state)
         for scheduler, state in zip(self.state.schedulers, saved["schedulers"], strict=True):
             scheduler.load_state_dict(state)
         if saved["scaler"]:
@@ -472,11 +576,12 @@ class Trainer:
         _hand_out("algorithm", saved["algorithms"], self._algorithms, path)
         _hand_out("callback", saved["callbacks"], self._stateful_callbacks(), path)
         timestamp, length = Timestamp.from_state_dict(saved["timestamp"]), self.state.timestamp.epoch_length
-        generators = rng.generators_of(self._train_loader)
-        if (saved["drawn"] and timestamp.epoch_length != length) or len(saved["rng"]["generators"]) != len(generators):
+        generators = self._data.generators
+        had = len(saved["rng"][0]["generators"])
+        if (saved["drawn"] and timestamp.epoch_length != length) or had != len(generators):
             raise CheckpointError(
                 f"the data must be those of {path}, saved inside an epoch of {timestamp.epoch_length} batches with "
-                f"{len(saved['rng']['generators'])} generators of the data loader's own (got {length} batches and "
+                f"{had} generators of the data loader's own (got {length} batches and "
                 f"{len(generators)}); to go on with other data, load a checkpoint from the end of an epoch"
             )
         self.state.timestamp = self.state.previous_timestamp = replace(timestamp, epoch_length=length)
@@ -484,8 +589,32 @@ class Trainer:
         if saved["evaluated_at"] is not None:
             self._evaluated_at = Time(saved["evaluated_at"], TimeUnit.BATCH)
         self._drawn, self._skipped_in_a_row = saved["drawn"], saved["skipped_in_a_row"]
-        self._epoch_rng = saved["epoch_rng"]
-        rng.set_state(saved["rng"], generators)
+        self._load_random_states(saved, path)
+
+    def _load_random_states(self, saved: Mapping[str, Any], path: Path) -> None:
+        own, of_epoch, of_data = saved["rng"], saved["epoch_rng"], saved["data_rng"]
+        if len(own) == self._group.size and (of_data is not None) == self._data.apart:
+            rng.set_state(own[self._group.rank], self._data.generators)
+            self._epoch_rng = of_epoch[0 if self._data.apart else self._group.rank]
+            if of_data is not None:
+                self._data.set_state(of_data)
+            return
+        if saved["drawn"] and (self._own_batches or (of_data is None and len(own) > 1)):
+            raise CheckpointError(
+                "a checkpoint from inside an epoch that a DistributedSampler divides must be loaded by as many ranks, "
+                f"with one ({path} was saved by {len(own)} ranks, and {self._group.size} load it); load one from the "
+                "end of an epoch"
+            )
+        warnings.warn(
+            f"{path} was saved by other ranks ({len(own)}) than go on ({self._group.size}): the order of the data goes "
+            "on as it was, and what each rank draws at random besides, as in dropout, begins anew",
+            PlanWarning,
+            stacklevel=4,
+        )
+        if self._group.size > 1:
+            self._draw_anew()
+        self._data.set_state(of_data or own[0])
+        self._epoch_rng = of_epoch[0]
 
 
 def _listed(given: T | Sequence[T] | None) -> list[T]:

@@ -1,0 +1,321 @@
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import distributed_runs as runs
+import loops
+import pytest
+import torch
+from ranks import Ranks
+from torch import nn
+from torch.utils.data import Subset
+
+import polyak
+from polyak import CheckpointError, CheckpointSaver, HalfLife, PlanWarning, Record
+from polyak.cli import main
+from polyak.trainer.parallel import _of_this_start, blocks
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    made = Ranks(tmp_path_factory.mktemp("ranks"), most=3)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A run of one process, in which each batch is that of all ranks."""
+    return runs.trains(None, tmp_path_factory.mktemp("alone"))
+
+
+def close(one, other) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+CELLS = [*((kind, size) for kind in runs.KINDS for size in (2, 3)), ("sharded before", 2)]
+
+
+@pytest.mark.parametrize(("kind", "size"), CELLS, ids=str)
+def test_a_run_of_several_ranks_is_that_of_one(ranks, alone, tmp_path, kind, size) -> None:
+    found = ranks.run(size, partial(runs.trains, kind, tmp_path))
+    assert len({tuple(one.pop("draws").tolist()) for one in found}) == size
+    for one in found:
+        assert loops.differences({**found[0], "log": []}, {**one, "log": []}) == []
+        assert {**one["clock"], "total_wct": 0} == {**alone["clock"], "total_wct": 0}
+        for what in ("weights", "averages", "losses", "metrics"):
+            close(one[what], alone[what])
+    assert len({one["clock"]["total_wct"] for one in found}) == 1
+    close(found[0]["log"], alone["log"])
+    assert not list(tmp_path.rglob("*.draft"))
+
+
+@pytest.mark.parametrize(("kind", "size"), [*((kind, 2) for kind in runs.KINDS), ("ddp", 3)], ids=str)
+def test_a_resumed_run_of_several_ranks_equals_one_that_never_stopped(ranks, tmp_path, kind, size) -> None:
+    # Of three, it is the plain model whose sums show the order in which they were taken.
+    found = ranks.run(size, partial(runs.resumes, kind, tmp_path, noisy=size == 2, eval_weights="both"))
+    assert found == [{}] * size
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_record_of_several_ranks_that_was_gone_on_with_is_that_of_one_run(ranks, tmp_path, kind) -> None:
+    runs.records(None, tmp_path / "alone")
+    ranks.run(2, partial(runs.records, kind, tmp_path / "whole"))
+    assert ranks.run(2, partial(runs.records, kind, tmp_path / "parts", (8, None))) == [[0, 6], [0, 6]]
+    alone, whole, parts = (
+        Record(tmp_path / name / "record").average(HalfLife("5ba")) for name in ("alone", "whole", "parts")
+    )
+    assert loops.differences(whole, parts) == []
+    close(whole, alone)
+
+
+def test_an_average_under_fsdp2_is_that_of_the_whole_weights_bit_for_bit(ranks, tmp_path) -> None:
+    assert ranks.run(3, partial(runs.follows_itself, tmp_path)) == [[], [], []]
+
+
+MOVES = [
+    ("ddp", 2, "fsdp2", 3),
+    ("fsdp2", 3, "ddp", 2),
+    ("fsdp2", 2, "fsdp2", 3),
+    ("fsdp2", 3, None, 1),
+    ("ddp, divided average", 3, "fsdp2", 2),
+    (None, 1, "fsdp2", 2),
+    (None, 1, "ddp", 2),
+    ("ddp", 3, None, 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "size", "other", "other_size"), MOVES, ids=str)
+def test_a_run_goes_on_under_another_parallelism_and_number_of_ranks(
+    ranks, tmp_path, kind, size, other, other_size
+) -> None:
+    def run(size, job):
+        return [job()] if size == 1 else ranks.run(size, job)
+
+    path = tmp_path / "saved"
+    first = run(size, partial(runs.saves, kind, path, tmp_path / "first"))[0]
+    for found in run(other_size, partial(runs.loads, other, path, tmp_path / "second")):
+        assert loops.differences(first["saved"], found["loaded"]) == []
+        close(found["end"], first["end"])
+        assert len(found["said"]) == (size != other_size)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_batch_that_does_not_divide_counts_each_sample_once(ranks, tmp_path, kind) -> None:
+    # Batches of 4 and a last one of 2 on 3 ranks: of one sample or two, of none on the last; in up to two microbatches.
+    data = {"data": Subset(loops.dataset(), range(22)), "grad_accum": 2}
+    alone = runs.trains(None, tmp_path / "alone", **data)
+    for found in ranks.run(3, partial(runs.trains, kind, tmp_path / "ranks", **data)):
+        for what in ("weights", "averages", "losses", "metrics"):
+            close(found[what], alone[what])
+        assert found["clock"]["sample"] == 66
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_figures_of_an_evaluation_are_those_of_all_samples_once(ranks, kind) -> None:
+    alone = runs.evaluates(None)
+    assert len(alone) == 4
+    assert alone["eval/ours"] == pytest.approx(3 / 7)
+    for found in ranks.run(3, partial(runs.evaluates, kind)):
+        close(found, alone)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_training_weights_are_evaluated_with_the_first_ranks_buffers(ranks, tmp_path, kind) -> None:
+    want, got = ranks.run(2, partial(runs.raw_figures, kind, tmp_path))[0]
+    assert got == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_every_rank_predicts_all(ranks, kind) -> None:
+    alone = runs.predicts(None)
+    for found in ranks.run(2, partial(runs.predicts, kind)):
+        close(found, alone)
+
+
+def test_with_a_distributed_sampler_the_batch_is_that_of_all_ranks_together(ranks, tmp_path) -> None:
+    alone = runs.with_own_batches(None, tmp_path, 2)
+    for found in ranks.run(2, partial(runs.with_own_batches, "ddp", tmp_path, 2)):
+        close(found["weights"], alone["weights"])
+        close(found["averages"], alone["averages"])
+        assert found["clock"] == (6, 24, 6 * (10 + 11), 6)
+
+
+def test_what_a_distributed_sampler_divides_is_gone_on_with_inside_an_epoch_only_by_the_same_ranks(
+    ranks, tmp_path
+) -> None:
+    for said in ranks.run(2, partial(runs.mixes_samplers, tmp_path / "inside.pt", at="3ba")):
+        assert said.startswith("CheckpointError: a checkpoint from inside an epoch that a DistributedSampler divides")
+    assert ranks.run(2, partial(runs.mixes_samplers, tmp_path / "end.pt", at="1ep")) == ["nothing", "nothing"]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_step_with_gradients_that_are_not_finite_on_one_rank_is_skipped_on_all(ranks, tmp_path, kind) -> None:
+    one, other = ranks.run(2, partial(runs.skips, kind, tmp_path))
+    assert (one["batches"], one["drawn"]) == (8, 10)
+    assert loops.differences(one, other) == []
+    assert all(tensor.isfinite().all() for tensor in one["weights"].values())
+
+
+def test_batches_that_each_rank_draws_in_its_own_order_are_warned_of(ranks, tmp_path) -> None:
+    for said in ranks.run(2, partial(runs.differing, tmp_path)):
+        assert len([one for one in said if "all ranks must draw the same batches" in one]) == 1
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_checkpoint_that_the_first_rank_cannot_write_is_an_error_on_all(ranks, tmp_path, kind) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "x"
+    (first, back), (other, also_back) = ranks.run(2, partial(runs.fails_to_save, kind, path, tmp_path / "run"))
+    assert first.startswith(("FileExistsError", "NotADirectoryError"))
+    assert other.startswith("ShardingError: the first rank could not write")
+    assert "file" in other
+    assert back
+    assert also_back
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("two kinds", "ValueError: a model that is under ddp already cannot be put under parallelism='fsdp2'"),
+        ("tensor parallelism", "ValueError: a model of DTensors must be under fully_shard"),
+        ("not all ranks", "ValueError: each of the 2 processes must train on data of its own"),
+        ("a step before", "ValueError: optimizers must not have made a step"),
+        ("other arguments", "max_duration: rank 0: 3ep; rank 1: 4ep"),
+    ],
+)
+def test_what_cannot_be_trained_together_is_refused_on_all_ranks(ranks, tmp_path, what, words) -> None:
+    for said in ranks.run(2, partial(runs.refused, what, tmp_path)):
+        assert words in said
+
+
+# One process
+
+
+@pytest.fixture
+def ungrouped():
+    """Let no process group be left that a trainer began."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_one_process_under_a_parallelism_trains_as_without_one_bit_for_bit(ungrouped, tmp_path, kind) -> None:
+    plain = runs.trains(None, tmp_path / "plain", noisy=True)
+    found = runs.trains(kind, tmp_path / "alone", noisy=True)
+    assert torch.distributed.get_world_size() == 1
+    assert loops.differences(plain, found) == []
+
+
+def test_a_saver_keeps_the_newest_folders_and_writes_over_one(ungrouped, tmp_path) -> None:
+    saver = CheckpointSaver(tmp_path, "1ba", keep=2)
+    (tmp_path / ".ep0-ba1.draft").mkdir()
+    trainer = loops.train(tmp_path, saves=None, max_duration="4ba", parallelism="fsdp2", callbacks=(saver,))
+    trainer.fit()
+    assert sorted(path.name for path in tmp_path.glob("*ep*")) == ["ep0-ba3", "ep0-ba4"]
+    assert saver.latest() == tmp_path / "ep0-ba4"
+    trainer.save_checkpoint(saver.latest())
+    assert loops.train(tmp_path, saves=None, load_path=saver.latest()).state.timestamp.batch.value == 4
+    assert sorted(path.name for path in tmp_path.glob("*ep*")) == ["ep0-ba3", "ep0-ba4"]
+    (saver.latest() / "rest.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"must be a checkpoint of polyak.Trainer; it has no rest.pt"):
+        loops.train(tmp_path, load_path=saver.latest())
+
+
+def test_a_parallelism_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match="parallelism must be None or one of ddp, fsdp2"):
+        loops.train(Path(), parallelism="fsdp")
+
+
+def test_processes_of_torchrun_that_each_train_by_themselves_are_warned_of(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.warns(PlanWarning, match="each of the 2 processes"):
+        loops.train(tmp_path)
+
+
+# What is sharded by itself
+
+
+def test_the_blocks_of_a_model_are_its_children_and_those_of_its_lists() -> None:
+    model = nn.Module()
+    model.embedding = nn.Embedding(4, 4)
+    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    model.of = nn.ModuleDict({"one": nn.Linear(4, 4)})
+    model.scales = nn.ParameterList([nn.Parameter(torch.ones(4))])
+    model.act = nn.ReLU()
+    model.first, model.second = nn.Linear(4, 4), nn.Linear(4, 4)
+    model.second.weight = model.first.weight
+    model.own = nn.Linear(4, 4)
+    model.bias = model.own.bias
+    assert blocks(model) == [model.embedding, *model.blocks, model.of["one"]]
+
+
+# torchrun
+
+
+def test_processes_that_torchrun_starts_anew_meet_each_other_and_not_those_that_are_gone() -> None:
+    store = torch.distributed.HashStore()
+    store.set("polyak/start", "before")
+    store.set("polyak/before/came", "another")
+    with ThreadPoolExecutor(2) as threads:
+        second = threads.submit(_of_this_start, store, 1, 2)
+        time.sleep(0.2)
+        assert not second.done()
+        first = threads.submit(_of_this_start, store, 0, 2)
+        first.result(timeout=10).set("address", "new")
+        assert second.result(timeout=10).get("address") == b"new"
+
+
+def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    path = [str(Path(runs.__file__).parent), str(Path(polyak.__file__).parents[1])]
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("--monitor-interval=0.1", f"--max-restarts={restarts}", *map(str, arguments)),
+        ],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_of_which_a_rank_is_killed_ends_as_one_of_which_none_was(ranks, tmp_path) -> None:
+    done = torchrun(Path(runs.__file__).with_name("torchrun_script.py"), tmp_path, restarts=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("(exitcode: -9) local_rank: 1") == 2
+    for kind in ("ddp", "fsdp2"):
+        ranks.run(2, partial(runs.killed, kind, tmp_path / "never" / kind, tmp_path / "want"))
+        for rank in range(2):
+            want, got = (torch.load(tmp_path / name / f"{kind}-{rank}.pt") for name in ("want", "results"))
+            assert loops.differences(want, got) == []
+    assert not list(tmp_path.rglob("*.draft"))
+
+
+@pytest.mark.slow
+def test_the_demo_on_two_processes_says_and_writes_everything_once(tmp_path) -> None:
+    assert main(["demo", "--steps", "110", "--out", str(tmp_path / "out")]) == 0
+    done = torchrun("-m", "polyak", "demo", "--steps", 120, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    for said in ("Going on after 110 of 120 steps", "2 processes train together.", "cross-entropy (less is better)"):
+        assert done.stdout.count(said) == 1
+    assert (
+        done.stderr.count("polyak demo: note: ")
+        == done.stderr.count("was saved by other ranks (1) than go on (2)")
+        == 1
+    )
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 36
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"averaged.safetensors", "demo.png", "record", "sweep"} <= names
+    refused = torchrun("-m", "polyak", "demo", "--steps", 50, "--out", tmp_path / "out")
+    assert refused.returncode != 0
+    assert refused.stderr.count("polyak demo: ") == 1
