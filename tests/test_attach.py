@@ -468,3 +468,33 @@ def test_a_block_that_an_error_ends_says_so_and_ends_once() -> None:
         raise RuntimeError("as planned")
     attached.detach()
     assert heard == [Event.INIT, Event.FIT_START, *[Event.BATCH_END] * 2, Event.EXCEPTION, Event.FIT_END]
+
+
+def test_the_step_that_torch_takes_for_a_state_to_load_into_does_not_count() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    began = []
+
+    class Hears(EMA):
+        def apply(self, event, state, logger) -> None:
+            began.append(event)
+            super().apply(event, state, logger)
+
+    attached = attach(Hears("2ba"), model, optimizer)
+    assert get_optimizer_state_dict(model, optimizer)["state"]
+    assert attached.timestamp.batch == "0ba"
+    assert began == [Event.INIT]
+
+
+def test_torch_checkpoints_look_into_a_state() -> None:
+    from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA("2ba"), model, optimizer)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    flat, _ = flatten_state_dict({"ema": attached.state_dict()})
+    assert torch.equal(flat["ema.algorithms.0.1.ema_model.weight"], model.weight)

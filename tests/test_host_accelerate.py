@@ -219,7 +219,7 @@ def test_sharded_weights_are_refused(tmp_path, monkeypatch, kind) -> None:
     sharded = accelerate.DistributedType(kind)
     monkeypatch.setattr(accelerate.Accelerator, "distributed_type", property(lambda self: sharded))
     net = net_of()
-    with pytest.raises(NotImplementedError, match=f"under {kind} they are not"):
+    with pytest.raises(NotImplementedError, match=f"under {kind} it does not"):
         attach(EMA("4ba"), accelerate.Accelerator(cpu=True), net, Plan().optimizer(net))
 
 

@@ -311,10 +311,10 @@ def test_the_sanity_check_of_a_resumed_run_logs_nothing(tmp_path: Path) -> None:
     assert [step for step, line in log.lines if "ema/distance" in line] == [12]
 
 
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_strategies_that_shard_the_weights_are_refused_before_training(name: str) -> None:
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_keep_parameters_in_their_own_way_are_refused_before_training(name: str) -> None:
     strategy = type("Mine", (type(name, (), {}),), {})()
-    with pytest.raises(NotImplementedError, match=f"{name}, which shards them"):
+    with pytest.raises(NotImplementedError, match=f"{name}, under which it does not"):
         Averaging(EMA()).setup(SimpleNamespace(strategy=strategy), Module(net_of(), Plan()), "fit")
     assert hasattr(lightning.pytorch.strategies, name)
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import loops
@@ -334,9 +335,10 @@ def test_what_cannot_work_is_refused_before_training(tmp_path) -> None:
         attach(EMA("4ba"), session.trainer)
     with pytest.raises(ValueError, match="there can be one"):
         run(tmp_path, [EMA("4ba"), EMA("8ba")])
-    for flag, name in (("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
+    session.trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
+    for flag, name in (("is_fsdp_enabled", "the first FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
         setattr(session.trainer, flag, True)
-        with pytest.raises(NotImplementedError, match=f"under {name} they are not"):
+        with pytest.raises(NotImplementedError, match=f"under {name} it does not"):
             session.fit()
         setattr(session.trainer, flag, False)
 

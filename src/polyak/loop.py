@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
 from polyak.errors import CheckpointError, LoanError
 from polyak.events import Event, elapsed_duration
-from polyak.select import unwrap
+from polyak.select import slots, unwrap
 from polyak.shadow import loan_of
+from polyak.sharding import has_spread, is_fsdp, is_initialized, reshard
 from polyak.time import Time, Timestamp, as_span
 
 
@@ -167,6 +168,56 @@ class Loop:
         length = self.state.timestamp.epoch_length
         self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether the state is spread over ranks, so that each must save its own part of it. All ranks must ask."""
+        model = self.state.model
+        return is_initialized() and (
+            is_fsdp(model)
+            or has_spread(list(model.parameters()))
+            or any(has_spread(algorithm.state_dict()) for algorithm in self.algorithms if algorithm.lends)
+        )
+
+    def save_parts(self, folder: Path, *, weights: bool) -> None:
+        """Save what ``state_dict`` returns by ``torch.distributed.checkpoint``. All ranks must call this.
+
+        Args:
+            folder: To be made, in that of the checkpoint that is being written.
+            weights: Whether to save the model's weights with it: where the rest of the checkpoint has averaged ones.
+        """
+        import torch.distributed.checkpoint as dcp  # noqa: PLC0415  half a second that few need
+
+        self.state.saving_to = folder.parent
+        try:
+            # Of what ranks have of their own, such as buffers, the first one's is saved.
+            planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+            dcp.save(self._parts(weights), checkpoint_id=folder, planner=planner)
+        finally:
+            self.state.saving_to = None
+
+    def load_parts(self, folder: Path, *, weights: bool) -> None:
+        """Go on from what ``save_parts`` saved, on the same ranks or others. All ranks must call this.
+
+        Args:
+            folder: As given to ``save_parts``.
+            weights: As given to ``save_parts``; the model gets them.
+
+        Raises:
+            CheckpointError: If it is the state of other algorithms.
+        """
+        import torch.distributed.checkpoint as dcp  # noqa: PLC0415  see above
+
+        state = self._parts(weights)
+        dcp.load(state, checkpoint_id=folder)
+        self.load_state_dict(state["loop"])
+
+    def _parts(self, weights: bool) -> dict[str, Any]:
+        parts: dict[str, Any] = {"loop": self.state_dict()}
+        if weights:
+            reshard(self.state.model)
+            parts["weights"] = {slot.name: slot.tensor.detach() for slot in slots(self.state.model) if slot.persistent}
+        return parts
+
 
 def _refuse_parts(model: nn.Module) -> None:
     """Refuse parameters that are elsewhere, or in one flat tensor: ZeRO-3's, which it marks, and the first FSDP's."""
@@ -181,7 +232,8 @@ def _refuse_parts(model: nn.Module) -> None:
 class StepHooks:
     """Hooks on the steps of an optimizer, until they are removed.
 
-    Steps that mixed precision skips, steps without gradients, and a subclass's call of its parent's step do not count.
+    Steps that mixed precision skips, steps without gradients, a subclass's call of its parent's step, and the one that
+    ``torch.distributed.checkpoint`` takes to have a state to load into, do not count.
 
     Args:
         optimizer: Of torch, in no other library's wrapper.
@@ -194,12 +246,13 @@ class StepHooks:
     ) -> None:
         def pre(optimizer: Optimizer, args: object, kwargs: object) -> None:
             del optimizer, args, kwargs
-            if before is not None:
+            if before is not None and not _is_rehearsal(sys._getframe(1)):  # noqa: SLF001
                 before()
 
         def post(optimizer: Optimizer, args: object, kwargs: object) -> None:
             del args, kwargs
-            if _has_stepped(optimizer) and not _is_nested(sys._getframe(1), optimizer):  # noqa: SLF001
+            hooked = sys._getframe(1)  # noqa: SLF001
+            if _has_stepped(optimizer) and not _is_nested(hooked, optimizer) and not _is_rehearsal(hooked):
                 after()
 
         self._hooks = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
@@ -329,6 +382,30 @@ class Attached:
         finally:
             self._loop.state.saving_to = None
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether the state is spread over ranks, so that each must save its own part of it. All ranks must ask."""
+        return self._loop.in_parts
+
+    def save_parts(self, folder: Path) -> None:
+        """Save what ``state_dict`` returns by ``torch.distributed.checkpoint``. All ranks must call this.
+
+        Args:
+            folder: To be made, in that of the checkpoint that is being written.
+        """
+        self._loop.save_parts(folder, weights=False)
+
+    def load_parts(self, folder: Path) -> None:
+        """Go on from what ``save_parts`` saved, on the same ranks or others. All ranks must call this.
+
+        Args:
+            folder: As given to ``save_parts``.
+
+        Raises:
+            CheckpointError: If it is the state of other algorithms.
+        """
+        self._loop.load_parts(folder, weights=False)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned. Load the model's and the optimizer's states before.
 
@@ -377,6 +454,19 @@ def _is_nested(hooked: FrameType, optimizer: Optimizer) -> bool:
     outer = hooked.f_back
     while outer is not None:
         if outer.f_code is hooked.f_code and outer.f_locals.get("args", (None,))[0] is optimizer:
+            return True
+        outer = outer.f_back
+    return False
+
+
+def _is_rehearsal(hooked: FrameType) -> bool:
+    """Whether the step that ``hooked`` runs was called by ``torch.distributed.checkpoint``, with gradients of zeros.
+
+    What that does to the optimizer could also be a real step, of a warm-up that begins with a learning rate of 0.
+    """
+    outer = hooked.f_back
+    while outer is not None:
+        if outer.f_code.co_name == "_init_optim_state":
             return True
         outer = outer.f_back
     return False

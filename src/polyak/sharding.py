@@ -44,6 +44,38 @@ def is_spread(tensor: Tensor) -> "TypeIs[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def has_spread(state: Any) -> bool:
+    """Return whether there is a tensor in a state that is spread over ranks.
+
+    Args:
+        state: Tensors and other things, in mappings and sequences.
+    """
+    if isinstance(state, Mapping):
+        return any(map(has_spread, state.values()))
+    if isinstance(state, Sequence) and not isinstance(state, str | bytes):
+        return any(map(has_spread, state))
+    return isinstance(state, Tensor) and is_spread(state)
+
+
+def whole(state: Any) -> Any:
+    """Return a state with whole tensors on the CPU in place of those that are spread over ranks. All must call this.
+
+    Args:
+        state: Tensors and other things, in mappings and sequences. Only the first rank gets the tensors.
+    """
+    if isinstance(state, Mapping):
+        return {key: whole(value) for key, value in state.items()}
+    if isinstance(state, Sequence) and not isinstance(state, str | bytes):
+        return [whole(value) for value in state]
+    if not isinstance(state, Tensor) or not is_spread(state):
+        return state
+    # Messages go between the mesh's devices; the part may be kept on another.
+    part = beside(state, local(state).to(state.device_mesh.device_type))
+    assert is_spread(part)
+    gathered = part.full_tensor()
+    return gathered.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0)
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return what of a tensor is in this process, without a copy: a shard, or the tensor itself.
 

@@ -15,7 +15,7 @@ from polyak.loop import Attached
 from polyak.shadow import loan_of
 from polyak.time import Time
 
-_SHARDED = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
+_FOREIGN = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
 
 
 class _Logger:
@@ -29,23 +29,34 @@ class _Logger:
 class _Checkpoints:
     """What Accelerate saves and loads for what is attached; it calls all of this."""
 
-    def __init__(self, attached: Attached, model: nn.Module) -> None:
+    def __init__(self, attached: Attached, model: nn.Module, number: int) -> None:
         self._attached, self._model = attached, model
-        self._saving_to: Path | None = None
+        self._parts = f"polyak_{number}"
+        self._folder: Path | None = None  # where a state is being saved, or loaded from
 
     def state_dict(self) -> dict[str, Any]:
-        return self._attached.state_dict(self._saving_to)
+        if self._folder is not None and (self._folder / self._parts).exists():
+            return {"parts": self._parts}
+        return self._attached.state_dict(self._folder)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._attached.load_state_dict(state)
+        if "parts" in state:
+            assert self._folder is not None
+            self._attached.load_parts(self._folder / state["parts"])
+        else:
+            self._attached.load_state_dict(state)
 
     def before_saving(self, models: object, weights: object, folder: str) -> None:
         del models, weights
-        self._saving_to = Path(folder)
+        self._folder = Path(folder)
         self._refuse_loan("saved")
+        # Accelerate lets the first process alone save what is registered.
+        if self._attached.in_parts:
+            self._attached.save_parts(self._folder / self._parts)
 
     def before_loading(self, models: object, folder: str) -> None:
-        del models, folder
+        del models
+        self._folder = Path(folder)
         self._refuse_loan("loaded")
 
     def _refuse_loan(self, what: str) -> None:
@@ -86,14 +97,15 @@ def attach(
         tokens_per_step: Tokens in a step, of all processes, for times in ``tok``.
 
     Raises:
-        NotImplementedError: Under DeepSpeed, FSDP and Megatron-LM.
+        NotImplementedError: Under DeepSpeed, the first FSDP and Megatron-LM.
         TimeError: If ``max_duration`` is no time.
         ValueError: If more than one of the algorithms lends an average.
     """
-    if accelerator.distributed_type in _SHARDED:
+    if accelerator.distributed_type in _FOREIGN and not accelerator.is_fsdp2:
         raise NotImplementedError(
-            f"the weights must be whole in every process for their average to be lent, and under "
-            f"{accelerator.distributed_type.value} they are not; train with DDP or on one device"
+            "each process must hold a model's parameters as they are for them to be averaged, and under "
+            f"{accelerator.distributed_type.value} it does not; train with DDP, with FSDP2 "
+            "(FullyShardedDataParallelPlugin(fsdp_version=2)) or on one device"
         )
     attached = Attached(
         algorithms,
@@ -105,7 +117,8 @@ def attach(
         tokens_per_step=tokens_per_step,
         logger=_Logger(accelerator),
     )
-    checkpoints = _Checkpoints(attached, model)
+    number = len(accelerator._custom_objects)  # noqa: SLF001  by which it names their files too
+    checkpoints = _Checkpoints(attached, model, number)
     accelerator.register_for_checkpointing(checkpoints)
     accelerator.register_save_state_pre_hook(checkpoints.before_saving)
     accelerator.register_load_state_pre_hook(checkpoints.before_loading)

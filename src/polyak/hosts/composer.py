@@ -30,6 +30,7 @@ from polyak.profiles import Smoothing
 from polyak.readers import training_weights
 from polyak.select import named_tensors, slots
 from polyak.shadow import Shadow
+from polyak.sharding import whole
 from polyak.time import Time, Timestamp, TimeUnit
 
 __all__ = ["EMA", "EMAParameters", "Hosted", "Recorder", "compute_ema"]
@@ -179,7 +180,8 @@ class Hosted(ComposerAlgorithm):
     def state_dict(self) -> dict[str, Any]:
         """Return the algorithm's state, and the batches that its clock leaves out."""
         view = self._view
-        return {**self.algorithm.state_dict(), "composer_skipped": [view.skipped, view.skipped_in_epoch]}
+        # Composer asks all processes, and saves what the first one says.
+        return {**whole(self.algorithm.state_dict()), "composer_skipped": [view.skipped, view.skipped_in_epoch]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned.

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -23,19 +24,20 @@ from polyak.events import Event
 from polyak.loop import Attached, Loop, StepHooks, as_algorithms
 from polyak.select import unwrap
 from polyak.shadow import loan_of
+from polyak.sharding import whole
 from polyak.time import Time, TimeUnit
 from polyak.trainer import rng
 
 _KEY = "polyak"
-_SHARDED = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy", "XLAFSDPStrategy"}
+_FOREIGN = {"DeepSpeedStrategy", "FSDPStrategy", "XLAFSDPStrategy"}
 _Weights = Literal["averaged", "training"]
 
 
-def _refuse_sharded(strategy: Any) -> None:
-    if sharded := _SHARDED & {cls.__name__ for cls in type(strategy).__mro__}:
+def _refuse_foreign(strategy: Any) -> None:
+    if foreign := _FOREIGN & {cls.__name__ for cls in type(strategy).__mro__}:
         raise NotImplementedError(
-            f"each process must hold all weights for them to be averaged here (got {', '.join(sharded)}, which "
-            "shards them); use one device or DDP"
+            f"each process must hold a model's parameters as they are for them to be averaged (got {', '.join(foreign)}"
+            ", under which it does not); use ModelParallelStrategy with fully_shard, DDP or one device"
         )
 
 
@@ -96,10 +98,10 @@ class Averaging(Callback):
             stage: What begins.
 
         Raises:
-            NotImplementedError: If the strategy shards the weights.
+            NotImplementedError: Under DeepSpeed and the first FSDP.
         """
-        _refuse_sharded(trainer.strategy)
-        if stage == "fit" and (self._loop is None or self._loop.state.model is not unwrap(pl_module)):
+        _refuse_foreign(trainer.strategy)
+        if stage == "fit" and (self._loop is None or unwrap(self._loop.state.model) is not unwrap(pl_module)):
             self._loop = Loop(self.algorithms, pl_module, self)
         if trainer is not self._trainer:
             self._trainer = trainer
@@ -113,9 +115,12 @@ class Averaging(Callback):
         def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
             if self._loop is None:
                 save(filepath, *args, **kwargs)
-            else:
-                with self._loop.saving(None if "://" in str(filepath) else filepath):
-                    save(filepath, *args, **kwargs)
+                return
+            if _saves_folders(trainer):
+                filepath = trainer.strategy.broadcast(filepath)
+                self._loop.save_parts(Path(filepath) / _KEY, weights=True)
+            with self._loop.saving(None if "://" in str(filepath) else filepath):
+                save(filepath, *args, **kwargs)
 
         trainer.save_checkpoint = save_checkpoint
 
@@ -135,8 +140,10 @@ class Averaging(Callback):
     # Training
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Restore the random numbers of a run that is resumed: Lightning draws from them before it starts training."""
+        """Meet the model in its wrapper; restore random numbers: Lightning draws from them before it trains."""
         del pl_module
+        assert self._loop is not None
+        self._loop.state.model = trainer.strategy.model
         if self._random is not None and trainer.world_size == 1:
             rng.set_state(self._random)
         self._random = None
@@ -312,11 +319,12 @@ class Averaging(Callback):
             pl_module: The model.
             checkpoint: To be added to.
         """
-        del trainer
         if self._loop is not None:
             loan = loan_of(pl_module)
             holds = f"averaged weights of {loan.holder}" if loan else "training weights"
-            checkpoint[_KEY] = {**self._loop.state_dict(), "state_dict_holds": holds, "rng": rng.get_state()}
+            # Of a folder it has been saved already, and of a file the first process writes all.
+            state = {} if _saves_folders(trainer) else whole(self._loop.state_dict())
+            checkpoint[_KEY] = {**state, "state_dict_holds": holds, "rng": rng.get_state()}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on with the training weights and the state of the algorithms, if the checkpoint is to be trained on.
@@ -331,7 +339,10 @@ class Averaging(Callback):
             return
         assert self._loop is not None
         if _KEY in checkpoint:
-            self._loop.load_state_dict(checkpoint[_KEY])
+            if "algorithms" in checkpoint[_KEY]:
+                self._loop.load_state_dict(checkpoint[_KEY])
+            else:
+                self._loop.load_parts(Path(trainer.ckpt_path) / _KEY, weights=True)
             self._random = checkpoint[_KEY]["rng"]
         else:
             warnings.warn(
@@ -339,6 +350,10 @@ class Averaging(Callback):
                 PlanWarning,
                 stacklevel=2,
             )
+
+
+def _saves_folders(trainer: Any) -> bool:
+    return getattr(trainer.strategy, "_save_distributed_checkpoint", False)
 
 
 class _FabricLogger:
@@ -368,7 +383,7 @@ def attach(
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several.
         fabric: What set up the model.
-        model: As ``fabric.setup`` returned it, or as it was before.
+        model: As ``fabric.setup`` returned it, or, on one device, as it was before.
         optimizer: As ``fabric.setup`` returned it, or as it was before; of several, the one that steps last in a batch.
             None if you call ``step`` of what this returns, once after each batch.
         max_duration: How long the loop will go on, for times in ``dur`` and for warnings about the plan.
@@ -377,12 +392,18 @@ def attach(
         tokens_per_step: Tokens in a step, of all processes, for times in ``tok``.
 
     Raises:
-        NotImplementedError: If the strategy shards the weights.
+        NotImplementedError: Under DeepSpeed, FSDP and ``ModelParallelStrategy``.
         TimeError: If ``max_duration`` is no time.
         ValueError: If more than one of the algorithms lends an average.
     """
-    _refuse_sharded(fabric.strategy)
-    inner: Any = model.module if is_wrapped(model) else model
+    _refuse_foreign(fabric.strategy)
+    if type(fabric.strategy).__name__ == "ModelParallelStrategy":
+        raise NotImplementedError(
+            "Fabric saves from one process all that is no model or optimizer, and under ModelParallelStrategy each has "
+            "a part of the average; use polyak.attach and torch.distributed.checkpoint, or DDP, or one device"
+        )
+    # Not its public `module`, which is inside of DDP.
+    inner: Any = model._forward_module if is_wrapped(model) else model  # noqa: SLF001
     return Attached(
         algorithms,
         inner,

@@ -22,6 +22,7 @@ from polyak.time import Time, TimeUnit
 from polyak.trainer import rng
 
 STATE_NAME = "polyak.pt"
+PARTS_NAME = "polyak"  # where the state is spread over processes
 
 
 class _Logger:
@@ -97,12 +98,17 @@ class Attached(TrainerCallback):
         self, save: Callable[..., Any], output_dir: str | None = None, _internal_call: bool = False
     ) -> None:
         folder = Path(output_dir or self._trainer.args.output_dir)
+        # Beside the averaged weights go the training weights; but only into checkpoints, not into what is for use.
+        loop = self._loop if _internal_call and output_dir else None
+        if loop and loop.in_parts:
+            # Under FSDP the trainer itself saves training weights to go on from.
+            loop.save_parts(folder / PARTS_NAME, weights=not self._trainer.is_fsdp_enabled)
+            loop = None
         with self._lent(Event.SAVE_START, Event.SAVE_END, folder):
-            # Beside the averaged weights go the training weights, in the states of what has lent the average; but only
-            # into checkpoints, not into what is for use.
-            if self._loop and _internal_call and output_dir and self._trainer.args.should_save:
+            if loop and self._trainer.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                torch.save(self._loop.state_dict(), folder / STATE_NAME)
+                # The states of what has lent the average have the training weights now.
+                torch.save(loop.state_dict(), folder / STATE_NAME)
             save(output_dir, _internal_call=_internal_call)
 
     @contextmanager
@@ -122,9 +128,11 @@ class Attached(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin, or go on from the checkpoint whose averaged weights the trainer has loaded."""
-        if self._loop is None or self._loop.state.model is not unwrap(self._trainer.model):
-            self._loop = Loop(self._algorithms, self._trainer.model, _Logger(self._trainer))
+        model = self._trainer.model_wrapped
+        if self._loop is None or unwrap(self._loop.state.model) is not unwrap(model):
+            self._loop = Loop(self._algorithms, model, _Logger(self._trainer))
         loop = self._loop
+        loop.state.model = model  # each `train` wraps it anew
         if loop.state.timestamp.batch_in_epoch.value:
             # A run before this one was left inside an epoch.
             loop.state.timestamp = loop.state.timestamp.to_next_epoch()
@@ -145,6 +153,9 @@ class Attached(TrainerCallback):
         if checkpoint is None or self._loop is None:
             return
         path = checkpoint / STATE_NAME
+        if (checkpoint / PARTS_NAME).exists():
+            self._loop.load_parts(checkpoint / PARTS_NAME, weights=not self._trainer.is_fsdp_enabled)
+            return
         if path.exists():
             self._loop.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
             return
@@ -202,11 +213,12 @@ def _steps_per_epoch(trainer: Any, loader: Any) -> int | None:
 
 
 def _check(trainer: Any) -> None:
-    sharded = {"DeepSpeed": trainer.is_deepspeed_enabled, "FSDP": trainer.is_fsdp_enabled}
-    if names := [name for name, enabled in sharded.items() if enabled]:
+    first_fsdp = trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1
+    if first_fsdp or trainer.is_deepspeed_enabled:
         raise NotImplementedError(
-            f"the weights must be whole in every process for their average to be lent, and under {names[0]} they are "
-            "not (ZeRO-3 and FSDP shard them, ZeRO-1 and 2 keep others of their own); train with DDP or on one device"
+            "each process must hold a model's parameters as they are for them to be averaged, and under "
+            f"{'the first FSDP' if first_fsdp else 'DeepSpeed'} it does not (ZeRO-3 and FSDP keep them flat, ZeRO-1 "
+            "and 2 others of their own); train with FSDP2 (fsdp_config={'version': 2}), with DDP or on one device"
         )
 
 
@@ -232,7 +244,7 @@ def attach(
         eval_weights: With which ``evaluate`` does; of both, the training weights' metrics are named ``eval_raw_...``.
 
     Raises:
-        NotImplementedError: Under DeepSpeed and FSDP.
+        NotImplementedError: Under DeepSpeed and the first FSDP.
         ValueError: If the trainer has algorithms already, more than one of these lends an average, or ``eval_weights``
             is none of its values.
     """

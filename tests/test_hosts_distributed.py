@@ -1,0 +1,102 @@
+"""Hosts on several processes, under their frameworks' own settings: gloo groups of two."""
+
+from importlib.util import find_spec
+
+import hosts_in_ranks
+import pytest
+import sharded
+import torch
+from ranks import Ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    made = Ranks(tmp_path_factory.mktemp("ranks"), most=2)
+    yield made
+    made.close()
+
+
+CELLS = [
+    ("lightning", "ddp"),
+    ("lightning", "ddp, divided average"),
+    ("lightning", "fsdp"),
+    ("lightning", "fsdp, one file"),
+    ("fabric", "ddp"),
+    ("accelerate", "ddp"),
+    ("accelerate", "ddp, divided average"),
+    ("accelerate", "fsdp"),
+    ("accelerate", "fsdp, one file"),
+    ("transformers", "ddp"),
+    ("transformers", "ddp, divided average"),
+    ("transformers", "fsdp"),
+    ("transformers", "fsdp, one file"),
+    ("composer", "ddp"),
+    ("composer", "ddp, divided average"),
+]
+
+
+def script_of(name: str):
+    if (find_spec("mcli") is not None) != (name == "composer"):
+        pytest.skip("Composer is tested with stubs (PYTHONPATH=tests/stubs pytest ...), and the others without")
+    if find_spec("lightning" if name == "fabric" else name) is None:
+        pytest.skip(f"no {name} here")
+    return getattr(hosts_in_ranks, name)
+
+
+@pytest.fixture(scope="module", params=CELLS, ids=": ".join)
+def runs(request, ranks, tmp_path_factory):
+    """What each rank found in a run, and in one that went on from the first epoch's checkpoint; and the cell."""
+    name, kind = request.param
+    script = script_of(name)
+    folder = str(tmp_path_factory.mktemp(name))
+    return ranks.run(2, script, kind, folder), ranks.run(2, script, kind, folder, True), name, kind
+
+
+def close(got, want) -> bool:
+    return got.shape == want.shape and torch.allclose(got.double(), want, atol=1e-6, rtol=0)
+
+
+def test_the_average_is_that_of_the_whole_weights_and_the_same_on_every_rank(runs) -> None:
+    first, second = runs[0]
+    assert sharded.unequal(first.average, second.average) == []
+    assert len(first.want) == hosts_in_ranks.EPOCHS * hosts_in_ranks.STEPS
+    assert all(close(first.average[name], want) for name, want in first.want[-1].items())
+
+
+def test_every_rank_evaluates_with_the_average(runs) -> None:
+    ends = [hosts_in_ranks.STEPS - 1, 2 * hosts_in_ranks.STEPS - 1, 2 * hosts_in_ranks.STEPS - 1]
+    for found in runs[0]:
+        assert len(found.evaluated) == 3
+        for seen, step in zip(found.evaluated, ends, strict=True):
+            assert close(seen, found.want[step]["0.weight"])
+
+
+def test_training_goes_on_with_training_weights_the_same_on_every_rank(runs) -> None:
+    first, second = runs[0]
+    assert sharded.unequal(first.weights, second.weights) == []
+    assert not any(close(first.weights[name], want) for name, want in first.want[-1].items())
+
+
+def test_a_checkpoint_has_the_average_where_users_load_weights(runs) -> None:
+    if runs[2:] == ("transformers", "fsdp"):
+        pytest.skip("with SHARDED_STATE_DICT the trainer saves no weights for use")
+    for found in runs[0]:
+        assert all(close(found.loadable[name], want) for name, want in found.want[hosts_in_ranks.STEPS - 1].items())
+
+
+def test_a_resumed_run_is_as_if_it_had_not_stopped(runs) -> None:
+    for whole, resumed in zip(runs[0], runs[1], strict=True):
+        assert sharded.unequal(whole.weights, resumed.weights) == []
+        # Of buffers, which each rank has of its own under FSDP, frameworks save any rank's.
+        of = whole.weights if runs[3].startswith("fsdp") else whole.average
+        assert sharded.unequal({n: whole.average[n] for n in of}, {n: resumed.average[n] for n in of}) == []
+
+
+def test_one_process_logs(runs) -> None:
+    assert [found.lines for found in runs[0]] == [2, 0]
+
+
+@pytest.mark.parametrize("name", ["lightning", "fabric", "accelerate", "transformers", "composer"])
+def test_ranks_that_disagree_are_told_on_each(ranks, tmp_path, name) -> None:
+    for raised in ranks.attempt(2, script_of(name), "ddp, disagreeing", str(tmp_path)):
+        assert "ShardingError: all ranks must agree on the average" in raised.text
