@@ -436,3 +436,17 @@ def exports(kind: str, folder: str, max_file_bytes: float) -> dict[str, Tensor]:
     assert unequal(before, weights(model)) == []
     with ema.applied():
         return weights(model)
+
+
+def is_apart(times: int) -> list[int]:
+    """Make a group apart, use it and let it go, again and again; return the sums of the ranks in each."""
+    from polyak.sharding import Ranks
+
+    ranks = Ranks.of(spread("fsdp"))
+    assert ranks is not None
+    found = []
+    for _ in range(times):
+        apart = ranks.apart()
+        found.append(sum(apart.sums(dist.get_rank())))
+        apart.disband()
+    return found

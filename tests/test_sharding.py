@@ -96,6 +96,10 @@ def test_a_module_over_shards_is_refused(ranks, kind) -> None:
     assert all("whole tensors" in text for text in ranks.run(2, sharded.refuses, kind))
 
 
+def test_a_group_apart_can_be_made_again(ranks) -> None:
+    assert ranks.run(3, sharded.is_apart, 20) == [[3] * 20] * 3
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", [kind for kind, sizes in sharded.KINDS.items() if 2 in sizes])

@@ -399,7 +399,9 @@ class Ranks:
     def apart(self) -> "Ranks":
         """Return the same ranks in a group of their own, for a thread beside training's. All must call this."""
         members = torch.distributed.get_process_group_ranks(self.group)
-        group = torch.distributed.new_group(members, backend="gloo", use_local_synchronization=True)
+        # Not by `use_local_synchronization`: its name for a group comes again after `disband`, and with it what the one
+        # before left in the store, such as addresses.
+        group = torch.distributed.new_group(members, backend="gloo")
         assert isinstance(group, torch.distributed.ProcessGroup)  # every caller is a member
         return Ranks(group, torch.device("cpu"), self.replicas)
 
