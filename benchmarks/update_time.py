@@ -1,6 +1,6 @@
 """How long one update of an average takes, beside other libraries and beside the memory's own limit.
 
-    python benchmarks/update_time.py [--repeats 11] [--largest 300] [--out benchmarks/results/update_time.md]
+    python benchmarks/update_time.py [--repeats 5] [--largest 300] [--out benchmarks/results/update_time.md]
 
 All contenders of a case take turns in one run, so that whatever else the machine does befalls them alike. Libraries
 that are not installed are left out; see `peers.py`. 300 million in the largest tensor take some 16 GiB of memory.
@@ -8,6 +8,7 @@ that are not installed are left out; see `peers.py`. 300 million in the largest 
 
 import argparse
 import ctypes
+import gc
 import os
 import random
 import statistics
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ from polyak import kernels
 from polyak.shadow import Shadow
 
 MOST_FOR_ALL = 150_000_000  # elements; of larger models there are averages of the quicker contenders only
+BUILDS = 3
 LEAST, PATIENCE_S = 3, 1.0  # who has taken so long in so many turns gets no more of them
 OURS_TORCH, LIMIT = "polyak, kernel in torch", "the limit"
 PAIRS = {
@@ -80,7 +83,9 @@ def limit(num_elements: int, folder: Path, threads: int) -> Callable[[], None]:
 def contenders(model: nn.Module, average: torch.dtype) -> dict[str, Callable[[], object]]:
     """Return what updates an average of ``model``, each with an average of its own."""
     large = sum(p.numel() for p in model.parameters()) > MOST_FOR_ALL
-    found = {name: made.update for name, made in averages_of(model, average, QUICK if large else MAKERS).items()}
+    names = list(QUICK if large else MAKERS)
+    random.shuffle(names)
+    found = {name: made.update for name, made in averages_of(model, average, names).items()}
     other = Shadow(model, dtype=average)
     averages, tensors = list(other.averages.values()), list(model.parameters())
     places = [kernels.Place(i) for i in range(len(tensors))]
@@ -89,30 +94,39 @@ def contenders(model: nn.Module, average: torch.dtype) -> dict[str, Callable[[],
     return found
 
 
-def race(model: nn.Module, average: torch.dtype, run_limit: Callable[[], None], repeats: int) -> dict[str, list[float]]:
-    """Return the seconds of each contender, and of the limit, all in turns in an order that changes."""
-    runs = {LIMIT: run_limit}
-    for name, run in contenders(model, average).items():
-        try:
-            run()
-        except (RuntimeError, TypeError) as error:
-            print(f"{name} refuses: {str(error).splitlines()[0]}")
-        else:
-            runs[name] = run
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name in random.sample(list(runs), len(runs)):
-            if len(times[name]) >= LEAST and sum(times[name]) > PATIENCE_S:
-                continue
-            began = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - began)
+def race(
+    model: nn.Module, average: torch.dtype, make_limit: Callable[[], Callable[[], None]], repeats: int
+) -> dict[str, list[float]]:
+    """Return the seconds of each contender, and of the limit, all in turns in an order that changes.
+
+    All are made several times, in an order that changes: memory is not equally fast everywhere.
+    """
+    times: dict[str, list[float]] = {}
+    for _ in range(BUILDS):
+        runs = {LIMIT: make_limit()}
+        for name, run in contenders(model, average).items():
+            try:
+                run()
+            except (RuntimeError, TypeError) as error:
+                print(f"{name} refuses: {str(error).splitlines()[0]}")
+            else:
+                runs[name] = run
+        for _ in range(repeats):
+            for name in random.sample(list(runs), len(runs)):
+                found = times.setdefault(name, [])
+                if len(found) >= LEAST and sum(found) > PATIENCE_S:
+                    continue
+                began = time.perf_counter()
+                runs[name]()
+                found.append(time.perf_counter() - began)
+        del runs
+        gc.collect()
     return times
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=11, help="of each (default: 11)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each, in each of three places (default: 5)")
     parser.add_argument("--largest", type=int, default=300, help="millions in the largest tensor (default: 300)")
     parser.add_argument("--out", type=Path, default=RESULTS / "update_time.md")
     parser.add_argument("--limit-s", type=float, default=1e9, help="begin no further case after so many seconds")
@@ -129,14 +143,14 @@ def main() -> None:
         task = bar.add_task("cases", total=len(cases) * len(PAIRS))
         for case, shapes in cases.items():
             count = sum(torch.Size(shape).numel() for shape in shapes)
-            run_limit = limit(count, Path(folder), threads)
+            make_limit = partial(limit, count, Path(folder), threads)
             for pair, (dtype, average) in PAIRS.items():
                 if time.perf_counter() - began > arguments.limit_s:
                     missing.append(f"{case}, {pair}")
                     continue
                 model = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes)
                 size = dtype.itemsize + 2 * average.itemsize
-                times = race(model, average, run_limit, arguments.repeats * (3 if count < 1e6 else 1))
+                times = race(model, average, make_limit, arguments.repeats * (3 if count < 1e6 else 1))
                 medians = {name: statistics.median(found) for name, found in times.items()}
                 medians[LIMIT] *= size / 12
                 peers = {name: s for name, s in medians.items() if not name.startswith(OURS) and name != LIMIT}
@@ -159,8 +173,9 @@ def main() -> None:
         "# How long one update takes",
         "",
         *paragraph(
-            f"Milliseconds, medians of {arguments.repeats} or more (of {LEAST} or more for what takes above 0.1 s); all"
-            " contenders of a column took turns in one run, in changing order. The limit is "
+            f"Milliseconds, medians of {BUILDS * arguments.repeats} or more (of {LEAST} or more for what takes long);"
+            f" all contenders of a column took turns in one run, in changing order, each made {BUILDS} times, since"
+            " memory is not equally fast everywhere. The limit is "
             "`y += a * (x - y)` in C over one flat float32 pair of as many elements, on every core, times the bytes "
             "that an update of these dtypes reads and writes, over 12. Ours is below it where that loop leaves speed "
             "unused, since it asks for memory ahead. A 16-bit average is rounded stochastically by polyak and timm; the"
