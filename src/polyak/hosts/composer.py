@@ -227,8 +227,8 @@ def _check(hosted: Hosted, state: Any) -> None:
     """Refuse what cannot work in Composer."""
     if state.fsdp_config_version == 1 or state.tp_config is not None:
         raise NotImplementedError(
-            "the model must be whole in each process, or in shards of FSDP2: FSDP1 keeps flat pieces, of which no average "
-            "can be saved as a whole, and tensor parallelism is not supported in Composer; train with FSDP2 "
+            "the model must be whole in each process, or in shards of FSDP2: FSDP1 keeps flat pieces, of which no "
+            "average can be saved as a whole, and tensor parallelism is not supported in Composer; train with FSDP2 "
             '(parallelism_config={"fsdp": FSDP2Config()}), with DDP, or in polyak.Trainer'
         )
     ours = [a for a in state.algorithms if isinstance(a, Hosted)]
