@@ -16,7 +16,7 @@ from composer import Trainer
 from composer.algorithms.ema import ema as composers
 from composer.core import Algorithm as ComposerAlgorithm
 from composer.core import State
-from composer.utils import checkpoint
+from composer.utils import checkpoint, dist
 from torch import Tensor, nn
 
 import polyak.ema
@@ -367,9 +367,7 @@ def _saving(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save_checkpoint)
     def save(state: Any, *args: Any, **options: Any) -> Any:
         hosted = _hosted(state)
-        path = Path(checkpoint.get_save_filename(state, *args, **_only(options, "filename")))
-        if state.fsdp_sharded_state_dict_enabled:
-            path = path.parent  # the folder, since the name of the file in it is always the same
+        path = _path_of(state, checkpoint.get_save_filename(state, *args, **_only(options, "filename")))
         try:
             for algorithm in hosted:
                 algorithm.saving_to(path)
@@ -381,6 +379,16 @@ def _saving(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
                 algorithm.saving_to(None)
 
     return save
+
+
+def _path_of(state: Any, filename: str) -> Path:
+    """Return where a checkpoint will be, the same on all ranks that write it together."""
+    if state.fsdp_sharded_state_dict_enabled:
+        return Path(filename).parent  # the name of the file in it is always the same
+    said = [filename]
+    if state.fsdp_enabled:
+        dist.broadcast_object_list(said)  # names have the rank in them, and the first one saves
+    return Path(said[0])
 
 
 def _only(options: Mapping[str, Any], name: str) -> dict[str, Any]:
