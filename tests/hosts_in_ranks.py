@@ -471,15 +471,20 @@ def composer(kind: str, folder: str, resume: bool = False, averages: bool = True
 
     found, path = Found(), Path(folder)
     model, train, held = Wrapped(net()), data(), data(1, 1)
+    first_loads = kind == "fsdp, first rank loads"
+    if first_loads and dist.get_rank() > 0:
+        model.to("meta")
     found.watch(model.net)
     optimizer = optimizer_of(model)
     found.follow(model.net, optimizer)
     ema, algorithms, parallelism, checkpoint = MyEMA(), [], None, f"ep1-ba{STEPS}-rank0.pt"
     if kind.startswith(("fsdp", "tp")):
-        parts = kind != "fsdp, one file"
+        parts = kind not in {"fsdp, one file", "fsdp, first rank loads"}
         checkpoint = f"ep1-ba{STEPS}" if parts else checkpoint
         model.net.fsdp_wrap_fn = lambda module: module is model.net[0]
-        parallelism = {"fsdp": FSDP2Config(state_dict_type="sharded" if parts else "full")}
+        parallelism = {
+            "fsdp": FSDP2Config(state_dict_type="sharded" if parts else "full", load_monolith_rank0_only=first_loads)
+        }
         parallelism |= {"tp": {"tensor_parallel_degree": 2}} if kind == "tp" else {}
         algorithms = [hosted.Recorder(path / "record", "2ba")]
     trainer = Trainer(

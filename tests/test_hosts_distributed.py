@@ -34,6 +34,7 @@ CELLS = [
     ("composer", "ddp, divided average"),
     ("composer", "fsdp"),
     ("composer", "fsdp, one file"),
+    ("composer", "fsdp, first rank loads"),
 ]
 
 
