@@ -3,6 +3,7 @@
 Each trains ``EPOCHS`` epochs of ``STEPS`` steps, evaluates and saves at the end of each, and returns a ``Found``.
 """
 
+import json
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 from polyak import EMA, HalfLife, Record, Uniform
+from polyak.record.manifest import MANIFEST
 from polyak.shadow import Shadow
 from polyak.sharding import reshard
 
@@ -54,6 +56,7 @@ class Found:
         lines: How often the distance of the average was logged.
         distances: What was logged, where it is kept.
         recorded: The record's average, where there is one.
+        pinned: The checkpoints that it keeps files for.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -65,6 +68,7 @@ class Found:
     lines: int = 0
     distances: list[float] = field(default_factory=list)
     recorded: dict[str, Tensor] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
 
     def watch(self, model: nn.Sequential) -> None:
         """Note with which weights the model is evaluated."""
@@ -513,6 +517,7 @@ def composer(kind: str, folder: str, resume: bool = False, averages: bool = True
     if algorithms:
         dist.barrier()
         found.recorded = _inner(Record(path / "record").average(Uniform()))
+        found.pinned = {name.partition("@")[0] for name in json.loads((path / "record" / MANIFEST).read_text())["pins"]}
     if not resume:
         trainer.eval()
         dist.barrier()

@@ -121,6 +121,8 @@ def test_ranks_record_what_they_train_and_a_resumed_run_goes_on_with_the_record(
     if not runs[0][0].recorded:
         pytest.skip("no record here")
     first, resumed = runs[0][0], runs[1][0]
+    ends = "" if runs[3] == "fsdp" else "-rank0.pt"
+    assert first.pinned == {f"ep1-ba3{ends}", f"ep2-ba6{ends}"}
     assert sharded.unequal(first.recorded, resumed.recorded) == []
     assert all(first.recorded[name].shape == tensor.shape for name, tensor in first.weights.items())
 
