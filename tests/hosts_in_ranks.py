@@ -3,6 +3,7 @@
 Each trains ``EPOCHS`` epochs of ``STEPS`` steps, evaluates and saves at the end of each, and returns a ``Found``.
 """
 
+import json
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
-from polyak import EMA
+from polyak import EMA, HalfLife, Record, Uniform
+from polyak.record.manifest import MANIFEST
+from polyak.shadow import Shadow
 from polyak.sharding import reshard
 
 EPOCHS, STEPS = 2, 3
@@ -47,17 +50,25 @@ class Found:
         weights: At the end, whole, by canonical name.
         average: The same of the average.
         want: The average of the parameters after each step, by the formula.
+        exact: The average of the whole parameters, to the bit.
         evaluated: The first layer's weight, in each evaluation.
         loadable: What this framework's users load from the checkpoint of the first epoch.
         lines: How often the distance of the average was logged.
+        distances: What was logged, where it is kept.
+        recorded: The record's average, where there is one.
+        pinned: The checkpoints that it keeps files for.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     average: dict[str, Tensor] = field(default_factory=dict)
     want: list[dict[str, Tensor]] = field(default_factory=list)
+    exact: dict[str, Tensor] = field(default_factory=dict)
     evaluated: list[Tensor] = field(default_factory=list)
     loadable: dict[str, Tensor] = field(default_factory=dict)
     lines: int = 0
+    distances: list[float] = field(default_factory=list)
+    recorded: dict[str, Tensor] = field(default_factory=dict)
+    pinned: set[str] = field(default_factory=set)
 
     def watch(self, model: nn.Sequential) -> None:
         """Note with which weights the model is evaluated."""
@@ -70,13 +81,23 @@ class Found:
 
     def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Work out the average."""
+        profile, copies, shadows = HalfLife("2ba"), nn.ParameterList(), list[Shadow]()
 
         def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             if any(parameter.grad is None for parameter in model.parameters()):
                 return
-            now = {name: full(parameter).double() for name, parameter in model.named_parameters()}
+            weights = {name: full(parameter) for name, parameter in model.named_parameters()}
+            now = {name: tensor.double() for name, tensor in weights.items()}
             last = self.want[-1] if self.want else now
             self.want.append({name: DECAY * last[name] + (1 - DECAY) * now[name] for name in now})
+            step = len(self.want)
+            if not shadows:
+                copies.extend(weights.values())
+                shadows.append(Shadow(copies))
+            else:
+                torch._foreach_copy_([copy.detach() for copy in copies], list(weights.values()))
+                shadows[0].update_(1 - profile.decay(step - 1.0, float(step)))
+            self.exact = dict(zip(weights, shadows[0].averages.values(), strict=True))
 
         optimizer.register_step_post_hook(after)
 
@@ -105,7 +126,8 @@ class Odd(EMA):
 
 def ema_for(kind: str) -> EMA:
     options = {"mesh": init_device_mesh("cpu", (dist.get_world_size(),))} if kind == "ddp, divided average" else {}
-    return (Odd if kind == "ddp, disagreeing" else EMA)("2ba", **options)
+    half_life = "3ba" if kind == "fsdp, disagreeing" and dist.get_rank() == 1 else "2ba"
+    return (Odd if kind == "ddp, disagreeing" else EMA)(half_life, **options)
 
 
 def environment() -> None:
@@ -428,19 +450,23 @@ def transformers(kind: str, folder: str, resume: bool = False) -> Found:
 # Composer
 
 
-def composer(kind: str, folder: str, resume: bool = False) -> Found:
+def composer(kind: str, folder: str, resume: bool = False, averages: bool = True) -> Found:
     environment()
     os.environ["NODE_RANK"] = "0"
     from composer import Trainer
     from composer.loggers import LoggerDestination
+    from composer.utils import FSDP2Config
     from composer.utils import dist as composers
     from composer_script import Wrapped
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     from polyak.hosts import composer as hosted
 
     class Kept(LoggerDestination):
         def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-            found.lines += dist.get_rank() == 0 and "ema/distance" in metrics
+            if dist.get_rank() == 0 and "ema/distance" in metrics:
+                found.lines += 1
+                found.distances.append(metrics["ema/distance"])
 
     class MyEMA(hosted.EMA):
         def __init__(self) -> None:
@@ -449,29 +475,56 @@ def composer(kind: str, folder: str, resume: bool = False) -> Found:
 
     found, path = Found(), Path(folder)
     model, train, held = Wrapped(net()), data(), data(1, 1)
+    first_loads = kind == "fsdp, first rank loads"
+    if first_loads and dist.get_rank() > 0:
+        model.to("meta")
     found.watch(model.net)
     optimizer = optimizer_of(model)
     found.follow(model.net, optimizer)
+    ema, algorithms, parallelism, checkpoint = MyEMA(), [], None, f"ep1-ba{STEPS}-rank0.pt"
+    if kind.startswith(("fsdp", "tp")):
+        parts = kind not in {"fsdp, one file", "fsdp, first rank loads"}
+        checkpoint = f"ep1-ba{STEPS}" if parts else checkpoint
+        model.net.fsdp_wrap_fn = lambda module: module is model.net[0]
+        parallelism = {
+            "fsdp": FSDP2Config(state_dict_type="sharded" if parts else "full", load_monolith_rank0_only=first_loads)
+        }
+        parallelism |= {"tp": {"tensor_parallel_degree": 2}} if kind == "tp" else {}
+        algorithms = [hosted.Recorder(path / "record", "2ba")]
     trainer = Trainer(
         model=model,
         train_dataloader=DataLoader(train, batch_size=loops.BATCH, sampler=composers.get_sampler(train, shuffle=False)),
         eval_dataloader=DataLoader(held, batch_size=loops.BATCH, sampler=composers.get_sampler(held, shuffle=False)),
         max_duration=f"{EPOCHS}ep",
-        algorithms=[ema := MyEMA()],
+        algorithms=[ema, *algorithms] if averages else [],
+        parallelism_config=parallelism,
         optimizers=optimizer,
         loggers=[Kept()],
         save_folder=str(path),
         save_interval="1ep",
         save_overwrite=True,
-        load_path=str(path / f"ep1-ba{STEPS}-rank0.pt") if resume else None,
+        load_path=str(path / checkpoint) if resume else None,
         device="cpu",
         progress_bar=False,
         seed=3,
     )
+    if resume:
+        trainer.eval()
     trainer.fit()
+    if not averages:
+        found.weights = {name: full(tensor) for name, tensor in model.net.named_parameters()}
+        return found
+    if algorithms:
+        dist.barrier()
+        found.recorded = _inner(Record(path / "record").average(Uniform()))
+        found.pinned = {name.partition("@")[0] for name in json.loads((path / "record" / MANIFEST).read_text())["pins"]}
     if not resume:
         trainer.eval()
         dist.barrier()
-        found.loadable = torch.load(path / f"ep1-ba{STEPS}-rank0.pt", weights_only=False)["state"]["model"]
+        file = path / checkpoint
+        if file.is_dir():
+            file = path / f"whole-{dist.get_rank()}.pt"
+            dcp_to_torch_save(path / checkpoint, file)
+        found.loadable = torch.load(file, weights_only=False)["state"]["model"]
         found.loadable = {name.removeprefix("module."): tensor for name, tensor in found.loadable.items()}
     return found.end(model.net, ema.algorithm)

@@ -32,6 +32,9 @@ CELLS = [
     ("transformers", "fsdp, one file"),
     ("composer", "ddp"),
     ("composer", "ddp, divided average"),
+    ("composer", "fsdp"),
+    ("composer", "fsdp, one file"),
+    ("composer", "fsdp, first rank loads"),
 ]
 
 
@@ -45,11 +48,11 @@ def script_of(name: str):
 
 @pytest.fixture(scope="module", params=CELLS, ids=": ".join)
 def runs(request, ranks, tmp_path_factory):
-    """What each rank found in a run, and in one that went on from the first epoch's checkpoint; and the cell."""
+    """What each rank found in a run, and in one that went on from its first checkpoint; the cell; the folder."""
     name, kind = request.param
     script = script_of(name)
     folder = str(tmp_path_factory.mktemp(name))
-    return ranks.run(2, script, kind, folder), ranks.run(2, script, kind, folder, True), name, kind
+    return ranks.run(2, script, kind, folder), ranks.run(2, script, kind, folder, True), name, kind, folder
 
 
 def close(got, want) -> bool:
@@ -61,6 +64,11 @@ def test_the_average_is_that_of_the_whole_weights_and_the_same_on_every_rank(run
     assert sharded.unequal(first.average, second.average) == []
     assert len(first.want) == hosts_in_ranks.EPOCHS * hosts_in_ranks.STEPS
     assert all(close(first.average[name], want) for name, want in first.want[-1].items())
+
+
+def test_the_average_is_that_of_the_whole_weights_bit_for_bit(runs) -> None:
+    for found in runs[0]:
+        assert sharded.unequal({name: found.average[name] for name in found.exact}, found.exact) == []
 
 
 def test_every_rank_evaluates_with_the_average(runs) -> None:
@@ -78,7 +86,7 @@ def test_training_goes_on_with_training_weights_the_same_on_every_rank(runs) -> 
 
 
 def test_a_checkpoint_has_the_average_where_users_load_weights(runs) -> None:
-    if runs[2:] == ("transformers", "fsdp"):
+    if runs[2:4] == ("transformers", "fsdp"):
         pytest.skip("with SHARDED_STATE_DICT the trainer saves no weights for use")
     for found in runs[0]:
         assert all(close(found.loadable[name], want) for name, want in found.want[hosts_in_ranks.STEPS - 1].items())
@@ -92,11 +100,46 @@ def test_a_resumed_run_is_as_if_it_had_not_stopped(runs) -> None:
         assert sharded.unequal({n: whole.average[n] for n in of}, {n: resumed.average[n] for n in of}) == []
 
 
+def test_a_loaded_checkpoint_is_evaluated_with_the_average_before_training(runs) -> None:
+    if runs[2] != "composer":
+        pytest.skip("only that script does so")
+    for whole, resumed in zip(runs[0], runs[1], strict=True):
+        assert torch.equal(resumed.evaluated[0], whole.evaluated[0])
+    if runs[3].startswith("fsdp"):  # under DDP the model is wrapped where training begins
+        assert runs[1][0].distances[0] == runs[0][0].distances[0]
+
+
+def test_a_checkpoint_whose_average_no_one_takes_up_gives_back_the_training_weights(ranks, runs) -> None:
+    if runs[2] != "composer":
+        pytest.skip("Composer loads the model's weights before it asks anyone")
+    without = ranks.run(2, hosts_in_ranks.composer, *runs[3:], True, False)
+    for whole, resumed in zip(runs[0], without, strict=True):
+        assert sharded.unequal(whole.weights, resumed.weights) == []
+
+
+def test_ranks_record_what_they_train_and_a_resumed_run_goes_on_with_the_record(runs) -> None:
+    if not runs[0][0].recorded:
+        pytest.skip("no record here")
+    first, resumed = runs[0][0], runs[1][0]
+    ends = "" if runs[3] == "fsdp" else "-rank0.pt"
+    assert first.pinned == {f"ep1-ba3{ends}", f"ep2-ba6{ends}"}
+    assert sharded.unequal(first.recorded, resumed.recorded) == []
+    assert all(first.recorded[name].shape == tensor.shape for name, tensor in first.weights.items())
+
+
 def test_one_process_logs(runs) -> None:
     assert [found.lines for found in runs[0]] == [2, 0]
 
 
-@pytest.mark.parametrize("name", ["lightning", "fabric", "accelerate", "transformers", "composer"])
-def test_ranks_that_disagree_are_told_on_each(ranks, tmp_path, name) -> None:
-    for raised in ranks.attempt(2, script_of(name), "ddp, disagreeing", str(tmp_path)):
+NAMES = ["lightning", "fabric", "accelerate", "transformers", "composer"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((name, "ddp") for name in NAMES), ("composer", "fsdp")])
+def test_ranks_that_disagree_are_told_on_each(ranks, tmp_path, name, kind) -> None:
+    for raised in ranks.attempt(2, script_of(name), f"{kind}, disagreeing", str(tmp_path)):
         assert "ShardingError: all ranks must agree on the average" in raised.text
+
+
+def test_tensor_parallelism_is_refused_in_composer(ranks, tmp_path) -> None:
+    for raised in ranks.attempt(2, script_of("composer"), "tp", str(tmp_path)):
+        assert "NotImplementedError: the model must be whole in each process, or in shards of FSDP2" in raised.text

@@ -12,12 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer import Trainer
 from composer.algorithms.ema import ema as composers
 from composer.core import Algorithm as ComposerAlgorithm
 from composer.core import State
-from composer.utils import checkpoint
+from composer.utils import checkpoint, dist
 from torch import Tensor, nn
 
 import polyak.ema
@@ -30,7 +29,7 @@ from polyak.profiles import Smoothing
 from polyak.readers import training_weights
 from polyak.select import named_tensors, slots
 from polyak.shadow import Shadow
-from polyak.sharding import whole
+from polyak.sharding import copy_, whole
 from polyak.time import Time, Timestamp, TimeUnit
 
 __all__ = ["EMA", "EMAParameters", "Hosted", "Recorder", "compute_ema"]
@@ -136,6 +135,9 @@ class Hosted(ComposerAlgorithm):
         ours = _OURS[event.value]
         if ours is Event.INIT:
             _check(self, state)
+        elif ours is Event.AFTER_LOAD and state.fsdp_enabled:
+            # The model is in shards by now, which must be known also where an evaluation comes before training.
+            self.fire(Event.INIT, state, logger)
         elif ours is Event.FIT_START:
             self._view.epoch_length = None if state.dataloader_len is None else int(state.dataloader_len)
             self._count_steps(state)
@@ -180,7 +182,7 @@ class Hosted(ComposerAlgorithm):
     def state_dict(self) -> dict[str, Any]:
         """Return the algorithm's state, and the batches that its clock leaves out."""
         view = self._view
-        # Composer asks all processes, and saves what the first one says.
+        # Composer asks all processes, and saves what the first one says, in a folder of shards as in one file.
         return {**whole(self.algorithm.state_dict()), "composer_skipped": [view.skipped, view.skipped_in_epoch]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -223,10 +225,11 @@ class Recorder(Hosted):
 
 def _check(hosted: Hosted, state: Any) -> None:
     """Refuse what cannot work in Composer."""
-    if state.fsdp_config is not None or state.tp_config is not None:
+    if state.fsdp_config_version == 1 or state.tp_config is not None:
         raise NotImplementedError(
-            "each process must hold the whole model, since Composer saves an algorithm's state from rank 0 only, and "
-            "under FSDP or tensor parallelism that is one shard; train with DDP, or in polyak.Trainer"
+            "the model must be whole in each process, or in shards of FSDP2: FSDP1 keeps flat pieces, of which no "
+            "average can be saved as a whole, and tensor parallelism is not supported in Composer; train with FSDP2 "
+            '(parallelism_config={"fsdp": FSDP2Config()}), with DDP, or in polyak.Trainer'
         )
     ours = [a for a in state.algorithms if isinstance(a, Hosted)]
     lenders = [a for a in ours if a.algorithm.lends] + [a for a in state.algorithms if isinstance(a, composers.EMA)]
@@ -364,7 +367,7 @@ def _saving(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save_checkpoint)
     def save(state: Any, *args: Any, **options: Any) -> Any:
         hosted = _hosted(state)
-        path = Path(checkpoint.get_save_filename(state, *args, **_only(options, "filename")))
+        path = _path_of(state, checkpoint.get_save_filename(state, *args, **_only(options, "filename")))
         try:
             for algorithm in hosted:
                 algorithm.saving_to(path)
@@ -376,6 +379,16 @@ def _saving(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
                 algorithm.saving_to(None)
 
     return save
+
+
+def _path_of(state: Any, filename: str) -> Path:
+    """Return where a checkpoint will be, the same on all ranks that write it together."""
+    if state.fsdp_sharded_state_dict_enabled:
+        return Path(filename).parent  # the name of the file in it is always the same
+    said = [filename]
+    if state.fsdp_enabled:
+        dist.broadcast_object_list(said)  # names have the rank in them, and the first one saves
+    return Path(said[0])
 
 
 def _only(options: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -404,19 +417,19 @@ def _giving_back(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
         known = {type(algorithm).__qualname__ for algorithm in state.algorithms}
         for name, algorithm in dict(saved.get("algorithms", ())).items():
             if name not in known and "model" in saved:
-                _give_back(name, training_weights(algorithm, saved["model"]), state.model)
+                # With load_monolith_rank0_only the first rank alone has the saved model.
+                _give_back(name, training_weights(algorithm, saved["model"] or {}), state.model)
         return result
 
     return load
 
 
-@torch.no_grad()
 def _give_back(name: str, training: Mapping[str, Tensor] | None, model: nn.Module) -> None:
     if training is None:
         return
     tensors = named_tensors(model)
     for key in training.keys() & tensors.keys():  # Composer has seen to the others, strictly or as it was told
-        tensors[key].copy_(training[key])
+        copy_(tensors[key], training[key])
     warnings.warn(
         f"the checkpoint was saved with the average of {name} in its model, and there is no {name} here: the model has "
         f"been given the training weights; add {name} to go on averaging, or load_weights_only=True for the average",
