@@ -84,7 +84,9 @@ def main() -> None:
         "",
         *paragraph(
             "Medians; the contenders of a case took turns in one run. Memory is the least of three peaks of the process"
-            " above what it had before; allocators keep small blocks, so what is small may show as none. Where model"
+            " above what it had before. A 0 for all, also for who copies the whole model, says nothing: allocators keep"
+            " what was freed, and some libraries the copy of the last loan. Peaks of whole runs are in"
+            " `training_memory.md`. Where model"
             " and average have one dtype polyak exchanges values in place. Where they differ it keeps the model's own"
             " bits aside, as the others do. The modules of other libraries, which are evaluated in the model's stead,"
             " take no loan and hold a second model. CPU only: nothing of this was measured on a GPU."
