@@ -29,7 +29,7 @@ struct queue {
     _Atomic int64_t next, active, any; /* the next job, who is at work, whether anyone has left a value out */
 };
 
-#define BLOCK 32 /* elements that are done at once; the halves of one share 16 random numbers of 32 bits */
+#define BLOCK 32 /* elements that are done at once */
 #define CYCLE ((int64_t)1 << 33) /* elements after which these numbers come from another series */
 #define CHUNK 1024 /* elements that are looked at as a whole, to leave out what they do not need */
 #define AHEAD 2048 /* bytes to be asked for before they are needed: the hardware alone leaves a tenth of the speed */
@@ -62,6 +62,21 @@ static inline uint32_t hash(uint32_t x) {
 static inline float from_float(float value) { return value; }
 
 static inline float from_bfloat16(uint16_t bits) { return float_of((uint32_t)bits << 16); }
+
+/* Two neighbours of 16 bits, the first in the lower half: all that this is compiled for counts from there. */
+static inline uint32_t word_at(const uint16_t *pair) {
+    uint32_t word;
+    memcpy(&word, pair, sizeof word);
+    return word;
+}
+
+static inline float lower_of(const uint16_t *pair) { return float_of(word_at(pair) << 16); }
+
+static inline float upper_of(const uint16_t *pair) { return float_of(word_at(pair) & 0xFFFF0000u); }
+
+static inline float first_of(const float *pair) { return pair[0]; }
+
+static inline float second_of(const float *pair) { return pair[1]; }
 
 /* Exact. No multiplication of subnormal numbers, which processors are slow at. */
 static inline float from_float16(uint16_t bits) {

@@ -274,10 +274,10 @@ def _indices(box: Box, flat: Tensor) -> Tensor:
 
 
 def _chance(index: Tensor, key: int) -> Tensor:
-    # 32 bits for two elements, half a block of 32 apart: what lies together stays together for vector instructions.
-    counter = (index >> 5 << 4) | (index & 15)
+    # 32 bits for two neighbours.
+    counter = index >> 1
     drawn = _hash((counter & 0xFFFFFFFF) ^ key ^ _hash(counter >> 32))
-    return (drawn >> (index & 16)) & 0xFFFF
+    return (drawn >> ((index & 1) << 4)) & 0xFFFF
 
 
 def _round(tensor: Tensor, dtype: torch.dtype, chance: Tensor) -> Tensor:

@@ -66,60 +66,68 @@
         return any;                                                                                                    \
     }
 
-/* Each 32 bits of chance serve two elements, half a block apart. */
+/* Each 32 bits of chance serve two neighbours, the first the lower half. */
 #define DRAW                                                                                                           \
     uint32_t chance[BLOCK];                                                                                            \
     for (int64_t j = 0; j < BLOCK / 2; j++) {                                                                          \
         const uint32_t drawn = hash((counter + (uint32_t)((i + before) / 2) + (uint32_t)j) ^ key);                     \
-        chance[j] = drawn & 0xFFFF, chance[j + BLOCK / 2] = drawn >> 16;                                               \
+        chance[2 * j] = drawn & 0xFFFF, chance[2 * j + 1] = drawn >> 16;                                               \
     }
 
 /* Do a chunk of whole blocks with a bfloat16 average, if all numbers are so far from infinity that neither their
- * difference nor the rounding gets there: nothing is left out then, nothing cut off, and half of the work falls away. */
-#define ROUND_QUICKLY(NAME, ONLINE, BITS, ONLINE_OF)                                                                   \
+ * difference nor the rounding gets there: nothing is left out then, nothing cut off, and half of the work falls away.
+ * Two neighbours are one word of 32 bits: so they are read, drawn for and written together, and need not change places
+ * for that. The memory's part of the work is asked for along with the arithmetic, not before it. */
+#define ROUND_QUICKLY(NAME, ONLINE, BITS, LOWER, UPPER)                                                                \
     TARGET static int LEVEL(NAME)(uint16_t *restrict const average, const ONLINE *restrict const online, int64_t count,\
                                   uint32_t counter, uint32_t key, float weight) {                                      \
         const int shift = 8 * (sizeof(ONLINE) - sizeof(uint16_t));                                                     \
         const BITS *const bits = (const BITS *)online;                                                                 \
-        const int64_t before = 0;                                                                                      \
-        const int small = weight < 0.5f;                                                                               \
-        const float factor = small ? weight : weight - 1;                                                              \
         uint16_t most[BLOCK] = {0};                                                                                    \
-        BITS most_online[BLOCK] = {0};                                                                                 \
+        BITS most_online[BLOCK] = {0}, large = 0;                                                                      \
         if (weight == 1)                                                                                               \
             return 0;                                                                                                  \
-        for (int64_t i = 0; i < count; i += BLOCK) {                                                                   \
-            for (size_t j = 0; j < sizeof(uint16_t) * BLOCK; j += 64)                                                  \
-                __builtin_prefetch((const char *)(average + i) + AHEAD + j, 1);                                        \
-            for (size_t j = 0; j < sizeof(ONLINE) * BLOCK; j += 64)                                                    \
-                __builtin_prefetch((const char *)(online + i) + AHEAD + j, 0);                                         \
+        for (int64_t i = 0; i < count; i += BLOCK)                                                                     \
             for (int64_t j = 0; j < BLOCK; j++) {                                                                      \
                 const uint16_t a = average[i + j] & 0x7FFF;                                                            \
                 const BITS x = bits[i + j] & (BITS)((BITS)-1 >> 1);                                                    \
                 most[j] = most[j] > a ? most[j] : a;                                                                   \
                 most_online[j] = most_online[j] > x ? most_online[j] : x;                                              \
             }                                                                                                          \
-        }                                                                                                              \
-        BITS large = 0;                                                                                                \
         for (int64_t j = 0; j < BLOCK; j++)                                                                            \
             large |= (BITS)(most[j] >= 0x7E80) | (BITS)(most_online[j] >= (BITS)0x7E80 << shift);                      \
         if (large)                                                                                                     \
             return 0;                                                                                                  \
-        for (int64_t i = 0; i < count; i += BLOCK) {                                                                   \
-            DRAW;                                                                                                      \
-            for (int64_t j = 0; j < BLOCK; j++) {                                                                      \
-                const float a = from_bfloat16(average[i + j]), x = ONLINE_OF(online[i + j]);                           \
-                const float moved = __builtin_fmaf(factor, x - a, small ? a : x);                                      \
-                average[i + j] = (uint16_t)((bits_of(moved) + chance[j]) >> 16);                                       \
-            }                                                                                                          \
-        }                                                                                                              \
+        if (weight < 0.5f)                                                                                             \
+            ROUND_WORDS(ONLINE, LOWER, UPPER, weight, below, above)                                                    \
+        else                                                                                                           \
+            ROUND_WORDS(ONLINE, LOWER, UPPER, weight - 1, x_below, x_above)                                            \
         return 1;                                                                                                      \
+    }
+
+#define ROUND_WORDS(ONLINE, LOWER, UPPER, FACTOR, FROM_BELOW, FROM_ABOVE)                                              \
+    for (int64_t i = 0; i < count; i += BLOCK) {                                                                       \
+        for (size_t j = 0; j < sizeof(uint16_t) * BLOCK; j += 64)                                                      \
+            __builtin_prefetch((const char *)(average + i) + AHEAD + j, 1);                                            \
+        for (size_t j = 0; j < sizeof(ONLINE) * BLOCK; j += 64)                                                        \
+            __builtin_prefetch((const char *)(online + i) + AHEAD + j, 0);                                             \
+        for (int64_t j = 0; j < BLOCK; j += 2) {                                                                       \
+            const uint32_t drawn = hash((counter + (uint32_t)((i + j) / 2)) ^ key);                                    \
+            const uint32_t word = word_at(average + i + j);                                                            \
+            const float below = float_of(word << 16), above = float_of(word & 0xFFFF0000u);                            \
+            const float x_below = LOWER(online + i + j), x_above = UPPER(online + i + j);                              \
+            const float lower = __builtin_fmaf(FACTOR, x_below - below, FROM_BELOW);                                   \
+            const float upper = __builtin_fmaf(FACTOR, x_above - above, FROM_ABOVE);                                   \
+            const uint32_t rounded =                                                                                   \
+                (bits_of(lower) + (drawn & 0xFFFF)) >> 16 | ((bits_of(upper) + (drawn >> 16)) & 0xFFFF0000u);          \
+            memcpy(average + i + j, &rounded, sizeof rounded);                                                         \
+        }                                                                                                              \
     }
 
 #define NEVER(...) 0
 
-ROUND_QUICKLY(quick_bfloat16, uint16_t, uint16_t, from_bfloat16)
-ROUND_QUICKLY(quick_float32, float, uint32_t, from_float)
+ROUND_QUICKLY(quick_bfloat16, uint16_t, uint16_t, lower_of, upper_of)
+ROUND_QUICKLY(quick_float32, float, uint32_t, first_of, second_of)
 
 LERP(float32_float32, float, float, float, from_float, from_float, is_finite, __builtin_fmaf, NEVER, ,
      average[i + j] = moved)
@@ -166,4 +174,5 @@ TARGET static void LEVEL(swap_bytes)(char *restrict const left, char *restrict c
 #undef LERP
 #undef DRAW
 #undef ROUND_QUICKLY
+#undef ROUND_WORDS
 #undef NEVER

@@ -55,9 +55,9 @@ def _round(x, chance, TO: tl.constexpr):
 @triton.jit
 def _chance(index, key):
     """Return a chance below 2 ** 16 for each index in the whole."""
-    counter = (index >> 5 << 4) | (index & 15)
+    counter = index >> 1
     drawn = _hash(counter.to(tl.uint32) ^ key ^ _hash((counter >> 32).to(tl.uint32)))
-    return (drawn >> (index & 16).to(tl.uint32)) & 0xFFFF
+    return (drawn >> ((index & 1) << 4).to(tl.uint32)) & 0xFFFF
 
 
 @triton.jit
@@ -82,19 +82,17 @@ def _move(average, a, x, mask, weight, chance):
 
 @triton.jit
 def _move_block(average, online, start, index, key, weight, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Move a block from ``start``: at multiples of 16 bytes, and 32 in the whole. Return if any is not finite."""
+    """Move a block from ``start``: at multiples of 16 bytes, and of 2 in the whole. Return if any is not finite."""
     # As many elements of each in an instruction: otherwise they would change threads on the way to each other.
     average = tl.multiple_of(average + start, WIDTH * average.dtype.element_ty.primitive_bitwidth // 8)
     online = tl.multiple_of(online + start, WIDTH * online.dtype.element_ty.primitive_bitwidth // 8)
-    # The 32 bits that are drawn serve two elements, half a block of 32 apart.
-    block, lane = tl.arange(0, BLOCK // 32)[:, None], tl.arange(0, 16)[None, :]
-    counter = (index >> 1).to(tl.uint32) + (block * 16 + lane).to(tl.uint32)
+    i, pair = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
+    # The 32 bits that are drawn serve two neighbours, which one thread has.
+    counter = (index >> 1).to(tl.uint32) + pair.to(tl.uint32)
     drawn = _hash(counter ^ key ^ _hash((index >> 33).to(tl.uint32)))
-    a, x = average + block * 32 + lane, online + block * 32 + lane
+    chance = tl.reshape(tl.join(drawn & 0xFFFF, drawn >> 16), [BLOCK])
     # All is read before any is written, so that it may be on its way at once.
-    a_below, a_above, x_below, x_above = tl.load(a), tl.load(a + 16), tl.load(x), tl.load(x + 16)
-    bad = _move(a, a_below, x_below, None, weight, drawn & 0xFFFF)
-    bad |= _move(a + 16, a_above, x_above, None, weight, drawn >> 16)
+    bad = _move(average + i, tl.load(average + i), tl.load(online + i), None, weight, chance)
     return tl.max(bad.to(tl.int32))
 
 
@@ -136,7 +134,7 @@ def _lerp(
     index = first + start
     fast = (start + BLOCK <= count) & ((tl.load(row) | tl.load(row + 1)) & 15 == 0)
     if A == tl.bfloat16 or A == tl.float16:  # rounded by chance
-        fast &= (run == count) & (index & 31 == 0) & (index >> 33 == (index + BLOCK - 1) >> 33)
+        fast &= (run == count) & (index & 1 == 0) & (index >> 33 == (index + BLOCK - 1) >> 33)
     if fast:
         bad = _move_block(average, online, start, index, key, weight, BLOCK, WIDTH)
     else:
