@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from polyak.kernels import EXCHANGES, KERNELS, SCRATCH_ELEMENTS, Lerp, Place, cpu, foreach
+from polyak.kernels import EXCHANGES, KERNELS, SCRATCH_ELEMENTS, Lerp, Place, counting_with, cpu, foreach
 from polyak.kernels.foreach import _chance, _round, key
 
 SHAPES = [(3,), (4, 5), (2, 3, 4, 5), (), (0,), (SCRATCH_ELEMENTS + 1,), (700, 400)]
@@ -136,10 +136,7 @@ from polyak.kernels import KERNELS, Place
 torch.set_num_threads(2)
 lerp = KERNELS["c"]([torch.zeros(1_000_000)], [torch.ones(1_000_000)], [Place(0)], torch.zeros((), dtype=torch.int64))
 lerp(0.5, 1)
-lerp._jobs._queue[1] = 1  # as if a thread were at work just now
 child = os.fork()
-if child:
-    lerp._jobs._queue[1] = 0
 lerp(0.5, 2)
 if child == 0:
     os._exit(0)
@@ -154,6 +151,36 @@ def test_a_backward_pass_through_an_average_that_has_moved_is_an_error(lerp_) ->
     lerp_([average], [torch.zeros(3)], 0.5, [Place(0)])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def with_all_kinds_of_counters() -> list[torch.Tensor]:
+    """Return tensors of which some share the counter of their changes, with the first one or among themselves."""
+    one, other = torch.empty(0), torch.empty(0)
+    anchors = [one, torch.empty(0), other, one, other]
+    tensors = [counting_with(anchor, torch.ones(3)) for anchor in anchors]
+    with torch.inference_mode():
+        return [*tensors, torch.ones(3)]  # the last has none
+
+
+def test_each_average_counts_as_changed_whatever_counters_they_share(kernel) -> None:
+    averages = with_all_kinds_of_counters()
+    online = [torch.zeros(3) for _ in averages]
+    update = KERNELS[kernel](averages, online, places(averages), torch.zeros((), dtype=torch.int64))
+    before = [average._version for average in averages[:-1]]
+    with torch.inference_mode():
+        update(0.5, 1)
+    assert all(average._version > version for average, version in zip(averages, before, strict=False))
+    assert all(torch.equal(average, torch.full((3,), 0.5)) for average in averages)
+
+
+def test_all_that_is_swapped_counts_as_changed_whatever_counters_it_shares(exchange_of) -> None:
+    left, right = with_all_kinds_of_counters(), with_all_kinds_of_counters()
+    exchange = exchange_of(left, right)
+    counting = left[:-1] + right[:-1]
+    before = [tensor._version for tensor in counting]
+    with torch.inference_mode():
+        exchange.forward()
+    assert all(tensor._version > version for tensor, version in zip(counting, before, strict=True))
 
 
 @pytest.mark.parametrize("name", ["torch", "c", "cobol"])

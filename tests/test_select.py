@@ -62,6 +62,17 @@ def test_a_wrapped_part_of_a_model_keeps_its_names() -> None:
     assert [slot.name for slot in slots(model)] == names
 
 
+def rename(held, old, new) -> None:
+    held[new] = held.pop(old)
+
+
+def move_the_last_to_the_next(held, following) -> None:
+    """Leave all tensors the same, and their order."""
+    items = [held.popitem(), *following.items()]
+    following.clear()
+    following.update(items)
+
+
 @pytest.fixture(params=["c", "python"])
 def looks(request, monkeypatch):
     if request.param == "c" and not look.HAS_C:
@@ -69,11 +80,12 @@ def looks(request, monkeypatch):
 
     def in_c(tensors):
         lazy = any(map(is_lazy, tensors))
-        found = look.in_c(tensors)
+        found = look.unmoved_in_c(tensors)
         assert (found is None) == lazy
-        return found or look.in_python(tensors)
+        return found or look.unmoved_in_python(tensors)
 
-    monkeypatch.setattr(select, "unmoved", in_c if request.param == "c" else look.in_python)
+    monkeypatch.setattr(select, "unmoved", in_c if request.param == "c" else look.unmoved_in_python)
+    monkeypatch.setattr(select, "same", look.same_in_c if request.param == "c" else look.same_in_python)
 
 
 @pytest.mark.usefixtures("looks")
@@ -93,6 +105,12 @@ def looks(request, monkeypatch):
         lambda model: setattr(model.flags, "data", model.flags.data.view(torch.uint8)),
         lambda model: setattr(model.head.weight, "data", model.head.weight.data.view(-1)),
         lambda model: setattr(model.flags, "data", model.flags.data.clone()),
+        lambda model: rename(model._parameters, "frozen", "cold"),
+        lambda model: rename(model.head._parameters, "bias", "shift"),
+        lambda model: setattr(model.head, "bias", None),
+        lambda model: setattr(model, "_buffers", dict(model._buffers)),
+        lambda model: delattr(model.tied, "bias"),  # the last of all
+        lambda model: move_the_last_to_the_next(model._parameters, model._buffers),
     ],
 )
 def test_an_inventory_no_longer_holds_when_a_tensor_is_added_replaced_moved_or_made_trainable(change) -> None:
@@ -120,7 +138,7 @@ def test_an_inventory_no_longer_holds_when_a_lazy_module_was_built() -> None:
 def test_an_inventory_of_tensors_without_an_address_is_looked_at_in_python() -> None:
     with torch.device("meta"):
         model = nn.Linear(2, 2)
-    assert look.in_c(list(model.parameters())) is None
+    assert look.unmoved_in_c(list(model.parameters())) is None
     inventory = Inventory(model)
     assert inventory.holds()
     model.to_empty(device="cpu")

@@ -406,6 +406,13 @@ def test_a_state_that_does_not_fit_lists_both_sides_and_changes_nothing() -> Non
     assert equal(shadow.averages, before)
 
 
+def test_the_averages_share_one_counter_of_changes() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    averages = Shadow(model).averages
+    averages["1.bias"].add_(1)
+    assert {average._version for average in averages.values()} == {1}
+
+
 def test_an_average_goes_with_its_model_and_is_freed_with_it() -> None:
     model = net()
     shadow = Shadow(model)

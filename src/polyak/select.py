@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyak.errors import MismatchError
-from polyak.kernels import unmoved
+from polyak.kernels import same, unmoved
 from polyak.sharding import is_spread, local
 
 # The wrappers that keep the wrapped module under a name that no one else uses, and those that need a look at the type.
@@ -153,8 +153,9 @@ class Inventory:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
-        self._children, self._tensors = self._contents()
-        found = [tensor for tensor in self._tensors if tensor is not None]
+        self._dicts = self._held()
+        self._same = same(self._dicts)
+        found = [tensor for dict_ in self._dicts for tensor in dict_.values() if isinstance(tensor, Tensor)]
         self._spread = [tensor for tensor in found if is_spread(tensor)]
         self._parts = list(map(local, self._spread))
         self._unmoved = unmoved([*(tensor for tensor in found if not is_spread(tensor)), *self._parts])
@@ -162,27 +163,19 @@ class Inventory:
 
     def holds(self) -> bool:
         """Return whether the model still is as it was."""
-        children, tensors = self._contents()
         return (
-            len(children) == len(self._children)
-            and len(tensors) == len(self._tensors)
-            and all(map(is_, children, self._children))
-            and all(map(is_, tensors, self._tensors))
+            all(map(is_, self._held(), self._dicts))
+            and self._same()
             and all(map(is_, map(local, self._spread), self._parts))
             and self._unmoved()
             and not any(map(_TRAINABLE, self._frozen))
         )
 
-    def _contents(self) -> tuple[list[nn.Module | None], list[Tensor | None]]:
-        children, parameters, buffers = (map(held, self._modules) for held in _HELD)
-        values = dict[str, Any].values
-        return (
-            list(chain.from_iterable(map(values, children))),
-            list(chain.from_iterable(map(values, chain(parameters, buffers)))),
-        )
+    def _held(self) -> list[dict[str, Any]]:
+        return list(chain.from_iterable(map(_HELD, self._modules)))
 
 
-_HELD = attrgetter("_modules"), attrgetter("_parameters"), attrgetter("_buffers")
+_HELD = attrgetter("_modules", "_parameters", "_buffers")
 _TRAINABLE = attrgetter("requires_grad")
 
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak import sharding
 from polyak.errors import LoanError, QuarantineWarning, ShardingError
-from polyak.kernels import Exchange, Lerp, Place
+from polyak.kernels import Exchange, Lerp, Place, counting_with
 from polyak.offload import Offload, Offloader, hold_writes
 from polyak.select import Inventory, Policy, PolicyRule, Slot, check_match, default_policy, slots, unwrap
 from polyak.sharding import Ranks, is_spread, local, rows
@@ -214,6 +214,9 @@ class Shadow:
             )
         self._offloader: Offloader | None = None
         self._averages: dict[str, Tensor] = {}
+        # All averages share the counter by which autograd knows that a tensor has changed since it was used: they move
+        # at once, and to count that up for each takes as long as to move a small one.
+        self._counter = torch.empty(0)
         self.num_updates = 0
         self._quarantined = torch.zeros((), dtype=torch.int64)
         self._quarantined_before = 0
@@ -237,7 +240,7 @@ class Shadow:
             return sharding.divided(tensor, dtype, self._mesh, self._device)
         part = local(tensor)
         copy = torch.empty_like(part, dtype=dtype, device=self._device, requires_grad=False).copy_(part)
-        return sharding.beside(tensor, copy)
+        return sharding.beside(tensor, counting_with(self._counter, copy))
 
     def _policy_of(self, slot: Slot) -> Policy:
         policy = self._policy(slot)

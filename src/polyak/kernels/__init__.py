@@ -5,6 +5,7 @@ Which one serves is settled in ``choice.py``, once.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -12,8 +13,20 @@ from polyak.kernels import foreach, look
 from polyak.kernels.choice import CHOSEN, EXCHANGES, KERNELS, Exchange, Lerp
 from polyak.kernels.foreach import SCRATCH_ELEMENTS
 from polyak.kernels.place import Place
+from polyak.kernels.versions import counting_with
 
-__all__ = ["EXCHANGES", "KERNELS", "SCRATCH_ELEMENTS", "Exchange", "Lerp", "Place", "lerp_", "unmoved"]
+__all__ = [
+    "EXCHANGES",
+    "KERNELS",
+    "SCRATCH_ELEMENTS",
+    "Exchange",
+    "Lerp",
+    "Place",
+    "counting_with",
+    "lerp_",
+    "same",
+    "unmoved",
+]
 
 
 def lerp_(
@@ -31,10 +44,22 @@ def lerp_(
     return foreach.lerp_(averages, online, weight, places, num_updates, by=Lerp)
 
 
-def unmoved(tensors: Sequence[Tensor]) -> look.Unmoved:
+def same(dicts: Sequence[dict[str, Any]]) -> look.Look:
+    """Note what dicts hold, and return what tells whether they still hold it, under the same keys in the same order.
+
+    Args:
+        dicts: Those of modules.
+    """
+    return (look.same_in_c if _LOOKS_IN_C else look.same_in_python)(dicts)
+
+
+def unmoved(tensors: Sequence[Tensor]) -> look.Look:
     """Note where tensors are, and return what tells whether they still are there, of the same dtype and layout.
 
     Args:
         tensors: Of any kind.
     """
-    return (look.HAS_C and CHOSEN == "c" and look.in_c(tensors)) or look.in_python(tensors)
+    return (_LOOKS_IN_C and look.unmoved_in_c(tensors)) or look.unmoved_in_python(tensors)
+
+
+_LOOKS_IN_C = look.HAS_C and CHOSEN == "c"

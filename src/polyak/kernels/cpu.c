@@ -1,21 +1,21 @@
 /* Many averages moved towards the weights of a model, by one weight, or swapped with them, in plain C over pointers.
  *
- * Called through ctypes by a few threads at once, without the interpreter's lock. The numbers are those of the torch
- * kernel, bit for bit: one fused multiply-add an element, and rounding to 16 bits by chance from a counter.
+ * Called through ctypes, without the interpreter's lock. The numbers are those of the torch kernel, bit for bit: one
+ * fused multiply-add an element, and rounding to 16 bits by chance from a counter.
  */
 
-#include <sched.h>
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
-/* A contiguous part of one tensor, as cpu.py lays it out: a row of 64-bit integers. */
+/* A contiguous part of one tensor, as cpu.py lays it out: 64 bytes, which come from memory at once. */
 struct piece {
-    int64_t average, online; /* addresses */
-    int64_t rows, run;       /* runs that follow each other in memory, and the elements of each */
-    int64_t first, step;     /* the index of the first element in the whole, and from one run to the next */
-    int64_t pair, seed;      /* which pair of dtypes, and the seed of the rounding */
-    int64_t tensor, left_out;
+    int64_t average, online;   /* addresses */
+    int64_t rows, run;         /* runs that follow each other in memory, and the elements of each */
+    int64_t first, step;       /* the index of the first element in the whole, and from one run to the next */
+    uint32_t seed, pair;       /* of the rounding, and which pair of dtypes */
+    uint32_t tensor, left_out; /* its number, and whether any of its elements was not finite */
 };
 
 /* Bytes at two addresses that change places. */
@@ -24,15 +24,30 @@ struct pair {
     int64_t swapped; /* whether they have. Written by who swaps them, in one go with it. */
 };
 
-/* What the threads of one run share. A run never uses the queue of another: who comes late finds nothing to do. */
-struct queue {
-    _Atomic int64_t next, active, any; /* the next job, who is at work, whether anyone has left a value out */
+/* What is to be done, by as many threads as there are: job i is the pieces, or pairs, from starts[i] to starts[i + 1]. */
+struct work {
+    void *items;
+    const int64_t *starts;
+    int64_t num_jobs;
+    double weight;
+    uint32_t round;
+    int64_t swapped;
+    _Atomic int64_t next, any; /* the next job, and whether anyone has left a value out */
 };
+
+typedef void worker(void *);
+
+/* GOMP_parallel of the OpenMP that torch has loaded: its threads are awake when others of torch's own have just run, and
+ * any further ones would contend with them for the cores. */
+typedef void team(worker *, void *, unsigned, unsigned);
 
 #define BLOCK 32 /* elements that are done at once */
 #define CYCLE ((int64_t)1 << 33) /* elements after which these numbers come from another series */
 #define CHUNK 1024 /* elements that are looked at as a whole, to leave out what they do not need */
 #define AHEAD 2048 /* bytes to be asked for before they are needed: the hardware alone leaves a tenth of the speed */
+#define SOON 4     /* pieces ahead whose first bytes are asked for */
+#define FIRST 256
+#define MOST_THREADS 256
 
 static inline uint32_t bits_of(float value) {
     uint32_t bits;
@@ -63,20 +78,18 @@ static inline float from_float(float value) { return value; }
 
 static inline float from_bfloat16(uint16_t bits) { return float_of((uint32_t)bits << 16); }
 
-/* Two neighbours of 16 bits, the first in the lower half: all that this is compiled for counts from there. */
-static inline uint32_t word_at(const uint16_t *pair) {
-    uint32_t word;
-    memcpy(&word, pair, sizeof word);
-    return word;
+/* Two neighbours of 16 bits, the first in the lower half: so all that this is compiled for counts. */
+typedef uint32_t __attribute__((may_alias, aligned(2))) word;
+
+static inline float lower_of(const uint16_t *all, int64_t pair) { return float_of(((const word *)all)[pair] << 16); }
+
+static inline float upper_of(const uint16_t *all, int64_t pair) {
+    return float_of(((const word *)all)[pair] & 0xFFFF0000u);
 }
 
-static inline float lower_of(const uint16_t *pair) { return float_of(word_at(pair) << 16); }
+static inline float first_of(const float *all, int64_t pair) { return all[2 * pair]; }
 
-static inline float upper_of(const uint16_t *pair) { return float_of(word_at(pair) & 0xFFFF0000u); }
-
-static inline float first_of(const float *pair) { return pair[0]; }
-
-static inline float second_of(const float *pair) { return pair[1]; }
+static inline float second_of(const float *all, int64_t pair) { return all[2 * pair + 1]; }
 
 /* Exact. No multiplication of subnormal numbers, which processors are slow at. */
 static inline float from_float16(uint16_t bits) {
@@ -159,49 +172,77 @@ static swap *chosen_swap(void) { return swap_bytes_neon; }
 /* From which sources this was compiled, or 0 if this processor cannot run it. */
 int64_t polyak_sources(void) { return chosen() ? SOURCES : 0; }
 
-static int64_t begin(struct queue *queue) {
-    atomic_fetch_add(&queue->active, 1);
-    return atomic_fetch_add(&queue->next, 1);
+static void *start(void *given) {
+    void **const call = given;
+    ((worker *)call[0])(call[1]);
+    return 0;
 }
 
-/* Leave; who is told to wait does so until no one is at work, and no one will be. */
-static void end(struct queue *queue, int64_t num_jobs, int64_t wait) {
-    atomic_fetch_sub(&queue->active, 1);
-    if (!wait)
-        return;
-    atomic_store(&queue->next, num_jobs);
-    while (atomic_load(&queue->active))
-        sched_yield();
+/* Let a few threads work, and wait for them. Without a team they are made for it. */
+static void together(team *team, worker *worker, struct work *work, int64_t num_threads) {
+    if (num_threads > work->num_jobs)
+        num_threads = work->num_jobs;
+    if (team && num_threads > 1)
+        team(worker, work, (unsigned)num_threads, 0);
+    else {
+        pthread_t others[MOST_THREADS];
+        int64_t count = 0;
+        void *call[] = {(void *)worker, work};
+        while (count < num_threads - 1 && count < MOST_THREADS && !pthread_create(&others[count], 0, start, call))
+            count++;
+        worker(work);
+        while (count)
+            pthread_join(others[--count], 0);
+    }
 }
 
-/* Do jobs until none is left: job i is the pieces from jobs[i] to jobs[i + 1]. */
-void polyak_lerp(struct queue *queue, int64_t wait, struct piece *pieces, const int64_t *jobs, int64_t num_jobs,
-                 double weight, uint32_t round) {
+/* Small pieces are over before the processor has guessed where the next ones are. */
+static void ask_for(const struct piece *piece) {
+    for (int64_t i = 0; i < FIRST; i += 64) {
+        __builtin_prefetch((const char *)piece->average + i, 1);
+        __builtin_prefetch((const char *)piece->online + i, 0);
+    }
+}
+
+static void lerp_all(void *given) {
+    struct work *const work = given;
+    struct piece *const pieces = work->items;
     lerp *const lerp_piece = chosen();
-    for (int64_t job = begin(queue); job < num_jobs; job = atomic_fetch_add(&queue->next, 1))
-        for (int64_t i = jobs[job]; i < jobs[job + 1]; i++) {
-            pieces[i].left_out = lerp_piece(&pieces[i], weight, hash(round));
-            if (pieces[i].left_out)
-                atomic_store(&queue->any, 1);
+    for (int64_t job; (job = atomic_fetch_add(&work->next, 1)) < work->num_jobs;)
+        for (int64_t i = work->starts[job], end = work->starts[job + 1]; i < end; i++) {
+            if (i + SOON < end)
+                ask_for(&pieces[i + SOON]);
+            const uint32_t left_out = lerp_piece(&pieces[i], work->weight, work->round) != 0;
+            if (left_out)
+                atomic_store(&work->any, 1);
+            if (pieces[i].left_out != left_out) /* so that most are only read */
+                pieces[i].left_out = left_out;
         }
-    end(queue, num_jobs, wait);
+}
+
+static void swap_all(void *given) {
+    struct work *const work = given;
+    struct pair *const pairs = work->items;
+    swap *const swap_bytes = chosen_swap();
+    for (int64_t job; (job = atomic_fetch_add(&work->next, 1)) < work->num_jobs;)
+        for (int64_t i = work->starts[job]; i < work->starts[job + 1]; i++)
+            if (pairs[i].swapped != work->swapped) {
+                swap_bytes((char *)pairs[i].left, (char *)pairs[i].right, pairs[i].bytes);
+                pairs[i].swapped = work->swapped;
+            }
+}
+
+/* Returns whether any value was left out, which the pieces then say of themselves. */
+int64_t polyak_lerp(team *team, int64_t num_threads, struct piece *pieces, const int64_t *starts, int64_t num_jobs,
+                    double weight, uint32_t round) {
+    struct work work = {pieces, starts, num_jobs, .weight = weight, .round = hash(round)};
+    together(team, lerp_all, &work, num_threads);
+    return work.any;
 }
 
 /* Swap the pairs that are not yet as they should be: `swapped` is 1 or, to put them back, 0. */
-void polyak_swap(struct queue *queue, int64_t wait, struct pair *pairs, const int64_t *jobs, int64_t num_jobs,
+void polyak_swap(team *team, int64_t num_threads, struct pair *pairs, const int64_t *starts, int64_t num_jobs,
                  int64_t swapped) {
-    swap *const swap_bytes = chosen_swap();
-    for (int64_t job = begin(queue); job < num_jobs; job = atomic_fetch_add(&queue->next, 1))
-        for (int64_t i = jobs[job]; i < jobs[job + 1]; i++)
-            if (pairs[i].swapped != swapped) {
-                swap_bytes((char *)pairs[i].left, (char *)pairs[i].right, pairs[i].bytes);
-                pairs[i].swapped = swapped;
-            }
-    end(queue, num_jobs, wait);
-}
-
-/* Wait until no one is at work on this queue, nor will be. */
-void polyak_settle(struct queue *queue, int64_t num_jobs) {
-    atomic_fetch_add(&queue->active, 1);
-    end(queue, num_jobs, 1);
+    struct work work = {pairs, starts, num_jobs, .swapped = swapped};
+    together(team, swap_all, &work, num_threads);
 }

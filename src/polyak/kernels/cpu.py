@@ -1,4 +1,4 @@
-"""The kernels in C for averages on the CPU, where they were compiled: all tensors in one call a thread.
+"""The kernels in C for averages on the CPU, where they were compiled: all tensors in one call.
 
 The arithmetic is that of the torch kernels, bit for bit. Pairs of tensors that C does not know go to those.
 """
@@ -7,8 +7,9 @@ import ctypes
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, compress, pairwise, product
+from itertools import compress, pairwise, product
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.autograd.graph import increment_version
 from polyak.kernels import foreach
 from polyak.kernels.build import LIBRARY, sources_id
 from polyak.kernels.place import Box, Place
+from polyak.kernels.versions import one_of_each
 
 # The order is that of the functions in lerp.h.
 _PAIRS = {
@@ -34,8 +36,9 @@ _PAIRS = {
         ]
     )
 }
-# Elements that one call of a thread takes in: 0.1 ms or so, against the 0.05 ms that waking a thread takes.
-_JOB = 1 << 18
+# Elements that a thread does before it looks for more: 0.1 ms or so. Less where there are few, for all to have some,
+# but not so few that a thread which has to be woken for them comes too late.
+_JOB, _LEAST = 1 << 18, 1 << 15
 _SWAP = 1 << 18  # bytes in a piece that is swapped
 
 
@@ -56,90 +59,68 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if found != sources_id():
         return None, f"{LIBRARY} was compiled from other sources; {hint}"
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    run = [pointer, number, pointer, pointer, number]  # queue, wait, pieces, jobs, num_jobs
+    run = [pointer, number, pointer, pointer, number]  # team, num_threads, items, starts, num_jobs
     library.polyak_lerp.argtypes = [*run, ctypes.c_double, ctypes.c_uint32]
+    library.polyak_lerp.restype = number
     library.polyak_swap.argtypes = [*run, number]
-    library.polyak_settle.argtypes = [pointer, number]
-    for function in (library.polyak_lerp, library.polyak_swap, library.polyak_settle):
-        function.restype = None
+    library.polyak_swap.restype = None
     return library, ""
 
 
 _library, WHY_NOT = _load()
 
 
-class _Threads:
-    """Threads that are kept for the life of the process. A forked process begins without."""
+class _Team:
+    """The threads of the OpenMP that torch has loaded, or 0: then C makes threads for each call."""
 
     def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
+        try:
+            torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+            self.address = ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value or 0
+        except (OSError, AttributeError):
+            self.address = 0
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        self._pool = None
-
-    def pool(self) -> ThreadPoolExecutor:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="polyak-lerp")
-        return self._pool
+        self.address = 0  # a forked process has none of its threads, and would wait for them for ever
 
 
-_threads = _Threads()
+_team = _Team()
 
 
 class _Jobs:
-    """Jobs for C, done again and again by as many threads as torch has.
-
-    An interrupt, which comes between calls of C only, may stop the one who asked, but no thread in the middle of a job.
-    Who is then still at work is waited for before the next run.
+    """Jobs for C, done again and again by as many threads as torch has. An interrupt comes before or after a run.
 
     Args:
         call: What does them.
-        pieces: Rows of integers, as ``call`` expects them.
-        sizes: How much work each row is, in units of which a job has about ``_JOB``.
-        held: What the addresses in ``pieces`` point into.
+        items: Rows of integers, as ``call`` expects them.
+        sizes: How much work each row is, in units of which a job has ``_JOB`` at most, unless a row has more.
+        held: What the addresses in ``items`` point into.
     """
 
     def __init__(
-        self, call: Callable[..., None], pieces: Sequence[tuple[int, ...]], sizes: Sequence[int], held: object
+        self, call: Callable[..., Any], items: Sequence[tuple[int, ...]], sizes: Sequence[int], held: object
     ) -> None:
-        starts, size = [0] if pieces else [], 0
+        starts, size = [0] if items else [], 0
+        most = min(_JOB, max(_LEAST, sum(sizes) // 16))
         for i, more in enumerate(sizes):
-            if size and size + more > _JOB:
+            if size and size + more > most:
                 starts.append(i)
                 size = 0
             size += more
         self.num_jobs = len(starts)
-        self.pieces = array("q", chain.from_iterable(pieces))
-        self._starts = array("q", [*starts, len(pieces)])
-        self._fixed = self.pieces.buffer_info()[0], self._starts.buffer_info()[0], self.num_jobs
+        self.items = torch.tensor(items, dtype=torch.int64, device="cpu")  # torch lays it out by lines of the cache
+        self._starts = array("q", [*starts, len(items)])
+        self._fixed = self.items.data_ptr(), self._starts.buffer_info()[0], self.num_jobs
         self._call, self._held = call, held
-        self._queue, self._process = (ctypes.c_int64 * 3)(), os.getpid()
 
     def run(self, *arguments: float) -> bool:
-        """Do them once, and return whether ``call`` has raised its flag.
+        """Do them once, and return what ``call`` does.
 
         Args:
             arguments: For ``call``.
         """
-        self._settle()
-        self._queue, self._process = queue, _ = (ctypes.c_int64 * 3)(), os.getpid()
-        try:
-            for _ in range(min(torch.get_num_threads(), self.num_jobs) - 1):
-                _threads.pool().submit(self._work, queue, 0, arguments)
-            self._work(queue, 1, arguments)
-        except BaseException:
-            self._settle()
-            raise
-        return bool(queue[2])
-
-    def _work(self, queue: ctypes.Array[ctypes.c_int64], wait: int, arguments: tuple[float, ...]) -> None:
-        self._call(queue, wait, *self._fixed, *arguments)
-
-    def _settle(self) -> None:
-        assert _library is not None
-        if self._process == os.getpid():  # a forked process has none of the threads that were at work
-            _library.polyak_settle(self._queue, self.num_jobs)
+        return bool(self._call(_team.address, torch.get_num_threads(), *self._fixed, *arguments))
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -213,19 +194,18 @@ class Lerp(foreach.Lerp):
         rest = [triple for triple, c in zip(triples, known, strict=True) if not c]
         super().__init__([a for a, _, _ in rest], [x for _, x, _ in rest], [place for _, _, place in rest], left_out)
         ours = list(compress(triples, known))
-        self._moved = [a for a, _, _ in ours]
+        self._moved = one_of_each([a for a, _, _ in ours])
         pieces = [
             (
                 a.data_ptr() + at * a.element_size(),
                 x.data_ptr() + at * x.element_size(),
                 *(rows, run, first, step),
-                *(_PAIRS[a.dtype, x.dtype], place.seed),
-                *(number, 0),
+                place.seed | _PAIRS[a.dtype, x.dtype] << 32,
+                number,
             )
             for number, (a, x, place) in enumerate(ours)
             for at, rows, run, first, step in _cut(_box(a, place))
         ]
-        self._columns = len(pieces[0]) if pieces else 1
         self._jobs = _Jobs(_library.polyak_lerp, pieces, [piece[2] * piece[3] for piece in pieces], held=ours)
 
     def __call__(self, weight: float, num_updates: int) -> None:
@@ -241,8 +221,8 @@ class Lerp(foreach.Lerp):
         # Who has kept an average for a backward pass is told that it is no longer what it was, as by torch's own.
         increment_version(self._moved)
         if self._jobs.run(weight, num_updates & 0xFFFFFFFF):
-            tensors, flags = (self._jobs.pieces[column :: self._columns] for column in (8, 9))
-            self._left_out.add_(len(set(compress(tensors, flags))))
+            seen = self._jobs.items[:, 7]  # the number of each piece's tensor, and above it whether it was left out
+            self._left_out.add_((seen[seen >> 32 != 0] & 0xFFFFFFFF).unique().numel())
 
 
 class Exchange(foreach.Exchange):
@@ -261,7 +241,7 @@ class Exchange(foreach.Exchange):
         rest = [pair for pair, c in zip(pairs, known, strict=True) if not c]
         super().__init__([a for a, _ in rest], [b for _, b in rest])
         ours = list(compress(pairs, known))
-        self._swapped = [tensor for pair in ours for tensor in pair]
+        self._swapped = one_of_each([a for a, _ in ours]) + one_of_each([b for _, b in ours])
         pieces = [
             (left_at + at, right_at + at, min(_SWAP, size - at), 0)
             for left_at, right_at, size in ((a.data_ptr(), b.data_ptr(), a.nbytes) for a, b in ours)

@@ -51,7 +51,7 @@
     TARGET static int64_t LEVEL(NAME)(const struct piece *piece, double weight, uint32_t round) {                      \
         AVERAGE *const average = (AVERAGE *)piece->average;                                                            \
         const ONLINE *const online = (const ONLINE *)piece->online;                                                    \
-        const uint32_t key = hash((uint32_t)piece->seed ^ round);                                                      \
+        const uint32_t key = hash(piece->seed ^ round);                                                                \
         uint32_t bad[BLOCK] = {0}, any = 0; /* one for each place: no sum over a block within the loop */              \
         for (int64_t row = 0; row < piece->rows; row++)                                                                \
             for (int64_t done = 0, count; done < piece->run; done += count) {                                          \
@@ -83,20 +83,14 @@
                                   uint32_t counter, uint32_t key, float weight) {                                      \
         const int shift = 8 * (sizeof(ONLINE) - sizeof(uint16_t));                                                     \
         const BITS *const bits = (const BITS *)online;                                                                 \
-        uint16_t most[BLOCK] = {0};                                                                                    \
-        BITS most_online[BLOCK] = {0}, large = 0;                                                                      \
-        if (weight == 1)                                                                                               \
-            return 0;                                                                                                  \
-        for (int64_t i = 0; i < count; i += BLOCK)                                                                     \
-            for (int64_t j = 0; j < BLOCK; j++) {                                                                      \
-                const uint16_t a = average[i + j] & 0x7FFF;                                                            \
-                const BITS x = bits[i + j] & (BITS)((BITS)-1 >> 1);                                                    \
-                most[j] = most[j] > a ? most[j] : a;                                                                   \
-                most_online[j] = most_online[j] > x ? most_online[j] : x;                                              \
-            }                                                                                                          \
-        for (int64_t j = 0; j < BLOCK; j++)                                                                            \
-            large |= (BITS)(most[j] >= 0x7E80) | (BITS)(most_online[j] >= (BITS)0x7E80 << shift);                      \
-        if (large)                                                                                                     \
+        const BITS magnitude = (BITS)-1 >> 1, to_sign = (BITS)0x180 << shift;                                          \
+        uint16_t large = 0;                                                                                            \
+        BITS large_online = 0;                                                                                         \
+        for (int64_t i = 0; i < count; i++) { /* from 0x7E80 on, which is near 1e38, the sign's bit gets set */        \
+            large |= (uint16_t)((average[i] & 0x7FFF) + 0x180);                                                        \
+            large_online |= (BITS)((bits[i] & magnitude) + to_sign);                                                   \
+        }                                                                                                              \
+        if (weight == 1 || large >> 15 || large_online > magnitude)                                                    \
             return 0;                                                                                                  \
         if (weight < 0.5f)                                                                                             \
             ROUND_WORDS(ONLINE, LOWER, UPPER, weight, below, above)                                                    \
@@ -107,20 +101,19 @@
 
 #define ROUND_WORDS(ONLINE, LOWER, UPPER, FACTOR, FROM_BELOW, FROM_ABOVE)                                              \
     for (int64_t i = 0; i < count; i += BLOCK) {                                                                       \
+        word *const words = (word *)(average + i);                                                                     \
+        const uint32_t start = counter + (uint32_t)(i / 2);                                                            \
         for (size_t j = 0; j < sizeof(uint16_t) * BLOCK; j += 64)                                                      \
             __builtin_prefetch((const char *)(average + i) + AHEAD + j, 1);                                            \
         for (size_t j = 0; j < sizeof(ONLINE) * BLOCK; j += 64)                                                        \
             __builtin_prefetch((const char *)(online + i) + AHEAD + j, 0);                                             \
-        for (int64_t j = 0; j < BLOCK; j += 2) {                                                                       \
-            const uint32_t drawn = hash((counter + (uint32_t)((i + j) / 2)) ^ key);                                    \
-            const uint32_t word = word_at(average + i + j);                                                            \
-            const float below = float_of(word << 16), above = float_of(word & 0xFFFF0000u);                            \
-            const float x_below = LOWER(online + i + j), x_above = UPPER(online + i + j);                              \
+        for (int64_t j = 0; j < BLOCK / 2; j++) {                                                                      \
+            const uint32_t drawn = hash((start + (uint32_t)j) ^ key);                                                  \
+            const float below = float_of(words[j] << 16), above = float_of(words[j] & 0xFFFF0000u);                    \
+            const float x_below = LOWER(online + i, j), x_above = UPPER(online + i, j);                                \
             const float lower = __builtin_fmaf(FACTOR, x_below - below, FROM_BELOW);                                   \
             const float upper = __builtin_fmaf(FACTOR, x_above - above, FROM_ABOVE);                                   \
-            const uint32_t rounded =                                                                                   \
-                (bits_of(lower) + (drawn & 0xFFFF)) >> 16 | ((bits_of(upper) + (drawn >> 16)) & 0xFFFF0000u);          \
-            memcpy(average + i + j, &rounded, sizeof rounded);                                                         \
+            words[j] = (bits_of(lower) + (drawn & 0xFFFF)) >> 16 | ((bits_of(upper) + (drawn >> 16)) & 0xFFFF0000u);   \
         }                                                                                                              \
     }
 

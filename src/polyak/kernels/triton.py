@@ -14,6 +14,7 @@ from torch.autograd.graph import increment_version
 
 from polyak.kernels import foreach
 from polyak.kernels.place import Place
+from polyak.kernels.versions import one_of_each
 
 BLOCK = 4096  # elements of a program, a power of two from 32 on
 PART = 512  # of those done at once where a block is not whole, or not aligned
@@ -207,7 +208,7 @@ class Lerp(foreach.Lerp):
         rest = [triple for triple, ours in zip(triples, known, strict=True) if not ours]
         super().__init__([a for a, _, _ in rest], [x for _, x, _ in rest], [place for _, _, place in rest], left_out)
         triples = list(compress(triples, known))
-        self._moved = [a for a, _, _ in triples]
+        self._moved = one_of_each([a for a, _, _ in triples])
         self._held = [x for _, x, _ in triples]  # as long as their addresses are
         tables = dict[tuple[torch.dtype, torch.dtype], list[tuple[int, ...]]]()
         for number, (a, x, place) in enumerate(triples):
