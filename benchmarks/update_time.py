@@ -113,11 +113,9 @@ def race(
     """Return the seconds of each contender, and of the limit, round by round, in each of which all take turns.
 
     Their order changes. All are made several times, in an order that changes: memory is not equally fast everywhere.
-    Before each turn the weights are written as an optimizer writes them before an update.
     """
     rounds: list[dict[str, float]] = []
     took: dict[str, list[float]] = {}
-    weights = [parameter.detach() for parameter in model.parameters()]
     for _ in range(BUILDS):
         runs = {LIMIT: make_limit()}
         for name, run in contenders(model, average).items():
@@ -133,7 +131,6 @@ def race(
                 found = took.setdefault(name, [])
                 if len(found) >= LEAST and sum(found) > PATIENCE_S and not name.startswith((OURS, LIMIT)):
                     continue
-                torch._foreach_mul_(weights, 1.0)
                 began = time.perf_counter()
                 runs[name]()
                 found.append(time.perf_counter() - began)
@@ -201,15 +198,15 @@ def main() -> None:
         "# How long one update takes",
         "",
         *paragraph(
-            f"Milliseconds, medians of {BUILDS * arguments.repeats} or more (of {LEAST} or more for what takes long);"
-            f" all contenders of a column took turns in one run, in changing order, each made {BUILDS} times, since"
-            " memory is not equally fast everywhere. Before each turn the weights were written, as an optimizer does"
-            " before an update. A ratio is the median of those within each round of turns. The limit is"
-            " `y += a * (x - y)` in C over one flat float32 pair of as many elements, on torch's threads, times the"
-            " bytes that an update of these dtypes reads and writes, over 12. Ours is below it where that loop leaves speed "
-            "unused, since it asks for memory ahead. A 16-bit average is rounded stochastically by polyak and timm; the"
-            " others round to nearest, which is quicker and stalls at long half-lives. *Formula of*: the lines of a "
-            "library that is not installed. No GPU: nothing of this was measured on one."
+            f"Milliseconds, medians of {BUILDS * arguments.repeats} or more (of {LEAST} or more for what takes "
+            f"long); all contenders of a column took turns in one run, in changing order, each made {BUILDS} "
+            "times, since memory is not equally fast everywhere. A ratio is the median of those within each round "
+            "of turns. The limit is `y += a * (x - y)` in C over one flat float32 pair of as many elements, on "
+            "torch's threads, times the bytes that an update of these dtypes reads and writes, over 12. Ours is "
+            "below it where that loop leaves speed unused, since it asks for memory ahead. A 16-bit average is "
+            "rounded stochastically by polyak and timm; the others round to nearest, which is quicker and stalls "
+            "at long half-lives. *Formula of*: the lines of a library that is not installed. No GPU: nothing of "
+            "this was measured on one."
         ),
         "",
     ]

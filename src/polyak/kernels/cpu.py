@@ -36,9 +36,9 @@ _PAIRS = {
         ]
     )
 }
-# Elements that a thread does before it looks for more: 0.1 ms or so. Less where there are few, for all to have some,
-# but not so few that a thread which has to be woken for them comes too late.
-_JOB, _LEAST = 1 << 18, 1 << 15
+# Elements that a thread does before it looks for more: 0.1 ms or so. To wake one takes half of that, and it is waited
+# for however busy the machine is: so what is less is done without.
+_JOB = 1 << 18
 _SWAP = 1 << 18  # bytes in a piece that is swapped
 
 
@@ -94,7 +94,7 @@ class _Jobs:
     Args:
         call: What does them.
         items: Rows of integers, as ``call`` expects them.
-        sizes: How much work each row is, in units of which a job has ``_JOB`` at most, unless a row has more.
+        sizes: How much work each row is, in units of which a job has about ``_JOB``.
         held: What the addresses in ``items`` point into.
     """
 
@@ -102,9 +102,8 @@ class _Jobs:
         self, call: Callable[..., Any], items: Sequence[tuple[int, ...]], sizes: Sequence[int], held: object
     ) -> None:
         starts, size = [0] if items else [], 0
-        most = min(_JOB, max(_LEAST, sum(sizes) // 16))
         for i, more in enumerate(sizes):
-            if size and size + more > most:
+            if size and size + more > _JOB:
                 starts.append(i)
                 size = 0
             size += more
