@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from polyak.kernels import EXCHANGES, KERNELS, SCRATCH_ELEMENTS, Lerp, Place, counting_with, cpu, foreach
-from polyak.kernels.foreach import _chance, _round, key
+from polyak.kernels import EXCHANGES, KERNELS, SCRATCH_ELEMENTS, Lerp, Place, counting_with, cpu, foreach, rounding
+from polyak.kernels.rounding import Chances, RowChances, key, round_
+from polyak.kernels.scratch import Scratch
 
 SHAPES = [(3,), (4, 5), (2, 3, 4, 5), (), (0,), (SCRATCH_ELEMENTS + 1,), (700, 400)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -145,10 +146,12 @@ assert os.waitpid(child, 0)[1] == 0
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=60)
 
 
-def test_a_backward_pass_through_an_average_that_has_moved_is_an_error(lerp_) -> None:
-    average, inputs = torch.ones(3), torch.ones(3, requires_grad=True)
+@pytest.mark.parametrize("size", [3, 3000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_backward_pass_through_an_average_that_has_moved_is_an_error(lerp_, dtype, size) -> None:
+    average, inputs = torch.ones(size, dtype=dtype), torch.ones(size, dtype=dtype, requires_grad=True)
     loss = (average * inputs).sum()
-    lerp_([average], [torch.zeros(3)], 0.5, [Place(0)])
+    lerp_([average], [torch.zeros(size, dtype=dtype)], 0.5, [Place(0)])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -211,12 +214,67 @@ def test_a_16_bit_average_is_rounded_otherwise_in_each_update() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 3e4])
 def test_stochastic_rounding_has_the_right_mean_and_goes_to_a_neighbour(dtype, scale) -> None:
     values = torch.randn(2000, generator=torch.Generator().manual_seed(0)).clamp_(-2, 2) * scale
-    rounded = torch.stack([_round(values, dtype, _chance(torch.arange(2000), seed)).double() for seed in range(2000)])
+    scratch = Scratch()
+
+    def rounded_with(seed) -> torch.Tensor:
+        rounded = values.clone()
+        round_(rounded, dtype, Chances(Place(seed), values.shape, 0, scratch).of(values), scratch)
+        assert torch.equal(rounded.to(dtype).float(), rounded)
+        return rounded.double()
+
+    rounded = torch.stack([rounded_with(seed) for seed in range(2000)])
     limits = torch.finfo(dtype)
     unit = (values.double().abs() * limits.eps).clamp(min=limits.tiny * limits.eps)
     assert ((rounded - values).abs() <= unit).all()
     # The mean of 2000 roundings is off by a 2000 ** -0.5 of half a unit: six times that is not chance.
     assert ((rounded.mean(0) - values).abs() <= 6 * 0.5 * unit / 2000**0.5).all()
+
+
+def chances_of(indices, number) -> list[int]:
+    """What C, Triton and torch are to draw for these indices in a whole, in arithmetic without a limit."""
+
+    def mixed(x) -> int:
+        x = ((x ^ (x >> 16)) * 0x21F0AAAD) % 2**32
+        x = ((x ^ (x >> 15)) * 0x735A2D97) % 2**32
+        return x ^ (x >> 15)
+
+    words = [mixed((index // 2) % 2**32 ^ number ^ mixed(index // 2**33)) for index in indices]
+    return [word >> 16 * (index % 2) & 0xFFFF for word, index in zip(words, indices, strict=True)]
+
+
+@pytest.mark.parametrize("little_endian", [True, False])
+@pytest.mark.parametrize(
+    ("place", "shape"),
+    [
+        (Place(2**32 - 1), (41,)),
+        (Place(1, (9, 7), (3, 0)), (4, 7)),
+        (Place(2, (9, 7), (3, 2)), (4, 3)),
+        (Place(3, (5, 9, 7), (1, 2, 1)), (3, 4, 5)),
+        (Place(4, (9, 7), (1, 3)), (6, 1)),
+        (Place(5, (2**40,), (2**32 - 21,)), (50,)),
+        (Place(6, (2**40,), (2**33 - 21,)), (50,)),
+        (Place(7, (2**40, 5), (2**33 - 21, 1)), (20, 3)),
+        (Place(8, (2**40,), (7 * 2**33 + 5,)), (11,)),
+    ],
+)
+def test_the_chances_are_those_of_the_formula_whatever_the_pieces(monkeypatch, place, shape, little_endian) -> None:
+    monkeypatch.setattr(rounding, "_LITTLE_ENDIAN", little_endian and rounding._LITTLE_ENDIAN)
+    box = place.box(shape)
+    indices = [
+        box.first + sum(i * step for i, step in zip(at, box.steps, strict=True))
+        for at in itertools.product(*map(range, box.sizes))
+    ]
+    chances = Chances(place, shape, 2**32 + 3, Scratch())
+    drawn = [chance for piece in torch.empty(len(indices)).split(9) for chance in chances.of(piece).tolist()]
+    assert drawn == chances_of(indices, key(place.seed, 3))
+
+
+def test_the_chances_of_a_row_are_those_of_the_formula() -> None:
+    seeds, firsts = [0, 2**32 - 1, 2**31, 7], [0, 5, 2**32 + 1, 2**33 - 8]
+    runs = [range(first, first + 7) for first in firsts]
+    rows = RowChances(seeds, runs, 4, Scratch()).draw(9).view(4, 8).tolist()
+    for row, run, seed in zip(rows, runs, seeds, strict=True):
+        assert row[run.start % 2 :][:7] == chances_of(run, key(seed, 9))
 
 
 @st.composite
@@ -408,10 +466,9 @@ class Allocations(TorchDispatchMode):
         return made
 
 
-def allocations(kernel, dtype, online_dtype) -> Allocations:
-    averages = [torch.ones(size, dtype=dtype) for size in (3 * SCRATCH_ELEMENTS, 64, 64)]
-    online = [torch.ones(a.shape, dtype=online_dtype) for a in averages]
-    update = KERNELS[kernel](averages, online, places(averages), torch.zeros((), dtype=torch.int64))
+def allocations(kernel, averages, online, where=None) -> Allocations:
+    where = where or places(averages)
+    update = KERNELS[kernel](averages, online, where, torch.zeros((), dtype=torch.int64))
     with torch.no_grad():
         update(0.1, 1)
         with Allocations() as found:
@@ -419,23 +476,123 @@ def allocations(kernel, dtype, online_dtype) -> Allocations:
     return found
 
 
+def large_and_small(dtype) -> list[torch.Tensor]:
+    return [torch.ones(size, dtype=dtype) for size in (3 * SCRATCH_ELEMENTS, 64, 64)]
+
+
 @pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
 @pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_update_in_c_calls_no_operation_of_torch(dtype, online_dtype) -> None:
     if (dtype, online_dtype) in cpu._PAIRS:
-        assert allocations("c", dtype, online_dtype).calls == 0
+        assert allocations("c", large_and_small(dtype), large_and_small(online_dtype)).calls == 0
 
 
 @pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
 def test_an_update_in_torch_allocates_flags_only(online_dtype) -> None:
-    found = allocations("torch", torch.float32, online_dtype)
+    found = allocations("torch", large_and_small(torch.float32), large_and_small(online_dtype))
     assert found.calls > 0
     assert found.total < 1000
 
 
-def test_an_update_in_torch_of_16_bit_averages_allocates_at_most_pieces_at_a_time() -> None:
-    assert allocations("torch", torch.bfloat16, torch.bfloat16).largest <= 8 * SCRATCH_ELEMENTS
+@pytest.mark.parametrize("bad", [1.0, float("nan")])
+@pytest.mark.parametrize("online_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_update_in_torch_of_16_bit_averages_allocates_flags_only(dtype, online_dtype, bad) -> None:
+    averages = [
+        *large_and_small(dtype),
+        *(torch.ones(3, dtype=dtype) for _ in range(100)),
+        torch.ones((), dtype=dtype),
+        torch.ones(300, 1400, dtype=dtype).t(),
+        torch.ones(300, 1400, dtype=dtype)[:, ::2],
+        torch.ones(30, 14, dtype=dtype)[:, ::2],
+        torch.ones(400, 700, dtype=dtype),  # columns of a whole
+    ]
+    online = [torch.full_like(average, 2, dtype=online_dtype) for average in averages]
+    for tensor in (online[0], online[1], online[-2], online[-1]):
+        tensor.view(-1)[5] = bad
+    where = [*places(averages)[:-1], Place(3, (400, 1000), (0, 300))]
+    found = allocations("torch", averages, online, where)
+    assert found.calls > 0
+    assert found.total < 100
+
+
+_LAST = torch.channels_last
+SMALL = [  # a shape, how average and weights are laid out, and what the average is a shard of
+    *((size, None, None) for size in ((), *((n,) for n in (*range(40), 1023, 1024, 1025)), (9, 1, 3))),
+    *(((2, 3, 4, 5), layouts, None) for layouts in ((_LAST, _LAST), (_LAST, torch.contiguous_format))),
+    ((6, 4), "holes", None),
+    ((30,), None, ((50,), (3,))),
+    ((9,), None, ((2**40,), (2**33 - 5,))),
+    ((9,), None, ((2**40,), (2**33 - 9,))),
+    ((9, 1, 3), None, ((20, 1, 3), (5, 0, 0))),
+    ((9, 5), None, ((9, 9), (0, 4))),
+]
+
+
+def small_pairs(dtype, online_dtype, scale) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def one(shape, dtype, layout) -> torch.Tensor:
+        most = min(scale, torch.finfo(dtype).max)
+        values = (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * most
+        if layout == "holes":
+            return values.to(dtype).repeat_interleave(2, -1)[..., ::2]
+        return values.to(dtype).to(memory_format=layout or torch.preserve_format)
+
+    layouts = [layout if isinstance(layout, tuple) else (layout, layout) for _, layout, _ in SMALL]
+    return (
+        [one(shape, dtype, of) for (shape, *_), (of, _) in zip(SMALL, layouts, strict=True)],
+        [one(shape, online_dtype, of) for (shape, *_), (_, of) in zip(SMALL, layouts, strict=True)],
+    )
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("online_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_16_bit_tensors_are_moved_together_as_each_alone_is_in_torch_and_in_c(
+    monkeypatch, dtype, online_dtype, bad
+) -> None:
+    where = [Place(seed, *(shard or ())) for seed, (_, _, shard) in enumerate(SMALL)]
+    largest = torch.finfo(dtype).max
+    for scale in (1.0, 1e-7, 0.4 * largest, 1.003 * largest):
+        averages, online = small_pairs(dtype, online_dtype, scale)
+        if bad is not None:
+            online[12][3], online[30][:], averages[13][0], averages[-1][3, 2] = bad, bad, bad, bad
+            averages[14].view(torch.int16)[:2] = torch.tensor([0x7FFF, -5])  # nan too
+        runs = []
+        for name, small in (("torch", 1024), ("torch", 0), ("c", 0)):
+            if name in KERNELS:
+                monkeypatch.setattr(foreach, "_SMALL", small)
+                moved = [a.clone() for a in averages]
+                counts = [
+                    int(foreach.lerp_(moved, online, weight, where, number, by=KERNELS[name]))
+                    for number, weight in enumerate((0.3, 0.9, 1.0))
+                ]
+                runs.append((counts, [t.contiguous().view(torch.int16).tolist() for t in moved]))
+        assert runs[0][0] == [0 if bad is None else 2] * 3
+        assert all(run == runs[0] for run in runs)
+
+
+def test_many_small_16_bit_tensors_take_few_operations_whatever_was_in_the_scratch() -> None:
+    averages = [torch.full((2000,), float("nan"), dtype=torch.bfloat16)]
+    averages += [torch.ones(i % 3 + 1, dtype=torch.bfloat16) for i in range(1000)]
+    assert allocations("torch", averages, [2 * average for average in averages]).calls < 300
+
+
+def test_a_group_of_which_nothing_moves_as_it_should_is_moved_alone() -> None:
+    averages = [torch.ones(6, dtype=torch.bfloat16) for _ in range(3)]
+    online = [torch.full((6,), float("nan")) for _ in averages]
+    assert int(foreach.lerp_(averages, online, 0.5, places(averages), by=KERNELS["torch"])) == 3
+    assert all(torch.equal(average, torch.ones_like(average)) for average in averages)
+
+
+def test_a_large_tensor_with_holes_is_rounded_as_without() -> None:
+    for shape in ((3, 500, 900), (2, 2 * SCRATCH_ELEMENTS + 2)):
+        average, online = (torch.rand(shape).bfloat16()[..., ::2] for _ in range(2))
+        dense = average.contiguous()
+        foreach.lerp_([average, dense], [online, online.contiguous()], 0.3, [Place(1)] * 2, by=KERNELS["torch"])
+        assert torch.equal(average, dense)
 
 
 @pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16, torch.complex64])

@@ -1,18 +1,15 @@
 """The kernels in plain torch: ``_foreach`` operations where they serve, a small scratch buffer where they do not."""
 
-import math
 from collections.abc import Iterator, Sequence
 from ctypes import c_float
 from itertools import compress
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from polyak.kernels.place import Box, Place
-
-# Small enough to stay in a core's cache, large enough that the calls do not count.
-SCRATCH_ELEMENTS = 131_072
+from polyak.kernels.place import Place
+from polyak.kernels.rounding import SIXTEEN_BITS, Chances, RowChances, is_within, round_, run_of, store, words_of
+from polyak.kernels.scratch import SCRATCH_ELEMENTS, Scratch
 
 # Tensors up to here are taken together, so many that they fit in the scratch.
 _SMALL = 1024
@@ -20,23 +17,43 @@ _SMALL = 1024
 # Weights from here on may be 1 in float32.
 _NEARLY_ALL = 1 - 2**-25
 
-SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+_Triple = tuple[Tensor, Tensor, Place]
+
+
+def _order(tensors: Sequence[Tensor], *, in_order: bool = False) -> list[int] | None:
+    """Return the dimensions as they follow each other in the memory of all these tensors of one shape.
+
+    None if they are not dense, or not laid out alike; with ``in_order`` if they are not contiguous.
+    """
+    order = list(range(tensors[0].dim()))
+    if not in_order:
+        order.sort(key=tensors[0].stride, reverse=True)
+    return order if all(tensor.permute(order).is_contiguous() for tensor in tensors) else None
 
 
 def _flat_pieces(tensors: Sequence[Tensor], *, in_order: bool = False) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape in flat views of at most ``SCRATCH_ELEMENTS``, all at the same places.
+    """Cut tensors of one shape in views of at most ``SCRATCH_ELEMENTS``, all at the same places.
 
-    Tensors that are not dense, or not laid out alike, come whole; with ``in_order`` those that are not contiguous too.
+    They are flat and in the order of memory where ``_order`` finds one, and otherwise in the order of indices.
     """
-    first = tensors[0]
-    order = list(range(first.dim()))
-    if not in_order:
-        order.sort(key=first.stride, reverse=True)
-    views = [tensor.permute(order) for tensor in tensors]
-    if all(view.is_contiguous() for view in views):
-        yield from zip(*(view.view(-1).split(SCRATCH_ELEMENTS) for view in views), strict=True)
+    order = _order(tensors, in_order=in_order)
+    if order is None:
+        yield from _blocks(tensors)
     else:
+        views = [tensor.permute(order).view(-1) for tensor in tensors]
+        yield from zip(*(view.split(SCRATCH_ELEMENTS) for view in views), strict=True)
+
+
+def _blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape along their first dimensions."""
+    first = tensors[0]
+    if first.numel() <= SCRATCH_ELEMENTS:
         yield tuple(tensors)
+        return
+    dim = next(dim for dim, size in enumerate(first.shape) if size > 1)
+    rows = max(1, SCRATCH_ELEMENTS * first.shape[dim] // first.numel())
+    for parts in zip(*(tensor.split(rows, dim) for tensor in tensors), strict=True):
+        yield from _blocks(parts)
 
 
 def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -52,7 +69,7 @@ def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             yield kind[i : i + SCRATCH_ELEMENTS // _SMALL]
 
 
-def _sum_is_finite(tensors: list[Tensor], scratch: "_Scratch") -> Tensor:
+def _sum_is_finite(tensors: list[Tensor], scratch: Scratch) -> Tensor:
     """Return a 0-dim bool: if it holds all of ``tensors`` is finite, and if not there is reason to look."""
     # What is small is copied first: a call for each would cost more than the copies.
     all_of_it = tensors[0]
@@ -64,11 +81,6 @@ def _sum_is_finite(tensors: list[Tensor], scratch: "_Scratch") -> Tensor:
         all_of_it = torch.view_as_real(all_of_it)
     wide = torch.float64 if all_of_it.dtype == torch.float64 else torch.float32
     return all_of_it.sum(dtype=wide).isfinite()
-
-
-def _is_grouped(average: Tensor) -> bool:
-    """Return whether it is moved together with others."""
-    return average.dtype not in SIXTEEN_BITS and average.numel() <= _SMALL
 
 
 def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
@@ -102,15 +114,18 @@ class Lerp:
     ) -> None:
         self._triples = list(zip(averages, online, places, strict=True))
         self._left_out = left_out
-        alike = [a.dtype == x.dtype and a.dtype not in SIXTEEN_BITS for a, x in zip(averages, online, strict=True)]
-        self._alike = list(compress(averages, alike)), list(compress(online, alike))
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
         self._on_cpu = all(tensor.device.type == "cpu" for tensor in averages)
-        others = [triple for triple, same in zip(self._triples, alike, strict=True) if not same and self._on_cpu]
-        self._others = [triple for triple in others if not _is_grouped(triple[0])]
-        grouped = [(a, x) for a, x, _ in others if _is_grouped(a)]
-        self._groups = [(*group, self._scratch.parts(*group)) for group in _groups(grouped)]
-        self._online = list(_together(online))
+        rounded = [triple for triple in self._triples if triple[0].dtype in SIXTEEN_BITS and triple[0].numel()]
+        self._rows, self._alone = _rows(rounded, self._scratch) if self._on_cpu else ([], rounded)
+        self._wide = [(a, x) for a, x, _ in self._triples if a.dtype not in SIXTEEN_BITS]
+        alike = [a.dtype == x.dtype for a, x in self._wide]
+        self._alike = [a for a, x in compress(self._wide, alike)], [x for a, x in compress(self._wide, alike)]
+        others = [pair for pair, same in zip(self._wide, alike, strict=True) if not same and self._on_cpu]
+        self._others = [(a, x) for a, x in others if a.numel() > _SMALL]
+        grouped = [(a, x) for a, x in others if a.numel() <= _SMALL]
+        self._groups = [(*group, _parts(*group, self._scratch)) for group in _groups(grouped)]
+        self._online = list(_together([x for _, x in self._wide]))
 
     def __call__(self, weight: float, num_updates: int) -> None:
         """Move every average once.
@@ -119,8 +134,18 @@ class Lerp:
             weight: Share of ``online`` taken, from 0 to 1.
             num_updates: How often this was done. It is part of the seed.
         """
-        if not self._triples:
-            return
+        alone = self._alone
+        for rows in self._rows:
+            alone = alone + rows.lerp_(weight, num_updates)
+        for average, tensor, place in alone:
+            chances = Chances(place, tuple(average.shape), num_updates, self._scratch)
+            finite = _lerp_rounded(average, tensor, weight, chances, self._scratch, in_order=place.shape is not None)
+            self._count(finite)
+        if self._wide:
+            self._lerp_wide(weight)
+
+    def _lerp_wide(self, weight: float) -> None:
+        """Move the averages that are not rounded."""
         # Reading a flag costs nothing on the CPU and stalls the queue of any other device.
         if self._on_cpu and bool(torch.stack([_sum_is_finite(xs, self._scratch) for xs in self._online]).all()):
             if self._alike[0] and weight < _NEARLY_ALL:
@@ -131,13 +156,15 @@ class Lerp:
                 for averages, tensors, parts in self._groups:
                     torch._foreach_copy_(parts, tensors)
                     torch._foreach_lerp_(averages, parts, weight)
-            for average, tensor, place in self._others if weight < _NEARLY_ALL else self._triples:
-                _lerp(average, tensor, weight, _Chances(place, average, num_updates), self._scratch)
+            for average, tensor in self._others if weight < _NEARLY_ALL else self._wide:
+                for a, x in _flat_pieces((average, tensor)):
+                    _lerp(a, _as_wide(x, a.dtype, self._scratch), weight)
             return
-        for average, tensor, place in self._triples:
-            chances = _Chances(place, average, num_updates)
-            finite = _lerp_finite(average, tensor, weight, chances, self._scratch)
-            self._left_out.add_(finite.logical_not().to(self._left_out.device))
+        for average, tensor in self._wide:
+            self._count(_lerp_finite(average, tensor, weight, self._scratch))
+
+    def _count(self, finite: Tensor) -> None:
+        self._left_out.add_(finite.logical_not_().to(self._left_out.device))
 
 
 def lerp_(
@@ -164,77 +191,18 @@ def lerp_(
     return left_out
 
 
-class _Scratch:
-    """Memory for one piece at a time in another dtype than its own, kept from update to update."""
-
-    def __init__(self) -> None:
-        self._held = dict[tuple[str, torch.dtype, torch.device], Tensor]()
-
-    def like(self, piece: Tensor, dtype: torch.dtype, purpose: str) -> Tensor:
-        """Return a tensor of the shape of ``piece``, with whatever is in it.
-
-        Args:
-            piece: A piece.
-            dtype: Of the result.
-            purpose: Two results at a time have two purposes.
-        """
-        if piece.numel() > SCRATCH_ELEMENTS:  # it came whole, since it is not dense
-            return torch.empty_like(piece, dtype=dtype)
-        return self.all(dtype, piece.device, purpose)[: piece.numel()].view(piece.shape)
-
-    def parts(self, averages: list[Tensor], online: list[Tensor]) -> list[Tensor]:
-        """Return a part of one scratch for each of ``online``, in the dtype of ``averages``."""
-        scratch = self.all(averages[0].dtype, averages[0].device, "target")
-        sizes = [tensor.numel() for tensor in online]
-        parts = scratch[: sum(sizes)].split(sizes)
-        return [part.view(tensor.shape) for part, tensor in zip(parts, online, strict=True)]
-
-    def all(self, dtype: torch.dtype, device: torch.device, purpose: str) -> Tensor:
-        """Return all ``SCRATCH_ELEMENTS`` of one scratch."""
-        key = purpose, dtype, device
-        if key not in self._held:
-            self._held[key] = torch.empty(SCRATCH_ELEMENTS, dtype=dtype, device=device)
-        return self._held[key]
+def _parts(averages: list[Tensor], online: list[Tensor], scratch: Scratch) -> list[Tensor]:
+    """Return a part of one scratch for each of ``online``, in the dtype of ``averages``."""
+    sizes = [tensor.numel() for tensor in online]
+    parts = scratch.all(averages[0].dtype, averages[0].device, "target")[: sum(sizes)].split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, online, strict=True)]
 
 
-def _lerp(average: Tensor, tensor: Tensor, weight: float, chances: "_Chances", scratch: _Scratch) -> None:
-    """Move one average piece by piece."""
-    for a, x in _flat_pieces((average, tensor), in_order=chances.in_order):
-        _lerp_piece(a, _as_wide(x, a, scratch), weight, chances, scratch)
+def _as_wide(tensor: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
+    return tensor if tensor.dtype == dtype else scratch.like(tensor, dtype, "target").copy_(tensor)
 
 
-def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, chances: "_Chances", scratch: _Scratch) -> Tensor:
-    """Move one average piece by piece where ``tensor`` is finite, and return whether all of it is."""
-    flags = list[Tensor]()
-    for a, x in _flat_pieces((average, tensor), in_order=chances.in_order):
-        finite = x.isfinite()
-        flags.append(finite.all())
-        # Where it is not, the average moves towards itself.
-        target = scratch.like(a, _wide(a.dtype), "target").copy_(x)
-        _lerp_piece(a, torch.where(finite, target, a, out=target), weight, chances, scratch)
-    return torch.stack(flags).all()
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Return in which dtype an average of ``dtype`` is moved."""
-    return torch.float32 if dtype in SIXTEEN_BITS else dtype
-
-
-def _as_wide(tensor: Tensor, average: Tensor, scratch: _Scratch) -> Tensor:
-    wide = _wide(average.dtype)
-    return tensor if tensor.dtype == wide else scratch.like(average, wide, "target").copy_(tensor)
-
-
-def _lerp_piece(average: Tensor, target: Tensor, weight: float, chances: "_Chances", scratch: _Scratch) -> None:
-    if average.dtype in SIXTEEN_BITS:
-        moved = scratch.like(average, torch.float32, "moved").copy_(average)
-        _lerp_wide(moved, target, weight)
-        average.copy_(_round(moved, average.dtype, chances.of(average)))
-    else:
-        _lerp_wide(average, target, weight)
-
-
-def _lerp_wide(average: Tensor, tensor: Tensor, weight: float) -> None:
+def _lerp(average: Tensor, tensor: Tensor, weight: float) -> None:
     # Torch's own gives -0.0 or 0.0 here, depending on the place in the tensor.
     if weight == 1 or (average.dtype == torch.float32 and c_float(weight).value == 1):
         average.copy_(tensor)
@@ -242,82 +210,112 @@ def _lerp_wide(average: Tensor, tensor: Tensor, weight: float) -> None:
         average.lerp_(tensor, weight)
 
 
-class _Chances:
-    """The chances of rounding up in one update of one average, piece after piece.
-
-    A chance comes from a counter: the element's index in the whole, hashed with a key. So it is the same on each device
-    and in each split of the work, and needs no state.
-    """
-
-    def __init__(self, place: Place, average: Tensor, num_updates: int) -> None:
-        rounded = average.dtype in SIXTEEN_BITS
-        self._box = place.box(tuple(average.shape)) if rounded else None
-        self._key = key(place.seed, num_updates)
-        self._start = 0
-        self.in_order = rounded and place.shape is not None
-
-    def of(self, piece: Tensor) -> Tensor:
-        """Return a chance below 2 ** 16 for each element of the next piece."""
-        assert self._box is not None
-        flat = torch.arange(self._start, self._start + piece.numel(), device=piece.device)
-        self._start += piece.numel()
-        return _chance(_indices(self._box, flat), self._key).view(piece.shape)
+def _finite_target(average: Tensor, tensor: Tensor, all_finite: Tensor, scratch: Scratch) -> Tensor:
+    """Return where a piece moves to: where ``tensor`` is not finite, towards itself. Note in a flag whether all is."""
+    seen = scratch.like(tensor, torch.promote_types(tensor.dtype, torch.float32), "seen").copy_(tensor)
+    finite = torch.eq(seen.sub_(seen), 0, out=scratch.like(tensor, torch.bool, "finite"))
+    all_finite.logical_and_(torch.all(finite, out=scratch.flag(torch.bool, tensor.device, "piece")))
+    target = scratch.like(tensor, average.dtype, "target").copy_(tensor)
+    return torch.where(finite, target, average, out=target)
 
 
-def _indices(box: Box, flat: Tensor) -> Tensor:
-    """Return where in the whole the elements are that are ``flat`` in the box."""
-    index, rest = torch.full_like(flat, box.first), flat
-    for size, step in zip(reversed(box.sizes[1:]), reversed(box.steps[1:]), strict=True):
-        index += rest % size * step
-        rest = rest // size
-    return index.add_(rest, alpha=box.steps[0])
+def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, scratch: Scratch) -> Tensor:
+    """Move an average that is not rounded where ``tensor`` is finite, and return whether all of it is."""
+    all_finite = scratch.flag(torch.bool, average.device, "all").fill_(True)
+    for a, x in _flat_pieces((average, tensor)) if average.numel() else ():
+        _lerp(a, _finite_target(a, x, all_finite, scratch), weight)
+    return all_finite
 
 
-def _chance(index: Tensor, key: int) -> Tensor:
-    # 32 bits for two neighbours.
-    counter = index >> 1
-    drawn = _hash((counter & 0xFFFFFFFF) ^ key ^ _hash(counter >> 32))
-    return (drawn >> ((index & 1) << 4)) & 0xFFFF
+def _lerp_rounded(
+    average: Tensor, tensor: Tensor, weight: float, chances: Chances, scratch: Scratch, *, in_order: bool
+) -> Tensor:
+    """Move a 16-bit average where ``tensor`` is finite, and return whether all of it is."""
+    all_finite = scratch.flag(torch.bool, average.device, "all").fill_(True)
+    for a, x in _flat_pieces((average, tensor), in_order=in_order):
+        moved = scratch.like(a, torch.float32, "moved").copy_(a)
+        within = False
+        if a.device.type == "cpu":  # any other would have to be awaited
+            # What is not finite makes what has moved so.
+            _lerp(moved, _as_wide(x, torch.float32, scratch), weight)
+            within = is_within(moved, a.dtype, scratch)
+        if not within:
+            moved.copy_(a)
+            _lerp(moved, _finite_target(moved, x, all_finite, scratch), weight)
+        round_(moved, a.dtype, chances.of(a), scratch, within=within)
+        store(moved, a)
+    return all_finite
 
 
-def _round(tensor: Tensor, dtype: torch.dtype, chance: Tensor) -> Tensor:
-    """Round float32 to 16 bits up or down by chance, so that the expectation is the value itself.
-
-    What is too large for ``dtype`` becomes its largest. A ``chance`` is below 2 ** 16.
-    """
-    limits = torch.finfo(dtype)
-    if dtype == torch.bfloat16:  # float32 without its last 16 bits: what they say is the chance of rounding up
-        bits = tensor.view(torch.int32)
-        magnitude = bits & 0x7FFFFFFF
-        rounded = (magnitude + chance.to(torch.int32)).clamp_(max=0x7F7FFFFF)
-        rounded = torch.where(tensor.isnan(), 0x7FC00000, torch.where(tensor.isinf(), 0x7F7FFFFF, rounded))
-        return ((rounded | (bits & -0x80000000)) >> 16).to(torch.int16).view(dtype)
-    # In units of the last place of `dtype`, which below its smallest normal number no longer shrinks.
-    _, exponent = torch.frexp(tensor)
-    unit = torch.ldexp(torch.full_like(tensor, limits.eps), exponent - 1).clamp_(min=limits.tiny * limits.eps)
-    bits = 24 + round(math.log2(limits.eps)) - 1  # that float32 has and `dtype` has not
-    rounded = (tensor / unit + (chance >> (16 - bits)).to(torch.float32) / 2**bits).floor_() * unit
-    return rounded.clamp_(limits.min, limits.max).to(dtype)
-
-
-def key(seed: int, num_updates: int) -> int:
-    """Return what the chances of one tensor in one update are hashed with.
+class _Rows:
+    """Small 16-bit averages on the CPU that are moved together: each has a row of the scratch.
 
     Args:
-        seed: The tensor's.
-        num_updates: The update's.
+        triples: Averages of one dtype, what they move towards, and their places.
+        runs: For each its ``run_of``.
+        width: Words of a row: the most that any of them has.
+        scratch: To work in.
     """
-    return _hash((seed ^ _hash(num_updates & 0xFFFFFFFF)) & 0xFFFFFFFF)
+
+    def __init__(self, triples: list[_Triple], runs: list[range], width: int, scratch: Scratch) -> None:
+        self._triples, self._scratch = triples, scratch
+        self._averages, self._online = [a for a, _, _ in triples], [x for _, x, _ in triples]
+        self._dtype = self._averages[0].dtype
+        self._chances = RowChances([place.seed for *_, place in triples], runs, width, scratch)
+        self._moved, self._target = (
+            scratch.all(torch.float32, self._averages[0].device, name)[: len(triples) * 2 * width]
+            for name in ("moved", "target")
+        )
+        rows = self._moved.view(len(triples), 2 * width)
+        self._parts = [
+            _laid_out_as(triple, row[run.start % 2 :][: len(run)])
+            for triple, row, run in zip(triples, rows, runs, strict=True)
+        ]
+
+    def lerp_(self, weight: float, num_updates: int) -> list[_Triple]:
+        """Move the averages, and return those that were left as they were: something is not finite, or very large."""
+        moved, parts, averages = self._moved.zero_(), self._parts, self._averages  # what is in no part is finite too
+        torch._foreach_copy_(parts, self._online)
+        self._target.copy_(moved)
+        torch._foreach_copy_(parts, averages)
+        _lerp(moved, self._target, weight)
+        left = list[_Triple]()
+        if not is_within(moved, self._dtype, self._scratch):
+            within = [is_within(part, self._dtype, self._scratch) for part in parts]
+            left = [triple for triple, moves in zip(self._triples, within, strict=True) if not moves]
+            parts, averages = list(compress(parts, within)), list(compress(averages, within))
+        if averages:
+            round_(moved, self._dtype, self._chances.draw(num_updates), self._scratch, within=True)
+            torch._foreach_copy_(averages, parts)
+        return left
 
 
-_Bits = TypeVar("_Bits", int, Tensor)
+def _laid_out_as(triple: _Triple, part: Tensor) -> Tensor:
+    """Return a part of the scratch in the shape of an average, its elements in the order in which they are rounded."""
+    average, tensor, place = triple
+    if _order((average, tensor), in_order=place.shape is not None) is None:
+        return part.view(average.shape)
+    return part.as_strided(average.shape, average.stride())
 
 
-def _hash(x: _Bits) -> _Bits:
-    """Mix the lower 32 bits of an int: ``lowbias32`` of Wellons, https://nullprogram.com/blog/2018/07/31/ ."""
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & 0xFFFFFFFF
-    return x ^ (x >> 15)
+def _rows(triples: Sequence[_Triple], scratch: Scratch) -> tuple[list[_Rows], list[_Triple]]:
+    """Group small averages of one dtype and about one size; return also those that remain alone."""
+    kinds, alone = dict[tuple[torch.dtype, int], list[tuple[_Triple, range]]](), list[_Triple]()
+    for triple in triples:
+        average, _, place = triple
+        run = run_of(place, tuple(average.shape))
+        if run is None or len(run) > _SMALL:
+            alone.append(triple)
+        else:
+            width = 1 << (words_of(run) - 1).bit_length()  # a power of two, so that there are few kinds
+            kinds.setdefault((average.dtype, width), []).append((triple, run))
+    grouped = list[_Rows]()
+    for (_, width), kind in kinds.items():
+        most = SCRATCH_ELEMENTS // (2 * width)
+        for i in range(0, len(kind), most):
+            own, runs = zip(*kind[i : i + most], strict=True)
+            grouped.append(_Rows(list(own), list(runs), width, scratch))
+    return grouped, alone
 
 
 class Exchange:
