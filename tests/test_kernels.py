@@ -1,4 +1,5 @@
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -247,6 +248,9 @@ def pairs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
     left, right = one(0), one(1)
     right[2] = right[2].contiguous()  # the other is not
+    for shape in ((70, 40), (2, 3, 1100)):
+        left.append(torch.arange(math.prod(shape)).view(shape))
+        right.append(-torch.arange(math.prod(shape)).view(shape[::-1]).permute(*reversed(range(len(shape)))))
     return left, right
 
 
@@ -343,8 +347,26 @@ def test_an_exchange_that_is_interrupted_may_go_on(exchange_of) -> None:
 
 
 def test_an_exchange_needs_no_more_than_its_scratch() -> None:
-    left, right = [torch.zeros(10 * SCRATCH_ELEMENTS)], [torch.ones(10 * SCRATCH_ELEMENTS)]
-    assert sum(s.numel() for s in foreach.Exchange(left, right)._scratches.values()) <= SCRATCH_ELEMENTS
+    left = [torch.zeros(10 * SCRATCH_ELEMENTS), torch.zeros(1, 4, SCRATCH_ELEMENTS + 2)]
+    right = [torch.ones(10 * SCRATCH_ELEMENTS), torch.ones(SCRATCH_ELEMENTS + 2, 4, 1).permute(2, 1, 0)]
+    exchange = foreach.Exchange(left, right)
+    assert sum(s.numel() for s in exchange._scratches.values()) <= SCRATCH_ELEMENTS
+    with Allocations() as found:
+        exchange.forward()
+    assert found.calls > 0
+    assert found.total == 0
+
+
+@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+def test_an_exchange_in_c_lists_no_more_pieces_the_larger_its_tensors_are(monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "_SWAP", 64)
+    monkeypatch.setattr(cpu, "_MOST", 10)
+    for size in (10, 100, 1000, 10_000):
+        left, right = [torch.zeros(size), torch.zeros(3)], [torch.ones(size), torch.ones(3)]
+        exchange = cpu.Exchange(left, right)
+        assert len(exchange._jobs.pieces) <= 4 * (10 + len(left))
+        exchange.forward()
+        assert all(bool(tensor.all()) for tensor in left)
 
 
 def test_a_backward_pass_through_weights_that_were_swapped_is_an_error(exchange_of) -> None:
@@ -409,6 +431,16 @@ def test_an_update_in_torch_allocates_flags_only(online_dtype) -> None:
 
 def test_an_update_in_torch_of_16_bit_averages_allocates_at_most_pieces_at_a_time() -> None:
     assert allocations("torch", torch.bfloat16, torch.bfloat16).largest <= 8 * SCRATCH_ELEMENTS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_of_what_is_laid_out_otherwise_allocates_at_most_pieces_at_a_time(kernel, dtype) -> None:
+    average, online = torch.ones(8, SCRATCH_ELEMENTS, dtype=dtype), torch.ones(SCRATCH_ELEMENTS, 8).t()
+    for bad in (1.0, math.nan):
+        online[3, 5] = bad
+        with Allocations() as found:
+            foreach.lerp_([average], [online], 0.1, [Place(1)], by=KERNELS[kernel])
+        assert found.largest <= 8 * SCRATCH_ELEMENTS
 
 
 @pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16, torch.complex64])

@@ -23,20 +23,58 @@ _NEARLY_ALL = 1 - 2**-25
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 
 
-def _flat_pieces(tensors: Sequence[Tensor], *, in_order: bool = False) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape in flat views of at most ``SCRATCH_ELEMENTS``, all at the same places.
+def _pieces(tensors: Sequence[Tensor], *, in_order: bool = False) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape in views of at most ``SCRATCH_ELEMENTS``, all at the same places.
 
-    Tensors that are not dense, or not laid out alike, come whole; with ``in_order`` those that are not contiguous too.
+    Args:
+        tensors: Of any layouts.
+        in_order: Whether the pieces must follow each other as the indices count, and not as they lie in memory.
     """
+    views = _views(tensors, in_order=in_order)
+    for number in range(_num_pieces(views[0].shape)):
+        yield tuple(_piece(view, number) for view in views)
+
+
+def _views(tensors: Sequence[Tensor], *, in_order: bool = False) -> list[Tensor]:
+    """Return flat views of tensors that are dense and laid out alike, and others as they are."""
     first = tensors[0]
     order = list(range(first.dim()))
     if not in_order:
         order.sort(key=first.stride, reverse=True)
     views = [tensor.permute(order) for tensor in tensors]
-    if all(view.is_contiguous() for view in views):
-        yield from zip(*(view.view(-1).split(SCRATCH_ELEMENTS) for view in views), strict=True)
-    else:
-        yield tuple(tensors)
+    return [view.view(-1) for view in views] if all(view.is_contiguous() for view in views) else list(tensors)
+
+
+def _cut(shape: torch.Size) -> tuple[int, int, int]:
+    """Return along which dimension a shape is cut, how many of its indices are a piece, and how many pieces they are.
+
+    A piece takes in all of the dimensions behind it, and one index of each before.
+    """
+    dim = next(d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= SCRATCH_ELEMENTS)
+    count = SCRATCH_ELEMENTS // math.prod(shape[dim + 1 :])
+    return dim, count, -(-shape[dim] // count)
+
+
+def _num_pieces(shape: torch.Size) -> int:
+    if shape.numel() <= SCRATCH_ELEMENTS:
+        return 1
+    dim, _, pieces = _cut(shape)
+    return math.prod(shape[:dim]) * pieces
+
+
+def _piece(tensor: Tensor, number: int) -> Tensor:
+    """Return the piece of this number: a view of at most ``SCRATCH_ELEMENTS``."""
+    if tensor.numel() <= SCRATCH_ELEMENTS:
+        return tensor
+    if tensor.dim() == 1:  # most are, and this is quicker
+        return tensor[number * SCRATCH_ELEMENTS : (number + 1) * SCRATCH_ELEMENTS]
+    dim, count, pieces = _cut(tensor.shape)
+    before, last = divmod(number, pieces)
+    index = [slice(last * count, (last + 1) * count)]
+    for size in reversed(tensor.shape[:dim]):
+        before, at = divmod(before, size)
+        index.insert(0, slice(at, at + 1))
+    return tensor[tuple(index)]
 
 
 def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -178,8 +216,6 @@ class _Scratch:
             dtype: Of the result.
             purpose: Two results at a time have two purposes.
         """
-        if piece.numel() > SCRATCH_ELEMENTS:  # it came whole, since it is not dense
-            return torch.empty_like(piece, dtype=dtype)
         return self.all(dtype, piece.device, purpose)[: piece.numel()].view(piece.shape)
 
     def parts(self, averages: list[Tensor], online: list[Tensor]) -> list[Tensor]:
@@ -199,14 +235,14 @@ class _Scratch:
 
 def _lerp(average: Tensor, tensor: Tensor, weight: float, chances: "_Chances", scratch: _Scratch) -> None:
     """Move one average piece by piece."""
-    for a, x in _flat_pieces((average, tensor), in_order=chances.in_order):
+    for a, x in _pieces((average, tensor), in_order=chances.in_order):
         _lerp_piece(a, _as_wide(x, a, scratch), weight, chances, scratch)
 
 
 def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, chances: "_Chances", scratch: _Scratch) -> Tensor:
     """Move one average piece by piece where ``tensor`` is finite, and return whether all of it is."""
     flags = list[Tensor]()
-    for a, x in _flat_pieces((average, tensor), in_order=chances.in_order):
+    for a, x in _pieces((average, tensor), in_order=chances.in_order):
         finite = x.isfinite()
         flags.append(finite.all())
         # Where it is not, the average moves towards itself.
@@ -334,11 +370,13 @@ class Exchange:
     def __init__(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
         self._buckets = list(_buckets(left, right))
         self._done = self._undone = 0
+        # Of the bucket that is being swapped, for its three steps.
+        self._here: tuple[int, list[Tensor], list[Tensor], list[Tensor]] = (-1, [], [], [])
         largest = dict[tuple[torch.dtype, torch.device], int]()
-        for bucket in self._buckets:
-            size = sum(a.numel() for a, _ in bucket)
-            key = (bucket[0][0].dtype, bucket[0][0].device)
-            largest[key] = max(size, largest.get(key, 0))
+        for pairs, _ in self._buckets:
+            first = pairs[0][0]
+            size = min(SCRATCH_ELEMENTS, sum(a.numel() for a, _ in pairs))
+            largest[first.dtype, first.device] = max(size, largest.get((first.dtype, first.device), 0))
         self._scratches = {
             (dtype, device): torch.empty(size, dtype=dtype, device=device) for (dtype, device), size in largest.items()
         }
@@ -366,27 +404,47 @@ class Exchange:
         self._done = self._undone = 0
 
     def _step(self, step: int) -> None:
-        bucket = self._buckets[step // 3]
-        left, right = [a for a, _ in bucket], [b for _, b in bucket]
-        scratch = self._scratches[left[0].dtype, left[0].device]
-        parts = scratch[: sum(a.numel() for a in left)].split([a.numel() for a in left])
-        aside = [part.view(a.shape) for part, a in zip(parts, left, strict=True)]
-        into, source = ((aside, left), (left, right), (right, aside))[step % 3]
+        bucket, phase = divmod(step, 3)
+        if self._here[0] != bucket:
+            self._here = bucket, *self._pieces_of(bucket)
+        _, aside, left, right = self._here
+        into, source = ((aside, left), (left, right), (right, aside))[phase]
         torch._foreach_copy_(into, source)
 
+    def _pieces_of(self, bucket: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return room for the pieces in a bucket, and these, left and right."""
+        pairs, number = self._buckets[bucket]
+        left, right = ([_piece(view, number) for view in side] for side in zip(*pairs, strict=True))
+        sizes = [a.numel() for a in left]
+        room = self._scratches[left[0].dtype, left[0].device][: sum(sizes)].split(sizes)
+        return [part.view(a.shape) for part, a in zip(room, left, strict=True)], left, right
 
-def _buckets(left: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Group pieces of one dtype and device into buckets of at most ``SCRATCH_ELEMENTS``."""
+
+_Bucket = tuple[list[tuple[Tensor, Tensor]], int]
+
+
+def _buckets(left: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[_Bucket]:
+    """Group pairs of one dtype and device in buckets of at most ``SCRATCH_ELEMENTS``.
+
+    A bucket is pairs and the number of the piece of each that belongs there: a view of each piece would take a KiB.
+    """
     kinds = dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]]()
     for a, b in zip(left, right, strict=True):
-        pieces = kinds.setdefault((a.dtype, a.device), [])
-        pieces += [(piece[0], piece[1]) for piece in _flat_pieces((a, b))]
-    for pieces in kinds.values():
+        # An alias swaps what was here, whatever becomes of the tensor. The right ones only have to be kept.
+        small = a.numel() <= SCRATCH_ELEMENTS and a.is_contiguous() and b.is_contiguous()
+        view, other = (a.detach(), b) if small else _views((a.detach(), b))
+        kinds.setdefault((a.dtype, a.device), []).append((view, other))
+    for pairs in kinds.values():
         bucket, size = list[tuple[Tensor, Tensor]](), 0
-        for piece in pieces:
-            if bucket and size + piece[0].numel() > SCRATCH_ELEMENTS:
-                yield bucket
+        for a, b in pairs:
+            if bucket and size + a.numel() > SCRATCH_ELEMENTS:
+                yield bucket, 0
                 bucket, size = list[tuple[Tensor, Tensor]](), 0
-            bucket.append(piece)
-            size += piece[0].numel()
-        yield bucket
+            if a.numel() > SCRATCH_ELEMENTS:
+                large = [(a, b)]
+                yield from ((large, number) for number in range(_num_pieces(a.shape)))
+            else:
+                bucket.append((a, b))
+                size += a.numel()
+        if bucket:
+            yield bucket, 0
