@@ -2,97 +2,123 @@
 
     python benchmarks/loan_time.py [--repeats 9] [--out benchmarks/results/loan_time.md]
 
-All contenders take turns in one run. Memory is the peak of the process above what it had before (Linux only).
+For the times all contenders take turns in one run; for the memory each has a process of its own (Linux only).
 """
 
 import argparse
+import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from peers import OURS, PACKAGES, averages_of, tensor_by_tensor
+from process_memory import alone, peak_bytes, settled_bytes
 from results_io import RESULTS, measured, paragraph, progress, provenance, table, write
 from torch import nn
 from update_time import PAIRS, gpt2, resnet50
 
 Step = Callable[[], object]
+Shapes = Iterable[tuple[int, ...]]
+CASES: dict[str, Shapes] = {"ResNet-50": resnet50(), "GPT-2": gpt2(), "4,000 of 64": [(64,)] * 4000}
+SWAP = "tensor by tensor, through a clone of each"
+NAMES = (OURS, "torch-ema", "diffusers EMAModel, foreach", SWAP)
 
 
-def memory_bytes(field: str) -> int:
-    """Return what Linux says of this process: VmRSS, what it has, or VmHWM, the most that it had."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+def model_of(shapes: Shapes, dtype: torch.dtype) -> nn.Module:
+    return nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes)
 
 
-def extra_bytes(steps: tuple[Step, Step]) -> int:
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the most is counted from here
-    before = memory_bytes("VmRSS")
-    for step in steps:
-        step()
-    return max(0, memory_bytes("VmHWM") - before)
-
-
-def contenders(model: nn.Module, average: torch.dtype) -> dict[str, tuple[Step, Step]]:
+def contenders(model: nn.Module, average: torch.dtype, names: Iterable[str] = NAMES) -> dict[str, tuple[Step, Step]]:
     """Return what lends and what gives back."""
-    names = (OURS, "torch-ema", "diffusers EMAModel, foreach")
-    found = {name: (made.lend, made.give_back) for name, made in averages_of(model, average, names).items()}
-    if all(p.dtype == average for p in model.parameters()):
-        swap = tensor_by_tensor(model, average)
-        found["tensor by tensor, through a clone of each"] = swap.lend, swap.give_back
-    return found
+    made = averages_of(model, average, [name for name in names if name != SWAP])
+    if SWAP in names and all(p.dtype == average for p in model.parameters()):
+        made[SWAP] = tensor_by_tensor(model, average)
+    return {name: (one.lend, one.give_back) for name, one in made.items() if one.lend and one.give_back}
+
+
+def times_ms(runs: dict[str, tuple[Step, Step]], repeats: int) -> dict[str, tuple[float, float]]:
+    """Return how long lending and giving back take each, the contenders in turns, in an order that changes."""
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
+    for _ in range(repeats):
+        for name in random.sample(list(runs), len(runs)):
+            for step, found in zip(runs[name], times[name], strict=True):
+                start = time.perf_counter()
+                step()
+                found.append(1000 * (time.perf_counter() - start))
+    return {name: (statistics.median(lend), statistics.median(back)) for name, (lend, back) in times.items()}
+
+
+def memory(case: str, pair: str, name: str) -> dict[str, int]:
+    """Return the peak of a first and of a second loan, and what is kept after them, over what was there before."""
+    dtype, average = PAIRS[pair]
+    # Code that is read from disk at its first call is no memory of the loan's.
+    small = model_of([(300, 300), (300,)], dtype)
+    for step in contenders(small, average, [name])[name]:
+        step()
+    model = model_of(CASES[case], dtype)
+    steps = contenders(model, average, [name])[name]
+    before = settled_bytes()
+    first = peak_bytes(*steps)
+    settled_bytes()
+    found = {"first": first, "second": peak_bytes(*steps), "kept": settled_bytes()}
+    return {f"{what}_bytes": max(0, there - before) for what, there in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=9, help="of each (default: 9)")
     parser.add_argument("--out", type=Path, default=RESULTS / "loan_time.md")
+    parser.add_argument(
+        "--memory", nargs=3, metavar=("CASE", "DTYPES", "NAME"), help="only the memory of one, in this process"
+    )
     arguments = parser.parse_args()
+    if arguments.memory:
+        print(json.dumps(memory(*arguments.memory)))
+        return
     began = time.perf_counter()
-    cases = {"ResNet-50": resnet50(), "GPT-2": gpt2(), "4,000 of 64": [(64,)] * 4000}
     results, rows = [], []
     with progress() as bar:
-        task = bar.add_task("cases", total=len(cases) * len(PAIRS))
-        for case, shapes in cases.items():
+        task = bar.add_task("cases", total=len(CASES) * len(PAIRS))
+        for case, shapes in CASES.items():
             for pair, (dtype, average) in PAIRS.items():
-                model = nn.ParameterList(nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes)
-                runs = contenders(model, average)
-                times = {name: ([], []) for name in runs}
-                for _ in range(arguments.repeats):
-                    for name in random.sample(list(runs), len(runs)):
-                        for step, found in zip(runs[name], times[name], strict=True):
-                            start = time.perf_counter()
-                            step()
-                            found.append(1000 * (time.perf_counter() - start))
+                model = model_of(shapes, dtype)
                 size = sum(p.nbytes for p in model.parameters())
-                for name, steps in runs.items():
-                    lend, back = map(statistics.median, times[name])
-                    extra = min(extra_bytes(steps) for _ in range(3))
+                times = times_ms(contenders(model, average), arguments.repeats)
+                for name, (lend, back) in times.items():
+                    took = alone("--memory", case, pair, name)
                     results.append(
                         {"case": case, "pair": pair, "name": name, "lend_ms": lend, "back_ms": back}
-                        | {"extra_bytes": extra, "model_bytes": size}
+                        | {"extra_bytes": max(took["first_bytes"], took["second_bytes"]), "model_bytes": size}
+                        | took
                     )
-                    cells = f"{lend:.2f}", f"{back:.2f}", f"{extra / 2**20:.1f}", f"{size / 2**20:.1f}"
+                    of = (took["first_bytes"], took["second_bytes"], took["kept_bytes"], size)
+                    cells = f"{lend:.2f}", f"{back:.2f}", *(f"{count / 2**20:.1f}" for count in of)
                     rows.append((f"{case}, {pair}", name, *cells))
                 bar.advance(task)
+    head = (
+        *("case", "who", "lend, ms", "give back, ms"),
+        *("memory of the first loan, MiB", "of the second, MiB", "kept, MiB", "the model, MiB"),
+    )
     how = provenance(*PACKAGES)
     wall_s = time.perf_counter() - began
     lines = [
         "# Lending an average to the model, and giving it back",
         "",
         *paragraph(
-            "Medians; the contenders of a case took turns in one run. Memory is the least of three peaks of the process"
-            " above what it had before. A 0 for all, also for who copies the whole model, says nothing: allocators keep"
-            " what was freed, and some libraries the copy of the last loan. Peaks of whole runs are in"
-            " `training_memory.md`. Where model"
-            " and average have one dtype polyak exchanges values in place. Where they differ it keeps the model's own"
-            " bits aside, as the others do. The modules of other libraries, which are evaluated in the model's stead,"
-            " take no loan and hold a second model. CPU only: nothing of this was measured on a GPU."
+            "Times are medians; the contenders of a case took turns in one run. Memory is what the process of one"
+            " contender has at most during its first loan and during its second, and what it keeps after them, over"
+            " what it had before the first, with allocators told to give back what is free. Where model and average"
+            " have one dtype polyak exchanges values in place. Where they differ it keeps the model's own bits aside,"
+            " as the others do. In models of thousands of small tensors the objects of Python count, not the values."
+            " torch-ema keeps its copy of the model after a loan, and makes the next before it drops that. The modules"
+            " of other libraries, which are evaluated in the model's stead, take no loan and hold a second model. CPU"
+            " only: nothing of this was measured on a GPU."
         ),
         "",
-        *table(("case", "who", "lend, ms", "give back, ms", "extra memory, MiB", "model, MiB"), rows),
+        *table(head, rows),
         "",
         *measured(how, wall_s),
     ]

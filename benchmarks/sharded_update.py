@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from loan_time import memory_bytes
+from process_memory import memory_bytes
 from results_io import RESULTS, measured, paragraph, provenance, table, write
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh

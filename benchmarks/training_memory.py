@@ -2,20 +2,18 @@
 
     python benchmarks/training_memory.py [--layers 8] [--out benchmarks/results/training_memory.md]
 
-Each run is a process of its own: a transformer, AdamW, a few steps each with an update, then an evaluation with the
-averaged weights where these are lent, and one more step.
+Each run is a process of its own, in which what is freed goes back at once: a transformer, AdamW, a few steps each with
+an update, then an evaluation with the averaged weights where these are lent, and one more step.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
-from loan_time import memory_bytes
 from peers import MAKERS, OURS, PACKAGES, averages_of
+from process_memory import alone, peak_bytes, settled_bytes
 from results_io import RESULTS, measured, paragraph, progress, provenance, table, write
 from torch import nn
 from update_time import PAIRS
@@ -24,12 +22,10 @@ WIDTH, VOCABULARY, STEPS = 512, 16_384, 4
 NONE = "no average"
 
 
-def train(name: str, pair: str, layers: int) -> dict[str, int]:
-    """Train with this average, and return the peak of memory, over what the process had before it made the model."""
+def train(name: str, pair: str, layers: int) -> tuple[int, bool]:
+    """Train with this average, and return the bytes of the model, and whether the average could be had."""
     torch.manual_seed(0)
     dtype, average_dtype = PAIRS[pair]
-    before = memory_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the most is counted from here
     layer = nn.TransformerEncoderLayer(WIDTH, 8, 4 * WIDTH, dropout=0.0, batch_first=True)
     encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
     model = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), encoder, nn.Linear(WIDTH, VOCABULARY)).to(dtype)
@@ -53,9 +49,15 @@ def train(name: str, pair: str, layers: int) -> dict[str, int]:
                 model(tokens)
             average.give_back()
     step()
-    size = sum(p.nbytes for p in model.parameters())
-    measured_too = name == NONE or bool(found)
-    return {"peak_bytes": memory_bytes("VmHWM") - before if measured_too else 0, "model_bytes": size}
+    return sum(p.nbytes for p in model.parameters()), name == NONE or bool(found)
+
+
+def memory(name: str, pair: str, layers: int) -> dict[str, int]:
+    """Return the peak of memory of a training run, over what the process had before it made the model."""
+    before, found = settled_bytes(), list[tuple[int, bool]]()
+    peak = peak_bytes(lambda: found.append(train(name, pair, layers)))
+    ((size, was_had),) = found
+    return {"peak_bytes": peak - before if was_had else 0, "model_bytes": size}
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("NAME", "DTYPES"), help="only this run, in this process")
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(train(*arguments.one, arguments.layers)))
+        print(json.dumps(memory(*arguments.one, arguments.layers)))
         return
     began = time.perf_counter()
     results, size = [], dict[str, int]()
@@ -73,15 +75,13 @@ def main() -> None:
         task = bar.add_task("runs", total=len(PAIRS) * (len(MAKERS) + 1))
         for pair in PAIRS:
             for name in (NONE, *MAKERS):
-                command = [sys.executable, __file__, "--layers", str(arguments.layers), "--one", name, pair]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode and name in (NONE, OURS):
-                    raise RuntimeError(done.stderr)
-                if done.returncode:  # some do not average these dtypes
-                    found = {"peak_bytes": 0}
-                else:
-                    found = json.loads(done.stdout.splitlines()[-1])
+                try:
+                    found = alone("--layers", str(arguments.layers), "--one", name, pair)
                     size[pair] = found["model_bytes"]
+                except RuntimeError:  # some do not average these dtypes
+                    if name in (NONE, OURS):
+                        raise
+                    found = {"peak_bytes": 0}
                 results.append({"dtypes": pair, "name": name} | found)
                 bar.advance(task)
     peaks = {(found["dtypes"], found["name"]): found["peak_bytes"] for found in results}
@@ -101,9 +101,11 @@ def main() -> None:
             f"MiB above what the process had before it made the model and, in parentheses, what is more than without "
             f"an average, in units of the model's size. A transformer with AdamW, {STEPS + 1} steps of 64 tokens, an "
             "update after each of the first; libraries that lend their average have done so once for an evaluation. "
-            "The least that an average can take is its own size: 1, or 2 for a float32 average of a bfloat16 model, "
-            "and to lend it 1 more where the dtypes differ. The optimizer's temporaries are part of each peak. Figures "
-            "of less than a tenth are noise of the allocator. CPU only: nothing of this was measured on a GPU."
+            "The least that an average can take is its own size: 1, or 2 for a float32 average of a bfloat16 model. "
+            "A loan between dtypes keeps the model's own weights aside, and counts by what these take more than the "
+            "optimizer's temporaries, which are part of each peak and gone when it begins. Averages that are modules "
+            "of their own are not lent, and were not evaluated. Allocators were told to give back what is free: else "
+            "peaks differ by a tenth of the model from run to run. CPU only: nothing of this was measured on a GPU."
         ),
         "",
         *table(("", *heads), [(name, *(cell(pair, name) for pair in PAIRS)) for name in (NONE, *names)]),

@@ -1,4 +1,5 @@
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from polyak.kernels import EXCHANGES, KERNELS, SCRATCH_ELEMENTS, Lerp, Place, counting_with, cpu, foreach, rounding
+from polyak.kernels import (
+    EXCHANGES,
+    KERNELS,
+    SCRATCH_ELEMENTS,
+    Lerp,
+    Place,
+    counting_with,
+    cpu,
+    foreach,
+    pieces,
+    rounding,
+)
 from polyak.kernels.rounding import Chances, RowChances, key, round_
 from polyak.kernels.scratch import Scratch
 
@@ -332,6 +344,9 @@ def pairs() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
     left, right = one(0), one(1)
     right[2] = right[2].contiguous()  # the other is not
+    for shape in ((70, 40), (2, 3, 1100)):
+        left.append(torch.arange(math.prod(shape)).view(shape))
+        right.append(-torch.arange(math.prod(shape)).view(shape[::-1]).permute(*reversed(range(len(shape)))))
     return left, right
 
 
@@ -344,7 +359,8 @@ def exchange_of(kernel, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(cpu, "_SWAP", 1 << 10)  # enough of them for all threads
     monkeypatch.setattr(cpu, "_JOB", 1 << 12)
-    monkeypatch.setattr(foreach, "SCRATCH_ELEMENTS", 1000)
+    for module in (foreach, pieces):
+        monkeypatch.setattr(module, "SCRATCH_ELEMENTS", 1000)
     return EXCHANGES[kernel]
 
 
@@ -428,8 +444,26 @@ def test_an_exchange_that_is_interrupted_may_go_on(exchange_of) -> None:
 
 
 def test_an_exchange_needs_no_more_than_its_scratch() -> None:
-    left, right = [torch.zeros(10 * SCRATCH_ELEMENTS)], [torch.ones(10 * SCRATCH_ELEMENTS)]
-    assert sum(s.numel() for s in foreach.Exchange(left, right)._scratches.values()) <= SCRATCH_ELEMENTS
+    left = [torch.zeros(10 * SCRATCH_ELEMENTS), torch.zeros(1, 4, SCRATCH_ELEMENTS + 2)]
+    right = [torch.ones(10 * SCRATCH_ELEMENTS), torch.ones(SCRATCH_ELEMENTS + 2, 4, 1).permute(2, 1, 0)]
+    exchange = foreach.Exchange(left, right)
+    assert sum(s.numel() for s in exchange._scratches.values()) <= SCRATCH_ELEMENTS
+    with Allocations() as found:
+        exchange.forward()
+    assert found.calls > 0
+    assert found.total == 0
+
+
+@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+def test_an_exchange_in_c_lists_no_more_pieces_the_larger_its_tensors_are(monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "_SWAP", 64)
+    monkeypatch.setattr(cpu, "_MOST", 10)
+    for size in (10, 100, 1000, 10_000):
+        left, right = [torch.zeros(size), torch.zeros(3)], [torch.ones(size), torch.ones(3)]
+        exchange = cpu.Exchange(left, right)
+        assert exchange._jobs.items.numel() <= 4 * (10 + len(left))
+        exchange.forward()
+        assert all(bool(tensor.all()) for tensor in left)
 
 
 def test_a_backward_pass_through_weights_that_were_swapped_is_an_error(exchange_of) -> None:
@@ -562,21 +596,22 @@ def test_small_16_bit_tensors_are_moved_together_as_each_alone_is_in_torch_and_i
             averages[14].view(torch.int16)[:2] = torch.tensor([0x7FFF, -5])  # nan too
         runs = []
         for name, small in (("torch", 1024), ("torch", 0), ("c", 0)):
-            if name in KERNELS:
-                monkeypatch.setattr(foreach, "_SMALL", small)
-                moved = [a.clone() for a in averages]
-                counts = [
-                    int(foreach.lerp_(moved, online, weight, where, number, by=KERNELS[name]))
-                    for number, weight in enumerate((0.3, 0.9, 1.0))
-                ]
-                runs.append((counts, [t.contiguous().view(torch.int16).tolist() for t in moved]))
-        assert runs[0][0] == [0 if bad is None else 2] * 3
+            if name not in KERNELS:
+                continue
+            monkeypatch.setattr(foreach, "_SMALL", small)
+            moved, run = [a.clone() for a in averages], []
+            for number, weight in enumerate((0.3, 0.9, 1.0)):
+                count = int(foreach.lerp_(moved, online, weight, where, number, by=KERNELS[name]))
+                assert count == (0 if bad is None else 2)
+                run.append([t.contiguous().view(torch.int16).tolist() for t in moved])
+            runs.append(run)
         assert all(run == runs[0] for run in runs)
 
 
-def test_many_small_16_bit_tensors_take_few_operations_whatever_was_in_the_scratch() -> None:
-    averages = [torch.full((2000,), float("nan"), dtype=torch.bfloat16)]
-    averages += [torch.ones(i % 3 + 1, dtype=torch.bfloat16) for i in range(1000)]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_small_16_bit_tensors_take_few_operations_whatever_was_in_the_scratch(dtype) -> None:
+    averages = [torch.full((2000,), float("nan"), dtype=dtype)]
+    averages += [torch.ones(i % 3 + 1, dtype=dtype) for i in range(1000)]
     assert allocations("torch", averages, [2 * average for average in averages]).calls < 300
 
 
@@ -593,6 +628,16 @@ def test_a_large_tensor_with_holes_is_rounded_as_without() -> None:
         dense = average.contiguous()
         foreach.lerp_([average, dense], [online, online.contiguous()], 0.3, [Place(1)] * 2, by=KERNELS["torch"])
         assert torch.equal(average, dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_of_what_is_laid_out_otherwise_allocates_at_most_pieces_at_a_time(kernel, dtype) -> None:
+    average, online = torch.ones(8, SCRATCH_ELEMENTS, dtype=dtype), torch.ones(SCRATCH_ELEMENTS, 8).t()
+    for bad in (1.0, math.nan):
+        online[3, 5] = bad
+        with Allocations() as found:
+            foreach.lerp_([average], [online], 0.1, [Place(1)], by=KERNELS[kernel])
+        assert found.largest <= 8 * SCRATCH_ELEMENTS
 
 
 @pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16, torch.complex64])

@@ -1,6 +1,9 @@
 import copy
 import gc
 import math
+import os
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -179,6 +182,39 @@ def test_a_loan_that_has_ended_keeps_no_memory_of_the_model(monkeypatch) -> None
         tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
         places = [found.data_ptr() for found in tensors if found.layout == torch.strided and found.numel() == 12]
         assert own.data_ptr() not in places
+
+
+LOANS = """
+from pathlib import Path
+import torch
+from torch import nn
+from polyak.shadow import Shadow
+
+def kib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+model = nn.ParameterList([torch.ones(4096, 8192), torch.ones(4096, 8192)])
+shadow = Shadow(model)
+# From here on laid out otherwise than its average. The old one goes first, so that no peak is there before the loan's.
+model[1].data = torch.empty(0)
+model[1].data = torch.ones(8192, 4096).t()
+assert sum(p.nbytes for p in model.parameters()) == 256 << 20
+before = kib("VmRSS")
+for _ in range(2):
+    with shadow.lent("a test"):
+        pass
+print(kib("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the most that a process had")
+@pytest.mark.parametrize("kernel", EXCHANGES)
+def test_a_loan_between_tensors_of_one_dtype_takes_less_than_64_mib_of_memory(kernel) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", LOANS]
+    environment = os.environ | {"POLYAK_KERNEL": kernel}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) < 64 * 1024
 
 
 def test_out_of_memory_at_the_beginning_of_a_loan_changes_nothing(monkeypatch) -> None:

@@ -439,8 +439,9 @@ class Shadow:
     def lend(self, holder: str) -> None:
         """Put the average in the model until ``give_back``.
 
-        Where model and average have one dtype their values change places, through a scratch buffer of at most 1 MiB.
-        Otherwise the model's own bits are kept aside, which takes the model's size in memory.
+        Where model and average have one dtype their values change places, through a scratch buffer of at most 1 MiB,
+        however they are laid out. Otherwise the model's own bits are kept aside, which takes the model's size in
+        memory. Lists take a KiB a tensor.
 
         Args:
             holder: Who asks, to name it in errors.

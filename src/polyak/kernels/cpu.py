@@ -40,6 +40,7 @@ _PAIRS = {
 # for however busy the machine is: so what is less is done without.
 _JOB = 1 << 18
 _SWAP = 1 << 18  # bytes in a piece that is swapped
+_MOST = 1 << 14  # pieces of a whole model, and one more a tensor: the list of them is to stay small
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -241,10 +242,11 @@ class Exchange(foreach.Exchange):
         super().__init__([a for a, _ in rest], [b for _, b in rest])
         ours = list(compress(pairs, known))
         self._swapped = one_of_each([a for a, _ in ours]) + one_of_each([b for _, b in ours])
+        most = _SWAP * max(1, -(-sum(a.nbytes for a, _ in ours) // (_SWAP * _MOST)))
         pieces = [
-            (left_at + at, right_at + at, min(_SWAP, size - at), 0)
+            (left_at + at, right_at + at, min(most, size - at), 0)
             for left_at, right_at, size in ((a.data_ptr(), b.data_ptr(), a.nbytes) for a, b in ours)
-            for at in range(0, size, _SWAP)
+            for at in range(0, size, most)
         ]
         self._jobs = _Jobs(_library.polyak_swap, pieces, [piece[2] for piece in pieces], held=ours)
 

@@ -7,6 +7,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from polyak.kernels.pieces import num_pieces, order_of, piece_of, pieces_of, views_of
 from polyak.kernels.place import Place
 from polyak.kernels.rounding import SIXTEEN_BITS, Chances, RowChances, is_within, round_, run_of, store, words_of
 from polyak.kernels.scratch import SCRATCH_ELEMENTS, Scratch
@@ -18,42 +19,6 @@ _SMALL = 1024
 _NEARLY_ALL = 1 - 2**-25
 
 _Triple = tuple[Tensor, Tensor, Place]
-
-
-def _order(tensors: Sequence[Tensor], *, in_order: bool = False) -> list[int] | None:
-    """Return the dimensions as they follow each other in the memory of all these tensors of one shape.
-
-    None if they are not dense, or not laid out alike; with ``in_order`` if they are not contiguous.
-    """
-    order = list(range(tensors[0].dim()))
-    if not in_order:
-        order.sort(key=tensors[0].stride, reverse=True)
-    return order if all(tensor.permute(order).is_contiguous() for tensor in tensors) else None
-
-
-def _flat_pieces(tensors: Sequence[Tensor], *, in_order: bool = False) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape in views of at most ``SCRATCH_ELEMENTS``, all at the same places.
-
-    They are flat and in the order of memory where ``_order`` finds one, and otherwise in the order of indices.
-    """
-    order = _order(tensors, in_order=in_order)
-    if order is None:
-        yield from _blocks(tensors)
-    else:
-        views = [tensor.permute(order).view(-1) for tensor in tensors]
-        yield from zip(*(view.split(SCRATCH_ELEMENTS) for view in views), strict=True)
-
-
-def _blocks(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape along their first dimensions."""
-    first = tensors[0]
-    if first.numel() <= SCRATCH_ELEMENTS:
-        yield tuple(tensors)
-        return
-    dim = next(dim for dim, size in enumerate(first.shape) if size > 1)
-    rows = max(1, SCRATCH_ELEMENTS * first.shape[dim] // first.numel())
-    for parts in zip(*(tensor.split(rows, dim) for tensor in tensors), strict=True):
-        yield from _blocks(parts)
 
 
 def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -157,7 +122,7 @@ class Lerp:
                     torch._foreach_copy_(parts, tensors)
                     torch._foreach_lerp_(averages, parts, weight)
             for average, tensor in self._others if weight < _NEARLY_ALL else self._wide:
-                for a, x in _flat_pieces((average, tensor)):
+                for a, x in pieces_of((average, tensor)):
                     _lerp(a, _as_wide(x, a.dtype, self._scratch), weight)
             return
         for average, tensor in self._wide:
@@ -222,7 +187,7 @@ def _finite_target(average: Tensor, tensor: Tensor, all_finite: Tensor, scratch:
 def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, scratch: Scratch) -> Tensor:
     """Move an average that is not rounded where ``tensor`` is finite, and return whether all of it is."""
     all_finite = scratch.flag(torch.bool, average.device, "all").fill_(True)
-    for a, x in _flat_pieces((average, tensor)) if average.numel() else ():
+    for a, x in pieces_of((average, tensor)) if average.numel() else ():
         _lerp(a, _finite_target(a, x, all_finite, scratch), weight)
     return all_finite
 
@@ -232,7 +197,7 @@ def _lerp_rounded(
 ) -> Tensor:
     """Move a 16-bit average where ``tensor`` is finite, and return whether all of it is."""
     all_finite = scratch.flag(torch.bool, average.device, "all").fill_(True)
-    for a, x in _flat_pieces((average, tensor), in_order=in_order):
+    for a, x in pieces_of((average, tensor), in_order=in_order):
         moved = scratch.like(a, torch.float32, "moved").copy_(a)
         within = False
         if a.device.type == "cpu":  # any other would have to be awaited
@@ -293,7 +258,7 @@ class _Rows:
 def _laid_out_as(triple: _Triple, part: Tensor) -> Tensor:
     """Return a part of the scratch in the shape of an average, its elements in the order in which they are rounded."""
     average, tensor, place = triple
-    if _order((average, tensor), in_order=place.shape is not None) is None:
+    if order_of((average, tensor), in_order=place.shape is not None) is None:
         return part.view(average.shape)
     return part.as_strided(average.shape, average.stride())
 
@@ -332,11 +297,13 @@ class Exchange:
     def __init__(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
         self._buckets = list(_buckets(left, right))
         self._done = self._undone = 0
+        # Of the bucket that is being swapped, for its three steps.
+        self._here: tuple[int, list[Tensor], list[Tensor], list[Tensor]] = (-1, [], [], [])
         largest = dict[tuple[torch.dtype, torch.device], int]()
-        for bucket in self._buckets:
-            size = sum(a.numel() for a, _ in bucket)
-            key = (bucket[0][0].dtype, bucket[0][0].device)
-            largest[key] = max(size, largest.get(key, 0))
+        for pairs, _ in self._buckets:
+            first = pairs[0][0]
+            size = min(SCRATCH_ELEMENTS, sum(a.numel() for a, _ in pairs))
+            largest[first.dtype, first.device] = max(size, largest.get((first.dtype, first.device), 0))
         self._scratches = {
             (dtype, device): torch.empty(size, dtype=dtype, device=device) for (dtype, device), size in largest.items()
         }
@@ -364,27 +331,47 @@ class Exchange:
         self._done = self._undone = 0
 
     def _step(self, step: int) -> None:
-        bucket = self._buckets[step // 3]
-        left, right = [a for a, _ in bucket], [b for _, b in bucket]
-        scratch = self._scratches[left[0].dtype, left[0].device]
-        parts = scratch[: sum(a.numel() for a in left)].split([a.numel() for a in left])
-        aside = [part.view(a.shape) for part, a in zip(parts, left, strict=True)]
-        into, source = ((aside, left), (left, right), (right, aside))[step % 3]
+        bucket, phase = divmod(step, 3)
+        if self._here[0] != bucket:
+            self._here = bucket, *self._pieces_of(bucket)
+        _, aside, left, right = self._here
+        into, source = ((aside, left), (left, right), (right, aside))[phase]
         torch._foreach_copy_(into, source)
 
+    def _pieces_of(self, bucket: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return room for the pieces in a bucket, and these, left and right."""
+        pairs, number = self._buckets[bucket]
+        left, right = ([piece_of(view, number) for view in side] for side in zip(*pairs, strict=True))
+        sizes = [a.numel() for a in left]
+        room = self._scratches[left[0].dtype, left[0].device][: sum(sizes)].split(sizes)
+        return [part.view(a.shape) for part, a in zip(room, left, strict=True)], left, right
 
-def _buckets(left: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Group pieces of one dtype and device into buckets of at most ``SCRATCH_ELEMENTS``."""
+
+_Bucket = tuple[list[tuple[Tensor, Tensor]], int]
+
+
+def _buckets(left: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[_Bucket]:
+    """Group pairs of one dtype and device in buckets of at most ``SCRATCH_ELEMENTS``.
+
+    A bucket is pairs and the number of the piece of each that belongs there: a view of each piece would take a KiB.
+    """
     kinds = dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]]()
     for a, b in zip(left, right, strict=True):
-        pieces = kinds.setdefault((a.dtype, a.device), [])
-        pieces += [(piece[0], piece[1]) for piece in _flat_pieces((a, b))]
-    for pieces in kinds.values():
+        # An alias swaps what was here, whatever becomes of the tensor. The right ones only have to be kept.
+        small = a.numel() <= SCRATCH_ELEMENTS and a.is_contiguous() and b.is_contiguous()
+        view, other = (a.detach(), b) if small else views_of((a.detach(), b))
+        kinds.setdefault((a.dtype, a.device), []).append((view, other))
+    for pairs in kinds.values():
         bucket, size = list[tuple[Tensor, Tensor]](), 0
-        for piece in pieces:
-            if bucket and size + piece[0].numel() > SCRATCH_ELEMENTS:
-                yield bucket
+        for a, b in pairs:
+            if bucket and size + a.numel() > SCRATCH_ELEMENTS:
+                yield bucket, 0
                 bucket, size = list[tuple[Tensor, Tensor]](), 0
-            bucket.append(piece)
-            size += piece[0].numel()
-        yield bucket
+            if a.numel() > SCRATCH_ELEMENTS:
+                large = [(a, b)]
+                yield from ((large, number) for number in range(num_pieces(a.shape)))
+            else:
+                bucket.append((a, b))
+                size += a.numel()
+        if bucket:
+            yield bucket, 0

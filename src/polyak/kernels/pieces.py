@@ -1,0 +1,89 @@
+"""Tensors of one shape cut in views of bounded size, all at the same places, for the kernels in torch."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from polyak.kernels.scratch import SCRATCH_ELEMENTS
+
+
+def order_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> list[int] | None:
+    """Return the dimensions as they follow each other in the memory of all these tensors of one shape.
+
+    None if they are not dense, or not laid out alike; with ``in_order`` if they are not contiguous.
+
+    Args:
+        tensors: Of any layouts.
+        in_order: Whether only the order of indices will do.
+    """
+    order = list(range(tensors[0].dim()))
+    if not in_order:
+        order.sort(key=tensors[0].stride, reverse=True)
+    return order if all(tensor.permute(order).is_contiguous() for tensor in tensors) else None
+
+
+def views_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> list[Tensor]:
+    """Return flat views of tensors for which ``order_of`` finds an order, and others as they are.
+
+    Args:
+        tensors: Of any layouts, and one shape.
+        in_order: Whether only the order of indices will do.
+    """
+    order = order_of(tensors, in_order=in_order)
+    return list(tensors) if order is None else [tensor.permute(order).view(-1) for tensor in tensors]
+
+
+def pieces_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> Iterator[tuple[Tensor, ...]]:
+    """Cut tensors of one shape in views of at most ``SCRATCH_ELEMENTS``, all at the same places.
+
+    Args:
+        tensors: Of any layouts.
+        in_order: Whether the pieces must follow each other as the indices count, and not as they lie in memory.
+    """
+    views = views_of(tensors, in_order=in_order)
+    for number in range(num_pieces(views[0].shape)):
+        yield tuple(piece_of(view, number) for view in views)
+
+
+def num_pieces(shape: torch.Size) -> int:
+    """Return in how many pieces a tensor of this shape is cut.
+
+    Args:
+        shape: Of any tensor.
+    """
+    if shape.numel() <= SCRATCH_ELEMENTS:
+        return 1
+    dim, _, pieces = _cut(shape)
+    return math.prod(shape[:dim]) * pieces
+
+
+def _cut(shape: torch.Size) -> tuple[int, int, int]:
+    """Return along which dimension a shape is cut, how many of its indices are a piece, and how many pieces they are.
+
+    A piece takes in all of the dimensions behind it, and one index of each before.
+    """
+    dim = next(d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= SCRATCH_ELEMENTS)
+    count = SCRATCH_ELEMENTS // math.prod(shape[dim + 1 :])
+    return dim, count, -(-shape[dim] // count)
+
+
+def piece_of(tensor: Tensor, number: int) -> Tensor:
+    """Return one piece of a tensor: a view.
+
+    Args:
+        tensor: Of any layout.
+        number: Of the piece, below ``num_pieces``. They follow each other as the indices count.
+    """
+    if tensor.numel() <= SCRATCH_ELEMENTS:
+        return tensor
+    if tensor.dim() == 1:  # most are, and this is quicker
+        return tensor[number * SCRATCH_ELEMENTS : (number + 1) * SCRATCH_ELEMENTS]
+    dim, count, pieces = _cut(tensor.shape)
+    before, last = divmod(number, pieces)
+    index = [slice(last * count, (last + 1) * count)]
+    for size in reversed(tensor.shape[:dim]):
+        before, at = divmod(before, size)
+        index.insert(0, slice(at, at + 1))
+    return tensor[tuple(index)]
