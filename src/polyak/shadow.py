@@ -333,7 +333,7 @@ class Shadow:
             MismatchError: If an averaged tensor is gone from the model or has changed its shape.
             OffloadError: If the update before failed in the background.
         """
-        if loan := loan_of(self._model):
+        if loan := _LOANS.get(self._model):
             raise LoanError(
                 f"an average must not take in averaged weights: {loan.holder} has lent its average to the model; "
                 "let it be given back first"
