@@ -15,7 +15,7 @@ from pathlib import Path
 
 # glibc: each block of 128 KiB or more is a mapping of its own, and what is free at the end of the heap goes back.
 # Python: no pools of its own.
-_GIVES_BACK = {
+GIVES_BACK = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(128 * 1024),
     "MALLOC_TRIM_THRESHOLD_": "0",
@@ -53,7 +53,7 @@ def alone(*arguments: str) -> dict[str, int]:
         RuntimeError: If it fails; it says how.
     """
     command = [sys.executable, sys.argv[0], *arguments]
-    done = subprocess.run(command, env=os.environ | _GIVES_BACK, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | GIVES_BACK, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{arguments} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

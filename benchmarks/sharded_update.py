@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from process_memory import memory_bytes
+from process_memory import GIVES_BACK, peak_bytes, settled_bytes
 from results_io import RESULTS, measured, paragraph, provenance, table, write
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -51,11 +51,9 @@ def _limit_ms(repeats: int, elements: int) -> float:
     return _time_ms(repeats, lambda: other.lerp_(flat, 0.1))
 
 
-def _peak_bytes(step: Callable[[], object]) -> int:
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    before = memory_bytes("VmRSS")
-    step()
-    return max(0, memory_bytes("VmHWM") - before)
+def _extra_bytes(step: Callable[[], object]) -> int:
+    before = settled_bytes()
+    return max(0, peak_bytes(step) - before)
 
 
 def _rank(rank: int, size: int, meeting: str, parameters: int, repeats: int, results: Any) -> None:
@@ -70,7 +68,7 @@ def _rank(rank: int, size: int, meeting: str, parameters: int, repeats: int, res
         fully_shard(model, mesh=mesh)
     shards = [local(parameter).detach() for parameter in model.parameters()]
     shadows: list[Shadow] = []
-    made = _peak_bytes(lambda: shadows.append(Shadow(model)))
+    made = _extra_bytes(lambda: shadows.append(Shadow(model)))
     (shadow,) = shadows
     limit = _limit_ms(repeats, sum(shard.numel() for shard in shards))
     update = _time_ms(repeats, lambda: shadow.update_(0.1))
@@ -86,8 +84,8 @@ def _rank(rank: int, size: int, meeting: str, parameters: int, repeats: int, res
         "update_ms": update,
         "loan_ms": _time_ms(repeats, loan),
         "average_bytes": made,
-        "loan_bytes": min(_peak_bytes(loan) for _ in range(3)),
-        "update_bytes": min(_peak_bytes(lambda: shadow.update_(0.1)) for _ in range(3)),
+        "loan_bytes": min(_extra_bytes(loan) for _ in range(3)),
+        "update_bytes": min(_extra_bytes(lambda: shadow.update_(0.1)) for _ in range(3)),
     }
     with CommDebugMode() as messages:
         shadow.update_(0.1)
@@ -107,6 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.perf_counter()
     found = []
+    os.environ.update(GIVES_BACK)
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
     for size in (1, 2, 3, 4):
         with tempfile.TemporaryDirectory() as folder:

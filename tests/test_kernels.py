@@ -133,6 +133,22 @@ def test_the_kernels_give_the_same_bits(monkeypatch, dtype, online_dtype, scale)
 
 
 @pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+@pytest.mark.parametrize("has_openmp", [True, False])
+def test_c_does_all_jobs_with_the_threads_of_torch_and_with_its_own(monkeypatch, has_openmp) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(cpu, "_JOB", 1 << 12)
+    monkeypatch.setattr(cpu, "_SWAP", 1 << 12)
+    if not has_openmp:
+        monkeypatch.setattr(cpu._team, "address", 0)
+    average, other, online = torch.zeros(100_001), torch.zeros(100_001), torch.arange(100_001.0)
+    assert int(foreach.lerp_([average], [online], 0.5, [Place(0)], by=KERNELS["c"])) == 0
+    assert torch.equal(average, online / 2)
+    EXCHANGES["c"]([average], [other]).forward()
+    assert torch.equal(other, online / 2)
+    assert not average.any()
+
+
+@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
 def test_float16_is_read_exactly_by_c() -> None:
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     average = torch.zeros(every.shape)
