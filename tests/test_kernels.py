@@ -184,6 +184,37 @@ def test_a_backward_pass_through_an_average_that_has_moved_is_an_error(lerp_, dt
         loss.backward()
 
 
+def test_only_what_is_not_finite_now_is_counted(kernel) -> None:
+    averages, online = [torch.ones(3) for _ in range(3)], [torch.ones(3) for _ in range(3)]
+    left_out = torch.zeros((), dtype=torch.int64)
+    update = KERNELS[kernel](averages, online, places(averages), left_out)
+    for number, tensor in enumerate(online, start=1):
+        tensor[1] = float("nan")
+        update(0.5, number)
+        tensor[1] = 1
+        assert int(left_out) == number
+
+
+def test_a_nan_in_a_16_bit_average_becomes_the_one_that_all_kernels_write(lerp_) -> None:
+    for dtype, nan in ((torch.bfloat16, 0x7FC0), (torch.float16, 0x7E00)):
+        average = torch.ones(4 * 1024, dtype=dtype)
+        average.view(torch.int16)[5] = 0x7FFF
+        lerp_([average], [torch.ones_like(average)], 0.3, [Place(0)])
+        assert int(average.view(torch.int16)[5]) == nan
+        assert int(average.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (90, 70), (SCRATCH_ELEMENTS // 100, 300)])
+def test_a_shard_is_rounded_by_its_indices_however_it_is_laid_out(lerp_, shape) -> None:
+    place = Place(5, shape=shape, offset=(0, 0))
+    one = torch.ones(shape, dtype=torch.bfloat16)
+    other = one.t().contiguous().t()
+    lerp_([one], [torch.full_like(one, 1.5)], 0.001, [place])
+    lerp_([other], [torch.full_like(other, 1.5)], 0.001, [place])
+    assert one.unique().numel() == 2
+    assert torch.equal(one, other)
+
+
 def with_all_kinds_of_counters() -> list[torch.Tensor]:
     """Return tensors of which some share the counter of their changes, with the first one or among themselves."""
     one, other = torch.empty(0), torch.empty(0)
