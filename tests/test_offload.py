@@ -238,8 +238,9 @@ def test_an_update_takes_the_weights_as_they_are_and_does_not_wait_for_the_avera
     assert same(dict(shadow.averages), want)
 
 
-def test_nobody_reads_a_half_moved_average(late) -> None:
-    model = net()
+@pytest.mark.parametrize("make", [net, lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))])
+def test_nobody_reads_a_half_moved_average(late, make) -> None:
+    model = make()  # of plain tensors only, a loan is kept to stand again
     shadow = Shadow(model, offload=Offload())
 
     def evaluate() -> dict[str, torch.Tensor]:
@@ -248,12 +249,13 @@ def test_nobody_reads_a_half_moved_average(late) -> None:
 
     readers = {
         "a loan": evaluate,
+        "a loan again": evaluate,
         "a state": lambda: shadow.state_dict()["averages"],
         "averages": lambda: dict(shadow.averages),
         "averaged_tensors": shadow.averaged_tensors,
         "averaged_model": lambda: values(shadow.averaged_model()),
         "averaged_model again": lambda: values(shadow.averaged_model()),
-        "copy_to": lambda: [target := net(), shadow.copy_to(target), values(target)][-1],
+        "copy_to": lambda: [target := make(), shadow.copy_to(target), values(target)][-1],
         "kinds": lambda: {name: tensor for name, (tensor, _) in shadow.kinds().items()},
     }
     for reader, read in readers.items():
@@ -316,6 +318,7 @@ def test_no_graph_is_built_in_the_background() -> None:
     shift(model)
     shadow.update_(1.0)
     assert torch.equal(shadow.averages["1.running_mean"], model[1].running_mean.double())
+    assert not any(tensor.requires_grad for tensor in shadow._offloader.staged)
 
 
 def test_at_most_one_update_is_under_way(monkeypatch) -> None:

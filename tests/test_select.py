@@ -76,16 +76,15 @@ def move_the_last_to_the_next(held, following) -> None:
 @pytest.fixture(params=["c", "python"])
 def looks(request, monkeypatch):
     if request.param == "c" and not look.HAS_C:
-        pytest.skip("no kernel in C, or a torch without the exchange API of DLPack")
+        pytest.skip("no kernel in C, or a torch without its stable C interface")
 
-    def in_c(tensors):
+    def in_c(dicts, tensors):
         lazy = any(map(is_lazy, tensors))
-        found = look.unmoved_in_c(tensors)
+        found = look.unchanged_in_c(dicts, tensors)
         assert (found is None) == lazy
-        return found or look.unmoved_in_python(tensors)
+        return found or look.unchanged_in_python(dicts, tensors)
 
-    monkeypatch.setattr(select, "unmoved", in_c if request.param == "c" else look.unmoved_in_python)
-    monkeypatch.setattr(select, "same", look.same_in_c if request.param == "c" else look.same_in_python)
+    monkeypatch.setattr(select, "unchanged", in_c if request.param == "c" else look.unchanged_in_python)
 
 
 @pytest.mark.usefixtures("looks")
@@ -98,6 +97,7 @@ def looks(request, monkeypatch):
         lambda model: model.head.register_buffer("more", torch.zeros(1)),
         lambda model: delattr(model, "frozen"),
         lambda model: model.to(torch.float64),
+        lambda model: torch.utils.swap_tensors(model.head.weight, nn.Parameter(torch.zeros(3, 4))),
         lambda model: setattr(model.head.weight, "data", model.head.weight.data.clone()),
         lambda model: setattr(model.head.weight, "data", model.head.weight.data[:1]),
         lambda model: setattr(model.head.weight, "data", model.head.weight.data.view(4, 3)),
@@ -134,15 +134,40 @@ def test_an_inventory_no_longer_holds_when_a_lazy_module_was_built() -> None:
     assert not inventory.holds()
 
 
-@pytest.mark.skipif(not look.HAS_C, reason="no kernel in C, or a torch without the exchange API of DLPack")
-def test_an_inventory_of_tensors_without_an_address_is_looked_at_in_python() -> None:
+@pytest.mark.skipif(not look.HAS_C, reason="no kernel in C, or a torch without its stable C interface")
+def test_tensors_without_an_address_are_not_looked_at_in_c() -> None:
+    for tensor in (torch.eye(2).to_sparse(), torch.ones(2, 2).to_mkldnn(), nn.LazyLinear(2).weight):
+        assert look.unchanged_in_c([], [torch.ones(1), tensor]) is None
+
+
+@pytest.mark.usefixtures("looks")
+def test_an_inventory_sees_another_sparse_tensor() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("edges", torch.eye(2).to_sparse())
+    inventory = Inventory(model)
+    assert inventory.holds()
+    model.edges = torch.eye(2).to_sparse()
+    assert not inventory.holds()
+
+
+@pytest.mark.usefixtures("looks")
+def test_an_inventory_of_tensors_that_are_nowhere_yet_sees_when_they_are() -> None:
     with torch.device("meta"):
         model = nn.Linear(2, 2)
-    assert look.unmoved_in_c(list(model.parameters())) is None
     inventory = Inventory(model)
     assert inventory.holds()
     model.to_empty(device="cpu")
     assert not inventory.holds()
+
+
+@pytest.mark.usefixtures("looks")
+def test_tensors_that_are_in_no_module_are_looked_at_as_well() -> None:
+    held, loose = {"a": torch.zeros(2), "b": None, "c": 3}, [torch.zeros(2), torch.zeros(3, 4)]
+    unchanged = select.unchanged([held], [held["a"], *loose, loose[0]])
+    assert unchanged()
+    loose[1].data = loose[1].data.clone()
+    assert not unchanged()
+    assert select.unchanged([held], [held["a"], *loose])()
 
 
 def test_a_mismatch_lists_every_difference() -> None:

@@ -301,6 +301,15 @@ def test_the_policy_can_be_another() -> None:
     assert set(Shadow(net(), policy=only_the_head).averages) == {"2.weight", "2.bias"}
 
 
+def test_no_average_or_copy_takes_part_in_gradients() -> None:
+    model = net()
+    shadow = Shadow(model, policy=lambda slot: Policy.COPY if slot.name.endswith("bias") else default_policy(slot))
+    with torch.enable_grad():
+        shadow.update_(0.5)
+        shadow.update_(0.5)
+    assert not any(average.requires_grad or average.grad_fn for average in shadow.averages.values())
+
+
 def test_a_buffer_with_infinities_is_a_mask_and_is_copied() -> None:
     model = net()
     model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
@@ -308,6 +317,20 @@ def test_a_buffer_with_infinities_is_a_mask_and_is_copied() -> None:
     shadow.update_(0.5)
     assert shadow.num_quarantined == 0
     assert torch.equal(shadow.averages["mask"], model.mask)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+def test_a_sparse_tensor_is_left() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("edges", torch.eye(2).to_sparse())
+    model.register_buffer("more_edges", torch.eye(2).to_sparse_csr(), persistent=False)
+    shadow = Shadow(model)
+    shadow.update_(0.5)
+    assert set(shadow.averages) == {"weight", "bias"}
+    with shadow.lent("a test"):
+        assert torch.equal(model.edges.to_dense(), torch.eye(2))
+    with pytest.raises(ValueError, match=r"must leave 'edges' \(got <Policy.COPY: 'copy'> for one of torch.sparse_coo"):
+        Shadow(model, policy=lambda _: Policy.COPY)
 
 
 def test_non_finite_weights_are_kept_out_counted_and_reported() -> None:

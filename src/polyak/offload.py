@@ -182,6 +182,7 @@ class _Transfer:
             for tensor in self._aside[1]:
                 tensor.record_stream(self._stream)  # the model may let it go while it is being copied
 
+    @torch.no_grad()
     def start(self) -> None:
         """Begin to copy. What is not copied aside is ordered against all that the device does next."""
         if self._done is None:

@@ -11,10 +11,11 @@ from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from polyak.errors import MismatchError
-from polyak.kernels import same, unmoved
+from polyak.kernels import unchanged
 from polyak.sharding import is_spread, local
 
 # The wrappers that keep the wrapped module under a name that no one else uses, and those that need a look at the type.
@@ -59,13 +60,15 @@ class Slot:
 def default_policy(slot: Slot) -> Policy:
     """Average trainable parameters and floating-point buffers, copy integer and bool buffers, leave the rest.
 
-    The rest are frozen parameters, which are their own average, and buffers that the state dict leaves out, which
-    are caches.
+    The rest are frozen parameters, which are their own average, buffers that the state dict leaves out, which are
+    caches, and sparse tensors.
 
     Args:
         slot: Where the tensor is.
     """
     tensor = slot.tensor
+    if tensor.layout != torch.strided:
+        return Policy.LEAVE
     numeric = tensor.is_floating_point() or tensor.is_complex()
     if slot.is_parameter:
         return Policy.AVERAGE if tensor.requires_grad and numeric else Policy.LEAVE
@@ -154,20 +157,19 @@ class Inventory:
     def __init__(self, model: nn.Module) -> None:
         self._modules = list(model.modules())
         self._dicts = self._held()
-        self._same = same(self._dicts)
         found = [tensor for dict_ in self._dicts for tensor in dict_.values() if isinstance(tensor, Tensor)]
         self._spread = [tensor for tensor in found if is_spread(tensor)]
         self._parts = list(map(local, self._spread))
-        self._unmoved = unmoved([*(tensor for tensor in found if not is_spread(tensor)), *self._parts])
+        here = [tensor for tensor in found if not is_spread(tensor) and tensor.layout == torch.strided]
+        self._unchanged = unchanged(self._dicts, here + self._parts)
         self._frozen = [t for t in found if isinstance(t, nn.Parameter) and not t.requires_grad]
 
     def holds(self) -> bool:
         """Return whether the model still is as it was."""
         return (
             all(map(is_, self._held(), self._dicts))
-            and self._same()
+            and self._unchanged()
             and all(map(is_, map(local, self._spread), self._parts))
-            and self._unmoved()
             and not any(map(_TRAINABLE, self._frozen))
         )
 

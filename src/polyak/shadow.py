@@ -168,7 +168,8 @@ class Shadow:
 
     Raises:
         ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more, if both ``device`` and ``offload``
-            are given, or if ``mesh`` has several dimensions or the model is sharded already.
+            are given, if ``mesh`` has several dimensions or the model is sharded already, or if ``policy`` does not
+            leave a sparse tensor.
 
     Attributes:
         averages: The averaged and the copied tensors by canonical name. While lent to a model of the same dtype, they
@@ -244,15 +245,22 @@ class Shadow:
 
     def _policy_of(self, slot: Slot) -> Policy:
         policy = self._policy(slot)
+        if policy is not Policy.LEAVE and slot.tensor.layout != torch.strided:
+            raise ValueError(
+                f"only strided tensors can be averaged or copied: the policy must leave {slot.name!r} (got {policy!r} "
+                f"for one of {slot.tensor.layout})"
+            )
         # A buffer with -inf in it is a mask, not a running statistic.
         mask = policy is Policy.AVERAGE and not slot.is_parameter and not bool(local(slot.tensor).isfinite().all())
         return Policy.COPY if mask else policy
 
-    @torch.no_grad()
     def _follow_model(self) -> None:
         """List the tensors again if the model's have changed: new ones join, beginning with their current values."""
-        if self._inventory is not None and self._inventory.holds():
-            return
+        if self._inventory is None or not self._inventory.holds():
+            self._list_tensors()
+
+    @torch.no_grad()
+    def _list_tensors(self) -> None:
         sharding.reshard(self._model)
         if self._inventory is not None and self._inventory.holds():
             return
@@ -288,9 +296,9 @@ class Shadow:
         if self._offloader is not None:
             self._offloader.wait()
 
-    def _find_lerp(self) -> Callable[[float, int], None]:
-        if self._lerp is not None:
-            return self._lerp
+    @torch.no_grad()
+    def _new_lerp(self) -> Callable[[float, int], None]:
+        """Return what moves the averages, and keep it where it is good for more than one update."""
         averages = [local(average) for _, average in self._averaged]
         # The model's own tensors, not aliases of them: an alias would keep memory that the model gives up.
         tensors = [rows(slot.tensor, average) for slot, average in self._averaged]
@@ -319,7 +327,6 @@ class Shadow:
     def _online(self) -> dict[str, Tensor]:
         return {slot.name: slot.tensor.detach() for slot in self._slots}
 
-    @torch.no_grad()
     def update_(self, weight: float) -> None:
         """Move every average by ``weight`` of the way to the model's weights; copy what is copied.
 
@@ -339,11 +346,16 @@ class Shadow:
                 "let it be given back first"
             )
         self._follow_model()
-        self._find_lerp()(weight, self.num_updates + 1)
+        lerp = self._lerp or self._new_lerp()
+        lerp(weight, self.num_updates + 1)
         self.num_updates += 1
-        if self._offloader is None:
-            for slot, copied in self._copied:
-                local(copied).copy_(local(slot.tensor))
+        if self._copied and self._offloader is None:
+            self._copy()
+
+    @torch.no_grad()
+    def _copy(self) -> None:
+        for slot, copied in self._copied:
+            local(copied).copy_(local(slot.tensor))
 
     @property
     def num_quarantined(self) -> int:
@@ -455,9 +467,10 @@ class Shadow:
                 "let the first be given back"
             )
         self._follow_model()
+        self._wait()
         if self._lender is None:
             assert self._inventory is not None
-            averages = [self.averages[slot.name] for slot in self._slots]
+            averages = [self._averages[slot.name] for slot in self._slots]
             self._lender = Loan(self._model, self._slots, averages, self._inventory.holds)
         self._loan = loan = self._lender
         try:

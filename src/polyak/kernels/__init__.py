@@ -24,8 +24,7 @@ __all__ = [
     "Place",
     "counting_with",
     "lerp_",
-    "same",
-    "unmoved",
+    "unchanged",
 ]
 
 
@@ -44,22 +43,17 @@ def lerp_(
     return foreach.lerp_(averages, online, weight, places, num_updates, by=Lerp)
 
 
-def same(dicts: Sequence[dict[str, Any]]) -> look.Look:
-    """Note what dicts hold, and return what tells whether they still hold it, under the same keys in the same order.
+def unchanged(dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -> look.Look:
+    """Note what dicts hold and where tensors are, and return what tells whether all is as it was.
+
+    It is not if a dict holds other objects, or under other keys, or in another order, nor if a tensor is elsewhere or
+    of another dtype or layout.
 
     Args:
         dicts: Those of modules.
+        tensors: Of any kind, in the dicts or not.
     """
-    return (look.same_in_c if _LOOKS_IN_C else look.same_in_python)(dicts)
-
-
-def unmoved(tensors: Sequence[Tensor]) -> look.Look:
-    """Note where tensors are, and return what tells whether they still are there, of the same dtype and layout.
-
-    Args:
-        tensors: Of any kind.
-    """
-    return (_LOOKS_IN_C and look.unmoved_in_c(tensors)) or look.unmoved_in_python(tensors)
+    return (_LOOKS_IN_C and look.unchanged_in_c(dicts, tensors)) or look.unchanged_in_python(dicts, tensors)
 
 
 _LOOKS_IN_C = look.HAS_C and CHOSEN == "c"

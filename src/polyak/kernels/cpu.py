@@ -8,7 +8,6 @@ import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from itertools import compress, pairwise, product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,13 +70,21 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 _library, WHY_NOT = _load()
 
 
+def torch_library() -> ctypes.CDLL:
+    """Return torch's own library: its C functions, and those of what it has loaded.
+
+    Raises:
+        OSError: If it cannot be found.
+    """
+    return ctypes.CDLL(torch._C.__file__)  # noqa: SLF001
+
+
 class _Team:
     """The threads of the OpenMP that torch has loaded, or 0: then C makes threads for each call."""
 
     def __init__(self) -> None:
         try:
-            torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-            self.address = ctypes.cast(torch_cpu.GOMP_parallel, ctypes.c_void_p).value or 0
+            self.address = ctypes.cast(torch_library().GOMP_parallel, ctypes.c_void_p).value or 0
         except (OSError, AttributeError):
             self.address = 0
         os.register_at_fork(after_in_child=self._forget)
@@ -120,7 +127,8 @@ class _Jobs:
         Args:
             arguments: For ``call``.
         """
-        return bool(self._call(_team.address, torch.get_num_threads(), *self._fixed, *arguments))
+        num_threads = torch.get_num_threads() if self.num_jobs > 1 else 1
+        return bool(self._call(_team.address, num_threads, *self._fixed, *arguments))
 
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -99,6 +99,11 @@ class Lerp:
             weight: Share of ``online`` taken, from 0 to 1.
             num_updates: How often this was done. It is part of the seed.
         """
+        if self._triples:
+            self._move(weight, num_updates)
+
+    @torch.no_grad()
+    def _move(self, weight: float, num_updates: int) -> None:
         alone = self._alone
         for rows in self._rows:
             alone = alone + rows.lerp_(weight, num_updates)

@@ -1,7 +1,7 @@
 """Whether a model is as it was: what a kernel that knows the addresses of its tensors relies on.
 
-In C it is one call for all dicts of all modules, and one for all tensors, through the C exchange API of DLPack; where
-that is not there, a few passes in Python. Both see another tensor, address, device, dtype, shape or layout.
+In C it is one call for all dicts of all modules and all their tensors, through torch's stable C interface; where that
+is not there, a few passes in Python. Both see another tensor, address, device, dtype, shape or layout.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -20,28 +21,21 @@ from polyak.kernels.build import LIBRARY
 Look = Callable[[], bool]
 
 
-def same_in_python(dicts: Sequence[dict[str, Any]]) -> Look:
-    """Note what dicts hold, and return what tells whether they still hold it, under the same keys in the same order.
+def unchanged_in_python(dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -> Look:
+    """Note what dicts hold and where tensors are, and return what tells whether all is as it was.
+
+    It is not if a dict holds other objects, or under other keys, or in another order.
 
     Args:
         dicts: Those of modules.
+        tensors: Of any kind, in the dicts or not.
     """
-    keys, values = list(map(list, dicts)), _values(dicts)
-    return lambda: list(map(list, dicts)) == keys and all(map(is_, _values(dicts), values))
+    keys, values, looks = list(map(list, dicts)), _values(dicts), _looks(tensors)
+    return lambda: list(map(list, dicts)) == keys and all(map(is_, _values(dicts), values)) and _looks(tensors) == looks
 
 
 def _values(dicts: Sequence[dict[str, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(dict[str, Any].values, dicts)))
-
-
-def unmoved_in_python(tensors: Sequence[Tensor]) -> Look:
-    """Note where tensors are, and return what tells whether they still are there, as they were.
-
-    Args:
-        tensors: Of any kind.
-    """
-    noted = _looks(tensors)
-    return lambda: _looks(tensors) == noted
 
 
 _LOOKS = (Tensor.data_ptr, *map(attrgetter, ("device", "dtype", "shape")), Tensor.stride)
@@ -54,81 +48,75 @@ def _looks(tensors: Sequence[Tensor]) -> list[list[Any]]:
         return [[-1 if is_lazy(tensor) else tensor.data_ptr() for tensor in tensors]]
 
 
-def _load() -> tuple[ctypes.PyDLL, int] | None:
-    """Return the library, to be called with the interpreter's lock held, and the address of torch's exchange API."""
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # from torch 2.10 on
-    if capsule is None or cpu.WHY_NOT:
+# Functions of torch's stable C interface, torch/csrc/inductor/aoti_torch/c/shim.h, in the order of look.c.
+_QUESTIONS = ("data_ptr", "dim", "sizes", "strides", "dtype", "device_type", "device_index")
+_HEAD = 3  # integers that C notes of each tensor, before its shape and strides
+
+
+_word_of = attrgetter("_cdata")  # with which torch's handle of a tensor, or of its storage, begins
+
+
+class _Library:
+    """The function in C, and what it has to know of torch.
+
+    Attributes:
+        look: The function, to be called with the interpreter's lock held.
+        fixed: Its first arguments.
+    """
+
+    def __init__(self) -> None:
+        torch_itself = cpu.torch_library()
+        functions = (getattr(torch_itself, f"aoti_torch_get_{question}") for question in _QUESTIONS)
+        self._questions = array("q", (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
+        # Where in a tensor's Python object torch's handle of it is.
+        tensor, words = torch.empty(0), range(object.__basicsize__, Tensor.__basicsize__, 8)
+        handle_at = next(at for at in words if ctypes.c_int64.from_address(id(tensor) + at).value == _word_of(tensor))
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self.look = ctypes.PyDLL(str(LIBRARY)).polyak_look
+        self.look.argtypes = [pointer, pointer, number, pointer, number, pointer, number, pointer, number]
+        self.look.restype = number
+        next_item = ctypes.cast(ctypes.pythonapi.PyDict_Next, pointer).value
+        self.fixed = next_item, self._questions.buffer_info()[0], handle_at
+
+
+def _load() -> _Library | None:
+    try:
+        return None if cpu.WHY_NOT else _Library()
+    except (OSError, AttributeError, StopIteration):  # a torch without that interface, or laid out otherwise
         return None
-    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer_of.argtypes, pointer_of.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
-    api = pointer_of(capsule, b"dlpack_exchange_api")
-    library = ctypes.PyDLL(str(LIBRARY))
-    library.polyak_can_look.argtypes, library.polyak_can_look.restype = [ctypes.c_void_p], ctypes.c_int64
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.polyak_look.argtypes = [pointer, pointer, pointer, number, pointer, number]
-    library.polyak_same.argtypes = [pointer, pointer, number, pointer]
-    library.polyak_look.restype = library.polyak_same.restype = ctypes.c_int64
-    return (library, api) if library.polyak_can_look(api) else None
 
 
-_loaded = _load()
-HAS_C = _loaded is not None
-_next_item = ctypes.cast(ctypes.pythonapi.PyDict_Next, ctypes.c_void_p)
+_library = _load()
+HAS_C = _library is not None
 
 
-def same_in_c(dicts: Sequence[dict[str, Any]]) -> Look:
-    """Do what ``same_in_python`` does, at 0.01 us a tensor.
+def unchanged_in_c(dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -> Look | None:
+    """Do what ``unchanged_in_python`` does, at 0.03 us a tensor, or return None where a tensor has no address to tell.
 
     Args:
         dicts: As there.
-    """
-    assert _loaded is not None
-    library, _ = _loaded
-    held = [(dict_, list(dict_.items())) for dict_ in dicts]  # for as long as their addresses as objects are used
-    addresses = array("q", (id(dict_) for dict_, _ in held))
-    items = array("q")
-    for _, pairs in held:
-        items.extend(chain.from_iterable((id(key), id(value)) for key, value in pairs))
-        items.extend((0, 0))
-    arguments = _next_item, addresses.buffer_info()[0], len(held), items.buffer_info()[0]
-    same = library.polyak_same
-
-    def is_same() -> bool:
-        _ = held, addresses, items  # kept
-        return same(*arguments) == 1
-
-    return is_same
-
-
-def unmoved_in_c(tensors: Sequence[Tensor]) -> Look | None:
-    """Do what ``unmoved_in_python`` does, at 0.05 us a tensor, or return None where a tensor has no address to be told.
-
-    Args:
         tensors: As there.
     """
-    assert _loaded is not None
-    library, api = _loaded
-    held = list(tensors)  # for as long as their addresses as objects are used
-    objects = array("q", map(id, held))
-    look = library.polyak_look
+    assert _library is not None
+    held = [(dict_, list(dict_.items())) for dict_ in dicts], list(tensors)  # as long as their addresses are used
     try:
-        hints = array("q", chain.from_iterable(map(_hint, held)))
-        notes = array("q", bytes(8 * sum(3 + 2 * tensor.dim() for tensor in held)))
-        arguments = api, objects.buffer_info()[0], hints.buffer_info()[0], len(held), notes.buffer_info()[0]
-        look(*arguments, 0)
-    except (RuntimeError, ValueError, BufferError):  # lazily built, sparse, on the meta device, a wrapper
+        known = {id(t): (id(t), _word_of(t), _word_of(t.untyped_storage())) for t in tensors}
+    except (RuntimeError, ValueError):  # lazily built, sparse, a wrapper
         return None
+    rows, in_dicts = list[tuple[int, ...]](), set[int]()
+    for _, pairs in held[0]:
+        rows += [(id(key), *known.get(id(value), (id(value), 0, 0))) for key, value in pairs]
+        rows.append((0, 0, 0, 0))
+        in_dicts.update(id(value) for _, value in pairs)
+    rows += [(0, *row) for number, row in known.items() if number not in in_dicts]
+    dims = {id(tensor): tensor.dim() for tensor in tensors}
+    notes = array("q", bytes(8 * sum(_HEAD + 2 * dims[row[1]] for row in rows if row[2])))
+    addresses, items = array("q", map(id, dicts)), array("q", chain.from_iterable(rows))
+    places = *(addresses.buffer_info()[0], len(dicts)), *(items.buffer_info()[0], len(rows)), notes.buffer_info()[0]
+    look, arguments = _library.look, (*_library.fixed, *places)
 
-    def unmoved() -> bool:
-        _ = held, objects, hints, notes  # kept
-        try:
-            return look(*arguments, 1) == 1
-        except (RuntimeError, BufferError):  # it has no address any more
-            return False
+    def unchanged() -> bool:
+        _ = held, addresses, items, notes  # kept
+        return look(*arguments, 1) == 1
 
-    return unmoved
-
-
-def _hint(tensor: Tensor) -> tuple[int, int]:
-    """Return where what torch keeps of a tensor is, or zeros: it makes the look quicker, and nothing else."""
-    return getattr(tensor, "_cdata", 0), getattr(tensor.untyped_storage(), "_cdata", 0)
+    return unchanged if look(*arguments, 0) == 1 else None
