@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +93,7 @@ class Loan:
         # What can run out of memory comes before any change. An average that is on another device is there for want of
         # room on this one.
         self._aside = [t.to(a.device, copy=True) for t, a in zip(self._converted, self._converting, strict=True)]
-        _LOANS[self._model] = self
+        _LOANS[id(self._model)] = self
         self._guard = register_optimizer_step_pre_hook(self._refuse_step)
         self._exchange.forward()
         if self._aside:
@@ -117,7 +116,7 @@ class Loan:
         self._gather()
         if self._guard:
             self._guard.remove()
-        _LOANS.pop(self._model, None)
+        _LOANS.pop(id(self._model), None)
         self._tensors = self._aside = list[Tensor]()
 
     def _gather(self) -> None:
@@ -141,7 +140,7 @@ class Loan:
             )
 
 
-_LOANS = WeakKeyDictionary[nn.Module, Loan]()
+_LOANS = dict[int, Loan]()  # by id of the model, which its loan keeps alive
 
 
 def loan_of(model: nn.Module) -> Loan | None:
@@ -150,7 +149,7 @@ def loan_of(model: nn.Module) -> Loan | None:
     Args:
         model: Wrapped or not.
     """
-    return _LOANS.get(unwrap(model))
+    return _LOANS.get(id(unwrap(model)))
 
 
 class Shadow:
@@ -340,7 +339,7 @@ class Shadow:
             MismatchError: If an averaged tensor is gone from the model or has changed its shape.
             OffloadError: If the update before failed in the background.
         """
-        if loan := _LOANS.get(self._model):
+        if loan := _LOANS.get(id(self._model)):
             raise LoanError(
                 f"an average must not take in averaged weights: {loan.holder} has lent its average to the model; "
                 "let it be given back first"

@@ -223,7 +223,8 @@ class Lerp(foreach.Lerp):
             weight: Share of ``online`` taken, from 0 to 1.
             num_updates: How often this was done. It is part of the seed.
         """
-        super().__call__(weight, num_updates)
+        if self._triples:
+            super().__call__(weight, num_updates)
         if not self._jobs.num_jobs:
             return
         # Who has kept an average for a backward pass is told that it is no longer what it was, as by torch's own.

@@ -92,6 +92,7 @@ class Lerp:
         self._groups = [(*group, _parts(*group, self._scratch)) for group in _groups(grouped)]
         self._online = list(_together([x for _, x in self._wide]))
 
+    @torch.no_grad()
     def __call__(self, weight: float, num_updates: int) -> None:
         """Move every average once.
 
@@ -99,11 +100,6 @@ class Lerp:
             weight: Share of ``online`` taken, from 0 to 1.
             num_updates: How often this was done. It is part of the seed.
         """
-        if self._triples:
-            self._move(weight, num_updates)
-
-    @torch.no_grad()
-    def _move(self, weight: float, num_updates: int) -> None:
         alone = self._alone
         for rows in self._rows:
             alone = alone + rows.lerp_(weight, num_updates)

@@ -231,7 +231,8 @@ class Lerp(foreach.Lerp):
             weight: Share of ``online`` taken, from 0 to 1.
             num_updates: How often this was done. It is part of the seed.
         """
-        super().__call__(weight, num_updates)
+        if self._triples:
+            super().__call__(weight, num_updates)
         if self._launches:
             self.stage(weight, num_updates)
             self._launch()
