@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import loops
@@ -95,12 +96,13 @@ def late():
         yield found
 
 
-def net(dtype=torch.float32) -> nn.Module:
-    """A model with buffers of both kinds, and a weight that is neither contiguous nor dense."""
+def net(dtype=torch.float32, *, holes=True) -> nn.Module:
+    """A model with buffers of both kinds, and with ``holes`` a weight that is neither contiguous nor dense."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-        model.register_parameter("holes", nn.Parameter(torch.randn(6, 5).t()[:, ::2]))
+        if holes:
+            model.register_parameter("holes", nn.Parameter(torch.randn(6, 5).t()[:, ::2]))
     return model.to(dtype)
 
 
@@ -128,8 +130,8 @@ def same(one, other) -> bool:
 class Twins:
     """One run with an average in place and one with an offloaded average, both told the same."""
 
-    def __init__(self, dtype, average) -> None:
-        self.models = [net(dtype), net(dtype)]
+    def __init__(self, dtype, average, holes) -> None:
+        self.models = [net(dtype, holes=holes), net(dtype, holes=holes)]
         options = {"dtype": average}
         self.shadows = [Shadow(self.models[0], **options), Shadow(self.models[1], **options, offload=Offload())]
         self.states = []
@@ -215,12 +217,13 @@ WIDTHS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 @given(
     st.sampled_from(WIDTHS),
     st.sampled_from([None, *WIDTHS]),
+    st.booleans(),
     # An update and a step by themselves as often as all that reads the average.
     st.lists(st.sampled_from(["update", "train"]) | st.sampled_from(ACTS), min_size=4, max_size=20),
 )
-def test_the_average_in_the_background_is_that_in_place_bit_for_bit(dtype, average, acts) -> None:
+def test_the_average_in_the_background_is_that_in_place_bit_for_bit(dtype, average, holes, acts) -> None:
     with lateness():
-        twins = Twins(dtype, average)
+        twins = Twins(dtype, average, holes)
         for act in acts:
             getattr(twins, act)()
         twins.compare()
@@ -238,7 +241,7 @@ def test_an_update_takes_the_weights_as_they_are_and_does_not_wait_for_the_avera
     assert same(dict(shadow.averages), want)
 
 
-@pytest.mark.parametrize("make", [net, lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))])
+@pytest.mark.parametrize("make", [net, partial(net, holes=False)])
 def test_nobody_reads_a_half_moved_average(late, make) -> None:
     model = make()  # of plain tensors only, a loan is kept to stand again
     shadow = Shadow(model, offload=Offload())
