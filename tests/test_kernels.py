@@ -571,7 +571,11 @@ def test_an_update_in_c_calls_no_operation_of_torch(dtype, online_dtype) -> None
 
 @pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
 def test_an_update_in_torch_allocates_flags_only(online_dtype) -> None:
-    found = allocations("torch", large_and_small(torch.float32), large_and_small(online_dtype))
+    averages, online = (
+        [*large_and_small(dtype), torch.ones(30, 14, dtype=dtype)[:, ::2], torch.ones(30, 14, dtype=dtype).t()]
+        for dtype in (torch.float32, online_dtype)
+    )
+    found = allocations("torch", averages, online)
     assert found.calls > 0
     assert found.total < 1000
 

@@ -22,10 +22,10 @@ _Triple = tuple[Tensor, Tensor, Place]
 
 
 def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Group small tensors of one dtype, up to ``SCRATCH_ELEMENTS`` in all. Others come alone."""
+    """Group small contiguous tensors of one dtype, up to ``SCRATCH_ELEMENTS`` in all. Others come alone."""
     kinds = dict[tuple[torch.dtype, torch.device], list[Tensor]]()
     for tensor in tensors:
-        if tensor.numel() > _SMALL:
+        if tensor.numel() > _SMALL or not tensor.is_contiguous():
             yield [tensor]
         else:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -39,7 +39,7 @@ def _sum_is_finite(tensors: list[Tensor], scratch: Scratch) -> Tensor:
     # What is small is copied first: a call for each would cost more than the copies.
     all_of_it = tensors[0]
     if len(tensors) > 1:
-        flat = [tensor.reshape(-1) for tensor in tensors]
+        flat = [tensor.view(-1) for tensor in tensors]
         room = scratch.all(all_of_it.dtype, all_of_it.device, "seen")
         all_of_it = torch.cat(flat, out=room[: sum(tensor.numel() for tensor in flat)])
     if all_of_it.is_complex():
