@@ -44,6 +44,15 @@ def test_integer_and_bool_buffers_are_copied() -> None:
     assert bool(ema_model.flag)
 
 
+def test_sparse_tensors_are_left() -> None:
+    model, ema_model = nn.Linear(2, 2), nn.Linear(2, 2)
+    for module, factor in ((model, 1), (ema_model, 3)):
+        module.register_buffer("edges", factor * torch.eye(2).to_sparse())
+    compute_ema(model, ema_model, smoothing=0.0)
+    assert torch.equal(ema_model.weight, model.weight)
+    assert torch.equal(ema_model.edges.to_dense(), 3 * torch.eye(2))
+
+
 def test_the_order_of_the_modules_does_not_count_only_their_names() -> None:
     model, ema_model = nn.ModuleDict(), nn.ModuleDict()
     for name in ("a", "b"):

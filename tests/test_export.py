@@ -70,6 +70,16 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path) -> None:
     assert (tmp_path / "model.safetensors").read_text() == "dear to somebody"
 
 
+def test_a_model_with_a_sparse_tensor_in_its_state_dict_is_not_exported(tmp_path) -> None:
+    model, ema = trained()
+    model.register_buffer("cached", torch.eye(2).to_sparse(), persistent=False)
+    export_averaged(ema, model, tmp_path / "averaged")
+    model.register_buffer("edges", torch.eye(2).to_sparse())
+    with pytest.raises(ValueError, match=r"no sparse tensors.*\(got \['edges'\]\)"):
+        export_averaged(ema, model, tmp_path / "again")
+    assert [path.name for path in tmp_path.iterdir()] == ["averaged"]
+
+
 def test_an_average_that_has_not_begun_is_not_exported(tmp_path) -> None:
     model = nn.Linear(2, 1)
     ema = attach(EMA("2ba"), model, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -34,10 +34,10 @@ _calls = itertools.count()
 def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
     """Move ``ema_model`` towards ``model`` in place: ``ema = smoothing * ema + (1 - smoothing) * weights``.
 
-    Parameters and floating-point buffers are averaged, integer and bool buffers copied, tied tensors treated once.
-    Tensors are matched by name; what ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile`` put in front
-    of a name does not count. Inf and nan in ``model`` leave their elements of the average as they were. An
-    ``ema_model`` with 16-bit weights is rounded stochastically; float32 is better.
+    Parameters and floating-point buffers are averaged, integer and bool buffers copied, sparse tensors left, tied
+    tensors treated once. Tensors are matched by name; what ``DataParallel``, ``DistributedDataParallel`` or
+    ``torch.compile`` put in front of a name does not count. Inf and nan in ``model`` leave their elements of the
+    average as they were. An ``ema_model`` with 16-bit weights is rounded stochastically; float32 is better.
 
     Args:
         model: The model in training.
@@ -64,6 +64,8 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     averaged = list[tuple[Tensor, Tensor]]()
     for slot in slots(ema_model):
         average, tensor = slot.tensor.detach(), online[slot.name].detach()
+        if average.layout != torch.strided:
+            continue
         if average.is_floating_point() or average.is_complex():
             averaged.append((average, tensor.to(average.device)))
         else:

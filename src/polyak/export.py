@@ -31,6 +31,7 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
 
     Raises:
         FileExistsError: If ``folder`` has something in it.
+        ValueError: If the model's state dict has sparse tensors, which safetensors cannot hold.
         LoanError: If averaging has not begun, or the model holds an average.
         ShardingError: If ranks disagree.
 
@@ -51,6 +52,12 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"an export needs a new or empty folder (got {folder}, which holds something)")
+    sparse = [slot.name for slot in all_slots(model) if slot.persistent and slot.tensor.layout != torch.strided]
+    if sparse:
+        raise ValueError(
+            "a model must have no sparse tensors to be exported as safetensors, except in buffers registered with "
+            f"persistent=False (got {sparse})"
+        )
     ranks = Ranks.of(model)
     is_first = ranks is None or ranks.rank == 0
     draft = folder.with_name(f".{folder.name}.draft")

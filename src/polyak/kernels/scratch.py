@@ -1,5 +1,7 @@
 """Memory that the kernels in torch work in: bounded, and kept from update to update."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ class Scratch:
             device: Of the result.
             purpose: Two results at a time have two purposes.
         """
-        return self._get(dtype, device, purpose, SCRATCH_ELEMENTS)
+        return self._kept(purpose, dtype, device, torch.empty, SCRATCH_ELEMENTS)
 
     def like(self, piece: Tensor, dtype: torch.dtype, purpose: str) -> Tensor:
         """Return a tensor of the shape of ``piece``, with whatever is in it.
@@ -41,13 +43,7 @@ class Scratch:
             device: Of the result.
             purpose: Two results at a time have two purposes.
         """
-        return self._get(dtype, device, purpose, None)
-
-    def _get(self, dtype: torch.dtype, device: torch.device, purpose: str, size: int | None) -> Tensor:
-        key = purpose, dtype, device
-        if key not in self._held:
-            self._held[key] = torch.empty(() if size is None else size, dtype=dtype, device=device)
-        return self._held[key]
+        return self._kept(purpose, dtype, device, torch.empty, ())
 
     def numbers(self, count: int, device: torch.device) -> Tensor:
         """Return the numbers from 0 to below ``count`` in int32, to be read only.
@@ -56,7 +52,12 @@ class Scratch:
             count: How many, at most ``SCRATCH_ELEMENTS``.
             device: Of the result.
         """
-        key = "numbers", torch.int32, device
+        return self._kept("numbers", torch.int32, device, torch.arange, SCRATCH_ELEMENTS)[:count]
+
+    def _kept(
+        self, purpose: str, dtype: torch.dtype, device: torch.device, make: Callable[..., Tensor], size: object
+    ) -> Tensor:
+        key = purpose, dtype, device
         if key not in self._held:
-            self._held[key] = torch.arange(SCRATCH_ELEMENTS, dtype=torch.int32, device=device)
-        return self._held[key][:count]
+            self._held[key] = make(size, dtype=dtype, device=device)
+        return self._held[key]
