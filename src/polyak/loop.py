@@ -16,8 +16,8 @@ from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
 from polyak.errors import CheckpointError, LoanError
 from polyak.events import Event, elapsed_duration
 from polyak.select import slots, unwrap
-from polyak.shadow import loan_of
 from polyak.sharding import has_spread, is_fsdp, is_initialized, reshard
+from polyak.swap import swap_of
 from polyak.time import Time, Timestamp, as_span
 
 
@@ -365,7 +365,7 @@ class Attached:
         Raises:
             LoanError: If the model holds an average already.
         """
-        if loan := loan_of(self._loop.state.model):
+        if loan := swap_of(self._loop.state.model):
             raise LoanError(f"a model can hold one average at a time, and {loan.holder} has lent its own already")
         with self._loop.between(Event.EVAL_START, Event.EVAL_END):
             yield unwrap(self._loop.state.model)
