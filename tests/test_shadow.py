@@ -174,7 +174,7 @@ def test_a_loan_after_the_model_has_moved_goes_to_where_it_is(dtype) -> None:
 
 def test_a_loan_that_has_ended_keeps_no_memory_of_the_model(monkeypatch) -> None:
     for exchange in EXCHANGES.values():
-        monkeypatch.setattr("polyak.shadow.Exchange", exchange)
+        monkeypatch.setattr("polyak.swap.Exchange", exchange)
         model = net()
         shadow = Shadow(model)
         with shadow.lent("the test"):

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from polyak import optimizers
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger
 from polyak.errors import CheckpointError, LoanError, MismatchError, PlanWarning, ProfileError, TimeError
 from polyak.events import Event, State
 from polyak.kernels import Place, lerp_
 from polyak.memory import write_
 from polyak.offload import Offload
+from polyak.plan import Plan, plan
 from polyak.profiles import HalfLife, Profile, Smoothing
 from polyak.select import Policy, PolicyRule, check_match, default_policy, is_statistic, named_tensors, slots, unwrap
 from polyak.shadow import Shadow
@@ -38,8 +40,9 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
 
     Parameters and running statistics (buffers named ``running_...``) are averaged, other buffers copied, sparse
     tensors left; memory that several tensors share is averaged once. Tensors are matched by name; what
-    ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile`` put in front of a name does not count. Inf and nan in ``model`` leave their elements of the
-    average as they were. An ``ema_model`` with 16-bit weights is rounded stochastically; float32 is better.
+    ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile`` put in front of a name does not count. Inf and
+    nan in ``model`` leave their elements of the average as they were. An ``ema_model`` with 16-bit weights is rounded
+    stochastically; float32 is better.
 
     Args:
         model: The model in training.
@@ -256,6 +259,26 @@ class EMA(Algorithm):
         decay = {} if self._decay is None else {"ema/decay": self._decay}
         return decay | {"ema/distance": self._shadow.distance(self._ranks)}
 
+    def plan(self, model: nn.Module | None = None) -> Plan:
+        """Return what is done with each tensor of a model, and why; printed, it is a table.
+
+        Args:
+            model: Any; None stands for the model that this EMA has met.
+
+        Raises:
+            LoanError: If no model is given and none has been met.
+
+        Example:
+            >>> print(EMA("10ba").plan(nn.Linear(2, 1)))
+            weight  1x2  float32  average  a parameter that is trained
+            bias    1    float32  average  a parameter that is trained
+            2 tensors: 2 average
+        """
+        model = self._model if model is None else model
+        if model is None:
+            raise LoanError("the EMA must have met a model, or be given one, to say what it does with its tensors")
+        return plan(model, self._policy)
+
     def match(self, event: Event, state: State) -> bool:
         """Return whether to act: at set-up, where an update is due, where a loan begins or ends."""
         if event in (Event.INIT, Event.FIT_START, Event.FIT_END):
@@ -294,6 +317,7 @@ class EMA(Algorithm):
             raise MismatchError("an EMA averages one model, and this one has another already; make a new EMA")
         self._model = unwrap(model)
         self._ranks = Ranks.of(model)
+        optimizers.watch()  # from before the first step on
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)

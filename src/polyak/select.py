@@ -186,16 +186,21 @@ def slots(model: nn.Module, *, views: bool = False, foreign: Sequence[Tensor] = 
             yield slot
 
 
-def views_of(model: nn.Module) -> dict[str, tuple[str, Tensor, Tensor]]:
+def views_of(model: nn.Module, *, tied: bool = False) -> dict[str, tuple[str, Tensor, Tensor]]:
     """Return by name each tensor that ``slots`` does not yield: its owner's name, the owner's tensor, and its own.
 
     Args:
         model: Wrapped or not.
+        tied: Whether to return only those that are laid out as their owner.
     """
     listed, owner = _owned(model, ())
     by_id = {id(slot.tensor): own for slot, own in zip(listed, owner, strict=True)}
     found = ((slot, by_id[id(slot.tensor)]) for slot in all_slots(model))
-    return {s.name: (o.name, o.tensor, s.tensor) for s, o in found if o is not None and o.name != s.name}
+    return {
+        slot.name: (own.name, own.tensor, slot.tensor)
+        for slot, own in found
+        if own is not None and own.name != slot.name and not (tied and not _is_tied(slot.tensor, own.tensor))
+    }
 
 
 def _owned(model: nn.Module, foreign: Sequence[Tensor]) -> tuple[list[Slot], list[Slot | None]]:

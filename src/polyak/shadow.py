@@ -145,7 +145,7 @@ class Shadow:
         policy = self._policy(slot)
         if policy is Policy.LEAVE:
             return policy
-        _check_layout(slot, policy)
+        check_layout(slot, policy)
         # A buffer with -inf in it is a mask, not a running statistic.
         mask = policy is Policy.AVERAGE and not slot.is_parameter and not bool(local(slot.tensor).isfinite().all())
         self._policies[slot.name] = Policy.COPY if mask else policy
@@ -166,7 +166,7 @@ class Shadow:
         # A teacher that is the average may be part of the model: its memory is ours.
         ours = [local(average) for average in self._averages.values()]
         found = list(slots(self._model, views=self._with_views, foreign=ours))
-        views = {} if self._with_views else views_of(self._model)
+        views = views_of(self._model, tied=self._with_views)
         for name in views:
             self._averages.pop(name, None)
         policies = [(slot, self._policy_of(slot)) for slot in found]
@@ -565,8 +565,8 @@ class Shadow:
         hold_writes()
         # What was decided then holds on: a mask that was infinite may be finite now.
         copied: frozenset[str] | None = None if state.get("copied") is None else frozenset(state["copied"])
-        for name in online if copied is not None else ():
-            self._policies[name] = Policy.COPY if name in copied else Policy.AVERAGE
+        if copied is not None:
+            self._policies |= {name: Policy.COPY if name in copied else Policy.AVERAGE for name in online}
         for name, tensor in online.items():
             sharding.copy_(self._averages.setdefault(name, self._new_average(held[name])), averages[name])
             if training:
@@ -582,8 +582,17 @@ class Shadow:
 _AVERAGED = {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
 
 
-def _check_layout(slot: Slot, policy: Policy) -> None:
-    """Check that a tensor can be averaged or copied, and swapped."""
+def check_layout(slot: Slot, policy: Policy) -> None:
+    """Check that a tensor can be averaged or copied, and swapped.
+
+    Args:
+        slot: Where it is.
+        policy: What is to be done with it.
+
+    Raises:
+        MemoryLayoutError: If its class, its dtype or its layout does not allow it.
+        ValueError: If it is sparse.
+    """
     tensor = local(slot.tensor)
     if slot.tensor.layout != torch.strided:
         raise ValueError(

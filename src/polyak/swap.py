@@ -1,7 +1,7 @@
 """The average in the model, and the training weights until they are restored.
 
-A swap that was begun ends, whatever happens: an exception, an interrupt at any line, a tensor that was moved in between.
-One flag says whether it is under way; what an interrupt has left half done is put right by whoever asks next.
+A swap that was begun ends, whatever happens: an exception, an interrupt at any line, a tensor that was moved. One flag
+says whether it is under way; what an interrupt has left half done is put right by whoever asks next.
 """
 
 import sys
@@ -174,7 +174,9 @@ class Swap:
             changed = self._changed + list(compress(exchanged, self._exchange.changed))
             self.phase = Phase.OUT
             _SWAPS.pop(id(self.model), None)
-            self._backup, self._buffers, self._changed = {}, [], []
+            self._backup.clear()
+            self._buffers.clear()
+            self._changed.clear()
         if failures:
             raise LoanError(
                 f"training weights must be restored after a swap, and {failures[0][0]!r} could not be "
@@ -211,7 +213,7 @@ class Swap:
         """Whether ``begin`` or ``end`` is on the stack of this thread."""
         frame = sys._getframe(1)  # noqa: SLF001
         while frame is not None:
-            if frame.f_code in _RUNNING and frame.f_locals.get("self") is self:
+            if frame.f_code.co_qualname in ("Swap.begin", "Swap.end") and frame.f_locals.get("self") is self:
                 return True
             frame = frame.f_back
         return False
@@ -274,7 +276,6 @@ class Swap:
                 sharding.reshard_after_an_error(self.model)
 
 
-_RUNNING = {Swap.begin.__wrapped__.__code__, Swap.end.__wrapped__.__code__}  # inside of torch.no_grad
 _SWAPS = dict[int, Swap]()  # by id of the model, which its swap keeps alive
 
 
