@@ -1,6 +1,5 @@
 """The averaged tensors of a model: how they move, how they are lent to the model, what is saved of them."""
 
-import copy
 import math
 import warnings
 import zlib
@@ -20,6 +19,7 @@ from polyak.kernels import Exchange, Lerp, Place, counting_with
 from polyak.offload import Offload, Offloader, hold_writes
 from polyak.select import Inventory, Policy, PolicyRule, Slot, check_match, default_policy, slots, unwrap
 from polyak.sharding import Ranks, is_spread, local, rows
+from polyak.view import module_over
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -526,17 +526,18 @@ class Shadow:
         }
 
     def averaged_model(self) -> nn.Module:
-        """Return a module whose tensors are the averages: no copy, in eval mode, without gradients.
+        """Return a module whose tensors are the averages: no copy of them, in eval mode, without gradients.
 
-        While the average is lent this is the model itself. Frozen parameters are shared with the model.
+        It is made anew by each call, from the model as it is then. While the average is swapped in this is the model
+        itself. Frozen parameters are shared with the model.
+
+        Raises:
+            CopyError: If the module would still compute with the model's own tensors, or cannot be made.
         """
         if self._loan:
             return self._model
         self._follow_model()
-        self._wait()
-        if self._module is None:
-            self._module = self._module_over(self.averages)
-        return self._module
+        return self._module_over(self.averages)
 
     def training_model(self) -> nn.Module:
         """Return a module with the training weights: the model itself, unless the average is lent to it."""
@@ -544,18 +545,12 @@ class Shadow:
 
     def _module_over(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Copy the model's structure over ``tensors``, and over its own parameters for the rest."""
-        memo = dict[int, Any]()
-        for slot in slots(self._model):
-            if slot.name in tensors:
-                tensor = tensors[slot.name]
-                memo[id(slot.tensor)] = nn.Parameter(tensor, requires_grad=False) if slot.is_parameter else tensor
-            elif slot.is_parameter:
-                memo[id(slot.tensor)] = slot.tensor
         if self._mesh is not None or sharding.is_fsdp(self._model):
             raise ShardingError(
                 "a module of its own needs whole tensors, and the average is in shards; lend it to the model"
             )
-        return copy.deepcopy(self._model, memo).eval()
+        held = (slot for slot in slots(self._model) if slot.name in tensors)
+        return module_over(self._model, {id(slot.tensor): tensors[slot.name] for slot in held})
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module, *, training: bool = False) -> None:

@@ -1,0 +1,455 @@
+"""A model over other tensors: a copy of its structure that computes with the average, or one clear error.
+
+``copy.deepcopy`` shares functions, and with them whatever they refer to: a patched ``forward`` would still compute with
+the model in training. Here functions, bound methods and weak references that lead to the model are made anew for the
+copy, and in the end nothing that can be reached from the copy may be the model's own.
+"""
+
+import copy
+import functools
+import sys
+import weakref
+from collections import ChainMap, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from itertools import chain
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from polyak.errors import CopyError
+from polyak.references import References, is_atomic, referent
+
+# Attributes that every module has, so that a wrapper can be made without its own set-up.
+_BARE = frozenset(vars(nn.Module()))
+_INSTEAD = "evaluate the model itself, in a block of `with attached.applied():`"
+
+
+def module_over(model: nn.Module, replacements: Mapping[int, Tensor]) -> nn.Module:
+    """Return a copy of a model's structure that computes with other tensors, in eval mode and without gradients.
+
+    Its tensors are the given ones, without a copy. Parameters without a replacement are shared, other tensors copied;
+    what serves the training (optimizers, trainers, averages, loaders) and what cannot be copied (locks, files, process
+    groups) is shared. What ``torch.compile`` has compiled runs uncompiled. The model is only read.
+
+    Args:
+        model: Unwrapped.
+        replacements: By ``id`` of a parameter or buffer of the model, the tensor in its place, of the same shape.
+
+    Raises:
+        CopyError: If part of the copy would still compute with the model's own tensors, or cannot be copied.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> forward = model.forward
+        >>> model.forward = lambda x: forward(x)
+        >>> view = module_over(model, {id(model.weight): torch.tensor([[2.0]])})
+        >>> view(torch.ones(1, 1)).item()
+        2.0
+    """
+    found = References(model)
+    copies = _Copies(model, replacements, found)
+    try:
+        view = copies.of(model)
+        copies.finish()
+    except CopyError:
+        raise
+    except Exception as error:
+        raise CopyError(f"ema_model must copy the model, and {copies.at} cannot be copied ({error}); {_INSTEAD}") from error
+    assert isinstance(view, nn.Module)
+    copies.check_tensors(model)
+    _evaluate(view, copies.tensors())
+    copies.check_references(view)
+    return view
+
+
+class _Copies:
+    """The copies of what a model refers to, each made once.
+
+    Args:
+        model: To be copied.
+        replacements: As for ``module_over``.
+        found: What it refers to.
+
+    Attributes:
+        at: Where in the model it was last at work, to say so in errors.
+    """
+
+    def __init__(self, model: nn.Module, replacements: Mapping[int, Tensor], found: References) -> None:
+        self.at = "the model"
+        self._found = found
+        self._shared = found.serving()
+        self._modules = {id(module): module for module in model.modules()}
+        self._own = {id(t): t for t in chain(model.parameters(), model.buffers())}
+        self._leading = found.leading_to([*self._modules, *self._own], through=self._shared)
+        # The memo of `copy.deepcopy`, to which this turns for what does not lead to the model.
+        self._memo = dict[int, Any]()
+        self._kept = list[object]()  # what is in the memo must live, or its id may become another's
+        self._late = list[Callable[[], object]]()
+        self._memory = dict[int, list[tuple[Tensor, Tensor]]]()
+        for key, tensor in self._own.items():
+            if key in replacements:
+                self._remember(tensor, self._replaced(tensor, replacements[key]))
+                if (storage := _storage(tensor)) is not None:
+                    self._memory.setdefault(storage, []).append((tensor, replacements[key]))
+        # Before others are deep-copied with what has a history, which cannot be.
+        for thing in list(found.objects.values()):
+            if isinstance(thing, Tensor) and id(thing) not in self._memo and not thing.is_leaf:
+                self._remember(thing, self._tensor(thing))
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that the view shares: with the average, and with the model."""
+        return [self._memo[key] for key in self._own if key in self._memo]
+
+    def of(self, thing: Any) -> Any:
+        """Return the copy of ``thing``.
+
+        Args:
+            thing: Any.
+        """
+        if is_atomic(thing) or isinstance(thing, type | ModuleType):
+            return thing
+        key = id(thing)
+        if key in self._memo:
+            return self._memo[key]
+        if key in self._shared:
+            return thing
+        return self._remember(thing, self._copy(thing))
+
+    def finish(self) -> None:
+        """Fill in what had to wait until all modules were copied."""
+        while self._late:
+            self._late.pop()()
+        # A module may leave out what it shares when it is copied, as Lightning's do their trainer.
+        for key, module in self._modules.items() if self._shared else ():
+            shared = {name: value for name, value in vars(module).items() if id(value) in self._shared}
+            if key in self._memo:
+                vars(self._memo[key]).update(shared)
+
+    def _remember(self, thing: object, copied: Any) -> Any:
+        # A copy that was begun while this one was made is the one that others refer to.
+        copied = self._memo.setdefault(id(thing), copied)
+        self._kept.append(thing)
+        return copied
+
+    def _copy(self, thing: Any) -> Any:
+        leads = id(thing) in self._leading
+        if isinstance(thing, Tensor):
+            return self._tensor(thing)
+        if type(thing) in _CONTAINERS:
+            return self._container(thing)
+        if isinstance(thing, nn.Module):
+            # A module that the model does not register, such as a teacher in a list, is not averaged.
+            return self._module(thing) if leads else thing
+        if isinstance(thing, MethodType):
+            return MethodType(self.of(thing.__func__), self.of(thing.__self__))
+        if not leads:
+            return thing if isinstance(thing, _BY_REFERENCE) else self._without_model(thing)
+        if isinstance(thing, FunctionType):
+            return self._function(thing)
+        if isinstance(thing, BuiltinFunctionType):
+            return getattr(self.of(thing.__self__), thing.__name__)
+        if type(thing) in weakref.ProxyTypes:
+            return weakref.proxy(self.of(referent(thing)))
+        if type(thing) is weakref.ref:
+            return weakref.ref(self.of(thing()))
+        if hasattr(type(thing), "__deepcopy__"):
+            return thing.__deepcopy__(self._memo)
+        return self._rebuilt(thing)
+
+    # Tensors
+
+    def _replaced(self, tensor: Tensor, by: Tensor) -> Tensor:
+        attributes = vars(tensor)
+        if not isinstance(tensor, nn.Parameter) and not attributes:
+            return by
+        if type(tensor) is not nn.Parameter and type(by) in {Tensor, nn.Parameter}:
+            new = Tensor._make_subclass(type(tensor), by.detach(), False)
+        elif isinstance(tensor, nn.Parameter):
+            new = nn.Parameter(by, requires_grad=False)
+        else:
+            new = by.detach()
+        if attributes:
+            # Such as muP's shapes and geoopt's manifolds, which may be modules.
+            self._late.append(lambda: vars(new).update({name: self.of(value) for name, value in attributes.items()}))
+        return new
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        """Return what stands for a tensor that has no replacement."""
+        storage = _storage(tensor)
+        if storage in self._memory:
+            for own, by in self._memory[storage]:
+                if (alias := _same_view(tensor, own, by)) is not None:
+                    return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
+            if any(_overlap(tensor, own) for own, _ in self._memory[storage]):
+                raise CopyError(
+                    f"ema_model must hold the average, and {self._found.where(id(tensor))} is other memory of an "
+                    f"averaged tensor than the copy can follow; {_INSTEAD}"
+                )
+        if isinstance(tensor, nn.Parameter) and not nn.parameter.is_lazy(tensor):
+            tied = any(id(value) in self._leading for value in vars(tensor).values())
+            return self._replaced(tensor, tensor.detach()) if tied or tensor.requires_grad else tensor
+        return copy.deepcopy(tensor.detach() if tensor.requires_grad else tensor, self._memo)
+
+    # Containers and objects
+
+    def _container(self, thing: Any) -> Any:
+        if isinstance(thing, tuple | frozenset):
+            return type(thing)([self.of(value) for value in thing])
+        new = copy.copy(thing)
+        new.clear()
+        self._remember(thing, new)
+        if isinstance(thing, dict):
+            for key, value in thing.items():
+                new[self.of(key)] = self.of(value)
+            if isinstance(thing, defaultdict):
+                new.default_factory = self.of(thing.default_factory)
+        elif isinstance(thing, set):
+            new.update([self.of(value) for value in thing])
+        else:
+            new.extend([self.of(value) for value in thing])
+        return new
+
+    def _without_model(self, thing: Any) -> Any:
+        """Return a deep copy of what does not lead to the model, or itself where there can be none, as of a lock."""
+        trial = ChainMap(dict[int, Any](), self._memo)
+        self._kept.append(trial)
+        try:
+            copied = copy.deepcopy(thing, trial)  # type: ignore[arg-type]
+        except Exception:  # whatever it is, it holds nothing of the model
+            return thing
+        self._memo.update(trial.maps[0])
+        return copied
+
+    def _rebuilt(self, thing: Any) -> Any:
+        """Return a copy made as ``copy.deepcopy`` makes it, from what ``__reduce_ex__`` says."""
+        reduced = thing.__reduce_ex__(4)
+        if isinstance(reduced, str):
+            return thing
+        make, arguments, state, items, pairs, *_ = (*reduced, None, None, None)
+        new = self._remember(thing, make(*[self.of(argument) for argument in arguments]))
+        if state is not None:
+            self._set_state(thing, new, state)
+        for item in items or ():
+            new.append(self.of(item))
+        for key, value in pairs or ():
+            new[self.of(key)] = self.of(value)
+        return new
+
+    def _set_state(self, thing: Any, new: Any, state: Any) -> None:
+        if isinstance(state, dict):
+            state = self._attributes(thing, state)
+        else:
+            self._kept.append(state)
+            state = self.of(state)
+        if hasattr(new, "__setstate__"):
+            new.__setstate__(state)
+            return
+        attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+        if attributes:
+            vars(new).update(attributes)
+        for name, value in (slots or {}).items():
+            setattr(new, name, value)
+
+    def _attributes(self, thing: object, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        copied = dict[str, Any]()
+        for name, value in attributes.items():
+            if isinstance(thing, nn.Module):
+                self.at = self._found.named(thing, name)
+            copied[name] = self.of(value)
+        return copied
+
+    # Modules
+
+    def _module(self, module: nn.Module) -> nn.Module:
+        cls = type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            name = self._found.where(id(module))
+            raise CopyError(f"ema_model must copy the model, and {name} is scripted by torch.jit; {_INSTEAD}")
+        if (inner := _wrapped(module)) is not None:
+            return self._bare(module, inner)
+        deepcopy = getattr(cls, "__deepcopy__", None)
+        if deepcopy is None:
+            return self._rebuilt(module)
+        if deepcopy.__module__ != "torch.nn.utils.parametrize":
+            return module.__deepcopy__(self._memo)  # type: ignore[operator]
+        # A parametrized module copies its attributes, and refuses to be asked for its state.
+        new = self._remember(module, cls.__new__(cls))
+        vars(new).update(self._attributes(module, vars(module)))
+        return new
+
+    def _bare(self, wrapper: nn.Module, inner: str) -> nn.Module:
+        """Return a wrapper that does nothing but call what is in it: uncompiled, without communication."""
+        cls = type(wrapper)
+        new = self._remember(wrapper, cls.__new__(cls))
+        vars(new)["_super_module_initialized"] = True
+        vars(new).update(self._attributes(wrapper, {k: v for k, v in vars(wrapper).items() if k in _BARE}))
+        vars(new)["forward"] = vars(new)["_modules"][inner].__call__
+        return new
+
+    # Functions
+
+    def _function(self, function: FunctionType) -> Any:
+        compiled = getattr(function, "_torchdynamo_orig_callable", None)
+        if compiled is not None:
+            return self.of(compiled)
+        named = {n: v for n, v in self._found.globals_of(function).items() if id(v) in self._leading}
+        namespace = dict(function.__globals__) if named else function.__globals__
+        cells = tuple(map(self._cell, function.__closure__ or ()))
+        new = FunctionType(function.__code__, namespace, function.__name__, None, cells or None)
+        self._remember(function, new)
+        new.__qualname__, new.__module__, new.__doc__ = function.__qualname__, function.__module__, function.__doc__
+        new.__annotations__ = function.__annotations__
+
+        def fill() -> None:
+            namespace.update({name: self.of(value) for name, value in named.items()})
+            new.__defaults__ = self.of(function.__defaults__)
+            new.__kwdefaults__ = self.of(function.__kwdefaults__)
+            vars(new).update({name: self.of(value) for name, value in vars(function).items()})
+
+        self._late.append(fill)
+        return new
+
+    def _cell(self, cell: CellType) -> CellType:
+        """Return a cell for the copy of a function; one without the model in it stays common to both."""
+        if id(cell) not in self._leading:
+            return cell
+        if id(cell) not in self._memo:
+            new = self._remember(cell, CellType())
+
+            def fill() -> None:
+                new.cell_contents = self.of(cell.cell_contents)
+
+            self._late.append(fill)
+        return self._memo[id(cell)]
+
+    # Checks
+
+    def check_tensors(self, model: nn.Module) -> None:
+        """Check that each module's copy holds in each place what stands for the tensor there.
+
+        Args:
+            model: The original.
+
+        Raises:
+            CopyError: If not, since a module has its own way to be copied.
+        """
+        for name, module in model.named_modules():
+            twin = self._memo.get(id(module))
+            held = {} if twin is None else {**twin._parameters, **twin._buffers}  # noqa: SLF001
+            for attribute, tensor in chain(module._parameters.items(), module._buffers.items()):  # noqa: SLF001
+                if tensor is not None and held.get(attribute) is not self._memo.get(id(tensor), tensor):
+                    where = f"{name}.{attribute}" if name else attribute
+                    raise CopyError(
+                        f"ema_model must hold the average, and the copy of {type(module).__qualname__} replaces "
+                        f"{where}; {_INSTEAD}"
+                    )
+
+    def check_references(self, view: nn.Module) -> None:
+        """Check that the view refers to no module and no tensor of the model, but those that it shares.
+
+        Args:
+            view: The copy.
+
+        Raises:
+            CopyError: If it does; it names the attribute.
+        """
+        # What the model refers to without being led back to it was looked at before.
+        harmless = (key for key in self._found.objects if key not in self._leading)
+        reached = References(view, stops=chain(self._shared, harmless))
+        kept = {key for key in self._own if self._memo.get(key) is self._own[key]}
+        for key in chain(self._modules, self._own.keys() - kept):
+            if key in reached.objects:
+                raise CopyError(
+                    f"ema_model must not compute with the model in training, and {reached.where(key)} refers to it in "
+                    f"a way that cannot be copied; {_INSTEAD}"
+                )
+
+
+_CONTAINERS: frozenset[type] = frozenset({list, dict, tuple, set, frozenset, OrderedDict, defaultdict, deque})
+# What is shared where it does not lead to the model.
+_BY_REFERENCE = (FunctionType, BuiltinFunctionType, weakref.ref, *weakref.ProxyTypes, functools.partial)
+
+
+def _wrapped(module: nn.Module) -> str | None:
+    """Return the name of the module inside, if this is a wrapper that only adds how it runs."""
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+    if eval_frame is not None and isinstance(module, eval_frame.OptimizedModule):
+        return "_orig_mod"
+    return "module" if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) else None
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """Return the address of a tensor's storage, if it has memory of its own kind."""
+    if tensor.layout != torch.strided:
+        return None
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Return the first byte of a tensor in its storage, and the one after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.storage_offset()
+    return start * tensor.element_size(), (start + last + 1) * tensor.element_size()
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    if one.numel() == 0 or other.numel() == 0:
+        return False
+    (start, end), (begin, stop) = _extent(one), _extent(other)
+    return start < stop and begin < end
+
+
+def _same_view(tensor: Tensor, own: Tensor, by: Tensor) -> Tensor | None:
+    """Return the view of ``by`` that ``tensor`` is of ``own``, if it is one and ``by`` lies in memory as ``own`` does."""
+    if type(by) not in {Tensor, nn.Parameter} or tensor.dtype != own.dtype or by.stride() != own.stride():
+        return None
+    (start, end), (begin, stop) = _extent(own), _extent(tensor)
+    if tensor.numel() == 0 or begin < start or stop > end or tensor.is_conj() or tensor.is_neg():
+        return None
+    offset = by.storage_offset() + tensor.storage_offset() - own.storage_offset()
+    return by.detach().as_strided(tensor.shape, tensor.stride(), offset)
+
+
+def _evaluate(view: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Put a view in eval mode; refuse an ``eval`` of its own that writes to tensors, as some merge LoRA's weights."""
+    own = [m for m in view.modules() if _has_own_mode(m)]
+    with _ReadOnly(tensors) if own else nullcontext():
+        if own:
+            view.eval()
+        for module in view.modules():
+            module.training = False
+
+
+def _has_own_mode(module: nn.Module) -> bool:
+    methods = [getattr(module, name) for name in ("train", "eval")]
+    return not all(getattr(m, "__module__", "").startswith("torch.") for m in methods)
+
+
+class _ReadOnly(TorchDispatchMode):
+    """Refuses operations that write to the memory of given tensors."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._memory = {storage for storage in map(_storage, tensors) if storage is not None}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        for place, argument in enumerate(func._schema.arguments):  # noqa: SLF001
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            for tensor in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(tensor, Tensor) and _storage(tensor) in self._memory:
+                    raise CopyError(
+                        f"ema_model must leave the weights as they are, and the model's eval() writes to one ({func}); "
+                        f"{_INSTEAD}"
+                    )
+        return func(*args, **kwargs)
