@@ -84,6 +84,13 @@ class _Copies:
         self._shared = found.serving()
         self._modules = {id(module): module for module in model.modules()}
         self._own = {id(t): t for t in chain(model.parameters(), model.buffers())}
+        self._memory = dict[int, list[tuple[Tensor, Tensor]]]()
+        for key, tensor in self._own.items():
+            if key in replacements and (storage := _storage(tensor)) is not None:
+                self._memory.setdefault(storage, []).append((tensor, replacements[key]))
+        tensors = [thing for thing in found.objects.values() if isinstance(thing, Tensor)]
+        # Also what others hold of their memory, such as `weight.detach()`.
+        self._own |= {id(tensor): tensor for tensor in tensors if _storage(tensor) in self._memory}
         self._leading = found.leading_to([*self._modules, *self._own], through=self._shared)
         # The memo of `copy.deepcopy`, to which this turns for what does not lead to the model.
         self._memo = dict[int, Any]()
@@ -142,8 +149,7 @@ class _Copies:
         if type(thing) in _CONTAINERS:
             return self._container(thing)
         if isinstance(thing, nn.Module):
-            # A module that the model does not register, such as a teacher in a list, is not averaged.
-            return self._module(thing) if leads else thing
+            return self._module(thing)
         if isinstance(thing, MethodType):
             return MethodType(self.of(thing.__func__), self.of(thing.__self__))
         if not leads:
@@ -199,8 +205,7 @@ class _Copies:
     def _container(self, thing: Any) -> Any:
         if isinstance(thing, tuple | frozenset):
             return type(thing)([self.of(value) for value in thing])
-        new = copy.copy(thing)
-        new.clear()
+        new = deque(maxlen=thing.maxlen) if isinstance(thing, deque) else type(thing)()
         self._remember(thing, new)
         if isinstance(thing, dict):
             for key, value in thing.items():
@@ -267,6 +272,8 @@ class _Copies:
     def _module(self, module: nn.Module) -> nn.Module:
         cls = type(module)
         if isinstance(module, torch.jit.ScriptModule):
+            if id(module) not in self._modules:
+                return module  # its weights are nobody's average
             name = self._found.where(id(module))
             raise CopyError(f"ema_model must copy the model, and {name} is scripted by torch.jit; {_INSTEAD}")
         if (inner := _wrapped(module)) is not None:
