@@ -62,7 +62,7 @@ class OffloadError(PolyakError, RuntimeError):
     """An update in the background that failed, and an average that nothing is known of since."""
 
 
-class CopyError(PolyakError, TypeError):
+class CopyError(PolyakError, RuntimeError):
     """A model, an average or a recorder that cannot be copied or pickled."""
 
 
