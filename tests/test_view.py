@@ -10,6 +10,7 @@ import queue
 import threading
 import warnings
 import weakref
+from pathlib import Path
 from types import MethodType, SimpleNamespace
 
 import pytest
@@ -17,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from polyak import EMA, LoanError, Policy, PolyakError, Recorder, attach, default_policy
+from polyak import EMA, Policy, PolyakError, Recorder, attach, default_policy
 from polyak.errors import CopyError
 from polyak.references import References
-from polyak.shadow import Shadow
 from polyak.view import module_over
 
 GLOBAL = SimpleNamespace(model=None)
@@ -350,7 +350,7 @@ def generators(model):
 
 
 def files(model):
-    model.file, model.log = open(__file__), logging.getLogger("test")  # noqa: SIM115
+    model.file, model.log = Path(__file__).open(), logging.getLogger("test")  # noqa: SIM115
     weakref.finalize(model, model.file.close)
 
 
@@ -876,11 +876,17 @@ def test_an_ema_is_copied_and_pickled_before_it_meets_a_model() -> None:
 
 def test_a_policy_without_a_name_is_no_obstacle_to_a_copy_and_named_when_pickled() -> None:
     model, inputs = Net(), torch.randn(8, 4)
-    attached, _ = trained(model, inputs, ema=EMA(smoothing=0.5, policy=lambda slot: default_policy(slot)))
+    attached, _ = trained(
+        model, inputs, ema=EMA(smoothing=0.5, policy=lambda slot: leave_buffers(slot) or default_policy(slot))
+    )
     ema = attached.algorithm
     assert same(averages(copy.deepcopy(ema)), averages(ema))
     assert same(averages(copy.copy(ema)), averages(ema))
-    for thing in (ema, EMA(policy=lambda slot: default_policy(slot)), Recorder("x", policy=lambda _: Policy.COPY)):
+    for thing in (
+        ema,
+        EMA(policy=lambda slot: leave_buffers(slot) or default_policy(slot)),
+        Recorder("x", policy=lambda _: Policy.COPY),
+    ):
         with pytest.raises(CopyError, match="policy must be a function that can be imported"):
             pickle.dumps(thing)
     cloudpickle = pytest.importorskip("cloudpickle")

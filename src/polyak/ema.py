@@ -219,23 +219,22 @@ class EMA(Algorithm):
         self._check_copyable()
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
+        state = None if self._shadow is None else _cloned(self.state_dict())
+        pending = self._pending if state is None else state
+        special = {"_model", "_shadow", "_pending", "_lent_until", *_SHARED}
         vars(new).update({name: value for name, value in vars(self).items() if name in _SHARED})
-        state = _cloned(self.state_dict()) if self._shadow is not None else None
-        own = {"_model", "_shadow", "_pending", "_lent_until", *_SHARED}
-        vars(new).update({n: copy.deepcopy(value, memo) for n, value in vars(self).items() if n not in own})
-        new._lent_until = None
-        new._pending = None if self._pending is None else _cloned(self._pending)
-        new._model = self._copied_model(memo)
+        vars(new).update({n: copy.deepcopy(value, memo) for n, value in vars(self).items() if n not in special})
+        vars(new).update({"_lent_until": None, "_pending": None, "_model": self._copied_model(memo)})
         if state is None:
-            new._shadow = None
+            vars(new)["_shadow"] = None
         else:
-            # See `__getattr__`. The training weights, if the model holds its average, are for when it is attached.
-            vars(new)["_copied_state"] = {**state, "lent": False, "training_model": None}
-            new._pending = state if state["lent"] else None
+            vars(new)["_copied_state"] = {**state, "lent": False, "training_model": None}  # see `__getattr__`
+        if state is None or state["lent"]:
+            vars(new)["_pending"] = None if pending is None else _cloned(pending)
         return new
 
     def __getattr__(self, name: str) -> Any:
-        """Make a copy's shadow when it is first needed: while a model that holds its EMA is copied, it has no tensors."""
+        """Make a copy's shadow when it is first needed: while a model with its EMA is copied, it has no tensors."""
         if name != "_shadow" or "_copied_state" not in vars(self):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         self._shadow = None
@@ -251,7 +250,7 @@ class EMA(Algorithm):
         """Return what is pickled: all but the model. The average waits, on the CPU, until it meets its model again."""
         self._check_copyable()
         check_pickles("policy", self._policy)
-        unbound = {"_model": None, "_shadow": None, "_ranks": None, "_lent_until": None}
+        unbound: dict[str, Any] = {"_model": None, "_shadow": None, "_ranks": None, "_lent_until": None}
         pending = self._pending if self._pending is not None or self._shadow is None else self.state_dict()
         own = {name: value for name, value in vars(self).items() if name != "_copied_state"}
         return {**own, **unbound, "_pending": None if pending is None else _cloned(pending, "cpu")}

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, EllipsisType, FunctionType, MethodType, ModuleType, NoneType
+from types import BuiltinFunctionType, CellType, CodeType, EllipsisType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 
 import torch
@@ -166,7 +166,7 @@ class References:
         optimizers = [key for key in served if isinstance(self.objects[key], Optimizer)]
         if not optimizers:
             return served
-        computing = (nn.Module, Tensor, FunctionType, MethodType, BuiltinFunctionType, _CELL, weakref.ref, type)
+        computing = (nn.Module, Tensor, FunctionType, MethodType, BuiltinFunctionType, CellType, weakref.ref, type)
         computers = [key for key, thing in self.objects.items() if isinstance(thing, computing)]
         return served | self.leading_to(optimizers, through=computers)
 
@@ -274,7 +274,6 @@ class References:
         return {name: value for name, value in found.items() if not isinstance(value, type)}
 
 
-_CELL = type((lambda x: lambda: x)(0).__closure__[0])  # type: ignore[index]
 # These are not run on a view.
 _NOT_RUN = {"__init__", "__new__", "__del__", "__init_subclass__", "__getstate__", "__setstate__", "__reduce__"}
 
@@ -293,9 +292,8 @@ def referent(proxy: Any) -> object:
 
 def _function_of(value: object) -> FunctionType | None:
     """Return the function in a class attribute, if there is one."""
-    for name in ("__func__", "fget"):
-        value = getattr(value, name, value) if isinstance(value, staticmethod | classmethod | property) else value
-    return value if isinstance(value, FunctionType) else None
+    held = getattr(value, "__func__", None) or getattr(value, "fget", None)
+    return next((function for function in (value, held) if isinstance(function, FunctionType)), None)
 
 
 def _is_patched(function: FunctionType) -> bool:

@@ -58,11 +58,13 @@ def module_over(model: nn.Module, replacements: Mapping[int, Tensor]) -> nn.Modu
     except CopyError:
         raise
     except Exception as error:
-        raise CopyError(f"ema_model must copy the model, and {copies.at} cannot be copied ({error}); {_INSTEAD}") from error
+        raise CopyError(
+            f"ema_model must copy the model, and {copies.at} cannot be copied ({error}); {_INSTEAD}"
+        ) from error
     assert isinstance(view, nn.Module)
-    copies.check_tensors(model)
+    _check_tensors(model, copies)
     _evaluate(view, copies.tensors())
-    copies.check_references(view)
+    _check_references(view, copies)
     return view
 
 
@@ -76,40 +78,38 @@ class _Copies:
 
     Attributes:
         at: Where in the model it was last at work, to say so in errors.
+        found: As given.
+        shared: Ids of what serves the training.
+        modules: The model's modules by id.
+        own: Its tensors by id, also those that others hold of their memory.
+        leading: Ids of what leads to one of these, and theirs.
+        memo: The copies by the id of the original, as ``copy.deepcopy`` keeps them, which may be called with it.
     """
 
     def __init__(self, model: nn.Module, replacements: Mapping[int, Tensor], found: References) -> None:
         self.at = "the model"
-        self._found = found
-        self._shared = found.serving()
-        self._modules = {id(module): module for module in model.modules()}
-        self._own = {id(t): t for t in chain(model.parameters(), model.buffers())}
-        self._memory = dict[int, list[tuple[Tensor, Tensor]]]()
-        for key, tensor in self._own.items():
-            if key in replacements and (storage := _storage(tensor)) is not None:
-                self._memory.setdefault(storage, []).append((tensor, replacements[key]))
+        self.found = found
+        self.shared = found.serving()
+        self.modules = {id(module): module for module in model.modules()}
+        self.own = {id(t): t for t in chain(model.parameters(), model.buffers())}
+        self._memory = _Memory((t, replacements[key]) for key, t in self.own.items() if key in replacements)
         tensors = [thing for thing in found.objects.values() if isinstance(thing, Tensor)]
         # Also what others hold of their memory, such as `weight.detach()`.
-        self._own |= {id(tensor): tensor for tensor in tensors if _storage(tensor) in self._memory}
-        self._leading = found.leading_to([*self._modules, *self._own], through=self._shared)
-        # The memo of `copy.deepcopy`, to which this turns for what does not lead to the model.
-        self._memo = dict[int, Any]()
+        self.own |= {id(tensor): tensor for tensor in tensors if self._memory.holds(tensor)}
+        self.leading = found.leading_to([*self.modules, *self.own], through=self.shared)
+        self.memo = dict[int, Any]()
         self._kept = list[object]()  # what is in the memo must live, or its id may become another's
         self._late = list[Callable[[], object]]()
-        self._memory = dict[int, list[tuple[Tensor, Tensor]]]()
-        for key, tensor in self._own.items():
-            if key in replacements:
-                self._remember(tensor, self._replaced(tensor, replacements[key]))
-                if (storage := _storage(tensor)) is not None:
-                    self._memory.setdefault(storage, []).append((tensor, replacements[key]))
+        for key in self.own.keys() & replacements.keys():
+            self._remember(self.own[key], self._replaced(self.own[key], replacements[key]))
         # Before others are deep-copied with what has a history, which cannot be.
-        for thing in list(found.objects.values()):
-            if isinstance(thing, Tensor) and id(thing) not in self._memo and not thing.is_leaf:
-                self._remember(thing, self._tensor(thing))
+        for tensor in tensors:
+            if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+                self.of(tensor)
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the view shares: with the average, and with the model."""
-        return [self._memo[key] for key in self._own if key in self._memo]
+        return [self.memo[key] for key in self.own if key in self.memo]
 
     def of(self, thing: Any) -> Any:
         """Return the copy of ``thing``.
@@ -120,9 +120,9 @@ class _Copies:
         if is_atomic(thing) or isinstance(thing, type | ModuleType):
             return thing
         key = id(thing)
-        if key in self._memo:
-            return self._memo[key]
-        if key in self._shared:
+        if key in self.memo:
+            return self.memo[key]
+        if key in self.shared:
             return thing
         return self._remember(thing, self._copy(thing))
 
@@ -131,29 +131,32 @@ class _Copies:
         while self._late:
             self._late.pop()()
         # A module may leave out what it shares when it is copied, as Lightning's do their trainer.
-        for key, module in self._modules.items() if self._shared else ():
-            shared = {name: value for name, value in vars(module).items() if id(value) in self._shared}
-            if key in self._memo:
-                vars(self._memo[key]).update(shared)
+        for key, module in self.modules.items() if self.shared else ():
+            shared = {name: value for name, value in vars(module).items() if id(value) in self.shared}
+            if key in self.memo:
+                vars(self.memo[key]).update(shared)
 
     def _remember(self, thing: object, copied: Any) -> Any:
         # A copy that was begun while this one was made is the one that others refer to.
-        copied = self._memo.setdefault(id(thing), copied)
+        copied = self.memo.setdefault(id(thing), copied)
         self._kept.append(thing)
         return copied
 
     def _copy(self, thing: Any) -> Any:
-        leads = id(thing) in self._leading
         if isinstance(thing, Tensor):
             return self._tensor(thing)
-        if type(thing) in _CONTAINERS:
-            return self._container(thing)
         if isinstance(thing, nn.Module):
             return self._module(thing)
+        if type(thing) in _CONTAINERS:
+            return self._container(thing)
         if isinstance(thing, MethodType):
             return MethodType(self.of(thing.__func__), self.of(thing.__self__))
-        if not leads:
-            return thing if isinstance(thing, _BY_REFERENCE) else self._without_model(thing)
+        if id(thing) in self.leading:
+            return self._leading_one(thing)
+        return thing if isinstance(thing, _BY_REFERENCE) else self._without_model(thing)
+
+    def _leading_one(self, thing: Any) -> Any:
+        """Return the copy of what leads to the model and is no part of it."""
         if isinstance(thing, FunctionType):
             return self._function(thing)
         if isinstance(thing, BuiltinFunctionType):
@@ -162,9 +165,7 @@ class _Copies:
             return weakref.proxy(self.of(referent(thing)))
         if type(thing) is weakref.ref:
             return weakref.ref(self.of(thing()))
-        if hasattr(type(thing), "__deepcopy__"):
-            return thing.__deepcopy__(self._memo)
-        return self._rebuilt(thing)
+        return thing.__deepcopy__(self.memo) if hasattr(type(thing), "__deepcopy__") else self._rebuilt(thing)
 
     # Tensors
 
@@ -172,12 +173,7 @@ class _Copies:
         attributes = vars(tensor)
         if not isinstance(tensor, nn.Parameter) and not attributes:
             return by
-        if type(tensor) is not nn.Parameter and type(by) in {Tensor, nn.Parameter}:
-            new = Tensor._make_subclass(type(tensor), by.detach(), False)
-        elif isinstance(tensor, nn.Parameter):
-            new = nn.Parameter(by, requires_grad=False)
-        else:
-            new = by.detach()
+        new = _alias(by, type(tensor))
         if attributes:
             # Such as muP's shapes and geoopt's manifolds, which may be modules.
             self._late.append(lambda: vars(new).update({name: self.of(value) for name, value in attributes.items()}))
@@ -185,27 +181,25 @@ class _Copies:
 
     def _tensor(self, tensor: Tensor) -> Tensor:
         """Return what stands for a tensor that has no replacement."""
-        storage = _storage(tensor)
-        if storage in self._memory:
-            for own, by in self._memory[storage]:
-                if (alias := _same_view(tensor, own, by)) is not None:
-                    return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
-            if any(_overlap(tensor, own) for own, _ in self._memory[storage]):
+        if self._memory.holds(tensor):
+            if (alias := self._memory.view(tensor)) is not None:
+                return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
+            if self._memory.overlaps(tensor):
                 raise CopyError(
-                    f"ema_model must hold the average, and {self._found.where(id(tensor))} is other memory of an "
+                    f"ema_model must hold the average, and {self.found.where(id(tensor))} is other memory of an "
                     f"averaged tensor than the copy can follow; {_INSTEAD}"
                 )
         if isinstance(tensor, nn.Parameter) and not nn.parameter.is_lazy(tensor):
-            tied = any(id(value) in self._leading for value in vars(tensor).values())
+            tied = any(id(value) in self.leading for value in vars(tensor).values())
             return self._replaced(tensor, tensor.detach()) if tied or tensor.requires_grad else tensor
-        return copy.deepcopy(tensor.detach() if tensor.requires_grad else tensor, self._memo)
+        return copy.deepcopy(tensor.detach() if tensor.requires_grad else tensor, self.memo)
 
     # Containers and objects
 
     def _container(self, thing: Any) -> Any:
-        if isinstance(thing, tuple | frozenset):
+        if type(thing) in {tuple, frozenset}:
             return type(thing)([self.of(value) for value in thing])
-        new = deque(maxlen=thing.maxlen) if isinstance(thing, deque) else type(thing)()
+        new: Any = deque(maxlen=thing.maxlen) if isinstance(thing, deque) else type(thing)()
         self._remember(thing, new)
         if isinstance(thing, dict):
             for key, value in thing.items():
@@ -220,13 +214,13 @@ class _Copies:
 
     def _without_model(self, thing: Any) -> Any:
         """Return a deep copy of what does not lead to the model, or itself where there can be none, as of a lock."""
-        trial = ChainMap(dict[int, Any](), self._memo)
+        trial = ChainMap(dict[int, Any](), self.memo)
         self._kept.append(trial)
         try:
             copied = copy.deepcopy(thing, trial)  # type: ignore[arg-type]
         except Exception:  # whatever it is, it holds nothing of the model
             return thing
-        self._memo.update(trial.maps[0])
+        self.memo.update(trial.maps[0])
         return copied
 
     def _rebuilt(self, thing: Any) -> Any:
@@ -250,20 +244,13 @@ class _Copies:
         else:
             self._kept.append(state)
             state = self.of(state)
-        if hasattr(new, "__setstate__"):
-            new.__setstate__(state)
-            return
-        attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-        if attributes:
-            vars(new).update(attributes)
-        for name, value in (slots or {}).items():
-            setattr(new, name, value)
+        _give_state(new, state)
 
     def _attributes(self, thing: object, attributes: Mapping[str, Any]) -> dict[str, Any]:
         copied = dict[str, Any]()
         for name, value in attributes.items():
             if isinstance(thing, nn.Module):
-                self.at = self._found.named(thing, name)
+                self.at = self.found.named(thing, name)
             copied[name] = self.of(value)
         return copied
 
@@ -272,9 +259,9 @@ class _Copies:
     def _module(self, module: nn.Module) -> nn.Module:
         cls = type(module)
         if isinstance(module, torch.jit.ScriptModule):
-            if id(module) not in self._modules:
+            if id(module) not in self.modules:
                 return module  # its weights are nobody's average
-            name = self._found.where(id(module))
+            name = self.found.where(id(module))
             raise CopyError(f"ema_model must copy the model, and {name} is scripted by torch.jit; {_INSTEAD}")
         if (inner := _wrapped(module)) is not None:
             return self._bare(module, inner)
@@ -282,7 +269,7 @@ class _Copies:
         if deepcopy is None:
             return self._rebuilt(module)
         if deepcopy.__module__ != "torch.nn.utils.parametrize":
-            return module.__deepcopy__(self._memo)  # type: ignore[operator]
+            return module.__deepcopy__(self.memo)  # type: ignore[operator]
         # A parametrized module copies its attributes, and refuses to be asked for its state.
         new = self._remember(module, cls.__new__(cls))
         vars(new).update(self._attributes(module, vars(module)))
@@ -303,7 +290,7 @@ class _Copies:
         compiled = getattr(function, "_torchdynamo_orig_callable", None)
         if compiled is not None:
             return self.of(compiled)
-        named = {n: v for n, v in self._found.globals_of(function).items() if id(v) in self._leading}
+        named = {n: v for n, v in self.found.globals_of(function).items() if id(v) in self.leading}
         namespace = dict(function.__globals__) if named else function.__globals__
         cells = tuple(map(self._cell, function.__closure__ or ()))
         new = FunctionType(function.__code__, namespace, function.__name__, None, cells or None)
@@ -322,58 +309,63 @@ class _Copies:
 
     def _cell(self, cell: CellType) -> CellType:
         """Return a cell for the copy of a function; one without the model in it stays common to both."""
-        if id(cell) not in self._leading:
+        if id(cell) not in self.leading:
             return cell
-        if id(cell) not in self._memo:
+        if id(cell) not in self.memo:
             new = self._remember(cell, CellType())
 
             def fill() -> None:
                 new.cell_contents = self.of(cell.cell_contents)
 
             self._late.append(fill)
-        return self._memo[id(cell)]
+        return self.memo[id(cell)]
 
-    # Checks
 
-    def check_tensors(self, model: nn.Module) -> None:
-        """Check that each module's copy holds in each place what stands for the tensor there.
+def _alias(by: Tensor, cls: type[Tensor]) -> Tensor:
+    """Return an alias of ``by`` as the class of what it stands for, where it can be one."""
+    if type(by) not in {Tensor, nn.Parameter} or cls is nn.Parameter:
+        return nn.Parameter(by, requires_grad=False) if issubclass(cls, nn.Parameter) else by.detach()
+    return Tensor._make_subclass(cls, by.detach(), False)  # noqa: SLF001
 
-        Args:
-            model: The original.
 
-        Raises:
-            CopyError: If not, since a module has its own way to be copied.
-        """
-        for name, module in model.named_modules():
-            twin = self._memo.get(id(module))
-            held = {} if twin is None else {**twin._parameters, **twin._buffers}  # noqa: SLF001
-            for attribute, tensor in chain(module._parameters.items(), module._buffers.items()):  # noqa: SLF001
-                if tensor is not None and held.get(attribute) is not self._memo.get(id(tensor), tensor):
-                    where = f"{name}.{attribute}" if name else attribute
-                    raise CopyError(
-                        f"ema_model must hold the average, and the copy of {type(module).__qualname__} replaces "
-                        f"{where}; {_INSTEAD}"
-                    )
+def _give_state(new: Any, state: Any) -> None:
+    """Set the state that ``__reduce_ex__`` returned on a copy."""
+    if hasattr(new, "__setstate__"):
+        new.__setstate__(state)
+        return
+    attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+    if attributes:
+        vars(new).update(attributes)
+    for name, value in (slots or {}).items():
+        setattr(new, name, value)
 
-    def check_references(self, view: nn.Module) -> None:
-        """Check that the view refers to no module and no tensor of the model, but those that it shares.
 
-        Args:
-            view: The copy.
-
-        Raises:
-            CopyError: If it does; it names the attribute.
-        """
-        # What the model refers to without being led back to it was looked at before.
-        harmless = (key for key in self._found.objects if key not in self._leading)
-        reached = References(view, stops=chain(self._shared, harmless))
-        kept = {key for key in self._own if self._memo.get(key) is self._own[key]}
-        for key in chain(self._modules, self._own.keys() - kept):
-            if key in reached.objects:
+def _check_tensors(model: nn.Module, copies: _Copies) -> None:
+    """Check that each module's copy holds in each place what stands for the tensor there: some copy themselves."""
+    for name, module in model.named_modules():
+        twin = copies.memo.get(id(module))
+        held: dict[str, Any] = {} if twin is None else {**twin._parameters, **twin._buffers}  # noqa: SLF001
+        for attribute, tensor in chain(module._parameters.items(), module._buffers.items()):  # noqa: SLF001
+            if tensor is not None and held.get(attribute) is not copies.memo.get(id(tensor), tensor):
+                where = f"{name}.{attribute}" if name else attribute
                 raise CopyError(
-                    f"ema_model must not compute with the model in training, and {reached.where(key)} refers to it in "
-                    f"a way that cannot be copied; {_INSTEAD}"
+                    f"ema_model must hold the average, and the copy of {type(module).__qualname__} replaces {where}; "
+                    f"{_INSTEAD}"
                 )
+
+
+def _check_references(view: nn.Module, copies: _Copies) -> None:
+    """Check that the view refers to no module and no tensor of the model, but those that it shares."""
+    # What the model refers to without being led back to it was looked at before.
+    harmless = (key for key in copies.found.objects if key not in copies.leading)
+    reached = References(view, stops=chain(copies.shared, harmless))
+    kept = {key for key in copies.own if copies.memo.get(key) is copies.own[key]}
+    for key in chain(copies.modules, copies.own.keys() - kept):
+        if key in reached.objects:
+            raise CopyError(
+                f"ema_model must not compute with the model in training, and {reached.where(key)} refers to it in a "
+                f"way that cannot be copied; {_INSTEAD}"
+            )
 
 
 _CONTAINERS: frozenset[type] = frozenset({list, dict, tuple, set, frozenset, OrderedDict, defaultdict, deque})
@@ -386,7 +378,7 @@ def _wrapped(module: nn.Module) -> str | None:
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
     if eval_frame is not None and isinstance(module, eval_frame.OptimizedModule):
         return "_orig_mod"
-    return "module" if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) else None
+    return "module" if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None
 
 
 def _storage(tensor: Tensor) -> int | None:
@@ -402,26 +394,44 @@ def _storage(tensor: Tensor) -> int | None:
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """Return the first byte of a tensor in its storage, and the one after the last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.storage_offset()
+    start = int(tensor.storage_offset())
     return start * tensor.element_size(), (start + last + 1) * tensor.element_size()
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    if one.numel() == 0 or other.numel() == 0:
-        return False
-    (start, end), (begin, stop) = _extent(one), _extent(other)
-    return start < stop and begin < end
+class _Memory:
+    """The memory of tensors that others stand for, to find what else lies in it.
 
+    Args:
+        replaced: Each of the tensors, and what stands for it.
+    """
 
-def _same_view(tensor: Tensor, own: Tensor, by: Tensor) -> Tensor | None:
-    """Return the view of ``by`` that ``tensor`` is of ``own``, if it is one and ``by`` lies in memory as ``own`` does."""
-    if type(by) not in {Tensor, nn.Parameter} or tensor.dtype != own.dtype or by.stride() != own.stride():
+    def __init__(self, replaced: Iterable[tuple[Tensor, Tensor]]) -> None:
+        self._held = dict[int, list[tuple[Tensor, Tensor]]]()
+        for own, by in replaced:
+            if (storage := _storage(own)) is not None:
+                self._held.setdefault(storage, []).append((own, by))
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether a tensor has the same storage as one of them."""
+        return _storage(tensor) in self._held
+
+    def overlaps(self, tensor: Tensor) -> bool:
+        """Return whether a tensor may have an element in common with one of them."""
+        begin, stop = _extent(tensor)
+        extents = (_extent(own) for own, _ in self._held[_storage(tensor) or 0] if own.numel() and tensor.numel())
+        return any(start < stop and begin < end for start, end in extents)
+
+    def view(self, tensor: Tensor) -> Tensor | None:
+        """Return the view that a tensor is of one of them, of what stands for it; None if that has other strides."""
+        begin, stop = _extent(tensor)
+        for own, by in self._held[_storage(tensor) or 0]:
+            start, end = _extent(own)
+            alike = own.dtype == tensor.dtype and own.stride() == by.stride() and type(by) in {Tensor, nn.Parameter}
+            plain = tensor.numel() > 0 and not tensor.is_conj() and not tensor.is_neg()
+            if alike and plain and start <= begin and stop <= end:
+                offset = by.storage_offset() + tensor.storage_offset() - own.storage_offset()
+                return by.detach().as_strided(tensor.shape, tensor.stride(), offset)
         return None
-    (start, end), (begin, stop) = _extent(own), _extent(tensor)
-    if tensor.numel() == 0 or begin < start or stop > end or tensor.is_conj() or tensor.is_neg():
-        return None
-    offset = by.storage_offset() + tensor.storage_offset() - own.storage_offset()
-    return by.detach().as_strided(tensor.shape, tensor.stride(), offset)
 
 
 def _evaluate(view: nn.Module, tensors: Iterable[Tensor]) -> None:
@@ -453,7 +463,7 @@ class _ReadOnly(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             value = args[place] if place < len(args) else kwargs.get(argument.name)
-            for tensor in value if isinstance(value, list | tuple) else [value]:
+            for tensor in [value] if isinstance(value, Tensor) else value or ():
                 if isinstance(tensor, Tensor) and _storage(tensor) in self._memory:
                     raise CopyError(
                         f"ema_model must leave the weights as they are, and the model's eval() writes to one ({func}); "
