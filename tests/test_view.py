@@ -1,5 +1,6 @@
 """``ema_model`` computes with the average bit for bit, or refuses: a view of every kind of model that people bring."""
 
+import collections
 import copy
 import functools
 import gc
@@ -10,6 +11,7 @@ import queue
 import threading
 import warnings
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -36,6 +38,12 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.body(x)).relu())
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    body: nn.Module
+    heads: list[nn.Module]
 
 
 class Scaled(Net):
@@ -333,6 +341,37 @@ def mask(model):
     model.forward = MethodType(lambda s, x: Net.forward(s, x) * s.mask, model)
 
 
+def with_ways_of_their_own_to_be_copied(model):
+    class Cloned(nn.Linear):
+        def __deepcopy__(self, memo):
+            return nn.Linear(4, 6)
+
+    class Forgets(nn.Linear):
+        gain = 1.0
+
+        def __getstate__(self):
+            return {name: value for name, value in vars(self).items() if name != "gain"}
+
+        def forward(self, x):
+            return super().forward(x) * self.gain
+
+    model.body, model.head = Cloned(4, 6), Forgets(6, 2)
+    model.head.gain = 3.0
+
+
+def third_party_averages(model):
+    import ema_pytorch
+
+    model.__dict__["theirs"] = ema_pytorch.EMA(model.body, beta=0.9)
+    model.teacher = torch.optim.swa_utils.AveragedModel(model.head)
+
+
+def containers(model):
+    model.pair, model.queue = Pair(model.body, [model.head]), collections.deque([model.head], maxlen=3)
+    model.heads = collections.defaultdict(lambda: model.head)
+    model.forward = MethodType(lambda s, x: s.heads["a"](s.pair.body(x)) + s.queue[0](s.pair.body(x)), model)
+
+
 def teacher_beside(model):
     model.__dict__["teacher"] = nn.Linear(4, 2)
     model.forward = MethodType(lambda s, x: Net.forward(s, x) + s.teacher(x), model)
@@ -378,7 +417,8 @@ KINDS = [
     forward_of_another_module, weak_reference, weak_attribute, weak_proxy, helper_object, slotted_object,
     method_of_a_list, global_function, hooks, hook_object, parent_in_a_list, keyed_by_modules, remembers, weight_norm,
     spectral_norm, pruned, parametrized, parametrized_by_the_model, parametrized_spectral, lstm, lists_of_parameters,
-    nested, tied, lazy, frozen, subclass_of_parameter, data_parallel_inside, traced, mask, teacher_beside, lock,
+    nested, tied, lazy, frozen, subclass_of_parameter, data_parallel_inside, traced, mask, teacher_beside,
+    with_ways_of_their_own_to_be_copied, third_party_averages, containers, lock,
     generators, files, queues, holds_its_trainer, loader,
 ]  # fmt: skip
 
@@ -594,11 +634,14 @@ class OwnInstance(Net):
         return self.instance.head(self.body(x))
 
 
-class Cloned(nn.Linear):
-    def __deepcopy__(self, memo: dict) -> nn.Module:
-        other = nn.Linear(4, 6)
-        other.load_state_dict(self.state_dict())
-        return other
+class Clones:
+    """Leads to a module, and copies itself in a way of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __deepcopy__(self, memo: dict) -> "Clones":
+        return Clones(self.module)
 
 
 class Merges(nn.Linear):
@@ -635,7 +678,7 @@ def by_a_method_that_closes_over_it():
 
 def by_a_copy_of_its_own():
     model = Net()
-    model.body = Cloned(4, 6)
+    model.clones = Clones(model.body)
     return model
 
 
@@ -676,7 +719,7 @@ def nested_too_deeply():
     ("build", "named"),
     [
         (by_a_global, "class ByGlobal"), (by_a_class_attribute, "class OwnInstance"),
-        (by_a_method_that_closes_over_it, "class .*Closes"), (by_a_copy_of_its_own, "body.weight"),
+        (by_a_method_that_closes_over_it, "class .*Closes"), (by_a_copy_of_its_own, "clones"),
         (merging, r"eval\(\) writes"), (by_a_cache, "pick"), (by_a_generator, "layers"),
         (nested_too_deeply, "body"),
     ],

@@ -201,7 +201,10 @@ class References:
     # What refers to what. Each child comes with its name where it is an attribute of a module.
 
     def _children(self, thing: object) -> Iterator[tuple[str | None, object]]:
-        if isinstance(thing, nn.Module):
+        kind = type(thing)
+        if kind in weakref.ProxyTypes:  # first: its `__class__` is that of what it stands for
+            yield None, referent(thing)
+        elif isinstance(thing, nn.Module):
             yield from self._of_module(thing)
         elif isinstance(thing, type):
             yield from self._of_class(thing)
@@ -209,13 +212,11 @@ class References:
             yield from self._of_function(thing)
         elif isinstance(thing, Tensor):
             yield from ((None, value) for value in vars(thing).values())
-        elif type(thing) in weakref.ProxyTypes:
-            yield None, referent(thing)
         elif isinstance(thing, weakref.ref):
             yield None, thing()
         else:
             for child in gc.get_referents(thing):
-                if not isinstance(child, type) or child is type(thing) or "<locals>" in child.__qualname__:
+                if not isinstance(child, type) or child is kind or "<locals>" in child.__qualname__:
                     yield None, child
 
     @staticmethod

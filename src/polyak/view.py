@@ -50,8 +50,7 @@ def module_over(model: nn.Module, replacements: Mapping[int, Tensor]) -> nn.Modu
         >>> view(torch.ones(1, 1)).item()
         2.0
     """
-    found = References(model)
-    copies = _Copies(model, replacements, found)
+    copies = _Copies(model, replacements)
     try:
         view = copies.of(model)
         copies.finish()
@@ -74,11 +73,10 @@ class _Copies:
     Args:
         model: To be copied.
         replacements: As for ``module_over``.
-        found: What it refers to.
 
     Attributes:
         at: Where in the model it was last at work, to say so in errors.
-        found: As given.
+        found: What the model refers to.
         shared: Ids of what serves the training.
         modules: The model's modules by id.
         own: Its tensors by id, also those that others hold of their memory.
@@ -86,9 +84,9 @@ class _Copies:
         memo: The copies by the id of the original, as ``copy.deepcopy`` keeps them, which may be called with it.
     """
 
-    def __init__(self, model: nn.Module, replacements: Mapping[int, Tensor], found: References) -> None:
+    def __init__(self, model: nn.Module, replacements: Mapping[int, Tensor]) -> None:
         self.at = "the model"
-        self.found = found
+        self.found = found = References(model)
         self.shared = found.serving()
         self.modules = {id(module): module for module in model.modules()}
         self.own = {id(t): t for t in chain(model.parameters(), model.buffers())}
@@ -143,11 +141,12 @@ class _Copies:
         return copied
 
     def _copy(self, thing: Any) -> Any:
-        if isinstance(thing, Tensor):
+        kind = type(thing)  # a proxy's `__class__` is another
+        if issubclass(kind, Tensor):
             return self._tensor(thing)
-        if isinstance(thing, nn.Module):
+        if issubclass(kind, nn.Module):
             return self._module(thing)
-        if type(thing) in _CONTAINERS:
+        if kind in _CONTAINERS:
             return self._container(thing)
         if isinstance(thing, MethodType):
             return MethodType(self.of(thing.__func__), self.of(thing.__self__))
@@ -192,7 +191,11 @@ class _Copies:
         if isinstance(tensor, nn.Parameter) and not nn.parameter.is_lazy(tensor):
             tied = any(id(value) in self.leading for value in vars(tensor).values())
             return self._replaced(tensor, tensor.detach()) if tied or tensor.requires_grad else tensor
-        return copy.deepcopy(tensor.detach() if tensor.requires_grad else tensor, self.memo)
+        plain = tensor.detach() if tensor.requires_grad else tensor
+        try:
+            return copy.deepcopy(plain, self.memo)
+        except (RuntimeError, NotImplementedError):  # as of tensors that only have a shape, in a graph
+            return plain
 
     # Containers and objects
 
@@ -231,57 +234,34 @@ class _Copies:
         make, arguments, state, items, pairs, *_ = (*reduced, None, None, None)
         new = self._remember(thing, make(*[self.of(argument) for argument in arguments]))
         if state is not None:
-            self._set_state(thing, new, state)
+            self._kept.append(state)  # which may have been made for this call
+            _give_state(new, self.of(state))
         for item in items or ():
             new.append(self.of(item))
         for key, value in pairs or ():
             new[self.of(key)] = self.of(value)
         return new
 
-    def _set_state(self, thing: Any, new: Any, state: Any) -> None:
-        if isinstance(state, dict):
-            state = self._attributes(thing, state)
-        else:
-            self._kept.append(state)
-            state = self.of(state)
-        _give_state(new, state)
-
-    def _attributes(self, thing: object, attributes: Mapping[str, Any]) -> dict[str, Any]:
-        copied = dict[str, Any]()
-        for name, value in attributes.items():
-            if isinstance(thing, nn.Module):
-                self.at = self.found.named(thing, name)
-            copied[name] = self.of(value)
-        return copied
-
     # Modules
 
     def _module(self, module: nn.Module) -> nn.Module:
-        cls = type(module)
+        """Return a copy with the same attributes, whatever the module leaves out when it is deep-copied or pickled."""
         if isinstance(module, torch.jit.ScriptModule):
             if id(module) not in self.modules:
                 return module  # its weights are nobody's average
             name = self.found.where(id(module))
             raise CopyError(f"ema_model must copy the model, and {name} is scripted by torch.jit; {_INSTEAD}")
-        if (inner := _wrapped(module)) is not None:
-            return self._bare(module, inner)
-        deepcopy = getattr(cls, "__deepcopy__", None)
-        if deepcopy is None:
-            return self._rebuilt(module)
-        if deepcopy.__module__ != "torch.nn.utils.parametrize":
-            return module.__deepcopy__(self.memo)  # type: ignore[operator]
-        # A parametrized module copies its attributes, and refuses to be asked for its state.
-        new = self._remember(module, cls.__new__(cls))
-        vars(new).update(self._attributes(module, vars(module)))
-        return new
-
-    def _bare(self, wrapper: nn.Module, inner: str) -> nn.Module:
-        """Return a wrapper that does nothing but call what is in it: uncompiled, without communication."""
-        cls = type(wrapper)
-        new = self._remember(wrapper, cls.__new__(cls))
-        vars(new)["_super_module_initialized"] = True
-        vars(new).update(self._attributes(wrapper, {k: v for k, v in vars(wrapper).items() if k in _BARE}))
-        vars(new)["forward"] = vars(new)["_modules"][inner].__call__
+        inner = _wrapped(module)
+        new = self._remember(module, object.__new__(type(module)))
+        held = vars(new)
+        for name, value in vars(module).items():
+            if inner is None or name in _BARE:
+                self.at = self.found.named(module, name)
+                held[name] = self.of(value)
+        if inner is not None:
+            # It does nothing but call what is in it: uncompiled, without communication.
+            held["_super_module_initialized"] = True
+            held["forward"] = held["_modules"][inner].__call__
         return new
 
     # Functions
