@@ -5,6 +5,7 @@ from polyak.batchnorm import update_bn
 from polyak.ema import EMA, compute_ema
 from polyak.errors import (
     CheckpointError,
+    CopyError,
     LoanError,
     MismatchError,
     OffloadError,
@@ -48,6 +49,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointSaver",
     "ConsoleLogger",
+    "CopyError",
     "Event",
     "HalfLife",
     "JSONLinesLogger",

@@ -1,9 +1,12 @@
 """What acts on events: ``Algorithm``, and ``dispatch``, by which every host calls them."""
 
+import pickle
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from polyak.errors import CopyError
 from polyak.events import Event, State
 
 
@@ -73,3 +76,29 @@ def dispatch(event: Event, state: State, algorithms: Sequence[Algorithm], logger
     acting = [algorithm for algorithm in algorithms if algorithm.match(event, state)]
     for algorithm in reversed(acting) if event.name.startswith("AFTER") else acting:
         algorithm.apply(event, state, logger)
+
+
+# These copy functions without a name, too.
+_BY_VALUE = {"copy", "cloudpickle", "dill"}
+
+
+def check_pickles(name: str, value: object) -> None:
+    """Check that an argument of an algorithm can be pickled with it; called by ``__getstate__``.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+
+    Raises:
+        CopyError: If not, as with lambdas.
+    """
+    pickler = sys._getframe(2).f_globals.get("__name__", "")  # noqa: SLF001
+    if _BY_VALUE.intersection(pickler.split(".")):
+        return
+    try:
+        pickle.dumps(value)
+    except Exception as error:
+        raise CopyError(
+            f"{name} must be a function that can be imported for the algorithm to be pickled (got {value!r}: {error}); "
+            "define it with `def` at the top of a module"
+        ) from error

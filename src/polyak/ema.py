@@ -4,6 +4,7 @@
 the shadow's.
 """
 
+import copy
 import itertools
 import math
 import warnings
@@ -14,8 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from polyak import optimizers
-from polyak.algorithm import Algorithm, MetricLogger, NoLogger
-from polyak.errors import CheckpointError, LoanError, MismatchError, PlanWarning, ProfileError, TimeError
+from polyak.algorithm import Algorithm, MetricLogger, NoLogger, check_pickles
+from polyak.errors import (
+    CheckpointError,
+    CopyError,
+    LoanError,
+    MismatchError,
+    PlanWarning,
+    PolyakError,
+    ProfileError,
+    TimeError,
+)
 from polyak.events import Event, State
 from polyak.kernels import Place, lerp_
 from polyak.memory import write_
@@ -199,6 +209,77 @@ class EMA(Algorithm):
         dtype = f", dtype={self._dtype}" if self._dtype else ""
         times = f"ema_start='{self.ema_start}', update_interval='{self.update_interval}'"
         return f"EMA(profile={self.profile!r}, {times}{dtype})"
+
+    # Copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EMA":
+        """Return an EMA with the same average, bound to a copy of the model: the one in ``memo``, or one made for it.
+
+        Its average has memory of its own, and is not in the model: a copy that is made while it is has the average in
+        both, and its model gets its training weights when the copy is attached.
+
+        Raises:
+            CopyError: If the average is divided over ranks, or the model cannot be copied.
+        """
+        self._check_copyable()
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        state = None if self._shadow is None else _cloned(self.state_dict())
+        pending = self._pending if state is None else state
+        special = {"_model", "_shadow", "_pending", "_lent_until", *_SHARED}
+        vars(new).update({name: value for name, value in vars(self).items() if name in _SHARED})
+        vars(new).update({n: copy.deepcopy(value, memo) for n, value in vars(self).items() if n not in special})
+        vars(new).update({"_lent_until": None, "_pending": None, "_model": self._copied_model(memo)})
+        if state is None:
+            vars(new)["_shadow"] = None
+        else:
+            vars(new)["_copied_state"] = {**state, "lent": False, "training_model": None}  # see `__getattr__`
+        if state is None or state["lent"]:
+            vars(new)["_pending"] = None if pending is None else _cloned(pending)
+        return new
+
+    def __getattr__(self, name: str) -> Any:
+        """Make a copy's shadow when it is first needed: while a model with its EMA is copied, it has no tensors."""
+        if name != "_shadow" or "_copied_state" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._shadow = None
+        try:
+            self.load_state_dict(vars(self)["_copied_state"])
+        except BaseException:
+            del self._shadow
+            raise
+        del vars(self)["_copied_state"]
+        return self._shadow
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the model. The average waits, on the CPU, until it meets its model again."""
+        self._check_copyable()
+        check_pickles("policy", self._policy)
+        unbound: dict[str, Any] = {"_model": None, "_shadow": None, "_ranks": None, "_lent_until": None}
+        pending = self._pending if self._pending is not None or self._shadow is None else self.state_dict()
+        own = {name: value for name, value in vars(self).items() if name != "_copied_state"}
+        return {**own, **unbound, "_pending": None if pending is None else _cloned(pending, "cpu")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def _check_copyable(self) -> None:
+        if self._mesh is not None or (self._ranks is not None and not self._ranks.replicas):
+            raise CopyError(
+                f"an EMA must be all in one process to be copied or pickled, and {self!r} is divided over ranks; save "
+                "its state_dict() by torch.distributed.checkpoint"
+            )
+
+    def _copied_model(self, memo: dict[int, Any]) -> nn.Module | None:
+        try:
+            return copy.deepcopy(self._model, memo)
+        except PolyakError:
+            raise
+        except Exception as error:
+            raise CopyError(
+                f"an EMA is copied with its model, and this model cannot be ({error}); copy ema.state_dict(), and load "
+                "it into another EMA"
+            ) from error
 
     @property
     def smoothing(self) -> float | None:
@@ -548,6 +629,8 @@ class EMA(Algorithm):
         ``torch.distributed`` is in use it has the same entries before averaging has begun as after, the weights
         standing for their average: ``torch.distributed.checkpoint`` loads into what is there already.
         """
+        if self._model is None and self._pending is not None:
+            return dict(self._pending)
         lent = self.ema_weights_active
         if self._ranks is not None and not self._ranks.replicas and not lent:
             self._agree()
@@ -617,6 +700,21 @@ class EMA(Algorithm):
         self._updated_at = Timestamp.from_state_dict(state["updated_at"]) if state["updated"] else None
         self._decay = state["decay"]
         self._quarantine_warned = shadow.num_quarantined
+
+
+# What copies of an EMA have in common.
+_SHARED = ("_policy", "_mesh", "_ranks", "_offload")
+
+
+def _cloned(state: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:
+    """Return a state whose tensors have memory of their own."""
+    cloned = dict[str, Any]()
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            cloned[name] = value.detach().to(device or value.device, copy=True)
+        else:
+            cloned[name] = _cloned(value, device) if isinstance(value, Mapping) else value
+    return cloned
 
 
 def _convert(time: Time | None, unit: TimeUnit, state: State) -> float | None:

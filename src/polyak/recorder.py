@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.algorithm import Algorithm, MetricLogger
-from polyak.errors import CheckpointError, MismatchError, PlanWarning, TimeError
+from polyak.algorithm import Algorithm, MetricLogger, check_pickles
+from polyak.errors import CheckpointError, CopyError, MismatchError, PlanWarning, TimeError
 from polyak.events import Event, State
 from polyak.record import Edge, RecordError, TensorInfo, Writer
 from polyak.select import PolicyRule, all_slots, default_policy, unwrap, views_of
@@ -109,6 +109,20 @@ class Recorder(Algorithm):
 
     def __repr__(self) -> str:
         return f"Recorder('{self.folder}', interval={self.interval}, per_level={self._per_level})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied or pickled, before it is at work: then it owns its folder, and a thread.
+
+        Raises:
+            CopyError: If it is at work.
+        """
+        if self._state is not None:
+            raise CopyError(
+                f"a Recorder must be copied or pickled before it is attached, and {self!r} writes to its folder "
+                "already; make a new Recorder with a folder of its own"
+            )
+        check_pickles("policy", self._policy)
+        return vars(self).copy()
 
     def match(self, event: Event, state: State) -> bool:
         """Return whether to act: at set-up, after each batch, where the run ends."""

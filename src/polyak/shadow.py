@@ -1,6 +1,5 @@
 """The averaged tensors of a model: how they move, how they are swapped into the model, what is saved of them."""
 
-import copy
 import math
 import warnings
 import weakref
@@ -30,6 +29,7 @@ from polyak.select import (
 )
 from polyak.sharding import Ranks, is_spread, local, rows
 from polyak.swap import Swap, swap_of
+from polyak.view import module_over
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -440,9 +440,13 @@ class Shadow:
         return self._active.averages()
 
     def averaged_model(self) -> nn.Module:
-        """Return a new module whose tensors are the averages: no copy, in eval mode, without gradients.
+        """Return a module whose tensors are the averages: no copy of them, in eval mode, without gradients.
 
-        While the average is in the model this is the model itself. Frozen parameters are shared with the model.
+        It is made anew by each call, from the model as it is then. While the average is swapped in this is the model
+        itself. Frozen parameters are shared with the model.
+
+        Raises:
+            CopyError: If the module would still compute with the model's own tensors, or cannot be made.
         """
         if self._active:
             return self._model
@@ -459,19 +463,12 @@ class Shadow:
 
     def _module_over(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Copy the model's structure over ``tensors``, and over its own parameters for the rest."""
-        memo = dict[int, Any]()
-        for slot in all_slots(self._model):
-            tensor = self._view(tensors, slot)
-            if tensor is not None:
-                own = tensor.detach()
-                memo[id(slot.tensor)] = nn.Parameter(own, requires_grad=False) if slot.is_parameter else own
-            elif slot.is_parameter:
-                memo[id(slot.tensor)] = slot.tensor
         if self._mesh is not None or sharding.is_fsdp(self._model):
             raise ShardingError(
                 "a module of its own needs full tensors, and the average is sharded; swap it into the model"
             )
-        return copy.deepcopy(self._model, memo).eval()
+        found = ((slot, self._view(tensors, slot)) for slot in all_slots(self._model))
+        return module_over(self._model, {id(slot.tensor): tensor for slot, tensor in found if tensor is not None})
 
     def _view(self, tensors: Mapping[str, Tensor], slot: Slot) -> Tensor | None:
         """Return what stands for a tensor of the model: its own, or the view of the one whose memory it shares."""
