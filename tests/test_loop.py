@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from polyak import EMA, CheckpointError, Event, Recorder
-from polyak.loop import Loop, StepHooks, as_algorithms
+from polyak.loop import Loop, as_algorithms
 from polyak.shadow import loan_of
+from polyak.steps import StepHooks
 
 
 def stepped(loop: Loop, steps: int) -> None:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
+from polyak.attached import Attached
 from polyak.errors import LoanError
-from polyak.loop import Attached
 from polyak.shadow import loan_of
 from polyak.time import Time
 
