@@ -6,6 +6,7 @@ from polyak.batchnorm import update_bn
 from polyak.ema import EMA, compute_ema
 from polyak.errors import (
     CheckpointError,
+    CopyError,
     LoanError,
     MismatchError,
     OffloadError,
@@ -49,6 +50,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointSaver",
     "ConsoleLogger",
+    "CopyError",
     "Event",
     "HalfLife",
     "JSONLinesLogger",

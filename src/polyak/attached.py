@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm, MetricLogger
-from polyak.errors import LoanError, PlanWarning, PolyakError
+from polyak.errors import CopyError, LoanError, PlanWarning, PolyakError
 from polyak.events import Event
 from polyak.loop import Loop, as_algorithms
 from polyak.select import unwrap
@@ -90,6 +90,7 @@ class CountedLoop(Loop):
         tokens_per_step: int,
         logger: MetricLogger | None,
     ) -> None:
+        self._unmet = False
         super().__init__(_Reachable(algorithms), model, logger)
         self.state.timestamp = Timestamp(epoch_length=steps_per_epoch)
         self.state.max_duration = None if max_duration is None else as_span("max_duration", max_duration, above=0)
@@ -131,6 +132,19 @@ class CountedLoop(Loop):
             self.release()
             self.fire(Event.FIT_END)
 
+    def state_for(self, path: str | Path | None) -> dict[str, Any]:
+        """Return what ``state_dict`` does, and warn of weights that have moved uncounted.
+
+        Args:
+            path: Where it will be saved, if that is known.
+        """
+        self.warn_of_unseen()
+        self.state.saving_to = None if path is None else Path(path)
+        try:
+            return self.state_dict()
+        finally:
+            self.state.saving_to = None
+
     def parts(self) -> dict[str, Any]:
         """Return what a copy is made of: all but the algorithms, which their owner has, and the hooks."""
         kept = {"algorithms", "hooks", "_unseen"}
@@ -148,10 +162,48 @@ class CountedLoop(Loop):
         loop = cls.__new__(cls)
         optimizer = parts["optimizer"]
         vars(loop).update({name: value for name, value in parts.items() if name != "optimizer"})
-        loop.algorithms, loop.hooks, loop._unseen = _Reachable(algorithms), None, None
+        vars(loop).update(algorithms=_Reachable(algorithms), hooks=None, _unseen=None, _unmet=True)
         if optimizer is not None:
             loop.hooks = StepHooks(optimizer, loop.finish_batch, loop.begin)
+        if _is_complete(loop.state.model):
+            loop.meet()
+        with _LOCK:
+            _LOOPS.append(weakref.ref(loop))
         return loop
+
+    def meet(self) -> None:
+        """Let copied algorithms meet the copied model, now that it is complete, if they have not yet."""
+        if self._unmet:
+            self._unmet = False
+            super().fire(Event.INIT)
+            if not self.detached:
+                self.watch(self.hooks)
+
+    def fire(self, event: Event) -> None:
+        """Tell the algorithms what happened.
+
+        Args:
+            event: What.
+        """
+        self.meet()
+        super().fire(event)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the algorithms, and where the loop stands."""
+        self.meet()
+        return super().state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned; see ``Loop``."""
+        self.meet()
+        super().load_state_dict(state)
+
+
+def _is_complete(model: nn.Module) -> bool:
+    try:
+        return list(model.parameters()) is not None
+    except AttributeError:  # it refers to what is being copied, and is half made
+        return False
 
 
 _LOOPS: list["weakref.ref[CountedLoop]"] = []
@@ -166,17 +218,20 @@ def _begin_instead_of_others(loop: CountedLoop) -> None:
     for other in others:
         shared = [algorithm for algorithm in other.algorithms if any(algorithm is ours for ours in loop.algorithms)]
         if shared:
-            if other.by_hand or (other.hooks is not None and other.hooks.optimizer is not None):
+            if other.by_hand or _optimizer_of(other) is not None:
                 warnings.warn(
-                    f"an algorithm must follow one loop, and {shared[0]!r} was attached already: it follows the new loop "
-                    "from now on; call detach() of what the first attach returned before the second",
+                    f"an algorithm must follow one loop, and {shared[0]!r} was attached already: it follows the new "
+                    "loop from now on; call detach() of what the first attach returned before the second",
                     PlanWarning,
                     stacklevel=5,
                 )
             other.detach()
-        elif not len(other.algorithms) and other.hooks is not None and loop.hooks is not None:
-            if other.hooks.optimizer is loop.hooks.optimizer:
-                other.release()
+        elif not other.algorithms and _optimizer_of(other) is _optimizer_of(loop):
+            other.release()
+
+
+def _optimizer_of(loop: CountedLoop) -> Optimizer | None:
+    return None if loop.hooks is None else loop.hooks.optimizer
 
 
 class Attached:
@@ -236,6 +291,11 @@ class Attached:
         return self.algorithms[0]
 
     @property
+    def loop(self) -> CountedLoop:
+        """What follows the steps; it does not keep an average that nobody refers to any more."""
+        return self._loop
+
+    @property
     def timestamp(self) -> Timestamp:
         """What has been counted so far."""
         return self._loop.state.timestamp
@@ -276,12 +336,7 @@ class Attached:
         Args:
             path: Where it will be saved, if an algorithm is to keep what it refers to as long as that is there.
         """
-        self._loop.warn_of_unseen()
-        self._loop.state.saving_to = None if path is None else Path(path)
-        try:
-            return self._loop.state_dict()
-        finally:
-            self._loop.state.saving_to = None
+        return self._loop.state_for(path)
 
     @property
     def in_parts(self) -> bool:
@@ -347,8 +402,10 @@ class Attached:
         except PolyakError:
             raise
         except Exception as error:
-            raise PolyakError(f"{self._which} cannot be copied: {error}; {_INSTEAD}") from error
-        other._set({"algorithms": algorithms, "loop": copy.deepcopy(parts, memo)})
+            raise CopyError(
+                f"what attach returned, with {self.algorithms}, cannot be copied: {error}; {_INSTEAD}"
+            ) from error
+        other.__setstate__({"algorithms": algorithms, "loop": copy.deepcopy(parts, memo)})
         return other
 
     def __getstate__(self) -> dict[str, Any]:
@@ -356,22 +413,15 @@ class Attached:
         try:
             pickle.dumps(parts["_logger"])
         except Exception as error:
-            raise PolyakError(
+            raise CopyError(
                 f"what attach returned can be pickled if its logger can, and {parts['_logger']!r} cannot: {error}; "
                 f"{_INSTEAD}"
             ) from error
         return {"algorithms": self.algorithms, "loop": parts}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self._set(state)
-
-    def _set(self, state: Mapping[str, Any]) -> None:
         self.algorithms = state["algorithms"]
         self._loop = CountedLoop.of_parts(state["loop"], self.algorithms)
-
-    @property
-    def _which(self) -> str:
-        return f"what attach returned, with {self.algorithms},"
 
 
 _INSTEAD = "copy the model and the optimizer, attach a new algorithm to them, and load this one's state_dict()"

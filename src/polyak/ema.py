@@ -546,11 +546,13 @@ class EMA(Algorithm):
     def _warn_if_not_updated(self, state: State) -> None:
         if self._fit_from is None or self._updated_at is None:
             return
+        if float(state.get_elapsed_duration() or 1.0) < 1:
+            return  # it was cut short
         batch, updates = self._fit_from
         if updates == self.num_updates and state.timestamp.batch > max(batch, self._updated_at.batch):
             warnings.warn(
-                f"the average was not updated in this run: it is that of {self._updated_at.batch}, and the run went from "
-                f"{batch} to {state.timestamp.batch} with update_interval='{self.update_interval}'; take a shorter one",
+                f"the average was not updated in this run: it is that of {self._updated_at.batch}, and the run went "
+                f"from {batch} to {state.timestamp.batch} (update_interval='{self.update_interval}'); take a shorter one",
                 PlanWarning,
                 stacklevel=2,
             )

@@ -62,6 +62,10 @@ class OffloadError(PolyakError, RuntimeError):
     """An update in the background that failed, and an average that nothing is known of since."""
 
 
+class CopyError(PolyakError, RuntimeError):
+    """A model, an average or a recorder that cannot be copied or pickled."""
+
+
 class CheckpointError(PolyakError, ValueError):
     """A checkpoint, or a state in it, that is not what it should be."""
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
 from polyak.errors import CheckpointError
@@ -17,7 +16,6 @@ from polyak.select import slots
 from polyak.sharding import has_spread, is_fsdp, is_initialized, reshard
 from polyak.steps import StepHooks, Unseen, counted_optimizer, refuse_masters
 from polyak.time import Time, Timestamp, TimeUnit
-
 
 # Where weights that nobody counted would be noticed too late.
 _CHECKED = {Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START, Event.FIT_END}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -95,11 +96,7 @@ def refuse_masters(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def _is_half(parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad and not _is_lazy(parameter) and parameter.dtype in {torch.float16, torch.bfloat16}
-
-
-def _is_lazy(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    return parameter.requires_grad and not is_lazy(parameter) and parameter.dtype in {torch.float16, torch.bfloat16}
 
 
 def _covers(sizes: Iterable[int], wanted: Iterable[int]) -> bool:
@@ -247,7 +244,7 @@ def _has_gradients(optimizer: Optimizer) -> bool:
 
 
 def _versions(optimizer: Optimizer) -> list[int]:
-    return [0 if _is_lazy(t) or t.is_inference() else t._version for t in _tensors(optimizer)]  # noqa: SLF001
+    return [0 if is_lazy(t) or t.is_inference() else t._version for t in _tensors(optimizer)]  # noqa: SLF001
 
 
 def _has_stepped(optimizer: Optimizer, call: _Call) -> bool:
@@ -328,9 +325,9 @@ class Unseen:
             name = type(hooks.optimizer).__name__ if hooks.optimizer is not None else "the optimizer that was attached"
             gone = ", which is gone," if hooks.optimizer is None else ""
             return (
-                f"steps must be counted to be averaged: {counted} of {name}{gone} were, and since then {hooks.others} of "
-                f"{hooks.other}, which steps the same parameters, were not; attach the algorithm to that {hooks.other}, "
-                f"or {_BY_HAND}"
+                f"steps must be counted to be averaged: {counted} of {name}{gone} were, and since then {hooks.others} "
+                f"of {hooks.other}, which steps the same parameters, were not; attach the algorithm to that "
+                f"{hooks.other}, or {_BY_HAND}"
             )
         moved = [name for name, norm in _norms(self._model, self._before.keys()).items() if self._differs(name, norm)]
         if not moved:
@@ -366,7 +363,7 @@ def _norms(model: nn.Module, names: Collection[str] | None = None) -> dict[str, 
 
 
 def _is_plain(parameter: Tensor) -> bool:
-    if _is_lazy(parameter):
+    if is_lazy(parameter):
         return False
     tensor = local(parameter)
     plain = type(tensor) in {Tensor, nn.Parameter} and tensor.layout == torch.strided

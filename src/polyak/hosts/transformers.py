@@ -239,8 +239,8 @@ def _made_once(algorithms: _Algorithms) -> Callable[[], Sequence[Algorithm]]:
     def make() -> Sequence[Algorithm]:
         if not left:
             raise MismatchError(
-                f"an algorithm follows one model, and the trainer has made another for it (got {algorithms!r}), as with "
-                "model_init or a search of hyperparameters; give attach a function that makes the algorithms for each "
+                f"an algorithm follows one model, and the trainer has made another for it (got {algorithms!r}), as "
+                "with model_init or a search of hyperparameters; give attach a function that makes the algorithms for each "
                 "model, such as lambda: EMA(...)"
             )
         return left.pop()
@@ -265,8 +265,8 @@ def attach(
     Steps count for ``ba``, whatever the gradient accumulation; ``tok`` needs ``include_num_input_tokens_seen``.
 
     Args:
-        algorithms: ``EMA``, ``Recorder`` or others, one or several; or a function that returns them, which is called for
-            each model: where the trainer makes several, by ``model_init`` or in ``hyperparameter_search``.
+        algorithms: ``EMA``, ``Recorder`` or others, one or several; or a function that returns them, which is called
+            for each model: where the trainer makes several, by ``model_init`` or in ``hyperparameter_search``.
         trainer: Before ``train`` is called.
         eval_weights: With which ``evaluate`` does; of both, the training weights' metrics are named ``eval_raw_...``.
 
