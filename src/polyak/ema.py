@@ -552,7 +552,7 @@ class EMA(Algorithm):
         if updates == self.num_updates and state.timestamp.batch > max(batch, self._updated_at.batch):
             warnings.warn(
                 f"the average was not updated in this run: it is that of {self._updated_at.batch}, and the run went "
-                f"from {batch} to {state.timestamp.batch} (update_interval='{self.update_interval}'); take a shorter one",
+                f"from {batch} to {state.timestamp.batch} (update_interval='{self.update_interval}'); shorten it",
                 PlanWarning,
                 stacklevel=2,
             )

@@ -32,7 +32,8 @@ def attach(
             parallelism, all ranks must lend the average at the same moments, and are compared then.
         optimizer: The optimizer of its parameters; of several, the one that steps last in a batch, when all weights
             have moved; of one that wraps another, as Lookahead, the wrapper. None if no step of one optimizer is a
-            batch, as where each parameter has its own that steps within the backward pass: then call ``step`` of what this returns, once after each batch.
+            batch, as where each parameter has its own that steps within the backward pass: then call ``step`` of what
+            this returns, once after each batch.
         max_duration: How long the loop will go on, for times in ``dur`` and for warnings about the plan.
         steps_per_epoch: Steps in an epoch, for times in ``ep``.
         samples_per_step: Samples in a step, for times in ``sp``.

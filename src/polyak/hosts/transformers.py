@@ -240,8 +240,8 @@ def _made_once(algorithms: _Algorithms) -> Callable[[], Sequence[Algorithm]]:
         if not left:
             raise MismatchError(
                 f"an algorithm follows one model, and the trainer has made another for it (got {algorithms!r}), as "
-                "with model_init or a search of hyperparameters; give attach a function that makes the algorithms for each "
-                "model, such as lambda: EMA(...)"
+                "with model_init or a search of hyperparameters; give attach a function that makes the algorithms for "
+                "each model, such as lambda: EMA(...)"
             )
         return left.pop()
 
