@@ -487,7 +487,9 @@ class HostContract:
         plan = Plan(epochs=2)
         run = Run(self.host, tmp_path / "first", plan).fit()
         (before, average), seen = run.ema.batches[-1], len(run.ema.batches)
-        again = self.host.session(run.net, run.ema, tmp_path / "second", plan)
+        # The framework's own module around the net, if it needs one, is the model.
+        model = getattr(run.session, "trained", run.net)
+        again = self.host.session(model, run.ema, tmp_path / "second", plan)
         again.fit()
         batches = run.ema.batches[seen:]
         assert len(batches) == 12
