@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from types import FrameType
 from typing import Any
 
@@ -120,15 +121,23 @@ class _Call:
         frame: Of torch's wrapper of ``step``, which finds the call among the callers of another.
         rehearsal: Whether ``torch.distributed.checkpoint`` makes it, to have a state to load into.
         graded: Whether it began with gradients that it is to use.
-        versions: Of all tensors, if it did not.
+        versions: Of all tensors, if gradients may not tell whether it moved them.
         nested: How many steps of a parent class are running inside it.
     """
 
     frame: FrameType
     rehearsal: bool
     graded: bool
-    versions: list[int] | None
+    versions: list[int]
     nested: int = 0
+
+    def moved(self, optimizer: Optimizer) -> bool:
+        """Whether tensors have changed: some optimizers free inside a step the gradients that a closure computed.
+
+        Args:
+            optimizer: Which has made this step.
+        """
+        return bool(self.versions) and _versions(optimizer) != self.versions
 
 
 class StepHooks:
@@ -155,6 +164,7 @@ class StepHooks:
         self._optimizer = weakref.ref(optimizer)
         self._of = {id(tensor) for tensor in _tensors(optimizer)}
         self._call: _Call | None = None
+        self._keeps_gradients = False  # whether its steps, as most, leave the gradients to others
 
         def pre(optimizer: Optimizer, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             self._enter(optimizer, any(map(callable, (*args[1:], *kwargs.values()))))
@@ -188,7 +198,8 @@ class StepHooks:
             outer = outer.f_back
         # A closure computes new gradients, so those from before say nothing.
         graded = not has_closure and _has_gradients(optimizer)
-        self._call = _Call(hooked, rehearsal, graded, None if graded else _versions(optimizer))
+        versions = [] if graded or self._keeps_gradients else _versions(optimizer)
+        self._call = _Call(hooked, rehearsal, graded, versions)
         if self._before is not None and not rehearsal:
             self._before()
 
@@ -201,7 +212,9 @@ class StepHooks:
             call.nested -= 1
             return
         self._call = None
-        if not call.rehearsal and _has_stepped(optimizer, call):
+        graded_after = _has_gradients(optimizer)
+        self._keeps_gradients = self._keeps_gradients or graded_after
+        if not call.rehearsal and not _is_skipped(optimizer) and (call.graded or graded_after or call.moved(optimizer)):
             self.others = 0
             self._after()
 
@@ -211,8 +224,7 @@ class StepHooks:
         Args:
             other: The optimizer; it may be this one.
         """
-        # What steps inside a step of ours is what our optimizer wraps.
-        if self._call is None and other is not self.optimizer:
+        if other is not self.optimizer:
             first = (group["params"][0] for group in other.param_groups if group["params"])
             if any(id(tensor) in self._of for tensor in first):
                 self.others, self.other = self.others + 1, type(other).__name__
@@ -244,16 +256,19 @@ def _has_gradients(optimizer: Optimizer) -> bool:
 
 
 def _versions(optimizer: Optimizer) -> list[int]:
-    return [0 if is_lazy(t) or t.is_inference() else t._version for t in _tensors(optimizer)]  # noqa: SLF001
+    try:
+        return list(map(_VERSION, _tensors(optimizer)))
+    except (RuntimeError, ValueError):  # tensors of inference mode have none, nor have those of a lazily built model
+        return []
 
 
-def _has_stepped(optimizer: Optimizer, call: _Call) -> bool:
-    """Whether a step moved weights: a fused one is called even when the gradient scaler found an inf."""
+_VERSION = attrgetter("_version")
+
+
+def _is_skipped(optimizer: Optimizer) -> bool:
+    """Whether this step moves nothing: a fused one is called even when the gradient scaler found an inf."""
     found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is not None and bool(found_inf):
-        return False
-    # Some optimizers free the gradients inside their step, and then have changed the weights.
-    return call.graded or _has_gradients(optimizer) or _versions(optimizer) != call.versions
+    return found_inf is not None and bool(found_inf)
 
 
 # Steps of other optimizers
