@@ -483,6 +483,22 @@ class HostContract:
         assert not loops.differences(whole.weights, resumed.weights)
         assert not loops.differences(whole.ema.state_dict(), resumed.ema.state_dict())
 
+    def test_an_average_that_is_attached_to_a_second_run_continues_from_its_new_clock(self, tmp_path) -> None:
+        plan = Plan(epochs=2)
+        run = Run(self.host, tmp_path / "first", plan).fit()
+        (before, average), seen = run.ema.batches[-1], len(run.ema.batches)
+        # The framework's own module around the net, if it needs one, is the model.
+        model = getattr(run.session, "trained", run.net)
+        again = self.host.session(model, run.ema, tmp_path / "second", plan)
+        again.fit()
+        batches = run.ema.batches[seen:]
+        assert len(batches) == 12
+        assert loops.differences(before, batches[-1][0])
+        for name in average:
+            weights = [average[name], *(weights[name] for weights, _ in batches)]
+            want = reference.online(weights, [0.5**0.25] * 12)
+            torch.testing.assert_close(batches[-1][1][name].double(), want, rtol=1e-5, atol=1e-6)
+
     # The order
 
     def test_the_order_of_events_is_the_golden_one(self, tmp_path) -> None:

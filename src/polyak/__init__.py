@@ -1,6 +1,7 @@
 """Weight averaging for PyTorch: in any training loop, at memory speed, with nothing lost."""
 
 from polyak.algorithm import Algorithm, dispatch
+from polyak.attached import Attached
 from polyak.batchnorm import update_bn
 from polyak.ema import EMA, compute_ema
 from polyak.errors import (
@@ -9,6 +10,7 @@ from polyak.errors import (
     LoanError,
     MismatchError,
     OffloadError,
+    OptimizerError,
     PlanWarning,
     PolyakError,
     ProfileError,
@@ -19,7 +21,6 @@ from polyak.errors import (
 from polyak.events import Event, State
 from polyak.export import export_averaged
 from polyak.hosts.optimizer import attach
-from polyak.loop import Attached
 from polyak.offload import Offload
 from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
@@ -58,6 +59,7 @@ __all__ = [
     "MismatchError",
     "Offload",
     "OffloadError",
+    "OptimizerError",
     "PlanWarning",
     "Policy",
     "PolyakError",

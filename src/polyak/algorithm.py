@@ -3,11 +3,12 @@
 import pickle
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from polyak.errors import CopyError
 from polyak.events import Event, State
+from polyak.time import TimeUnit
 
 
 class MetricLogger(Protocol):
@@ -49,6 +50,18 @@ class Algorithm(ABC):
     @abstractmethod
     def apply(self, event: Event, state: State, logger: MetricLogger) -> None:
         """Act on ``event``."""
+
+    def refuse_uncounted(self, state: State, counted: Collection[TimeUnit]) -> None:  # noqa: B027  most have no times
+        """Refuse times that the loop does not count, before its first batch.
+
+        Args:
+            state: What is known of the run.
+            counted: Units that the loop counts.
+
+        Raises:
+            TimeError: If there are any; it names the argument, the unit and the remedy.
+            ProfileError: If they are those of a profile.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that later decisions depend on, as tensors and plain containers."""

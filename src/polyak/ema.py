@@ -8,7 +8,7 @@ import copy
 import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +26,7 @@ from polyak.errors import (
     ProfileError,
     TimeError,
 )
-from polyak.events import Event, State
+from polyak.events import Event, State, refuse_uncounted
 from polyak.kernels import Place, lerp_
 from polyak.memory import write_
 from polyak.offload import Offload
@@ -202,6 +202,7 @@ class EMA(Algorithm):
         self._updated_at: Timestamp | None = None
         self._decay: float | None = None
         self._logged_at: Time | None = None
+        self._fit_from: tuple[Time, int] | None = None  # the batch and the updates at which this run began
         self._lent_until: Event | None = None
         self._quarantine_warned = 0
 
@@ -403,6 +404,23 @@ class EMA(Algorithm):
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
 
+    def refuse_uncounted(self, state: State, counted: Collection[TimeUnit]) -> None:
+        """Refuse times that the loop does not count; see ``Algorithm``."""
+        # Where updates are at the ends of epochs, only whole ones matter.
+        parts = self.update_interval.unit is not TimeUnit.EPOCH
+        refuse_uncounted(f"update_interval='{self.update_interval}'", self.update_interval.unit, state, counted)
+        if self.ema_start.value:
+            part = parts and not isinstance(self.ema_start.value, int) and self.ema_start.unit is TimeUnit.EPOCH
+            refuse_uncounted(f"ema_start='{self.ema_start}'", self.ema_start.unit, state, counted, fractions=part)
+        if self.profile.unit is not None:
+            given = f"profile={self.profile!r}" if self.half_life is None else f"half_life='{self.half_life}'"
+            try:
+                refuse_uncounted(given, self.profile.unit, state, counted, fractions=parts)
+            except TimeError as error:
+                if self.profile.unit is TimeUnit.DURATION and state.max_duration is None:
+                    raise
+                raise ProfileError(str(error)) from None
+
     # When
 
     def _clock(self, timestamp: Timestamp, state: State) -> float:
@@ -552,9 +570,12 @@ class EMA(Algorithm):
         spans = [self.profile.unit, self.update_interval.unit, self.ema_start.unit if self.ema_start.value else None]
         if TimeUnit.DURATION in spans and state.max_duration is None:
             raise TimeError(f"times in dur need a run of known length: give max_duration, or other units to {self!r}")
+        self._fit_from = state.timestamp.batch, self.num_updates
         if self.ema_started:
             # A state of Composer's does not say when the last update was; it was where the interval last ended.
             self._updated_at = self._updated_at or self._last_interval(state)
+            if state.timestamp.batch < self._updated_at.batch:
+                self._follow_new_clock(self._updated_at, state)
             return
         end = _convert(state.max_duration, TimeUnit.BATCH, state)
         first = self._first_update(state)
@@ -570,6 +591,20 @@ class EMA(Algorithm):
             )
         else:
             self._warn_of_first_weights(state, first, end)
+
+    def _follow_new_clock(self, updated_at: Timestamp, state: State) -> None:
+        """Continue from a clock that begins anew, as in a second loop, as if no time had passed since the last update.
+
+        Args:
+            updated_at: When the last update was, by the old clock.
+            state: With the new clock.
+        """
+        self._updated_at, unit = state.timestamp, self.profile.unit
+        if unit is not None:
+            elapsed = self._clock(updated_at, state) - self._clock(self._origin, state)
+            if unit is TimeUnit.DURATION and state.max_duration is not None:
+                elapsed, unit = elapsed * float(state.max_duration), state.max_duration.unit
+            self._origin = state.timestamp.with_counter(Time(state.timestamp.elapsed(unit) - elapsed, unit))
 
     def _first_update(self, state: State) -> float | None:
         """Return the batch of the first update event at or past ``ema_start``, if it can be known."""
@@ -606,10 +641,25 @@ class EMA(Algorithm):
     def _on_fit_end(self, state: State) -> None:
         if self._shadow is not None:
             self._quarantine_warned = self._shadow.warn_of_quarantine(self._quarantine_warned)
+            self._warn_if_not_updated(state)
         elif state.timestamp.batch.value > 0:
             warnings.warn(
                 f"averaging never started: ema_start='{self.ema_start}', update_interval='{self.update_interval}', and "
                 f"the run ended at {state.timestamp.batch}, {state.timestamp.epoch}",
+                PlanWarning,
+                stacklevel=2,
+            )
+
+    def _warn_if_not_updated(self, state: State) -> None:
+        if self._fit_from is None or self._updated_at is None:
+            return
+        if float(state.get_elapsed_duration() or 1.0) < 1:
+            return  # it was cut short
+        batch, updates = self._fit_from
+        if updates == self.num_updates and state.timestamp.batch > max(batch, self._updated_at.batch):
+            warnings.warn(
+                f"the average was not updated in this run: it is that of {self._updated_at.batch}, and the run went "
+                f"from {batch} to {state.timestamp.batch} (update_interval='{self.update_interval}'); shorten it",
                 PlanWarning,
                 stacklevel=2,
             )

@@ -78,6 +78,10 @@ class ShardingError(PolyakError, RuntimeError):
     """Ranks that disagree, or what cannot be done where each has but a part of the model."""
 
 
+class OptimizerError(PolyakError, TypeError):
+    """An optimizer whose steps cannot be counted, or after whose step the model does not have its new weights yet."""
+
+
 class PlanWarning(UserWarning):
     """A plan that works as asked but can hardly be meant: its numbers are in the message."""
 

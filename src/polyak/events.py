@@ -1,11 +1,13 @@
 """What a training loop tells an algorithm: ``Event`` says where it is, ``State`` what there is."""
 
+from collections.abc import Collection
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
 from torch import nn
 
+from polyak.errors import TimeError
 from polyak.time import Time, Timestamp, TimeUnit
 
 
@@ -94,3 +96,42 @@ def elapsed_duration(timestamp: Timestamp, max_duration: Time | None) -> Time | 
     if max_duration is None:
         return None
     return Time(timestamp.elapsed(TimeUnit.DURATION, max_duration), TimeUnit.DURATION)
+
+
+_HOW_TO_COUNT = {
+    TimeUnit.TOKEN: "say how many tokens a batch has (tokens_per_step= or num_tokens=)",
+    TimeUnit.SAMPLE: "say how many samples a batch has (samples_per_step= or num_samples=)",
+    TimeUnit.EPOCH: "say how many batches an epoch has (steps_per_epoch=, or a loader of known length)",
+    TimeUnit.SECOND: "train in polyak.Trainer, which counts seconds",
+    TimeUnit.ITERATION: "train in Composer, which counts iterations",
+}
+
+
+def refuse_uncounted(
+    argument: str, unit: TimeUnit, state: State, counted: Collection[TimeUnit], *, fractions: bool = False
+) -> None:
+    """Refuse a unit of time that a loop does not count.
+
+    Args:
+        argument: What is in this unit, as it was given, to name it in errors.
+        unit: Any.
+        state: What is known of the run.
+        counted: Units that the loop counts.
+        fractions: Whether fractions of epochs matter.
+
+    Raises:
+        TimeError: If the loop does not count the unit.
+    """
+    if unit is TimeUnit.DURATION:
+        if state.max_duration is None:
+            raise TimeError(
+                "times in dur need a run of known length: give max_duration, or another unit than dur "
+                f"(got {argument}, max_duration=None)"
+            )
+        argument, unit = f"{argument}, max_duration='{state.max_duration}'", state.max_duration.unit
+    partial = fractions and unit is TimeUnit.EPOCH and state.timestamp.epoch_length is None
+    if unit not in counted or partial:
+        raise TimeError(
+            f"the loop must count {unit} for {argument}, and it counts {'only whole ' if partial else ''}"
+            f"{', '.join(sorted(counted))}; {_HOW_TO_COUNT.get(unit, 'use another unit')}, or use ba"
+        )

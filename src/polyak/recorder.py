@@ -3,8 +3,9 @@
 import json
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from polyak.algorithm import Algorithm, MetricLogger, check_pickles
 from polyak.errors import CheckpointError, CopyError, MismatchError, PlanWarning, TimeError
-from polyak.events import Event, State
+from polyak.events import Event, State, refuse_uncounted
 from polyak.record import Edge, RecordError, TensorInfo, Writer
 from polyak.select import PolicyRule, all_slots, default_policy, unwrap, views_of
 from polyak.shadow import Shadow
@@ -99,6 +100,9 @@ class Recorder(Algorithm):
         self._mean: Shadow | None = None
         self._count = 0  # updates in the open stretch
         self._start = Edge(0, Timestamp())
+        self._ahead = dict[
+            str, float
+        ]()  # by counter, how far the record's clock is ahead of the loop's, which may begin anew
         self._loaded: str | None = None
         self._writer: Writer | None = None
         self._thread: ThreadPoolExecutor | None = None
@@ -185,6 +189,8 @@ class Recorder(Algorithm):
         self._fitting = True
         if self.num_updates == 0:
             self._start = Edge(0, state.timestamp)
+        elif self._now(state).batch < self._start.timestamp.batch:
+            self._ahead = _distance(state.timestamp, self._start.timestamp)
 
     def _agree(self) -> None:
         assert self._ranks is not None
@@ -245,10 +251,21 @@ class Recorder(Algorithm):
             )
         return interval
 
+    def _now(self, state: State) -> Timestamp:
+        """Return where the record stands: its clock is never set back."""
+        counters = {name: getattr(state.timestamp, name) for name in self._ahead}
+        ahead: dict[str, Any] = {name: t + Time(self._ahead[name], t.unit) for name, t in counters.items()}
+        return replace(state.timestamp, **ahead)
+
+    def refuse_uncounted(self, state: State, counted: Collection[TimeUnit]) -> None:
+        """Refuse an interval that the loop does not count; see ``Algorithm``."""
+        if self.interval is not None:
+            refuse_uncounted(f"interval='{self.interval}'", self.interval.unit, state, counted)
+
     def _take_in(self, state: State) -> None:
         if not self._fitting:
             raise RecordError(f"{self!r} must have seen FIT_START before a batch ends; does the host fire it?")
-        interval, now = self._interval_of(state), state.timestamp
+        interval, now = self._interval_of(state), self._now(state)
         if now.batch.value <= self._start.timestamp.batch.value + self._count:
             return  # mixed precision has skipped this step
         self._count += 1
@@ -297,7 +314,7 @@ class Recorder(Algorithm):
             return
         try:
             if self._count and self._state is not None:
-                self._end_stretch(self._state.timestamp)
+                self._end_stretch(self._now(self._state))
             self._first(self._wait)
         finally:
             self._release()
@@ -311,7 +328,7 @@ class Recorder(Algorithm):
                 if self._sharded:
                     lost = f"other ranks may not have got to the last of its {self._count} updates"
                 else:
-                    self._hand_over(self._state.timestamp)
+                    self._hand_over(self._now(self._state))
                     self._wait()
         except Exception as error:
             lost = error
@@ -344,6 +361,7 @@ class Recorder(Algorithm):
         if self._sharded:
             self._agree()
         state["start"] = {"updates": self._start.updates, **self._start.timestamp.state_dict()}
+        state["ahead"] = dict(self._ahead)
         if not self._follows:
             mean = self._mean or self._new_mean(self._state)
             state["mean"] = mean.state_dict()
@@ -390,8 +408,16 @@ class Recorder(Algorithm):
             self._quarantine_warned = self._mean.num_quarantined
             self._loaded = state["record"]
         self.num_updates, self._count = int(state["num_updates"]), int(state["count"])
+        self._ahead = dict(state.get("ahead", {}))
         start = dict(state["start"])
         self._start = Edge(int(start.pop("updates")), Timestamp.from_state_dict(start))
+
+
+def _distance(now: Timestamp, later: Timestamp) -> dict[str, float]:
+    """Return how far counters are ahead of others; of epochs with their fraction."""
+    counters = {"iteration", "epoch", "batch", "sample", "token", "total_wct"}
+    units = {name: getattr(now, name).unit for name in sorted(counters)}
+    return {name: later.elapsed(unit) - now.elapsed(unit) for name, unit in units.items()}
 
 
 def _aliases(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, str]:

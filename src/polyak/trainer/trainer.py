@@ -191,6 +191,9 @@ class Trainer:
             self._agree()
             self._part_random_numbers()
 
+        counted = {TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE, TimeUnit.SECOND}
+        for algorithm in self._algorithms:
+            algorithm.refuse_uncounted(self.state, counted | ({TimeUnit.TOKEN} if num_tokens else set()))
         self._fire(Event.INIT)
         self.state.sharded = self._is_sharded()
         if autoresume:
