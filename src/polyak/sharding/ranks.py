@@ -125,7 +125,7 @@ class Ranks:
 
         Args:
             what: What all must succeed in, for the error.
-            act: Done by each; it must not communicate.
+            act: Done by each. If it communicates, it must itself fail on all ranks where it does on one.
 
         Raises:
             ShardingError: On the ranks where it succeeded, if it failed on another.
