@@ -427,7 +427,7 @@ class Shadow:
         Raises:
             ShardingError: If they do not; it says which rank and what.
         """
-        said = ranks.each("the average", lambda: self._facts(facts))
+        said = ranks.each("the average", self._facts, facts)
         if ranks.replicas:
             said["tensors with inf or nan"] = self.num_quarantined
         else:
@@ -436,12 +436,11 @@ class Shadow:
         agree_on_plain(ranks, {slot.name: self.averages[slot.name] for slot in self._slots if slot.is_parameter})
         ranks.broadcast(self.averages[s.name] for s in self._slots if not s.is_parameter and not is_spread(s.tensor))
 
-    def _facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what ranks must say the same of, but for values. What fails here on one rank is raised on all."""
+    def _facts(self) -> dict[str, Any]:
+        """Return what ranks must agree on besides values. What fails here on one rank is raised on all."""
         self._follow_model()
         loan = loan_of(self._model)
         return {
-            **facts,
             "swapped in": loan.holder if loan else None,
             "number of updates": self.num_updates,
             "tensors": {name: f"{tuple(a.shape)} of {a.dtype}" for name, a in self.averages.items()},
@@ -642,8 +641,8 @@ def _place(name: str, average: Tensor) -> Place:
 
 _AS_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _REMEDY = (
-    "a parameter of which each rank has a part, such as experts, must be a DTensor (DTensor.from_local with Shard), or be "
-    "left out by policy; if all ranks should have the same, one went astray: resume from a checkpoint"
+    "a parameter of which each rank has a part, such as experts, must be a DTensor (DTensor.from_local with Shard), or "
+    "be left out by policy; if all ranks should have the same, one went astray: resume from a checkpoint"
 )
 
 
@@ -676,7 +675,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     bits = real.view(_AS_INT[real.element_size()])
     rows = (bits.sum(-1, dtype=torch.int64) if bits.dim() > 1 else bits.long()).reshape(-1)
-    return rows.mul_(torch.arange(1, len(rows) + 1, device=rows.device)).sum()
+    return (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
 
 
 def refuse_unsynchronized(ranks: Ranks | None, model: nn.Module, policy: PolicyRule) -> None:

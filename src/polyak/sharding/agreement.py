@@ -20,6 +20,7 @@ Said = dict[tuple[str, ...], tuple[int, str]]
 MOST_FACTS = 8
 _MOST_VALUES = 4
 _HEAD, _TAIL = 140, 60
+_NOTHING = "nothing"
 # Buckets of facts with one name, which come first in an error, and of those in mappings.
 _BUCKETS_OF_ONE, _BUCKETS = 64, 4096
 
@@ -37,7 +38,10 @@ def flat(facts: Mapping[str, Any], *above: str) -> Facts:
     """
     found = Facts()
     for name, fact in facts.items():
-        found |= flat(fact, *above, name) if isinstance(fact, Mapping) else {(*above, name): str(fact)}
+        if isinstance(fact, Mapping):
+            found |= flat(fact, *above, name)
+        else:
+            found[*above, name] = _NOTHING if fact is None else str(fact)
     return found
 
 
@@ -113,7 +117,7 @@ def _by_value(who: Mapping[tuple[int, str] | None, Sequence[int]]) -> str:
     if len(fewest_first) > _MOST_VALUES:  # the value that most have is worth showing
         fewest_first = [*fewest_first[: _MOST_VALUES - 1], fewest_first[-1]]
     parts = [
-        f"{'ranks' if len(them) > 1 else 'rank'} {_ranges(them)}: {'nothing' if value is None else value[1]}"
+        f"{'ranks' if len(them) > 1 else 'rank'} {_ranges(them)}: {_NOTHING if value is None else value[1]}"
         for value, them in fewest_first
     ]
     hidden = len(who) - len(parts)

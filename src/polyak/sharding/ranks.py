@@ -120,23 +120,25 @@ class Ranks:
         torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, self.group)
         return (extremes[0] != -extremes[1]).nonzero().flatten()
 
-    def each(self, what: str, act: Callable[[], T]) -> T:
+    def each(self, what: str, act: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
         """Return what ``act`` returns on this rank; where it fails on any, raise on all. All must call this.
 
         Args:
             what: What all must succeed in, for the error.
             act: Done by each. If it communicates, it must itself fail on all ranks where it does on one.
+            facts: What they must agree on besides, as for ``agree``; ranks with nothing to do may call that instead.
 
         Raises:
-            ShardingError: On the ranks where it succeeded, if it failed on another.
+            ShardingError: On the ranks where it succeeded, if it failed on another, or if they do not agree.
         """
         results, failure = list[T](), None
         try:
             results.append(act())
         except Exception as error:  # whatever it is, the others must not wait forever
             failure = error
+        said = {} if failure is None else {"error": f"{type(failure).__name__}: {failure}"}
         try:
-            self.agree(what, {} if failure is None else {"error": f"{type(failure).__name__}: {failure}"})
+            self.agree(what, {**(facts or {}), **said})
         except ShardingError:
             if failure is None:
                 raise
