@@ -230,6 +230,13 @@ def test_what_ranks_send_and_print_is_bounded_where_thousands_differ_in_everythi
     assert characters < 12_000
 
 
+def test_the_ranks_that_are_printed_are_bounded_where_every_other_one_differs() -> None:
+    (line,), _ = exchanged([{"step": rank % 2} for rank in range(1000)])
+    assert line.startswith("  step: ranks 0, 2, 4,")
+    assert line.endswith("19, 21, 23, and 488 more: 1")
+    assert len(line) < 150
+
+
 def test_only_the_facts_that_differ_are_sent() -> None:
     tensors = {f"layers.{i}.weight": str(i) for i in range(2000)}
     lines, characters = exchanged([{"tensors": tensors}, {"tensors": tensors | {"layers.7.weight": "8"}}])

@@ -75,12 +75,12 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
 
 
 def _on_each(ranks: Ranks | None, act: Callable[[], None]) -> None:
-    """Act on each rank; what one refuses, all refuse."""
+    """Run on every rank; raise the error of any on all."""
     ranks.each("the export", act) if ranks is not None else act()
 
 
 def _on_first(ranks: Ranks | None, act: Callable[[], None]) -> None:
-    """Act on the first rank; where it fails, all fail."""
+    """Run on rank 0; raise its error on every rank."""
     ranks.first(act) if ranks is not None else act()
 
 

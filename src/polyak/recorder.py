@@ -147,7 +147,7 @@ class Recorder(Algorithm):
         return self._ranks is not None and not self._ranks.replicas
 
     def _first(self, act: Callable[[], None]) -> None:
-        """Let what fails where there is a record fail on the ranks that follow too."""
+        """Run where there is a record to keep; raise what fails there on every rank."""
         if self._ranks is None:
             act()
         elif self._ranks.replicas:

@@ -639,10 +639,12 @@ def _place(name: str, average: Tensor) -> Place:
     return Place(seed) if offset is None else Place(seed, tuple(average.shape), offset)
 
 
+# Rows that a checksum takes together: what it needs in memory beside the tensors.
+_PIECE = 1 << 20
 _AS_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _REMEDY = (
-    "a parameter of which each rank has a part, such as experts, must be a DTensor (DTensor.from_local with Shard), or "
-    "be left out by policy; if all ranks should have the same, one went astray: resume from a checkpoint"
+    "a parameter of which each rank holds a shard, such as experts, must be a DTensor (DTensor.from_local with Shard), "
+    "or be left out by policy; if all ranks should have the same, one went astray: resume from a checkpoint"
 )
 
 
@@ -674,14 +676,18 @@ def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 def _checksum(tensor: Tensor) -> Tensor:
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     bits = real.view(_AS_INT[real.element_size()])
-    rows = (bits.sum(-1, dtype=torch.int64) if bits.dim() > 1 else bits.long()).reshape(-1)
-    return (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
+    rows = (bits.sum(-1, dtype=torch.int64) if bits.dim() > 1 else bits).reshape(-1)
+    total = torch.zeros((), dtype=torch.int64, device=rows.device)
+    for at, piece in enumerate(rows.split(_PIECE)):
+        first = at * _PIECE + 1
+        total += (piece * torch.arange(first, first + len(piece), device=rows.device)).sum()
+    return total
 
 
 def refuse_unsynchronized(ranks: Ranks | None, model: nn.Module, policy: PolicyRule) -> None:
     """Refuse to save averages of parameters that ``DistributedDataParallel`` does not keep equal: one rank's are saved.
 
-    No message is sent, so that a rank may save the state of a model that each rank has whole by itself.
+    Nothing is communicated, so that rank 0 can save the state by itself where each rank has the full model.
 
     Args:
         ranks: That train the model together, if there are several.

@@ -1,24 +1,26 @@
-"""What ranks say, in a form that can be compared in small messages, and the lines that tell where they differ.
+"""Facts that ranks compare in small messages, and the lines of the error that shows where they differ.
 
-Ranks that agree exchange one digest. Ranks that do not exchange digests of groups of facts, then only the facts in the
-groups that differ: neither the messages nor the error grow with the number of facts, and the error not with the ranks.
+Ranks that agree exchange one digest. Others exchange digests of buckets of facts, then the facts in the buckets that
+differ: messages do not grow with the number of facts, and the error grows neither with that nor with the world size.
 """
 
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# The name of a fact, in one or more parts, and what is said of it.
+# By the path of its names, the value of each fact as text.
 Facts = dict[tuple[str, ...], str]
-# For each fact that is sent its digest and what is shown of it.
+# For each fact that is sent, the digest of its value and the text that is shown.
 Said = dict[tuple[str, ...], tuple[int, str]]
 
 MOST_FACTS = 8
 _MOST_VALUES = 4
+_MOST_RUNS = 12
 _HEAD, _TAIL = 140, 60
 _NOTHING = "nothing"
 # Buckets of facts with one name, which come first in an error, and of those in mappings.
@@ -55,7 +57,7 @@ def digest(facts: Facts) -> int:
     Args:
         facts: As of ``flat``.
     """
-    return _digest("\n".join(f"{path}={value}" for path, value in sorted(facts.items())))
+    return _digest("\n".join("\n".join((*path, facts[path])) for path in sorted(facts)))
 
 
 def _bucket(path: tuple[str, ...]) -> int:
@@ -76,7 +78,7 @@ def digests(facts: Facts) -> Tensor:
 
 
 def in_buckets(facts: Facts, buckets: Sequence[int]) -> Said:
-    """Return what is sent of facts: those in some buckets, with long values shortened in the middle.
+    """Return the facts in some buckets, to be sent, with long values shortened in the middle.
 
     Args:
         facts: As of ``flat``.
@@ -91,11 +93,11 @@ def _shortened(value: str) -> str:
 
 
 def differences(said: Sequence[Said], ranks: Sequence[int]) -> list[str]:
-    """Return a line for each fact in which not all ranks say the same.
+    """Return a line for each fact in which ranks differ.
 
     Args:
-        said: By each rank.
-        ranks: What to call them.
+        said: What each rank sent.
+        ranks: The number of each rank, to be shown.
 
     Example:
         >>> differences([{("a",): (1, "x")}, {("a",): (1, "x")}, {}], [4, 5, 6])
@@ -125,7 +127,7 @@ def _by_value(who: Mapping[tuple[int, str] | None, Sequence[int]]) -> str:
 
 
 def _ranges(ranks: Sequence[int]) -> str:
-    """Return numbers as text, three or more in a row as a range.
+    """Return numbers as text, three or more in a row as a range, and no more than fit a line.
 
     Example:
         >>> _ranges([0, 1, 2, 3, 5, 7, 8])
@@ -137,5 +139,6 @@ def _ranges(ranks: Sequence[int]) -> str:
             runs[-1].append(rank)
         else:
             runs.append([rank])
-    texts = [[f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run) for run in runs]
-    return ", ".join(text for of_run in texts for text in of_run)
+    texts = [[f"{run[0]}-{run[-1]}"] if len(run) > 2 else map(str, run) for run in runs[:_MOST_RUNS]]
+    more = [f"and {hidden} more"] if (hidden := sum(map(len, runs[_MOST_RUNS:]))) else []
+    return ", ".join([*chain.from_iterable(texts), *more])

@@ -165,7 +165,7 @@ def new_group(members: Iterable[int], groups: Sequence["ProcessGroup"]) -> "Proc
 
 
 def refuse_stage(model: nn.Module, what: str) -> None:
-    """Refuse what needs a full model for a stage of a pipeline. No message is sent: all stages refuse by themselves.
+    """Refuse what needs a full model for a stage of a pipeline. Nothing is communicated: each stage refuses by itself.
 
     Args:
         model: Any.

@@ -92,7 +92,7 @@ class Ranks:
         return said.tolist()
 
     def agree(self, what: str, facts: Mapping[str, Any], remedy: str = "") -> None:
-        """Check that all ranks say the same, in one message of 16 bytes. All must ask; where they differ, all raise.
+        """Check that all ranks have the same facts, in one message of 16 bytes. All must call this; all raise.
 
         Args:
             what: What they must agree on, for the error.
@@ -100,7 +100,7 @@ class Ranks:
             remedy: What to do if they do not, for the error.
 
         Raises:
-            ShardingError: If they do not; it says which rank says what, of at most 8 facts.
+            ShardingError: If they do not; it shows which rank has which value, for at most 8 facts.
         """
         own = agreement.flat(facts)
         if self._differing(torch.tensor([agreement.digest(own)])).numel() == 0:
