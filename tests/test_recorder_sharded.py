@@ -221,7 +221,7 @@ def test_parts_that_the_first_rank_does_not_see_are_no_stretch(ranks, tmp_path) 
         ("dtype", "tensors first.bias: .*rank 1: .*bfloat16"),
         ("folder", "sha256 of its manifest: rank 0: .*; ranks 1, 2: nothing"),
         ("seconds", "a unit other than seconds"),
-        ("updates", "the stretch to be written:\n  end: rank 1: 3; ranks 0, 2: 2"),
+        ("updates", "\n  updates: rank 1: 3; ranks 0, 2: 2"),
     ],
 )
 def test_ranks_that_do_not_agree_find_out(ranks, tmp_path, what, message) -> None:

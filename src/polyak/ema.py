@@ -33,7 +33,7 @@ from polyak.offload import Offload
 from polyak.plan import Plan, plan
 from polyak.profiles import HalfLife, Profile, Smoothing
 from polyak.select import Policy, PolicyRule, check_match, default_policy, is_statistic, named_tensors, slots, unwrap
-from polyak.shadow import Shadow
+from polyak.shadow import Shadow, refuse_unsynchronized
 from polyak.sharding import Ranks, is_initialized, local
 from polyak.swap import swap_of
 from polyak.time import Time, Timestamp, TimeUnit, as_span
@@ -503,13 +503,13 @@ class EMA(Algorithm):
         self._lent_until = _LENDING[event]
         self._shadow.lend(repr(self))
 
-    def _agree(self) -> None:
+    def _agree(self, shadow: Shadow | None = None) -> None:
         """Check that the ranks that train together, if there are any, have the same average."""
         if self._ranks is None:
             return
         facts = {"algorithm": repr(self), "averaging has begun": self.ema_started}
-        if self._shadow is not None:
-            self._shadow.agree(self._ranks, facts)
+        if shadow := shadow or self._shadow:
+            shadow.agree(self._ranks, facts)
         else:
             self._ranks.agree("the average", facts)
 
@@ -532,12 +532,13 @@ class EMA(Algorithm):
             LoanError: If averaging has not begun, or another average is in the model.
             MismatchError: If names or shapes differ.
         """
+        if unwrap(model) is self._model and not self.ema_weights_active:
+            self._agree()  # first, so that what is refused on one rank is refused on all
         if self._shadow is None:
             raise LoanError(f"averaging must have begun before the average can be had; it begins at {self.ema_start}")
         if unwrap(model) is not self._model:
             self._shadow.copy_to(model)
         elif not self.ema_weights_active:
-            self._agree()
             self._shadow.lend(f"{self!r} (get_ema_model)")
         return model
 
@@ -682,13 +683,14 @@ class EMA(Algorithm):
         if self._model is None and self._pending is not None:
             return dict(self._pending)
         lent = self.ema_weights_active
-        if self._ranks is not None and not self._ranks.replicas and not lent:
-            self._agree()
         state: dict[str, Any] = {"repr": repr(self), "polyak": 1, "ema_started": self.ema_started, "lent": lent}
         shadow = self._shadow
         if shadow is None and self._model is not None and is_initialized():
             shadow = self._new_shadow(self._model)
-        if shadow is not None:
+        if shadow is not None and self._model is not None:
+            refuse_unsynchronized(self._ranks, self._model, self._policy)
+            if self._ranks is not None and not self._ranks.replicas and not lent:
+                self._agree(shadow)
             saved = shadow.state_dict()
             state |= {
                 "ema_model": saved["averages"],

@@ -17,8 +17,8 @@ from polyak.errors import CheckpointError, CopyError, MismatchError, PlanWarning
 from polyak.events import Event, State, refuse_uncounted
 from polyak.record import Edge, RecordError, TensorInfo, Writer
 from polyak.select import PolicyRule, all_slots, default_policy, unwrap, views_of
-from polyak.shadow import Shadow
-from polyak.sharding import Ranks, beside, is_initialized, local
+from polyak.shadow import Shadow, refuse_unsynchronized
+from polyak.sharding import Ranks, beside, is_initialized, local, refuse_stage
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 
 # A state may be the one that is being written over the last, and then the last is still needed if that fails.
@@ -165,11 +165,13 @@ class Recorder(Algorithm):
         return self._ranks is not None and not self._ranks.replicas
 
     def _first(self, act: Callable[[], None]) -> None:
-        """Let what fails where there is a record fail on the ranks that follow too."""
-        if self._ranks is not None and self._ranks.replicas:
+        """Run where there is a record to keep; raise what fails there on every rank."""
+        if self._ranks is None:
+            act()
+        elif self._ranks.replicas:
             self._ranks.first(act)
         else:
-            act()
+            self._ranks.each("what is recorded", act)
 
     # The record
 
@@ -177,8 +179,12 @@ class Recorder(Algorithm):
         if self._fitting:
             return
         interval = self._interval_of(state)
+        refuse_stage(state.model, "a record")
         if self._ranks is not None:
-            self._agree()
+            refuse_unsynchronized(self._ranks, state.model, self._policy)
+            if self._sharded and self._mean is None:
+                self._mean = self._new_mean(state)
+            self._agree(self._mean)
             length = state.max_duration if interval.unit is TimeUnit.DURATION else interval
             if length is not None and length.unit is TimeUnit.SECOND:
                 raise RecordError(
@@ -192,10 +198,14 @@ class Recorder(Algorithm):
         elif self._now(state).batch < self._start.timestamp.batch:
             self._ahead = _distance(state.timestamp, self._start.timestamp)
 
-    def _agree(self) -> None:
+    def _agree(self, mean: Shadow | None) -> None:
+        """Check that all ranks record the same; of a sharded model, also that what is not sharded is equal."""
         assert self._ranks is not None
         facts = {"recorder": repr(self), "updates": self.num_updates, "updates in the open stretch": self._count}
-        self._ranks.agree("what is recorded", facts)
+        if mean is not None and self._sharded:
+            mean.agree(self._ranks, facts)
+        else:
+            self._ranks.agree("what is recorded", facts)
 
     def _open_record(self, state: State) -> None:
         if self._mean is None:
@@ -279,6 +289,8 @@ class Recorder(Algorithm):
     def _end_stretch(self, now: Timestamp) -> None:
         # Waited for before the copy is made, so that at most one is in memory beside the running mean.
         self._first(lambda: self._wait(saying=True))
+        if self._sharded:
+            self._agree(self._mean)
         self._hand_over(now)
 
     def _hand_over(self, now: Timestamp) -> None:
@@ -358,12 +370,13 @@ class Recorder(Algorithm):
         state: dict[str, Any] = {"repr": repr(self), "num_updates": self.num_updates, "count": self._count}
         if self._state is None or (self._mean is None and not is_initialized()):
             return state
+        refuse_unsynchronized(self._ranks, self._state.model, self._policy)
+        mean = None if self._follows else self._mean or self._new_mean(self._state)
         if self._sharded:
-            self._agree()
+            self._agree(mean)
         state["start"] = {"updates": self._start.updates, **self._start.timestamp.state_dict()}
         state["ahead"] = dict(self._ahead)
-        if not self._follows:
-            mean = self._mean or self._new_mean(self._state)
+        if mean is not None:
             state["mean"] = mean.state_dict()
             state["record"] = self._loaded or (self._pinned(mean, self._state) if self._mean else "")
         return state
