@@ -143,7 +143,7 @@ def test_a_part_that_is_not_what_was_written_is_found(ranks, tmp_path) -> None:
     # Even in a manifest made for it: what is missing is seen, and no name leads elsewhere.
     for names, message in (
         (["00000.safetensors"], "must hold the tensors of its manifest"),
-        (["../../elsewhere.safetensors"], "must name the files beside it"),
+        (["../../elsewhere.safetensors"], "must name the files in its folder"),
     ):
         text = json.dumps(
             {name: {"size_bytes": (folder / "00000.safetensors").stat().st_size, "sha256": ""} for name in names}

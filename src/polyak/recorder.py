@@ -101,6 +101,7 @@ class Recorder(Algorithm):
         if per_level is not None and per_level < 1:
             raise RecordError(f"per_level must be at least 1, or None to merge nothing (got {per_level!r})")
         self.folder = Path(folder).absolute()
+        self._given = folder  # in ``repr``, by which ranks see that they record alike, whatever their disks are called
         self.interval = None if interval is None else as_span("interval", interval, above=0)
         self._per_level = per_level
         self._dtype = dtype
@@ -122,7 +123,7 @@ class Recorder(Algorithm):
         return self._open_stretch.start.updates + self._open_stretch.count
 
     def __repr__(self) -> str:
-        return f"Recorder('{self.folder}', interval={self.interval}, per_level={self._per_level})"
+        return f"Recorder('{self._given}', interval={self.interval}, per_level={self._per_level})"
 
     def match(self, event: Event, state: State) -> bool:
         """Return whether to act: at set-up, after each batch, where the run ends."""
@@ -337,12 +338,15 @@ class Recorder(Algorithm):
             self._release()
             return
         lost: object = None
-        count = self._open_stretch.count
+        stretch = self._open_stretch
         try:
-            self._wait()
-            if count and self._fitting and self._state is not None:
+            if self._sharded and stretch.before is not None and stretch.before.failed:
+                lost = "other ranks may not try again to write it"
+            else:
+                self._wait()
+            if stretch.count and self._fitting and self._state is not None:
                 if self._sharded:
-                    lost = f"other ranks may not have got to the last of its {count} updates"
+                    lost = f"other ranks may not have got to the last of its {stretch.count} updates"
                 else:
                     self._hand_over(self._state.timestamp)
                     self._wait()

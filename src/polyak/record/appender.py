@@ -21,6 +21,7 @@ class Ended:
         end: Where it ends.
         written: Whether it is on disk.
         error: Why the last try to write it failed, until that was raised.
+        failed: Whether that ever was raised.
     """
 
     tensors: Mapping[str, Tensor]
@@ -28,6 +29,7 @@ class Ended:
     end: Edge
     written: bool = False
     error: Exception | None = None
+    failed: bool = False
 
 
 class Appender:
@@ -73,7 +75,7 @@ class Appender:
         # In line behind the first try, and in its place if an interrupt came before that was handed over.
         self._thread.submit(self._write, ended).result()
         if ended.error is not None:
-            error, ended.error = ended.error, None
+            error, ended.error, ended.failed = ended.error, None, True
             raise error
 
     def close(self) -> None:
