@@ -141,7 +141,7 @@ class Recorder(Algorithm):
         elif event is Event.BATCH_END:
             self._take_in(state)
         elif event is Event.FIT_END:
-            if self._fitting:
+            if self._fitting or self._appender is not None:
                 self.close()
         else:
             self._close_after_an_error()
@@ -234,7 +234,7 @@ class Recorder(Algorithm):
             writer.unpin_gone()
         held = writer.stretches[-1].end.updates if writer.stretches else 0
         before = self._open_stretch.before
-        if held != (before.start if before else self._open_stretch.start).updates:
+        if held != (before.start if before and not before.written else self._open_stretch.start).updates:
             raise RecordError(
                 f"{self.folder} has a record of {held} updates already, and this run has made {self.num_updates}: "
                 "resume it from its checkpoint, delete the folder, or record to another"
@@ -314,7 +314,9 @@ class Recorder(Algorithm):
         Raises:
             RecordError: If it cannot be written.
         """
-        if self._state is None or not (self._fitting or self._has_unwritten):
+        forked = self._appender is not None and self._appender.forked  # then the run is another process's
+        if self._state is None or forked or not (self._fitting or self._has_unwritten):
+            self._release()  # what an interrupt left open
             return
         first = self._first if self._fitting else _here
         try:
