@@ -271,6 +271,8 @@ def test_a_killed_run_is_resumed_while_its_data_loaders_worker_lives(tmp_path) -
     try:
         life.kill()
         life.wait(60)
+        life.stdin.close()
+        life.stdout.close()
         loop = Loop(short(folder))
         loop.attached.load_state_dict(torch.load(f"{folder}.pt", weights_only=True))
         loop.run(6).attached.detach()

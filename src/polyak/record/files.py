@@ -83,7 +83,9 @@ def disk_errors(doing: str) -> Iterator[None]:
         raise
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "see to the disk")
-        raise RecordError(f"{doing} failed: {error}. What was there before is unchanged: {advice} and continue") from error
+        raise RecordError(
+            f"{doing} failed: {error}. What was there before is unchanged: {advice} and continue"
+        ) from error
 
 
 def _layout(tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -172,8 +174,8 @@ def _cast(name: str, tensor: Tensor, info: TensorInfo) -> Tensor:
     if cast.dtype != tensor.dtype and _overflows(tensor, cast):
         largest, most = float(tensor.detach().abs().max()), torch.finfo(info.dtype).max
         raise RecordError(
-            f"values must be at most {most:g} to be kept as {info.dtype} (got {largest:g} in {name!r}): use a dtype with "
-            "a wider range, such as bfloat16 or float32"
+            f"values must be at most {most:g} to be kept as {info.dtype} (got {largest:g} in {name!r}): use a dtype "
+            "with a wider range, such as bfloat16 or float32"
         )
     return cast
 

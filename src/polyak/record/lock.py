@@ -39,7 +39,6 @@ class Lock:
         self._descriptor = os.open(self._path, flags, 0o666)
         # Also where an interrupt comes before anybody has this object.
         self._close = weakref.finalize(self, os.close, self._descriptor)
-        self._close.atexit = False
         _HELD.add(self)
         try:
             self._acquire()
@@ -79,7 +78,7 @@ class Lock:
                 f"from it): stop recording to {self._folder} in the forked process"
             )
         try:
-            there = os.stat(self._path, follow_symlinks=False)
+            there = self._path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             there = None
         if there is None or not os.path.samestat(there, os.fstat(self._descriptor)):

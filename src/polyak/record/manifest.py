@@ -318,8 +318,8 @@ class Manifest:
         )
         _require(
             own_sha256 is None or _has_own_sha256(text),
-            "a manifest must have the SHA-256 that it ends with: it is damaged, restore it from a copy; if it was edited "
-            'on purpose, remove its "sha256"',
+            "a manifest must have the SHA-256 that it ends with: it is damaged, restore it from a copy; if it was "
+            'edited on purpose, remove its "sha256"',
         )
         return manifest
 

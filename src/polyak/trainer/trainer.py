@@ -193,7 +193,7 @@ class Trainer:
 
         self._fire(Event.INIT)
         self.state.sharded = self._is_sharded()
-        found = self._group.first(self._saved_checkpoints() if autoresume else [])
+        found: list[Path] = self._group.first(self._saved_checkpoints() if autoresume else [])
         self.state.found_no_checkpoint = autoresume and not found and load_path is None
         self._fire(Event.BEFORE_LOAD)
         if found:
