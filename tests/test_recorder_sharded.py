@@ -143,7 +143,7 @@ def test_a_part_that_is_not_what_was_written_is_found(ranks, tmp_path) -> None:
     # Even in a manifest made for it: what is missing is seen, and no name leads elsewhere.
     for names, message in (
         (["00000.safetensors"], "must hold the tensors of its manifest"),
-        (["../../elsewhere.safetensors"], "must name the files beside it"),
+        (["../../elsewhere.safetensors"], "must name the files in its folder"),
     ):
         text = json.dumps(
             {name: {"size_bytes": (folder / "00000.safetensors").stat().st_size, "sha256": ""} for name in names}
@@ -195,7 +195,7 @@ def test_what_the_disk_refuses_one_rank_ends_training_on_all_and_the_record_is_a
         assert "No space left on device" in message
         if kind == "fsdp":
             assert f"failed on rank {rank}: writing" in message
-            assert "make room on the disk and go on" in message
+            assert "make room on the disk and continue" in message
         elif where:
             assert "the first rank must succeed for all" in message
     record = Record(tmp_path / "sharded" / "record")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import memory, optimizers, sharding
-from polyak.errors import LoanError, MemoryLayoutError, QuarantineWarning, ShardingError
+from polyak.errors import DtypeError, LoanError, MemoryLayoutError, QuarantineWarning, ShardingError
 from polyak.kernels import Lerp, Place, counting_with
 from polyak.offload import Offload, Offloader, hold_writes
 from polyak.select import (
@@ -128,7 +128,9 @@ class Shadow:
         if dtype.is_floating_point and self._policies.get(slot.name) is not Policy.COPY:
             dtype = self._dtype or torch.promote_types(dtype, torch.float32)
         if self._mesh is not None and slot.is_parameter and tensor.dim():
-            return sharding.divided(tensor, dtype, self._mesh, self._device)
+            average = sharding.divided(tensor, dtype, self._mesh, self._device)
+            _check_range(slot.name, local(average), rows(tensor, average))
+            return average
         part = local(tensor).detach().as_subclass(Tensor)
         copy = torch.empty_like(part, dtype=dtype, device=self._device, requires_grad=False).copy_(part)
         _check_range(slot.name, copy, part)
@@ -619,13 +621,14 @@ def check_layout(slot: Slot, policy: Policy) -> None:
 
 
 def _check_range(name: str, average: Tensor, tensor: Tensor) -> None:
-    """Check that finite weights have a finite average in its dtype."""
-    if average.dtype == torch.float16 != tensor.dtype and bool(
-        (average.isinf() & tensor.isfinite().to(average.device)).any()
-    ):
-        raise ValueError(
-            f"weights must be within float16's range of 65504 for an average of that dtype ({name!r} is not); use "
-            "dtype=torch.bfloat16 or torch.float32"
+    """Refuse an average that would begin with inf where the model's value is finite."""
+    dtype = average.dtype
+    if not dtype.is_floating_point or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return
+    if bool((average.isinf() & tensor.isfinite().to(average.device)).any()):
+        raise DtypeError(
+            f"values must be at most {torch.finfo(dtype).max:g} to be averaged in {dtype} (got "
+            f"{float(tensor.abs().max()):g} in {name!r}): use a dtype with a wider range, or None for the model's"
         )
 
 

@@ -40,6 +40,7 @@ class TrainerState:
         save_checkpoint: Writes a checkpoint of the run to a path. Where several ranks train, all must call it.
         rank: The number of this process among those that train the model. Only the first, 0, should write and print.
         sharded: Whether the model or an average is divided over ranks, so that checkpoints are folders.
+        found_no_checkpoint: Whether the run was to resume by itself and found no checkpoint, so that it begins.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class TrainerState:
     saving_to: Path | None = None
     rank: int = 0
     sharded: bool = False
+    found_no_checkpoint: bool = False
 
     def get_elapsed_duration(self) -> Time | None:
         """Return the elapsed share of the run as ``dur``; None if ``max_duration`` is not known."""

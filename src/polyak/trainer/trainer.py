@@ -79,8 +79,8 @@ class Trainer:
         seed: For all global random number generators, set here.
         progress_bar: Whether to show one; None shows it on a terminal where rich is installed.
         load_path: A checkpoint to go on from.
-        autoresume: Whether to go on from the newest checkpoint of the ``CheckpointSaver`` among ``callbacks``, if it
-            has one.
+        autoresume: Whether to resume from the newest checkpoint of the ``CheckpointSaver`` among ``callbacks``, if it
+            has one. A damaged one is warned of, and the one before it is taken; if all are, that is an error.
         num_samples: Function of a batch: how many samples it has; by default the first dimension of its first tensor.
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
 
@@ -196,11 +196,13 @@ class Trainer:
             algorithm.refuse_uncounted(self.state, counted | ({TimeUnit.TOKEN} if num_tokens else set()))
         self._fire(Event.INIT)
         self.state.sharded = self._is_sharded()
-        if autoresume:
-            load_path = self._group.first(self._newest_checkpoint() or load_path)
+        found: list[Path] = self._group.first(self._saved_checkpoints() if autoresume else [])
+        self.state.found_no_checkpoint = autoresume and not found and load_path is None
         self._fire(Event.BEFORE_LOAD)
-        if load_path is not None:
-            self._load(Path(load_path))
+        if found:
+            self._load(*checkpoint.read_newest(found, self._group))
+        elif load_path is not None:
+            self._load(Path(load_path), checkpoint.read(Path(load_path), self._group))
         self._fire(Event.AFTER_LOAD)
 
     def _fire(self, event: Event) -> None:
@@ -549,17 +551,16 @@ class Trainer:
             "data_rng": self._data.get_state() if apart else None,
         }
 
-    def _newest_checkpoint(self) -> Path | None:
+    def _saved_checkpoints(self) -> list[Path]:
         for callback in self._callbacks:
             if isinstance(callback, CheckpointSaver):
-                return callback.latest()
+                return callback.newest_first()
         raise ValueError("autoresume needs a CheckpointSaver among the callbacks, to know where to look")
 
     def _stateful_callbacks(self) -> list[Callback]:
         return [*self._callbacks, *self.logger.destinations]
 
-    def _load(self, path: Path) -> None:
-        saved = checkpoint.read(path, self._group)
+    def _load(self, path: Path, saved: Mapping[str, Any]) -> None:
         for name, ours in (("optimizers", self.state.optimizers), ("schedulers", self.state.schedulers)):
             if len(saved[name]) != len(ours):
                 raise CheckpointError(
@@ -570,8 +571,9 @@ class Trainer:
             checkpoint.load_model(self.state.model, weights)
         except RuntimeError as error:
             raise CheckpointError(f"the model must be that of {path}: {error}") from error
+        dtypes = checkpoint.saved_dtypes(self.state.model, weights)
         for optimizer, state in zip(self.state.optimizers, saved["optimizers"], strict=True):
-            checkpoint.load_optimizer(optimizer, state)
+            checkpoint.load_optimizer(optimizer, state, dtypes)
         for scheduler, state in zip(self.state.schedulers, saved["schedulers"], strict=True):
             scheduler.load_state_dict(state)
         if saved["scaler"]:
