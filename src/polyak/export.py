@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from polyak.ema import EMA
+from polyak.errors import CheckpointError
 from polyak.record.files import write_tensors
-from polyak.record.manifest import TensorInfo
+from polyak.record.manifest import DTYPE_NAMES, TensorInfo
 from polyak.select import all_slots
 from polyak.sharding import Ranks, local
 
@@ -31,7 +32,8 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
 
     Raises:
         FileExistsError: If ``folder`` has something in it.
-        ValueError: If the model's state dict has sparse tensors, which safetensors cannot hold.
+        CheckpointError: If the model's state dict has a tensor that safetensors cannot hold: sparse, nested, without values,
+            or of a dtype such as complex128 or quantized ones.
         LoanError: If averaging has not begun, or the model holds an average.
         ShardingError: If ranks disagree.
 
@@ -52,12 +54,7 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"an export needs a new or empty folder (got {folder}, which holds something)")
-    sparse = [slot.name for slot in all_slots(model) if slot.persistent and slot.tensor.layout != torch.strided]
-    if sparse:
-        raise ValueError(
-            "a model must have no sparse tensors to be exported as safetensors, except in buffers registered with "
-            f"persistent=False (got {sparse})"
-        )
+    _require_exportable(model)
     ranks = Ranks.of(model)
     is_first = ranks is None or ranks.rank == 0
     draft = folder.with_name(f".{folder.name}.draft")
@@ -71,8 +68,13 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
         if ranks is not None and not ranks.replicas:
             _write_shards(tensors, draft, ranks, max_file_bytes, metadata)
         elif is_first:
-            tensors = {name: local(tensor) for name, tensor in tensors.items()}  # the whole, if it is spread over one
+            # The whole, if it is sharded over one rank; as the bytes say it, if it is a conjugate or negative view.
+            tensors = {name: local(tensor).resolve_conj().resolve_neg() for name, tensor in tensors.items()}
             _write(tensors, draft, max_file_bytes, metadata, lambda names: {name: tensors[name] for name in names})
+    except BaseException:
+        if is_first:
+            shutil.rmtree(draft, ignore_errors=True)
+        raise
     finally:
         ema.get_training_model(model)
     if is_first:
@@ -81,6 +83,29 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
         draft.rename(folder)
     if ranks is not None:
         torch.distributed.barrier(ranks.group)
+
+
+def _require_exportable(model: nn.Module) -> None:
+    """See that safetensors can hold the model's state dict."""
+    slots = {slot.name: slot.tensor for slot in all_slots(model) if slot.persistent}
+    other = [name for name, tensor in slots.items() if tensor.layout != torch.strided or tensor.is_nested]
+    if other:
+        raise CheckpointError(
+            "a model must have no sparse or nested tensors to be exported as safetensors, except in buffers registered "
+            f"with persistent=False (got {other})"
+        )
+    if meta := [name for name, tensor in slots.items() if tensor.is_meta]:
+        raise CheckpointError(
+            f"a model must have values to be exported (on the meta device are {meta}); load them before"
+        )
+    dtypes = {name: str(tensor.dtype) for name, tensor in slots.items() if tensor.dtype not in DTYPE_NAMES}
+    if dtypes:
+        raise CheckpointError(
+            f"a model must have dtypes that safetensors has to be exported (got {dtypes}); convert a copy of "
+            "ema.ema_model, such as by .to(torch.complex64), or save its state_dict() by torch.save"
+        )
+    if "__metadata__" in slots:
+        raise CheckpointError("a tensor must not be named '__metadata__' to be exported as safetensors; rename it")
 
 
 def _write_shards(
