@@ -32,8 +32,8 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
 
     Raises:
         FileExistsError: If ``folder`` has something in it.
-        CheckpointError: If the model's state dict has a tensor that safetensors cannot hold: sparse, nested, without values,
-            or of a dtype such as complex128 or quantized ones.
+        CheckpointError: If the model's state dict has a tensor that safetensors cannot hold: sparse, nested, without
+            values, or of a dtype such as complex128 or quantized ones.
         LoanError: If averaging has not begun, or the model holds an average.
         ShardingError: If ranks disagree.
 
@@ -68,8 +68,7 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
         if ranks is not None and not ranks.replicas:
             _write_shards(tensors, draft, ranks, max_file_bytes, metadata)
         elif is_first:
-            # The whole, if it is sharded over one rank; as the bytes say it, if it is a conjugate or negative view.
-            tensors = {name: local(tensor).resolve_conj().resolve_neg() for name, tensor in tensors.items()}
+            tensors = {name: local(tensor) for name, tensor in tensors.items()}  # the whole, if it is spread over one
             _write(tensors, draft, max_file_bytes, metadata, lambda names: {name: tensors[name] for name in names})
     except BaseException:
         if is_first:

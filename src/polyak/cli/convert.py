@@ -6,6 +6,7 @@ own. Which it is, is found out. The file is not changed, and no code that it may
 It also knows where many training scripts keep an average; of several in one file, --key and --prefix choose.
 """
 
+import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -60,8 +61,9 @@ def run(arguments: Namespace) -> int:
         PolyakError: If the library refuses.
     """
     source, output = arguments.file, arguments.output
-    inside = source.is_dir() and source.resolve() in output.resolve().parents
-    if output.is_dir() or output.resolve() == source.resolve() or inside:
+    # Not by Path.resolve, which raises where links lead in a circle.
+    at, to = Path(os.path.realpath(source)), Path(os.path.realpath(output))
+    if output.is_dir() or to == at or (source.is_dir() and at in to.parents):
         raise UsageError(f"-o must be another file than what is read, and no folder (got {output}); choose another")
     if output.suffix != ".safetensors" or not output.parent.is_dir():
         raise UsageError(f"-o must be a .safetensors file in a folder that exists (got {output}); choose another")

@@ -19,7 +19,7 @@ def _polyak_trainer(content: Content) -> Averaged | None:
         return None
     kind = "checkpoint of polyak.Trainer"
     if _is_averaged(holds := content["model_holds"]):
-        return Averaged(kind, tensors_of(content["model"]), (f"the average is the {shown(holds)}",))
+        return Averaged(kind, tensors_of(content["model"]), (f"the average is the {shown(holds, most=1000)}",))
     return _with_states(kind, content["model"], content["algorithms"])
 
 
@@ -29,7 +29,7 @@ def _polyak_lightning(content: Content) -> Averaged | None:
         return None
     kind = "Lightning checkpoint of polyak"
     if _is_averaged(holds := ours["state_dict_holds"]):
-        return Averaged(kind, tensors_of(content["state_dict"]), (f"the average is the {shown(holds)}",))
+        return Averaged(kind, tensors_of(content["state_dict"]), (f"the average is the {shown(holds, most=1000)}",))
     return _with_states(kind, content["state_dict"], ours.get("algorithms", ()))
 
 

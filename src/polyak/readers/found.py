@@ -62,7 +62,8 @@ def count(value: object) -> str:
     """
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+    is_number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    if not is_number or (isinstance(value, int) and abs(value) >= 1 << 63):
         raise CheckpointError(f"the file must be whole (a number must be where it has {shown(value)})")
     return f"{value:g}" if isinstance(value, float) else shown(value)
 

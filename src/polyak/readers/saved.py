@@ -215,6 +215,8 @@ class _Legacy:
         if key in self._storages:
             return Storage(dtype, self._storages[key])
         size_bytes = numel * dtype.itemsize
-        if self._sizes.setdefault(key, size_bytes) != size_bytes or size_bytes > len(self._data):
-            raise CheckpointError("each storage must have one size, and be in the file")
+        if size_bytes > len(self._data):
+            raise CheckpointError(f"it is truncated (a storage of {size_bytes:,} bytes must be in the file)")
+        if self._sizes.setdefault(key, size_bytes) != size_bytes:
+            raise CheckpointError("each storage must have one size")
         return Storage(dtype, None)

@@ -3,27 +3,26 @@
 from collections.abc import Iterable
 from pathlib import PurePath
 
-_MOST = 80
 
-
-def shown(value: object) -> str:
+def shown(value: object, most: int = 80) -> str:
     r"""Return it as text for an error or a note, with what is not printable escaped, and not too long.
 
     Args:
         value: Text, an error, a number; or a container, of which only the kind is shown.
+        most: How many characters are shown of text.
 
     Example:
         >>> shown("\x1b[2Jweight"), shown([1, 2]), shown(3.0)
         ('\\x1b[2Jweight', 'a list', '3.0')
     """
     if isinstance(value, (str, bytes, BaseException, PurePath)):
-        text = str(value)[: _MOST + 1]
+        text = str(value)[: most + 1]
     elif isinstance(value, float) or value is None or (isinstance(value, int) and abs(value) < 1 << 64):
         text = str(value)
     else:
         return f"a {type(value).__name__}"
     escaped = printable(text)
-    return escaped if len(text) <= _MOST else f"{escaped[:_MOST]}..."
+    return escaped if len(text) <= most else f"{escaped[:most]}..."
 
 
 def printable(text: str) -> str:

@@ -31,7 +31,7 @@ def write(found: Averaged, path: Path, source: Path) -> None:
     check_writable(found.tensors, source)
     metadata = {
         "format": "pt",
-        "polyak.source": _text(source.resolve().name),
+        "polyak.source": _text(Path(os.path.realpath(source)).name),
         "polyak.source_format": _text(found.format),
         "polyak.notes": _text("; ".join(found.notes)),
     }
@@ -63,10 +63,9 @@ def check_writable(tensors: Mapping[str, Tensor], source: Path) -> None:
         CheckpointError: If a tensor cannot be in one, or all are far larger than the source.
     """
     if other := [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES]:
-        dtypes = sorted({str(tensors[name].dtype) for name in other})
+        dtypes = listed(f"{name}: {tensors[name].dtype}" for name in other)
         raise CheckpointError(
-            f"all tensors must have a dtype of safetensors ({listed(other)} have {', '.join(dtypes)}); convert them to "
-            "another, and save again"
+            f"all tensors must have a dtype of safetensors (got {dtypes}); convert them to another, and save again"
         )
     for name in tensors:
         if name == "__metadata__" or _text(name) != name:
