@@ -90,6 +90,14 @@ def entry(value: bytes, name: bytes = b"weight") -> bytes:
     return b"\x80\x02}X" + struct.pack("<I", len(name)) + name + value + b"s."
 
 
+def many_entries(count: int) -> bytes:
+    """A zip archive whose directory names one record many times."""
+    one = b"PK\x01\x02" + b"\0" * 24 + b"\x08\0" + b"\0" * 16
+    directory = b"".join(one + b"%08d" % i for i in range(count))
+    end = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, count % 65535, count % 65535, len(directory), 4, 0)
+    return b"PK\x03\x04" + directory + end
+
+
 def flipped(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
@@ -177,6 +185,9 @@ FILES: Mapping[str, tuple[str, Callable[[], bytes]]] = {
         ),
     ),
     "two pickles": (".pt", lambda: archive(entry(tensor()), {**FOUR, "b/data.pkl": entry(tensor())})),
+    "a directory of 400,000 entries": (".pt", lambda: many_entries(400_000)),
+    "a line that never ends": (".pt", lambda: archive(entry(b"c" + b"a" * (30 << 20)), kind=zipfile.ZIP_DEFLATED)),
+    "an old line that never ends": (".pt", lambda: b"\x80\x02c" + b"a" * (30 << 20)),
     "an archive of TorchScript": (".pt", lambda: archive(b"\x80\x02}.", {"constants.pkl": b"\x80\x02)."})),
     "another byte order": (".pt", lambda: archive(entry(tensor()), {**FOUR, "byteorder": b"big"})),
     "a name that is no text of Unicode": (".pt", lambda: archive(entry(tensor(), b"\xed\xa0\x80"), FOUR)),

@@ -183,6 +183,18 @@ def test_a_folder_of_torchs_distributed_checkpoint(tmp_path, distributed):
         read(tmp_path / "saved")
 
 
+def test_a_sharded_checkpoint_of_the_trainer(tmp_path, distributed):
+    dcp.save({"model.w": torch.ones(3), "model.v": torch.zeros(2)}, checkpoint_id=tmp_path / "ep1")
+    model = {name: {"polyak_sharded": f"model.{name}", "shape": (1,), "dtype": torch.float32} for name in ("w", "v")}
+    rest = {"polyak_checkpoint": 2, "model_holds": "averaged weights of EMA", "model": model, "algorithms": []}
+    torch.save(rest, tmp_path / "ep1" / "rest.pt")
+    assert_is({"w": torch.ones(3), "v": torch.zeros(2)}, convert(tmp_path / "ep1"))
+    model["x"] = {"polyak_sharded": "model.x"}
+    torch.save(rest, tmp_path / "ep1" / "rest.pt")
+    with pytest.raises(CheckpointError, match=r"model\.x is not there"):
+        read(tmp_path / "ep1")
+
+
 class _Index:
     def __init__(self, **fields: Any) -> None:
         self.__dict__.update(fields)

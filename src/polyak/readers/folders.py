@@ -11,12 +11,15 @@ from torch import Tensor
 from polyak.errors import CheckpointError
 from polyak.readers.files import Content, load, load_bytes, opened, read_json
 from polyak.readers.found import Averaged, count, tensors_of
-from polyak.readers.pickles import MOST_BYTES, StandIn, Window
+from polyak.readers.pickles import StandIn, Window
 from polyak.readers.tensors import Unread, unpickler
 from polyak.readers.words import shown
 
 _CONFIG = "config.json"
 _METADATA = ".metadata"
+# Of a sharded checkpoint of polyak.Trainer: what is no sharded tensor, with the names of those.
+_REST = "rest.pt"
+_SHARDED = "polyak_sharded"
 # Of the files of torch.save in a folder of diffusers; others, such as optimizer.bin, are no weights.
 _BINS = ("diffusion_pytorch_model*.bin", "pytorch_model*.bin")
 
@@ -73,9 +76,25 @@ def load_distributed(path: Path) -> Content:
         CheckpointError: If it cannot be read.
     """
     try:
-        return _Distributed(path).load()
+        content = _Distributed(path).load()
+        return _with_rest(load(path / _REST), content) if (path / _REST).exists() else content
     except CheckpointError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
+
+
+def _with_rest(value: Any, tensors: Content) -> Any:
+    """Return what polyak's Trainer keeps in a file beside its sharded tensors, with those in their places."""
+    if isinstance(value, Mapping) and _SHARDED in value:
+        if value[_SHARDED] not in tensors:
+            raise CheckpointError(
+                f"it must have all tensors that {_REST} names ({shown(value[_SHARDED])} is not there)"
+            )
+        return tensors[value[_SHARDED]]
+    if type(value) is dict:
+        return {key: _with_rest(inner, tensors) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_rest(inner, tensors) for inner in value)
+    return value
 
 
 def _fields(value: object, kind: str) -> Mapping[str, Any]:
@@ -89,7 +108,7 @@ class _Distributed:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, memoryview] = {}
-        metadata = unpickler(_nothing_outside).load(Window(opened(folder / _METADATA), MOST_BYTES))
+        metadata = unpickler(_nothing_outside).load(Window(opened(folder / _METADATA)))
         fields = _fields(metadata, "Metadata")
         self._items = _mapping(fields.get("state_dict_metadata"))
         self._paths = _mapping(fields.get("planner_data") or {})

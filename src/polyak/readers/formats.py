@@ -167,7 +167,7 @@ READERS: Sequence[Callable[[Content], Averaged | None]] = (
 KNOWN = (
     "Composer (its checkpoints, and the state of its EMA of any release), torch AveragedModel, timm (checkpoints with "
     "state_dict_ema), diffusers EMAModel (its folder, or its state), ema-pytorch, torch-ema, Lightning's "
-    "WeightAveraging, and polyak's own checkpoints"
+    "WeightAveraging, polyak's own checkpoints, and what many training scripts save, such as {model, ema}"
 )
 
 

@@ -60,6 +60,7 @@ Builders = Mapping[str, Callable[..., Any]]
 
 _ATOMS = (str, int, float, bool, type(None), bytes, complex)
 _MARK = object()
+_CHUNK = 1 << 12
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
@@ -125,7 +126,7 @@ _CONSTANTS: Mapping[str, Callable[[], Any]] = {
     "EMPTY_LIST": list,
     "EMPTY_DICT": dict,
     "EMPTY_TUPLE": tuple,
-    "EMPTY_SET": list,
+    "EMPTY_SET": set,
 }
 _IGNORED = frozenset({"PROTO", "FRAME"})
 
@@ -192,6 +193,8 @@ class Unpickler:
         if name in _PUSHED:
             self._stack.append(argument)
         elif name in _CONSTANTS:
+            if name == "EMPTY_SET":  # the largest of them
+                self.spend(4)
             self._stack.append(_CONSTANTS[name]())
         elif name not in _IGNORED:
             getattr(self, f"_op_{name.lower()}")(argument)
@@ -267,7 +270,12 @@ class Unpickler:
     def _op_appends(self, _: object) -> None:
         self._append(self._to_mark())
 
-    _op_additems = _op_appends
+    def _op_additems(self, _: object) -> None:
+        items = self._to_mark()
+        if isinstance(self._stack[-1], set):
+            self._stack[-1].update(as_key(item) for item in items)
+        else:
+            self._append(items)
 
     def _append(self, items: list[Any]) -> None:
         target = self._stack[-1]
@@ -277,7 +285,7 @@ class Unpickler:
             raise CheckpointError("its pickle is damaged (what is appended to must be a list)")
 
     def _op_frozenset(self, _: object) -> None:
-        self._stack.append(self._to_mark())
+        self._stack.append(frozenset(as_key(item) for item in self._to_mark()))
 
     def _op_dict(self, _: object) -> None:
         items = self._to_mark()
@@ -377,17 +385,19 @@ class Unpickler:
 
 
 class Window:
-    """A part of a file, for reading. At most `MOST_BYTES` are read by one call, and ``most`` in all.
+    """A part of a file, for reading.
 
     Args:
         data: What is read.
-        most: How many bytes may be read.
+        most: How many bytes may be read in all; None for any number.
+        at_once: How many by one call.
     """
 
-    def __init__(self, data: memoryview, most: int | None = None) -> None:
+    def __init__(self, data: memoryview, most: int | None = MOST_BYTES, at_once: int = MOST_BYTES) -> None:
         self._data = data
         self._at = 0
         self._left = most
+        self._at_once = at_once
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes.
@@ -403,17 +413,15 @@ class Window:
 
     def readline(self) -> bytes:
         """Return the bytes up to the next end of a line."""
-        at, found = self._at, bytearray()
-        while b"\n" not in found and at < len(self._data):
-            found += self._data[at : at + 256]
-            at += 256
-        end = found.find(b"\n") + 1
-        return self._take(end or len(found))
+        for begin in range(self._at, len(self._data), _CHUNK):
+            if (end := bytes(self._data[begin : begin + _CHUNK]).find(b"\n")) >= 0:
+                return self._take(begin + end + 1 - self._at)
+        return self._take(max(0, len(self._data) - self._at))
 
     def _take(self, size: int) -> bytes:
         if self._left is not None:
             self._left -= size
-        if size > MOST_BYTES or (self._left is not None and self._left < 0):
+        if size > self._at_once or (self._left is not None and self._left < 0):
             raise CheckpointError(f"what it holds beside tensors is larger than {MOST_BYTES >> 20} MiB")
         found = bytes(self._data[self._at : self._at + size])
         self._at += size

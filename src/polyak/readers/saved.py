@@ -1,5 +1,6 @@
 """The files of ``torch.save``, of any release since 0.4: zip archives, compressed or not, and the older format."""
 
+import io
 import sys
 import zipfile
 import zlib
@@ -16,6 +17,8 @@ from polyak.readers.words import listed, shown
 # What a file may claim: compressed data, and tensors that repeat numbers.
 _GROWTH = 16
 _SMALL_BYTES = 64 << 20
+# An entry of a zip directory takes ten times its bytes in memory.
+_MOST_DIRECTORY_BYTES = 16 << 20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 
@@ -70,7 +73,7 @@ class _Archive:
     def __init__(self, data: memoryview, *, mapped: bool) -> None:
         self._data, self._mapped = data, mapped
         try:
-            self._zip = zipfile.ZipFile(Window(data))
+            self._zip = zipfile.ZipFile(Window(data, None, _MOST_DIRECTORY_BYTES))
         except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise CheckpointError("its zip directory is too large") from None
@@ -97,7 +100,7 @@ class _Archive:
         if pickled.file_size > MOST_BYTES:
             raise CheckpointError(f"what it holds beside tensors is larger than {MOST_BYTES >> 20} MiB")
         reader = unpickler(self._persistent)
-        content = reader.load(Window(self._read(pickled)))
+        content = reader.load(io.BytesIO(self._read(pickled)))
         if strict:
             _refuse_unknown(reader.unknown)
         return content
@@ -172,7 +175,7 @@ class _Legacy:
         self._storages: dict[str, torch.UntypedStorage] = {}
 
     def load(self, *, strict: bool) -> Any:
-        file = Window(self._data, MOST_BYTES)
+        file = Window(self._data)
         try:
             magic, version = (unpickler(self._persistent).load(file) for _ in range(2))
         except CheckpointError:
@@ -186,7 +189,7 @@ class _Legacy:
         # Storages come after the objects that are made of them, and their places are known once all are listed.
         unpickler(self._persistent).load(file)
         self._find(unpickler(self._persistent).load(file), file.tell())
-        file = Window(self._data, MOST_BYTES)
+        file = Window(self._data)
         file.seek(at)
         reader = unpickler(self._persistent)
         content = reader.load(file)

@@ -50,6 +50,8 @@ SHAPES: Sequence[Shape] = (
     Shape("EMA callbacks for Lightning", "ema_state_dict", model="state_dict", unless="message_hub"),
     Shape("mmengine", "state_dict", model="message_hub", note="the state_dict of mmengine's EMAHook is the average"),
     Shape("RT-DETR", "ema.module"),
+    Shape("EMA classes with a shadow", "ema.shadow"),
+    Shape("EMA classes with a state dict", "ema.state_dict"),
     Shape("BasicSR", "params_ema"),
     Shape("StyleGAN2", "g_ema"),
     Shape("DINO", "teacher", model="student"),

@@ -8,14 +8,16 @@ def shown(value: object, most: int = 80) -> str:
     r"""Return it as text for an error or a note, with what is not printable escaped, and not too long.
 
     Args:
-        value: Text, an error, a number; or a container, of which only the kind is shown.
+        value: Text, an error, a number; a path, as a whole; a container, of which only the kind is shown.
         most: How many characters are shown of text.
 
     Example:
         >>> shown("\x1b[2Jweight"), shown([1, 2]), shown(3.0)
         ('\\x1b[2Jweight', 'a list', '3.0')
     """
-    if isinstance(value, (str, bytes, BaseException, PurePath)):
+    if isinstance(value, PurePath):
+        return printable(str(value))
+    if isinstance(value, (str, bytes, BaseException)):
         text = str(value)[: most + 1]
     elif isinstance(value, float) or value is None or (isinstance(value, int) and abs(value) < 1 << 64):
         text = str(value)
