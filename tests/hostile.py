@@ -31,7 +31,7 @@ for line in sys.stdin:
 
 
 def run(folder: Path, commands: list[list[str]]) -> list[tuple[int, str]]:
-    """Run commands of polyak in a folder, each in a process of its own; return the exit codes and what was said."""
+    """Run commands of polyak in a folder, each in a separate process; return the exit codes and what was said."""
     lines = "".join("\t".join([str(k), *command]) + "\n" for k, command in enumerate(commands))
     done = subprocess.run([sys.executable, "-c", _CHILD], cwd=folder, input=lines, stdout=-1, text=True, check=True)
     codes = [int(code) for code in done.stdout.split()]

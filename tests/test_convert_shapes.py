@@ -172,8 +172,8 @@ def distributed(tmp_path):
 def test_a_folder_of_torchs_distributed_checkpoint(tmp_path, distributed):
     model, ema = nn.Linear(4, 2), EMA("3ba")
     attached = train(model, ema)
-    beside = {"model": model, "several": [torch.ones(2), {"x": 3}], "args": hostile.Touch}
-    dcp.save({"ema": attached, **beside}, checkpoint_id=tmp_path / "saved")
+    others = {"model": model, "several": [torch.ones(2), {"x": 3}], "args": hostile.Touch}
+    dcp.save({"ema": attached, **others}, checkpoint_id=tmp_path / "saved")
     want = {name: tensor.detach() for name, tensor in ema.ema_model.named_parameters()}
     assert_is(want, convert(tmp_path / "saved"))
     assert read(tmp_path / "saved", key="model").tensors.keys() == {"weight", "bias"}

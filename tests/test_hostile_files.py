@@ -64,7 +64,7 @@ def test_no_code_that_a_pickle_asks_for_runs(tmp_path, monkeypatch, name):
 
 
 class Config(dict):
-    """As EasyDict, and Lightning's AttributeDict."""
+    """Like EasyDict, and Lightning's AttributeDict."""
 
 
 class Options:
@@ -72,10 +72,10 @@ class Options:
         self.inner = {"rates": [0.1], "path": Path("x")}
 
 
-def test_containers_and_objects_beside_an_average_are_passed_over(tmp_path):
+def test_containers_and_objects_next_to_an_average_are_passed_over(tmp_path):
     numpy = pytest.importorskip("numpy")
     averaged = AveragedModel(nn.Linear(2, 3))
-    beside = {
+    others = {
         "args": argparse.Namespace(lr=0.1),
         "config": Config(lr=0.1),
         "options": Options(),
@@ -93,9 +93,9 @@ def test_containers_and_objects_beside_an_average_are_passed_over(tmp_path):
     }
     for legacy in (False, True):
         options = {"_use_new_zipfile_serialization": not legacy}
-        torch.save({"ema": averaged.state_dict(), **beside}, tmp_path / "a.pt", **options)
+        torch.save({"ema": averaged.state_dict(), **others}, tmp_path / "a.pt", **options)
         assert_is(averaged.module.state_dict(), convert(tmp_path / "a.pt"))
-        torch.save({**averaged.state_dict(), **beside, "args": None}, tmp_path / "b.pt", **options)
+        torch.save({**averaged.state_dict(), **others, "args": None}, tmp_path / "b.pt", **options)
         content = load(tmp_path / "b.pt")
         assert isinstance(content["config"], StandIn)
         assert content["config"]["lr"] == 0.1

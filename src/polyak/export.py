@@ -26,7 +26,7 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
 
     Args:
         ema: Whose average.
-        model: The one in training, as it was given to the loop. It lends itself for the time of writing.
+        model: The one in training, as it was given to the loop. The average is swapped in while writing.
         folder: A new or empty one. It is complete or not there.
         max_file_bytes: How large a file may become, if it holds more than one tensor.
 
@@ -57,29 +57,29 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
     _require_exportable(model)
     ranks = Ranks.of(model)
     is_first = ranks is None or ranks.rank == 0
-    draft = folder.with_name(f".{folder.name}.draft")
+    temporary = folder.with_name(f".{folder.name}.temporary")
     try:
         ema.get_ema_model(model)
         tensors = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
         if is_first:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
         metadata = {"format": "pt", "polyak.algorithm": repr(ema), "polyak.updates": str(ema.num_updates)}
         if ranks is not None and not ranks.replicas:
-            _write_shards(tensors, draft, ranks, max_file_bytes, metadata)
+            _write_shards(tensors, temporary, ranks, max_file_bytes, metadata)
         elif is_first:
             tensors = {name: local(tensor) for name, tensor in tensors.items()}  # the whole, if it is spread over one
-            _write(tensors, draft, max_file_bytes, metadata, lambda names: {name: tensors[name] for name in names})
+            _write(tensors, temporary, max_file_bytes, metadata, lambda names: {name: tensors[name] for name in names})
     except BaseException:
         if is_first:
-            shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
         ema.get_training_model(model)
     if is_first:
         if folder.exists():
             folder.rmdir()
-        draft.rename(folder)
+        temporary.rename(folder)
     if ranks is not None:
         torch.distributed.barrier(ranks.group)
 

@@ -83,7 +83,7 @@ def load_distributed(path: Path) -> Content:
 
 
 def _with_rest(value: Any, tensors: Content) -> Any:
-    """Return what polyak's Trainer keeps in a file beside its sharded tensors, with those in their places."""
+    """Return what polyak's Trainer keeps in a file next to its sharded tensors, with those put in."""
     if isinstance(value, Mapping) and _SHARDED in value:
         if value[_SHARDED] not in tensors:
             raise CheckpointError(

@@ -73,11 +73,11 @@ def training_weights(saved: object, model: Content) -> dict[str, Tensor] | None:
 
     Args:
         saved: The state, of ``EMA`` of polyak or Composer, or of any other algorithm.
-        model: The state dict of the model beside it.
+        model: The state dict of the model next to it.
     """
     if not _is_ema(saved):
         return None
-    if "training_model" in saved:  # of polyak while the average is lent; up to 0.12 always
+    if "training_model" in saved:  # of polyak while the average is swapped in; up to 0.12 always
         held = saved["training_model"] if saved.get("ema_weights_active", True) else None
     else:
         held = saved["ema_model"] if saved.get("ema_weights_active") else None
@@ -86,7 +86,7 @@ def training_weights(saved: object, model: Content) -> dict[str, Tensor] | None:
 
 
 def _polyak_loop(content: Content) -> Averaged | None:
-    """Read what `attach` and the hosts keep beside the model: the states of algorithms, and a clock."""
+    """Read what `attach` and the integrations keep next to the model: the states of algorithms, and a clock."""
     if not {"algorithms", "timestamp"} <= content.keys():
         return None
     return next((found for _, saved in _pairs(content["algorithms"]) if (found := _ema_state(saved))), None)

@@ -96,7 +96,7 @@ def tensors_of(state: object) -> dict[str, Tensor]:
                 "as one, or leave it out"
             )
         if (canonical := canonical_name(name)) in found:
-            raise CheckpointError(f"each tensor must have a name of its own (two are {shown(canonical)})")
+            raise CheckpointError(f"the names of tensors must differ (two are {shown(canonical)})")
         found[canonical] = value
     return found
 

@@ -135,7 +135,7 @@ class Unpickler:
     """Reads one pickle.
 
     Args:
-        builders: Functions of ours by the name of what they make, beside those of containers.
+        builders: Functions of ours by the name of what they make, in addition to those of containers.
         constants: What names stand for that are no functions, such as dtypes.
         persistent: Makes what lies outside the pickle from its id.
 
@@ -422,7 +422,7 @@ class Window:
         if self._left is not None:
             self._left -= size
         if size > self._at_once or (self._left is not None and self._left < 0):
-            raise CheckpointError(f"what it holds beside tensors is larger than {MOST_BYTES >> 20} MiB")
+            raise CheckpointError(f"what it holds other than tensors is larger than {MOST_BYTES >> 20} MiB")
         found = bytes(self._data[self._at : self._at + size])
         self._at += size
         return found

@@ -65,7 +65,7 @@ def _find(content: Content, path: Path) -> Averaged:
     for reader in READERS:
         if (found := reader(content)) is not None:
             return found
-    # Training scripts keep the state of an average under a name of theirs, beside the model's.
+    # Training scripts keep the state of an average under their own key, next to the model's.
     inside = {str(k): value for k, value in content.items() if isinstance(value, Mapping) and isinstance(k, (str, int))}
     nested = {key: found for key, value in inside.items() for reader in READERS if (found := reader(value))}
     shaped = {place: one for place, one in candidates(content).items() if place.partition(".")[0] not in nested}

@@ -98,7 +98,7 @@ class _Archive:
             )
         pickled = self._entries[f"{self._root}data.pkl"]
         if pickled.file_size > MOST_BYTES:
-            raise CheckpointError(f"what it holds beside tensors is larger than {MOST_BYTES >> 20} MiB")
+            raise CheckpointError(f"what it holds other than tensors is larger than {MOST_BYTES >> 20} MiB")
         reader = unpickler(self._persistent)
         content = reader.load(io.BytesIO(self._read(pickled)))
         if strict:

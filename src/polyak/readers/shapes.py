@@ -46,7 +46,7 @@ _MMCV = (
 SHAPES: Sequence[Shape] = (
     Shape("DiT, SiT and others", "ema", model="model"),
     Shape("ConvNeXt, k-diffusion and others", "model_ema", model="model"),
-    Shape("ema_model beside model", "ema_model", model="model"),
+    Shape("ema_model and model", "ema_model", model="model"),
     Shape("EMA callbacks for Lightning", "ema_state_dict", model="state_dict", unless="message_hub"),
     Shape("mmengine", "state_dict", model="message_hub", note="the state_dict of mmengine's EMAHook is the average"),
     Shape("RT-DETR", "ema.module"),
@@ -60,7 +60,7 @@ SHAPES: Sequence[Shape] = (
     Shape("Stable Diffusion", "state_dict", "model_ema.", model="model.", spelling=(".", "")),
     Shape("mmcv", "state_dict", "ema_", spelling=(".", "_"), note=_MMCV),
     *(
-        Shape(f"{average} beside {online}", key, average, model=online)
+        Shape(f"{average} and {online}", key, average, model=online)
         for key in ("", "model", "state_dict")
         for average, online in (
             ("teacher.", "student."),
@@ -184,7 +184,7 @@ def _in_order(kind: str, content: Content, given: Mapping[str, Tensor]) -> Avera
         shapes = [base[name].shape for name in names]
         if max(groups, default=1) == 1 and shapes == [tensor.shape for tensor in given.values()]:
             average = dict(zip(names, given.values(), strict=True))
-            return Averaged(kind, base | average, ("it has no names: they are the model's beside it, in order",))
+            return Averaged(kind, base | average, ("it has no names: they are the model's, in order",))
     return Averaged(kind, given, positional=True)
 
 

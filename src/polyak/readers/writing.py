@@ -39,7 +39,7 @@ def write(found: Averaged, path: Path, source: Path) -> None:
         with source.open("rb") as file:
             metadata["polyak.source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     infos = {name: polyak.record.TensorInfo.of(tensor, averaged=False) for name, tensor in found.tensors.items()}
-    temporary = path.with_name(f".{os.getpid()}.draft")
+    temporary = path.with_name(f".{os.getpid()}.tmp")
     try:
         polyak.record.write_tensors(temporary, infos, found.tensors.__getitem__, metadata)
         temporary.replace(path)
