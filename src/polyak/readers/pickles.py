@@ -8,6 +8,7 @@ import io
 import operator
 import pickletools
 from collections.abc import Callable, Mapping
+from functools import partialmethod
 from typing import Any
 
 from polyak.errors import CheckpointError
@@ -248,18 +249,13 @@ class Unpickler:
     def _op_tuple(self, _: object) -> None:
         self._stack.append(tuple(self._to_mark()))
 
-    def _last(self, count: int) -> None:
+    def _last(self, count: int, _: object) -> None:
         items = [self._pop() for _ in range(count)]
         self._stack.append(tuple(reversed(items)))
 
-    def _op_tuple1(self, _: object) -> None:
-        self._last(1)
-
-    def _op_tuple2(self, _: object) -> None:
-        self._last(2)
-
-    def _op_tuple3(self, _: object) -> None:
-        self._last(3)
+    _op_tuple1 = partialmethod(_last, 1)
+    _op_tuple2 = partialmethod(_last, 2)
+    _op_tuple3 = partialmethod(_last, 3)
 
     def _op_list(self, _: object) -> None:
         self._stack.append(self._to_mark())
