@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from polyak.ema import EMA
+from polyak.errors import CheckpointError
 from polyak.record.files import write_tensors
-from polyak.record.manifest import TensorInfo
+from polyak.record.manifest import DTYPE_NAMES, TensorInfo
 from polyak.select import all_slots
 from polyak.shadow import agree_on_plain
 from polyak.sharding import Ranks, local, refuse_stage
@@ -28,13 +29,14 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
 
     Args:
         ema: Whose average.
-        model: The one in training, as it was given to the loop. It lends itself for the time of writing.
+        model: The one in training, as it was given to the loop. The average is swapped in while writing.
         folder: A new or empty one. It is complete or not there.
         max_file_bytes: How large a file may become, if it holds more than one tensor.
 
     Raises:
         FileExistsError: If ``folder`` has something in it.
-        ValueError: If the model's state dict has sparse tensors, which safetensors cannot hold.
+        CheckpointError: If the model's state dict has a tensor that safetensors cannot hold: sparse, nested, without
+            values, or of a dtype such as complex128 or quantized ones.
         LoanError: If averaging has not begun, or the model holds an average.
         ShardingError: If ranks disagree, or the model is a stage of a pipeline.
 
@@ -56,20 +58,24 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
     refuse_stage(model, "an export")
     ranks = Ranks.of(model)
     _on_each(ranks, lambda: _check(folder, model))
-    draft = folder.with_name(f".{folder.name}.draft")
+    temporary = folder.with_name(f".{folder.name}.temporary")
     metadata = {"format": "pt", "polyak.algorithm": repr(ema), "polyak.updates": str(ema.num_updates)}
     try:
         ema.get_ema_model(model)
         tensors = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
         if ranks is not None:
             agree_on_plain(ranks, {s.name: s.tensor for s in all_slots(model) if s.is_parameter})
-        _on_first(ranks, lambda: _make(draft))
+        _on_first(ranks, lambda: _make(temporary))
         if ranks is not None and not ranks.replicas:
-            read = _shards(tensors, draft / "shards", ranks)
+            read = _shards(tensors, temporary / "shards", ranks)
         else:
             read = _whole(tensors)
-        _on_first(ranks, lambda: _write(tensors, draft, max_file_bytes, metadata, read))
-        _on_first(ranks, lambda: _finish(draft, folder))
+        _on_first(ranks, lambda: _write(tensors, temporary, max_file_bytes, metadata, read))
+        _on_first(ranks, lambda: _finish(temporary, folder))
+    except BaseException:
+        if ranks is None or ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     finally:
         ema.get_training_model(model)
 
@@ -87,25 +93,43 @@ def _on_first(ranks: Ranks | None, act: Callable[[], None]) -> None:
 def _check(folder: Path, model: nn.Module) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"an export needs a new or empty folder (got {folder}, which holds something)")
-    sparse = [slot.name for slot in all_slots(model) if slot.persistent and slot.tensor.layout != torch.strided]
-    if sparse:
-        raise ValueError(
-            "a model must have no sparse tensors to be exported as safetensors, except in buffers registered with "
-            f"persistent=False (got {sparse})"
+    _require_exportable(model)
+
+
+def _require_exportable(model: nn.Module) -> None:
+    """See that safetensors can hold the model's state dict."""
+    slots = {slot.name: slot.tensor for slot in all_slots(model) if slot.persistent}
+    other = [name for name, tensor in slots.items() if tensor.layout != torch.strided or tensor.is_nested]
+    if other:
+        raise CheckpointError(
+            "a model must have no sparse or nested tensors to be exported as safetensors, except in buffers registered "
+            f"with persistent=False (got {other})"
         )
+    if meta := [name for name, tensor in slots.items() if tensor.is_meta]:
+        raise CheckpointError(
+            f"a model must have values to be exported (on the meta device are {meta}); load them before"
+        )
+    dtypes = {name: str(tensor.dtype) for name, tensor in slots.items() if tensor.dtype not in DTYPE_NAMES}
+    if dtypes:
+        raise CheckpointError(
+            f"a model must have dtypes that safetensors has to be exported (got {dtypes}); convert a copy of "
+            "ema.ema_model, such as by .to(torch.complex64), or save its state_dict() by torch.save"
+        )
+    if "__metadata__" in slots:
+        raise CheckpointError("a tensor must not be named '__metadata__' to be exported as safetensors; rename it")
 
 
-def _make(draft: Path) -> None:
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+def _make(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
 
 
-def _finish(draft: Path, folder: Path) -> None:
+def _finish(temporary: Path, folder: Path) -> None:
     """Give the complete folder its name."""
-    shutil.rmtree(draft / "shards", ignore_errors=True)
+    shutil.rmtree(temporary / "shards", ignore_errors=True)
     if folder.exists():
         folder.rmdir()
-    draft.rename(folder)
+    temporary.rename(folder)
 
 
 def _whole(tensors: dict[str, Tensor]) -> Read:
