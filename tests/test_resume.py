@@ -11,7 +11,7 @@ from loops import EPOCH_END, MID_EPOCH
 from torch.utils.data import DataLoader
 
 import polyak
-from polyak import EMA, CheckpointError, Event, PlanWarning, Trainer
+from polyak import EMA, CheckpointError, Evaluator, Event, PlanWarning, Trainer
 from polyak.profiles import HalfLife
 
 PLANS = {
@@ -97,7 +97,7 @@ def test_a_model_in_bfloat16_resumes_bit_for_bit(tmp_path):
 
     def build(folder, **options):
         trainer = loops.train(folder, ema=EMA("4ba"), model=loops.perceptron().bfloat16(), data=Cast(), **options)
-        trainer._eval_loaders = {"eval": DataLoader(Cast(), batch_size=4)}
+        trainer.state.evaluators = [Evaluator(label="eval", dataloader=DataLoader(Cast(), batch_size=4))]
         return trainer
 
     assert loops.resume_differences(build, tmp_path) == {}

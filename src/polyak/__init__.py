@@ -4,6 +4,7 @@ from polyak.algorithm import Algorithm, dispatch
 from polyak.batchnorm import update_bn
 from polyak.ema import EMA, compute_ema
 from polyak.errors import (
+    ArgumentError,
     CheckpointError,
     LoanError,
     MismatchError,
@@ -31,6 +32,8 @@ from polyak.trainer import (
     Callback,
     CheckpointSaver,
     ConsoleLogger,
+    Evaluator,
+    GradientClipping,
     JSONLinesLogger,
     Logger,
     ProgressBar,
@@ -43,12 +46,15 @@ __version__ = "0.1.0"
 __all__ = [
     "EMA",
     "Algorithm",
+    "ArgumentError",
     "Attached",
     "Callback",
     "CheckpointError",
     "CheckpointSaver",
     "ConsoleLogger",
+    "Evaluator",
     "Event",
+    "GradientClipping",
     "HalfLife",
     "JSONLinesLogger",
     "LoanError",
