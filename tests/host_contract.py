@@ -188,7 +188,7 @@ class Overflows:
 
 
 class Watched(EMA):
-    """Keeps the events it hears of, except those inside a batch, and weights and average after each batch that updates."""
+    """Keeps the events it hears of, except those inside a batch, and the weights and the average after each batch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -64,6 +64,8 @@ class Epochs:
             CheckpointError: If the data are not those that the checkpoint was saved with.
             ValueError: If there are no batches.
         """
+        # Before the loader's iterator is made: what is drawn at this event must not change the order of the epoch.
+        self._fire(Event.BEFORE_DATALOADER)
         skip, now = self.completed, self._stream.get_state()
         self._set_epoch()
         if skip:
@@ -77,7 +79,6 @@ class Epochs:
             self._stream.set_state(now)
         empty = skip == 0
         while True:
-            self._fire(Event.BEFORE_DATALOADER)
             with self._stream.drawn():
                 batch = next(iterator, _END)
             if batch is _END:
@@ -86,6 +87,7 @@ class Epochs:
                 self._compare(batch)
             empty = False
             yield batch
+            self._fire(Event.BEFORE_DATALOADER)
         if empty:
             raise ValueError("train_dataloader must give at least one batch an epoch (it gave none)")
 

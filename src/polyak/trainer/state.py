@@ -170,3 +170,31 @@ def every(interval: Time, *, at: tuple[Event, Event]) -> Callable[[TrainerState,
         return now.intervals(interval, state.max_duration) > before.intervals(interval, state.max_duration)
 
     return due
+
+
+def ends_run(state: TrainerState, event: Event) -> bool:
+    """Return whether a checkpoint event is the last one of the run.
+
+    Args:
+        state: Of the trainer.
+        event: ``BATCH_CHECKPOINT`` or ``EPOCH_CHECKPOINT``.
+    """
+    # Where the last batch ends an epoch, that epoch's end comes after it.
+    return state.finished and (event is Event.EPOCH_CHECKPOINT or not state.ends_epoch)
+
+
+def or_at_the_end(due: Question) -> Question:
+    """Return a question that is true where another is and at the end of the run, at each moment once.
+
+    Args:
+        due: The other.
+    """
+
+    def asked(state: TrainerState, event: Event) -> bool:
+        if event not in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT):
+            return False
+        if state.finished:
+            return ends_run(state, event)
+        return due(state, event)
+
+    return asked
