@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from polyak import EMA, Callback, CheckpointSaver, Event, Recorder, Trainer
 from polyak.sharding import copy_
 from polyak.trainer import rng
-from polyak.trainer import trainer as trainer_module
+from polyak.trainer import fitting
 
 KINDS = ("ddp", "ddp, divided average", "fsdp2")
 
@@ -295,7 +295,7 @@ def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any
     algorithm = EMA("8sp")
     # Clocks of which that of the second rank is faster.
     ticks = itertools.count(step=1 + 100 * rank())
-    trainer_module.time = types.SimpleNamespace(perf_counter=ticks.__next__)
+    fitting.time = types.SimpleNamespace(perf_counter=ticks.__next__)
     trainer = Trainer(
         model=model,
         train_dataloader=loader,
@@ -310,7 +310,7 @@ def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any
     try:
         trainer.fit()
     finally:
-        trainer_module.time = time
+        fitting.time = time
     now = trainer.state.timestamp
     clock = (now.batch.value, now.sample.value, now.token.value, now.total_wct.value)
     return {"weights": held(trainer), "averages": averages(trainer), "clock": clock}

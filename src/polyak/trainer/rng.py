@@ -92,7 +92,11 @@ def preserved(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
     try:
         yield
     finally:
-        set_state(state, generators)
+        try:
+            set_state(state, generators)
+        except BaseException:  # such as an interrupt halfway
+            set_state(state, generators)
+            raise
 
 
 class Stream:
