@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from polyak.errors import ArgumentError
 from polyak.events import Event
@@ -114,7 +115,8 @@ def _is_loader(given: Any) -> bool:
     """Return whether an entry of a list is a loader, rather than a batch."""
     if isinstance(given, (torch.Tensor, Mapping, list, tuple, str)) or hasattr(given, "shape"):
         return False
-    return hasattr(given, "__iter__") and (hasattr(given, "dataset") or not hasattr(given, "to"))
+    has_batches = hasattr(given, "__iter__") and (hasattr(given, "dataset") or not hasattr(given, "to"))
+    return has_batches or isinstance(given, Dataset)
 
 
 def evaluation_question(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
-from polyak.errors import CheckpointError, LoanError, PlanWarning
+from polyak.errors import ArgumentError, CheckpointError, LoanError, PlanWarning
 from polyak.events import Event
 from polyak.shadow import loan_of
 from polyak.time import Time, Timestamp
@@ -472,7 +472,9 @@ class Trainer:
         for callback in self._callbacks:
             if isinstance(callback, CheckpointSaver):
                 return callback.latest()
-        raise ValueError("autoresume needs a CheckpointSaver among the callbacks, to know where to look")
+        raise ArgumentError(
+            "autoresume needs save_folder, or a CheckpointSaver among the callbacks, to know where to look"
+        )
 
     def _stateful_callbacks(self) -> list[Callback]:
         return [*self._callbacks, *self.logger.destinations]
