@@ -195,7 +195,7 @@ def test_what_the_disk_refuses_one_rank_ends_training_on_all_and_the_record_is_a
         assert "No space left on device" in message
         if kind == "fsdp":
             assert f"failed on rank {rank}: writing" in message
-            assert "make room on the disk and go on" in message
+            assert "make room on the disk and continue" in message
         elif where:
             assert "the first rank must succeed for all" in message
     record = Record(tmp_path / "sharded" / "record")

@@ -58,6 +58,10 @@ class MismatchError(PolyakError, ValueError):
         super().__init__("\n".join(lines))
 
 
+class DtypeError(PolyakError, ValueError):
+    """A dtype that cannot hold the values that are to be averaged in it."""
+
+
 class LoanError(PolyakError, RuntimeError):
     """An update, an optimizer step or a second loan while the average is in the model, or the reverse."""
 

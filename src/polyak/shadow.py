@@ -15,7 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from polyak import sharding
-from polyak.errors import LoanError, QuarantineWarning, ShardingError
+from polyak.errors import DtypeError, LoanError, QuarantineWarning, ShardingError
 from polyak.kernels import Exchange, Lerp, Place, counting_with
 from polyak.offload import Offload, Offloader, hold_writes
 from polyak.select import Inventory, Policy, PolicyRule, Slot, check_match, default_policy, slots, unwrap
@@ -143,6 +143,18 @@ class Loan:
 _LOANS = dict[int, Loan]()  # by id of the model, which its loan keeps alive
 
 
+def _check_range(name: str, tensor: Tensor, average: Tensor) -> None:
+    """Refuse an average that would begin with inf where the model's value is finite."""
+    dtype = average.dtype
+    if not dtype.is_floating_point or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return
+    if bool((average.isinf() & tensor.isfinite().to(average.device)).any()):
+        raise DtypeError(
+            f"values must be at most {torch.finfo(dtype).max:g} to be averaged in {dtype} (got "
+            f"{float(tensor.abs().max()):g} in {name!r}): use a dtype with a wider range, or None for the model's"
+        )
+
+
 def loan_of(model: nn.Module) -> Loan | None:
     """Return the loan that ``model`` holds, if any.
 
@@ -237,9 +249,12 @@ class Shadow:
         if dtype.is_floating_point:
             dtype = self._dtype or torch.promote_types(dtype, torch.float32)
         if self._mesh is not None and slot.is_parameter and tensor.dim():
-            return sharding.divided(tensor, dtype, self._mesh, self._device)
+            average = sharding.divided(tensor, dtype, self._mesh, self._device)
+            _check_range(slot.name, rows(tensor, average), local(average))
+            return average
         part = local(tensor)
         copy = torch.empty_like(part, dtype=dtype, device=self._device, requires_grad=False).copy_(part)
+        _check_range(slot.name, part, copy)
         return sharding.beside(tensor, counting_with(self._counter, copy))
 
     def _policy_of(self, slot: Slot) -> Policy:

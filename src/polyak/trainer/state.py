@@ -56,6 +56,7 @@ class TrainerState:
         run_name: Of this run.
         seed: Of this run.
         stopping: Whether ``stop_training`` was called.
+        found_no_checkpoint: Whether the run was to resume by itself and found no checkpoint, so that it begins.
     """
 
     model: nn.Module
@@ -83,6 +84,7 @@ class TrainerState:
     run_name: str = ""
     seed: int = 0
     stopping: bool = False
+    found_no_checkpoint: bool = False
 
     def get_elapsed_duration(self) -> Time | None:
         """Return the elapsed share of the run as ``dur``; None if ``max_duration`` is not known."""

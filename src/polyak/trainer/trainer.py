@@ -87,7 +87,8 @@ class Trainer:
         save_num_checkpoints_to_keep: As its ``keep``, -1 for all; with ``save_folder``.
         load_path: A checkpoint to resume from.
         autoresume: Whether to resume from the newest checkpoint of ``save_folder``, or of the ``CheckpointSaver`` among
-            ``callbacks``, if there is one.
+            ``callbacks``, if there is one. A damaged one is warned of, and the one before it is taken; if all are, that
+            is an error.
         num_samples: Function of a batch: how many samples it has; by default the first dimension of its first tensor.
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
 
@@ -269,11 +270,13 @@ class Trainer:
         # Where it begins.
         self._fire(Event.INIT)
         self.state.sharded = self._is_sharded()
-        if autoresume:
-            load_path = self._group.first(self._newest_checkpoint() or load_path)
+        found = self._group.first(self._saved_checkpoints() if autoresume else [])
+        self.state.found_no_checkpoint = autoresume and not found and load_path is None
         self._fire(Event.BEFORE_LOAD)
-        if load_path is not None:
-            self._load(Path(load_path))
+        if found:
+            self._load(*checkpoint.read_newest(found, self._group))
+        elif load_path is not None:
+            self._load(Path(load_path), checkpoint.read(Path(load_path), self._group))
         self._fire(Event.AFTER_LOAD)
 
     def _fire(self, event: Event) -> None:
@@ -468,10 +471,10 @@ class Trainer:
             "data_rng": self._data.get_state() if apart else None,
         }
 
-    def _newest_checkpoint(self) -> Path | None:
+    def _saved_checkpoints(self) -> list[Path]:
         for callback in self._callbacks:
             if isinstance(callback, CheckpointSaver):
-                return callback.latest()
+                return callback.newest_first()
         raise ArgumentError(
             "autoresume needs save_folder, or a CheckpointSaver among the callbacks, to know where to look"
         )
@@ -479,8 +482,7 @@ class Trainer:
     def _stateful_callbacks(self) -> list[Callback]:
         return [*self._callbacks, *self.logger.destinations]
 
-    def _load(self, path: Path) -> None:
-        saved = checkpoint.read(path, self._group)
+    def _load(self, path: Path, saved: Mapping[str, Any]) -> None:
         for name, ours in (("optimizers", self.state.optimizers), ("schedulers", self.state.schedulers)):
             if len(saved[name]) != len(ours):
                 raise CheckpointError(
@@ -491,8 +493,9 @@ class Trainer:
             checkpoint.load_model(self.state.model, weights)
         except RuntimeError as error:
             raise CheckpointError(f"the model must be that of {path}: {error}") from error
+        dtypes = checkpoint.saved_dtypes(self.state.model, weights)
         for optimizer, state in zip(self.state.optimizers, saved["optimizers"], strict=True):
-            checkpoint.load_optimizer(optimizer, state)
+            checkpoint.load_optimizer(optimizer, state, dtypes)
         for scheduler, state in zip(self.state.schedulers, saved["schedulers"], strict=True):
             scheduler.load_state_dict(state)
         if saved["scaler"]:
