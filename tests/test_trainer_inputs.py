@@ -167,6 +167,9 @@ WRONG: list[tuple[str, Any, str]] = [
     ("load_path", "nowhere.pt", r"nowhere\.pt"),
     ("load_path", text_file, r"notes\.txt must be a checkpoint"),
     ("load_path", weights_file, r"weights\.pt must be a checkpoint"),
+    ("load_weights_only", "yes", "load_weights_only must be True or False"),
+    ("load_ignore_keys", "optimizers", "load_ignore_keys must be a list of strings"),
+    ("load_ignore_keys", [1], "load_ignore_keys must be a list of strings"),
     ("autoresume", True, "CheckpointSaver"),
     ("autoresume", "latest", "autoresume must be True or False"),
     ("num_samples", 4, "num_samples must be a function"),
@@ -188,7 +191,9 @@ def build(**options: Any) -> Trainer:
     return Trainer(model, **(given | options))
 
 
-@pytest.mark.parametrize(("argument", "given", "words"), WRONG, ids=loops.label)
+@pytest.mark.parametrize(
+    ("argument", "given", "words"), WRONG, ids=[f"{argument} {number}" for number, (argument, _, _) in enumerate(WRONG)]
+)
 def test_a_wrong_argument_is_one_error_by_name_before_the_first_batch(argument, given, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     calls: list[Any] = []
@@ -236,7 +241,7 @@ def test_a_wrong_way_of_saving_is_refused(options, words, tmp_path):
         ({"eval_interval": "often"}, "eval_interval must be a time"),
         ({"dataloader": generator()}, "the dataloader of x must be .*only once"),
     ],
-    ids=loops.label,
+    ids=["label", "names", "name", "number", "interval", "loader"],
 )
 def test_a_wrong_evaluator_is_refused(options, words):
     with pytest.raises(PolyakError, match=words):

@@ -400,6 +400,19 @@ def check_path(name: str, given: Any) -> None:
     require(fits, name, "a path", given)
 
 
+def check_ignored_keys(given: Any) -> None:
+    """Check what is not to be loaded.
+
+    Args:
+        given: As given.
+
+    Raises:
+        ArgumentError: If it is no list of strings.
+    """
+    fits = isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(key, str) for key in given)
+    require(fits, "load_ignore_keys", "a list of strings", given)
+
+
 def check_options(
     *,
     precision: Any,

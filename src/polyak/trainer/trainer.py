@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
-from polyak.errors import ArgumentError, CheckpointError, LoanError, PlanWarning
+from polyak.errors import ArgumentError, LoanError, PlanWarning
 from polyak.events import Event
 from polyak.shadow import loan_of
 from polyak.time import Time, Timestamp
@@ -29,6 +29,7 @@ from polyak.trainer.forward import Forward
 from polyak.trainer.loggers import Destination, Logger
 from polyak.trainer.metrics import Metric, Metrics
 from polyak.trainer.progress import ProgressBar
+from polyak.trainer.saving import Checkpoints
 from polyak.trainer.state import Question, Scheduler, TrainerState, question
 from polyak.trainer.step import Step
 from polyak.trainer.traininglog import TrainingLog
@@ -86,6 +87,9 @@ class Trainer:
         save_interval: As for ``CheckpointSaver``; with ``save_folder``.
         save_num_checkpoints_to_keep: As its ``keep``, -1 for all; with ``save_folder``.
         load_path: A checkpoint to resume from.
+        load_weights_only: Whether to take only the weights from ``load_path``: the averaged ones, if there are any.
+        load_ignore_keys: What not to take from ``load_path``: entries such as ``"optimizers"``, ``"algorithms"`` and
+            ``"timestamp"``, and tensors as ``"model/head.*"``; Composer's ``"state/"`` before them is allowed.
         autoresume: Whether to resume from the newest checkpoint of ``save_folder``, or of the ``CheckpointSaver`` among
             ``callbacks``, if there is one. A damaged one is warned of, and the one before it is taken; if all are, that
             is an error.
@@ -151,6 +155,8 @@ class Trainer:
         save_interval: str | Time | int | Question | None = None,
         save_num_checkpoints_to_keep: int | None = None,
         load_path: str | Path | None = None,
+        load_weights_only: bool = False,
+        load_ignore_keys: Sequence[str] = (),
         autoresume: bool = False,
         num_samples: Callable[[Any], int] = batches.num_samples,
         num_tokens: Callable[[Any], int] | None = None,
@@ -167,6 +173,7 @@ class Trainer:
             switches={
                 "step_schedulers_every_batch": step_schedulers_every_batch,
                 "deterministic_mode": deterministic_mode,
+                "load_weights_only": load_weights_only,
                 "autoresume": autoresume,
                 "progress_bar": bool(progress_bar) if progress_bar is None else progress_bar,
             },
@@ -174,6 +181,7 @@ class Trainer:
         )
         inputs.check_device(device)
         inputs.check_path("load_path", load_path)
+        inputs.check_ignored_keys(load_ignore_keys)
         inputs.check_batch_source(train_dataloader)
         made = inputs.Parts.of(
             model,
@@ -262,6 +270,16 @@ class Trainer:
             num_samples=num_samples,
             num_tokens=num_tokens,
         )
+        self._checkpoints = Checkpoints(
+            self.state,
+            self._fire,
+            self._group,
+            stream=self._data,
+            epochs=self._epochs,
+            step=self._step,
+            evaluation=self._evaluation,
+            draw_anew=self._draw_anew,
+        )
         self._fitted = self._closed = False
         if self._group.ranks:
             self._agree()
@@ -274,9 +292,10 @@ class Trainer:
         self.state.found_no_checkpoint = autoresume and not found and load_path is None
         self._fire(Event.BEFORE_LOAD)
         if found:
-            self._load(*checkpoint.read_newest(found, self._group))
+            self._checkpoints.load(*checkpoint.read_newest(found, self._group))
         elif load_path is not None:
-            self._load(Path(load_path), checkpoint.read(Path(load_path), self._group))
+            load = self._checkpoints.load_weights if load_weights_only else self._checkpoints.load
+            load(Path(load_path), checkpoint.read(Path(load_path), self._group), load_ignore_keys)
         self._fire(Event.AFTER_LOAD)
 
     def _fire(self, event: Event) -> None:
@@ -423,8 +442,6 @@ class Trainer:
         for callback in self.state.callbacks:
             callback.post_close()
 
-    # Checkpoints
-
     def save_checkpoint(self, path: str | Path) -> None:
         """Write a checkpoint of the run; it is complete or not there. All ranks must call this.
 
@@ -434,42 +451,9 @@ class Trainer:
             path: Where.
 
         Raises:
-            ShardingError: On the other ranks, if the first could not write; on the first, what went wrong.
+            ShardingError: On the other ranks, if rank 0 could not write; on rank 0, what went wrong.
         """
-        self.state.saving_to = Path(path)
-        try:
-            self._group.share_buffers(self.state.model)
-            self._fire(Event.SAVE_START)
-            checkpoint.write(
-                {
-                    **checkpoint.model_entries(self.state.model),
-                    "optimizers": [optimizer.state_dict() for optimizer in self.state.optimizers],
-                    "schedulers": [scheduler.state_dict() for scheduler in self.state.schedulers],
-                    "scaler": self._step.scaler.state_dict(),
-                    "algorithms": [(type(a).__qualname__, a.state_dict()) for a in self._algorithms],
-                    "callbacks": [(type(c).__qualname__, c.state_dict()) for c in self._stateful_callbacks()],
-                    "timestamp": self.state.timestamp.state_dict(details=True),
-                    "evaluated_at": self._evaluation.evaluated_at,
-                    "eval_metrics": self.state.eval_metrics,
-                    "drawn": self._epochs.completed,
-                    "skipped_in_a_row": self._step.skipped_in_a_row,
-                    **self._random_states(),
-                },
-                Path(path),
-                self._group,
-            )
-        finally:
-            self._fire(Event.SAVE_END)
-            self.state.saving_to = None
-
-    def _random_states(self) -> dict[str, Any]:
-        """Return the states of the ranks' generators, by rank; what all draw alike, once."""
-        apart = self._data.apart
-        return {
-            "rng": self._group.to_first(rng.get_state(self._data.generators)),
-            "epoch_rng": [self._epochs.epoch_rng] if apart else self._group.to_first(self._epochs.epoch_rng),
-            "data_rng": self._data.get_state() if apart else None,
-        }
+        self._checkpoints.save(path)
 
     def _saved_checkpoints(self) -> list[Path]:
         for callback in self._callbacks:
@@ -478,70 +462,6 @@ class Trainer:
         raise ArgumentError(
             "autoresume needs save_folder, or a CheckpointSaver among the callbacks, to know where to look"
         )
-
-    def _stateful_callbacks(self) -> list[Callback]:
-        return [*self._callbacks, *self.logger.destinations]
-
-    def _load(self, path: Path, saved: Mapping[str, Any]) -> None:
-        for name, ours in (("optimizers", self.state.optimizers), ("schedulers", self.state.schedulers)):
-            if len(saved[name]) != len(ours):
-                raise CheckpointError(
-                    f"{path} must have as many {name} as the trainer, {len(ours)} (it has {len(saved[name])})"
-                )
-        weights = saved["model"] if saved["training_model"] is None else saved["training_model"]
-        try:
-            checkpoint.load_model(self.state.model, weights)
-        except RuntimeError as error:
-            raise CheckpointError(f"the model must be that of {path}: {error}") from error
-        dtypes = checkpoint.saved_dtypes(self.state.model, weights)
-        for optimizer, state in zip(self.state.optimizers, saved["optimizers"], strict=True):
-            checkpoint.load_optimizer(optimizer, state, dtypes)
-        for scheduler, state in zip(self.state.schedulers, saved["schedulers"], strict=True):
-            scheduler.load_state_dict(state)
-        if saved["scaler"]:
-            self._step.scaler.load_state_dict(saved["scaler"])
-        _hand_out("algorithm", saved["algorithms"], self._algorithms, path)
-        _hand_out("callback", saved["callbacks"], self._stateful_callbacks(), path)
-        timestamp, length = Timestamp.from_state_dict(saved["timestamp"]), self.state.timestamp.epoch_length
-        generators = self._data.generators
-        had = len(saved["rng"][0]["generators"])
-        if (saved["drawn"] and timestamp.epoch_length != length) or had != len(generators):
-            raise CheckpointError(
-                f"the data must be those of {path}, saved inside an epoch of {timestamp.epoch_length} batches with "
-                f"{had} generators of the data loader's own (got {length} batches and "
-                f"{len(generators)}); to go on with other data, load a checkpoint from the end of an epoch"
-            )
-        self.state.timestamp = self.state.previous_timestamp = replace(timestamp, epoch_length=length)
-        self.state.eval_metrics = saved["eval_metrics"]
-        if saved["evaluated_at"] is not None:
-            self._evaluation.set_evaluated_at(saved["evaluated_at"])
-        self._epochs.completed, self._step.skipped_in_a_row = saved["drawn"], saved["skipped_in_a_row"]
-        self._load_random_states(saved, path)
-
-    def _load_random_states(self, saved: Mapping[str, Any], path: Path) -> None:
-        own, of_epoch, of_data = saved["rng"], saved["epoch_rng"], saved["data_rng"]
-        if len(own) == self._group.size and (of_data is not None) == self._data.apart:
-            rng.set_state(own[self._group.rank], self._data.generators)
-            self._epochs.epoch_rng = of_epoch[0 if self._data.apart else self._group.rank]
-            if of_data is not None:
-                self._data.set_state(of_data)
-            return
-        if saved["drawn"] and (self._epochs.own_batches or (of_data is None and len(own) > 1)):
-            raise CheckpointError(
-                "a checkpoint from inside an epoch that a DistributedSampler divides must be loaded by as many ranks, "
-                f"with one ({path} was saved by {len(own)} ranks, and {self._group.size} load it); load one from the "
-                "end of an epoch"
-            )
-        warnings.warn(
-            f"{path} was saved by other ranks ({len(own)}) than go on ({self._group.size}): the order of the data goes "
-            "on as it was, and what each rank draws at random besides, as in dropout, begins anew",
-            PlanWarning,
-            stacklevel=4,
-        )
-        if self._group.size > 1:
-            self._draw_anew()
-        self._data.set_state(of_data or own[0])
-        self._epochs.epoch_rng = of_epoch[0]
 
 
 def _shows_progress(asked: bool | None) -> bool:
@@ -552,23 +472,3 @@ def _shows_progress(asked: bool | None) -> bool:
     except ImportError:
         return False
     return Console(stderr=True).is_terminal
-
-
-def _hand_out(
-    kind: str, saved: Sequence[tuple[str, dict[str, Any]]], ours: Sequence[Algorithm | Callback], path: Path
-) -> None:
-    """Give each of ours the first saved state of its class that is left."""
-    left = list(saved)
-    for one in ours:
-        for entry in left:
-            if entry[0] == type(one).__qualname__:
-                one.load_state_dict(entry[1])
-                left.remove(entry)
-                break
-    if kind == "algorithm" and left:
-        warnings.warn(
-            f"{path} has the states of algorithms that this trainer has not: {', '.join(name for name, _ in left)}; "
-            "training goes on from the training weights, without them",
-            PlanWarning,
-            stacklevel=4,
-        )
