@@ -295,7 +295,7 @@ def test_a_checkpoint_of_tied_and_frozen_tensors_has_each_under_all_its_names(tm
     trainer = loops.train(tmp_path, ema=EMA("4ba"), model=build())
     trainer.fit()
     saved = torch.load(tmp_path / "checkpoints" / "ep3-ba18.pt", weights_only=True)
-    for held, weights in (("model", trainer._algorithms[0].ema_model), ("training_model", trainer.state.model)):
+    for held, weights in (("model", trainer.state.algorithms[0].ema_model), ("training_model", trainer.state.model)):
         assert loops.differences(saved[held], dict(weights.state_dict())) == []
     resumed = loops.train(tmp_path, ema=EMA("4ba"), model=build(), autoresume=True, max_duration="4ep")
     assert resumed.state.model[2].weight is resumed.state.model[0].weight

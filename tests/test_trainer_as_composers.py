@@ -1,4 +1,4 @@
-"""The trainer under the names of Composer's: events inside a batch, state, evaluators, metrics, fits one after another."""
+"""The trainer under the names of Composer's: events inside a batch, state, evaluators, metrics, repeated fits."""
 
 import warnings
 from importlib.util import find_spec
@@ -470,6 +470,63 @@ def test_a_savers_interval_answers_true_at_the_end_of_the_run_as_composers_does(
     answers.clear()
     build("6ba", algorithms=Asks(), callbacks=saver).fit()
     assert answers == [(6, "epoch_checkpoint")]
+
+
+def saved_run(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the training weights and the average of a run of four batches, saved as ``x.pt``."""
+    ema, options = EMA("1ba"), {"seed": 1}
+    trainer = build("4ba", algorithms=ema, **options)
+    trainer.fit()
+    trainer.save_checkpoint(folder / "x.pt")
+    return loops.bits(trainer.state.model), loops.averaged(ema)
+
+
+def test_load_weights_only_takes_the_weights_for_use_and_nothing_else(tmp_path):
+    _, average = saved_run(tmp_path)
+    rng = torch.get_rng_state()
+    trainer = build("4ba", model=loops.perceptron(seed=9), load_path=tmp_path / "x.pt", load_weights_only=True)
+    assert loops.differences(average, loops.bits(trainer.state.model)) == []
+    assert trainer.state.timestamp.batch == 0
+    assert torch.equal(rng, torch.get_rng_state())
+    model = loops.perceptron(seed=9)
+    Trainer(model, load_path=tmp_path / "x.pt", load_weights_only=True, loss=cross_entropy, progress_bar=False)
+    assert loops.differences(average, loops.bits(model)) == []
+
+
+@pytest.mark.parametrize("prefix", ["", "state/"])
+def test_ignored_keys_are_left_as_they_are(prefix, tmp_path):
+    training, _ = saved_run(tmp_path)
+
+    def load(*keys: str, **options: Any) -> Trainer:
+        ignored = [prefix + key for key in keys]
+        given = {"model": loops.perceptron(seed=9), "load_path": tmp_path / "x.pt", "load_ignore_keys": ignored}
+        return build("6ba", **(given | options))
+
+    assert load("algorithms").state.timestamp.batch == 4
+    trainer = load("timestamp", "algorithms")
+    assert (trainer.state.timestamp.batch, trainer.state.timestamp.batch_in_epoch) == (0, 0)
+    assert loops.differences(training, loops.bits(trainer.state.model)) == []
+    trainer.fit()
+    assert trainer.state.timestamp.batch == 6
+    fresh = loops.bits(loops.perceptron(seed=9))
+    for keys, kept in (
+        (["model/2.*"], ["2.bias", "2.weight"]),
+        (["model/*"], sorted(fresh)),
+        (["model"], sorted(fresh)),
+    ):
+        found = loops.bits(load(*keys, "algorithms").state.model)
+        assert sorted(name for name in fresh if torch.equal(found[name], fresh[name])) == kept
+    assert load("optimizers", "algorithms", optimizers=None).state.timestamp.batch == 4
+    rng = torch.get_rng_state()
+    load("rng", "algorithms")
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("key", ["weights", "optimizers/0", "model/nothing.*"])
+def test_an_ignored_key_that_is_not_in_the_checkpoint_is_refused(key, tmp_path):
+    saved_run(tmp_path)
+    with pytest.raises(ArgumentError, match="load_ignore_keys must"):
+        build(load_path=tmp_path / "x.pt", load_ignore_keys=[key])
 
 
 def test_close_lets_callbacks_and_loggers_finish_once():

@@ -83,7 +83,7 @@ def listed(name: str, given: T | Sequence[T] | None) -> list[T]:
 
 
 @dataclass
-class Parts:
+class Workers:
     """What works on the model and what follows it.
 
     Args:
@@ -103,7 +103,7 @@ class Parts:
     @classmethod
     def of(
         cls, model: nn.Module, *, algorithms: Any, optimizers: Any, schedulers: Any, callbacks: Any, loggers: Any
-    ) -> "Parts":
+    ) -> "Workers":
         """Return them checked, each one or several.
 
         Args:
@@ -117,18 +117,18 @@ class Parts:
         Raises:
             ArgumentError: If one is not what it must be.
         """
-        parts = cls(
+        workers = cls(
             listed("algorithms", algorithms),
             listed("optimizers", optimizers),
             listed("schedulers", schedulers),
             listed("callbacks", callbacks),
             listed("loggers", loggers),
         )
-        check_algorithms(parts.algorithms)
-        check_optimizers(parts.optimizers, model)
-        check_schedulers(parts.schedulers, parts.optimizers)
-        check_followers(parts.callbacks, parts.loggers)
-        return parts
+        check_algorithms(workers.algorithms)
+        check_optimizers(workers.optimizers, model)
+        check_schedulers(workers.schedulers, workers.optimizers)
+        check_followers(workers.callbacks, workers.loggers)
+        return workers
 
 
 def check_model(model: object, loss: object) -> None:
@@ -345,27 +345,32 @@ def duration_of(name: str, given: str | Time | float, counted: frozenset[TimeUni
     return duration
 
 
-def savers_of(folder: Any, interval: Any, keep: Any, run_name: str) -> list[Callback]:
-    """Return the callback that saves checkpoints, if there is to be one.
+def savers_of(folder: Any, interval: Any, keep: Any) -> Callable[[str], list[Callback]]:
+    """Return what makes the callback that saves checkpoints, if there is to be one, given the name of the run.
 
     Args:
-        folder: As given.
+        folder: As given; the name takes the place of ``{run_name}`` in it.
         interval: As given.
         keep: As given.
-        run_name: Stands for ``{run_name}`` in the folder.
 
     Raises:
         ArgumentError: If an argument is not what it must be.
+        TimeError: If the interval is no time.
     """
     check_path("save_folder", folder)
     if folder is None:
         for name, given in (("save_interval", interval), ("save_num_checkpoints_to_keep", keep)):
             require(given is None, name, "given with save_folder", given, "say where to save")
-        return []
+        return lambda run_name: []
     fits = keep is None or (_is_whole(keep) and (keep == -1 or keep >= 1))
     require(fits, "save_num_checkpoints_to_keep", "-1 for all, or at least 1", keep)
-    where = str(folder).replace("{run_name}", run_name)
-    return [CheckpointSaver(where, "1ep" if interval is None else interval, keep=None if keep == -1 else keep)]
+
+    def make(run_name: str) -> list[Callback]:
+        where = str(folder).replace("{run_name}", run_name)
+        return [CheckpointSaver(where, "1ep" if interval is None else interval, keep=None if keep == -1 else keep)]
+
+    make("")
+    return make
 
 
 def check_device(given: Any) -> None:

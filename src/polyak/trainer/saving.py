@@ -220,8 +220,8 @@ def _without(saved: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]
         entry, _, inner = pattern.removeprefix("state/").partition("/")
         if entry not in _ENTRIES or (inner and entry != "model"):
             raise ArgumentError(
-                f"load_ignore_keys must name entries of a checkpoint (got {pattern!r}); they are {', '.join(_ENTRIES)}, "
-                "and model/ with a pattern of names"
+                f"load_ignore_keys must name entries of a checkpoint (got {pattern!r}); they are "
+                f"{', '.join(_ENTRIES)}, and model/ with a pattern of names"
             )
         if entry == "model" and inner and inner != "*":
             if not any(fnmatchcase(name, inner) for name in saved["model"]):

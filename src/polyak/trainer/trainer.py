@@ -1,11 +1,7 @@
-"""The training loop's front door: its arguments, and the parts that they make."""
+"""The training loop's front door."""
 
-import time
-import uuid
 import warnings
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,25 +10,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
-from polyak.errors import ArgumentError, LoanError, PlanWarning
+from polyak.errors import LoanError, PlanWarning
 from polyak.events import Event
 from polyak.shadow import loan_of
-from polyak.time import Time, Timestamp
-from polyak.trainer import batches, checkpoint, inputs, parallel, prediction, rng
+from polyak.time import Time
+from polyak.trainer import batches, inputs, prediction, rng
 from polyak.trainer.callback import Callback
-from polyak.trainer.checkpoint import CheckpointSaver
-from polyak.trainer.engine import Engine
-from polyak.trainer.epochs import Epochs, length_of
-from polyak.trainer.evaluation import Evaluation, Evaluator, evaluation_question, evaluators_of
-from polyak.trainer.fitting import Fitting
-from polyak.trainer.forward import Forward
-from polyak.trainer.loggers import Destination, Logger
-from polyak.trainer.metrics import Metric, Metrics
-from polyak.trainer.progress import ProgressBar
-from polyak.trainer.saving import Checkpoints
-from polyak.trainer.state import Question, Scheduler, TrainerState, question
-from polyak.trainer.step import Step
-from polyak.trainer.traininglog import TrainingLog
+from polyak.trainer.evaluation import Evaluator, evaluators_of
+from polyak.trainer.loggers import Destination
+from polyak.trainer.metrics import Metric
+from polyak.trainer.options import Options
+from polyak.trainer.parts import Parts
+from polyak.trainer.state import Question, Scheduler
 
 
 class Trainer:
@@ -161,177 +150,17 @@ class Trainer:
         num_samples: Callable[[Any], int] = batches.num_samples,
         num_tokens: Callable[[Any], int] | None = None,
     ) -> None:
-        # What is given, checked before anything is changed.
-        inputs.check_model(model, loss)
-        inputs.check_options(
-            precision=precision,
-            eval_weights=eval_weights,
-            parallelism=parallelism,
-            grad_accum=grad_accum,
-            seed=seed,
-            run_name=run_name,
-            switches={
-                "step_schedulers_every_batch": step_schedulers_every_batch,
-                "deterministic_mode": deterministic_mode,
-                "load_weights_only": load_weights_only,
-                "autoresume": autoresume,
-                "progress_bar": bool(progress_bar) if progress_bar is None else progress_bar,
-            },
-            functions={"num_samples": num_samples, "num_tokens": num_tokens},
-        )
-        inputs.check_device(device)
-        inputs.check_path("load_path", load_path)
-        inputs.check_ignored_keys(load_ignore_keys)
-        inputs.check_batch_source(train_dataloader)
-        made = inputs.Parts.of(
-            model,
-            algorithms=algorithms,
-            optimizers=optimizers,
-            schedulers=schedulers,
-            callbacks=callbacks,
-            loggers=loggers,
-        )
-        evaluators, counted = evaluators_of(eval_dataloader), inputs.counted_units(num_tokens)
-        duration = None if max_duration is None else inputs.duration_of("max_duration", max_duration, counted)
-        log_due = question("log_interval", log_interval, at=(Event.BATCH_END, Event.EPOCH_END), counted=counted)
-        eval_due = evaluation_question(eval_interval, counted)
-        own_metrics = inputs.metrics_of(model, metrics, train_metrics)
-        name = run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        made.callbacks += inputs.savers_of(save_folder, save_interval, save_num_checkpoints_to_keep, name)
-
-        # The process and the ranks.
+        # All arguments, by name.
+        options = Options(**{name: value for name, value in locals().items() if name != "self"})
+        checked = options.checked()
         if deterministic_mode:
             rng.use_deterministic_algorithms()
         if seed is not None:
             rng.seed_all(seed)
-        self._group = parallel.start(parallelism, model, device)
-        if parallel.kind_of(model) is None:
-            model.to(self._group.device)
-        model = parallel.spread(model, self._group, made.optimizers)
-        self._seed = torch.initial_seed()
-
-        # The parts.
-        self._algorithms, self._callbacks = made.algorithms, made.callbacks
-        self._data = rng.Stream(train_dataloader)
-        self.state = TrainerState(
-            model,
-            duration,
-            made.optimizers,
-            made.schedulers,
-            self._algorithms,
-            self.save_checkpoint,
-            timestamp=Timestamp(epoch_length=length_of(train_dataloader)),
-            train_dataloader=train_dataloader,
-            rank=self._group.rank,
-            counted=counted,
-            run_name=self._group.first(name),
-            seed=self._seed,
-        )
-        destinations = [*made.loggers, *([ProgressBar()] if _shows_progress(progress_bar) else [])]
-        self.logger = Logger(self.state, destinations if self._group.rank == 0 else [])
-        self.state.callbacks = [*self._callbacks, *self.logger.destinations]
-        self._engine = Engine(self.state, self.logger)
-        self._forward = Forward(self.state, loss, precision, self._group.device)
-        self._epochs = Epochs(train_dataloader, self.state, self._data, self._group, self._fire)
-        for_training, for_evaluation = (Metrics(each, self._group) for each in own_metrics)
-        self._step = Step(
-            self.state,
-            self._forward,
-            self._group,
-            self._fire,
-            metrics=for_training,
-            precision=precision,
-            grad_accum=grad_accum,
-            epochs=self._epochs,
-            num_samples=num_samples,
-            schedule_batches=step_schedulers_every_batch,
-        )
-        self._evaluation = Evaluation(
-            self._engine,
-            self.state,
-            self._forward,
-            self._group,
-            self.logger,
-            evaluators=evaluators,
-            metrics=for_evaluation,
-            count=num_samples,
-            due=eval_due,
-            both=eval_weights == "both",
-        )
-        self._fitting = Fitting(
-            self._engine,
-            self.state,
-            epochs=self._epochs,
-            stream=self._data,
-            step=self._step,
-            evaluation=self._evaluation,
-            log=TrainingLog(self.state, self.logger, log_due, for_training),
-            group=self._group,
-            num_samples=num_samples,
-            num_tokens=num_tokens,
-        )
-        self._checkpoints = Checkpoints(
-            self.state,
-            self._fire,
-            self._group,
-            stream=self._data,
-            epochs=self._epochs,
-            step=self._step,
-            evaluation=self._evaluation,
-            draw_anew=self._draw_anew,
-        )
+        self._parts = Parts(options, checked)
         self._fitted = self._closed = False
-        if self._group.ranks:
-            self._agree()
-            self._part_random_numbers()
-
-        # Where it begins.
-        self._fire(Event.INIT)
-        self.state.sharded = self._is_sharded()
-        found = self._group.first(self._saved_checkpoints() if autoresume else [])
-        self.state.found_no_checkpoint = autoresume and not found and load_path is None
-        self._fire(Event.BEFORE_LOAD)
-        if found:
-            self._checkpoints.load(*checkpoint.read_newest(found, self._group))
-        elif load_path is not None:
-            load = self._checkpoints.load_weights if load_weights_only else self._checkpoints.load
-            load(Path(load_path), checkpoint.read(Path(load_path), self._group), load_ignore_keys)
-        self._fire(Event.AFTER_LOAD)
-
-    def _fire(self, event: Event) -> None:
-        self._engine.fire(event)
-
-    # Ranks
-
-    def _agree(self) -> None:
-        assert self._group.ranks is not None
-        self._group.ranks.agree(
-            "the run",
-            {
-                "max_duration": str(self.state.max_duration),
-                "batches in an epoch": self.state.timestamp.epoch_length,
-                "number of optimizers": len(self.state.optimizers),
-                "number of algorithms": len(self._algorithms),
-                "batches of its own by DistributedSampler": self._epochs.own_batches,
-            },
-        )
-
-    def _part_random_numbers(self) -> None:
-        """Let all ranks draw one order of the data, and each other numbers in the model."""
-        self._seed = self._group.first(self._seed)
-        shared = self._group.first(self._data.get_state())
-        if not self._epochs.own_batches:
-            self._data.set_apart(shared)
-        self._draw_anew()
-
-    def _draw_anew(self) -> None:
-        where = f"{self._seed} {self._group.rank} {self.state.timestamp.batch.value}"
-        rng.seed_all(zlib.crc32(where.encode()))
-
-    def _is_sharded(self) -> bool:
-        if self._group.kind is None:
-            return False
-        return self._group.kind == "fsdp2" or any(checkpoint.has_shards(a.state_dict()) for a in self._algorithms)
+        self.state, self.logger = self._parts.state, self._parts.logger
+        self._parts.begin(options)
 
     # Training
 
@@ -358,14 +187,14 @@ class Trainer:
             LoanError: If the model holds an average.
         """
         if train_dataloader is not None:
-            self._use_data(train_dataloader)
+            self._parts.use_data(inputs.check_loader("train_dataloader", train_dataloader))
         if reset_time:
-            self._reset_time()
+            self._parts.reset_time()
         if duration is not None:
             longer = inputs.duration_of("duration", duration, self.state.counted)
             self.state.max_duration = self.state.timestamp.get(longer.unit) + longer
         missing = {
-            "train_dataloader": self._epochs.loader is None,
+            "train_dataloader": self._parts.epochs.loader is None,
             "max_duration": self.state.max_duration is None,
             "optimizers": not self.state.optimizers,
         }
@@ -382,22 +211,7 @@ class Trainer:
                 stacklevel=2,
             )
         self._fitted = True
-        self._fitting.run()
-
-    def _use_data(self, train_dataloader: Iterable[Any]) -> None:
-        inputs.check_batch_source(train_dataloader)
-        if self._epochs.completed:
-            self.state.timestamp = self.state.timestamp.to_next_epoch()
-        self._data.generators = rng.generators_of(train_dataloader)
-        self._epochs.use(train_dataloader)
-        self.state.train_dataloader = train_dataloader
-        self.state.timestamp = replace(self.state.timestamp, epoch_length=length_of(train_dataloader))
-
-    def _reset_time(self) -> None:
-        length = self.state.timestamp.epoch_length
-        self.state.timestamp = self.state.previous_timestamp = Timestamp(epoch_length=length)
-        self._epochs.completed = 0
-        self._evaluation.evaluated_at = {}
+        self._parts.fitting.run()
 
     def eval(
         self,
@@ -416,11 +230,11 @@ class Trainer:
         if not evaluators:
             raise ValueError("an evaluation needs eval_dataloader, here or in Trainer(...)")
         try:
-            self._fire(Event.EVAL_STANDALONE_START)
-            metrics = self._evaluation.run(evaluators)
-            self._fire(Event.EVAL_STANDALONE_END)
+            self._parts.engine.fire(Event.EVAL_STANDALONE_START)
+            metrics = self._parts.evaluation.run(evaluators)
+            self._parts.engine.fire(Event.EVAL_STANDALONE_END)
         except BaseException:
-            self._fire(Event.EXCEPTION)
+            self._parts.engine.fire(Event.EXCEPTION)
             raise
         return metrics
 
@@ -430,7 +244,7 @@ class Trainer:
         Args:
             dataloader: Batches as the model takes them; of a pair, a plain module gets the first, its inputs.
         """
-        return prediction.predict(self._engine, self.state, self._forward, self._group, dataloader)
+        return prediction.predict(self._parts, dataloader)
 
     def close(self) -> None:
         """Let callbacks and loggers finish; the trainer is not used after that. A second call does nothing."""
@@ -453,22 +267,4 @@ class Trainer:
         Raises:
             ShardingError: On the other ranks, if rank 0 could not write; on rank 0, what went wrong.
         """
-        self._checkpoints.save(path)
-
-    def _saved_checkpoints(self) -> list[Path]:
-        for callback in self._callbacks:
-            if isinstance(callback, CheckpointSaver):
-                return callback.newest_first()
-        raise ArgumentError(
-            "autoresume needs save_folder, or a CheckpointSaver among the callbacks, to know where to look"
-        )
-
-
-def _shows_progress(asked: bool | None) -> bool:
-    if asked is not None:
-        return asked
-    try:
-        from rich.console import Console  # noqa: PLC0415  an extra
-    except ImportError:
-        return False
-    return Console(stderr=True).is_terminal
+        self._parts.checkpoints.save(path)
