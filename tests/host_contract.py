@@ -188,7 +188,7 @@ class Overflows:
 
 
 class Watched(EMA):
-    """Keeps the events it hears of, and the training weights and the average after each batch that updates."""
+    """Keeps the events it hears of, except those inside a batch, and the weights and the average after each batch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -196,7 +196,8 @@ class Watched(EMA):
         self.batches: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
     def match(self, event: Event, state: Any) -> bool:
-        self.events.append(event)
+        if not event.is_inner:
+            self.events.append(event)
         return super().match(event, state)
 
     def apply(self, event: Event, state: Any, logger: Any) -> None:

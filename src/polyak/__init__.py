@@ -5,6 +5,7 @@ from polyak.attached import Attached
 from polyak.batchnorm import update_bn
 from polyak.ema import EMA, compute_ema
 from polyak.errors import (
+    ArgumentError,
     CheckpointError,
     CopyError,
     LoanError,
@@ -33,6 +34,8 @@ from polyak.trainer import (
     Callback,
     CheckpointSaver,
     ConsoleLogger,
+    Evaluator,
+    GradientClipping,
     JSONLinesLogger,
     Logger,
     ProgressBar,
@@ -45,13 +48,16 @@ __version__ = "0.1.0"
 __all__ = [
     "EMA",
     "Algorithm",
+    "ArgumentError",
     "Attached",
     "Callback",
     "CheckpointError",
     "CheckpointSaver",
     "ConsoleLogger",
     "CopyError",
+    "Evaluator",
     "Event",
+    "GradientClipping",
     "HalfLife",
     "JSONLinesLogger",
     "LoanError",

@@ -11,8 +11,12 @@ class PolyakError(Exception):
     """Anything that polyak refuses to do."""
 
 
-class TimeError(PolyakError, ValueError):
-    """A time string, a span or a unit that cannot be meant."""
+class ArgumentError(PolyakError, ValueError):
+    """An argument that is not what it must be; the message names it."""
+
+
+class TimeError(PolyakError, ValueError, RuntimeError):
+    """A time string, a span or a unit that is not valid. A ``RuntimeError`` too, as Composer's are."""
 
 
 class ProfileError(PolyakError, ValueError):

@@ -20,11 +20,11 @@ from polyak.events import Event
 from polyak.select import slots, unwrap
 from polyak.sharding import is_spread
 from polyak.swap import swap_of
-from polyak.time import Time, as_span
+from polyak.time import Time
 from polyak.trainer import checksums
 from polyak.trainer.callback import Callback
 from polyak.trainer.parallel import Group, laid_out
-from polyak.trainer.state import TrainerState, every
+from polyak.trainer.state import TrainerState, ends_run, or_at_the_end, question
 
 _FORMAT = 3
 _WITHOUT_CHECKSUMS = 2  # a format that is read too
@@ -408,8 +408,9 @@ class CheckpointSaver(Callback):
     Args:
         folder: Where to save; checkpoints are named by epochs and batches, as ``ep1-ba500.pt``, or ``ep1-ba500`` for
             a folder. All ranks must see it.
-        save_interval: A time in any unit, saved at the ends of epochs for ``ep`` and of batches for others; or a
-            function of the state and the event (``BATCH_CHECKPOINT`` or ``EPOCH_CHECKPOINT``) that says when.
+        save_interval: A time in any unit, or epochs as a number, saved at the ends of epochs for ``ep`` and of batches
+            for others; or a function that says when, of the state and the event (``BATCH_CHECKPOINT`` or
+            ``EPOCH_CHECKPOINT``).
         keep: How many of the newest to keep; None keeps all.
 
     Raises:
@@ -420,19 +421,19 @@ class CheckpointSaver(Callback):
     def __init__(
         self,
         folder: str | Path,
-        save_interval: str | Time | Callable[[TrainerState, Event], bool] = "1ep",
+        save_interval: str | Time | int | Callable[[TrainerState, Event], bool] = "1ep",
         keep: int | None = None,
     ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be None or at least 1 (got {keep})")
         self.folder = Path(folder).absolute()  # for good, also if the program changes its directory
         self.keep = keep
-        self.save_interval: Callable[[TrainerState, Event], bool]
-        if callable(save_interval):
+        self.save_interval: Callable[[TrainerState, Event], Any]
+        if not isinstance(save_interval, (str, int, Time)) and callable(save_interval):
             self.save_interval = save_interval
         else:
-            interval = as_span("save_interval", save_interval, above=0, whole=True)
-            self.save_interval = every(interval, at=(Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT))
+            due = question("save_interval", save_interval, at=(Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT))
+            self.save_interval = or_at_the_end(due)
 
     def run_event(self, event: Event, state: TrainerState, logger: MetricLogger) -> None:
         """Save if due; at the beginning, remove what is left of a save that was cut off.
@@ -449,7 +450,7 @@ class CheckpointSaver(Callback):
                 _discard(draft)
         # Asked by its truth: it may answer with another library's bool.
         if event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and (
-            self.save_interval(state, event) or state.finished
+            self.save_interval(state, event) or ends_run(state, event)
         ):
             self._save(state)
 
