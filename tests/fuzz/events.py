@@ -1,6 +1,7 @@
 """What happens between the steps of a run: changes to the model, and uses of its average, which must change nothing."""
 
 import copy
+import io
 import pickle
 import random
 import sys
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import polyak
 from polyak import PolyakError, update_bn
 
-from .loops import CHANGES, Loop
+from .loops import CHANGES, Loop, Stopped
 from .models import BATCH, SHARES, WIDTH, Net
 from .reference import Reference, flat, tensors
 
@@ -28,6 +29,10 @@ class Wrong(AssertionError):
     """What must hold and does not."""
 
 
+class Invalid(Exception):
+    """The case cannot be trained without polyak either."""
+
+
 class Check:
     """A run with an average, one without, and what the average must be.
 
@@ -37,7 +42,7 @@ class Check:
 
     def __init__(self, case: "Case", reference: Reference) -> None:
         self.case, self.reference = case, reference
-        self.twin = Loop(case, averaged=False)
+        self.twin = _valid(Loop, case, averaged=False)
         self.twin.on_counted = lambda: reference.count(self.twin.net, self.twin.moved)
         self.teacher = False  # whether the model holds its own average
         self.settled = False  # whether polyak has averaged all that there is, so that it may refuse nothing any more
@@ -46,6 +51,17 @@ class Check:
     def begin(self) -> None:
         """Attach the average."""
         self.run = Loop(self.case, averaged=True)
+
+    def step(self, i: int) -> None:
+        """Train both on a batch.
+
+        Args:
+            i: The number of the batch.
+        """
+        with suppress(Stopped):
+            _valid(self.twin.step, i)
+        with suppress(Stopped):
+            self.run.step(i)
 
     def happen(self, name: str) -> None:
         """Let an event happen.
@@ -134,6 +150,25 @@ class Check:
             net.train(mode)
 
 
+def _valid(do: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Do what does not concern polyak."""
+    try:
+        return do(*args, **options)
+    except Stopped:
+        raise
+    except Exception as error:
+        raise Invalid from error
+
+
+def _can(do: Callable[[], object]) -> bool:
+    """Whether torch can do something without polyak."""
+    try:
+        do()
+    except Exception:
+        return False
+    return True
+
+
 def _held(net: nn.Module) -> dict[str, Tensor]:
     return {
         **dict(net.named_parameters(remove_duplicate=False)),
@@ -148,11 +183,11 @@ def _differences(got: dict[str, Tensor], want: dict[str, Tensor], more: bool = F
         yield f"{sorted(unexpected)} unexpected"
     for name, tensor in want.items():
         own = got[name]
-        if own.dtype != tensor.dtype or own.shape != tensor.shape:
+        if not isinstance(own, type(tensor)) or own.dtype != tensor.dtype or own.shape != tensor.shape:
             yield f"{name} is of {own.dtype}, {tuple(own.shape)} for {tensor.dtype}, {tuple(tensor.shape)}"
         elif tensor.layout != torch.strided:
             continue
-        elif not torch.equal(a := flat(own), b := flat(tensor)) and not torch.equal(a.nan_to_num(7), b.nan_to_num(7)):
+        elif not torch.equal(own, tensor) and not torch.equal(a := flat(own), b := flat(tensor)) and not torch.equal(a.nan_to_num(7), b.nan_to_num(7)):
             yield f"{name} differs by up to {float((a - b).abs().nan_to_num(torch.inf).max()):.3g}"
 
 
@@ -215,7 +250,7 @@ def _change_buffers(check: Check) -> None:
 
 
 def _change_parameter(check: Check) -> None:
-    if not check.begun:
+    if not check.begun or not check.reference.averages("b.weight"):
         return
     weight = check.net.b.weight
     try:
@@ -232,13 +267,14 @@ def _change_parameter(check: Check) -> None:
 def _move_inside(check: Check) -> None:
     if check.begun:
         with check.applied() as model:
-            model.share_memory()
+            _share_memory(model)
 
 
 def _clone_inside(check: Check) -> None:
     if check.begun and not SHARES & {*check.case.traits}:
-        with check.applied(), suppress(PolyakError):
+        with suppress(PolyakError), check.applied():
             check.net.a.bias.data = check.net.a.bias.data.clone()
+        check.same_weights("after a parameter's storage was replaced in applied()")
 
 
 def _step_inside(check: Check) -> None:
@@ -304,17 +340,32 @@ def _interrupted(check: Check) -> None:
     _swap(check)
 
 
+def _can_resume(check: Check) -> bool:
+    def resume() -> None:
+        torch.save(check.twin.net.state_dict(), file := io.BytesIO())
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        Loop(check.case, averaged=False).net.load_state_dict(state, strict=False)
+
+    return not check.teacher and _can(resume)
+
+
 def _save(check: Check) -> None:
-    check.run.save()
+    if _can_resume(check):
+        check.run.save()
 
 
 def _resume(check: Check) -> None:
+    if not _can_resume(check):
+        return
     check.run = check.run.resumed(check.run.save())
     check.same_weights("after resuming")
 
 
 def _resume_inside(check: Check) -> None:
     assert check.run.attached is not None
+    if not _can_resume(check):
+        return
     with check.run.attached.applied():
         saved = check.run.save()
     check.run = check.run.resumed(saved)
@@ -343,21 +394,24 @@ def _ema_model(check: Check, then: Callable[[Any], object] = lambda module: None
     then(module)
 
 
+def _share_memory(module: nn.Module) -> None:
+    if all(buffer.layout == torch.strided for buffer in module.buffers()):
+        module.share_memory()
+
+
 def _copy(take: Callable[[Any], object]) -> Callable[[Check], None]:
     def event(check: Check) -> None:
-        with suppress(PolyakError):
-            take(check.run.attached)
+        if _can(lambda: take((check.twin.model, check.twin.optimizers))):
+            with suppress(PolyakError):
+                take(check.run.attached)
 
     return event
 
 
 def _copy_model(check: Check) -> None:
-    try:
-        copy.deepcopy(check.twin.net)
-    except Exception:  # not what torch can copy
-        return
-    other = copy.deepcopy(check.net)
-    check.demand(_differences(_held(other), _held(check.twin.net), check.teacher), "a copy of the model")
+    if _can(lambda: copy.deepcopy(check.twin.net)):
+        other = copy.deepcopy(check.net)
+        check.demand(_differences(_held(other), _held(check.twin.net), check.teacher), "a copy of the model")
 
 
 def _get_ema_model(check: Check) -> None:
@@ -402,7 +456,7 @@ OBSERVING: dict[str, Callable[[Check], None]] = {
     "applied: save, resume": _resume_inside,
     "ema_model": _ema_model,
     "ema_model: half": lambda check: _ema_model(check, lambda module: module.half()),
-    "ema_model: share_memory": lambda check: _ema_model(check, lambda module: module.share_memory()),
+    "ema_model: share_memory": lambda check: _ema_model(check, _share_memory),
     "ema_model: train": lambda check: _ema_model(check, lambda module: module.train()),
     "deepcopy": _copy(copy.deepcopy),
     "pickle": _copy(pickle.dumps),

@@ -57,7 +57,7 @@ class Loop:
         Args:
             i: The number of the batch.
         """
-        torch.manual_seed(1000 * self.case.seed + i)
+        torch.default_generator.manual_seed(1000 * self.case.seed + i)
         x = torch.randn(BATCH, WIDTH).to(self.net.a.weight.dtype)
         gan, counted = "GAN" in self.case.traits, False
         for n, optimizer in enumerate(self.optimizers):
@@ -193,10 +193,9 @@ def _to_other_dtype(loop: Loop) -> None:
 
 
 def _replace(loop: Loop) -> None:
-    old, torch_state = loop.net.b.bias, torch.random.get_rng_state()
+    old = loop.net.b.bias
     new = nn.Parameter(old.detach().clone() + 0.125, requires_grad=old.requires_grad)
     loop.net.b.bias = new
-    torch.random.set_rng_state(torch_state)
     for optimizer in loop.optimizers:
         for group in optimizer.param_groups:
             group["params"] = [new if p is old else p for p in group["params"]]
@@ -206,13 +205,11 @@ def _replace(loop: Loop) -> None:
 
 
 def _grow(loop: Loop) -> None:
-    name = f"grown{len(loop.changes)}"
-    torch.manual_seed(loop.case.seed)
+    torch.default_generator.manual_seed(loop.case.seed)
     layer = nn.Linear(WIDTH, WIDTH).to(loop.net.a.weight.dtype)
     loop.net.blocks.append(layer)
     loop.optimizers[-1].add_param_group({"params": list(layer.parameters()), "lr": 0.05})
     loop.halves[-1] = loop.halves[-1] + list(layer.parameters())
-    del name
 
 
 def _clone_storage(loop: Loop) -> None:
@@ -225,7 +222,7 @@ CHANGES: dict[str, Callable[[Loop], object]] = {
     "dtype": _to_other_dtype,
     "cpu": lambda loop: loop.net.to("cpu"),
     "storage": _clone_storage,
-    "shared memory": lambda loop: loop.net.share_memory(),
+    "shared memory": lambda loop: [t.share_memory_() for t in loop.net.state_dict().values() if t.layout == torch.strided],
     "freeze a": lambda loop: loop.net.a.requires_grad_(False),
     "unfreeze all": lambda loop: [p.requires_grad_(True) for p in loop.net.parameters() if p.is_floating_point()],
     "freeze all": lambda loop: loop.net.requires_grad_(False),

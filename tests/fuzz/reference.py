@@ -152,6 +152,10 @@ class Reference:
             return torch.float64
         return self._dtype if self._dtype and not tensor.is_complex() else torch.promote_types(dtype, torch.float32)
 
+    def averages(self, name: str) -> bool:
+        """Return whether all elements of a tensor are averaged."""
+        return name in self._policies and bool((self._policies[name] == AVERAGE).all())
+
     def wrong_in(self, saved: Mapping[str, Tensor]) -> Iterator[str]:
         """Yield what is not as it must be in saved averages by name."""
         for name, tensor in saved.items():

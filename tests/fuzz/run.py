@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import sys
 import time
 from collections import Counter
@@ -73,6 +74,7 @@ class _Worker:
 
 
 def _work(cases: Sequence[Case], connection: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is told by its exit code
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")
     for case in cases:
