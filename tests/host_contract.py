@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from polyak import EMA, Event, Trainer
-from polyak.shadow import loan_of
+from polyak.swap import swap_of
 
 # What a host may lack, with its reason in ``Host.lacks``; the tests that need it are skipped with that reason.
 # The table in the README has a row for each.
@@ -271,7 +271,7 @@ class Run:
         return self
 
     def assert_training_weights(self) -> None:
-        assert loan_of(self.net) is None
+        assert swap_of(self.net) is None
         assert not self.ema.ema_weights_active
         assert not loops.differences(self.ema.batches[-1][0], self.weights)
 

@@ -444,7 +444,7 @@ def test_the_distance_is_that_of_the_parameters_relative_to_their_average(dtype)
     assert shadow.distance() == pytest.approx(want, rel=1e-6)
     with shadow.lent("the test"):
         assert shadow.distance() == pytest.approx(want, rel=1e-6)
-        with pytest.raises(LoanError, match="the test has lent its own"):
+        with pytest.raises(LoanError, match="the test has swapped its own in"):
             Shadow(model).distance()
 
 

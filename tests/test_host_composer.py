@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import polyak
 from polyak import LoanError, MismatchError, PlanWarning, QuarantineWarning, Record
-from polyak.shadow import loan_of
+from polyak.swap import swap_of
 
 if find_spec("mcli") is None:
     pytest.skip("Composer needs stubs: PYTHONPATH=tests/stubs pytest ..., as in `make test`", allow_module_level=True)
@@ -325,7 +325,7 @@ def test_an_exception_leaves_training_weights_and_the_run_goes_on(tmp_path, even
     with pytest.raises(type(error)):
         made.fit()
         made.predict(DataLoader(loops.dataset(2), batch_size=loops.BATCH))
-    assert loan_of(made.state.model) is None
+    assert swap_of(made.state.model) is None
     assert not ema.ema_weights_active
     assert loops.differences(max(made.keeps.trained.items())[1], loops.bits(made.state.model)) == []
 
@@ -335,7 +335,7 @@ def test_an_exception_while_saving_leaves_training_weights(tmp_path, monkeypatch
     monkeypatch.setattr(torch, "save", lambda *args, **options: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         made.fit()
-    assert loan_of(made.state.model) is None
+    assert swap_of(made.state.model) is None
     assert loops.differences(made.keeps.trained[3], loops.bits(made.state.model)) == []
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from polyak import EMA, Event, ProfileError
-from polyak.shadow import loan_of
+from polyak.swap import swap_of
 from polyak.trainer.batches import num_samples
 
 pytest.importorskip("ignite", minversion="0.5.5")
@@ -139,7 +139,7 @@ def session(folder: Path, ema: EMA | None = None, plan: Plan | None = None, kind
 
 
 def assert_training_weights(run: Any) -> None:
-    assert loan_of(run.net) is None
+    assert swap_of(run.net) is None
     assert not loops.differences(run.ema.batches[-1][0], loops.bits(run.net))
 
 
@@ -150,7 +150,7 @@ def test_an_evaluator_that_does_not_complete_gives_the_training_weights_back(tmp
     lent = []
 
     def stop(engine: Engine) -> None:
-        lent.append(loan_of(run.net) is not None)
+        lent.append(swap_of(run.net) is not None)
         if how == "interrupt":
             engine.interrupt()
         elif how == "swallowed":

@@ -14,7 +14,7 @@ from host_contract import HostContract, Plan, Probe, Session, Watched, native, n
 from torch import Tensor, nn
 
 from polyak import EMA, Event, HalfLife, MismatchError, PlanWarning, ProfileError, Record, Recorder
-from polyak.shadow import loan_of
+from polyak.swap import swap_of
 from polyak.trainer.batches import num_samples
 
 lightning = pytest.importorskip("lightning", minversion="2.6")
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_is_evaluated_is_what_is_evaluated_and_leaves_the_aver
     getattr(trainer, how)(module, plan.eval_loader, ckpt_path=tmp_path / "step=6.ckpt")
     assert not loops.differences([ema.batches[5][1]] * 2, probe.evaluated)
     assert not loops.differences(before, ema.average)
-    assert loan_of(module) is None
+    assert swap_of(module) is None
 
 
 def test_the_checkpoint_of_an_exception_in_validation_has_each_set_of_weights_where_it_belongs(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_checkpoint_saved_by_hand_in_validation_has_both_and_leaves_the_loan_a
     class Saves(Module):
         def on_validation_epoch_end(self) -> None:
             self.trainer.save_checkpoint(tmp_path / "within.ckpt")
-            assert loan_of(self) is not None
+            assert swap_of(self) is not None
 
     module = Saves(net_of(), plan)
     trainer_for(tmp_path, plan, Averaging(ema)).fit(module, plan.loader, plan.eval_loader)

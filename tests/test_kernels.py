@@ -498,7 +498,7 @@ def test_an_exchange_needs_no_more_than_its_scratch() -> None:
     with Allocations() as found:
         exchange.forward()
     assert found.calls > 0
-    assert found.total == 0
+    assert found.total <= 64  # the sums by which a change is seen
 
 
 @pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
@@ -508,7 +508,7 @@ def test_an_exchange_in_c_lists_no_more_pieces_the_larger_its_tensors_are(monkey
     for size in (10, 100, 1000, 10_000):
         left, right = [torch.zeros(size), torch.zeros(3)], [torch.ones(size), torch.ones(3)]
         exchange = cpu.Exchange(left, right)
-        assert exchange._jobs.items.numel() <= 4 * (10 + len(left))
+        assert len(exchange._jobs.items) <= 10 + len(left)
         exchange.forward()
         assert all(bool(tensor.all()) for tensor in left)
 

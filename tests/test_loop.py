@@ -10,7 +10,7 @@ from torch import nn
 
 from polyak import EMA, CheckpointError, Event, Recorder
 from polyak.loop import Loop, StepHooks, as_algorithms
-from polyak.shadow import loan_of
+from polyak.swap import swap_of
 
 
 def stepped(loop: Loop, steps: int) -> None:
@@ -50,7 +50,7 @@ def test_an_error_between_two_events_still_fires_the_second() -> None:
     before = loops.bits(loop.state.model)
     with pytest.raises(RuntimeError, match="as planned"), loop.saving("somewhere"):
         assert loop.state.saving_to == Path("somewhere")
-        assert loan_of(loop.state.model) is not None
+        assert swap_of(loop.state.model) is not None
         raise RuntimeError("as planned")
     assert loop.state.saving_to is None
     assert not loops.differences(before, loops.bits(loop.state.model))

@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from polyak import optimizers
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger
 from polyak.errors import CheckpointError, LoanError, MismatchError, PlanWarning, ProfileError, TimeError
 from polyak.events import Event, State
 from polyak.kernels import Place, lerp_
+from polyak.memory import write_
 from polyak.offload import Offload
+from polyak.plan import Plan, plan
 from polyak.profiles import HalfLife, Profile, Smoothing
-from polyak.select import Policy, PolicyRule, check_match, default_policy, named_tensors, slots, unwrap
-from polyak.shadow import Shadow, loan_of
+from polyak.select import Policy, PolicyRule, check_match, default_policy, is_statistic, named_tensors, slots, unwrap
+from polyak.shadow import Shadow
 from polyak.sharding import Ranks, is_initialized, local
+from polyak.swap import swap_of
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 
 if TYPE_CHECKING:
@@ -34,10 +38,11 @@ _calls = itertools.count()
 def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99) -> None:
     """Move ``ema_model`` towards ``model`` in place: ``ema = smoothing * ema + (1 - smoothing) * weights``.
 
-    Parameters and floating-point buffers are averaged, integer and bool buffers copied, sparse tensors left, tied
-    tensors treated once. Tensors are matched by name; what ``DataParallel``, ``DistributedDataParallel`` or
-    ``torch.compile`` put in front of a name does not count. Inf and nan in ``model`` leave their elements of the
-    average as they were. An ``ema_model`` with 16-bit weights is rounded stochastically; float32 is better.
+    Parameters and running statistics (buffers named ``running_...``) are averaged, other buffers copied, sparse
+    tensors left; memory that several tensors share is averaged once. Tensors are matched by name; what
+    ``DataParallel``, ``DistributedDataParallel`` or ``torch.compile`` put in front of a name does not count. Inf and
+    nan in ``model`` leave their elements of the average as they were. An ``ema_model`` with 16-bit weights is rounded
+    stochastically; float32 is better.
 
     Args:
         model: The model in training.
@@ -66,10 +71,10 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         average, tensor = slot.tensor.detach(), online[slot.name].detach()
         if average.layout != torch.strided:
             continue
-        if average.is_floating_point() or average.is_complex():
+        if (slot.is_parameter or is_statistic(slot)) and (average.is_floating_point() or average.is_complex()):
             averaged.append((average, tensor.to(average.device)))
         else:
-            average.copy_(tensor)
+            write_(average, tensor)
     averages_of, tensors = [average for average, _ in averaged], [tensor for _, tensor in averaged]
     lerp_(averages_of, tensors, weight, [Place(i) for i in range(len(averaged))], num_updates=next(_calls))
 
@@ -254,6 +259,26 @@ class EMA(Algorithm):
         decay = {} if self._decay is None else {"ema/decay": self._decay}
         return decay | {"ema/distance": self._shadow.distance(self._ranks)}
 
+    def plan(self, model: nn.Module | None = None) -> Plan:
+        """Return what is done with each tensor of a model, and why; printed, it is a table.
+
+        Args:
+            model: Any; None stands for the model that this EMA has met.
+
+        Raises:
+            LoanError: If no model is given and none has been met.
+
+        Example:
+            >>> print(EMA("10ba").plan(nn.Linear(2, 1)))
+            weight  1x2  float32  average  a parameter that is trained
+            bias    1    float32  average  a parameter that is trained
+            2 tensors: 2 average
+        """
+        model = self._model if model is None else model
+        if model is None:
+            raise LoanError("the EMA must have met a model, or be given one, to say what it does with its tensors")
+        return plan(model, self._policy)
+
     def match(self, event: Event, state: State) -> bool:
         """Return whether to act: at set-up, where an update is due, where a loan begins or ends."""
         if event in (Event.INIT, Event.FIT_START, Event.FIT_END):
@@ -292,6 +317,7 @@ class EMA(Algorithm):
             raise MismatchError("an EMA averages one model, and this one has another already; make a new EMA")
         self._model = unwrap(model)
         self._ranks = Ranks.of(model)
+        optimizers.watch()  # from before the first step on
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
@@ -440,8 +466,8 @@ class EMA(Algorithm):
     # The plan
 
     def _on_fit_start(self, state: State) -> None:
-        if loan := loan_of(state.model):
-            raise LoanError(f"training must begin with training weights: {loan.holder} has lent its average")
+        if swap := swap_of(state.model):
+            raise LoanError(f"training must begin with training weights: {swap.holder} has swapped its average in")
         spans = [self.profile.unit, self.update_interval.unit, self.ema_start.unit if self.ema_start.value else None]
         if TimeUnit.DURATION in spans and state.max_duration is None:
             raise TimeError(f"times in dur need a run of known length: give max_duration, or other units to {self!r}")
@@ -535,6 +561,7 @@ class EMA(Algorithm):
                 "ema_model": saved["averages"],
                 "num_updates": saved["num_updates"],
                 "num_quarantined": saved["num_quarantined"],
+                "copied": saved["copied"],
                 "origin": self._origin.state_dict(),
                 "updated": self._updated_at is not None,
                 "updated_at": (self._updated_at or Timestamp()).state_dict(),
@@ -582,6 +609,7 @@ class EMA(Algorithm):
                 "training": state.get("training_model"),
                 "num_updates": state["num_updates"],
                 "num_quarantined": state["num_quarantined"],
+                "copied": state.get("copied"),
             }
         )
         self._shadow = shadow

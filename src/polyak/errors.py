@@ -55,7 +55,11 @@ class MismatchError(PolyakError, ValueError):
 
 
 class LoanError(PolyakError, RuntimeError):
-    """An update, an optimizer step or a second loan while the average is in the model, or the reverse."""
+    """An update, an optimizer step or a second swap while the average is in the model, or the reverse."""
+
+
+class MemoryLayoutError(PolyakError, ValueError):
+    """A tensor whose memory cannot be averaged or swapped, because it overlaps or only its class knows it."""
 
 
 class OffloadError(PolyakError, RuntimeError):

@@ -1,6 +1,7 @@
 """What hosts have in common: the algorithms in a loop, where it stands, its optimizer's steps; loops of one's own."""
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,8 +17,8 @@ from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
 from polyak.errors import CheckpointError, LoanError
 from polyak.events import Event, elapsed_duration
 from polyak.select import slots, unwrap
-from polyak.shadow import loan_of
 from polyak.sharding import has_spread, is_fsdp, is_initialized, reshard
+from polyak.swap import swap_of
 from polyak.time import Time, Timestamp, as_span
 
 
@@ -114,19 +115,14 @@ class Loop:
         self.state.timestamp = self.state.timestamp.to_next_epoch()
         self.fire(Event.EPOCH_END)
 
-    @contextmanager
-    def between(self, start: Event, end: Event) -> Iterator[None]:
-        """Fire ``start`` before a ``with`` block and ``end`` after it, however that ends.
+    def between(self, start: Event, end: Event) -> "Between":
+        """Return what fires ``start`` before a ``with`` block and ``end`` after it, however that ends.
 
         Args:
             start: Such as ``EVAL_START``.
             end: Such as ``EVAL_END``.
         """
-        try:
-            self.fire(start)
-            yield
-        finally:
-            self.fire(end)
+        return Between(self, start, end)
 
     @contextmanager
     def saving(self, path: str | Path | None = None) -> Iterator[None]:
@@ -217,6 +213,44 @@ class Loop:
             reshard(self.state.model)
             parts["weights"] = {slot.name: slot.tensor.detach() for slot in slots(self.state.model) if slot.persistent}
         return parts
+
+
+class Between:
+    """Fires one event before a ``with`` block and another after it, however that ends.
+
+    An average that is swapped in by the first event belongs to the block: if an interrupt skips the second event, the
+    training weights are restored by whoever next asks for them, since nobody has this object any more.
+
+    Args:
+        loop: Where the events are fired.
+        start: Before the block.
+        end: After it.
+    """
+
+    def __init__(self, loop: Loop, start: Event, end: Event) -> None:
+        self._loop, self._start, self._end = loop, start, end
+
+    def __enter__(self) -> None:
+        """Fire the first event; after an error in it the second one too."""
+        try:
+            before = swap_of(self._loop.state.model)
+            self._loop.fire(self._start)
+            swap = swap_of(self._loop.state.model)
+            if swap is not None and swap is not before:
+                swap.scope = weakref.ref(self)
+        except BaseException:
+            self._loop.fire(self._end)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Fire the second event; if that is interrupted, once more."""
+        try:
+            self._loop.fire(self._end)
+        except BaseException:
+            self._loop.fire(self._end)
+            raise
 
 
 def _refuse_parts(model: nn.Module) -> None:
@@ -365,7 +399,7 @@ class Attached:
         Raises:
             LoanError: If the model holds an average already.
         """
-        if loan := loan_of(self._loop.state.model):
+        if loan := swap_of(self._loop.state.model):
             raise LoanError(f"a model can hold one average at a time, and {loan.holder} has lent its own already")
         with self._loop.between(Event.EVAL_START, Event.EVAL_END):
             yield unwrap(self._loop.state.model)

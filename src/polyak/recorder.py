@@ -15,7 +15,7 @@ from polyak.algorithm import Algorithm, MetricLogger
 from polyak.errors import CheckpointError, MismatchError, PlanWarning, TimeError
 from polyak.events import Event, State
 from polyak.record import Edge, RecordError, TensorInfo, Writer
-from polyak.select import PolicyRule, all_slots, default_policy, slots, unwrap
+from polyak.select import PolicyRule, all_slots, default_policy, unwrap, views_of
 from polyak.shadow import Shadow
 from polyak.sharding import Ranks, beside, is_initialized, local
 from polyak.time import Time, Timestamp, TimeUnit, as_span
@@ -189,7 +189,7 @@ class Recorder(Algorithm):
             raise
 
     def _new_mean(self, state: State) -> Shadow:
-        return Shadow(state.model, policy=self._policy, device=self._device)
+        return Shadow(state.model, policy=self._policy, device=self._device, views=True)
 
     def _new_writer(self, mean: Shadow, state: State) -> Writer:
         tensors = {
@@ -382,9 +382,6 @@ class Recorder(Algorithm):
 
 def _aliases(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the further names of tied tensors, and the name that each is kept under."""
-    names = {id(slot.tensor): slot.name for slot in slots(model) if slot.name in kept}
-    return {
-        slot.name: names[id(slot.tensor)]
-        for slot in all_slots(model)
-        if slot.name != names.get(id(slot.tensor), slot.name) and slot.persistent
-    }
+    persistent = {slot.name for slot in all_slots(model) if slot.persistent}
+    tied = views_of(model, tied=True)
+    return {name: owner for name, (owner, _, _) in tied.items() if owner in kept and name in persistent}

@@ -4,7 +4,7 @@ Names are canonical: what wrappers (``DataParallel``, ``DistributedDataParallel`
 checkpointing) put in front of a name is dropped, so that a state saved under one of them loads under another.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import chain
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyak import memory, optimizers
 from polyak.errors import MismatchError
 from polyak.kernels import unchanged
 from polyak.sharding import is_spread, local
@@ -57,24 +58,68 @@ class Slot:
         return held
 
 
-def default_policy(slot: Slot) -> Policy:
-    """Average trainable parameters and floating-point buffers, copy integer and bool buffers, leave the rest.
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is done with a tensor, and why.
 
-    The rest are frozen parameters, which are their own average, buffers that the state dict leaves out, which are
-    caches, and sparse tensors.
+    Args:
+        policy: What.
+        reason: Why, for people.
+    """
+
+    policy: Policy
+    reason: str
+
+
+def decide(slot: Slot) -> Decision:  # noqa: PLR0911  a table of rules
+    """Return what is done with a tensor by default, and why. The first rule that applies decides.
 
     Args:
         slot: Where the tensor is.
     """
     tensor = slot.tensor
-    if tensor.layout != torch.strided:
-        return Policy.LEAVE
+    trained = slot.is_parameter and (tensor.requires_grad or optimizers.is_moved(tensor))
     numeric = tensor.is_floating_point() or tensor.is_complex()
+    if tensor.layout != torch.strided:
+        return Decision(Policy.LEAVE, f"its layout is {str(tensor.layout).removeprefix('torch.')}")
     if slot.is_parameter:
-        return Policy.AVERAGE if tensor.requires_grad and numeric else Policy.LEAVE
+        if trained and numeric:
+            return Decision(Policy.AVERAGE, "a parameter that is trained")
+        return Decision(Policy.LEAVE, "a frozen parameter")
+    if memory.is_wrapper(local(tensor)):
+        return Decision(Policy.LEAVE, f"only {type(local(tensor)).__name__} knows what it holds")
     if not slot.persistent:
-        return Policy.LEAVE
-    return Policy.AVERAGE if numeric else Policy.COPY
+        return Decision(Policy.LEAVE, "a buffer that the state dict leaves out: a cache")
+    if tensor.is_quantized:
+        return Decision(Policy.LEAVE, "a quantized buffer")
+    if is_statistic(slot):
+        return Decision(Policy.AVERAGE, "a running statistic")
+    return Decision(Policy.COPY, "a buffer that is no running statistic: its last value counts")
+
+
+def is_statistic(slot: Slot) -> bool:
+    """Return whether a buffer is a running statistic by its name, such as BatchNorm's, and no count.
+
+    Args:
+        slot: Where the tensor is.
+    """
+    counts = ("count", "num", "steps", "batches", "tracked")
+    numeric = slot.tensor.is_floating_point() or slot.tensor.is_complex()
+    return numeric and slot.attribute.startswith("running_") and not slot.attribute.endswith(counts)
+
+
+def default_policy(slot: Slot) -> Policy:
+    """Average trained parameters and running statistics, copy all other buffers, leave the rest.
+
+    A parameter is trained if it requires a gradient or an optimizer of torch's has moved it. A running statistic is a
+    floating-point buffer named ``running_...``, as in BatchNorm; to average any other buffer, such as a mask, a scale
+    or the vectors of a spectral norm, gives a value that no model ever had. The rest are frozen parameters, which are
+    their own average, buffers that the state dict leaves out, which are caches, and sparse and quantized tensors.
+
+    Args:
+        slot: Where the tensor is.
+    """
+    return decide(slot).policy
 
 
 PolicyRule = Callable[[Slot], Policy]
@@ -118,21 +163,63 @@ def all_slots(model: nn.Module) -> Iterator[Slot]:
                 yield Slot(prefix + attribute, module, attribute, is_parameter=False, persistent=persistent)
 
 
-def slots(model: nn.Module) -> Iterator[Slot]:
-    """Yield every parameter and buffer once, tied tensors under the first of their names.
+def slots(model: nn.Module, *, views: bool = False, foreign: Sequence[Tensor] = ()) -> Iterator[Slot]:
+    """Yield every parameter and buffer once, and memory that several tensors share under the one that owns it.
+
+    Tied tensors come under the first of their names. A tensor inside the memory of another one does not come at all.
 
     Args:
         model: Wrapped or not.
+        views: Whether to yield what is laid out otherwise than its owner too: rows of it, or its transpose.
+        foreign: Local tensors whose memory is not the model's own: what shares it does not come.
+
+    Raises:
+        MemoryLayoutError: If two tensors overlap in part.
 
     Example:
         >>> [slot.name for slot in slots(nn.BatchNorm1d(2))]
         ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
     """
-    seen = set[int]()
-    for slot in all_slots(model):
-        if id(slot.tensor) not in seen:
-            seen.add(id(slot.tensor))
+    listed, owner = _owned(model, foreign)
+    for slot, own in zip(listed, owner, strict=True):
+        if own is slot or (views and own is not None and not _is_tied(slot.tensor, own.tensor)):
             yield slot
+
+
+def views_of(model: nn.Module, *, tied: bool = False) -> dict[str, tuple[str, Tensor, Tensor]]:
+    """Return by name each tensor that ``slots`` does not yield: its owner's name, the owner's tensor, and its own.
+
+    Args:
+        model: Wrapped or not.
+        tied: Whether to return only those that are laid out as their owner.
+    """
+    listed, owner = _owned(model, ())
+    by_id = {id(slot.tensor): own for slot, own in zip(listed, owner, strict=True)}
+    found = ((slot, by_id[id(slot.tensor)]) for slot in all_slots(model))
+    return {
+        slot.name: (own.name, own.tensor, slot.tensor)
+        for slot, own in found
+        if own is not None and own.name != slot.name and not (tied and not _is_tied(slot.tensor, own.tensor))
+    }
+
+
+def _owned(model: nn.Module, foreign: Sequence[Tensor]) -> tuple[list[Slot], list[Slot | None]]:
+    """Return each tensor of a model once, and the slot that owns its memory; None where that is not the model's own."""
+    once = dict[int, Slot]()
+    for slot in all_slots(model):
+        once.setdefault(id(slot.tensor), slot)
+    listed = list(once.values())
+    tensors = [*foreign, *(local(slot.tensor) for slot in listed)]
+    names = ["an average"] * len(foreign) + [slot.name for slot in listed]
+    rank = [-1] * len(foreign) + [0 if slot.is_parameter else 1 for slot in listed]
+    owner = memory.owners(tensors, names, rank)[len(foreign) :]
+    return listed, [listed[i - len(foreign)] if i >= len(foreign) else None for i in owner]
+
+
+def _is_tied(one: Tensor, other: Tensor) -> bool:
+    one, other = local(one), local(other)
+    same_bits = one.dtype == other.dtype and one.is_conj() == other.is_conj() and one.is_neg() == other.is_neg()
+    return same_bits and one.shape == other.shape and one.stride() == other.stride()
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -145,24 +232,28 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Inventory:
-    """What a model holds, noted so that a look tells whether it still does, at 0.1 us a tensor (in C; else 2 us).
+    """What a model holds, noted so that a check tells whether it still does, at 0.1 us a tensor (in C; else 2 us).
 
     It no longer does when a module, parameter or buffer was added, removed or replaced, when a tensor has moved or has
-    another dtype or layout, and when a parameter that was frozen has become trainable.
+    another dtype or layout, and when a parameter that was frozen is trained.
 
     Args:
         model: Wrapped or not.
+        more: Further tensors that must stay where they are, such as averages.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, more: Sequence[Tensor] = ()) -> None:
         self._modules = list(model.modules())
         self._dicts = self._held()
         found = [tensor for dict_ in self._dicts for tensor in dict_.values() if isinstance(tensor, Tensor)]
         self._spread = [tensor for tensor in found if is_spread(tensor)]
         self._parts = list(map(local, self._spread))
-        here = [tensor for tensor in found if not is_spread(tensor) and tensor.layout == torch.strided]
-        self._unchanged = unchanged(self._dicts, here + self._parts)
-        self._frozen = [t for t in found if isinstance(t, nn.Parameter) and not t.requires_grad]
+        here = [tensor for tensor in found if not is_spread(tensor)] + self._parts + list(map(local, more))
+        # What a wrapper of inner tensors holds has no address to ask for.
+        plain = [tensor for tensor in here if tensor.layout == torch.strided and not memory.is_wrapper(tensor)]
+        self._unchanged = unchanged(self._dicts, plain)
+        parameters = (tensor for tensor in found if isinstance(tensor, nn.Parameter))
+        self._frozen = [p for p in parameters if not (p.requires_grad or optimizers.is_moved(p))]
 
     def holds(self) -> bool:
         """Return whether the model still is as it was."""
@@ -171,6 +262,7 @@ class Inventory:
             and self._unchanged()
             and all(map(is_, map(local, self._spread), self._parts))
             and not any(map(_TRAINABLE, self._frozen))
+            and not any(map(optimizers.is_moved, self._frozen))
         )
 
     def _held(self) -> list[dict[str, Any]]:

@@ -1,155 +1,38 @@
-"""The averaged tensors of a model: how they move, how they are lent to the model, what is saved of them."""
+"""The averaged tensors of a model: how they move, how they are swapped into the model, what is saved of them."""
 
 import copy
 import math
 import warnings
+import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
-from polyak import sharding
-from polyak.errors import LoanError, QuarantineWarning, ShardingError
-from polyak.kernels import Exchange, Lerp, Place, counting_with
+from polyak import memory, optimizers, sharding
+from polyak.errors import LoanError, MemoryLayoutError, QuarantineWarning, ShardingError
+from polyak.kernels import Lerp, Place, counting_with
 from polyak.offload import Offload, Offloader, hold_writes
-from polyak.select import Inventory, Policy, PolicyRule, Slot, check_match, default_policy, slots, unwrap
+from polyak.select import (
+    Inventory,
+    Policy,
+    PolicyRule,
+    Slot,
+    all_slots,
+    check_match,
+    default_policy,
+    slots,
+    unwrap,
+    views_of,
+)
 from polyak.sharding import Ranks, is_spread, local, rows
+from polyak.swap import Swap, swap_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-
-class Loan:
-    """An average in a model, and what has to be given back to it.
-
-    ``Shadow.lend`` makes one. While it stands, an optimizer step over the model's parameters raises. It may stand again
-    once it has ended.
-
-    Args:
-        model: Who gets the average, unwrapped.
-        slots: Where in it.
-        averages: What each of these places gets.
-        unmoved: Whether the model still holds the same tensors in the same places.
-
-    Attributes:
-        holder: Who lends, to name it in errors.
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self, model: nn.Module, slots: Sequence[Slot], averages: Sequence[Tensor], unmoved: Callable[[], bool]
-    ) -> None:
-        self.holder = ""
-        self._model, self._slots, self._averages, self._unmoved = model, slots, averages, unmoved
-        # What is here of each: all that follows is done to shards beside shards, and to rows beside rows.
-        parts = [(rows(slot.tensor, a), local(a)) for slot, a in zip(slots, averages, strict=True)]
-        # Values of one dtype change places. Others need room.
-        self._alike = [a.dtype == t.dtype and a.device == t.device for t, a in parts]
-        alike = list(compress(parts, self._alike))
-        self._exchange = Exchange([t for t, _ in alike], [a for _, a in alike])
-        self._converting = [a for (_, a), same in zip(parts, self._alike, strict=True) if not same]
-        self._tensors: list[Tensor] = []
-        self._aside: list[Tensor] = []
-        self._parameters = {id(slot.tensor) for slot in slots if slot.is_parameter}
-        self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
-        # Where the average is divided over ranks and the model is not.
-        self._divided = [slot for slot, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(slot.tensor)]
-        self._mesh = next((a.device_mesh for a in averages if is_spread(a)), None)
-        self._guard: RemovableHandle | None = None
-
-    @property
-    def may_stay(self) -> bool:
-        """Whether what this keeps when it has ended is no memory of the model's."""
-        return not self._exchange.has_views
-
-    @property
-    def _converted(self) -> list[Tensor]:
-        return [tensor for tensor, same in zip(self._tensors, self._alike, strict=True) if not same]
-
-    @property
-    def kept(self) -> dict[str, Tensor]:
-        """The training weights by name, as long as the loan stands."""
-        aside = iter(self._aside)
-        found = zip(self._slots, self._averages, self._alike, strict=True)
-        return {slot.name: a if same else sharding.beside(a, next(aside)) for slot, a, same in found}
-
-    @torch.no_grad()
-    def start(self, holder: str) -> None:
-        """Put the average in the model. After an error or an interrupt, ``end`` puts right what was begun.
-
-        Args:
-            holder: Who lends.
-        """
-        hold_writes()
-        self.holder = holder
-        # Aliases, so that this memory stays where it is, whatever becomes of the model.
-        self._tensors = [rows(slot.tensor, a).detach() for slot, a in zip(self._slots, self._averages, strict=True)]
-        # What can run out of memory comes before any change. An average that is on another device is there for want of
-        # room on this one.
-        self._aside = [t.to(a.device, copy=True) for t, a in zip(self._converted, self._converting, strict=True)]
-        _LOANS[id(self._model)] = self
-        self._guard = register_optimizer_step_pre_hook(self._refuse_step)
-        self._exchange.forward()
-        if self._aside:
-            torch._foreach_copy_(self._converted, self._converting)
-        self._gather()
-
-    @torch.no_grad()
-    def end(self) -> None:
-        """Put the training weights back, bit for bit. It may be called again when it was interrupted."""
-        self._exchange.back()
-        if self._aside:
-            torch._foreach_copy_(self._converted, self._aside)
-        self._reshard()
-        if self._tensors and not self._unmoved():
-            # The model may have been moved, or have replaced a tensor, while it held the average.
-            for slot, tensor, average in zip(self._slots, self._tensors, self._averages, strict=True):
-                here = rows(slot.tensor, average)
-                if here.data_ptr() != tensor.data_ptr():
-                    here.copy_(tensor)
-        self._gather()
-        if self._guard:
-            self._guard.remove()
-        _LOANS.pop(id(self._model), None)
-        self._tensors = self._aside = list[Tensor]()
-
-    def _gather(self) -> None:
-        """Let every rank have all rows where the average is divided and the model is not."""
-        if self._divided and self._mesh is not None:
-            sharding.gather([slot.tensor for slot in self._divided], self._mesh)
-
-    def _reshard(self) -> None:
-        """Let no module hold whole tensors that were gathered from averaged shards."""
-        if self._sharded:
-            sharding.reshard(self._model)
-            if not all(is_spread(slot.tensor) for slot in self._sharded):
-                sharding.reshard_after_an_error(self._model)
-
-    def _refuse_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        del args, kwargs
-        if any(id(p) in self._parameters for group in optimizer.param_groups for p in group["params"]):
-            raise LoanError(
-                f"an optimizer step must not run on averaged weights: {self.holder} has lent its average to the model; "
-                "let it be given back first"
-            )
-
-
-_LOANS = dict[int, Loan]()  # by id of the model, which its loan keeps alive
-
-
-def loan_of(model: nn.Module) -> Loan | None:
-    """Return the loan that ``model`` holds, if any.
-
-    Args:
-        model: Wrapped or not.
-    """
-    return _LOANS.get(id(unwrap(model)))
 
 
 class Shadow:
@@ -161,18 +44,22 @@ class Shadow:
             16-bit averages are rounded stochastically, since plain ones do not move at long half-lives.
         policy: What is done with which tensor.
         device: Where the averages are; None for where the model is.
-        mesh: Ranks over which the averages are divided, of a model that each of them has whole. A loan gathers them.
+        mesh: Ranks over which the averages are divided, of a model that each of them has in full. A swap gathers them.
         offload: Instead of a device, that averages are on the CPU and move there in the background, and how. All
             methods but ``update_`` wait until they have.
+        views: Whether a tensor in another one's memory, such as a transposed alias, has an average of its own. It is
+            for averages that are never swapped in.
 
     Raises:
         ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more, if both ``device`` and ``offload``
             are given, if ``mesh`` has several dimensions or the model is sharded already, or if ``policy`` does not
             leave a sparse tensor.
+        MemoryLayoutError: If a tensor that ``policy`` does not leave overlaps another one in part or itself, or is a
+            wrapper of inner tensors, or has a dtype that cannot be averaged.
 
     Attributes:
-        averages: The averaged and the copied tensors by canonical name. While lent to a model of the same dtype, they
-            hold the training weights.
+        averages: The averaged and the copied tensors by canonical name. While swapped into a model of the same dtype,
+            they may hold the training weights.
         num_updates: How often it has moved.
 
     Example:
@@ -196,6 +83,7 @@ class Shadow:
         device: torch.device | str | None = None,
         mesh: "DeviceMesh | None" = None,
         offload: Offload | None = None,
+        views: bool = False,
     ) -> None:
         if dtype not in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"dtype must be None, float64, float32, bfloat16 or float16 (got {dtype!r})")
@@ -216,9 +104,9 @@ class Shadow:
         self._averages: dict[str, Tensor] = {}
         # All averages share the counter by which autograd knows that a tensor has changed since it was used: they move
         # at once, and to count that up for each takes as long as to move a small one.
-        self._counter = torch.empty(0)
+        self._counter = torch.empty(0, device="cpu")
         self.num_updates = 0
-        self._quarantined = torch.zeros((), dtype=torch.int64)
+        self._quarantined = torch.zeros((), dtype=torch.int64, device="cpu")
         self._quarantined_before = 0
         self._quarantined_by_rank: list[int] = []
         self._slots: list[Slot] = []
@@ -226,35 +114,45 @@ class Shadow:
         self._copied: list[tuple[Slot, Tensor]] = []
         self._inventory: Inventory | None = None
         self._lerp: Callable[[float, int], None] | None = None
-        self._lender: Loan | None = None
-        self._loan: Loan | None = None
-        self._module: nn.Module | None = None
+        self._swap: Swap | None = None
+        self._with_views = views
+        self._views = dict[str, tuple[str, memory.Place | None]]()  # of the owner's name, for what shares its memory
+        self._policies = dict[str, Policy]()  # as decided once: an evaluation or a resume must not decide otherwise
+        self._exposed = list[Callable[[], object]]()  # what others hold of the averages' memory, by weak references
+        optimizers.watch()
         self._follow_model()
 
     def _new_average(self, slot: Slot) -> Tensor:
         tensor = slot.tensor
         dtype = tensor.dtype
-        if dtype.is_floating_point:
+        if dtype.is_floating_point and self._policies.get(slot.name) is not Policy.COPY:
             dtype = self._dtype or torch.promote_types(dtype, torch.float32)
         if self._mesh is not None and slot.is_parameter and tensor.dim():
             return sharding.divided(tensor, dtype, self._mesh, self._device)
-        part = local(tensor)
+        part = local(tensor).detach().as_subclass(Tensor)
         copy = torch.empty_like(part, dtype=dtype, device=self._device, requires_grad=False).copy_(part)
+        _check_range(slot.name, copy, part)
+        if slot.name in self._views:
+            # It had its memory in another tensor, whose average knows better than the weights of this moment.
+            owner, place = self._views[slot.name]
+            if place is not None and owner in self._averages and not is_spread(tensor):
+                copy.copy_(place.view(local(self._averages[owner])))
         return sharding.beside(tensor, counting_with(self._counter, copy))
 
     def _policy_of(self, slot: Slot) -> Policy:
+        if slot.name in self._policies:
+            return self._policies[slot.name]
         policy = self._policy(slot)
-        if policy is not Policy.LEAVE and slot.tensor.layout != torch.strided:
-            raise ValueError(
-                f"only strided tensors can be averaged or copied: the policy must leave {slot.name!r} (got {policy!r} "
-                f"for one of {slot.tensor.layout})"
-            )
+        if policy is Policy.LEAVE:
+            return policy
+        check_layout(slot, policy)
         # A buffer with -inf in it is a mask, not a running statistic.
         mask = policy is Policy.AVERAGE and not slot.is_parameter and not bool(local(slot.tensor).isfinite().all())
-        return Policy.COPY if mask else policy
+        self._policies[slot.name] = Policy.COPY if mask else policy
+        return self._policies[slot.name]
 
     def _follow_model(self) -> None:
-        """List the tensors again if the model's have changed: new ones join, beginning with their current values."""
+        """List the tensors again if the model's or the averages have moved; new ones join with their current values."""
         if self._inventory is None or not self._inventory.holds():
             self._list_tensors()
 
@@ -264,25 +162,33 @@ class Shadow:
         if self._inventory is not None and self._inventory.holds():
             return
         self._wait()
-        self._inventory = self._lerp = self._offloader = self._lender = None
-        policies = [(slot, self._policy_of(slot)) for slot in slots(self._model)]
-        # What is frozen on the way goes on being averaged: its average has not arrived yet.
-        held = [(s, p) for s, p in policies if p is not Policy.LEAVE or s.name in self.averages]
+        self._inventory = self._lerp = self._offloader = None
+        # A teacher that is the average may be part of the model: its memory is ours.
+        ours = [local(average) for average in self._averages.values()]
+        found = list(slots(self._model, views=self._with_views, foreign=ours))
+        views = views_of(self._model, tied=self._with_views)
+        for name in views:
+            self._averages.pop(name, None)
+        policies = [(slot, self._policy_of(slot)) for slot in found]
+        # What is frozen on the way is still averaged: its average has not arrived yet.
+        held = [(s, p) for s, p in policies if p is not Policy.LEAVE or s.name in self._averages]
         for slot, _ in held:
-            average = self.averages.get(slot.name)
+            average = self._averages.get(slot.name)
             if average is None:
-                self.averages[slot.name] = self._new_average(slot)
+                self._averages[slot.name] = self._new_average(slot)
             elif local(average).device != (device := self._device or local(slot.tensor).device):
-                self.averages[slot.name] = sharding.beside(average, local(average).to(device))
-        self._slots, self._module = [slot for slot, _ in held], None
-        check_match("the model must keep the averaged tensors", self.averages, self._online())
-        self._copied = [(s, self.averages[s.name]) for s, p in held if p is Policy.COPY]
-        self._averaged = [(s, self.averages[s.name]) for s, p in held if p is not Policy.COPY]
+                self._averages[slot.name] = sharding.beside(average, local(average).to(device))
+        self._slots = [slot for slot, _ in held]
+        check_match("the model must keep the averaged tensors", self._averages, self._online())
+        _check_memory(self._averages)
+        self._views = {name: (own, memory.Place.of(local(t), local(v))) for name, (own, t, v) in views.items()}
+        self._copied = [(s, self._averages[s.name]) for s, p in held if p is Policy.COPY]
+        self._averaged = [(s, self._averages[s.name]) for s, p in held if p is not Policy.COPY]
         # Where some are on a GPU, the count is there: elsewhere it would have to be waited for.
         devices = [local(average).device for _, average in self._averaged]
         if devices:
             self._quarantined = self._quarantined.to(next((d for d in devices if d.type != "cpu"), devices[0]))
-        self._inventory = Inventory(self._model)
+        self._inventory = Inventory(self._model, list(self._averages.values()))
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -339,10 +245,10 @@ class Shadow:
             MismatchError: If an averaged tensor is gone from the model or has changed its shape.
             OffloadError: If the update before failed in the background.
         """
-        if loan := _LOANS.get(id(self._model)):
+        if swap := swap_of(self._model):
             raise LoanError(
-                f"an average must not take in averaged weights: {loan.holder} has lent its average to the model; "
-                "let it be given back first"
+                f"an average must not take in averaged weights: {swap.holder} has swapped its average in; restore the "
+                "training weights first"
             )
         self._follow_model()
         lerp = self._lerp or self._new_lerp()
@@ -395,10 +301,12 @@ class Shadow:
         Raises:
             LoanError: If the model holds another average.
         """
-        if (loan := loan_of(self._model)) and loan is not self._loan:
-            raise LoanError(f"the model must hold its own weights for their distance: {loan.holder} has lent its own")
+        if (swap := swap_of(self._model)) and swap is not self._swap:
+            raise LoanError(
+                f"the model must hold its own weights for their distance: {swap.holder} has swapped its own in"
+            )
         sharding.reshard(self._model)
-        averages, online = self.averaged_tensors(), self._loan.kept if self._loan else self._online()
+        averages, online = self.averaged_tensors(), self._active.training() if self._active else self._online()
         sums = torch.zeros(2, dtype=torch.float64)
         for name in (slot.name for slot, _ in self._averaged if slot.is_parameter):
             parts = local(averages[name]), rows(online[name], averages[name])
@@ -443,16 +351,23 @@ class Shadow:
         ranks.broadcast(self.averages[s.name] for s in self._slots if not s.is_parameter and not is_spread(s.tensor))
 
     @property
+    def _active(self) -> Swap | None:
+        """The swap of this average, as long as it is in the model. One that was left half done ends here."""
+        if self._swap is not None and not self._swap.active:
+            self._swap = None  # it keeps the model's memory
+        return self._swap
+
+    @property
     def holder(self) -> str | None:
-        """Who has lent this average to the model, or None."""
-        return self._loan.holder if self._loan else None
+        """Who has swapped this average into the model, or None."""
+        return self._active.holder if self._active else None
 
     def lend(self, holder: str) -> None:
         """Put the average in the model until ``give_back``.
 
-        Where model and average have one dtype their values change places, through a scratch buffer of at most 1 MiB,
-        however they are laid out. Otherwise the model's own bits are kept aside, which takes the model's size in
-        memory. Lists take a KiB a tensor.
+        Where model and average have one dtype their values are exchanged in place, through a scratch buffer of at most
+        1 MiB, whatever their layout. Otherwise, and while somebody holds ``averaged_model`` or a state, the model's own
+        bits are copied to a backup of the model's size. Lists take a KiB a tensor.
 
         Args:
             holder: Who asks, to name it in errors.
@@ -460,45 +375,48 @@ class Shadow:
         Raises:
             LoanError: If the model holds an average already, this or another.
         """
-        if other := loan_of(self._model):
+        if other := swap_of(self._model):
             raise LoanError(
-                f"a model can hold one average at a time: {other.holder} has lent its own when {holder} would; "
-                "let the first be given back"
+                f"a model can hold one average at a time: {other.holder} has swapped its own in when {holder} would; "
+                "restore the training weights first"
             )
         self._follow_model()
         self._wait()
-        if self._lender is None:
-            assert self._inventory is not None
-            averages = [self._averages[slot.name] for slot in self._slots]
-            self._lender = Loan(self._model, self._slots, averages, self._inventory.holds)
-        self._loan = loan = self._lender
+        averages = [self._averages[slot.name] for slot in self._slots]
+        held = {slot.name for slot in self._slots}
+        left = [slot for slot in all_slots(self._model) if slot.name not in held and slot.name not in self._views]
+        swap = Swap(self._model, self._slots, averages, left, keep_averages=self._is_exposed())
         try:
-            loan.start(holder)
+            self._swap = swap
+            swap.begin(holder)
         except BaseException:
-            self.give_back()
+            swap.end()
+            self._swap = None
             raise
+
+    def _is_exposed(self) -> bool:
+        """Whether somebody holds tensors over the averages' memory, who would read the training weights in it."""
+        self._exposed = [alive for alive in self._exposed if alive() is not None]
+        return bool(self._exposed)
 
     def give_back(self) -> None:
-        """Put the training weights back in the model, bit for bit.
+        """Restore the training weights in the model, bit for bit.
 
         Raises:
-            LoanError: If the average is not lent.
+            LoanError: If the average is not in the model, or a parameter was changed while it was.
         """
-        if not self._loan:
-            raise LoanError("the average must be lent before it can be given back (it is not)")
+        swap = self._active
+        if swap is None:
+            raise LoanError("the average must be in the model before the training weights can be restored (it is not)")
         try:
-            self._loan.end()
-        except BaseException:
-            self._loan.end()
-            raise
+            swap.end()
         finally:
-            if not self._loan.may_stay:
-                self._lender = None
-            self._loan = None
+            swap.end()
+            self._swap = None
 
     @contextmanager
     def lent(self, holder: str) -> Iterator[nn.Module]:
-        """Lend the average to the model for the length of a ``with`` block, however that ends.
+        """Put the average in the model for a ``with`` block, however that ends.
 
         Args:
             holder: Who asks, to name it in errors.
@@ -506,56 +424,68 @@ class Shadow:
         Raises:
             LoanError: If the model holds an average already, this or another.
         """
-        before = self._loan
+        before = self._swap
         try:
             self.lend(holder)
             yield self._model
         finally:
-            if self._loan is not before:
+            if self._swap is not before and self._active:
                 self.give_back()
 
     def averaged_tensors(self) -> dict[str, Tensor]:
         """Return the average by name, wherever it is now."""
-        if not self._loan:
+        if not self._active:
             return dict(self.averages)
         sharding.reshard(self._model)
-        kept, online = self._loan.kept, self._online()
-        return {
-            name: sharding.beside(own, rows(online[name], own)) if local(kept[name]) is local(own) else own
-            for name, own in self.averages.items()
-        }
+        return self._active.averages()
 
     def averaged_model(self) -> nn.Module:
-        """Return a module whose tensors are the averages: no copy, in eval mode, without gradients.
+        """Return a new module whose tensors are the averages: no copy, in eval mode, without gradients.
 
-        While the average is lent this is the model itself. Frozen parameters are shared with the model.
+        While the average is in the model this is the model itself. Frozen parameters are shared with the model.
         """
-        if self._loan:
+        if self._active:
             return self._model
         self._follow_model()
         self._wait()
-        if self._module is None:
-            self._module = self._module_over(self.averages)
-        return self._module
+        module = self._module_over(self._averages)
+        own = {id(tensor) for tensor in self._model.parameters()}
+        self._exposed += [weakref.ref(t) for t in (*module.parameters(), *module.buffers()) if id(t) not in own]
+        return module
 
     def training_model(self) -> nn.Module:
-        """Return a module with the training weights: the model itself, unless the average is lent to it."""
-        return self._module_over(self._loan.kept) if self._loan else self._model
+        """Return a module with the training weights: the model itself, unless the average is in it."""
+        return self._module_over(self._active.training()) if self._active else self._model
 
     def _module_over(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Copy the model's structure over ``tensors``, and over its own parameters for the rest."""
         memo = dict[int, Any]()
-        for slot in slots(self._model):
-            if slot.name in tensors:
-                tensor = tensors[slot.name]
-                memo[id(slot.tensor)] = nn.Parameter(tensor, requires_grad=False) if slot.is_parameter else tensor
+        for slot in all_slots(self._model):
+            tensor = self._view(tensors, slot)
+            if tensor is not None:
+                own = tensor.detach()
+                memo[id(slot.tensor)] = nn.Parameter(own, requires_grad=False) if slot.is_parameter else own
             elif slot.is_parameter:
                 memo[id(slot.tensor)] = slot.tensor
         if self._mesh is not None or sharding.is_fsdp(self._model):
             raise ShardingError(
-                "a module of its own needs whole tensors, and the average is in shards; lend it to the model"
+                "a module of its own needs full tensors, and the average is sharded; swap it into the model"
             )
         return copy.deepcopy(self._model, memo).eval()
+
+    def _view(self, tensors: Mapping[str, Tensor], slot: Slot) -> Tensor | None:
+        """Return what stands for a tensor of the model: its own, or the view of the one whose memory it shares."""
+        if slot.name not in self._views:
+            return tensors.get(slot.name)
+        owner, place = self._views[slot.name]
+        if owner not in tensors:
+            return None
+        if place is None:
+            raise MemoryLayoutError(
+                f"a module of its own needs a view for each tensor, and {slot.name!r} reads the memory of {owner!r} as "
+                "another dtype; use applied(), which swaps the average into the model"
+            )
+        return place.view(tensors[owner])
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module, *, training: bool = False) -> None:
@@ -570,25 +500,38 @@ class Shadow:
         """
         sharding.reshard(self._model)
         sharding.reshard(model)
-        source = {slot.name: slot.tensor.detach() for slot in slots(self._model)}
+        source = {slot.name: slot.tensor.detach() for slot in all_slots(self._model)}
         if not training:
             source |= self.averaged_tensors()
-        elif self._loan:
-            source |= self._loan.kept
-        target = {slot.name: slot.tensor for slot in slots(model)}
+        elif self._active:
+            source |= self._active.training()
+        for slot in all_slots(self._model):
+            if slot.name in self._views:
+                view = self._view(source, slot)
+                source[slot.name] = slot.tensor if view is None else view
+        target = {slot.name: slot.tensor for slot in all_slots(model)}
         check_match("the model to fill must be like the one in training", source, target)
         for name, tensor in target.items():
             sharding.copy_(tensor.detach(), source[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages by name and the counters; while the average is lent, the training weights too."""
+        """Return the averages by name and the counters; while the average is in the model, the training weights too.
+
+        The tensors are over the averages' memory: they follow later updates, and as long as they are held a swap leaves
+        the averages where they are.
+        """
+        averages = self.averaged_tensors()
         state: dict[str, Any] = {
-            "averages": self.averaged_tensors(),
+            "averages": averages,
             "num_updates": self.num_updates,
             "num_quarantined": self.num_quarantined,
+            "copied": sorted(name for name in averages if self._policies.get(name) is Policy.COPY),
         }
-        if self._loan:
-            state["training"] = dict(self._loan.kept)
+        if self._active:
+            state["training"] = self._active.training()
+        else:
+            state["averages"] = {n: sharding.beside(a, local(a).detach()) for n, a in averages.items()}
+            self._exposed += map(weakref.ref, state["averages"].values())
         return state
 
     @torch.no_grad()
@@ -604,20 +547,26 @@ class Shadow:
             LoanError: If the model holds an average.
             MismatchError: If names or shapes differ from the model's.
         """
-        if loan := loan_of(self._model):
-            raise LoanError(f"a state cannot be loaded while {loan.holder} has lent its average to the model")
+        if swap := swap_of(self._model):
+            raise LoanError(f"a state can be loaded only into training weights, and {swap.holder} has swapped them out")
         sharding.reshard(self._model)
         if self._offloader is not None:
             self._offloader.settle()  # what comes replaces a broken average as well
         averages: Mapping[str, Tensor] = state["averages"]
         # A tensor that is frozen here and was not there is averaged on.
-        held = {s.name: s for s in slots(self._model) if s.name in averages or s.name in self._averages}
+        ours = [local(average) for average in self._averages.values()]
+        found = slots(self._model, views=self._with_views, foreign=ours)
+        held = {s.name: s for s in found if s.name in averages or s.name in self._averages}
         online = {name: slot.tensor.detach() for name, slot in held.items()}
         check_match("a saved average must fit the model", online, averages)
         training: Mapping[str, Tensor] | None = state.get("training")
         if training:
             check_match("saved training weights must fit the model", online, training)
         hold_writes()
+        # What was decided then holds on: a mask that was infinite may be finite now.
+        copied: frozenset[str] | None = None if state.get("copied") is None else frozenset(state["copied"])
+        if copied is not None:
+            self._policies |= {name: Policy.COPY if name in copied else Policy.AVERAGE for name in online}
         for name, tensor in online.items():
             sharding.copy_(self._averages.setdefault(name, self._new_average(held[name])), averages[name])
             if training:
@@ -625,9 +574,70 @@ class Shadow:
         self.num_updates = int(state["num_updates"])
         self._quarantined_before = int(state["num_quarantined"])
         self._quarantined_by_rank.clear()
-        self._quarantined = torch.zeros((), dtype=torch.int64)
-        self._inventory = self._offloader = self._lender = None
+        self._quarantined = torch.zeros((), dtype=torch.int64, device="cpu")
+        self._inventory = self._offloader = None
         self._follow_model()
+
+
+_AVERAGED = {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
+
+
+def check_layout(slot: Slot, policy: Policy) -> None:
+    """Check that a tensor can be averaged or copied, and swapped.
+
+    Args:
+        slot: Where it is.
+        policy: What is to be done with it.
+
+    Raises:
+        MemoryLayoutError: If its class, its dtype or its layout does not allow it.
+        ValueError: If it is sparse.
+    """
+    tensor = local(slot.tensor)
+    if slot.tensor.layout != torch.strided:
+        raise ValueError(
+            f"only strided tensors can be averaged or copied: the policy must leave {slot.name!r} (got {policy!r} "
+            f"for one of {slot.tensor.layout})"
+        )
+    remedy = "freeze it, or leave it out by EMA(policy=...)"
+    if memory.is_wrapper(tensor):
+        raise MemoryLayoutError(
+            f"an averaged tensor must have memory of its own, and {slot.name!r} is a {type(tensor).__name__}, which "
+            f"keeps its values in inner tensors; {remedy}"
+        )
+    if policy is Policy.AVERAGE and tensor.dtype not in _AVERAGED:
+        known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in _AVERAGED))
+        raise MemoryLayoutError(
+            f"an averaged tensor must be one of {known} ({slot.name!r} has {tensor.dtype}); {remedy}"
+        )
+    if memory.has_memory(tensor) and memory.overlaps_itself(memory.compact(tensor)):
+        raise MemoryLayoutError(
+            f"the elements of an averaged or copied tensor must not share memory, and some of {slot.name!r} do (shape "
+            f"{tuple(tensor.shape)}, strides {tensor.stride()}); register a .clone() of it, or {remedy}"
+        )
+
+
+def _check_range(name: str, average: Tensor, tensor: Tensor) -> None:
+    """Check that finite weights have a finite average in its dtype."""
+    if average.dtype == torch.float16 != tensor.dtype and bool(
+        (average.isinf() & tensor.isfinite().to(average.device)).any()
+    ):
+        raise ValueError(
+            f"weights must be within float16's range of 65504 for an average of that dtype ({name!r} is not); use "
+            "dtype=torch.bfloat16 or torch.float32"
+        )
+
+
+def _check_memory(averages: Mapping[str, Tensor]) -> None:
+    """Check that the averages still have their memory: others may hold tensors over it, and resize them."""
+    for name, average in averages.items():
+        part = local(average)
+        size = sum(stride * (n - 1) for n, stride in zip(part.shape, part.stride(), strict=True)) + 1
+        if part.numel() and part.untyped_storage().nbytes() < (part.storage_offset() + size) * part.element_size():
+            raise MemoryLayoutError(
+                f"an average must keep its memory, and that of {name!r} has shrunk to "
+                f"{part.untyped_storage().nbytes()} bytes: do not resize what state_dict() gave, and load a state"
+            )
 
 
 def _place(name: str, average: Tensor) -> Place:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from polyak.algorithm import Algorithm
 from polyak.errors import LoanError
 from polyak.loop import Attached
-from polyak.shadow import loan_of
+from polyak.swap import swap_of
 from polyak.time import Time
 
 _FOREIGN = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
@@ -60,7 +60,7 @@ class _Checkpoints:
         self._refuse_loan("loaded")
 
     def _refuse_loan(self, what: str) -> None:
-        if loan := loan_of(self._model):
+        if loan := swap_of(self._model):
             raise LoanError(
                 f"a state must be {what} with training weights in the model, and {loan.holder} has lent its average; "
                 "leave the block of applied() first (what is for use is saved inside it, by accelerator.save_model)"

@@ -23,8 +23,8 @@ from polyak.errors import PlanWarning
 from polyak.events import Event
 from polyak.loop import Attached, Loop, StepHooks, as_algorithms
 from polyak.select import unwrap
-from polyak.shadow import loan_of
 from polyak.sharding import whole
+from polyak.swap import swap_of
 from polyak.time import Time, TimeUnit
 from polyak.trainer import rng
 
@@ -320,8 +320,8 @@ class Averaging(Callback):
             checkpoint: To be added to.
         """
         if self._loop is not None:
-            loan = loan_of(pl_module)
-            holds = f"averaged weights of {loan.holder}" if loan else "training weights"
+            swap = swap_of(pl_module)
+            holds = f"averaged weights of {swap.holder}" if swap else "training weights"
             # Of a folder it has been saved already, and of a file the first process writes all.
             state = {} if _saves_folders(trainer) else whole(self._loop.state_dict())
             checkpoint[_KEY] = {**state, "state_dict_holds": holds, "rng": rng.get_state()}

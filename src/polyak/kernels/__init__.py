@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from polyak.kernels import foreach, look
+from polyak.kernels.checksum import checksums
 from polyak.kernels.choice import CHOSEN, EXCHANGES, KERNELS, Exchange, Lerp
 from polyak.kernels.foreach import SCRATCH_ELEMENTS
 from polyak.kernels.place import Place
@@ -22,6 +23,7 @@ __all__ = [
     "Exchange",
     "Lerp",
     "Place",
+    "checksums",
     "counting_with",
     "lerp_",
     "unchanged",

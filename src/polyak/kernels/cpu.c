@@ -21,7 +21,9 @@ struct piece {
 /* Bytes at two addresses that change places. */
 struct pair {
     int64_t left, right, bytes;
-    int64_t swapped; /* whether they have. Written by who swaps them, in one go with it. */
+    int64_t swapped; /* whether they have. Written by who swaps them, together with the swap. */
+    uint64_t sum;    /* of the words that went to the left */
+    int64_t changed; /* whether what came back from there has another sum */
 };
 
 /* What is to be done, by as many threads as there are: job i is the pieces, or pairs, from starts[i] to starts[i + 1]. */
@@ -148,7 +150,7 @@ static inline uint16_t to_float16(float value, uint32_t chance) {
 #endif
 
 typedef int64_t lerp(const struct piece *, double, uint32_t);
-typedef void swap(char *, char *, int64_t);
+typedef uint64_t swap(char *, char *, int64_t);
 
 #if defined(__x86_64__)
 static int has_avx512(void) {
@@ -225,11 +227,17 @@ static void swap_all(void *given) {
     struct pair *const pairs = work->items;
     swap *const swap_bytes = chosen_swap();
     for (int64_t job; (job = atomic_fetch_add(&work->next, 1)) < work->num_jobs;)
-        for (int64_t i = work->starts[job]; i < work->starts[job + 1]; i++)
-            if (pairs[i].swapped != work->swapped) {
-                swap_bytes((char *)pairs[i].left, (char *)pairs[i].right, pairs[i].bytes);
-                pairs[i].swapped = work->swapped;
-            }
+        for (int64_t i = work->starts[job]; i < work->starts[job + 1]; i++) {
+            struct pair *const pair = &pairs[i];
+            if (pair->swapped == work->swapped)
+                continue;
+            char *const left = (char *)pair->left, *const right = (char *)pair->right;
+            if (work->swapped)
+                pair->sum = swap_bytes(right, left, pair->bytes);
+            else
+                pair->changed = swap_bytes(left, right, pair->bytes) != pair->sum;
+            pair->swapped = work->swapped;
+        }
 }
 
 /* Returns whether any value was left out, which the pieces then say of themselves. */

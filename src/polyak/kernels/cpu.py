@@ -7,13 +7,14 @@ import ctypes
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from itertools import compress, pairwise, product
+from itertools import chain, compress, pairwise, product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from polyak.errors import MemoryLayoutError
 from polyak.kernels import foreach
 from polyak.kernels.build import LIBRARY, sources_id
 from polyak.kernels.place import Box, Place
@@ -142,6 +143,9 @@ def _lie_alike(one: Tensor, other: Tensor, *, in_order: bool = False) -> bool:
     plain = type(one) in _PLAIN and type(other) in _PLAIN and one.is_cpu and other.is_cpu
     if not (plain and one.layout == other.layout == torch.strided):
         return False
+    # The bits of a negative or conjugate view do not say what it holds.
+    if one.is_neg() or other.is_neg() or one.is_conj() or other.is_conj():
+        return False
     if one.is_contiguous() and other.is_contiguous():
         return one.numel() == other.numel()
     order = sorted(range(one.dim()), key=one.stride, reverse=True)
@@ -249,15 +253,29 @@ class Exchange(foreach.Exchange):
         known = [a.dtype == b.dtype and not a.is_complex() and _lie_alike(a, b) for a, b in pairs]
         rest = [pair for pair, c in zip(pairs, known, strict=True) if not c]
         super().__init__([a for a, _ in rest], [b for _, b in rest])
-        ours = list(compress(pairs, known))
-        self._swapped = one_of_each([a for a, _ in ours]) + one_of_each([b for _, b in ours])
-        most = _SWAP * max(1, -(-sum(a.nbytes for a, _ in ours) // (_SWAP * _MOST)))
+        # Aliases, so that this memory stays where it is, whatever becomes of the tensors.
+        self._ours = [(a.detach(), b.detach()) for a, b in compress(pairs, known)]
+        self._known = known
+        self._versions = one_of_each([a for a, _ in self._ours]) + one_of_each([b for _, b in self._ours])
+        most = _SWAP * max(1, -(-sum(a.nbytes for a, _ in self._ours) // (_SWAP * _MOST)))
         pieces = [
-            (left_at + at, right_at + at, min(most, size - at), 0)
-            for left_at, right_at, size in ((a.data_ptr(), b.data_ptr(), a.nbytes) for a, b in ours)
-            for at in range(0, size, most)
+            (number, at, min(most, a.nbytes - at))
+            for number, (a, _) in enumerate(self._ours)
+            for at in range(0, a.nbytes, most)
         ]
-        self._jobs = _Jobs(_library.polyak_swap, pieces, [piece[2] for piece in pieces], held=ours)
+        self._numbers = [number for number, _, _ in pieces]
+        self._offsets = torch.tensor([at for _, at, _ in pieces], dtype=torch.int64, device="cpu")
+        # Addresses are written in before each call; the sum of each piece and whether it has changed, by C.
+        rows = [(0, 0, size, 0, 0, 0) for _, _, size in pieces]
+        self._jobs = _Jobs(_library.polyak_swap, rows, [size for _, _, size in pieces], held=self._ours)
+
+    @property
+    def changed(self) -> list[bool]:
+        """For each pair whether the left tensor changed between ``forward`` and ``back``, once that is done."""
+        flags = self._jobs.items[:, 5].tolist() if self._jobs.num_jobs else []
+        changed = set(compress(self._numbers, flags))
+        ours, rest = iter([number in changed for number in range(len(self._ours))]), iter(self._changed)
+        return [next(ours) if known else next(rest) for known in self._known]
 
     def forward(self) -> None:
         """Swap what has not been swapped yet."""
@@ -265,12 +283,32 @@ class Exchange(foreach.Exchange):
         self._swap(1)
 
     def back(self) -> None:
-        """Swap back what has been swapped."""
+        """Swap back what has been swapped, and note what has changed in between."""
         self._swap(0)
         super().back()
 
     def _swap(self, swapped: int) -> None:
         # Each piece says of itself whether it is swapped, so this may be done again after an interrupt.
         if self._jobs.num_jobs:
-            increment_version(self._swapped)
+            self._locate()
+            increment_version(self._versions)
             self._jobs.run(swapped)
+
+    def _locate(self) -> None:
+        """Write the addresses of this moment: storage may have moved, to shared memory for example.
+
+        Raises:
+            MemoryLayoutError: If a tensor's storage has become smaller than the tensor.
+        """
+        for tensor in chain.from_iterable(self._ours):
+            end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
+            if tensor.untyped_storage().nbytes() < end:
+                raise MemoryLayoutError(
+                    f"the memory of a swapped tensor must stay, and a storage has shrunk to "
+                    f"{tensor.untyped_storage().nbytes()} bytes under a tensor of shape {tuple(tensor.shape)}: do not "
+                    "resize storages while the average is in the model"
+                )
+        numbers = torch.tensor(self._numbers, dtype=torch.int64, device="cpu")
+        for side in (0, 1):
+            addresses = torch.tensor([pair[side].data_ptr() for pair in self._ours], dtype=torch.int64, device="cpu")
+            self._jobs.items[:, side] = addresses[numbers] + self._offsets

@@ -7,6 +7,7 @@ from itertools import compress
 import torch
 from torch import Tensor
 
+from polyak.kernels.checksum import checksums
 from polyak.kernels.pieces import num_pieces, order_of, piece_of, pieces_of, views_of
 from polyak.kernels.place import Place
 from polyak.kernels.rounding import SIXTEEN_BITS, Chances, RowChances, is_within, round_, run_of, store, words_of
@@ -293,9 +294,13 @@ class Exchange:
     Args:
         left: Tensors.
         right: As many, of the same shapes, dtypes and devices.
+
     """
 
     def __init__(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+        self._changed = [False] * len(left)
+        self._left = [tensor.detach() for tensor in left]
+        self._sums: list[int] | None = None
         self._buckets = list(_buckets(left, right))
         self._done = self._undone = 0
         # Of the bucket that is being swapped, for its three steps.
@@ -310,18 +315,23 @@ class Exchange:
         }
 
     @property
-    def has_views(self) -> bool:
-        """Whether this keeps the memory of its tensors, which so outlasts them."""
-        return bool(self._buckets)
+    def changed(self) -> list[bool]:
+        """For each pair whether the left tensor changed between ``forward`` and ``back``, once that is done."""
+        return self._changed
 
     def forward(self) -> None:
         """Swap what has not been swapped yet."""
         while self._done < 3 * len(self._buckets):
             self._step(self._done)
             self._done += 1
+        self._sums = checksums(self._left)
 
     def back(self) -> None:
         """Swap back what has been swapped, the last first."""
+        if self._sums is not None:
+            sums = checksums(self._left)
+            self._changed = [now != before for now, before in zip(sums, self._sums, strict=True)]
+            self._sums = None
         while self._done % 3:
             self._step(self._done)
             self._done += 1

@@ -146,21 +146,30 @@ TARGET static int64_t LEVEL(lerp_piece)(const struct piece *piece, double weight
     return of[piece->pair](piece, weight, round);
 }
 
-TARGET static void LEVEL(swap_bytes)(char *restrict const left, char *restrict const right, int64_t bytes) {
+/* Swap, and return the sum of the words that were at `left`: a change of what lay there in between is seen by it. */
+TARGET static uint64_t LEVEL(swap_bytes)(char *restrict const left, char *restrict const right, int64_t bytes) {
     const int64_t whole = bytes - bytes % 64;
+    uint64_t sums[8] = {0}, sum = 0;
     for (int64_t i = 0; i < whole; i += 64) {
-        char aside[64];
+        uint64_t words[8], others[8];
         __builtin_prefetch(left + i + AHEAD, 1);
         __builtin_prefetch(right + i + AHEAD, 1);
-        memcpy(aside, left + i, 64);
-        memcpy(left + i, right + i, 64);
-        memcpy(right + i, aside, 64);
+        memcpy(words, left + i, 64);
+        memcpy(others, right + i, 64);
+        memcpy(left + i, others, 64);
+        memcpy(right + i, words, 64);
+        for (int k = 0; k < 8; k++)
+            sums[k] += words[k];
     }
+    for (int k = 0; k < 8; k++)
+        sum += sums[k];
     for (int64_t i = whole; i < bytes; i++) {
-        const char aside = left[i];
+        const char moved = left[i];
         left[i] = right[i];
-        right[i] = aside;
+        right[i] = moved;
+        sum += (uint64_t)(unsigned char)moved << 8 * (i % 8);
     }
+    return sum;
 }
 
 #undef LERP_BLOCK

@@ -19,6 +19,7 @@ struct questions {
     int (*dtype)(void *const *tensor, int32_t *answer);
     int (*device_type)(void *const *tensor, int32_t *answer);
     int (*device_index)(void *const *tensor, int32_t *answer);
+    int (*storage_size)(void *const *tensor, int64_t *answer); /* in bytes: a storage may shrink under its tensors */
 };
 
 /* What a dict holds. Zeros end a dict. */
@@ -28,7 +29,7 @@ struct item {
     const char *tensor, *storage; /* where torch has what is known of a tensor, which is asked about; else 0 */
 };
 
-#define HEAD 3   /* integers noted of each tensor, before its shape and strides */
+#define HEAD 4   /* integers noted of each tensor, before its shape and strides */
 #define SOON 12  /* items ahead that are asked for from memory: most of the time would be spent waiting for them */
 #define BYTES 192 /* of a tensor that are looked at, or a few more */
 
@@ -45,14 +46,14 @@ static void ask_for(const struct item *item, int64_t handle_at) {
 static int64_t *look_at(const struct questions *of, const struct item *item, int64_t handle_at, int64_t *notes,
                         int64_t compare) {
     void *const *const handle = (void *const *)(item->value + handle_at);
-    int64_t data, dim;
+    int64_t data, dim, bytes_held;
     const int64_t *sizes, *strides;
     int32_t dtype, type, index;
     if (*handle != item->tensor || of->data_ptr(handle, &data) || of->dim(handle, &dim) || of->sizes(handle, &sizes) ||
         of->strides(handle, &strides) || of->dtype(handle, &dtype) || of->device_type(handle, &type) ||
-        of->device_index(handle, &index))
+        of->device_index(handle, &index) || of->storage_size(handle, &bytes_held))
         return 0;
-    const int64_t head[HEAD] = {data, dim << 32 | (uint32_t)dtype, (int64_t)type << 32 | (uint32_t)index};
+    const int64_t head[HEAD] = {data, dim << 32 | (uint32_t)dtype, (int64_t)type << 32 | (uint32_t)index, bytes_held};
     const size_t bytes = sizeof(int64_t) * (size_t)dim;
     if (!compare) {
         memcpy(notes, head, sizeof head);

@@ -38,7 +38,11 @@ def _values(dicts: Sequence[dict[str, Any]]) -> list[Any]:
     return list(chain.from_iterable(map(dict[str, Any].values, dicts)))
 
 
-_LOOKS = (Tensor.data_ptr, *map(attrgetter, ("device", "dtype", "shape")), Tensor.stride)
+def _storage_size(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()  # it may shrink under its tensors
+
+
+_LOOKS = (Tensor.data_ptr, *map(attrgetter, ("device", "dtype", "shape")), Tensor.stride, _storage_size)
 
 
 def _looks(tensors: Sequence[Tensor]) -> list[list[Any]]:
@@ -49,8 +53,8 @@ def _looks(tensors: Sequence[Tensor]) -> list[list[Any]]:
 
 
 # Functions of torch's stable C interface, torch/csrc/inductor/aoti_torch/c/shim.h, in the order of look.c.
-_QUESTIONS = ("data_ptr", "dim", "sizes", "strides", "dtype", "device_type", "device_index")
-_HEAD = 3  # integers that C notes of each tensor, before its shape and strides
+_QUESTIONS = ("data_ptr", "dim", "sizes", "strides", "dtype", "device_type", "device_index", "storage_size")
+_HEAD = 4  # integers that C notes of each tensor, before its shape and strides
 
 
 _word_of = attrgetter("_cdata")  # with which torch's handle of a tensor, or of its storage, begins

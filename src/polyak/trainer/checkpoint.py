@@ -18,8 +18,8 @@ from polyak.algorithm import MetricLogger
 from polyak.errors import CheckpointError
 from polyak.events import Event
 from polyak.select import slots, unwrap
-from polyak.shadow import loan_of
 from polyak.sharding import is_spread
+from polyak.swap import swap_of
 from polyak.time import Time, as_span
 from polyak.trainer.callback import Callback
 from polyak.trainer.parallel import Group, laid_out
@@ -44,11 +44,12 @@ def model_entries(model: nn.Module) -> dict[str, Any]:
     inner = unwrap(model)
     sharding.reshard(inner)
     entries: dict[str, Any] = {"model": inner.state_dict(), "training_model": None, "model_holds": "training weights"}
-    if loan := loan_of(model):
-        kept: dict[int, Tensor] = {id(s.tensor): loan.kept[s.name] for s in slots(inner) if s.name in loan.kept}
+    if swap := swap_of(model):
+        saved = swap.training()
+        kept: dict[int, Tensor] = {id(s.tensor): saved[s.name] for s in slots(inner) if s.name in saved}
         training = inner.state_dict(keep_vars=True)
         entries["training_model"] = {name: kept.get(id(t), entries["model"][name]) for name, t in training.items()}
-        entries["model_holds"] = f"averaged weights of {loan.holder}"
+        entries["model_holds"] = f"averaged weights of {swap.holder}"
     return entries
 
 

@@ -19,7 +19,7 @@ from polyak.algorithm import Algorithm, dispatch
 from polyak.errors import CheckpointError, LoanError, PlanWarning
 from polyak.events import Event
 from polyak.select import unwrap
-from polyak.shadow import loan_of
+from polyak.swap import swap_of
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 from polyak.trainer import batches, checkpoint, parallel, rng
 from polyak.trainer.callback import Callback
@@ -253,7 +253,7 @@ class Trainer:
         }
         if any(missing.values()):
             raise ValueError(f"training needs {', '.join(name for name, absent in missing.items() if absent)}")
-        if loan := loan_of(self.state.model):
+        if loan := swap_of(self.state.model):
             raise LoanError(f"training must begin with training weights: {loan.holder} has lent its average")
         try:
             self._fire(Event.FIT_START)
