@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .events import OBSERVING, STRUCTURAL
+from .events import OBSERVING
+from .loops import STRUCTURAL
 from .models import BLOCKS, DTYPES, OPTIMIZERS, TRAITS
 
 # How often each loop is drawn: other frameworks take a hundred times as long.

@@ -12,8 +12,9 @@ from torch import Tensor
 from polyak import PolyakError
 
 from .cases import Case
-from .events import OBSERVING, STRUCTURAL, Check, Invalid
-from .loops import Loop, Stopped
+from .check import Check, Invalid
+from .events import OBSERVING
+from .loops import STRUCTURAL, Loop, Stopped
 from .models import EXOTIC
 from .reference import Reference
 
@@ -81,7 +82,10 @@ def _run(check: Check) -> None:
             check.same_weights("after a step")
             check.settled = check.begun
         for name in (name for at, name in check.case.events if at == i):
-            check.happen(name)
+            if name in OBSERVING:
+                OBSERVING[name](check)
+            else:
+                check.change(name)
             check.same_weights("after an event")
             check.right_average("after an event")
     check.right_average("at the end")

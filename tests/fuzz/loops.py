@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -230,4 +231,12 @@ CHANGES: dict[str, Callable[[Loop], object]] = {
     "grow": _grow,
     "eval mode": lambda loop: loop.net.eval(),
     "train mode": lambda loop: loop.net.train(),
+}
+
+# What happens to a loop with or without an average, by name.
+STRUCTURAL: dict[str, Callable[[Loop], object]] = {
+    **{name: partial(Loop.change, name=name) for name in CHANGES},
+    "nan": lambda loop: setattr(loop, "poisoned", True),
+    "step raises": lambda loop: setattr(loop, "raises", True),
+    "step without gradients": lambda loop: setattr(loop, "idle", True),
 }

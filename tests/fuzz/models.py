@@ -63,6 +63,10 @@ def _counts(self: Any, x: Tensor) -> Tensor:
     return x * self.scale
 
 
+def _times_w(self: Any, x: Tensor) -> Tensor:
+    return x @ self.w.to(x.dtype)
+
+
 def _attends(self: Any, x: Tensor) -> Tensor:
     return self.inner(x[None], x[None], x[None])[0][0]
 
@@ -117,25 +121,25 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "complex128": lambda: Call(_complex, w=_complex_w(torch.complex128)),
     "double": lambda: _other_dtype(torch.float64),
     "bfloat16": lambda: _other_dtype(torch.bfloat16),
-    "subclass": lambda: Call(lambda self, x: x @ self.w, w=Named(0.3 * torch.randn(WIDTH, WIDTH))),
+    "subclass": lambda: Call(_times_w, w=Named(0.3 * torch.randn(WIDTH, WIDTH))),
     "scalar": lambda: Call(lambda self, x: x * self.gain + self.none.sum(), gain=nn.Parameter(torch.tensor(0.5)),
                            none=nn.Parameter(torch.empty(0, 3))),
     "integers": lambda: Call(lambda self, x: x + self.table.sum().to(x),
                              table=nn.Parameter(torch.arange(3), requires_grad=False)),
-    "transposed": lambda: Call(lambda self, x: x @ self.w, w=nn.Parameter(0.3 * torch.randn(WIDTH, WIDTH).t())),
-    "steps_over": lambda: Call(lambda self, x: x @ self.w, w=nn.Parameter(0.3 * torch.randn(WIDTH, 8)[:, ::2])),
-    "expanded": lambda: Call(lambda self, x: x + self.grid[0], grid=torch.randn(WIDTH).expand(3, WIDTH)),
-    "running_expanded": lambda: Call(lambda self, x: x + self.running_grid[0],
+    "transposed": lambda: Call(_times_w, w=nn.Parameter(0.3 * torch.randn(WIDTH, WIDTH).t())),
+    "steps_over": lambda: Call(_times_w, w=nn.Parameter(0.3 * torch.randn(WIDTH, 8)[:, ::2])),
+    "expanded": lambda: Call(lambda self, x: x + self.grid[0].to(x), grid=torch.randn(WIDTH).expand(3, WIDTH)),
+    "running_expanded": lambda: Call(lambda self, x: x + self.running_grid[0].to(x),
                                      running_grid=torch.randn(WIDTH).expand(3, WIDTH)),
     "conjugate_buffer": lambda: Call(_complex, w=_complex_w(), running_w=torch.randn(3, dtype=torch.complex64).conj()),
     "negative_buffer": lambda: Call(_complex, w=_complex_w(), running_w=torch._neg_view(torch.randn(3))),
     "real_view": lambda: (lambda w: Call(_complex, w=w, real=torch.view_as_real(w.detach())))(_complex_w()),
     "conjugate_view": lambda: (lambda w: Call(_complex, w=w, conj=w.detach().conj()))(_complex_w()),
-    "negative": lambda: Call(lambda self, x: x @ self.w, w=nn.Parameter(torch._neg_view(0.3 * torch.randn(4, 4)))),
+    "negative": lambda: Call(_times_w, w=nn.Parameter(torch._neg_view(0.3 * torch.randn(4, 4)))),
     "sparse": lambda: Call(lambda self, x: x + torch.mv(self.matrix.to_dense(), x.new_ones(4).float()).to(x.dtype),
                            matrix=torch.eye(WIDTH).to_sparse()),
     "float8": lambda: Call(lambda self, x: x * self.table.to(x.dtype), table=torch.ones(4).to(torch.float8_e4m3fn)),
-    "two_tensors": lambda: Call(lambda self, x: x @ self.w, w=nn.Parameter(TwoTensor(*torch.randn(2, 4, 4) / 4))),
+    "two_tensors": lambda: Call(_times_w, w=nn.Parameter(TwoTensor(torch.randn(4, 4), torch.randn(4, 4)))),
 }
 
 # Blocks whose dtypes `.to(dtype)` would change to ones that they cannot use, or whose views it would end.
