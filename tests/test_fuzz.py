@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,13 @@ def test_the_fuzzer_reads_the_cases_that_it_prints() -> None:
         assert Case.parse(str(draw(seed))) == draw(seed)
 
 
-def test_the_fuzzer_finds_an_average_that_moves_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert judge(PLAIN).kind == "right"
+@pytest.mark.parametrize("loop", ["hooked", "by hand", "Trainer"])
+def test_the_fuzzer_finds_an_average_that_moves_too_far(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(PLAIN, loop=loop)
+    assert judge(case).kind == "right"
     update = Shadow.update_
-    monkeypatch.setattr(Shadow, "update_", lambda self, weight: update(self, weight * 1.01))
-    assert "(averaged)" in judge(PLAIN).said
+    monkeypatch.setattr(Shadow, "update_", lambda self, weight: update(self, weight * 0.99))
+    assert "(averaged)" in judge(case).said
 
 
 def test_the_fuzzer_finds_training_weights_that_are_not_restored(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from polyak import PolyakError
 from .cases import Case
 from .check import Check, Invalid
 from .events import OBSERVING
+from .hosts import HOSTS, Watch
 from .loops import STRUCTURAL, Loop, Stopped
 from .models import EXOTIC
 from .reference import Reference
@@ -42,6 +43,8 @@ def judge(case: Case) -> Outcome:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if case.loop in HOSTS:
+            return _judge_host(case)
         try:
             check = Check(case, _reference(case))
             check.begin()
@@ -57,6 +60,25 @@ def judge(case: Case) -> Outcome:
             return Outcome("invalid")
         except Exception as error:
             return _wrong(error)
+    return Outcome("right")
+
+
+def _judge_host(case: Case) -> Outcome:
+    fit = HOSTS[case.loop]
+    reference = _reference(case)
+    try:
+        fit(case, twin := Watch(case, reference))
+    except Exception:
+        return Outcome("invalid")
+    try:
+        fit(case, watch := Watch(case, reference, twin))
+        watch.ends()
+    except (PolyakError, NotImplementedError) as error:
+        if EXOTIC & {*case.blocks, *case.traits}:
+            return Outcome("refused", f"{type(error).__name__}: {error}")
+        return _wrong(error)
+    except Exception as error:
+        return _wrong(error)
     return Outcome("right")
 
 

@@ -75,6 +75,7 @@ class _Worker:
 
 def _work(cases: Sequence[Case], connection: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is told by its exit code
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # frameworks print
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")
     for case in cases:
