@@ -44,7 +44,8 @@ def _sum_is_finite(tensors: list[Tensor], scratch: Scratch) -> Tensor:
         room = scratch.all(all_of_it.dtype, all_of_it.device, "seen")
         all_of_it = torch.cat(flat, out=room[: sum(tensor.numel() for tensor in flat)])
     if all_of_it.is_complex():
-        all_of_it = torch.view_as_real(all_of_it)
+        # Its conjugate is as finite, and one of the two is no lazy view.
+        all_of_it = torch.view_as_real(all_of_it.conj() if all_of_it.is_conj() else all_of_it)
     wide = torch.float64 if all_of_it.dtype == torch.float64 else torch.float32
     return all_of_it.sum(dtype=wide).isfinite()
 
