@@ -62,8 +62,8 @@ class Check:
         """
         self.settled = False
         self.reference.exact &= name != "dtype"
-        for loop in (self.twin, self.run):
-            STRUCTURAL[name](loop)
+        valid(STRUCTURAL[name], self.twin)
+        STRUCTURAL[name](self.run)
 
     @property
     def begun(self) -> bool:

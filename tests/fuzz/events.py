@@ -104,8 +104,9 @@ def _metrics(check: Check) -> None:
 def _teacher(check: Check) -> None:
     assert check.run.ema is not None
     if check.begun and not check.teacher:
-        check.net.teacher = check.run.ema.ema_model
-        check.teacher = True
+        with suppress(PolyakError):
+            check.net.teacher = check.run.ema.ema_model
+            check.teacher = True
 
 
 OBSERVING: dict[str, Callable[[Check], None]] = {

@@ -64,6 +64,8 @@ def judge(case: Case) -> Outcome:
 
 
 def _judge_host(case: Case) -> Outcome:
+    if "counter" in case.blocks:  # it counts evaluations as well, which polyak undoes
+        return Outcome("invalid")
     fit = HOSTS[case.loop]
     reference = _reference(case)
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from polyak import EMA, Offload, attach
 
-from .models import BATCH, OPTIMIZERS, SHARES, WIDTH, Net, build, wrap
+from .models import BATCH, OPTIMIZERS, SHARES, WIDTH, Net, build, is_dense, wrap
 
 
 class Stopped(Exception):
@@ -223,7 +223,7 @@ CHANGES: dict[str, Callable[[Loop], object]] = {
     "dtype": _to_other_dtype,
     "cpu": lambda loop: loop.net.to("cpu"),
     "storage": _clone_storage,
-    "shared memory": lambda loop: [t.share_memory_() for t in loop.net.state_dict().values() if t.layout == torch.strided],
+    "shared memory": lambda loop: [t.share_memory_() for t in loop.net.state_dict().values() if is_dense(t)],
     "freeze a": lambda loop: loop.net.a.requires_grad_(False),
     "unfreeze all": lambda loop: [p.requires_grad_(True) for p in loop.net.parameters() if p.is_floating_point()],
     "freeze all": lambda loop: loop.net.requires_grad_(False),

@@ -50,6 +50,11 @@ class Statistic(nn.Module):
         return x / (1 + self.running_scale)
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether a tensor has one storage of its own elements, which can be moved."""
+    return tensor.layout == torch.strided and not hasattr(tensor, "__tensor_flatten__")
+
+
 def _square() -> nn.Linear:
     return nn.Linear(WIDTH, WIDTH)
 

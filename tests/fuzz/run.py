@@ -149,15 +149,17 @@ def run(
 
     began = time.monotonic()
     cases = iter([Case.parse(case)]) if case else _drawn(seed, count, seconds, loop)
-    kinds, failed = Counter[str](), dict[str, list[tuple[Case, Outcome]]]()
+    kinds, refused, failed = Counter[str](), Counter[str](), dict[str, list[tuple[Case, Outcome]]]()
     for ended, outcome in outcomes(cases, processes):
         kinds[outcome.kind] += 1
         if outcome.kind == "wrong":
             failed.setdefault(outcome.cause, []).append((ended, outcome))
-        elif case:
-            print(outcome.kind, outcome.said)
+        elif outcome.kind == "refused":
+            refused[outcome.cause] += 1
     took = time.monotonic() - began
     print(f"kernel {CHOSEN}: {kinds.total()} cases in {took:.0f} s, {kinds.total() / took:.0f}/s: {dict(kinds)}")
+    for said, number in refused.most_common():
+        print(f"  refused {number} x {said}")
     for n, (cause, examples) in enumerate(sorted(failed.items(), key=lambda item: -len(item[1]))):
         _report(cause, examples, details=bool(case), shrink=shrink and n < _SHRUNK)
     return int(bool(failed))
