@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test format clean
+.PHONY: help demo test fuzz sanitize format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,23 @@ test: $(VENV)/dev.stamp ## Check format, lint, types and imports, then run the t
 
 # Tests of what imports a torchvision run in interpreters of their own: other libraries must not take the stub for the real one.
 STUBBED := tests/test_host_composer.py tests/test_hosts_distributed.py tests/test_composer_files.py tests/test_convert_timm.py
+
+SECONDS ?= 600
+fuzz: $(VENV)/dev.stamp ## Run random models, loops and events for SECONDS=600, with new seeds
+	@for kernel in c torch; do \
+		OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --processes 2 --kernel $$kernel --seconds $$(($(SECONDS) / 2)) \
+			--seed $$(($$(date +%s) * 1000)) || failed=1; \
+	done; exit $${failed:-0}
+
+sanitize: $(VENV)/dev.stamp ## Run tests of memory with the C kernel under AddressSanitizer and UBSan
+	POLYAK_SANITIZE=1 $(BIN)/python -m polyak.kernels
+	$(SANITIZED) $(BIN)/pytest -n 2 $(MEMORY)
+	$(SANITIZED) $(BIN)/python -m tests.fuzz --kernel c --count 300 --loop hooked
+
+# Python and torch are not built with the sanitizers, so their libraries come first. libstdc++: asan looks for it early.
+SANITIZED = POLYAK_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libstdc++.so)"
+MEMORY := tests/test_kernels.py tests/test_shadow.py tests/test_select.py
 
 format: $(VENV)/dev.stamp ## Lay out the code, and repair what ruff can
 	$(BIN)/ruff check --fix .

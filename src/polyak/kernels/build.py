@@ -2,7 +2,8 @@
 
 Installing the package does this (``hatch_build.py`` at the root of the repository, which loads this file by its path,
 since torch is not there yet), and so does ``python -m polyak.kernels``. It needs a C compiler, the ``cc`` on the path
-or what ``CC`` names, and nothing else: the library knows neither Python nor torch.
+or what ``CC`` names, and nothing else: the library knows neither Python nor torch. With ``POLYAK_SANITIZE`` in the
+environment another library is built and used, which checks each access to memory (``make sanitize``).
 """
 
 import os
@@ -13,9 +14,11 @@ import zlib
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-LIBRARY = FOLDER / "_cpu.so"
+_SANITIZED = bool(os.environ.get("POLYAK_SANITIZE"))
+LIBRARY = FOLDER / ("_cpu_sanitized.so" if _SANITIZED else "_cpu.so")
 _SOURCES = ("cpu.c", "look.c", "lerp.h")
 _FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
+_SANITIZERS = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 class BuildError(Exception):
@@ -37,7 +40,8 @@ def build() -> Path:
     with tempfile.TemporaryDirectory(dir=FOLDER) as folder:
         draft = Path(folder) / LIBRARY.name
         files = [str(FOLDER / name) for name in _SOURCES if name.endswith(".c")]
-        command = [*compiler, *_FLAGS, f"-DSOURCES={sources_id()}", "-o", str(draft), *files]
+        flags = (*_FLAGS, *_SANITIZERS) if _SANITIZED else _FLAGS
+        command = [*compiler, *flags, f"-DSOURCES={sources_id()}", "-o", str(draft), *files]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:

@@ -1,0 +1,1 @@
+"""Random models, loops and events against averages in float64: ``python -m tests.fuzz --help``."""

@@ -1,0 +1,51 @@
+"""Random models, loops and events, the same ones each time; ``make fuzz`` runs others, for longer."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuzz.cases import Case, draw
+from fuzz.judge import judge
+
+from polyak.kernels import KERNELS
+from polyak.shadow import Shadow
+
+PLAIN = Case(seed=1, blocks=("batch_norm",), steps=4, events=((3, "applied"),))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", sorted(KERNELS))
+def test_random_models_loops_and_events_give_the_averages_of_the_reference(kernel: str) -> None:
+    command = [sys.executable, "-m", "tests.fuzz", "--kernel", kernel, "--count", "500"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_fuzzer_reads_the_cases_that_it_prints() -> None:
+    for seed in range(50):
+        assert Case.parse(str(draw(seed))) == draw(seed)
+
+
+@pytest.mark.parametrize("loop", ["hooked", "by hand", "Trainer"])
+def test_the_fuzzer_finds_an_average_that_moves_too_far(loop: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(PLAIN, loop=loop)
+    assert judge(case).kind == "right"
+    update = Shadow.update_
+    monkeypatch.setattr(Shadow, "update_", lambda self, weight: update(self, weight * 0.99))
+    assert "(averaged)" in judge(case).said
+
+
+def test_the_fuzzer_finds_training_weights_that_are_not_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    restore = Shadow.give_back
+
+    def leave_a_trace(self: Any) -> None:
+        restore(self)
+        with torch.no_grad():
+            self._model.a.bias[0].add_(1e-6)
+
+    monkeypatch.setattr(Shadow, "give_back", leave_a_trace)
+    assert "a.bias differs" in judge(PLAIN).said
