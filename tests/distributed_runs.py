@@ -26,8 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from polyak import EMA, Callback, CheckpointSaver, Event, Recorder, Trainer
 from polyak.sharding import copy_
-from polyak.trainer import rng
-from polyak.trainer import trainer as trainer_module
+from polyak.trainer import fitting, rng
 
 KINDS = ("ddp", "ddp, divided average", "fsdp2")
 
@@ -87,7 +86,7 @@ def averages(trainer: Trainer) -> dict[str, Tensor]:
 
 def held(trainer: Trainer) -> dict[str, Tensor]:
     """Return the whole weights, of which the first rank's buffers count."""
-    trainer._group.share_buffers(trainer.state.model)
+    trainer._parts.group.share_buffers(trainer.state.model)
     return weights(trainer.state.model) if dist.is_initialized() else loops.bits(trainer.state.model)
 
 
@@ -134,7 +133,7 @@ def resumes(kind: str, folder: Path, **more: Any) -> dict[str, list[str]]:
     """Train once without a stop, again from each of its checkpoints, and return what differs."""
 
     def random(trainer: Trainer) -> Any:
-        return [rng.get_state(), trainer._data.get_state()]
+        return [rng.get_state(), trainer._parts.stream.get_state()]
 
     whole = build(kind, folder / "whole", **more)
     whole.fit()
@@ -295,7 +294,7 @@ def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any
     algorithm = EMA("8sp")
     # Clocks of which that of the second rank is faster.
     ticks = itertools.count(step=1 + 100 * rank())
-    trainer_module.time = types.SimpleNamespace(perf_counter=ticks.__next__)
+    fitting.time = types.SimpleNamespace(perf_counter=ticks.__next__)
     trainer = Trainer(
         model=model,
         train_dataloader=loader,
@@ -310,7 +309,7 @@ def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any
     try:
         trainer.fit()
     finally:
-        trainer_module.time = time
+        fitting.time = time
     now = trainer.state.timestamp
     clock = (now.batch.value, now.sample.value, now.token.value, now.total_wct.value)
     return {"weights": held(trainer), "averages": averages(trainer), "clock": clock}

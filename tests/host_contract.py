@@ -188,7 +188,7 @@ class Overflows:
 
 
 class Watched(EMA):
-    """Keeps the events it hears of, and the training weights and the average after each batch that updates."""
+    """Keeps the events it hears of, except those inside a batch, and the weights and the average after each batch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -196,7 +196,8 @@ class Watched(EMA):
         self.batches: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
     def match(self, event: Event, state: Any) -> bool:
-        self.events.append(event)
+        if not event.is_inner:
+            self.events.append(event)
         return super().match(event, state)
 
     def apply(self, event: Event, state: Any, logger: Any) -> None:
@@ -482,6 +483,22 @@ class HostContract:
         assert resumed.probe.trained == 6
         assert not loops.differences(whole.weights, resumed.weights)
         assert not loops.differences(whole.ema.state_dict(), resumed.ema.state_dict())
+
+    def test_an_average_that_is_attached_to_a_second_run_continues_from_its_new_clock(self, tmp_path) -> None:
+        plan = Plan(epochs=2)
+        run = Run(self.host, tmp_path / "first", plan).fit()
+        (before, average), seen = run.ema.batches[-1], len(run.ema.batches)
+        # The framework's own module around the net, if it needs one, is the model.
+        model = getattr(run.session, "trained", run.net)
+        again = self.host.session(model, run.ema, tmp_path / "second", plan)
+        again.fit()
+        batches = run.ema.batches[seen:]
+        assert len(batches) == 12
+        assert loops.differences(before, batches[-1][0])
+        for name in average:
+            weights = [average[name], *(weights[name] for weights, _ in batches)]
+            want = reference.online(weights, [0.5**0.25] * 12)
+            torch.testing.assert_close(batches[-1][1][name].double(), want, rtol=1e-5, atol=1e-6)
 
     # The order
 

@@ -107,7 +107,7 @@ def keeps_a_mean(folder: str) -> tuple[bool, bool, list[str]]:
     """Return whether this rank of DDP has a mean and a writer, and what is in its state."""
     run = Run("ddp", folder)
     run.train(range(3))
-    found = run.recorder._mean is not None, run.recorder._writer is not None
+    found = run.recorder._mean is not None, run.recorder._appender is not None
     if dist.get_rank() == 0:
         run.recorder.state_dict()  # the first may take it alone
     state = run.recorder.state_dict()
@@ -164,7 +164,7 @@ def is_refused(what: str, kind: str, folder: str) -> str:
         run = Run(kind, folder, **options)
         train(run.model, run.optimizer, range(1))
         if what == "updates":
-            run.recorder.num_updates += odd
+            run.recorder._open_stretch.count += odd
             train(run.model, run.optimizer, range(1, 4))
     except Exception as error:
         return f"{type(error).__name__}: {error}"

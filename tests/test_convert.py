@@ -155,7 +155,7 @@ def test_names_that_do_not_fit_are_refused(tmp_path, library, capsys):
         "other.pt": "4 there, 6 here",
         "names.json": "6 names (it has 2)",
         "twice.json": "each name once",
-        "dict.json": 'a JSON list of names (got {"a": 1})',
+        "dict.json": "a JSON list of names (got a dict of 1)",
         "cut.json": "a JSON list of names",
         "absent.json": "a JSON list of names",
         "absent.pt": "must exist",
@@ -306,7 +306,7 @@ def test_objects_of_libraries_that_are_not_installed_do_not_matter(tmp_path, mon
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weight": torch.ones(1)}, "known format: Composer.*torch-ema.*has the keys weight"),
+        ({"weight": torch.ones(1), "step": 1}, "known format: Composer.*torch-ema.*has the keys weight"),
         ({"module.weight": torch.ones(1)}, "DDP"),
         ({}, "has the keys none"),
         (torch.ones(1), "got a Tensor"),

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from polyak import EMA, LoanError, attach, export_averaged
+from polyak import EMA, CheckpointError, LoanError, attach, export_averaged
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_a_model_with_a_sparse_tensor_in_its_state_dict_is_not_exported(tmp_path
     model.register_buffer("cached", torch.eye(2).to_sparse(), persistent=False)
     export_averaged(ema, model, tmp_path / "averaged")
     model.register_buffer("edges", torch.eye(2).to_sparse())
-    with pytest.raises(ValueError, match=r"no sparse tensors.*\(got \['edges'\]\)"):
+    with pytest.raises(ValueError, match=r"no sparse or nested tensors.*\(got \['edges'\]\)"):
         export_averaged(ema, model, tmp_path / "again")
     assert [path.name for path in tmp_path.iterdir()] == ["averaged"]
 
@@ -86,3 +86,40 @@ def test_an_average_that_has_not_begun_is_not_exported(tmp_path) -> None:
     with pytest.raises(LoanError, match="must have begun"):
         export_averaged(ema.algorithm, model, tmp_path / "averaged")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.zeros(2, dtype=torch.complex128),
+        lambda: torch.zeros(2, dtype=torch.complex32),
+        lambda: torch.zeros(2).to(torch.float8_e4m3fnuz),
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        lambda: torch.empty(2, device="meta"),
+    ],
+    ids=["complex128", "complex32", "float8_e4m3fnuz", "quantized", "meta"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_that_safetensors_cannot_hold_is_named(tmp_path, make) -> None:
+    model, ema = trained()
+    tensor = make()
+    model.register_buffer("odd", tensor)
+    with pytest.raises(CheckpointError, match="must have .*to be exported.*odd"):
+        export_averaged(ema, model, tmp_path / "averaged")
+    assert list(tmp_path.iterdir()) == []
+    model.register_buffer("odd", tensor, persistent=False)
+    export_averaged(ema, model, tmp_path / "averaged")
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch) -> None:
+    model, ema = trained()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("polyak.export.write_tensors", full)
+        with pytest.raises(OSError, match="No space"):
+            export_averaged(ema, model, tmp_path / "averaged")
+    assert list(tmp_path.iterdir()) == []
+    export_averaged(ema, model, tmp_path / "averaged")

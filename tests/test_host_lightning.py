@@ -107,7 +107,8 @@ class Kept(Logger):
 
 class LightningSession:
     def __init__(self, net: nn.Module, algorithm: EMA, folder: Path, plan: Plan) -> None:
-        self.folder, self.plan, self.module = folder, plan, Module(net, plan)
+        self.folder, self.plan = folder, plan
+        self.module = self.trained = net if isinstance(net, Module) else Module(net, plan)
         saves: list[Any] = []
         if plan.save_every:
             saves.append(ModelCheckpoint(folder, "epoch-{step}", save_top_k=-1, save_on_train_epoch_end=True))

@@ -14,7 +14,7 @@ import torch
 from host_contract import HostContract, Overflows, Plan, Run, Session, Watched, native, net_of, of_net
 from torch import Tensor, nn
 
-from polyak import EMA, Event, HalfLife, LoanError, PlanWarning, Record, Recorder
+from polyak import EMA, Event, HalfLife, LoanError, MismatchError, PlanWarning, Record, Recorder
 from polyak.shadow import Shadow
 
 transformers = pytest.importorskip("transformers")
@@ -53,7 +53,7 @@ class TransformersSession:
         **arguments: Any,
     ) -> None:
         self.folder, self.plan = folder, plan
-        model = Classifier(net)
+        model = self.trained = net if isinstance(net, Classifier) else Classifier(net)
         self.trainer = transformers.Trainer(
             model,
             transformers.TrainingArguments(
@@ -507,3 +507,37 @@ def test_adapters_alone_are_averaged_and_saved_as_adapters(tmp_path) -> None:
     resumed, again = adapted(), EMA("2ba")
     language_trainer(tmp_path / "again", resumed, again).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert not loops.differences([training, ema.state_dict()], [loops.bits(resumed), again.state_dict()])
+
+
+def made_anew(folder: Path, algorithms: Any) -> Any:
+    """Return a trainer that makes its model in each ``train``, as a search of hyperparameters does."""
+    plan = Plan(epochs=1)
+    trainer = transformers.Trainer(
+        args=transformers.TrainingArguments(
+            str(folder), num_train_epochs=1, per_device_train_batch_size=loops.BATCH, use_cpu=True, report_to="none",
+            disable_tqdm=True, save_strategy="no",
+        ),
+        model_init=lambda: Classifier(net_of()),
+        data_collator=collate,
+        train_dataset=plan.data,
+    )  # fmt: skip
+    return trainer, attach(algorithms, trainer)
+
+
+def test_each_model_that_the_trainer_makes_gets_an_average_of_its_own(tmp_path) -> None:
+    trainer, attached = made_anew(tmp_path, lambda: Watched("4ba"))
+    averages = []
+    for _ in range(3):
+        trainer.train()
+        (ema,) = attached.algorithms
+        assert len(ema.batches) == 6
+        assert not loops.differences(ema.batches[-1][0], of_net(loops.bits(trainer.model)))
+        averages.append(ema)
+    assert len({id(ema) for ema in averages}) == 3
+
+
+def test_one_algorithm_for_several_models_is_refused_with_what_to_give(tmp_path) -> None:
+    trainer, _ = made_anew(tmp_path, EMA("4ba"))
+    trainer.train()
+    with pytest.raises(MismatchError, match=r"has made another.*model_init.*lambda: EMA\(\.\.\.\)"):
+        trainer.train()

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from polyak import EMA, CheckpointError, Event, Recorder
-from polyak.loop import Loop, StepHooks, as_algorithms
+from polyak.loop import Loop, as_algorithms
+from polyak.steps import StepHooks
 from polyak.swap import swap_of
 
 

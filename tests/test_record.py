@@ -106,7 +106,7 @@ def test_the_same_tensors_give_the_same_bytes_whatever_their_order(tmp_path) -> 
 
 def test_a_float16_record_refuses_values_that_would_become_infinite(tmp_path) -> None:
     tensors = {"w": TensorInfo(torch.float16, (2,), averaged=True)}
-    with Writer(tmp_path, tensors) as writer, pytest.raises(RecordError, match=r"at most 65504 \(got 70000 in 'w'\)"):
+    with Writer(tmp_path, tensors) as writer, pytest.raises(RecordError, match=r"at most 65504 .*\(got 70000 in 'w'\)"):
         writer.append({"w": torch.tensor([1.0, 70000.0])}, edge(0), edge(1))
     assert Record(tmp_path).stretches == ()
 
@@ -388,7 +388,7 @@ def test_a_full_disk_leaves_the_record_before_or_after_and_the_append_can_be_rep
             append(writer, 4)
         if caught is not None:
             assert "No space left" in str(caught.value)
-            assert "make room on the disk and go on" in str(caught.value)
+            assert "make room on the disk and continue" in str(caught.value)
             assert content(folder) == before
             append(writer, 4)
     assert content(folder) == expected
@@ -410,7 +410,7 @@ def test_a_really_full_device_is_reported(tmp_path) -> None:
         pytest.skip("needs /dev/full")
     with Writer(tmp_path, TENSORS) as writer:
         (tmp_path / "stretch.tmp").symlink_to("/dev/full")
-        with pytest.raises(RecordError, match=r"No space left on device.*make room on the disk and go on"):
+        with pytest.raises(RecordError, match=r"No space left on device.*make room on the disk and continue"):
             append(writer, 0)
         append(writer, 0)
     Record(tmp_path).verify()

@@ -11,7 +11,7 @@ from loops import EPOCH_END, MID_EPOCH
 from torch.utils.data import DataLoader
 
 import polyak
-from polyak import EMA, CheckpointError, Event, PlanWarning, Trainer
+from polyak import EMA, CheckpointError, Evaluator, Event, PlanWarning, Trainer
 from polyak.profiles import HalfLife
 
 PLANS = {
@@ -97,7 +97,7 @@ def test_a_model_in_bfloat16_resumes_bit_for_bit(tmp_path):
 
     def build(folder, **options):
         trainer = loops.train(folder, ema=EMA("4ba"), model=loops.perceptron().bfloat16(), data=Cast(), **options)
-        trainer._eval_loaders = {"eval": DataLoader(Cast(), batch_size=4)}
+        trainer.state.evaluators = [Evaluator(label="eval", dataloader=DataLoader(Cast(), batch_size=4))]
         return trainer
 
     assert loops.resume_differences(build, tmp_path) == {}
@@ -295,7 +295,7 @@ def test_a_checkpoint_of_tied_and_frozen_tensors_has_each_under_all_its_names(tm
     trainer = loops.train(tmp_path, ema=EMA("4ba"), model=build())
     trainer.fit()
     saved = torch.load(tmp_path / "checkpoints" / "ep3-ba18.pt", weights_only=True)
-    for held, weights in (("model", trainer._algorithms[0].ema_model), ("training_model", trainer.state.model)):
+    for held, weights in (("model", trainer.state.algorithms[0].ema_model), ("training_model", trainer.state.model)):
         assert loops.differences(saved[held], dict(weights.state_dict())) == []
     resumed = loops.train(tmp_path, ema=EMA("4ba"), model=build(), autoresume=True, max_duration="4ep")
     assert resumed.state.model[2].weight is resumed.state.model[0].weight

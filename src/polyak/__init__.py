@@ -1,13 +1,17 @@
 """Weight averaging for PyTorch: in any training loop, at memory speed, with nothing lost."""
 
 from polyak.algorithm import Algorithm, dispatch
+from polyak.attached import Attached
 from polyak.batchnorm import update_bn
 from polyak.ema import EMA, compute_ema
 from polyak.errors import (
+    ArgumentError,
     CheckpointError,
+    CopyError,
     LoanError,
     MismatchError,
     OffloadError,
+    OptimizerError,
     PlanWarning,
     PolyakError,
     ProfileError,
@@ -18,7 +22,6 @@ from polyak.errors import (
 from polyak.events import Event, State
 from polyak.export import export_averaged
 from polyak.hosts.optimizer import attach
-from polyak.loop import Attached
 from polyak.offload import Offload
 from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
@@ -31,6 +34,8 @@ from polyak.trainer import (
     Callback,
     CheckpointSaver,
     ConsoleLogger,
+    Evaluator,
+    GradientClipping,
     JSONLinesLogger,
     Logger,
     ProgressBar,
@@ -43,12 +48,16 @@ __version__ = "0.1.0"
 __all__ = [
     "EMA",
     "Algorithm",
+    "ArgumentError",
     "Attached",
     "Callback",
     "CheckpointError",
     "CheckpointSaver",
     "ConsoleLogger",
+    "CopyError",
+    "Evaluator",
     "Event",
+    "GradientClipping",
     "HalfLife",
     "JSONLinesLogger",
     "LoanError",
@@ -56,6 +65,7 @@ __all__ = [
     "MismatchError",
     "Offload",
     "OffloadError",
+    "OptimizerError",
     "PlanWarning",
     "Policy",
     "PolyakError",

@@ -1,10 +1,14 @@
 """What acts on events: ``Algorithm``, and ``dispatch``, by which every host calls them."""
 
+import pickle
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
+from polyak.errors import CopyError
 from polyak.events import Event, State
+from polyak.time import TimeUnit
 
 
 class MetricLogger(Protocol):
@@ -47,6 +51,18 @@ class Algorithm(ABC):
     def apply(self, event: Event, state: State, logger: MetricLogger) -> None:
         """Act on ``event``."""
 
+    def refuse_uncounted(self, state: State, counted: Collection[TimeUnit]) -> None:  # noqa: B027  most have no times
+        """Refuse times that the loop does not count, before its first batch.
+
+        Args:
+            state: What is known of the run.
+            counted: Units that the loop counts.
+
+        Raises:
+            TimeError: If there are any; it names the argument, the unit and the remedy.
+            ProfileError: If they are those of a profile.
+        """
+
     def state_dict(self) -> dict[str, Any]:
         """Return all that later decisions depend on, as tensors and plain containers."""
         return {"repr": repr(self)}
@@ -73,3 +89,29 @@ def dispatch(event: Event, state: State, algorithms: Sequence[Algorithm], logger
     acting = [algorithm for algorithm in algorithms if algorithm.match(event, state)]
     for algorithm in reversed(acting) if event.name.startswith("AFTER") else acting:
         algorithm.apply(event, state, logger)
+
+
+# These copy functions without a name, too.
+_BY_VALUE = {"copy", "cloudpickle", "dill"}
+
+
+def check_pickles(name: str, value: object) -> None:
+    """Check that an argument of an algorithm can be pickled with it; called by ``__getstate__``.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+
+    Raises:
+        CopyError: If not, as with lambdas.
+    """
+    pickler = sys._getframe(2).f_globals.get("__name__", "")  # noqa: SLF001
+    if _BY_VALUE.intersection(pickler.split(".")):
+        return
+    try:
+        pickle.dumps(value)
+    except Exception as error:
+        raise CopyError(
+            f"{name} must be a function that can be imported for the algorithm to be pickled (got {value!r}: {error}); "
+            "define it with `def` at the top of a module"
+        ) from error

@@ -4,26 +4,36 @@
 the shadow's.
 """
 
+import copy
 import itertools
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from polyak import optimizers
-from polyak.algorithm import Algorithm, MetricLogger, NoLogger
-from polyak.errors import CheckpointError, LoanError, MismatchError, PlanWarning, ProfileError, TimeError
-from polyak.events import Event, State
+from polyak.algorithm import Algorithm, MetricLogger, NoLogger, check_pickles
+from polyak.errors import (
+    CheckpointError,
+    CopyError,
+    LoanError,
+    MismatchError,
+    PlanWarning,
+    PolyakError,
+    ProfileError,
+    TimeError,
+)
+from polyak.events import Event, State, refuse_uncounted
 from polyak.kernels import Place, lerp_
 from polyak.memory import write_
 from polyak.offload import Offload
 from polyak.plan import Plan, plan
 from polyak.profiles import HalfLife, Profile, Smoothing
 from polyak.select import Policy, PolicyRule, check_match, default_policy, is_statistic, named_tensors, slots, unwrap
-from polyak.shadow import Shadow
+from polyak.shadow import Shadow, refuse_unsynchronized
 from polyak.sharding import Ranks, is_initialized, local
 from polyak.swap import swap_of
 from polyak.time import Time, Timestamp, TimeUnit, as_span
@@ -192,6 +202,7 @@ class EMA(Algorithm):
         self._updated_at: Timestamp | None = None
         self._decay: float | None = None
         self._logged_at: Time | None = None
+        self._fit_from: tuple[Time, int] | None = None  # the batch and the updates at which this run began
         self._lent_until: Event | None = None
         self._quarantine_warned = 0
 
@@ -199,6 +210,77 @@ class EMA(Algorithm):
         dtype = f", dtype={self._dtype}" if self._dtype else ""
         times = f"ema_start='{self.ema_start}', update_interval='{self.update_interval}'"
         return f"EMA(profile={self.profile!r}, {times}{dtype})"
+
+    # Copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "EMA":
+        """Return an EMA with the same average, bound to a copy of the model: the one in ``memo``, or one made for it.
+
+        Its average has memory of its own, and is not in the model: a copy that is made while it is has the average in
+        both, and its model gets its training weights when the copy is attached.
+
+        Raises:
+            CopyError: If the average is divided over ranks, or the model cannot be copied.
+        """
+        self._check_copyable()
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        state = None if self._shadow is None else _cloned(self.state_dict())
+        pending = self._pending if state is None else state
+        special = {"_model", "_shadow", "_pending", "_lent_until", *_SHARED}
+        vars(new).update({name: value for name, value in vars(self).items() if name in _SHARED})
+        vars(new).update({n: copy.deepcopy(value, memo) for n, value in vars(self).items() if n not in special})
+        vars(new).update({"_lent_until": None, "_pending": None, "_model": self._copied_model(memo)})
+        if state is None:
+            vars(new)["_shadow"] = None
+        else:
+            vars(new)["_copied_state"] = {**state, "lent": False, "training_model": None}  # see `__getattr__`
+        if state is None or state["lent"]:
+            vars(new)["_pending"] = None if pending is None else _cloned(pending)
+        return new
+
+    def __getattr__(self, name: str) -> Any:
+        """Make a copy's shadow when it is first needed: while a model with its EMA is copied, it has no tensors."""
+        if name != "_shadow" or "_copied_state" not in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._shadow = None
+        try:
+            self.load_state_dict(vars(self)["_copied_state"])
+        except BaseException:
+            del self._shadow
+            raise
+        del vars(self)["_copied_state"]
+        return self._shadow
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: all but the model. The average waits, on the CPU, until it meets its model again."""
+        self._check_copyable()
+        check_pickles("policy", self._policy)
+        unbound: dict[str, Any] = {"_model": None, "_shadow": None, "_ranks": None, "_lent_until": None}
+        pending = self._pending if self._pending is not None or self._shadow is None else self.state_dict()
+        own = {name: value for name, value in vars(self).items() if name != "_copied_state"}
+        return {**own, **unbound, "_pending": None if pending is None else _cloned(pending, "cpu")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    def _check_copyable(self) -> None:
+        if self._mesh is not None or (self._ranks is not None and not self._ranks.replicas):
+            raise CopyError(
+                f"an EMA must be all in one process to be copied or pickled, and {self!r} is divided over ranks; save "
+                "its state_dict() by torch.distributed.checkpoint"
+            )
+
+    def _copied_model(self, memo: dict[int, Any]) -> nn.Module | None:
+        try:
+            return copy.deepcopy(self._model, memo)
+        except PolyakError:
+            raise
+        except Exception as error:
+            raise CopyError(
+                f"an EMA is copied with its model, and this model cannot be ({error}); copy ema.state_dict(), and load "
+                "it into another EMA"
+            ) from error
 
     @property
     def smoothing(self) -> float | None:
@@ -322,6 +404,23 @@ class EMA(Algorithm):
             pending, self._pending = self._pending, None
             self.load_state_dict(pending)
 
+    def refuse_uncounted(self, state: State, counted: Collection[TimeUnit]) -> None:
+        """Refuse times that the loop does not count; see ``Algorithm``."""
+        # Where updates are at the ends of epochs, only whole ones matter.
+        parts = self.update_interval.unit is not TimeUnit.EPOCH
+        refuse_uncounted(f"update_interval='{self.update_interval}'", self.update_interval.unit, state, counted)
+        if self.ema_start.value:
+            part = parts and not isinstance(self.ema_start.value, int) and self.ema_start.unit is TimeUnit.EPOCH
+            refuse_uncounted(f"ema_start='{self.ema_start}'", self.ema_start.unit, state, counted, fractions=part)
+        if self.profile.unit is not None:
+            given = f"profile={self.profile!r}" if self.half_life is None else f"half_life='{self.half_life}'"
+            try:
+                refuse_uncounted(given, self.profile.unit, state, counted, fractions=parts)
+            except TimeError as error:
+                if self.profile.unit is TimeUnit.DURATION and state.max_duration is None:
+                    raise
+                raise ProfileError(str(error)) from None
+
     # When
 
     def _clock(self, timestamp: Timestamp, state: State) -> float:
@@ -404,13 +503,13 @@ class EMA(Algorithm):
         self._lent_until = _LENDING[event]
         self._shadow.lend(repr(self))
 
-    def _agree(self) -> None:
+    def _agree(self, shadow: Shadow | None = None) -> None:
         """Check that the ranks that train together, if there are any, have the same average."""
         if self._ranks is None:
             return
         facts = {"algorithm": repr(self), "averaging has begun": self.ema_started}
-        if self._shadow is not None:
-            self._shadow.agree(self._ranks, facts)
+        if shadow := shadow or self._shadow:
+            shadow.agree(self._ranks, facts)
         else:
             self._ranks.agree("the average", facts)
 
@@ -433,12 +532,13 @@ class EMA(Algorithm):
             LoanError: If averaging has not begun, or another average is in the model.
             MismatchError: If names or shapes differ.
         """
+        if unwrap(model) is self._model and not self.ema_weights_active:
+            self._agree()  # first, so that what is refused on one rank is refused on all
         if self._shadow is None:
             raise LoanError(f"averaging must have begun before the average can be had; it begins at {self.ema_start}")
         if unwrap(model) is not self._model:
             self._shadow.copy_to(model)
         elif not self.ema_weights_active:
-            self._agree()
             self._shadow.lend(f"{self!r} (get_ema_model)")
         return model
 
@@ -471,9 +571,12 @@ class EMA(Algorithm):
         spans = [self.profile.unit, self.update_interval.unit, self.ema_start.unit if self.ema_start.value else None]
         if TimeUnit.DURATION in spans and state.max_duration is None:
             raise TimeError(f"times in dur need a run of known length: give max_duration, or other units to {self!r}")
+        self._fit_from = state.timestamp.batch, self.num_updates
         if self.ema_started:
             # A state of Composer's does not say when the last update was; it was where the interval last ended.
             self._updated_at = self._updated_at or self._last_interval(state)
+            if state.timestamp.batch < self._updated_at.batch:
+                self._follow_new_clock(self._updated_at, state)
             return
         end = _convert(state.max_duration, TimeUnit.BATCH, state)
         first = self._first_update(state)
@@ -489,6 +592,20 @@ class EMA(Algorithm):
             )
         else:
             self._warn_of_first_weights(state, first, end)
+
+    def _follow_new_clock(self, updated_at: Timestamp, state: State) -> None:
+        """Continue from a clock that begins anew, as in a second loop, as if no time had passed since the last update.
+
+        Args:
+            updated_at: When the last update was, by the old clock.
+            state: With the new clock.
+        """
+        self._updated_at, unit = state.timestamp, self.profile.unit
+        if unit is not None:
+            elapsed = self._clock(updated_at, state) - self._clock(self._origin, state)
+            if unit is TimeUnit.DURATION and state.max_duration is not None:
+                elapsed, unit = elapsed * float(state.max_duration), state.max_duration.unit
+            self._origin = state.timestamp.with_counter(Time(state.timestamp.elapsed(unit) - elapsed, unit))
 
     def _first_update(self, state: State) -> float | None:
         """Return the batch of the first update event at or past ``ema_start``, if it can be known."""
@@ -525,10 +642,25 @@ class EMA(Algorithm):
     def _on_fit_end(self, state: State) -> None:
         if self._shadow is not None:
             self._quarantine_warned = self._shadow.warn_of_quarantine(self._quarantine_warned)
+            self._warn_if_not_updated(state)
         elif state.timestamp.batch.value > 0:
             warnings.warn(
                 f"averaging never started: ema_start='{self.ema_start}', update_interval='{self.update_interval}', and "
                 f"the run ended at {state.timestamp.batch}, {state.timestamp.epoch}",
+                PlanWarning,
+                stacklevel=2,
+            )
+
+    def _warn_if_not_updated(self, state: State) -> None:
+        if self._fit_from is None or self._updated_at is None:
+            return
+        if float(state.get_elapsed_duration() or 1.0) < 1:
+            return  # it was cut short
+        batch, updates = self._fit_from
+        if updates == self.num_updates and state.timestamp.batch > max(batch, self._updated_at.batch):
+            warnings.warn(
+                f"the average was not updated in this run: it is that of {self._updated_at.batch}, and the run went "
+                f"from {batch} to {state.timestamp.batch} (update_interval='{self.update_interval}'); shorten it",
                 PlanWarning,
                 stacklevel=2,
             )
@@ -548,14 +680,17 @@ class EMA(Algorithm):
         ``torch.distributed`` is in use it has the same entries before averaging has begun as after, the weights
         standing for their average: ``torch.distributed.checkpoint`` loads into what is there already.
         """
+        if self._model is None and self._pending is not None:
+            return dict(self._pending)
         lent = self.ema_weights_active
-        if self._ranks is not None and not self._ranks.replicas and not lent:
-            self._agree()
         state: dict[str, Any] = {"repr": repr(self), "polyak": 1, "ema_started": self.ema_started, "lent": lent}
         shadow = self._shadow
         if shadow is None and self._model is not None and is_initialized():
             shadow = self._new_shadow(self._model)
-        if shadow is not None:
+        if shadow is not None and self._model is not None:
+            refuse_unsynchronized(self._ranks, self._model, self._policy)
+            if self._ranks is not None and not self._ranks.replicas and not lent:
+                self._agree(shadow)
             saved = shadow.state_dict()
             state |= {
                 "ema_model": saved["averages"],
@@ -617,6 +752,21 @@ class EMA(Algorithm):
         self._updated_at = Timestamp.from_state_dict(state["updated_at"]) if state["updated"] else None
         self._decay = state["decay"]
         self._quarantine_warned = shadow.num_quarantined
+
+
+# What copies of an EMA have in common.
+_SHARED = ("_policy", "_mesh", "_ranks", "_offload")
+
+
+def _cloned(state: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:
+    """Return a state whose tensors have memory of their own."""
+    cloned = dict[str, Any]()
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            cloned[name] = value.detach().to(device or value.device, copy=True)
+        else:
+            cloned[name] = _cloned(value, device) if isinstance(value, Mapping) else value
+    return cloned
 
 
 def _convert(time: Time | None, unit: TimeUnit, state: State) -> float | None:

@@ -11,8 +11,12 @@ class PolyakError(Exception):
     """Anything that polyak refuses to do."""
 
 
-class TimeError(PolyakError, ValueError):
-    """A time string, a span or a unit that cannot be meant."""
+class ArgumentError(PolyakError, ValueError):
+    """An argument that is not what it must be; the message names it."""
+
+
+class TimeError(PolyakError, ValueError, RuntimeError):
+    """A time string, a span or a unit that is not valid. A ``RuntimeError`` too, as Composer's are."""
 
 
 class ProfileError(PolyakError, ValueError):
@@ -54,6 +58,10 @@ class MismatchError(PolyakError, ValueError):
         super().__init__("\n".join(lines))
 
 
+class DtypeError(PolyakError, ValueError):
+    """A dtype that cannot hold the values that are to be averaged in it."""
+
+
 class LoanError(PolyakError, RuntimeError):
     """An update, an optimizer step or a second swap while the average is in the model, or the reverse."""
 
@@ -66,12 +74,20 @@ class OffloadError(PolyakError, RuntimeError):
     """An update in the background that failed, and an average that nothing is known of since."""
 
 
+class CopyError(PolyakError, RuntimeError):
+    """A model, an average or a recorder that cannot be copied or pickled."""
+
+
 class CheckpointError(PolyakError, ValueError):
     """A checkpoint, or a state in it, that is not what it should be."""
 
 
 class ShardingError(PolyakError, RuntimeError):
     """Ranks that disagree, or what cannot be done where each has but a part of the model."""
+
+
+class OptimizerError(PolyakError, TypeError):
+    """An optimizer whose steps cannot be counted, or after whose step the model does not have its new weights yet."""
 
 
 class PlanWarning(UserWarning):

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from polyak.ema import EMA
+from polyak.errors import CheckpointError
 from polyak.record.files import write_tensors
-from polyak.record.manifest import TensorInfo
+from polyak.record.manifest import DTYPE_NAMES, TensorInfo
 from polyak.select import all_slots
-from polyak.sharding import Ranks, local
+from polyak.shadow import agree_on_plain
+from polyak.sharding import Ranks, local, refuse_stage
+
+Read = Callable[[list[str]], dict[str, Tensor]]
 
 
 def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_bytes: float = 5e9) -> None:
@@ -25,15 +29,16 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
 
     Args:
         ema: Whose average.
-        model: The one in training, as it was given to the loop. It lends itself for the time of writing.
+        model: The one in training, as it was given to the loop. The average is swapped in while writing.
         folder: A new or empty one. It is complete or not there.
         max_file_bytes: How large a file may become, if it holds more than one tensor.
 
     Raises:
         FileExistsError: If ``folder`` has something in it.
-        ValueError: If the model's state dict has sparse tensors, which safetensors cannot hold.
+        CheckpointError: If the model's state dict has a tensor that safetensors cannot hold: sparse, nested, without
+            values, or of a dtype such as complex128 or quantized ones.
         LoanError: If averaging has not begun, or the model holds an average.
-        ShardingError: If ranks disagree.
+        ShardingError: If ranks disagree, or the model is a stage of a pipeline.
 
     Example:
         >>> from polyak import attach
@@ -50,58 +55,102 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
         ['bias', 'weight']
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"an export needs a new or empty folder (got {folder}, which holds something)")
-    sparse = [slot.name for slot in all_slots(model) if slot.persistent and slot.tensor.layout != torch.strided]
-    if sparse:
-        raise ValueError(
-            "a model must have no sparse tensors to be exported as safetensors, except in buffers registered with "
-            f"persistent=False (got {sparse})"
-        )
+    refuse_stage(model, "an export")
     ranks = Ranks.of(model)
-    is_first = ranks is None or ranks.rank == 0
-    draft = folder.with_name(f".{folder.name}.draft")
+    _on_each(ranks, lambda: _check(folder, model))
+    temporary = folder.with_name(f".{folder.name}.temporary")
+    metadata = {"format": "pt", "polyak.algorithm": repr(ema), "polyak.updates": str(ema.num_updates)}
     try:
         ema.get_ema_model(model)
         tensors = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
-        if is_first:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        metadata = {"format": "pt", "polyak.algorithm": repr(ema), "polyak.updates": str(ema.num_updates)}
+        if ranks is not None:
+            agree_on_plain(ranks, {s.name: s.tensor for s in all_slots(model) if s.is_parameter})
+        _on_first(ranks, lambda: _make(temporary))
         if ranks is not None and not ranks.replicas:
-            _write_shards(tensors, draft, ranks, max_file_bytes, metadata)
-        elif is_first:
-            tensors = {name: local(tensor) for name, tensor in tensors.items()}  # the whole, if it is spread over one
-            _write(tensors, draft, max_file_bytes, metadata, lambda names: {name: tensors[name] for name in names})
+            read = _shards(tensors, temporary / "shards", ranks)
+        else:
+            read = _whole(tensors)
+        _on_first(ranks, lambda: _write(tensors, temporary, max_file_bytes, metadata, read))
+        _on_first(ranks, lambda: _finish(temporary, folder))
+    except BaseException:
+        if ranks is None or ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     finally:
         ema.get_training_model(model)
-    if is_first:
-        if folder.exists():
-            folder.rmdir()
-        draft.rename(folder)
-    if ranks is not None:
-        torch.distributed.barrier(ranks.group)
 
 
-def _write_shards(
-    tensors: dict[str, Tensor], folder: Path, ranks: Ranks, max_file_bytes: float, metadata: dict[str, str]
-) -> None:
+def _on_each(ranks: Ranks | None, act: Callable[[], None]) -> None:
+    """Run on every rank; raise the error of any on all."""
+    ranks.each("the export", act) if ranks is not None else act()
+
+
+def _on_first(ranks: Ranks | None, act: Callable[[], None]) -> None:
+    """Run on rank 0; raise its error on every rank."""
+    ranks.first(act) if ranks is not None else act()
+
+
+def _check(folder: Path, model: nn.Module) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"an export needs a new or empty folder (got {folder}, which holds something)")
+    _require_exportable(model)
+
+
+def _require_exportable(model: nn.Module) -> None:
+    """See that safetensors can hold the model's state dict."""
+    slots = {slot.name: slot.tensor for slot in all_slots(model) if slot.persistent}
+    other = [name for name, tensor in slots.items() if tensor.layout != torch.strided or tensor.is_nested]
+    if other:
+        raise CheckpointError(
+            "a model must have no sparse or nested tensors to be exported as safetensors, except in buffers registered "
+            f"with persistent=False (got {other})"
+        )
+    if meta := [name for name, tensor in slots.items() if tensor.is_meta]:
+        raise CheckpointError(
+            f"a model must have values to be exported (on the meta device are {meta}); load them before"
+        )
+    dtypes = {name: str(tensor.dtype) for name, tensor in slots.items() if tensor.dtype not in DTYPE_NAMES}
+    if dtypes:
+        raise CheckpointError(
+            f"a model must have dtypes that safetensors has to be exported (got {dtypes}); convert a copy of "
+            "ema.ema_model, such as by .to(torch.complex64), or save its state_dict() by torch.save"
+        )
+    if "__metadata__" in slots:
+        raise CheckpointError("a tensor must not be named '__metadata__' to be exported as safetensors; rename it")
+
+
+def _make(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+
+
+def _finish(temporary: Path, folder: Path) -> None:
+    """Give the complete folder its name."""
+    shutil.rmtree(temporary / "shards", ignore_errors=True)
+    if folder.exists():
+        folder.rmdir()
+    temporary.rename(folder)
+
+
+def _whole(tensors: dict[str, Tensor]) -> Read:
+    # What is sharded is so over one rank.
+    return lambda names: {name: local(tensors[name]) for name in names}
+
+
+def _shards(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> Read:
+    """Write the shards of all ranks, and return what reads full tensors from them."""
     import torch.distributed.checkpoint as dcp  # noqa: PLC0415  half a second that few need
 
-    torch.distributed.barrier(ranks.group)  # the folder is there
-    shards = folder / "shards"
     # Plain tensors, such as buffers, are the first rank's.
-    dcp.save(tensors, checkpoint_id=shards, planner=dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True))
-    if ranks.rank > 0:
-        return
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    dcp.save(tensors, checkpoint_id=folder, planner=planner, process_group=ranks.group)
 
     def read(names: list[str]) -> dict[str, Tensor]:
         whole = {name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype) for name in names}
-        dcp.load(whole, checkpoint_id=shards, no_dist=True)
+        dcp.load(whole, checkpoint_id=folder, no_dist=True)
         return whole
 
-    _write(tensors, folder, max_file_bytes, metadata, read)
-    shutil.rmtree(shards)
+    return read
 
 
 def _write(
@@ -109,7 +158,7 @@ def _write(
     folder: Path,
     max_file_bytes: float,
     metadata: dict[str, str],
-    read: Callable[[list[str]], dict[str, Tensor]],
+    read: Read,
 ) -> None:
     """Write files of at most ``max_file_bytes``, each of which is read as a whole."""
     files, size = [list[str]()], 0

@@ -1,25 +1,27 @@
-"""What hosts have in common: the algorithms in a loop, where it stands, its optimizer's steps; loops of one's own."""
+"""What hosts have in common: the algorithms in a loop, where it stands, and its optimizer's steps."""
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
-from polyak.errors import CheckpointError, LoanError
+from polyak.errors import CheckpointError
 from polyak.events import Event, elapsed_duration
-from polyak.select import slots, unwrap
+from polyak.select import slots
 from polyak.sharding import has_spread, is_fsdp, is_initialized, reshard
+from polyak.steps import StepHooks, Unseen, counted_optimizer, refuse_masters
 from polyak.swap import swap_of
-from polyak.time import Time, Timestamp, as_span
+from polyak.time import Time, Timestamp, TimeUnit
+
+# Where weights that nobody counted would be noticed too late.
+_CHECKED = {Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START, Event.FIT_END}
 
 
 @dataclass
@@ -75,13 +77,17 @@ class Loop:
     Attributes:
         algorithms: As given.
         state: What they see; the adapter sets what its framework knows.
+        counts: The units that the adapter counts; it adds samples and tokens where it does.
     """
 
     def __init__(self, algorithms: Sequence[Algorithm], model: nn.Module, logger: MetricLogger | None = None) -> None:
         _refuse_parts(model)
         self.algorithms = algorithms
         self.state = LoopState(model, Timestamp())
+        self.counts = {TimeUnit.BATCH, TimeUnit.EPOCH}
         self._logger = logger or NoLogger()
+        self._unseen: Unseen | None = None
+        self._counted = 0  # batches since steps are counted
         self.fire(Event.INIT)
 
     def fire(self, event: Event) -> None:
@@ -90,9 +96,55 @@ class Loop:
         Args:
             event: What.
         """
+        if event is Event.FIT_START:
+            self.refuse_uncounted()
+        elif event in _CHECKED:
+            self.warn_of_unseen()
         # A tensor made in inference mode cannot be changed outside it, where what is lent may have to be taken back.
         with torch.inference_mode(mode=False):
             dispatch(event, self.state, self.algorithms, self._logger)
+
+    def refuse_uncounted(self) -> None:
+        """Refuse algorithms with times in a unit that the loop does not count.
+
+        Raises:
+            TimeError: If there are any.
+            ProfileError: If a profile is in such a unit.
+        """
+        for algorithm in self.algorithms:
+            algorithm.refuse_uncounted(self.state, self.counts)
+
+    def count(
+        self, optimizer: object, after: Callable[[], object], before: Callable[[], object] | None = None
+    ) -> StepHooks:
+        """Count the steps of an optimizer until the hooks that are returned are removed.
+
+        Args:
+            optimizer: Wrapped or not.
+            after: Called after each step that counts.
+            before: Called before each step.
+
+        Raises:
+            OptimizerError: If its steps cannot be seen, or move other tensors than the model's.
+        """
+        counted = counted_optimizer(optimizer)
+        refuse_masters(counted, self.state.model)
+        hooks = StepHooks(counted, after, before)
+        self.watch(hooks)
+        return hooks
+
+    def watch(self, hooks: StepHooks | None) -> None:
+        """Warn from now on, at evaluations, saves and the end, if weights move without a step that is counted.
+
+        Args:
+            hooks: On the optimizer whose steps are counted; None if they are counted by hand.
+        """
+        self._unseen, self._counted = Unseen(self.state.model, hooks), 0
+
+    def warn_of_unseen(self) -> None:
+        """Warn, once, if weights have moved and no step was counted."""
+        if self._unseen is not None:
+            self._unseen.warn(self._counted)
 
     def end_batch(self, *, samples: int = 0, tokens: int = 0) -> None:
         """Count an optimizer step.
@@ -102,6 +154,7 @@ class Loop:
             tokens: Tokens in it.
         """
         self.state.timestamp = self.state.timestamp.to_next_batch(samples=samples, tokens=tokens)
+        self._counted += 1
         self.fire(Event.BATCH_END)
 
     def begin_epoch(self) -> None:
@@ -163,6 +216,8 @@ class Loop:
             algorithm.load_state_dict(own)
         length = self.state.timestamp.epoch_length
         self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)
+        if self._unseen is not None and not self._counted:
+            self._unseen.begin_anew()
 
     @property
     def in_parts(self) -> bool:
@@ -261,246 +316,3 @@ def _refuse_parts(model: nn.Module) -> None:
             "each process must hold a model's parameters as they are for them to be averaged, and under "
             f"{'FullyShardedDataParallel' if flat else 'DeepSpeed ZeRO-3'} it does not; train with DDP or on one device"
         )
-
-
-class StepHooks:
-    """Hooks on the steps of an optimizer, until they are removed.
-
-    Steps that mixed precision skips, steps without gradients, a subclass's call of its parent's step, and the one that
-    ``torch.distributed.checkpoint`` takes to have a state to load into, do not count.
-
-    Args:
-        optimizer: Of torch, in no other library's wrapper.
-        after: Called after each step that counts.
-        before: Called before each step.
-    """
-
-    def __init__(
-        self, optimizer: Optimizer, after: Callable[[], object], before: Callable[[], object] | None = None
-    ) -> None:
-        def pre(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            del optimizer, args, kwargs
-            if before is not None and not _is_rehearsal(sys._getframe(1)):  # noqa: SLF001
-                before()
-
-        def post(optimizer: Optimizer, args: object, kwargs: object) -> None:
-            del args, kwargs
-            hooked = sys._getframe(1)  # noqa: SLF001
-            if _has_stepped(optimizer) and not _is_nested(hooked, optimizer) and not _is_rehearsal(hooked):
-                after()
-
-        self._hooks = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
-
-    def remove(self) -> bool:
-        """Stop calling; return whether that was not done before."""
-        counting = bool(self._hooks)
-        while self._hooks:
-            self._hooks.pop().remove()
-        return counting
-
-
-def innermost(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that moves the weights, inside wrappers that keep it as ``optimizer``, as Accelerate's.
-
-    Args:
-        optimizer: Wrapped or not.
-    """
-    inner = getattr(optimizer, "optimizer", None)
-    return innermost(inner) if isinstance(inner, Optimizer) else optimizer
-
-
-class Attached:
-    """Algorithms at work in a loop of one's own; ``attach`` makes it, ``polyak``'s or that of a host with such loops.
-
-    As a context manager it detaches at the end of the block.
-
-    Args:
-        algorithms: One or several.
-        model: In training, wrapped or not.
-        optimizer: As for ``polyak.attach``.
-        max_duration: As for ``polyak.attach``.
-        steps_per_epoch: As for ``polyak.attach``.
-        samples_per_step: As for ``polyak.attach``.
-        tokens_per_step: As for ``polyak.attach``.
-        logger: Where the algorithms log.
-
-    Raises:
-        TimeError: If ``max_duration`` is no time.
-        ValueError: If more than one of the algorithms lends an average.
-        NotImplementedError: If the model's parameters are not whole in this process.
-
-    Attributes:
-        algorithms: What is at work.
-    """
-
-    def __init__(
-        self,
-        algorithms: Algorithm | Sequence[Algorithm],
-        model: nn.Module,
-        optimizer: Optimizer | None,
-        *,
-        max_duration: Time | str | None = None,
-        steps_per_epoch: int | None = None,
-        samples_per_step: int = 0,
-        tokens_per_step: int = 0,
-        logger: MetricLogger | None = None,
-    ) -> None:
-        self._loop = Loop(as_algorithms(algorithms), model, logger)
-        self._loop.state.timestamp = Timestamp(epoch_length=steps_per_epoch)
-        self._loop.state.max_duration = None if max_duration is None else as_span("max_duration", max_duration, above=0)
-        self.algorithms = self._loop.algorithms
-        self._samples, self._tokens = samples_per_step, tokens_per_step
-        self._fitting, self._detached = False, False
-        self._hooks = StepHooks(innermost(optimizer), self._end_batch, self._begin) if optimizer is not None else None
-
-    @property
-    def algorithm(self) -> Algorithm:
-        """The first of ``algorithms``."""
-        return self.algorithms[0]
-
-    @property
-    def timestamp(self) -> Timestamp:
-        """What has been counted so far."""
-        return self._loop.state.timestamp
-
-    def _begin(self) -> None:
-        if not self._fitting:
-            # Not in `attach`, so that a state can be loaded first.
-            self._fitting = True
-            self._loop.fire(Event.FIT_START)
-
-    def _end_batch(self) -> None:
-        self._loop.end_batch(samples=self._samples, tokens=self._tokens)
-        if self.timestamp.epoch_length == self.timestamp.batch_in_epoch.value:
-            self.end_epoch()
-
-    def step(self) -> None:
-        """Count a batch, whose weights have all moved. Only where ``attach`` was given no optimizer.
-
-        Raises:
-            ValueError: If an optimizer's steps are counted, or this is detached.
-        """
-        if self._hooks is not None or self._detached:
-            reason = "it is detached" if self._detached else "those of the optimizer are counted"
-            raise ValueError(f"steps are counted by hand where attach was given no optimizer (here {reason})")
-        self._begin()
-        self._end_batch()
-
-    def end_epoch(self) -> None:
-        """Count the end of an epoch. It is called for you if ``steps_per_epoch`` was given."""
-        self._loop.end_epoch()
-
-    @contextmanager
-    def applied(self) -> Iterator[nn.Module]:
-        """Put the average in the model for a ``with`` block, however that ends: to evaluate it, or save it for use.
-
-        Before averaging has begun, the model keeps its own weights.
-
-        Raises:
-            LoanError: If the model holds an average already.
-        """
-        if loan := swap_of(self._loop.state.model):
-            raise LoanError(f"a model can hold one average at a time, and {loan.holder} has lent its own already")
-        with self._loop.between(Event.EVAL_START, Event.EVAL_END):
-            yield unwrap(self._loop.state.model)
-
-    def state_dict(self, path: str | Path | None = None) -> dict[str, Any]:
-        """Return the state of the algorithms and the clock, to be saved beside the model's and the optimizer's.
-
-        Args:
-            path: Where it will be saved, if an algorithm is to keep what it refers to as long as that is there.
-        """
-        self._loop.state.saving_to = None if path is None else Path(path)
-        try:
-            return self._loop.state_dict()
-        finally:
-            self._loop.state.saving_to = None
-
-    @property
-    def in_parts(self) -> bool:
-        """Whether the state is spread over ranks, so that each must save its own part of it. All ranks must ask."""
-        return self._loop.in_parts
-
-    def save_parts(self, folder: Path) -> None:
-        """Save what ``state_dict`` returns by ``torch.distributed.checkpoint``. All ranks must call this.
-
-        Args:
-            folder: To be made, in that of the checkpoint that is being written.
-        """
-        self._loop.save_parts(folder, weights=False)
-
-    def load_parts(self, folder: Path) -> None:
-        """Go on from what ``save_parts`` saved, on the same ranks or others. All ranks must call this.
-
-        Args:
-            folder: As given to ``save_parts``.
-
-        Raises:
-            CheckpointError: If it is the state of other algorithms.
-        """
-        self._loop.load_parts(folder, weights=False)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned. Load the model's and the optimizer's states before.
-
-        Args:
-            state: As saved.
-
-        Raises:
-            CheckpointError: If it is the state of other algorithms.
-            MismatchError: If names or shapes differ from the model's.
-        """
-        self._loop.load_state_dict(state)
-
-    def detach(self) -> None:
-        """Stop counting. The algorithms keep what they have."""
-        if self._hooks is not None:
-            self._hooks.remove()
-        if not self._detached:
-            self._detached = True
-            self._loop.fire(Event.FIT_END)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._loop.fire(Event.EXCEPTION)
-        self.detach()
-
-
-def _has_stepped(optimizer: Optimizer) -> bool:
-    """Whether this step moved weights: a fused one is called even when the gradient scaler found an inf."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is not None and bool(found_inf):
-        return False
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-
-
-def _is_nested(hooked: FrameType, optimizer: Optimizer) -> bool:
-    """Whether the step that ``hooked`` runs was called by a step of the same optimizer.
-
-    torch hooks the ``step`` of each class, so a subclass's that calls its parent's fires twice. A counter of depth
-    would be wrong for good after a step that raised.
-    """
-    outer = hooked.f_back
-    while outer is not None:
-        if outer.f_code is hooked.f_code and outer.f_locals.get("args", (None,))[0] is optimizer:
-            return True
-        outer = outer.f_back
-    return False
-
-
-def _is_rehearsal(hooked: FrameType) -> bool:
-    """Whether the step that ``hooked`` runs was called by ``torch.distributed.checkpoint``, with gradients of zeros.
-
-    What that does to the optimizer could also be a real step, of a warm-up that begins with a learning rate of 0.
-    """
-    outer = hooked.f_back
-    while outer is not None:
-        if outer.f_code.co_name == "_init_optim_state":
-            return True
-        outer = outer.f_back
-    return False

@@ -6,7 +6,6 @@ towards that copy. One update is under way at a time, and whoever wants to read 
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from weakref import WeakSet
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from polyak.background import one_thread
 from polyak.errors import OffloadError
 
 
@@ -92,7 +92,7 @@ class Offloader:
         self._start_thread()
 
     def _start_thread(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="polyak-offload")
+        self._thread = one_thread("polyak-offload")
         self._process = os.getpid()
 
     def __call__(self, weight: float, num_updates: int) -> None:

@@ -1,6 +1,5 @@
 """The averaged tensors of a model: how they move, how they are swapped into the model, what is saved of them."""
 
-import copy
 import math
 import warnings
 import weakref
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import memory, optimizers, sharding
-from polyak.errors import LoanError, MemoryLayoutError, QuarantineWarning, ShardingError
+from polyak.errors import DtypeError, LoanError, MemoryLayoutError, QuarantineWarning, ShardingError
 from polyak.kernels import Lerp, Place, counting_with
 from polyak.offload import Offload, Offloader, hold_writes
 from polyak.select import (
@@ -30,6 +29,7 @@ from polyak.select import (
 )
 from polyak.sharding import Ranks, is_spread, local, rows
 from polyak.swap import Swap, swap_of
+from polyak.view import module_over
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -128,7 +128,9 @@ class Shadow:
         if dtype.is_floating_point and self._policies.get(slot.name) is not Policy.COPY:
             dtype = self._dtype or torch.promote_types(dtype, torch.float32)
         if self._mesh is not None and slot.is_parameter and tensor.dim():
-            return sharding.divided(tensor, dtype, self._mesh, self._device)
+            average = sharding.divided(tensor, dtype, self._mesh, self._device)
+            _check_range(slot.name, local(average), rows(tensor, average))
+            return average
         part = local(tensor).detach().as_subclass(Tensor)
         copy = torch.empty_like(part, dtype=dtype, device=self._device, requires_grad=False).copy_(part)
         _check_range(slot.name, copy, part)
@@ -325,8 +327,8 @@ class Shadow:
     def agree(self, ranks: Ranks, facts: Mapping[str, Any]) -> None:
         """Check that all ranks average the same, and give all of them the first one's averages of buffers.
 
-        Buffers, such as the statistics of BatchNorm, follow what each rank has seen. Where every rank has the whole
-        model their averages of parameters must be equal bit for bit. All ranks must call this.
+        Buffers, such as the statistics of BatchNorm, follow what each rank has seen. The averages of parameters that
+        are not sharded must be equal bit for bit. All ranks must call this.
 
         Args:
             ranks: That train the model together.
@@ -335,20 +337,24 @@ class Shadow:
         Raises:
             ShardingError: If they do not; it says which rank and what.
         """
-        self._follow_model()
-        said = {
-            **facts,
-            "number of updates": self.num_updates,
-            "tensors": {name: f"{tuple(a.shape)} of {a.dtype}" for name, a in self.averages.items()},
-        }
+        said = ranks.each("the average", self._facts, facts)
         if ranks.replicas:
-            own = [(slot.name, average) for slot, average in self._averaged if slot.is_parameter]
             said["tensors with inf or nan"] = self.num_quarantined
-            said["sum of the bits of"] = _checksums({name: average for name, average in own if not is_spread(average)})
         else:
             self._quarantined_by_rank = ranks.sums(int(self._quarantined))
         ranks.agree("the average", said)
+        agree_on_plain(ranks, {slot.name: self.averages[slot.name] for slot in self._slots if slot.is_parameter})
         ranks.broadcast(self.averages[s.name] for s in self._slots if not s.is_parameter and not is_spread(s.tensor))
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what ranks must agree on besides values. What fails here on one rank is raised on all."""
+        self._follow_model()
+        swap = swap_of(self._model)
+        return {
+            "swapped in": swap.holder if swap else None,
+            "number of updates": self.num_updates,
+            "tensors": {name: f"{tuple(a.shape)} of {a.dtype}" for name, a in self.averages.items()},
+        }
 
     @property
     def _active(self) -> Swap | None:
@@ -440,9 +446,13 @@ class Shadow:
         return self._active.averages()
 
     def averaged_model(self) -> nn.Module:
-        """Return a new module whose tensors are the averages: no copy, in eval mode, without gradients.
+        """Return a module whose tensors are the averages: no copy of them, in eval mode, without gradients.
 
-        While the average is in the model this is the model itself. Frozen parameters are shared with the model.
+        It is made anew by each call, from the model as it is then. While the average is swapped in this is the model
+        itself. Frozen parameters are shared with the model.
+
+        Raises:
+            CopyError: If the module would still compute with the model's own tensors, or cannot be made.
         """
         if self._active:
             return self._model
@@ -459,19 +469,12 @@ class Shadow:
 
     def _module_over(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """Copy the model's structure over ``tensors``, and over its own parameters for the rest."""
-        memo = dict[int, Any]()
-        for slot in all_slots(self._model):
-            tensor = self._view(tensors, slot)
-            if tensor is not None:
-                own = tensor.detach()
-                memo[id(slot.tensor)] = nn.Parameter(own, requires_grad=False) if slot.is_parameter else own
-            elif slot.is_parameter:
-                memo[id(slot.tensor)] = slot.tensor
         if self._mesh is not None or sharding.is_fsdp(self._model):
             raise ShardingError(
                 "a module of its own needs full tensors, and the average is sharded; swap it into the model"
             )
-        return copy.deepcopy(self._model, memo).eval()
+        found = ((slot, self._view(tensors, slot)) for slot in all_slots(self._model))
+        return module_over(self._model, {id(slot.tensor): tensor for slot, tensor in found if tensor is not None})
 
     def _view(self, tensors: Mapping[str, Tensor], slot: Slot) -> Tensor | None:
         """Return what stands for a tensor of the model: its own, or the view of the one whose memory it shares."""
@@ -618,13 +621,14 @@ def check_layout(slot: Slot, policy: Policy) -> None:
 
 
 def _check_range(name: str, average: Tensor, tensor: Tensor) -> None:
-    """Check that finite weights have a finite average in its dtype."""
-    if average.dtype == torch.float16 != tensor.dtype and bool(
-        (average.isinf() & tensor.isfinite().to(average.device)).any()
-    ):
-        raise ValueError(
-            f"weights must be within float16's range of 65504 for an average of that dtype ({name!r} is not); use "
-            "dtype=torch.bfloat16 or torch.float32"
+    """Refuse an average that would begin with inf where the model's value is finite."""
+    dtype = average.dtype
+    if not dtype.is_floating_point or torch.finfo(dtype).max >= torch.finfo(tensor.dtype).max:
+        return
+    if bool((average.isinf() & tensor.isfinite().to(average.device)).any()):
+        raise DtypeError(
+            f"values must be at most {torch.finfo(dtype).max:g} to be averaged in {dtype} (got "
+            f"{float(tensor.abs().max()):g} in {name!r}): use a dtype with a wider range, or None for the model's"
         )
 
 
@@ -645,11 +649,69 @@ def _place(name: str, average: Tensor) -> Place:
     return Place(seed) if offset is None else Place(seed, tuple(average.shape), offset)
 
 
+# Rows that a checksum takes together: what it needs in memory beside the tensors.
+_PIECE = 1 << 20
 _AS_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_REMEDY = (
+    "a parameter of which each rank holds a shard, such as experts, must be a DTensor (DTensor.from_local with Shard), "
+    "or be left out by policy; if all ranks should have the same, one went astray: resume from a checkpoint"
+)
+
+
+@torch.no_grad()
+def agree_on_plain(ranks: Ranks, tensors: Mapping[str, Tensor]) -> None:
+    """Check that what is not sharded is equal on all ranks bit for bit: it is saved as rank 0 has it.
+
+    Args:
+        ranks: All of which must call this.
+        tensors: By name, sharded or not; the same names on all ranks.
+
+    Raises:
+        ShardingError: If it is not; it names the tensors.
+    """
+    plain = {name: tensor.detach() for name, tensor in tensors.items() if not is_spread(tensor)}
+    ranks.agree("the average", {"sum of the bits of": _checksums(plain)}, _REMEDY)
 
 
 def _checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return for each tensor the sum of its bits taken as integers: equal on each device, in whatever order."""
-    reals = {n: torch.view_as_real(t) if t.is_complex() else t for n, t in tensors.items()}
-    sums = [tensor.view(_AS_INT[tensor.element_size()]).sum(dtype=torch.int64) for tensor in reals.values()]
-    return dict(zip(reals, torch.stack(sums).tolist() if sums else [], strict=True))
+    """Return for each tensor the sum of its bits taken as integers: equal on each device, in whatever order.
+
+    Rows are weighted by their places, so that the same rows in another order have another sum.
+    """
+    sums = list(map(_checksum, tensors.values()))
+    first = sums[0].device if sums else None
+    return dict(zip(tensors, torch.stack([one.to(first) for one in sums]).tolist() if sums else [], strict=True))
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    bits = real.view(_AS_INT[real.element_size()])
+    rows = (bits.sum(-1, dtype=torch.int64) if bits.dim() > 1 else bits).reshape(-1)
+    total = torch.zeros((), dtype=torch.int64, device=rows.device)
+    for at, piece in enumerate(rows.split(_PIECE)):
+        first = at * _PIECE + 1
+        total += (piece * torch.arange(first, first + len(piece), device=rows.device)).sum()
+    return total
+
+
+def refuse_unsynchronized(ranks: Ranks | None, model: nn.Module, policy: PolicyRule) -> None:
+    """Refuse to save averages of parameters that ``DistributedDataParallel`` does not keep equal: one rank's are saved.
+
+    Nothing is communicated, so that rank 0 can save the state by itself where each rank has the full model.
+
+    Args:
+        ranks: That train the model together, if there are several.
+        model: Wrapped or not.
+        policy: What is done with which tensor.
+
+    Raises:
+        ShardingError: If there are such parameters; it names them.
+    """
+    ignored = set(map(id, ranks.unsynchronized)) if ranks else set[int]()
+    names = [slot.name for slot in slots(model) if id(slot.tensor) in ignored and policy(slot) is not Policy.LEAVE]
+    if names:
+        raise ShardingError(
+            "a parameter must be the same on all ranks for one of them to save its average, and "
+            f"DistributedDataParallel was told to ignore {names[:8]}{' and more' if len(names) > 8 else ''}: make each "
+            "a DTensor (DTensor.from_local with Shard), or leave it out by policy"
+        )

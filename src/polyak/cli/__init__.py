@@ -1,6 +1,7 @@
 """The command ``polyak``: one file per command. They read, call and print; the work is done elsewhere."""
 
 import argparse
+import io
 import sys
 import textwrap
 import warnings
@@ -11,6 +12,7 @@ import polyak
 from polyak.cli import convert, demo, inspect, reconstruct, sweep
 from polyak.cli.command import REFUSED, Command
 from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
+from polyak.readers.words import printable
 
 COMMANDS: tuple[Command, ...] = (convert, demo, inspect, reconstruct, sweep)
 
@@ -21,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that refuses in one line, and lays out its help as it is written."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(REFUSED, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(REFUSED, printable(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -77,8 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if issubclass(category, PlanWarning | QuarantineWarning):
             _say(f"{name}: note: {message}")
         else:
-            sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+            lines = warnings.formatwarning(message, category, filename, lineno, line).splitlines()
+            sys.stderr.write("".join(f"{printable(one)}\n" for one in lines))
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may have what its encoding has not
+            stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
         warnings.showwarning = show
         for category in (PlanWarning, QuarantineWarning):
@@ -88,6 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (PolyakError, OSError) as error:
             _say(f"{name}: {error}")
             return REFUSED
+        except (MemoryError, RecursionError) as error:
+            limit = "needs more memory than there is" if isinstance(error, MemoryError) else "is nested too deeply"
+            _say(
+                f"{name}: a file must be of a size that can be read (one {limit}); see whether it is what it should be"
+            )
+            return REFUSED
         except KeyboardInterrupt:
             _say(f"{name}: interrupted; the same command goes on from where it was")
             return _INTERRUPTED
@@ -95,4 +107,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(message: str) -> None:
     """Write one line, whatever is in the message."""
-    sys.stderr.write(" ".join(message.split()) + "\n")
+    sys.stderr.write(printable(" ".join(message.split())) + "\n")

@@ -11,9 +11,12 @@ from typing import Any
 
 from polyak.cli.command import UsageError
 from polyak.errors import PolyakError
+from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Window
+from polyak.record.manifest import MANIFEST
 from polyak.time import Timestamp, TimeUnit
 
+_MOST_MANIFEST_BYTES = 64_000_000
 _PROFILES: Mapping[str, Callable[[str], Profile]] = {
     "half-life": HalfLife,
     "unbiased": lambda text: HalfLife(text, unbiased=True),
@@ -31,6 +34,25 @@ def add_record(parser: ArgumentParser) -> None:
         parser: Of a command.
     """
     parser.add_argument("record", type=Path, metavar="RECORD", help="the folder that a Recorder wrote")
+
+
+def open_record(folder: Path) -> Record:
+    """Open a record that may be anything.
+
+    Args:
+        folder: Where it is.
+
+    Raises:
+        UsageError: If what should be its manifest is no file, or far too large for one.
+        RecordError: If there is no record, or it is not as it must be.
+    """
+    manifest = folder / MANIFEST
+    if manifest.exists() and not (manifest.is_file() and manifest.stat().st_size <= _MOST_MANIFEST_BYTES):
+        raise UsageError(
+            f"a record's {MANIFEST} must be a file of at most {size(_MOST_MANIFEST_BYTES)} (not so in {folder}); give "
+            "the folder that a Recorder wrote"
+        )
+    return Record(folder)
 
 
 def profile_of(name: str) -> Callable[[str], Profile]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from polyak.errors import PolyakError, TimeError
+from polyak.readers.words import printable
 from polyak.time import Time, TimeUnit
 
 
@@ -42,6 +43,15 @@ REFUSED = 2  # the exit code
 
 class UsageError(PolyakError, ValueError):
     """What was asked cannot be done; the message is one line."""
+
+
+def say(line: str) -> None:
+    """Write a line for people to stdout.
+
+    Args:
+        line: With names and values out of files, too: what a terminal would obey in it is escaped.
+    """
+    print(printable(line))
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

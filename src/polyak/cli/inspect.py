@@ -9,9 +9,10 @@ from collections import Counter
 from math import prod
 from typing import Any
 
-from polyak.cli.asking import add_record, clocks, size
+from polyak.cli.asking import add_record, clocks, open_record, size
 from polyak.cli.command import require
 from polyak.posthoc import Record
+from polyak.readers.words import printable
 from polyak.record import Stretch, load_manifest
 from polyak.time import TimeUnit
 
@@ -48,12 +49,12 @@ def run(arguments: Namespace) -> int:
     """
     if not arguments.json:
         require("cli", {"rich": "rich"})
-    record = Record(arguments.record)
+    record = open_record(arguments.record)
     if arguments.verify:
         record.verify()
     plain = _describe(record, verified=arguments.verify)
     if arguments.json:
-        print(json.dumps(plain, indent=2, ensure_ascii=False))
+        print(json.dumps(plain, indent=2, ensure_ascii=True))
     else:
         _show(plain)
     return 0
@@ -130,15 +131,15 @@ def _show(plain: dict[str, Any]) -> None:
     from rich.console import Console  # noqa: PLC0415  an extra
     from rich.table import Table  # noqa: PLC0415
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     tensors, finest = plain["tensors"], plain["finest"]
-    table = Table(title=f"Record {plain['record']}", title_justify="left", show_header=False)
+    table = Table(title=printable(f"Record {plain['record']}"), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for unit, end in (plain["to"] or {}).items():
         table.add_row(_WORDS[unit], f"{_number(plain['from'][unit])} to {_number(end)}")
     if plain["max_duration"]:
-        table.add_row("planned run", plain["max_duration"])
+        table.add_row("planned run", printable(plain["max_duration"]))
     table.add_section()
     tied = f", {tensors['tied']} more names of tied ones" if tensors["tied"] else ""
     table.add_row("tensors", f"{tensors['averaged']} averaged, {tensors['last_value']} with their last value{tied}")
@@ -152,7 +153,7 @@ def _show(plain: dict[str, Any]) -> None:
     if finest:
         table.add_row("finest half-life", f"{finest['updates']:,} updates, {_number(finest['ba'])}ba")
     pins = ", ".join(f"{name} ({pin['path'] or 'no path'})" for name, pin in plain["pins"].items())
-    table.add_row("pinned by", f"{pins or 'no checkpoint'}")
+    table.add_row("pinned by", printable(pins or "no checkpoint"))
     if plain["pinned_only_files"]:
         table.add_row("", f"{plain['pinned_only_files']} more files, kept for these alone")
     if plain["verified"]:

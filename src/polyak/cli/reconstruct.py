@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from polyak.cli.asking import add_record, clocks, profile_of, size
-from polyak.cli.command import UsageError
-from polyak.posthoc import Record
+from polyak.cli.asking import add_record, clocks, open_record, profile_of, size
+from polyak.cli.command import UsageError, say
 from polyak.profiles import HalfLife
 from polyak.report.words import percent
 from polyak.time import Time, Timestamp
@@ -72,7 +71,7 @@ def run(arguments: Namespace) -> int:
         if not isinstance(profile, HalfLife):
             raise UsageError(f"--unbiased goes with --half-life alone (got {profile}); leave it out")
         profile = HalfLife(profile.span, unbiased=True)
-    record = Record(arguments.record)
+    record = open_record(arguments.record)
     output = arguments.output
     if output.is_dir() or record.folder.resolve() in output.resolve().parents:
         raise UsageError(f"-o must be a file outside the record, and no folder (got {output}); choose another")
@@ -82,10 +81,10 @@ def run(arguments: Namespace) -> int:
     moment = json.loads(metadata["polyak.moment"])
     updates = moment.pop("updates")
     readings = clocks(Timestamp.from_state_dict(moment))
-    print(f"profile  {profile}")
+    say(f"profile  {profile}")
     clock = [str(Time(round(value, 3), unit)) for unit, value in readings.items()]
-    print(f"moment   {', '.join([f'{updates} updates recorded', *clock])}")
+    say(f"moment   {', '.join([f'{updates} updates recorded', *clock])}")
     error = percent(float(metadata["polyak.error_estimate"]))
-    print(f"error    about {error} of |last weights - average|: an estimate, within a factor of about 2.5, not a bound")
-    print(f"written  {output}: {tensors} tensors, {size(output.stat().st_size)}")
+    say(f"error    about {error} of |last weights - average|: an estimate, within a factor of about 2.5, not a bound")
+    say(f"written  {output}: {tensors} tensors, {size(output.stat().st_size)}")
     return 0

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyak.cli.asking import add_record, half_lives, load_function, profiles
+from polyak.cli.asking import add_record, half_lives, load_function, open_record, profiles
 from polyak.cli.command import UsageError, require, whole
 from polyak.cli.folder import replacing
-from polyak.posthoc import Record
+from polyak.readers.words import printable
 from polyak.report.page import page
 from polyak.report.swept import Swept, swept
 from polyak.report.words import compared, headline, measured, other_name, percent
@@ -103,7 +103,7 @@ def run(arguments: Namespace) -> int:
     require("cli", {"rich": "rich", "matplotlib": "matplotlib"})
     from rich.console import Console  # noqa: PLC0415  an extra
 
-    record = Record(arguments.record)
+    record = open_record(arguments.record)
     if arguments.out.resolve() == record.folder.resolve():
         raise UsageError("--out must not be the record's own folder; choose another")
     evaluate = load_function(arguments.evaluate, "--evaluate")
@@ -132,7 +132,7 @@ def run(arguments: Namespace) -> int:
     assert best.profile is not None
     export(record, best.profile, out / "best.safetensors", batchnorm)
     write_report(numbers, out)
-    _show(numbers, results, out, Console(highlight=False))
+    _show(numbers, results, out, Console(highlight=False, markup=False, emoji=False))
     return 0
 
 
@@ -145,7 +145,7 @@ class Progress:
 
         console = Console(stderr=True)
         columns = (
-            rich.TextColumn("{task.description}"),
+            rich.TextColumn("{task.description}", markup=False),
             rich.BarColumn(),
             rich.MofNCompleteColumn(),
             rich.TimeElapsedColumn(),
@@ -166,7 +166,7 @@ class Progress:
             total: How many there will be at most.
             name: Of the one to come.
         """
-        self._progress.update(self._task, completed=done, total=total, description=name)
+        self._progress.update(self._task, completed=done, total=total, description=printable(name))
 
 
 def write_report(numbers: Swept, out: Path) -> None:
@@ -192,19 +192,19 @@ def _show(numbers: Swept, results: Sequence[Result], out: Path, console: "Consol
 
     best = numbers.points[numbers.best].result
     table = Table("weights", title_justify="left")
-    for heading in (*best.metrics, "error", "distance"):
+    for heading in (*map(printable, best.metrics), "error", "distance"):
         table.add_column(heading, justify="right")
     given = [one for one in results if one.profile is None]
     for one in (*given, *(point.result for point in numbers.points)):
         cells = [measured(one.metrics[name]) if name in one.metrics else "" for name in best.metrics]
         cells += ["", ""] if one.profile is None else [percent(one.error), percent(one.distance)]
         mark = " (best)" if one is best else ""
-        table.add_row(f"{other_name(one.name)}{mark}", *cells, style="bold" if mark else "")
+        table.add_row(printable(f"{other_name(one.name)}{mark}"), *cells, style="bold" if mark else "")
     console.print(table)
     console.print("error: estimated, of |last weights - average|; distance: from the newest mean, of its size")
-    console.print(f"{headline(numbers)}. {compared(numbers)}", soft_wrap=True)
+    console.print(printable(f"{headline(numbers)}. {compared(numbers)}"), soft_wrap=True)
     console.print("If this was the test set, it is no result: choose on validation data.", soft_wrap=True)
-    console.print(f"\nWritten to {out}/", soft_wrap=True)
+    console.print(f"\nWritten to {printable(str(out))}/", soft_wrap=True)
     for name, what in (
         ("report.html", "to look at, in any browser"),
         ("best.safetensors", "for model.load_state_dict(safetensors.torch.load_file(...))"),

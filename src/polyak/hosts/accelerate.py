@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
+from polyak.attached import Attached, CountedLoop
 from polyak.errors import LoanError
-from polyak.loop import Attached
 from polyak.swap import swap_of
 from polyak.time import Time
 
@@ -27,32 +27,35 @@ class _Logger:
 
 
 class _Checkpoints:
-    """What Accelerate saves and loads for what is attached; it calls all of this."""
+    """What Accelerate saves and loads for what is attached; it calls all of this.
 
-    def __init__(self, attached: Attached, model: nn.Module, number: int) -> None:
-        self._attached, self._model = attached, model
+    It has nothing to save any more when nobody refers to the average.
+    """
+
+    def __init__(self, loop: CountedLoop, model: nn.Module, number: int) -> None:
+        self._loop, self._model = loop, model
         self._parts = f"polyak_{number}"
         self._folder: Path | None = None  # where a state is being saved, or loaded from
 
     def state_dict(self) -> dict[str, Any]:
         if self._folder is not None and (self._folder / self._parts).exists():
             return {"parts": self._parts}
-        return self._attached.state_dict(self._folder)
+        return self._loop.state_for(self._folder)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if "parts" in state:
             assert self._folder is not None
-            self._attached.load_parts(self._folder / state["parts"])
-        else:
-            self._attached.load_state_dict(state)
+            self._loop.load_parts(self._folder / state["parts"], weights=False)
+        elif state["algorithms"] and len(self._loop.algorithms):
+            self._loop.load_state_dict(state)
 
     def before_saving(self, models: object, weights: object, folder: str) -> None:
         del models, weights
         self._folder = Path(folder)
         self._refuse_loan("saved")
         # Accelerate lets the first process alone save what is registered.
-        if self._attached.in_parts:
-            self._attached.save_parts(self._folder / self._parts)
+        if self._loop.in_parts:
+            self._loop.save_parts(self._folder / self._parts, weights=False)
 
     def before_loading(self, models: object, folder: str) -> None:
         del models
@@ -118,7 +121,7 @@ def attach(
         logger=_Logger(accelerator),
     )
     number = len(accelerator._custom_objects)  # noqa: SLF001  by which it names their files too
-    checkpoints = _Checkpoints(attached, model, number)
+    checkpoints = _Checkpoints(attached.loop, model, number)
     accelerator.register_for_checkpointing(checkpoints)
     accelerator.register_save_state_pre_hook(checkpoints.before_saving)
     accelerator.register_load_state_pre_hook(checkpoints.before_loading)

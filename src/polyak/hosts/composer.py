@@ -24,12 +24,12 @@ import polyak.recorder
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
 from polyak.errors import MismatchError, PlanWarning
 from polyak.events import Event, elapsed_duration
-from polyak.loop import StepHooks
 from polyak.profiles import Smoothing
 from polyak.readers import training_weights
 from polyak.select import named_tensors, slots
 from polyak.shadow import Shadow
 from polyak.sharding import copy_, whole
+from polyak.steps import StepHooks, counted_optimizer
 from polyak.time import Time, Timestamp, TimeUnit
 
 __all__ = ["EMA", "EMAParameters", "Hosted", "Recorder", "compute_ema"]
@@ -174,7 +174,7 @@ class Hosted(ComposerAlgorithm):
     def _count_steps(self, state: Any) -> None:
         for hooks in self._hooks:
             hooks.remove()
-        self._hooks = [StepHooks(optimizer, self._on_step) for optimizer in state.optimizers]
+        self._hooks = [StepHooks(counted_optimizer(optimizer), self._on_step) for optimizer in state.optimizers]
 
     def _on_step(self) -> None:
         self._stepped = True

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
 from polyak.events import Event
-from polyak.loop import Loop, StepHooks, as_algorithms
+from polyak.loop import Loop, as_algorithms
+from polyak.steps import StepHooks
 from polyak.time import Time, TimeUnit
 from polyak.trainer import rng
 
@@ -69,6 +70,8 @@ class Averaging:
         self._optimizer = optimizer
         self._accumulates = gradient_accumulation_steps
         self._count_samples, self._count_tokens = num_samples, num_tokens
+        units = {TimeUnit.SAMPLE: num_samples, TimeUnit.TOKEN: num_tokens}
+        self._loop.counts |= {unit for unit, count in units.items() if count is not None}
         self._hooks: StepHooks | None = None
         self._samples = self._tokens = 0  # since the last step
         self._iteration: int | None = None  # in the epoch, if one has begun
@@ -103,7 +106,7 @@ class Averaging:
                 # An engine that was terminated begins an epoch anew, whatever the number of its iteration.
                 self._iteration = 0 if trainer.should_terminate else None
             self._interrupted = False
-            self._hooks = StepHooks(self._optimizer, self._after_step)
+            self._hooks = self._loop.count(self._optimizer, self._after_step)
             try:
                 result = run(*args, **kwargs)
                 if self._fitting and not self._interrupted:

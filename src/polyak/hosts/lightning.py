@@ -19,11 +19,13 @@ except ModuleNotFoundError:
     from pytorch_lightning import Callback
 
 from polyak.algorithm import Algorithm
+from polyak.attached import Attached
 from polyak.errors import PlanWarning
 from polyak.events import Event
-from polyak.loop import Attached, Loop, StepHooks, as_algorithms
+from polyak.loop import Loop, as_algorithms
 from polyak.select import unwrap
 from polyak.sharding import whole
+from polyak.steps import StepHooks
 from polyak.swap import swap_of
 from polyak.time import Time, TimeUnit
 from polyak.trainer import rng
@@ -103,6 +105,8 @@ class Averaging(Callback):
         _refuse_foreign(trainer.strategy)
         if stage == "fit" and (self._loop is None or unwrap(self._loop.state.model) is not unwrap(pl_module)):
             self._loop = Loop(self.algorithms, pl_module, self)
+            units = {TimeUnit.SAMPLE: self._count_samples, TimeUnit.TOKEN: self._count_tokens}
+            self._loop.counts |= {unit for unit, count in units.items() if count is not None}
         if trainer is not self._trainer:
             self._trainer = trainer
             self._surround_saving(trainer)
@@ -153,7 +157,7 @@ class Averaging(Callback):
         assert self._loop is not None
         self._stop_counting()
         self._tell_lengths(trainer, pl_module)
-        self._hooks = StepHooks(trainer.optimizers[self._optimizer], self._after_step)
+        self._hooks = self._loop.count(trainer.optimizers[self._optimizer], self._after_step)
         self._samples = self._tokens = 0
         self._loop.fire(Event.FIT_START)
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm, MetricLogger
-from polyak.loop import Attached
+from polyak.attached import Attached
 from polyak.time import Time
 
 
@@ -31,8 +31,9 @@ def attach(
         model: The model in training. In its ``DistributedDataParallel``, or sharded by ``fully_shard`` or tensor
             parallelism, all ranks must lend the average at the same moments, and are compared then.
         optimizer: The optimizer of its parameters; of several, the one that steps last in a batch, when all weights
-            have moved. None if no step of one optimizer is a batch, as where each parameter has its own that steps
-            within the backward pass: then call ``step`` of what this returns, once after each batch.
+            have moved; of one that wraps another, as Lookahead, the wrapper. None if no step of one optimizer is a
+            batch, as where each parameter has its own that steps within the backward pass: then call ``step`` of what
+            this returns, once after each batch.
         max_duration: How long the loop will go on, for times in ``dur`` and for warnings about the plan.
         steps_per_epoch: Steps in an epoch, for times in ``ep``.
         samples_per_step: Samples in a step, for times in ``sp``.
@@ -40,7 +41,10 @@ def attach(
         logger: Where the algorithms log, such as ``TensorBoardLogger`` or whatever has its method ``log_metrics``.
 
     Raises:
-        TimeError: If ``max_duration`` is no time.
+        TimeError: If ``max_duration`` is no time, or a time of an algorithm is in a unit that is not counted.
+        ProfileError: If a profile is in a unit that is not counted.
+        OptimizerError: If the optimizer does not run torch's step hooks, as a class of one's own or a list, or does not
+            step the model's parameters but float32 masters of them, as DeepSpeed, Megatron and apex do.
         ValueError: If more than one of the algorithms lends an average.
         NotImplementedError: If the model's parameters are not whole in this process (DeepSpeed's ZeRO-3,
             ``FullyShardedDataParallel``).

@@ -14,15 +14,18 @@ from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint
 
 from polyak.algorithm import Algorithm
-from polyak.errors import PlanWarning
+from polyak.errors import MismatchError, PlanWarning
 from polyak.events import Event
-from polyak.loop import Loop, StepHooks, as_algorithms, innermost
+from polyak.loop import Loop, as_algorithms
 from polyak.select import unwrap
+from polyak.steps import StepHooks
 from polyak.time import Time, TimeUnit
 from polyak.trainer import rng
 
 STATE_NAME = "polyak.pt"
 PARTS_NAME = "polyak"  # where the state is spread over processes
+
+_Algorithms = Algorithm | Sequence[Algorithm]
 
 
 class _Logger:
@@ -38,13 +41,17 @@ class Attached(TrainerCallback):
     """Algorithms at work in a ``Trainer``; ``attach`` makes it.
 
     Args:
-        algorithms: As given to ``attach``, as a list.
+        make: Returns the algorithms for a model that is to be trained.
         trainer: As given to ``attach``.
         eval_weights: As given to ``attach``.
+
+    Attributes:
+        algorithms: At work on the model that was trained last; none before ``train``.
     """
 
-    def __init__(self, algorithms: Sequence[Algorithm], trainer: Trainer, eval_weights: str) -> None:
-        self._algorithms = algorithms
+    def __init__(self, make: Callable[[], Sequence[Algorithm]], trainer: Trainer, eval_weights: str) -> None:
+        self.algorithms: Sequence[Algorithm] = []
+        self._make = make
         self._trainer: Any = trainer
         self._eval_weights = eval_weights
         self._loop: Loop | None = None
@@ -130,7 +137,11 @@ class Attached(TrainerCallback):
         """Begin, or go on from the checkpoint whose averaged weights the trainer has loaded."""
         model = self._trainer.model_wrapped
         if self._loop is None or unwrap(self._loop.state.model) is not unwrap(model):
-            self._loop = Loop(self._algorithms, model, _Logger(self._trainer))
+            self.algorithms = self._make()
+            self._loop = Loop(self.algorithms, model, _Logger(self._trainer))
+            self._loop.counts.add(TimeUnit.SAMPLE)
+            if args.include_num_input_tokens_seen not in (False, "no"):
+                self._loop.counts.add(TimeUnit.TOKEN)
         loop = self._loop
         loop.state.model = model  # each `train` wraps it anew
         if loop.state.timestamp.batch_in_epoch.value:
@@ -146,7 +157,7 @@ class Attached(TrainerCallback):
         self._samples, self._tokens_before = 0, state.num_input_tokens_seen
         if self._hooks:
             self._hooks.remove()
-        self._hooks = StepHooks(innermost(kwargs["optimizer"]), self._end_batch)
+        self._hooks = loop.count(kwargs["optimizer"], self._end_batch)
         loop.fire(Event.FIT_START)
 
     def _load(self, checkpoint: Path | None, state: Any) -> None:
@@ -222,8 +233,23 @@ def _check(trainer: Any) -> None:
         )
 
 
+def _made_once(algorithms: _Algorithms) -> Callable[[], Sequence[Algorithm]]:
+    left = [as_algorithms(algorithms)]
+
+    def make() -> Sequence[Algorithm]:
+        if not left:
+            raise MismatchError(
+                f"an algorithm follows one model, and the trainer has made another for it (got {algorithms!r}), as "
+                "with model_init or a search of hyperparameters; give attach a function that makes the algorithms for "
+                "each model, such as lambda: EMA(...)"
+            )
+        return left.pop()
+
+    return make
+
+
 def attach(
-    algorithms: Algorithm | Sequence[Algorithm],
+    algorithms: _Algorithms | Callable[[], _Algorithms],
     trainer: Trainer,
     *,
     eval_weights: Literal["averaged", "training", "both"] = "averaged",
@@ -239,7 +265,8 @@ def attach(
     Steps count for ``ba``, whatever the gradient accumulation; ``tok`` needs ``include_num_input_tokens_seen``.
 
     Args:
-        algorithms: ``EMA``, ``Recorder`` or others, one or several.
+        algorithms: ``EMA``, ``Recorder`` or others, one or several; or a function that returns them, which is called
+            for each model: where the trainer makes several, by ``model_init`` or in ``hyperparameter_search``.
         trainer: Before ``train`` is called.
         eval_weights: With which ``evaluate`` does; of both, the training weights' metrics are named ``eval_raw_...``.
 
@@ -253,4 +280,6 @@ def attach(
     _check(trainer)
     if any(isinstance(callback, Attached) for callback in trainer.callback_handler.callbacks):
         raise ValueError("attach must be called once for a trainer (it has algorithms already); give it a list of all")
-    return Attached(as_algorithms(algorithms), trainer, eval_weights)
+    if isinstance(algorithms, (Algorithm, Sequence)):
+        return Attached(_made_once(algorithms), trainer, eval_weights)
+    return Attached(lambda: as_algorithms(algorithms()), trainer, eval_weights)

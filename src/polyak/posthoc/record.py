@@ -18,8 +18,11 @@ from polyak.record import (
     Stretch,
     StretchFile,
     TensorInfo,
+    cast,
     check_content,
+    check_size,
     disk_errors,
+    hash_in,
     load_manifest,
     open_stretch,
     whole,
@@ -34,13 +37,14 @@ _CHUNK = 1 << 22
 class Record:
     """A record, as it was when this was made. Reading needs no lock and changes nothing.
 
-    Memory is bounded by a few times the largest tensor, beside what is returned.
+    Each file is compared with its hash in the manifest before it is first read from, so that a damaged one is an error
+    and gets into no average. Memory is bounded by a few times the largest tensor, beside what is returned.
 
     Args:
         folder: Where it is.
 
     Attributes:
-        folder: As given.
+        folder: As given, made absolute.
         stretches: What it holds, oldest first.
         tensors: What is kept of each tensor, by name.
         aliases: Further names of tied tensors, and the name that each is kept under.
@@ -65,13 +69,14 @@ class Record:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         manifest = load_manifest(self.folder)
         self.stretches: tuple[Stretch, ...] = manifest.stretches
         self.tensors: Mapping[str, TensorInfo] = manifest.tensors
         self.aliases: Mapping[str, str] = manifest.aliases
         self.max_duration: Time | None = manifest.max_duration
         self._products: list[list[float]] | None = None
+        self._verified = set[Path]()
 
     @property
     def finest(self) -> int:
@@ -85,9 +90,10 @@ class Record:
             stretch: One of ``stretches``. Each is an averaged model by itself.
 
         Raises:
-            RecordError: If the file is missing, truncated or foreign.
+            RecordError: If the file is missing, truncated or foreign. If it does not have its hash, the first ``read``
+                raises that.
         """
-        return open_stretch(self.folder, stretch, self.tensors)
+        return open_stretch(self.folder, stretch, self.tensors, self._verified)
 
     def average(
         self,
@@ -111,7 +117,7 @@ class Record:
         Raises:
             ProfileError: If the profile is finer than the record can tell.
             TimeError: If ``at`` is not the end of a stretch.
-            RecordError: If a file is missing, truncated or foreign.
+            RecordError: If a file is missing, truncated, damaged or foreign, or a value is infinite in ``dtype``.
         """
         fitted, error = self._fit(profile, at)
         warn_of_error(profile, error)
@@ -119,7 +125,7 @@ class Record:
         with self._opened(fitted.stretches) as files:
             for name, info in self.tensors.items():
                 wanted = _averaged_as(info, dtype).dtype
-                result[name] = _combined(files, name, info, fitted.coefficients).to(device, wanted)
+                result[name] = cast(name, _combined(files, name, info, fitted.coefficients), wanted).to(device)
         return result | {alias: result[name] for alias, name in self.aliases.items()}
 
     def error(self, profile: Profile, at: Time | str | None = None) -> float:
@@ -178,13 +184,18 @@ class Record:
             passing.replace(path)
 
     def verify(self) -> None:
-        """Read all files and compare them with the hashes in the manifest.
+        """Read all files, also those that are kept for checkpoints, and compare them with the hashes in the manifest.
 
         Raises:
             RecordError: If one is not what was written.
         """
         for stretch in self.stretches:
-            check_content(self.folder, stretch)
+            check_size(self.folder, stretch)
+        # Reading the manifest verifies it too. Of a pinned file it knows the beginning of the hash, from the name.
+        pinned = load_manifest(self.folder).files
+        hashes = {name: hash_in(name) for name in pinned} | {one.file: one.sha256 for one in self.stretches}
+        for name, sha256 in sorted(hashes.items()):
+            check_content(self.folder, name, sha256)
 
     def _fit(self, profile: Profile, at: Time | str | None) -> tuple[Fit, float]:
         fitted = fit(profile, self.stretches, at, max_duration=self.max_duration)

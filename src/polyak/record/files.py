@@ -83,7 +83,9 @@ def disk_errors(doing: str) -> Iterator[None]:
         raise
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "see to the disk")
-        raise RecordError(f"{doing} failed: {error}. What was there before is as it was: {advice} and go on") from error
+        raise RecordError(
+            f"{doing} failed: {error}. What was there before is unchanged: {advice} and continue"
+        ) from error
 
 
 def _layout(tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -125,7 +127,7 @@ def write_tensors(
 
     Raises:
         OSError: If the disk refuses.
-        RecordError: If a finite value has no finite float16.
+        RecordError: If a finite value is infinite in the dtype it is to have.
     """
     assert sys.byteorder == "little", "safetensors files are little-endian"
     digest = hashlib.sha256()
@@ -169,20 +171,58 @@ def flush_folder(folder: Path) -> None:
 def _cast(name: str, tensor: Tensor, info: TensorInfo) -> Tensor:
     assert tuple(tensor.shape) == info.shape, (name, tensor.shape, info)
     cast = tensor.detach().to("cpu", info.dtype).contiguous()
-    if info.dtype is torch.float16 and tensor.dtype is not torch.float16 and not cast.isfinite().all():
-        largest = float(tensor.detach().abs().max())
+    if cast.dtype != tensor.dtype and _overflows(tensor, cast):
+        largest, most = float(tensor.detach().abs().max()), torch.finfo(info.dtype).max
         raise RecordError(
-            f"a float16 record must hold values of at most 65504 (got {largest:g} in {name!r}): use bfloat16 or float32"
+            f"values must be at most {most:g} to be kept as {info.dtype} (got {largest:g} in {name!r}): use a dtype "
+            "with a wider range, such as bfloat16 or float32"
         )
     return cast
+
+
+def _overflows(tensor: Tensor, cast: Tensor) -> bool:
+    """Return whether a finite value became infinite when it was cast."""
+    if not (cast.is_floating_point() or cast.is_complex()) or bool(cast.isfinite().all()):
+        return False
+    return bool((tensor.detach().to("cpu").isfinite() & ~cast.isfinite()).any())
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor on the CPU in another dtype.
+
+    Args:
+        name: To name it in errors.
+        tensor: Any.
+        dtype: Of the result.
+
+    Raises:
+        RecordError: If a finite value is infinite in that dtype.
+    """
+    return _cast(name, tensor, TensorInfo(dtype, tuple(tensor.shape), averaged=False))
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """What one file holds of a tensor: all of it, or a box."""
 
-    handle: Any
+    file: "_Open"
     box: Box
+
+
+@dataclass(slots=True)
+class _Open:
+    """A file that is open for reading. It is compared with its hash before the first tensor is read from it."""
+
+    path: Path
+    sha256: str
+    handle: Any
+    verified: set[Path]
+
+    def checked(self) -> Any:
+        if self.path not in self.verified:
+            _check_hash(self.path, self.sha256)
+            self.verified.add(self.path)
+        return self.handle
 
 
 def whole(shape: Sequence[int]) -> Box:
@@ -212,10 +252,13 @@ class StretchFile:
         Args:
             name: Which.
             box: What of it; None for all.
+
+        Raises:
+            RecordError: If a file that it is read from does not have the hash in the manifest.
         """
         pieces = self._pieces[name]
         if box is None and len(pieces) == 1:
-            return pieces[0].handle.get_tensor(name)
+            return pieces[0].file.checked().get_tensor(name)
         info = self._tensors[name]
         box = whole(info.shape) if box is None else box
         found = [(piece, common) for piece in pieces if (common := _common(piece.box, box)) is not None]
@@ -228,7 +271,7 @@ class StretchFile:
 
 
 def _slice(piece: _Piece, box: Box, name: str) -> Tensor:
-    return piece.handle.get_slice(name)[_seen_from(box, piece.box)]
+    return piece.file.checked().get_slice(name)[_seen_from(box, piece.box)]
 
 
 def _seen_from(box: Box, outer: Box) -> Box:
@@ -241,32 +284,40 @@ def _common(a: Box, b: Box) -> Box | None:
 
 
 @contextmanager
-def open_stretch(folder: Path, stretch: Stretch, tensors: Mapping[str, TensorInfo]) -> Iterator[StretchFile]:
+def open_stretch(
+    folder: Path, stretch: Stretch, tensors: Mapping[str, TensorInfo], verified: set[Path] | None = None
+) -> Iterator[StretchFile]:
     """Open a stretch for the length of a ``with`` block, and see that it is what the manifest says.
 
     Args:
         folder: Of the record.
         stretch: Which.
         tensors: What must be in it.
+        verified: Files that were compared with their hashes already; those that are now join them.
 
     Raises:
         RecordError: If it is missing, truncated, or another one.
     """
     path = folder / stretch.file
     files = check_size(folder, stretch)
+    verified = set() if verified is None else verified
     try:
         with ExitStack() as stack:
-            handles = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-            yield StretchFile(tensors, _pieces(path, handles, tensors))
+            opened = [
+                _Open(file, sha256, stack.enter_context(safe_open(file, framework="pt")), verified)
+                for file, sha256 in files.items()
+            ]
+            yield StretchFile(tensors, _pieces(path, opened, tensors))
     except SafetensorError as error:
         raise RecordError(f"{path} must be a safetensors file ({error}): restore it from a copy") from error
 
 
-def _pieces(path: Path, handles: Sequence[Any], tensors: Mapping[str, TensorInfo]) -> dict[str, list[_Piece]]:
+def _pieces(path: Path, files: Sequence[_Open], tensors: Mapping[str, TensorInfo]) -> dict[str, list[_Piece]]:
     """Return where each tensor lies; see that all of it is there."""
     pieces: dict[str, list[_Piece]] = {name: [] for name in tensors}
     wrong = set[str]()
-    for handle in handles:
+    for file in files:
+        handle = file.handle
         places = json.loads((handle.metadata() or {}).get(PLACES, "{}"))
         for name in handle.keys():  # noqa: SIM118 (a method, not a dict)
             here, info = handle.get_slice(name), tensors.get(name)
@@ -276,7 +327,7 @@ def _pieces(path: Path, handles: Sequence[Any], tensors: Mapping[str, TensorInfo
             if info is None or here.get_dtype() != DTYPE_NAMES[info.dtype] or not _within(box, info.shape):
                 wrong.add(name)
             else:
-                pieces[name].append(_Piece(handle, box))
+                pieces[name].append(_Piece(file, box))
     # What was written does not overlap: if there are as many numbers as there must be, all are there.
     wrong |= {name for name, info in tensors.items() if sum(map(_size, pieces[name])) != prod(info.shape)}
     if wrong:
@@ -294,21 +345,19 @@ def _within(box: Box, shape: tuple[int, ...]) -> bool:
     return len(box) == len(shape) and all(0 <= b.start <= b.stop <= size for b, size in zip(box, shape, strict=True))
 
 
-def _listed(folder: Path, stretch: Stretch) -> dict[Path, tuple[int, str]]:
-    """Return the files of a stretch, and the size and the hash that each must have."""
-    path = folder / stretch.file
-    if not stretch.sharded:
-        return {path: (stretch.size_bytes, stretch.sha256)}
+def _listed(folder: Path, name: str, sha256: str) -> dict[Path, tuple[int | None, str]]:
+    """Return the files of a stretch, and the size and the hash that each must have, as far as they are known."""
+    path = folder / name
+    if name.endswith(".safetensors"):
+        return {path: (None, sha256)}
     with _missing(path / PARTS):
         text = (path / PARTS).read_bytes()
-    if hashlib.sha256(text).hexdigest() != stretch.sha256:
-        raise RecordError(
-            f"{path / PARTS} must have the SHA-256 in the manifest: it is damaged, restore it from a copy"
-        )
+    if not hashlib.sha256(text).hexdigest().startswith(sha256):
+        raise RecordError(_DAMAGED.format(path=path / PARTS))
     parts = json.loads(text)
-    if not all(_PART.fullmatch(name) for name in parts):
-        raise RecordError(f"{path / PARTS} must name the files beside it (got {sorted(parts)[:5]})")
-    return {path / name: (part["size_bytes"], part["sha256"]) for name, part in parts.items()}
+    if not all(_PART.fullmatch(part) for part in parts):
+        raise RecordError(f"{path / PARTS} must name the files in its folder (got {sorted(parts)[:5]})")
+    return {path / part: (entry["size_bytes"], entry["sha256"]) for part, entry in parts.items()}
 
 
 @contextmanager
@@ -322,8 +371,8 @@ def _missing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def check_size(folder: Path, stretch: Stretch) -> list[Path]:
-    """See that the files of a stretch are there and have their full size, and return them.
+def check_size(folder: Path, stretch: Stretch) -> dict[Path, str]:
+    """See that the files of a stretch are there and have their full size; return them with their hashes.
 
     Args:
         folder: Of the record.
@@ -332,31 +381,51 @@ def check_size(folder: Path, stretch: Stretch) -> list[Path]:
     Raises:
         RecordError: If not.
     """
-    files = _listed(folder, stretch)
-    for path, (expected, _) in files.items():
+    files = _listed(folder, stretch.file, stretch.sha256)
+    for path, (size, _) in files.items():
+        expected = stretch.size_bytes if size is None else size
         with _missing(path):
             size_bytes = path.stat().st_size
         if size_bytes != expected:
             raise RecordError(
                 f"{path} must have {expected} bytes (got {size_bytes}): it is damaged, restore it from a copy"
             )
-    return list(files)
+    return {path: sha256 for path, (_, sha256) in files.items()}
 
 
-def check_content(folder: Path, stretch: Stretch) -> None:
-    """See that the files of a stretch hold what was written, by their hashes.
+def hash_in(name: str) -> str:
+    """Return the digits of the hash that are in the name of a stretch's file or folder.
+
+    Args:
+        name: As in the manifest.
+
+    Example:
+        >>> hash_in("0000000000-0000004096-d77a7f3a8f1f7b0a.safetensors")
+        'd77a7f3a8f1f7b0a'
+    """
+    return name.removesuffix(".safetensors").rpartition("-")[2]
+
+
+def check_content(folder: Path, name: str, sha256: str) -> None:
+    """See that the files of a stretch hold what was written.
 
     Args:
         folder: Of the record.
-        stretch: Which.
+        name: Of the file or folder, as in the manifest.
+        sha256: Its hash, or the first digits of that.
 
     Raises:
         RecordError: If not.
     """
-    check_size(folder, stretch)
-    for path, (_, sha256) in _listed(folder, stretch).items():
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise RecordError(
-                    f"{path} must have the SHA-256 in the manifest: it is damaged, restore it from a copy"
-                )
+    for path, (_, expected) in _listed(folder, name, sha256).items():
+        _check_hash(path, expected)
+
+
+def _check_hash(path: Path, sha256: str) -> None:
+    with _missing(path), path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(sha256):
+        raise RecordError(_DAMAGED.format(path=path))
+
+
+_DAMAGED = "{path} must have the SHA-256 in the manifest: it is damaged, restore it from a copy"

@@ -3,6 +3,7 @@
 This file knows JSON and what must hold of a record; it does not open the files that the manifest names.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -42,6 +43,8 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# How the text of a manifest ends: with the hash of the text without this line.
+_OWN_SHA256 = re.compile(r',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
 STRETCH_FILE = re.compile(r"\d{10,20}-\d{10,20}-[0-9a-f]{16}(\.safetensors)?")
 _COUNTERS = (
     TimeUnit.ITERATION,
@@ -232,6 +235,12 @@ class Manifest:
             self.per_level is None or self.per_level >= 1,
             f"per_level must be at least 1, or None to merge nothing (got {self.per_level!r})",
         )
+        for name, info in self.tensors.items():
+            _require(
+                info.dtype in DTYPE_NAMES,
+                f"a record cannot keep {name!r} as {info.dtype}: leave it out with the policy, or convert it to one of "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPE_NAMES)}",
+            )
         for alias, name in self.aliases.items():
             _require(
                 alias not in self.tensors and name in self.tensors,
@@ -262,7 +271,8 @@ class Manifest:
             "stretches": [stretch.to_plain() for stretch in self.stretches],
             "pins": {name: {"files": list(pin.files), "path": pin.path} for name, pin in self.pins.items()},
         }
-        return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return text.removesuffix("\n}\n") + f',\n "sha256": "{_sha256_of(text)}"\n}}\n'
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -272,7 +282,8 @@ class Manifest:
             text: What ``to_json`` returned, or what claims to be that.
 
         Raises:
-            RecordError: If it is no manifest, one of a later version, or anything in it is not as it must be.
+            RecordError: If it is no manifest, one of a later version, anything in it is not as it must be, or it does
+                not have the hash that it ends with. Manifests of older versions of polyak end without one.
         """
         try:
             plain = json.loads(text)
@@ -289,10 +300,11 @@ class Manifest:
             "later one",
         )
         names = ("format", "version", "per_level", "max_duration", "tensors", "aliases", "stretches", "pins")
+        own_sha256 = plain.pop("sha256", None)
         entry = _fields(plain, "the manifest", names)
         per_level, max_duration, stretches = entry["per_level"], entry["max_duration"], entry["stretches"]
         _require(isinstance(stretches, list), f"stretches must be a list (got {type(stretches).__name__})")
-        return cls(
+        manifest = cls(
             tensors={
                 name: _tensor_info(info, f"tensors[{name!r}]") for name, info in _object(entry["tensors"], "tensors")
             },
@@ -304,6 +316,21 @@ class Manifest:
             stretches=tuple(Stretch.from_plain(one, f"stretches[{i}]") for i, one in enumerate(stretches)),
             pins={name: _pin(pin, f"pins[{name!r}]") for name, pin in _object(entry["pins"], "pins")},
         )
+        _require(
+            own_sha256 is None or _has_own_sha256(text),
+            "a manifest must have the SHA-256 that it ends with: it is damaged, restore it from a copy; if it was "
+            'edited on purpose, remove its "sha256"',
+        )
+        return manifest
+
+
+def _sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _has_own_sha256(text: str) -> bool:
+    end = _OWN_SHA256.search(text)
+    return end is not None and _sha256_of(text[: end.start()] + "\n}\n") == end[1]
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -9,16 +9,18 @@ import hashlib
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from polyak.errors import MismatchError
+from polyak.errors import MismatchError, PlanWarning
 from polyak.record.files import (
     PASSING,
     Box,
@@ -111,6 +113,8 @@ class Writer:
         max_duration: The length of the run, if known.
         aliases: Further names of tied tensors, and the name that each is kept under.
         ranks: That write it together, in a group that is this writer's alone; None for one process.
+        anew: Whether to begin an empty record. One that is there already is moved to a folder in this one,
+            ``backup-1`` or the next number that is free, where it can be read.
 
     Raises:
         RecordError: If another writer is at it, the folder cannot be written, or holds a record that cannot be read,
@@ -136,22 +140,25 @@ class Writer:
         max_duration: Time | None = None,
         aliases: Mapping[str, str] | None = None,
         ranks: Ranks | None = None,
+        anew: bool = False,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # for good, also if the program changes its directory
         self._lock: Lock | None = None
         self._writers = Alone() if ranks is None else _together(ranks)
         try:
             wanted = Manifest(dict(tensors), per_level, max_duration, dict(aliases or {}))
-            self._manifest = self._writers.first(lambda: self._opened(wanted))
+            self._manifest = self._writers.first(lambda: self._opened(wanted, anew=anew))
             self._writers.agree(f"the record in {self.folder}", self._facts(wanted))
         except BaseException:
             self.close()
             raise
 
-    def _opened(self, wanted: Manifest) -> Manifest:
+    def _opened(self, wanted: Manifest, *, anew: bool) -> Manifest:
         with disk_errors(f"opening {self.folder} to record"):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = Lock(self.folder)
+            if anew:
+                move_to_backup(self.folder)
             return self._open(wanted)
 
     def _facts(self, wanted: Manifest) -> dict[str, Any]:
@@ -189,6 +196,12 @@ class Writer:
         """What is kept for checkpoints, by name."""
         return self._manifest.pins
 
+    def _check_lock(self) -> None:
+        """See that the folder is still this writer's, before anything in it is changed."""
+        if self._lock is None:
+            raise RecordError(f"a Writer must be open to change a record, and that of {self.folder} was closed")
+        self._lock.check()
+
     def append(self, tensors: Mapping[str, Tensor], start: Edge, end: Edge) -> Stretch:
         """Write a stretch, and merge what has aged. If this fails, the record is as before and it may be tried again.
 
@@ -216,6 +229,7 @@ class Writer:
                 )
             start = last  # the same moment, which a host may by now call the start of the next epoch
         with self._failing_cleanly(f"adding a stretch to {self.folder}"):
+            # What is merged is compared with its hash first, so that damage does not get into a file with a new hash.
             stretch = self._write(_given(tensors), tensors, start, end, level=0)
             stretches = self._merge([*manifest.stretches, stretch], tensors)
             self._commit(replace(manifest, stretches=tuple(stretches)))
@@ -359,6 +373,7 @@ class Writer:
 
     def _replace(self, manifest: Manifest) -> None:
         """Put ``manifest`` in the place of the one on disk, then delete what it no longer names."""
+        self._check_lock()
         flush_folder(self.folder)  # so that no manifest is on disk before the files it names
         passing = self.folder / f"{MANIFEST}{PASSING}"
         with passing.open("w", encoding="utf-8") as file:
@@ -374,10 +389,13 @@ class Writer:
     def _failing_cleanly(self, doing: str) -> Iterator[None]:
         try:
             with disk_errors(doing):
+                self._writers.first(self._check_lock)
                 yield
         except BaseException:
             if self._writers.is_first:
-                self._clean(self._manifest)
+                with suppress(OSError):  # what is in a folder that is not ours (any more) stays
+                    self._check_lock()
+                    self._clean(self._manifest)
             raise
 
     def _clean(self, manifest: Manifest) -> None:
@@ -388,6 +406,37 @@ class Writer:
                 ours = STRETCH_FILE.fullmatch(path.name) and path.name not in named
                 if ours or _PASSING_STRETCH.fullmatch(path.name) or path.name == f"{MANIFEST}{PASSING}":
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def move_to_backup(folder: Path) -> None:
+    """Move a record out of the way, to a folder in its own; warn where it is. An empty one is deleted.
+
+    Args:
+        folder: Of the record, whose lock must be held.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
+    files = [path for path in folder.iterdir() if STRETCH_FILE.fullmatch(path.name)]
+    manifest = folder / MANIFEST
+    if not files:
+        manifest.unlink(missing_ok=True)
+        return
+    # A backup without a manifest, which comes last, is one that a process was moving when it was killed.
+    backups = (folder / f"backup-{n}" for n in count(1))
+    backup = next(path for path in backups if not (path / MANIFEST).exists())
+    backup.mkdir(exist_ok=True)
+    for path in files:
+        path.replace(backup / path.name)
+    if manifest.exists():
+        manifest.replace(backup / MANIFEST)
+    flush_folder(backup)
+    warnings.warn(
+        f"{folder} had a record of a run that left no checkpoint to resume from: a new one begins, and the old one is "
+        f"now in {backup}; delete it if it is not needed",
+        PlanWarning,
+        stacklevel=2,
+    )
 
 
 def _together(ranks: Ranks) -> "Together":

@@ -2,6 +2,8 @@
 
 from polyak.trainer.callback import Callback
 from polyak.trainer.checkpoint import CheckpointSaver
+from polyak.trainer.clipping import GradientClipping
+from polyak.trainer.evaluation import Evaluator
 from polyak.trainer.loggers import ConsoleLogger, JSONLinesLogger, Logger, TensorBoardLogger
 from polyak.trainer.progress import ProgressBar
 from polyak.trainer.state import TrainerState
@@ -11,6 +13,8 @@ __all__ = [
     "Callback",
     "CheckpointSaver",
     "ConsoleLogger",
+    "Evaluator",
+    "GradientClipping",
     "JSONLinesLogger",
     "Logger",
     "ProgressBar",

@@ -11,7 +11,8 @@ from polyak.trainer.state import TrainerState
 class Callback:
     """Something that follows training: define a method named as an event, and it is called then.
 
-    The methods take ``(state, logger)``. They run after the algorithms of the same event.
+    The methods take ``(state, logger)``. They run after the algorithms of the same event. ``close(state, logger)`` and
+    ``post_close()`` are called by ``Trainer.close``.
 
     Example:
         >>> class SayHello(Callback):
@@ -31,12 +32,23 @@ class Callback:
         if method is not None:
             method(state, logger)
 
+    def close(self, state: TrainerState, logger: MetricLogger) -> None:
+        """Finish, when the trainer is closed: flush, and let go of what is held.
+
+        Args:
+            state: What there is.
+            logger: Where to log.
+        """
+
+    def post_close(self) -> None:
+        """Let go of what others may have used while they closed."""
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what going on depends on, as tensors and plain containers."""
+        """Return what a resumed run depends on, as tensors and plain containers."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned.
+        """Resume from what ``state_dict`` returned.
 
         Args:
             state: As saved.

@@ -1,11 +1,11 @@
 """Checkpoints of the trainer: one file each, or a folder where tensors are in shards; written whole or not at all."""
 
+import hashlib
 import os
-import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,30 @@ from torch.optim import Optimizer
 
 from polyak import sharding
 from polyak.algorithm import MetricLogger
-from polyak.errors import CheckpointError
+from polyak.errors import CheckpointError, PlanWarning
 from polyak.events import Event
 from polyak.select import slots, unwrap
 from polyak.sharding import is_spread
 from polyak.swap import swap_of
-from polyak.time import Time, as_span
+from polyak.time import Time
+from polyak.trainer import checksums
 from polyak.trainer.callback import Callback
 from polyak.trainer.parallel import Group, laid_out
-from polyak.trainer.state import TrainerState, every
+from polyak.trainer.state import TrainerState, ends_run, or_at_the_end, question
 
-_FORMAT = 2
+_FORMAT = 3
+_WITHOUT_CHECKSUMS = 2  # a format that is read too
 _NAME = re.compile(r"ep(\d+)-ba(\d+)(\.pt)?")
 # In a folder: all but the sharded tensors, in whose places there are mappings of this one key.
 _REST = "rest.pt"
 _SHARDED = "polyak_sharded"
+# In the same file: the hashes of the other files in the folder.
+_FILES = "polyak_files"
+_UNREADABLE = "it cannot be read"
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint file that is not what was written."""
 
 
 def model_entries(model: nn.Module) -> dict[str, Any]:
@@ -65,12 +74,13 @@ def load_model(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     inner.load_state_dict(_fitted(weights, inner.state_dict(keep_vars=True)))
 
 
-def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], saved_dtypes: Mapping[int, torch.dtype]) -> None:
     """Load an optimizer's state, however it and the parameters are divided over ranks.
 
     Args:
         optimizer: Over as many parameters.
         state: As saved.
+        saved_dtypes: In which its parameters were saved, by ``id``.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     fitted = {
@@ -78,6 +88,37 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": fitted})
+    for index, values in fitted.items():
+        if index < len(parameters) and parameters[index].dtype == saved_dtypes.get(id(parameters[index])):
+            own = optimizer.state.get(parameters[index])
+            if isinstance(own, dict):
+                own.update({name: _as_saved(values.get(name), loaded) for name, loaded in own.items()})
+
+
+def saved_dtypes(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[int, torch.dtype]:
+    """Return the dtype in which each of a model's parameters was saved, by the parameter's ``id``.
+
+    Args:
+        model: Wrapped or not.
+        weights: As saved.
+    """
+    named = unwrap(model).named_parameters(remove_duplicate=False)
+    return {id(parameter): weights[name].dtype for name, parameter in named if name in weights}
+
+
+def _as_saved(saved: Any, loaded: Any) -> Any:
+    """Return what an optimizer loaded, with tensors in the dtypes in which they were saved.
+
+    torch casts them to the parameter's. But of a parameter that has not changed its dtype they are right as they were:
+    NAdam has a float32 number for a float64 parameter, and loses digits of it for a bfloat16 one.
+    """
+    if isinstance(loaded, Tensor) and isinstance(saved, Tensor) and loaded.dtype != saved.dtype:
+        return saved.to(loaded.device)
+    if isinstance(loaded, (list, tuple)) and isinstance(saved, (list, tuple)) and len(loaded) == len(saved):
+        return type(loaded)(_as_saved(a, b) for a, b in zip(saved, loaded, strict=True))
+    if isinstance(loaded, dict) and isinstance(saved, Mapping):
+        return {key: _as_saved(saved.get(key), value) for key, value in loaded.items()}
+    return loaded
 
 
 def _fitted(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -125,6 +166,7 @@ def write(checkpoint: Mapping[str, Any], path: Path, group: Group) -> None:
         if sharded:
             group.once(f"write {path}", lambda: _begin_folder(draft))
             _write_shards(sharded, draft)
+            rest[_FILES] = _hashes_of_new(draft, group)
         group.once(f"write {path}", lambda: _finish(rest, draft, path, folder=bool(sharded)))
     except BaseException:
         if group.rank == 0:
@@ -154,8 +196,9 @@ def _finish(rest: Mapping[str, Any], draft: Path, path: Path, *, folder: bool) -
     if not folder:
         path.parent.mkdir(parents=True, exist_ok=True)
         _discard(draft)
-    with (draft / _REST if folder else draft).open("wb") as file:
+    with (draft / _REST if folder else draft).open("w+b") as file:
         torch.save(rest, file)
+        checksums.append(file)
         file.flush()
         os.fsync(file.fileno())
     if folder:
@@ -225,25 +268,115 @@ def read(path: Path, group: Group | None = None) -> dict[str, Any]:
 
     Args:
         path: The file or folder.
-        group: Ranks among which the sharded tensors are divided, each reading what it gets; None reads them whole.
+        group: Ranks among which the sharded tensors are divided, each reading what it gets; None reads all of them.
 
     Raises:
-        CheckpointError: If it is absent, or not such a checkpoint.
+        CheckpointError: If it is absent, damaged, or not such a checkpoint. All ranks raise it.
     """
+    checkpoint: dict[str, Any] = {}
+    error: CheckpointError | None = None
     try:
-        checkpoint = torch.load(path / _REST if path.is_dir() else path, map_location="cpu", weights_only=True)
+        checkpoint = _read_rest(path, verify=group is None or group.rank == 0)
+    except CheckpointError as raised:
+        error = raised
+    errors = [error] if group is None else group.each(None if error is None else type(error)(str(error)))
+    if error is not None:
+        raise error
+    for other in filter(None, errors):
+        raise other
+    if not path.is_dir():
+        return checkpoint
+    _check_files(checkpoint, path, group)
+    return _read_shards(checkpoint, path, group)
+
+
+def read_newest(paths: Sequence[Path], group: Group) -> tuple[Path, dict[str, Any]]:
+    """Read the newest checkpoint that is not damaged; warn of those that are. Return it after its path.
+
+    Args:
+        paths: Of the checkpoints, newest first; at least one.
+        group: As for ``read``.
+
+    Raises:
+        CheckpointError: If one is not a checkpoint of the trainer, or all are damaged; that names the newest.
+    """
+    newest: DamagedCheckpointError | None = None
+    for path in paths:
+        try:
+            checkpoint = read(path, group)
+        except DamagedCheckpointError as error:
+            newest = newest or error
+            continue
+        if newest is not None:
+            warnings.warn(f"{newest}; the run resumes from {path}, an older one", PlanWarning, stacklevel=4)
+        return path, checkpoint
+    assert newest is not None
+    raise newest
+
+
+def _read_rest(path: Path, *, verify: bool) -> dict[str, Any]:
+    file = path / _REST if path.is_dir() else path
+    try:
+        has_checksum = checksums.verify(file) if verify else True
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         if path.is_dir():
-            raise CheckpointError(f"{path} must be a checkpoint of polyak.Trainer; it has no {_REST}") from None
+            raise DamagedCheckpointError(f"{path} must be a checkpoint of polyak.Trainer; it has no {_REST}") from None
         raise CheckpointError(f"a checkpoint must exist to be loaded (there is no {path})") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} must be a checkpoint of polyak.Trainer; it cannot be read: {error}") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("polyak_checkpoint") != _FORMAT:
+    except PermissionError as error:
+        raise CheckpointError(f"{file} must be readable to be loaded ({error}): change its permissions") from error
+    except Exception as error:  # what torch raises for a file that is cut off or damaged is not specified
+        raise DamagedCheckpointError(
+            f"{file} must be a checkpoint of polyak.Trainer; it cannot be read: {error}"
+        ) from error
+    found = checkpoint.get("polyak_checkpoint") if isinstance(checkpoint, dict) else None
+    if found not in (_FORMAT, _WITHOUT_CHECKSUMS):
         raise CheckpointError(
-            f"{path} must be a checkpoint of polyak.Trainer in format {_FORMAT}; to begin from other weights, load "
+            f"{file} must be a checkpoint of polyak.Trainer in format {_FORMAT}; to begin from other weights, load "
             "them into the model before"
         )
-    return _read_shards(checkpoint, path, group) if path.is_dir() else checkpoint
+    if found == _FORMAT and not has_checksum:
+        raise DamagedCheckpointError(f"{file} must end with its SHA-256, and does not: it is damaged")
+    return checkpoint
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _hashes(folder: Path, names: Sequence[str], group: Group | None) -> dict[str, str]:
+    """Return the hashes of files in a folder; each is read by one rank. Of one that cannot be read, return why."""
+    rank, size = (0, 1) if group is None else (group.rank, group.size)
+    own = {name: _hash(folder / name) for name in names[rank::size]}
+    return {name: found for of_rank in ([own] if group is None else group.each(own)) for name, found in of_rank.items()}
+
+
+def _hashes_of_new(folder: Path, group: Group) -> dict[str, str]:
+    found = _hashes(folder, group.first(_names(folder) if group.rank == 0 else []), group)
+    unreadable = {name: why for name, why in found.items() if why.startswith(_UNREADABLE)}
+    if unreadable:
+        raise CheckpointError(f"all ranks must see the files that are written to {folder} (got {unreadable})")
+    return found
+
+
+def _hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"{_UNREADABLE}: {error.strerror}"
+
+
+def _check_files(checkpoint: dict[str, Any], folder: Path, group: Group | None) -> None:
+    """See that the files of a folder have the hashes they had when they were written."""
+    expected = checkpoint.pop(_FILES, {})
+    found = _hashes(folder, sorted(expected), group)
+    wrong = {name: found[name] for name in expected if found[name] != expected[name]}
+    for name, got in sorted(wrong.items()):
+        raise DamagedCheckpointError(
+            f"{folder / name} must have the SHA-256 {expected[name]}, as when the checkpoint was written (got {got}): "
+            "it is damaged"
+        )
 
 
 def _read_shards(checkpoint: dict[str, Any], folder: Path, group: Group | None) -> dict[str, Any]:
@@ -258,7 +391,10 @@ def _read_shards(checkpoint: dict[str, Any], folder: Path, group: Group | None) 
         whole = _with_sharded(checkpoint, lambda shape, dtype: sharding.empty(shape, dtype, mesh), made)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-        dcp.load(made, storage_reader=dcp.FileSystemReader(folder), no_dist=group is None or group.kind is None)
+        try:
+            dcp.load(made, storage_reader=dcp.FileSystemReader(folder), no_dist=group is None or group.kind is None)
+        except (Exception, dcp.CheckpointException) as error:  # the second is no Exception
+            raise DamagedCheckpointError(f"the shards in {folder} cannot be read: {error}") from error
     return whole
 
 
@@ -272,8 +408,9 @@ class CheckpointSaver(Callback):
     Args:
         folder: Where to save; checkpoints are named by epochs and batches, as ``ep1-ba500.pt``, or ``ep1-ba500`` for
             a folder. All ranks must see it.
-        save_interval: A time in any unit, saved at the ends of epochs for ``ep`` and of batches for others; or a
-            function of the state and the event (``BATCH_CHECKPOINT`` or ``EPOCH_CHECKPOINT``) that says when.
+        save_interval: A time in any unit, or epochs as a number, saved at the ends of epochs for ``ep`` and of batches
+            for others; or a function that says when, of the state and the event (``BATCH_CHECKPOINT`` or
+            ``EPOCH_CHECKPOINT``).
         keep: How many of the newest to keep; None keeps all.
 
     Raises:
@@ -284,19 +421,19 @@ class CheckpointSaver(Callback):
     def __init__(
         self,
         folder: str | Path,
-        save_interval: str | Time | Callable[[TrainerState, Event], bool] = "1ep",
+        save_interval: str | Time | int | Callable[[TrainerState, Event], bool] = "1ep",
         keep: int | None = None,
     ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be None or at least 1 (got {keep})")
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # for good, also if the program changes its directory
         self.keep = keep
-        self.save_interval: Callable[[TrainerState, Event], bool]
-        if callable(save_interval):
+        self.save_interval: Callable[[TrainerState, Event], Any]
+        if not isinstance(save_interval, (str, int, Time)) and callable(save_interval):
             self.save_interval = save_interval
         else:
-            interval = as_span("save_interval", save_interval, above=0, whole=True)
-            self.save_interval = every(interval, at=(Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT))
+            due = question("save_interval", save_interval, at=(Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT))
+            self.save_interval = or_at_the_end(due)
 
     def run_event(self, event: Event, state: TrainerState, logger: MetricLogger) -> None:
         """Save if due; at the beginning, remove what is left of a save that was cut off.
@@ -313,7 +450,7 @@ class CheckpointSaver(Callback):
                 _discard(draft)
         # Asked by its truth: it may answer with another library's bool.
         if event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and (
-            self.save_interval(state, event) or state.finished
+            self.save_interval(state, event) or ends_run(state, event)
         ):
             self._save(state)
 
@@ -334,5 +471,8 @@ class CheckpointSaver(Callback):
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint in the folder, if there is one."""
-        saved = self._saved()
-        return saved[-1][1] if saved else None
+        return next(iter(self.newest_first()), None)
+
+    def newest_first(self) -> list[Path]:
+        """Return the checkpoints in the folder, the newest first."""
+        return [path for _, path in reversed(self._saved())]

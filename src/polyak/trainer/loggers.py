@@ -83,7 +83,7 @@ class JSONLinesLogger(Destination):
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # for good, also if the program changes its directory
         self._size: int | None = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -127,7 +127,7 @@ class TensorBoardLogger(Destination):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = folder
+        self._folder = folder if "://" in str(folder) else Path(folder).absolute()  # else it may be a bucket
         self._writer: Any = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:

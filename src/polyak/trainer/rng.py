@@ -1,5 +1,6 @@
 """The states of all random number generators that a training loop may draw from."""
 
+import os
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,13 @@ def seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(seed)
+
+
+def use_deterministic_algorithms() -> None:
+    """Let torch use deterministic algorithms alone, from now on in this process; slower, and some raise an error."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 def generators_of(loader: object) -> list[torch.Generator]:
@@ -84,7 +92,11 @@ def preserved(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
     try:
         yield
     finally:
-        set_state(state, generators)
+        try:
+            set_state(state, generators)
+        except BaseException:  # such as an interrupt halfway
+            set_state(state, generators)
+            raise
 
 
 class Stream:

@@ -1,16 +1,13 @@
-"""Models that are spread over processes: the part of a tensor that is here, and what the ranks must agree on.
+"""Tensors that are sharded over processes: the local shard, and copies between layouts.
 
-The core works on local tensors and communicates nothing. What is here is for the moments between: a loan, a state.
-torch's own classes are asked for only where somebody has imported them, which costs half of what importing torch does.
+The core works on local shards and communicates nothing. What communicates here is for the moments between updates: a
+swap, a checkpoint. torch's own classes are looked up only where somebody has imported them, which costs half of what
+importing torch does.
 """
 
-import math
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
-
-T = TypeVar("T")
 
 # Bytes that one broadcast takes together: what it needs beside the tensors.
 _BUCKET_BYTES = 32 * 2**20
@@ -58,10 +53,11 @@ def has_spread(state: Any) -> bool:
 
 
 def whole(state: Any) -> Any:
-    """Return a state with whole tensors on the CPU in place of those that are spread over ranks. All must call this.
+    """Return a state with full tensors on the CPU in place of sharded ones. All ranks that hold shards must call this.
 
     Args:
-        state: Tensors and other things, in mappings and sequences. Only the first rank gets the tensors.
+        state: Tensors and other things, in mappings and sequences. Only the first rank of a tensor's mesh, which need
+            not have all ranks, gets the full one; the others get an empty one.
     """
     if isinstance(state, Mapping):
         return {key: whole(value) for key, value in state.items()}
@@ -73,7 +69,8 @@ def whole(state: Any) -> Any:
     part = beside(state, local(state).to(state.device_mesh.device_type))
     assert is_spread(part)
     gathered = part.full_tensor()
-    return gathered.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0)
+    coordinate = state.device_mesh.get_coordinate()
+    return torch.empty(0) if coordinate is None or any(coordinate) else gathered.cpu()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -203,11 +200,19 @@ def gather(tensors: Sequence[Tensor], mesh: "DeviceMesh") -> None:
     """
     chunks = [_chunks(tensor, mesh.size()) for tensor in tensors]
     for rank in range(mesh.size()):
-        _broadcast([of_ranks[rank] for of_ranks in chunks], rank, mesh.get_group(), None)
+        broadcast([of_ranks[rank] for of_ranks in chunks], rank, mesh.get_group(), None)
 
 
-def _broadcast(tensors: Iterable[Tensor], source: int, group: "ProcessGroup", device: torch.device | None) -> None:
-    """Overwrite tensors with those of one rank, many in one message."""
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor], source: int, group: "ProcessGroup", device: torch.device | None) -> None:
+    """Overwrite tensors with those of one rank, many in one message.
+
+    Args:
+        tensors: Of the same shapes on all ranks.
+        source: Whose; its number in the group.
+        group: The ranks.
+        device: Where the messages are; None for that of the tensors.
+    """
     own = torch.distributed.get_rank(group) == source
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(device)
@@ -279,161 +284,3 @@ def reshard_after_an_error(model: nn.Module) -> None:
                 f"torch {torch.__version__} cannot do and 2.13 can; stop, and go on from a checkpoint"
             )
         root.reset_iter_state()
-
-
-# Ranks
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that train one model together, and so must agree on its average.
-
-    Args:
-        group: They.
-        device: Where tensors are for a message among them.
-        replicas: Whether each has the whole model.
-    """
-
-    group: "ProcessGroup"
-    device: torch.device
-    replicas: bool
-
-    @classmethod
-    def of(cls, model: nn.Module) -> "Ranks | None":
-        """Return those that train ``model``; None if it is one process, or that cannot be seen from the model.
-
-        Args:
-            model: As it is trained, in its ``DistributedDataParallel`` if it has one.
-        """
-        if not is_initialized():
-            return None
-        group, replicas = torch.distributed.group.WORLD, False
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            group, replicas = model.process_group, True
-        elif not any(is_spread(tensor) for tensor in model.parameters()) and not is_fsdp(model):
-            return None
-        assert group is not None
-        on_gpu = torch.distributed.get_backend(group) == torch.distributed.Backend.NCCL
-        device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        return cls(group, device, replicas) if group.size() > 1 else None
-
-    @property
-    def rank(self) -> int:
-        """This process's number among them."""
-        return self.group.rank()
-
-    def share(self, tensor: Tensor) -> float:
-        """Return the share of a local part in a sum over all ranks in which each element is to count once.
-
-        Args:
-            tensor: Spread over these ranks, or the same on each.
-        """
-        parts = 1
-        if is_spread(tensor):
-            sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-            parts = math.prod(size for size, placement in sizes if not placement.is_replicate())
-        return parts / self.group.size()
-
-    def total(self, tensor: Tensor) -> Tensor:
-        """Return the sum of what all ranks give. All must give something.
-
-        Args:
-            tensor: That of this one.
-        """
-        sum_of_all = tensor.to(self.device, copy=True)
-        torch.distributed.all_reduce(sum_of_all, group=self.group)
-        return sum_of_all
-
-    def sums(self, number: int) -> list[int]:
-        """Return the number of each rank. All must ask.
-
-        Args:
-            number: That of this one.
-        """
-        said = [torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(self.group.size())]
-        torch.distributed.all_gather(said, torch.tensor(number, device=self.device), self.group)
-        return [int(one) for one in said]
-
-    def agree(self, what: str, facts: Mapping[str, Any]) -> None:
-        """Check that all ranks say the same. All must ask; where they differ, all raise.
-
-        Args:
-            what: What they must agree on, for the error.
-            facts: By name; a fact may itself be a mapping.
-
-        Raises:
-            ShardingError: If they do not; it says which rank says what.
-        """
-        digest = zlib.crc32(repr(sorted(facts.items())).encode())
-        extremes = torch.tensor([digest, -digest], dtype=torch.int64, device=self.device)
-        torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, self.group)
-        if extremes[0] == -extremes[1]:
-            return
-        said: list[Any] = [None] * self.group.size()
-        torch.distributed.all_gather_object(said, dict(facts), self.group)
-        raise ShardingError(f"all ranks must agree on {what}:\n" + "\n".join(_differences("", said)))
-
-    def first(self, act: Callable[[], T]) -> T:
-        """Return what ``act`` returns on the first rank; where it fails there, all raise. All must call this.
-
-        Args:
-            act: Done by the first alone; its result must be one that can be pickled.
-
-        Raises:
-            ShardingError: On the other ranks, if it failed.
-        """
-        said: list[Any] = [None, None]
-        failure: Exception | None = None
-        if self.rank == 0:
-            try:
-                said[0] = act()
-            except Exception as error:  # whatever it is, the others must not wait for ever
-                failure, said[1] = error, str(error)
-        torch.distributed.broadcast_object_list(said, group=self.group, group_src=0, device=self.device)
-        if failure is not None:
-            raise failure
-        if said[1] is not None:
-            raise ShardingError(f"the first rank must succeed for all, and it failed: {said[1]}")
-        return said[0]
-
-    def apart(self) -> "Ranks":
-        """Return the same ranks in a group of their own, for a thread beside training's. All must call this."""
-        members = torch.distributed.get_process_group_ranks(self.group)
-        # Not by `use_local_synchronization`: its name for a group comes again after `disband`, and with it what the one
-        # before left in the store, such as addresses.
-        group = torch.distributed.new_group(members, backend="gloo")
-        assert isinstance(group, torch.distributed.ProcessGroup)  # every caller is a member
-        return Ranks(group, torch.device("cpu"), self.replicas)
-
-    def disband(self) -> None:
-        """Let go of a group that ``apart`` made."""
-        with suppress(ValueError):  # it went when all groups did
-            torch.distributed.destroy_process_group(self.group)
-
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors with those of the first rank. All must take part.
-
-        Args:
-            tensors: Of the same shapes on all ranks.
-        """
-        with torch.no_grad():
-            _broadcast(tensors, 0, self.group, self.device)
-
-
-_MOST_LINES = 8
-
-
-def _differences(name: str, said: Sequence[Any]) -> list[str]:
-    """Return a line for each fact in which not all ranks say the same."""
-    if all(one == said[0] for one in said):
-        return []
-    if all(isinstance(one, Mapping) for one in said):
-        keys = sorted({key for one in said for key in one})
-        lines = [line for key in keys for line in _differences(f"{name} {key}".strip(), [one.get(key) for one in said])]
-        return lines if len(lines) <= _MOST_LINES else [*lines[:_MOST_LINES], f"  and {len(lines) - _MOST_LINES} more"]
-    ranks = dict[str, list[str]]()
-    for rank, one in enumerate(said):
-        ranks.setdefault("nothing" if one is None else str(one), []).append(str(rank))
-    fewest_first = sorted(ranks.items(), key=lambda item: len(item[1]))
-    parts = (f"{'ranks' if len(who) > 1 else 'rank'} {', '.join(who)}: {value}" for value, who in fewest_first)
-    return [f"  {name}: " + "; ".join(parts)]

@@ -1,0 +1,13 @@
+"""Averages that other libraries saved: their files are recognised, read without running code, and kept as safetensors.
+
+``formats`` has what libraries write, and ``shapes`` what training scripts do. ``files.load`` opens a file safely;
+``pickles`` reads a pickle as data, without importing or calling anything that it names.
+"""
+
+from polyak.readers.files import load
+from polyak.readers.formats import READERS, training_weights
+from polyak.readers.found import Averaged
+from polyak.readers.reading import read
+from polyak.readers.writing import write
+
+__all__ = ["READERS", "Averaged", "load", "read", "training_weights", "write"]

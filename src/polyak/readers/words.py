@@ -1,0 +1,51 @@
+"""How names and values out of files are shown: short, and without what a terminal would obey."""
+
+from collections.abc import Iterable
+from pathlib import PurePath
+
+
+def shown(value: object, most: int = 80) -> str:
+    r"""Return it as text for an error or a note, with what is not printable escaped, and not too long.
+
+    Args:
+        value: Text, an error, a number; a path, as a whole; a container, of which only the kind is shown.
+        most: How many characters are shown of text.
+
+    Example:
+        >>> shown("\x1b[2Jweight"), shown([1, 2]), shown(3.0)
+        ('\\x1b[2Jweight', 'a list', '3.0')
+    """
+    if isinstance(value, PurePath):
+        return printable(str(value))
+    if isinstance(value, (str, bytes, BaseException)):
+        text = str(value)[: most + 1]
+    elif isinstance(value, float) or value is None or (isinstance(value, int) and abs(value) < 1 << 64):
+        text = str(value)
+    else:
+        return f"a {type(value).__name__}"
+    escaped = printable(text)
+    return escaped if len(text) <= most else f"{escaped[:most]}..."
+
+
+def printable(text: str) -> str:
+    r"""Return text with what is not printable escaped: a terminal obeys nothing in it, and shows all of it.
+
+    Args:
+        text: Any, such as the name of a tensor.
+
+    Example:
+        >>> printable("\x1b[2J is no name\u202e")
+        '\\x1b[2J is no name\\u202e'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(names: Iterable[object], most: int = 6) -> str:
+    """Return some names for an error or a note.
+
+    Args:
+        names: Any number of them.
+        most: How many are shown.
+    """
+    given = list(names)
+    return ", ".join(shown(name) for name in given[:most]) + (", ..." if len(given) > most else "")

@@ -1,0 +1,101 @@
+"""Writing stretches on a thread, one at a time."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from polyak.background import one_thread
+from polyak.record.manifest import Edge, RecordError
+from polyak.record.store import Writer
+
+
+@dataclass(slots=True)
+class Ended:
+    """A stretch that has ended, in memory until it is on disk.
+
+    Args:
+        tensors: As ``Writer.append`` takes them.
+        start: Where it begins.
+        end: Where it ends.
+        written: Whether it is on disk.
+        error: Why the last try to write it failed, until that was raised.
+        failed: Whether that ever was raised.
+    """
+
+    tensors: Mapping[str, Tensor]
+    start: Edge
+    end: Edge
+    written: bool = False
+    error: Exception | None = None
+    failed: bool = False
+
+
+class Appender:
+    """Appends to a record on a thread of its own. It keeps nothing: what is not written stays with the caller.
+
+    Args:
+        writer: Of the record; closed with this.
+
+    Attributes:
+        writer: As given. Only to be used while nothing is being written.
+        process: The one that may write. A forked process has neither this thread nor the lock.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
+        self.process = os.getpid()
+        self._thread = one_thread("polyak-record")
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is a copy in a forked process, which cannot write."""
+        return self.process != os.getpid()
+
+    def begin(self, ended: Ended) -> None:
+        """Have a stretch written; return immediately.
+
+        Args:
+            ended: Which.
+        """
+        self._check_process()
+        self._thread.submit(self._write, ended)
+
+    def wait(self, ended: Ended) -> None:
+        """Wait until a stretch is on disk. If that has failed, raise why; the next call tries again.
+
+        Args:
+            ended: Which.
+
+        Raises:
+            RecordError: If it cannot be written.
+        """
+        self._check_process()
+        # In line behind the first try, and in its place if an interrupt came before that was handed over.
+        self._thread.submit(self._write, ended).result()
+        if ended.error is not None:
+            error, ended.error, ended.failed = ended.error, None, True
+            raise error
+
+    def close(self) -> None:
+        """Wait for the thread, end it and let the next writer in. In a forked process there is nothing to do."""
+        if not self.forked:
+            self._thread.shutdown()
+            self.writer.close()
+
+    def _write(self, ended: Ended) -> None:
+        if ended.written or ended.error is not None:
+            return
+        try:
+            self.writer.append(ended.tensors, ended.start, ended.end)
+            ended.written = True
+        except Exception as error:
+            ended.error = error
+
+    def _check_process(self) -> None:
+        if self.forked:
+            raise RecordError(
+                f"a run must be recorded by the process that began it, {self.process} (got {os.getpid()}, forked from "
+                "it): detach the Recorder in the forked process"
+            )

@@ -1,0 +1,189 @@
+"""Which ranks hold a model, as seen from its parameters, and a group in which they alone communicate."""
+
+import gc
+import math
+import os
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from polyak.errors import ShardingError
+from polyak.sharding.tensors import is_fsdp, is_spread, reshard, reshard_after_an_error
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+# The groups that were made here, by the ranks in them. They last as long as the group of all ranks.
+_MADE: "weakref.WeakKeyDictionary[ProcessGroup, dict[frozenset[int], ProcessGroup]]" = weakref.WeakKeyDictionary()
+
+
+def ddp_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """Return the ``DistributedDataParallel`` that a model is, compiled or not.
+
+    Args:
+        model: Any.
+    """
+    while "_orig_mod" in model._modules:  # noqa: SLF001  of torch.compile
+        model = model.get_submodule("_orig_mod")
+    return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+
+
+def meshes_of(model: nn.Module) -> list["DeviceMesh"]:
+    """Return the meshes over which a model's tensors are sharded or replicated as ``DTensor``, in the model's order.
+
+    Args:
+        model: With ``fully_shard`` or not; it holds its shards afterwards.
+
+    Raises:
+        ShardingError: If it was left by an exception in its forward pass, and this version of torch cannot reshard it.
+    """
+    reshard(model)
+    found = _meshes(model)
+    if not found and is_fsdp(model):
+        reshard_after_an_error(model)
+        found = _meshes(model)
+    return found
+
+
+def _meshes(model: nn.Module) -> list["DeviceMesh"]:
+    tensors = chain(model.parameters(), model.buffers())
+    by_id = {id(tensor.device_mesh): tensor.device_mesh for tensor in tensors if is_spread(tensor)}
+    return list(dict.fromkeys(by_id.values()))
+
+
+def group_of(ddp: nn.parallel.DistributedDataParallel | None, meshes: Sequence["DeviceMesh"]) -> "ProcessGroup | None":
+    """Return a group of the ranks that hold a model, and of no others; None if this rank holds nothing of it.
+
+    They are the ranks of its meshes and of its ``DistributedDataParallel``. All of them must call this, and no others.
+    A group is made only where there is none; it lasts as long as the group of all ranks.
+
+    Args:
+        ddp: The model, if it is one.
+        meshes: As of ``meshes_of``.
+
+    Raises:
+        ShardingError: If the ranks of some meshes cannot communicate with those of the others.
+    """
+    sources = [(frozenset[int](mesh.mesh.flatten().tolist()), _groups(mesh)) for mesh in meshes]
+    if ddp is not None:
+        assert ddp.process_group is not None
+        sources.append((_ranks(ddp.process_group), [ddp.process_group]))
+    members = frozenset(chain.from_iterable(ranks for ranks, _ in sources))
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    if torch.distributed.get_rank() not in members:
+        return None
+    # A mesh over all of them, or meshes that cross, such as rows and columns of a grid.
+    groups = next((groups for ranks, groups in sources if ranks == members and groups), None)
+    if groups is None:
+        groups = list(dict.fromkeys(chain.from_iterable(groups for _, groups in sources)))
+        members = _reached(members, groups)
+    if members == _ranks(world):
+        return world
+    if len(groups) == 1:
+        return groups[0]
+    made = _MADE.setdefault(world, {})
+    if members not in made:
+        made[members] = new_group(members, groups)
+    return made[members]
+
+
+def _ranks(group: "ProcessGroup") -> frozenset[int]:
+    return frozenset(torch.distributed.get_process_group_ranks(group))
+
+
+def _groups(mesh: "DeviceMesh") -> list["ProcessGroup"]:
+    """Return the groups of this rank along each dimension of a mesh; none if it is not in the mesh."""
+    return [] if mesh.get_coordinate() is None else [mesh.get_group(i) for i in range(mesh.ndim)]
+
+
+def _reached(members: frozenset[int], groups: Sequence["ProcessGroup"]) -> frozenset[int]:
+    """Return the ranks of a model of which each rank sees only those in its own groups."""
+    for group in groups:
+        said: list[Any] = [None] * group.size()
+        torch.distributed.all_gather_object(said, members, group)
+        members = members.union(*said)
+    if math.prod(group.size() for group in groups) < len(members):
+        raise ShardingError(
+            "the meshes of a model must be connected by ranks that are in several of them (got meshes over the ranks "
+            f"{sorted(members)}, and groups here of {[sorted(_ranks(group)) for group in groups]}): slice them from "
+            "one mesh, or attach an algorithm to each part of the model"
+        )
+    return members
+
+
+def device_of(group: "ProcessGroup") -> torch.device:
+    """Return where tensors must be for a message in a group.
+
+    Args:
+        group: Any.
+    """
+    on_gpu = torch.distributed.get_backend(group) == torch.distributed.Backend.NCCL
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+def new_group(members: Iterable[int], groups: Sequence["ProcessGroup"]) -> "ProcessGroup":
+    """Return a new group of gloo. Its members must call this, and no others.
+
+    ``torch.distributed.new_group`` must be called by all ranks, of which some may not know of this model. With
+    ``use_local_synchronization`` it names the group after the number of groups that a process has, which differs
+    between members that are in other groups too, and which comes again after a group was destroyed, and with it what
+    that one left in the store, such as addresses. So members agree on a name here.
+
+    Args:
+        members: Their numbers among all ranks.
+        groups: By which each of them can reach all others, along one after the other.
+    """
+    from torch.distributed import distributed_c10d as c10d  # noqa: PLC0415
+
+    number = int.from_bytes(os.urandom(7), "big")
+    for group in groups:
+        largest = torch.tensor(number, dtype=torch.int64, device=device_of(group))
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+        number = int(largest)
+    ranks = sorted(members)
+    name: Any = f"polyak-{number:014x}"
+    made, _ = c10d._new_process_group_helper(  # noqa: SLF001  what new_group calls with a name of its own
+        len(ranks),
+        ranks.index(torch.distributed.get_rank()),
+        ranks,
+        torch.distributed.Backend("gloo"),
+        c10d._get_default_store(),  # noqa: SLF001
+        name,
+        timeout=c10d.default_pg_timeout,
+        group_desc="polyak",
+    )
+    assert isinstance(made, torch.distributed.ProcessGroup)  # every caller is a member
+    c10d._world.pg_group_ranks[made] = {rank: i for i, rank in enumerate(ranks)}  # noqa: SLF001
+    return made
+
+
+def refuse_stage(model: nn.Module, what: str) -> None:
+    """Refuse what needs a full model for a stage of a pipeline. Nothing is communicated: each stage refuses by itself.
+
+    Args:
+        model: Any.
+        what: That cannot be done.
+
+    Raises:
+        ShardingError: If ``torch.distributed.pipelining`` runs the model, or a part of it, as a stage of several ranks.
+    """
+    module = sys.modules.get("torch.distributed.pipelining.stage")
+    if module is None:
+        return
+    # A stage knows its module, and not the reverse.
+    stages = [one for one in gc.get_objects() if issubclass(type(one), module._PipelineStageBase)]  # noqa: SLF001
+    own = set(map(id, model.modules()))
+    for stage in stages:
+        if getattr(stage, "group_size", 1) > 1 and not own.isdisjoint(map(id, stage.submod.modules())):
+            raise ShardingError(
+                f"{what} needs a model that these ranks hold all of, and this is stage {stage.stage_index} of a "
+                f"pipeline of {stage.num_stages}: save the state by torch.distributed.checkpoint, which puts the "
+                "stages together, and load it in a process that has the full model"
+            )

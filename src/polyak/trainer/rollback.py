@@ -1,0 +1,78 @@
+"""What a batch changes before its optimizer step, kept so that an interrupt inside the batch leaves no trace."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyak.trainer import rng
+
+# BatchNorm's kernels change running statistics without a new version of the tensor. Only for buffers of more elements,
+# which are no statistics of channels, is an unchanged version taken to mean unchanged values.
+_TRUSTED_ABOVE = 1 << 16
+
+
+class Rollback:
+    """Keeps buffers and random numbers as they are where a batch begins, and puts them back if it is left early.
+
+    A forward pass in train mode updates buffers, such as the statistics of BatchNorm, and draws random numbers; loading
+    a batch draws too. A run that is resumed repeats the batch, so both must be what they were before it.
+
+    Args:
+        model: In training.
+        stream: What the data loader draws from.
+    """
+
+    def __init__(self, model: nn.Module, stream: rng.Stream) -> None:
+        self._model = model
+        self._stream = stream
+        self._places = [(module, name) for module in model.modules() for name in module._buffers]  # noqa: SLF001
+        self._kept: dict[int, tuple[Tensor, int, Tensor] | None] = {}
+        self._random: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Keep what there is now: no batch has begun."""
+        self._random = None  # while the copies are of two moments
+        stale: list[tuple[Tensor, Tensor]] = []
+        for index, (module, name) in enumerate(self._places):
+            buffer = module._buffers.get(name)  # noqa: SLF001
+            if buffer is None:
+                self._kept[index] = None
+                continue
+            owner, version, copy = self._kept.get(index) or (None, -1, buffer)
+            if owner is buffer and _is_unchanged(buffer, version):
+                continue
+            if owner is not buffer or copy.shape != buffer.shape:
+                copy = torch.empty_like(buffer)
+            self._kept[index] = (buffer, buffer._version, copy)  # noqa: SLF001
+            stale.append((copy, buffer))
+        if stale:
+            torch._foreach_copy_([copy for copy, _ in stale], [buffer for _, buffer in stale])
+        self._random = (rng.get_state(), self._stream.get_state())
+
+    def done(self) -> None:
+        """Note that the batch is counted: what it has changed stays."""
+        self._random = None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what ``begin`` kept, unless the batch is counted."""
+        if self._random is None:
+            return
+        (everywhere, of_data), self._random = self._random, None
+        for index, kept in self._kept.items():
+            module, name = self._places[index]
+            if kept is None:
+                module._buffers[name] = None  # noqa: SLF001
+                continue
+            buffer, version, copy = kept
+            if not _is_unchanged(buffer, version):
+                buffer.copy_(copy)
+            module._buffers[name] = buffer  # noqa: SLF001
+        rng.set_state(everywhere)
+        self._stream.set_state(of_data)
+
+
+def _is_unchanged(buffer: Tensor, version: int) -> bool:
+    return buffer.numel() > _TRUSTED_ABOVE and buffer._version == version  # noqa: SLF001
