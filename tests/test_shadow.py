@@ -353,7 +353,7 @@ def test_the_averaged_model_is_over_the_averages_themselves_and_a_frozen_paramet
     model[0].bias.requires_grad_(False)
     shadow = Shadow(model)
     teacher = shadow.averaged_model()
-    assert teacher is shadow.averaged_model()
+    assert teacher is not shadow.averaged_model()
     assert not teacher.training
     assert teacher[0].weight.data_ptr() == shadow.averages["0.weight"].data_ptr()
     assert teacher[1].running_mean is shadow.averages["1.running_mean"]
