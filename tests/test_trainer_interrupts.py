@@ -188,6 +188,7 @@ class Arms(Callback):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a log whose `with` had not begun
 def test_a_real_signal_at_any_line_of_a_batch_leaves_a_run_that_resumes_bit_for_bit(whole, tmp_path):
     counting = Signal(None)
     trainer, _ = build(tmp_path / "counted", Arms(counting))
