@@ -32,7 +32,17 @@ from polyak.memory import write_
 from polyak.offload import Offload
 from polyak.plan import Plan, plan
 from polyak.profiles import HalfLife, Profile, Smoothing
-from polyak.select import Policy, PolicyRule, check_match, default_policy, is_statistic, named_tensors, slots, unwrap
+from polyak.select import (
+    Policy,
+    PolicyRule,
+    averaged_parameters,
+    check_match,
+    default_policy,
+    is_statistic,
+    named_tensors,
+    slots,
+    unwrap,
+)
 from polyak.shadow import Shadow, refuse_unsynchronized
 from polyak.sharding import Ranks, is_initialized, local
 from polyak.swap import swap_of
@@ -444,7 +454,7 @@ class EMA(Algorithm):
 
     def _start(self, state: State) -> None:
         model = state.model
-        parameters = (slot for slot in slots(model) if slot.is_parameter and self._policy(slot) is Policy.AVERAGE)
+        parameters = averaged_parameters(model, self._policy)
         if not all(bool(local(slot.tensor).isfinite().all()) for slot in parameters):
             message = f"averaging waits: the weights are not finite at {state.timestamp.batch}"
             warnings.warn(message, PlanWarning, stacklevel=2)
