@@ -707,6 +707,8 @@ class EMA(Algorithm):
                 "num_updates": saved["num_updates"],
                 "num_quarantined": saved["num_quarantined"],
                 "copied": saved["copied"],
+                "waiting": saved["waiting"],
+                "dtype": saved["dtype"],
                 "origin": self._origin.state_dict(),
                 "updated": self._updated_at is not None,
                 "updated_at": (self._updated_at or Timestamp()).state_dict(),
@@ -755,6 +757,8 @@ class EMA(Algorithm):
                 "num_updates": state["num_updates"],
                 "num_quarantined": state["num_quarantined"],
                 "copied": state.get("copied"),
+                "waiting": state.get("waiting"),
+                "dtype": state.get("dtype"),
             }
         )
         self._shadow = shadow

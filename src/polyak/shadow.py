@@ -124,10 +124,10 @@ class Shadow:
         optimizers.watch()
         self._follow_model()
 
-    def _new_average(self, slot: Slot) -> Tensor:
+    def _new_average(self, slot: Slot, dtype: torch.dtype | None = None) -> Tensor:
         tensor = slot.tensor
-        dtype = tensor.dtype
-        if dtype.is_floating_point and self._policies.get(slot.name) is not Policy.COPY:
+        given, dtype = dtype, dtype or tensor.dtype
+        if given is None and dtype.is_floating_point and self._policies.get(slot.name) is not Policy.COPY:
             dtype = self._dtype or torch.promote_types(dtype, torch.float32)
         if self._mesh is not None and slot.is_parameter and tensor.dim():
             average = sharding.divided(tensor, dtype, self._mesh, self._device)
@@ -555,7 +555,10 @@ class Shadow:
             "averages": averages,
             "num_updates": self.num_updates,
             "num_quarantined": self.num_quarantined,
-            "copied": sorted(name for name in averages if self._policies.get(name) is Policy.COPY),
+            # As text, since `torch.distributed.checkpoint` takes lists apart.
+            "copied": "\n".join(sorted(name for name in averages if self._policies.get(name) is Policy.COPY)),
+            "waiting": "\n".join(self._waiting()),
+            "dtype": str(self._dtype),
         }
         if self._active:
             state["training"] = self._active.training()
@@ -563,6 +566,15 @@ class Shadow:
             state["averages"] = {n: sharding.beside(a, local(a).detach()) for n, a in averages.items()}
             self._exposed += map(weakref.ref, state["averages"].values())
         return state
+
+    def _waiting(self) -> list[str]:
+        """Return the names of tensors that will join at the next update."""
+        if self._inventory is not None and self._inventory.holds():
+            return []
+        through = trained_through(views_of(self._model, tied=self._with_views), self._policy)
+        found = slots(self._model, views=self._with_views, foreign=[local(a) for a in self._averages.values()])
+        joining = (s for s in found if s.name in through or self._policy(s) is not Policy.LEAVE)
+        return sorted(slot.name for slot in joining if slot.name not in self._averages)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -586,6 +598,8 @@ class Shadow:
         # A tensor that is frozen here and was not there is averaged on.
         ours = [local(average) for average in self._averages.values()]
         found = slots(self._model, views=self._with_views, foreign=ours)
+        waiting = set((state.get("waiting") or "").splitlines())
+        self._averages = {name: own for name, own in self._averages.items() if name in averages or name not in waiting}
         held = {s.name: s for s in found if s.name in averages or s.name in self._averages}
         online = {name: slot.tensor.detach() for name, slot in held.items()}
         check_match("a saved average must fit the model", online, averages)
@@ -594,11 +608,16 @@ class Shadow:
             check_match("saved training weights must fit the model", online, training)
         hold_writes()
         # What was decided then holds on: a mask that was infinite may be finite now.
-        copied: frozenset[str] | None = None if state.get("copied") is None else frozenset(state["copied"])
-        if copied is not None:
+        if state.get("copied") is not None:
+            copied = state["copied"].splitlines()
             self._policies |= {name: Policy.COPY if name in copied else Policy.AVERAGE for name in online}
+        keeps_dtypes = state.get("dtype") == str(self._dtype)  # the model may have had another when averaging began
         for name, tensor in online.items():
-            sharding.copy_(self._averages.setdefault(name, self._new_average(held[name])), averages[name])
+            average = self._averages.get(name)
+            if average is None or (keeps_dtypes and average.dtype != averages[name].dtype):
+                average = self._new_average(held[name], averages[name].dtype if keeps_dtypes else None)
+                self._averages[name] = average
+            sharding.copy_(average, averages[name])
             if training:
                 sharding.copy_(tensor, training[name])
         self.num_updates = int(state["num_updates"])
@@ -606,7 +625,7 @@ class Shadow:
         self._quarantined_by_rank.clear()
         self._quarantined = torch.zeros((), dtype=torch.int64, device="cpu")
         self._inventory = self._offloader = None
-        self._follow_model(join=True)
+        self._follow_model()
 
 
 _AVERAGED = {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
