@@ -221,7 +221,6 @@ class Place:
         return torch._neg_view(view) if self.neg else view  # noqa: SLF001
 
 
-@torch.no_grad()
 def write_(target: Tensor, source: Tensor) -> None:
     """Copy into a tensor of any kind: expanded ones, and those made in inference mode, which refuse a plain copy.
 
@@ -229,9 +228,12 @@ def write_(target: Tensor, source: Tensor) -> None:
         target: To be overwritten.
         source: Of the same shape.
     """
-    target = target.detach()
+    target, source = target.detach(), source.detach()
     for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):
         if stride == 0 and size > 1:
             target, source = target.narrow(dim, 0, 1), source.narrow(dim, 0, 1)
-    with torch.inference_mode(mode=target.is_inference()):
+    if target.is_inference():
+        with torch.inference_mode():
+            target.copy_(source)
+    else:
         target.copy_(source)

@@ -1,7 +1,8 @@
 """The average in the model, and the training weights until they are restored.
 
 A swap that was begun ends, whatever happens: an exception, an interrupt at any line, a tensor that was moved. One flag
-says whether it is under way; what an interrupt has left half done is put right by whoever asks next.
+says whether it is under way; what an interrupt has left half done is put right by whoever asks next. All tensors here
+are detached, in place of `torch.no_grad`: an interrupt in its exit would leave gradients switched off.
 """
 
 import sys
@@ -80,7 +81,6 @@ class Swap:
         scope: While this object is alive the swap is wanted; None if it ends by a call only.
     """
 
-    @torch.no_grad()
     def __init__(
         self,
         model: nn.Module,
@@ -124,7 +124,6 @@ class Swap:
         self.settle()
         return self.phase is not Phase.OUT
 
-    @torch.no_grad()
     def begin(self, holder: str) -> None:
         """Put the average in the model. After an error or an interrupt ``end`` restores what was changed.
 
@@ -157,7 +156,6 @@ class Swap:
             self._sums = checksums(self._all_watched())
             self.phase = Phase.IN
 
-    @torch.no_grad()
     def end(self) -> None:
         """Restore the training weights, bit for bit. It may be called again when it was interrupted.
 

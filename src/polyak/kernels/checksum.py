@@ -8,7 +8,6 @@ from torch import Tensor
 from polyak.kernels.pieces import views_of
 
 
-@torch.no_grad()
 def checksums(tensors: Sequence[Tensor]) -> list[int]:
     """Return for each tensor the sum of its memory, taken as integers of 64 bits, modulo 2 ** 64.
 
