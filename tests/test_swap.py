@@ -147,10 +147,14 @@ def test_a_parameter_that_changes_while_the_average_is_in_the_model_is_refused_b
 
 def test_an_exception_that_leaves_the_block_is_the_one_that_is_seen() -> None:
     model, _, ema = trained()
-    with pytest.raises(ValueError, match="mine"), pytest.warns(UserWarning, match="'a.weight' did"):
-        with ema.applied(), torch.no_grad():
-            model.a.weight.add_(1)
-            raise ValueError("mine")
+    with (
+        pytest.raises(ValueError, match="mine"),
+        pytest.warns(UserWarning, match="'a.weight' did"),
+        ema.applied(),
+        torch.no_grad(),
+    ):
+        model.a.weight.add_(1)
+        raise ValueError("mine")
     assert swap_of(model) is None
 
 
