@@ -445,7 +445,7 @@ class EMA(Algorithm):
     def _start(self, state: State) -> None:
         model = state.model
         parameters = (slot for slot in slots(model) if slot.is_parameter and self._policy(slot) is Policy.AVERAGE)
-        if not all(bool(local(slot.tensor).isfinite().all()) for slot in parameters):
+        if not all(bool(local(slot.tensor).detach().isfinite().all()) for slot in parameters):
             message = f"averaging waits: the weights are not finite at {state.timestamp.batch}"
             warnings.warn(message, PlanWarning, stacklevel=2)
             return
