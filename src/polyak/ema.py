@@ -455,7 +455,7 @@ class EMA(Algorithm):
     def _start(self, state: State) -> None:
         model = state.model
         parameters = averaged_parameters(model, self._policy)
-        if not all(bool(local(slot.tensor).isfinite().all()) for slot in parameters):
+        if not all(bool(local(slot.tensor).detach().isfinite().all()) for slot in parameters):
             message = f"averaging waits: the weights are not finite at {state.timestamp.batch}"
             warnings.warn(message, PlanWarning, stacklevel=2)
             return

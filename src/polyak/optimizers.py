@@ -6,7 +6,7 @@ optimizer steps, and each half is trained all the same.
 
 from collections.abc import Callable
 from functools import cache
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from torch.utils.hooks import RemovableHandle
 # Called with each optimizer that is about to step. Whoever must refuse a step is on this list.
 guards: list[Callable[[Optimizer], None]] = []
 
-_moved = dict[int, "ref[Tensor]"]()  # by id of the parameter
+# What each optimizer moves, by ids of both, as long as that lives. They are no weak references, since torch refuses to
+# swap a tensor that has one, as it does in `.to()` of some models.
+_moved = dict[int, dict[int, Tensor]]()
+_notes = list[int]()  # one for each time that parameters were added there
 _seen = WeakKeyDictionary[Optimizer, tuple[int, list[Tensor]]]()  # how many parameters, and those frozen so far
 
 
@@ -26,9 +29,18 @@ def watch() -> RemovableHandle:
     return register_optimizer_step_pre_hook(_before_step)
 
 
-@torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
     del args, kwargs
+    if not torch.compiler.is_compiling():  # a step in one graph must stay one
+        before_step(optimizer)
+
+
+def before_step(optimizer: Optimizer) -> None:
+    """Let guards refuse a step, and note what it moves. Hooks on one optimizer, which are never compiled, call it too.
+
+    Args:
+        optimizer: About to step.
+    """
     for guard in guards:
         guard(optimizer)
     count = sum(len(group["params"]) for group in optimizer.param_groups)
@@ -37,24 +49,30 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         frozen = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     elif not frozen:
         return
-    _seen[optimizer] = count, [parameter for parameter in frozen if not _note(parameter)]
+    if known == -1:
+        _moved[id(optimizer)] = {}
+        finalize(optimizer, _moved.pop, id(optimizer), None)
+    trained = {id(parameter): parameter for parameter in frozen if _is_trained(parameter)}
+    if trained:
+        _moved[id(optimizer)] |= trained
+        _notes.append(len(trained))
+    _seen[optimizer] = count, [parameter for parameter in frozen if id(parameter) not in trained]
 
 
-def _note(parameter: Tensor) -> bool:
-    """Note a parameter that this step may move, and return whether it does."""
-    if not (parameter.requires_grad or parameter.grad is not None):
-        return False
-    if not is_moved(parameter):
-        key = id(parameter)
-        _moved[key] = ref(parameter, lambda gone: _moved.pop(key) if _moved.get(key) is gone else None)
-    return True
+def _is_trained(parameter: Tensor) -> bool:
+    return parameter.requires_grad or parameter.grad is not None
 
 
 def is_moved(parameter: Tensor) -> bool:
-    """Return whether an optimizer has moved a parameter since ``watch`` was called.
+    """Return whether an optimizer that still lives has moved a parameter since ``watch`` was called.
 
     Args:
         parameter: Any tensor.
     """
-    known = _moved.get(id(parameter))
-    return known is not None and known() is parameter
+    # A list, since other threads may make optimizers.
+    return any(moved.get(id(parameter)) is parameter for moved in list(_moved.values()))
+
+
+def moves() -> int:
+    """Return how often ``is_moved`` has become true of a parameter."""
+    return len(_notes)

@@ -265,10 +265,14 @@ class Inventory:
     """
 
     def __init__(self, model: nn.Module, more: Sequence[Tensor] = ()) -> None:
-        # A scripted module keeps its tensors where Python does not see them.
-        self._modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        # A scripted module has no dicts, and makes something like them for whoever asks.
+        modules = list(model.modules())
+        self._modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        self._scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
         self._dicts = self._held()
+        self._in_scripts = _tensors_of(self._scripted)
         found = [tensor for dict_ in self._dicts for tensor in dict_.values() if isinstance(tensor, Tensor)]
+        found += self._in_scripts
         self._spread = [tensor for tensor in found if is_spread(tensor)]
         self._parts = list(map(local, self._spread))
         here = [tensor for tensor in found if not is_spread(tensor)] + self._parts + list(map(local, more))
@@ -276,6 +280,7 @@ class Inventory:
         plain = [tensor for tensor in here if tensor.layout == torch.strided and not memory.is_wrapper(tensor)]
         self._unchanged = unchanged(self._dicts, plain)
         parameters = (tensor for tensor in found if isinstance(tensor, nn.Parameter))
+        self._moved = optimizers.moves()
         self._frozen = [p for p in parameters if not (p.requires_grad or optimizers.is_moved(p))]
 
     def holds(self) -> bool:
@@ -283,13 +288,29 @@ class Inventory:
         return (
             all(map(is_, self._held(), self._dicts))
             and self._unchanged()
+            and _are_same(_tensors_of(self._scripted), self._in_scripts)
             and all(map(is_, map(local, self._spread), self._parts))
             and not any(map(_TRAINABLE, self._frozen))
-            and not any(map(optimizers.is_moved, self._frozen))
+            and self._are_still_unmoved()
         )
+
+    def _are_still_unmoved(self) -> bool:
+        if (moved := optimizers.moves()) != self._moved:
+            self._moved = moved
+            return not any(map(optimizers.is_moved, self._frozen))
+        return True
 
     def _held(self) -> list[dict[str, Any]]:
         return list(chain.from_iterable(map(_HELD, self._modules)))
+
+
+def _tensors_of(scripted: Sequence[nn.Module]) -> list[Tensor]:
+    held = (tensor for module in scripted for _, tensor in chain(module._parameters.items(), module._buffers.items()))  # noqa: SLF001
+    return [tensor for tensor in held if tensor is not None]
+
+
+def _are_same(one: Sequence[object], other: Sequence[object]) -> bool:
+    return len(one) == len(other) and all(map(is_, one, other))
 
 
 _HELD = attrgetter("_modules", "_parameters", "_buffers")

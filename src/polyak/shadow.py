@@ -29,7 +29,7 @@ from polyak.select import (
     views_of,
 )
 from polyak.sharding import Ranks, is_spread, local, rows
-from polyak.swap import Swap, swap_of
+from polyak.swap import Swap, refuse_merged, swap_of
 from polyak.view import module_over
 
 if TYPE_CHECKING:
@@ -188,6 +188,11 @@ class Shadow:
         held = [(slot, policy) for slot, policy in held if slot.name not in waiting]
         for slot, _ in held:
             average = self._averages.get(slot.name)
+            if average is not None and slot.tensor.is_meta and not local(average).is_meta:
+                raise MemoryLayoutError(
+                    f"a model must keep its memory to be averaged, and {slot.name!r} is on the meta device now; the "
+                    "average is where it was: copy it by state_dict(), or load the model's weights"
+                )
             if average is None:
                 self._averages[slot.name] = self._new_average(slot)
             elif local(average).device != (device := self._device or local(slot.tensor).device):
@@ -396,13 +401,14 @@ class Shadow:
             holder: Who asks, to name it in errors.
 
         Raises:
-            LoanError: If the model holds an average already, this or another.
+            LoanError: If the model holds an average already, this or another, or if adapters are merged in it.
         """
         if other := swap_of(self._model):
             raise LoanError(
                 f"a model can hold one average at a time: {other.holder} has swapped its own in when {holder} would; "
                 "restore the training weights first"
             )
+        refuse_merged(self._model)
         self._follow_model()
         self._wait()
         averages = [self._averages[slot.name] for slot in self._slots]
@@ -471,9 +477,11 @@ class Shadow:
 
         Raises:
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
+            LoanError: If adapters are merged in the model.
         """
         if self._active:
             return self._model
+        refuse_merged(self._model)
         self._follow_model()
         self._wait()
         module = self._module_over(self._averages)
@@ -649,11 +657,6 @@ def check_layout(slot: Slot, policy: Policy) -> None:
             f"for one of {slot.tensor.layout})"
         )
     remedy = "freeze it, or leave it out by EMA(policy=...)"
-    if isinstance(slot.owner, torch.jit.ScriptModule):
-        raise MemoryLayoutError(
-            f"an averaged tensor must be in a module that Python sees into, and {slot.name!r} is in one that "
-            f"torch.jit has scripted; train the module itself and script its average, or {remedy}"
-        )
     if memory.is_wrapper(tensor):
         raise MemoryLayoutError(
             f"an averaged tensor must have memory of its own, and {slot.name!r} is a {type(tensor).__name__}, which "

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from polyak import optimizers
 from polyak.errors import OptimizerError, PlanWarning
 from polyak.sharding import local
 
@@ -186,6 +187,7 @@ class StepHooks:
         return self._optimizer()
 
     def _enter(self, optimizer: Optimizer, has_closure: bool) -> None:
+        optimizers.before_step(optimizer)
         hooked = _hooked_frame()
         outer, rehearsal = hooked.f_back, False
         while outer is not None:
@@ -371,16 +373,14 @@ def _norms(model: nn.Module, names: Collection[str] | None = None) -> dict[str, 
         for name, parameter in model.named_parameters()
         if (parameter.requires_grad if names is None else name in names) and _is_plain(parameter)
     }
-    if not here:
-        return {}
-    found = dict[str, Tensor]()
-    # 16-bit norms would overflow, and torch narrows none.
-    for wide in (torch.float64, torch.float32):
-        names_of = [name for name, tensor in here.items() if (tensor.dtype == torch.float64) == (wide == torch.float64)]
-        if names_of:
-            norms = torch._foreach_norm([here[name] for name in names_of], dtype=wide)  # noqa: SLF001
-            found |= dict(zip(names_of, norms, strict=True))
-    return found
+    norms = dict[str, Tensor]()
+    for wide in (False, True):
+        # In at least float32: a sum of squares of 16-bit values may be above their range. Never in less than they have.
+        names = [name for name, tensor in here.items() if (tensor.dtype == torch.float64) is wide]
+        dtype = torch.float64 if wide else torch.float32
+        found = torch._foreach_norm([here[name] for name in names], dtype=dtype) if names else []  # noqa: SLF001
+        norms.update(zip(names, found, strict=True))
+    return norms
 
 
 def _is_plain(parameter: Tensor) -> bool:

@@ -8,10 +8,10 @@ are detached, in place of `torch.no_grad`: an interrupt in its exit would leave 
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import compress
+from itertools import accumulate, compress
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,15 @@ from torch.optim.optimizer import Optimizer
 
 from polyak import memory, optimizers, sharding
 from polyak.errors import LoanError, PlanWarning
+from polyak.gradients import Gradients
 from polyak.kernels import Exchange, checksums
 from polyak.offload import hold_writes
 from polyak.select import Slot, all_slots, unwrap
 from polyak.sharding import is_spread, local, rows
 
-# A buffer that no average takes in is kept during a swap up to this size. A larger one must not change.
-_SMALL_BYTES = 1 << 20
+# Buffers that no average takes in, such as caches of keys and values, are kept during a swap, the smallest first, up to
+# this size in all. Larger ones must not change.
+_KEPT_BYTES = 1 << 26
 
 
 class Phase(Enum):
@@ -46,16 +48,20 @@ class _Buffer:
     alias: Tensor
     before: Tensor | None
 
-    def restore(self) -> None:
-        """Give the buffer its value again, also if an evaluation has replaced it by another tensor."""
+    def restore(self, *, moved: bool) -> None:
+        """Give the buffer its value again, also if an evaluation has replaced it by another tensor.
+
+        Args:
+            moved: Whether the model is on another device or of another dtype by now, and with it the buffer.
+        """
         if self.before is not None and not torch.equal(self.alias, self.before):
             memory.write_(self.alias, self.before)
         held, name = self.slot.owner._buffers, self.slot.attribute  # noqa: SLF001
-        now = held.get(name)
+        now = held[name] if name in held else None  # noqa: SIM401  a scripted module has no `get`
         if now is self.tensor:
             return
-        # Moved with the model, or replaced by an evaluation.
-        if now is None or now.is_inference() or (now.device, now.dtype) == (self.tensor.device, self.tensor.dtype):
+        alike = now is not None and (now.device, now.dtype) == (self.tensor.device, self.tensor.dtype)
+        if now is None or not moved or alike or now.is_inference() or now.shape != self.tensor.shape:
             held[name] = self.tensor
         elif self.before is not None:
             memory.write_(now, self.before)
@@ -108,11 +114,14 @@ class Swap:
         self._buffers = list[_Buffer]()
         self._left = [slot for slot in left if not slot.is_parameter]
         self._views = views
-        watched = [slot for slot in left if slot.is_parameter or not _is_kept(slot)]
+        self._kept = _kept(self._left)
+        watched = [slot for slot in left if slot.is_parameter or slot.name not in self._kept]
         self._watched = [(s.name, memory.compact(local(s.tensor).detach())) for s in watched if _has_bits(s.tensor)]
         self._sums: list[int] | None = None
         self._changed = list[str]()
-        self.parameters = {id(slot.tensor) for slot in all_slots(model) if slot.is_parameter}
+        self._places = [(slot, slot.tensor.device, slot.tensor.dtype) for slot in all_slots(model) if slot.is_parameter]
+        self.parameters = {id(slot.tensor) for slot, _, _ in self._places}
+        self._gradients: Gradients | None = None
         self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
         # Where the average is divided over ranks and the model is not.
         self._divided = [slot for slot, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(slot.tensor)]
@@ -142,10 +151,11 @@ class Swap:
                     self._backup[i] = tensor.to(part.device, copy=True)
             for slot in self._left:
                 alias = local(slot.tensor).detach()
-                before = alias.clone() if _is_kept(slot) else None
+                before = alias.clone() if slot.name in self._kept else None
                 self._buffers.append(_Buffer(slot, slot.tensor, alias, before))
             for slot in self._views:
                 self._buffers.append(_Buffer(slot, slot.tensor, local(slot.tensor).detach(), None))
+            self._gradients = Gradients({slot.name: slot.tensor for slot, _, _ in self._places})
             _SWAPS[id(self.model)] = self
             self.phase = Phase.ENTERING
             self._exchange.forward()
@@ -175,11 +185,15 @@ class Swap:
             failures = self._restore()
             exchanged = (slot.name for slot in compress(self._slots, self._exchanged))
             changed = self._changed + list(compress(exchanged, self._exchange.changed))
+            graded = self._gradients.put_back() if self._gradients is not None else []
             self.phase = Phase.OUT
             _SWAPS.pop(id(self.model), None)
             self._backup.clear()
             self._buffers.clear()
             self._changed.clear()
+            self._gradients = None
+        if graded:
+            warnings.warn(_about_gradients(graded, self.holder), PlanWarning, stacklevel=3)
         if failures:
             raise LoanError(
                 f"training weights must be restored after a swap, and {failures[0][0]!r} could not be "
@@ -261,8 +275,12 @@ class Swap:
             if slot.is_parameter:
                 # It may have been moved, or replaced, while it held the average.
                 attempt(slot.name, lambda slot=slot, tensor=tensor, average=average: _follow(slot, tensor, average))
+        modules = set(self.model.modules())
+        for slot in self._slots:
+            attempt(slot.name, lambda slot=slot: _check_in(slot, modules))
+        moved = any(_is_moved(*place) for place in self._places)
         for buffer in self._buffers:
-            attempt(buffer.slot.name, buffer.restore)
+            attempt(buffer.slot.name, lambda buffer=buffer: buffer.restore(moved=moved))
         attempt("the gathered rows", self._gather)
         return failures
 
@@ -320,28 +338,77 @@ def _has_bits(tensor: Tensor) -> bool:
     return memory.has_memory(local(tensor)) and not tensor.is_quantized
 
 
-def _is_kept(slot: Slot) -> bool:
-    """Whether a buffer that is not averaged is kept during a swap: if it is small, and can be written."""
-    tensor = local(slot.tensor)
-    small = memory.has_memory(tensor) and tensor.numel() * tensor.element_size() <= _SMALL_BYTES
-    return small and not tensor.is_quantized
+def _kept(left: Sequence[Slot]) -> set[str]:
+    """Return the names of the buffers that are not averaged and are kept during a swap: that can be, and are small."""
+    sizes = list[tuple[int, str]]()
+    for slot in left:
+        tensor = local(slot.tensor)
+        if memory.has_memory(tensor) and not tensor.is_quantized:
+            sizes.append((tensor.numel() * tensor.element_size(), slot.name))
+    sizes.sort()
+    return {
+        name for (_, name), total in zip(sizes, accumulate(n for n, _ in sizes), strict=True) if total <= _KEPT_BYTES
+    }
+
+
+def _is_moved(slot: Slot, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a parameter is on another device or of another dtype than it was."""
+    held = slot.owner._parameters  # noqa: SLF001
+    tensor = held[slot.attribute] if slot.attribute in held else None  # noqa: SIM401  see above
+    return tensor is not None and (tensor.device, tensor.dtype) != (device, dtype)
+
+
+def _check_in(slot: Slot, modules: Collection[nn.Module]) -> None:
+    """Check that a restored tensor's module still is in the model: otherwise the model holds others' weights."""
+    if slot.owner not in modules:
+        raise ValueError("its module was replaced in the model, which keeps what came in its place")
 
 
 def _follow(slot: Slot, tensor: Tensor, average: Tensor) -> None:
     """Copy restored weights to where the model has that parameter now."""
     here = rows(slot.tensor, average)
     if here.data_ptr() != tensor.data_ptr():
+        if here.is_meta:
+            raise ValueError("it is on the meta device now")
         if here.shape != tensor.shape:
             raise ValueError(f"it has the shape {tuple(here.shape)} now, and had {tuple(tensor.shape)}")
         memory.write_(here, tensor)
 
 
+def _about_gradients(names: Sequence[str], holder: str) -> str:
+    return (
+        f"gradients must not change while the average is in the model, and {_shown(names)} did in the swap by "
+        f"{holder}, and keep the change; call zero_grad() before the evaluation, or after it before the next backward()"
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """Refuse a model whose adapters are merged into frozen weights, which would compute with the adapters in training.
+
+    Args:
+        model: About to hold the average, or to be copied over it.
+
+    Raises:
+        LoanError: If a module with frozen and trained parameters says ``merged``, as those of LoRA do.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "merged", False) is True and len({p.requires_grad for p in module.parameters()}) > 1:
+            raise LoanError(
+                f"adapters must not be merged when the average is put in their place, and {name or 'the model'!r} says "
+                "that its own are: call train(), or unmerge them, before"
+            )
+
+
 def _report_changed(names: Sequence[str], holder: str) -> None:
-    shown = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     message = (
-        f"parameters must not change while the average is in the model, and {shown} did in the swap by {holder} "
-        "(merged adapters, or a step of some kind?): trained parameters are restored and their average has the change, "
-        "frozen ones keep it; load a checkpoint, and evaluate without what changes them"
+        f"parameters must not change while the average is in the model, and {_shown(names)} did in the swap by "
+        f"{holder} (merged adapters, or a step of some kind?): trained parameters are restored and their average has "
+        "the change, frozen ones, and buffers too large to be kept, have it too; load a checkpoint, and evaluate "
+        "without what changes them; let a policy copy such a buffer"
     )
     if sys.exception() is not None:
         warnings.warn(message, PlanWarning, stacklevel=4)  # the exception that leaves the block is to be seen
