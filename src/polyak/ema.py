@@ -64,6 +64,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         smoothing: Share of the average that is kept, from 0 to 1.
 
     Raises:
+        ArgumentError: If one of the two is no module.
         ProfileError: If ``smoothing`` is not in [0, 1].
         MismatchError: If the two have other names or shapes; it lists them.
 
@@ -77,6 +78,9 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     References:
         ``composer.algorithms.ema.compute_ema``.
     """
+    for name, given in (("model", model), ("ema_model", ema_model)):
+        if not isinstance(given, nn.Module):
+            raise ArgumentError(f"{name} must be a torch.nn.Module (got {given!r}, a {type(given).__name__})")
     weight = 1 - Smoothing(smoothing).value
     online, averages = named_tensors(model), named_tensors(ema_model)
     check_match("ema_model must have the names and shapes of model", online, averages)

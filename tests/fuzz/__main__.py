@@ -10,7 +10,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first case; the next ones follow")
     parser.add_argument("--count", type=int, help="cases to run (1 without --seconds)")
     parser.add_argument("--seconds", type=float, help="when to begin no more cases")
-    parser.add_argument("--kernel", choices=("torch", "c"), help="the kernel to test, by default the one polyak chooses")
+    parser.add_argument(
+        "--kernel", choices=("torch", "c"), help="the kernel to test, by default the one polyak chooses"
+    )
     parser.add_argument("--loop", help="the only loop to run, such as 'hooked' or 'Lightning'")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--case", help="instead of a seed, a case as this prints it")

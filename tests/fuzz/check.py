@@ -175,5 +175,9 @@ def differences(got: dict[str, Tensor], want: dict[str, Tensor], more: bool = Fa
             yield f"{name} is of {own.dtype}, {tuple(own.shape)} for {tensor.dtype}, {tuple(tensor.shape)}"
         elif tensor.layout != torch.strided:
             continue
-        elif not torch.equal(own, tensor) and not torch.equal(a := flat(own), b := flat(tensor)) and not torch.equal(a.nan_to_num(7), b.nan_to_num(7)):
+        elif (
+            not torch.equal(own, tensor)
+            and not torch.equal(a := flat(own), b := flat(tensor))
+            and not torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+        ):
             yield f"{name} differs by up to {float((a - b).abs().nan_to_num(torch.inf).max()):.3g}"

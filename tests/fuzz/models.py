@@ -127,29 +127,51 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "double": lambda: _other_dtype(torch.float64),
     "bfloat16": lambda: _other_dtype(torch.bfloat16),
     "subclass": lambda: Call(_times_w, w=Named(0.3 * torch.randn(WIDTH, WIDTH))),
-    "scalar": lambda: Call(lambda self, x: x * self.gain + self.none.sum(), gain=nn.Parameter(torch.tensor(0.5)),
-                           none=nn.Parameter(torch.empty(0, 3))),
-    "integers": lambda: Call(lambda self, x: x + self.table.sum().to(x),
-                             table=nn.Parameter(torch.arange(3), requires_grad=False)),
+    "scalar": lambda: Call(
+        lambda self, x: x * self.gain + self.none.sum(),
+        gain=nn.Parameter(torch.tensor(0.5)),
+        none=nn.Parameter(torch.empty(0, 3)),
+    ),
+    "integers": lambda: Call(
+        lambda self, x: x + self.table.sum().to(x), table=nn.Parameter(torch.arange(3), requires_grad=False)
+    ),
     "transposed": lambda: Call(_times_w, w=nn.Parameter(0.3 * torch.randn(WIDTH, WIDTH).t())),
     "steps_over": lambda: Call(_times_w, w=nn.Parameter(0.3 * torch.randn(WIDTH, 8)[:, ::2])),
     "expanded": lambda: Call(lambda self, x: x + self.grid[0].to(x), grid=torch.randn(WIDTH).expand(3, WIDTH)),
-    "running_expanded": lambda: Call(lambda self, x: x + self.running_grid[0].to(x),
-                                     running_grid=torch.randn(WIDTH).expand(3, WIDTH)),
+    "running_expanded": lambda: Call(
+        lambda self, x: x + self.running_grid[0].to(x), running_grid=torch.randn(WIDTH).expand(3, WIDTH)
+    ),
     "conjugate_buffer": lambda: Call(_complex, w=_complex_w(), running_w=torch.randn(3, dtype=torch.complex64).conj()),
     "negative_buffer": lambda: Call(_complex, w=_complex_w(), running_w=torch._neg_view(torch.randn(3))),
     "real_view": lambda: (lambda w: Call(_complex, w=w, real=torch.view_as_real(w.detach())))(_complex_w()),
     "conjugate_view": lambda: (lambda w: Call(_complex, w=w, conj=w.detach().conj()))(_complex_w()),
     "negative": lambda: Call(_times_w, w=nn.Parameter(torch._neg_view(0.3 * torch.randn(4, 4)))),
-    "sparse": lambda: Call(lambda self, x: x + torch.mv(self.matrix.to_dense(), x.new_ones(4).float()).to(x.dtype),
-                           matrix=torch.eye(WIDTH).to_sparse()),
+    "sparse": lambda: Call(
+        lambda self, x: x + torch.mv(self.matrix.to_dense(), x.new_ones(4).float()).to(x.dtype),
+        matrix=torch.eye(WIDTH).to_sparse(),
+    ),
     "float8": lambda: Call(lambda self, x: x * self.table.to(x.dtype), table=torch.ones(4).to(torch.float8_e4m3fn)),
     "two_tensors": lambda: Call(_times_w, w=nn.Parameter(TwoTensor(torch.randn(4, 4), torch.randn(4, 4)))),
 }
 
 # Blocks whose dtypes `.to(dtype)` would change to ones that they cannot use, or whose views it would end.
-KEEPS_DTYPE = {"complex", "complex128", "real_view", "conjugate_view", "conjugate_buffer", "negative_buffer", "float8",
-               "double", "bfloat16", "two_tensors", "sparse", "expanded", "running_expanded", "steps_over", "negative"}
+KEEPS_DTYPE = {
+    "complex",
+    "complex128",
+    "real_view",
+    "conjugate_view",
+    "conjugate_buffer",
+    "negative_buffer",
+    "float8",
+    "double",
+    "bfloat16",
+    "two_tensors",
+    "sparse",
+    "expanded",
+    "running_expanded",
+    "steps_over",
+    "negative",
+}
 
 
 class Net(nn.Module):
@@ -209,8 +231,20 @@ TRAITS: dict[str, Callable[[Net], object]] = {
 }
 
 # What may be refused, by name and before averaging begins. All else must work.
-EXOTIC = {"negative", "tied negative", "two_tensors", "real_view", "conjugate_view", "conjugate_buffer", "float8",
-          "negative_buffer", "rows that overlap", "frozen rows that overlap", "running_expanded", "row as bias"}
+EXOTIC = {
+    "negative",
+    "tied negative",
+    "two_tensors",
+    "real_view",
+    "conjugate_view",
+    "conjugate_buffer",
+    "float8",
+    "negative_buffer",
+    "rows that overlap",
+    "frozen rows that overlap",
+    "running_expanded",
+    "row as bias",
+}
 # Memory that several tensors share, which `.to(dtype)` and `p.data = p.data.clone()` would divide.
 SHARES = {name for name in TRAITS if "tied" in name or "row" in name or "columns" in name}
 
@@ -240,7 +274,8 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
     "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.02),
     "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, lr=0.01),
     "foreach": lambda parameters: torch.optim.SGD(parameters, lr=0.1, foreach=True),
-    "groups": lambda parameters: torch.optim.SGD([{"params": parameters[:1], "lr": 0.01}, {"params": parameters[1:]}],
-                                                 lr=0.1),
+    "groups": lambda parameters: torch.optim.SGD(
+        [{"params": parameters[:1], "lr": 0.01}, {"params": parameters[1:]}], lr=0.1
+    ),
     "two": lambda parameters: torch.optim.SGD(parameters, lr=0.1),  # see `loops.optimizers`
 }

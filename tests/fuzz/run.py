@@ -142,7 +142,14 @@ def _drawn(seed: int, count: int | None, seconds: float | None, loop: str | None
 
 
 def run(
-    *, seed: int, count: int | None, seconds: float | None, loop: str | None, processes: int, case: str | None, shrink: bool
+    *,
+    seed: int,
+    count: int | None,
+    seconds: float | None,
+    loop: str | None,
+    processes: int,
+    case: str | None,
+    shrink: bool,
 ) -> int:
     """Run cases, print what failed, and return 1 if something did."""
     from polyak.kernels import CHOSEN
