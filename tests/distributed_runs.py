@@ -248,6 +248,15 @@ def fails_to_save(kind: str, path: Path, folder: Path) -> tuple[str, bool]:
     return said, unequal(before, held(trainer)) == []
 
 
+def loads_damaged(kind: str, path: Path, folder: Path) -> str:
+    """Return what each rank is told of a checkpoint that cannot be loaded."""
+    try:
+        build(kind, folder, load_path=path, saves=None)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def evaluates(kind: str | None) -> dict[str, float]:
     """Return figures of seven samples in batches of three, in an order that is drawn."""
     import torchmetrics.classification as theirs

@@ -316,7 +316,7 @@ def test_a_checkpoint_of_a_wrapped_model_loads_into_the_model_itself_and_back(tm
     whole = loops.train(tmp_path / "whole", ema=EMA("4ba"))
     whole.fit()
     assert loops.differences(loops.bits(whole.state.model), loops.bits(back.state.model.module)) == []
-    assert loops.differences(loops.averaged(whole._algorithms[0]), loops.averaged(back._algorithms[0])) == []
+    assert loops.differences(loops.averaged(whole.state.algorithms[0]), loops.averaged(back.state.algorithms[0])) == []
 
 
 # What does not fit is refused

@@ -169,6 +169,22 @@ def test_batches_that_each_rank_draws_in_its_own_order_are_warned_of(ranks, tmp_
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_a_damaged_checkpoint_is_refused_by_name_on_all_ranks(ranks, tmp_path, kind) -> None:
+    path = tmp_path / "saved"
+    ranks.run(2, partial(runs.saves, kind, path, tmp_path / "run"))
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    assert len(files) == (4 if kind == "fsdp2" else 1)  # of each rank one, DCP's list of them, and the rest
+    for file in files:
+        content = file.read_bytes()
+        file.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+        for said in ranks.run(2, partial(runs.loads_damaged, kind, path, tmp_path / "run")):
+            assert said.startswith("DamagedCheckpointError")
+            assert str(file) in said
+        file.write_bytes(content)
+    assert set(ranks.run(2, partial(runs.loads_damaged, kind, path, tmp_path / "run"))) == {"nothing"}
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_a_checkpoint_that_the_first_rank_cannot_write_is_an_error_on_all(ranks, tmp_path, kind) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "x"

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ INSIDE = [
     Event.AFTER_TRAIN_BATCH,
 ]
 AFTER = [Event.BATCH_END, Event.BATCH_CHECKPOINT, Event.EPOCH_START, Event.EPOCH_END, Event.EPOCH_CHECKPOINT]
+
+
+@pytest.fixture(autouse=True)
+def interrupts_raise() -> Iterator[None]:
+    """Let an interrupt raise, whatever was imported before: Composer has a handler of its own."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Draws(Callback):
@@ -179,6 +188,7 @@ class Arms(Callback):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a log whose `with` had not begun
 def test_a_real_signal_at_any_line_of_a_batch_leaves_a_run_that_resumes_bit_for_bit(whole, tmp_path):
     counting = Signal(None)
     trainer, _ = build(tmp_path / "counted", Arms(counting))

@@ -35,7 +35,17 @@ from polyak.offload import Offload
 from polyak.plan import Plan, plan
 from polyak.profiles import HalfLife, Profile, Smoothing
 from polyak.schedule import Schedule
-from polyak.select import Policy, PolicyRule, check_match, default_policy, is_statistic, named_tensors, slots, unwrap
+from polyak.select import (
+    Policy,
+    PolicyRule,
+    averaged_parameters,
+    check_match,
+    default_policy,
+    is_statistic,
+    named_tensors,
+    slots,
+    unwrap,
+)
 from polyak.shadow import Shadow, refuse_unsynchronized
 from polyak.sharding import Ranks, is_initialized, local
 from polyak.states import check_state, cloned, fitted
@@ -502,7 +512,7 @@ class EMA(Algorithm):
 
     def _start(self, state: State) -> None:
         model = state.model
-        parameters = (slot for slot in slots(model) if slot.is_parameter and self._policy(slot) is Policy.AVERAGE)
+        parameters = averaged_parameters(model, self._policy)
         if not all(bool(local(slot.tensor).isfinite().all()) for slot in parameters):
             self._waits = (self._waits[0] + 1, self._waits[1] or state.timestamp)
             return
@@ -713,6 +723,8 @@ class EMA(Algorithm):
                 "num_updates": saved["num_updates"],
                 "num_quarantined": saved["num_quarantined"],
                 "copied": saved["copied"],
+                "waiting": saved["waiting"],
+                "dtype": saved["dtype"],
                 "origin": self._counters(self._origin),
                 "updated": self._updated_at is not None,
                 "updated_at": self._counters(self._updated_at or Timestamp()),
@@ -768,6 +780,8 @@ class EMA(Algorithm):
                 "num_updates": state["num_updates"],
                 "num_quarantined": state["num_quarantined"],
                 "copied": state.get("copied"),
+                "waiting": state.get("waiting"),
+                "dtype": state.get("dtype"),
             }
         )
         self._shadow = shadow

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak.background import one_thread
 from polyak.errors import OffloadError
+from polyak.memory import is_expanded
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,8 @@ def _room_for(tensor: Tensor) -> Tensor:
 
     The averages are not: pinned memory comes in powers of two, and cannot be swapped out.
     """
+    if is_expanded(tensor) or tensor.is_conj() or tensor.is_neg():
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     if tensor.is_cuda and not tensor.permute(order).is_contiguous():
         # One with holes goes through memory that is not pinned unless it has none here: who knows when that is done.

@@ -1,13 +1,23 @@
 """What averaging would do with each tensor of a model, and why, before any training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from polyak.errors import PolyakError
-from polyak.select import Decision, Policy, PolicyRule, Slot, all_slots, decide, default_policy, slots, views_of
+from polyak.select import (
+    Decision,
+    Policy,
+    PolicyRule,
+    Slot,
+    all_slots,
+    decide,
+    default_policy,
+    trained_through,
+    views_of,
+)
 from polyak.shadow import check_layout
 
 
@@ -84,18 +94,20 @@ def plan(model: nn.Module, policy: PolicyRule = default_policy) -> Plan:
         >>> plan(nn.Linear(2, 1).requires_grad_(False))[0]
         Row(name='weight', shape=(1, 2), dtype=torch.float32, decision='leave', reason='a frozen parameter')
     """
-    owned, views = {slot.name for slot in slots(model)}, views_of(model)
-    return Plan([_row(slot, policy, owned, views) for slot in all_slots(model)])
+    views = views_of(model)
+    owners = {name: own.name for name, (own, _) in views.items()}
+    through = trained_through(views, policy)
+    return Plan([_row(slot, policy, owners, through) for slot in all_slots(model)])
 
 
-def _row(
-    slot: Slot, policy: PolicyRule, owned: set[str], views: dict[str, tuple[str, torch.Tensor, torch.Tensor]]
-) -> Row:
+def _row(slot: Slot, policy: PolicyRule, owners: Mapping[str, str], through: set[str]) -> Row:
     tensor = slot.tensor
-    if slot.name not in owned and slot.name in views:
-        decision, reason = "shared", f"its memory is that of {views[slot.name][0]}"
+    if slot.name in owners:
+        decision, reason = "shared", f"its memory is that of {owners[slot.name]}"
     else:
         made = decide(slot) if policy is default_policy else Decision(policy(slot), "the policy that was given says so")
+        if slot.name in through and made.policy is not Policy.AVERAGE:
+            made = Decision(Policy.AVERAGE, "it shares its memory with a parameter that is trained")
         decision, reason = made.policy.value, made.reason
         if made.policy is not Policy.LEAVE:
             try:

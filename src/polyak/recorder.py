@@ -492,4 +492,4 @@ def _aliases(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the further names of tied tensors, and the name that each is kept under."""
     persistent = {slot.name for slot in all_slots(model) if slot.persistent}
     tied = views_of(model, tied=True)
-    return {name: owner for name, (owner, _, _) in tied.items() if owner in kept and name in persistent}
+    return {name: own.name for name, (own, _) in tied.items() if own.name in kept and name in persistent}

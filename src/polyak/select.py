@@ -186,8 +186,8 @@ def slots(model: nn.Module, *, views: bool = False, foreign: Sequence[Tensor] = 
             yield slot
 
 
-def views_of(model: nn.Module, *, tied: bool = False) -> dict[str, tuple[str, Tensor, Tensor]]:
-    """Return by name each tensor that ``slots`` does not yield: its owner's name, the owner's tensor, and its own.
+def views_of(model: nn.Module, *, tied: bool = False) -> dict[str, tuple[Slot, Slot]]:
+    """Return by name each slot that ``slots`` does not yield, and before it the one that owns its memory.
 
     Args:
         model: Wrapped or not.
@@ -197,10 +197,20 @@ def views_of(model: nn.Module, *, tied: bool = False) -> dict[str, tuple[str, Te
     by_id = {id(slot.tensor): own for slot, own in zip(listed, owner, strict=True)}
     found = ((slot, by_id[id(slot.tensor)]) for slot in all_slots(model))
     return {
-        slot.name: (own.name, own.tensor, slot.tensor)
+        slot.name: (own, slot)
         for slot, own in found
         if own is not None and own.name != slot.name and not (tied and not _is_tied(slot.tensor, own.tensor))
     }
+
+
+def trained_through(views: Mapping[str, tuple[Slot, Slot]], policy: PolicyRule) -> set[str]:
+    """Return the names of tensors that are averaged because one that shares their memory is.
+
+    Args:
+        views: As ``views_of`` returns them.
+        policy: What is done with which tensor.
+    """
+    return {own.name for own, slot in views.values() if slot.is_parameter and policy(slot) is Policy.AVERAGE}
 
 
 def _owned(model: nn.Module, foreign: Sequence[Tensor]) -> tuple[list[Slot], list[Slot | None]]:
@@ -231,6 +241,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {slot.name: slot.tensor for slot in all_slots(model)}
 
 
+def averaged_parameters(model: nn.Module, policy: PolicyRule) -> list[Slot]:
+    """Return the parameters that are averaged.
+
+    Args:
+        model: Wrapped or not.
+        policy: What is done with which tensor.
+    """
+    through = trained_through(views_of(model), policy)
+    found = (slot for slot in slots(model) if slot.is_parameter)
+    return [slot for slot in found if slot.name in through or policy(slot) is Policy.AVERAGE]
+
+
 class Inventory:
     """What a model holds, noted so that a check tells whether it still does, at 0.1 us a tensor (in C; else 2 us).
 
@@ -243,7 +265,8 @@ class Inventory:
     """
 
     def __init__(self, model: nn.Module, more: Sequence[Tensor] = ()) -> None:
-        self._modules = list(model.modules())
+        # A scripted module keeps its tensors where Python does not see them.
+        self._modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
         self._dicts = self._held()
         found = [tensor for dict_ in self._dicts for tensor in dict_.values() if isinstance(tensor, Tensor)]
         self._spread = [tensor for tensor in found if is_spread(tensor)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import memory, optimizers, sharding
-from polyak.errors import DtypeError, LoanError, MemoryLayoutError, QuarantineWarning, ShardingError
+from polyak.errors import CopyError, DtypeError, LoanError, MemoryLayoutError, QuarantineWarning, ShardingError
 from polyak.kernels import Lerp, Place, counting_with
 from polyak.offload import Offload, Offloader, hold_writes
 from polyak.select import (
@@ -24,6 +24,7 @@ from polyak.select import (
     check_match,
     default_policy,
     slots,
+    trained_through,
     unwrap,
     views_of,
 )
@@ -117,15 +118,16 @@ class Shadow:
         self._swap: Swap | None = None
         self._with_views = views
         self._views = dict[str, tuple[str, memory.Place | None]]()  # of the owner's name, for what shares its memory
+        self._view_slots = list[Slot]()
         self._policies = dict[str, Policy]()  # as decided once: an evaluation or a resume must not decide otherwise
         self._exposed = list[Callable[[], object]]()  # what others hold of the averages' memory, by weak references
         optimizers.watch()
         self._follow_model()
 
-    def _new_average(self, slot: Slot) -> Tensor:
+    def _new_average(self, slot: Slot, dtype: torch.dtype | None = None) -> Tensor:
         tensor = slot.tensor
-        dtype = tensor.dtype
-        if dtype.is_floating_point and self._policies.get(slot.name) is not Policy.COPY:
+        given, dtype = dtype, dtype or tensor.dtype
+        if given is None and dtype.is_floating_point and self._policies.get(slot.name) is not Policy.COPY:
             dtype = self._dtype or torch.promote_types(dtype, torch.float32)
         if self._mesh is not None and slot.is_parameter and tensor.dim():
             average = sharding.divided(tensor, dtype, self._mesh, self._device)
@@ -141,10 +143,10 @@ class Shadow:
                 copy.copy_(place.view(local(self._averages[owner])))
         return sharding.beside(tensor, counting_with(self._counter, copy))
 
-    def _policy_of(self, slot: Slot) -> Policy:
+    def _policy_of(self, slot: Slot, through: set[str]) -> Policy:
         if slot.name in self._policies:
             return self._policies[slot.name]
-        policy = self._policy(slot)
+        policy = Policy.AVERAGE if slot.name in through else self._policy(slot)
         if policy is Policy.LEAVE:
             return policy
         check_layout(slot, policy)
@@ -153,13 +155,17 @@ class Shadow:
         self._policies[slot.name] = Policy.COPY if mask else policy
         return self._policies[slot.name]
 
-    def _follow_model(self) -> None:
-        """List the tensors again if the model's or the averages have moved; new ones join with their current values."""
+    def _follow_model(self, *, join: bool = False) -> None:
+        """List the tensors again if the model's or the averages have moved.
+
+        Args:
+            join: Whether new ones join, with their current values. An evaluation or a state must not decide on that.
+        """
         if self._inventory is None or not self._inventory.holds():
-            self._list_tensors()
+            self._list_tensors(join=join or not self._slots)
 
     @torch.no_grad()
-    def _list_tensors(self) -> None:
+    def _list_tensors(self, *, join: bool) -> None:
         sharding.reshard(self._model)
         if self._inventory is not None and self._inventory.holds():
             return
@@ -171,9 +177,15 @@ class Shadow:
         views = views_of(self._model, tied=self._with_views)
         for name in views:
             self._averages.pop(name, None)
-        policies = [(slot, self._policy_of(slot)) for slot in found]
+        through = trained_through(views, self._policy)
+        if not join:
+            found = [slot for slot in found if slot.name in self._averages]
+        policies = [(slot, self._policy_of(slot, through)) for slot in found]
         # What is frozen on the way is still averaged: its average has not arrived yet.
         held = [(s, p) for s, p in policies if p is not Policy.LEAVE or s.name in self._averages]
+        # What joins begins with its value, which must be one.
+        waiting = [s.name for s, _ in held if self._slots and s.name not in self._averages and not _is_finite(s)]
+        held = [(slot, policy) for slot, policy in held if slot.name not in waiting]
         for slot, _ in held:
             average = self._averages.get(slot.name)
             if average is None:
@@ -183,14 +195,19 @@ class Shadow:
         self._slots = [slot for slot, _ in held]
         check_match("the model must keep the averaged tensors", self._averages, self._online())
         _check_memory(self._averages)
-        self._views = {name: (own, memory.Place.of(local(t), local(v))) for name, (own, t, v) in views.items()}
+        self._views = {
+            name: (own.name, memory.Place.of(local(own.tensor), local(slot.tensor)))
+            for name, (own, slot) in views.items()
+        }
+        self._view_slots = [slot for _, slot in views.values()]
         self._copied = [(s, self._averages[s.name]) for s, p in held if p is Policy.COPY]
         self._averaged = [(s, self._averages[s.name]) for s, p in held if p is not Policy.COPY]
         # Where some are on a GPU, the count is there: elsewhere it would have to be waited for.
         devices = [local(average).device for _, average in self._averaged]
         if devices:
             self._quarantined = self._quarantined.to(next((d for d in devices if d.type != "cpu"), devices[0]))
-        self._inventory = Inventory(self._model, list(self._averages.values()))
+        if join and not waiting:
+            self._inventory = Inventory(self._model, list(self._averages.values()))
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -252,7 +269,7 @@ class Shadow:
                 f"an average must not take in averaged weights: {swap.holder} has swapped its average in; restore the "
                 "training weights first"
             )
-        self._follow_model()
+        self._follow_model(join=True)
         lerp = self._lerp or self._new_lerp()
         lerp(weight, self.num_updates + 1)
         self.num_updates += 1
@@ -391,7 +408,8 @@ class Shadow:
         averages = [self._averages[slot.name] for slot in self._slots]
         held = {slot.name for slot in self._slots}
         left = [slot for slot in all_slots(self._model) if slot.name not in held and slot.name not in self._views]
-        swap = Swap(self._model, self._slots, averages, left, keep_averages=self._is_exposed())
+        views = [slot for slot in self._view_slots if not slot.is_parameter]
+        swap = Swap(self._model, self._slots, averages, left, views, keep_averages=self._is_exposed())
         try:
             self._swap = swap
             swap.begin(holder)
@@ -459,9 +477,18 @@ class Shadow:
         self._follow_model()
         self._wait()
         module = self._module_over(self._averages)
+        self._refuse_mixed_calls(module)
         own = {id(tensor) for tensor in self._model.parameters()}
         self._exposed += [weakref.ref(t) for t in (*module.parameters(), *module.buffers()) if id(t) not in own]
         return module
+
+    def _refuse_mixed_calls(self, module: nn.Module) -> None:
+        """Have frozen layers refuse a call where they have the model's dtype, and the averages around them another."""
+        widened = {s.tensor.dtype for s, a in self._averaged if s.is_parameter and a.dtype != s.tensor.dtype}
+        averaged = self._averages.keys() | {name for name, (own, _) in self._views.items() if own in self._averages}
+        for slot in all_slots(module) if widened else ():
+            if slot.is_parameter and slot.name not in averaged and slot.tensor.dtype in widened:
+                slot.owner.register_forward_pre_hook(_refuse_mixed_call)
 
     def training_model(self) -> nn.Module:
         """Return a module with the training weights: the model itself, unless the average is in it."""
@@ -528,7 +555,10 @@ class Shadow:
             "averages": averages,
             "num_updates": self.num_updates,
             "num_quarantined": self.num_quarantined,
-            "copied": sorted(name for name in averages if self._policies.get(name) is Policy.COPY),
+            # As text, since `torch.distributed.checkpoint` takes lists apart.
+            "copied": "\n".join(sorted(name for name in averages if self._policies.get(name) is Policy.COPY)),
+            "waiting": "\n".join(self._waiting()),
+            "dtype": str(self._dtype),
         }
         if self._active:
             state["training"] = self._active.training()
@@ -536,6 +566,15 @@ class Shadow:
             state["averages"] = {n: sharding.beside(a, local(a).detach()) for n, a in averages.items()}
             self._exposed += map(weakref.ref, state["averages"].values())
         return state
+
+    def _waiting(self) -> list[str]:
+        """Return the names of tensors that will join at the next update."""
+        if self._inventory is not None and self._inventory.holds():
+            return []
+        through = trained_through(views_of(self._model, tied=self._with_views), self._policy)
+        found = slots(self._model, views=self._with_views, foreign=[local(a) for a in self._averages.values()])
+        joining = (s for s in found if s.name in through or self._policy(s) is not Policy.LEAVE)
+        return sorted(slot.name for slot in joining if slot.name not in self._averages)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -559,6 +598,8 @@ class Shadow:
         # A tensor that is frozen here and was not there is averaged on.
         ours = [local(average) for average in self._averages.values()]
         found = slots(self._model, views=self._with_views, foreign=ours)
+        waiting = set((state.get("waiting") or "").splitlines())
+        self._averages = {name: own for name, own in self._averages.items() if name in averages or name not in waiting}
         held = {s.name: s for s in found if s.name in averages or s.name in self._averages}
         online = {name: slot.tensor.detach() for name, slot in held.items()}
         check_match("a saved average must fit the model", online, averages)
@@ -567,11 +608,16 @@ class Shadow:
             check_match("saved training weights must fit the model", online, training)
         hold_writes()
         # What was decided then holds on: a mask that was infinite may be finite now.
-        copied: frozenset[str] | None = None if state.get("copied") is None else frozenset(state["copied"])
-        if copied is not None:
+        if state.get("copied") is not None:
+            copied = state["copied"].splitlines()
             self._policies |= {name: Policy.COPY if name in copied else Policy.AVERAGE for name in online}
+        keeps_dtypes = state.get("dtype") == str(self._dtype)  # the model may have had another when averaging began
         for name, tensor in online.items():
-            sharding.copy_(self._averages.setdefault(name, self._new_average(held[name])), averages[name])
+            average = self._averages.get(name)
+            if average is None or (keeps_dtypes and average.dtype != averages[name].dtype):
+                average = self._new_average(held[name], averages[name].dtype if keeps_dtypes else None)
+                self._averages[name] = average
+            sharding.copy_(average, averages[name])
             if training:
                 sharding.copy_(tensor, training[name])
         self.num_updates = int(state["num_updates"])
@@ -603,6 +649,11 @@ def check_layout(slot: Slot, policy: Policy) -> None:
             f"for one of {slot.tensor.layout})"
         )
     remedy = "freeze it, or leave it out by EMA(policy=...)"
+    if isinstance(slot.owner, torch.jit.ScriptModule):
+        raise MemoryLayoutError(
+            f"an averaged tensor must be in a module that Python sees into, and {slot.name!r} is in one that "
+            f"torch.jit has scripted; train the module itself and script its average, or {remedy}"
+        )
     if memory.is_wrapper(tensor):
         raise MemoryLayoutError(
             f"an averaged tensor must have memory of its own, and {slot.name!r} is a {type(tensor).__name__}, which "
@@ -618,6 +669,23 @@ def check_layout(slot: Slot, policy: Policy) -> None:
             f"the elements of an averaged or copied tensor must not share memory, and some of {slot.name!r} do (shape "
             f"{tuple(tensor.shape)}, strides {tensor.stride()}); register a .clone() of it, or {remedy}"
         )
+
+
+def _refuse_mixed_call(module: nn.Module, inputs: object) -> None:
+    del inputs
+    tensor = next(module.parameters(recurse=False))
+    if not torch.is_autocast_enabled(tensor.device.type):
+        raise CopyError(
+            f"ema_model must have one dtype to be called, and a frozen {type(module).__name__} of it has "
+            f"{tensor.dtype}, the average another; evaluate the model in `with attached.applied():`, use "
+            f"torch.autocast, or average in EMA(dtype={tensor.dtype})"
+        )
+
+
+def _is_finite(slot: Slot) -> bool:
+    tensor = local(slot.tensor)
+    numeric = tensor.is_floating_point() or tensor.is_complex()
+    return not (slot.is_parameter and numeric) or bool(tensor.isfinite().all())
 
 
 def _check_range(name: str, average: Tensor, tensor: Tensor) -> None:

@@ -373,8 +373,14 @@ def _norms(model: nn.Module, names: Collection[str] | None = None) -> dict[str, 
     }
     if not here:
         return {}
-    norms = torch._foreach_norm(list(here.values()), dtype=torch.float32)  # noqa: SLF001
-    return dict(zip(here, norms, strict=True))
+    found = dict[str, Tensor]()
+    # 16-bit norms would overflow, and torch narrows none.
+    for wide in (torch.float64, torch.float32):
+        names_of = [name for name, tensor in here.items() if (tensor.dtype == torch.float64) == (wide == torch.float64)]
+        if names_of:
+            norms = torch._foreach_norm([here[name] for name in names_of], dtype=wide)  # noqa: SLF001
+            found |= dict(zip(names_of, norms, strict=True))
+    return found
 
 
 def _is_plain(parameter: Tensor) -> bool:

@@ -72,6 +72,7 @@ class Swap:
         slots: Where averages go.
         averages: What goes there.
         left: The other tensors of the model.
+        views: Buffers over the memory of others, which are swapped with them.
         keep_averages: Whether the averages must stay where they are, because somebody else reads them.
 
     Attributes:
@@ -86,6 +87,7 @@ class Swap:
         slots: Sequence[Slot],
         averages: Sequence[Tensor],
         left: Sequence[Slot],
+        views: Sequence[Slot] = (),
         *,
         keep_averages: bool,
     ) -> None:
@@ -105,6 +107,7 @@ class Swap:
         self._backup = dict[int, Tensor]()  # by number of the slot
         self._buffers = list[_Buffer]()
         self._left = [slot for slot in left if not slot.is_parameter]
+        self._views = views
         watched = [slot for slot in left if slot.is_parameter or not _is_kept(slot)]
         self._watched = [(s.name, memory.compact(local(s.tensor).detach())) for s in watched if _has_bits(s.tensor)]
         self._sums: list[int] | None = None
@@ -142,6 +145,8 @@ class Swap:
                 alias = local(slot.tensor).detach()
                 before = alias.clone() if _is_kept(slot) else None
                 self._buffers.append(_Buffer(slot, slot.tensor, alias, before))
+            for slot in self._views:
+                self._buffers.append(_Buffer(slot, slot.tensor, local(slot.tensor).detach(), None))
             _SWAPS[id(self.model)] = self
             self.phase = Phase.ENTERING
             self._exchange.forward()

@@ -189,8 +189,8 @@ class _Copies:
                     f"averaged tensor than the copy can follow; {_INSTEAD}"
                 )
         if isinstance(tensor, nn.Parameter) and not nn.parameter.is_lazy(tensor):
-            tied = any(id(value) in self.leading for value in vars(tensor).values())
-            return self._replaced(tensor, tensor.detach()) if tied or tensor.requires_grad else tensor
+            # An alias: what is done to the copy, such as .half(), must not be done to the model.
+            return self._replaced(tensor, tensor.detach())
         plain = tensor.detach() if tensor.requires_grad else tensor
         try:
             return copy.deepcopy(plain, self.memo)

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .blocks import BLOCKS
 from .events import OBSERVING
 from .loops import STRUCTURAL
-from .models import BLOCKS, DTYPES, OPTIMIZERS, TRAITS
+from .models import DTYPES, OPTIMIZERS, TRAITS
 
 # How often each loop is drawn: other frameworks take a hundred times as long.
 LOOPS = {"hooked": 60, "by hand": 40}

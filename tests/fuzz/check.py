@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .loops import STRUCTURAL, Loop, Stopped
-from .models import BATCH, WIDTH, Net
+from .blocks import BATCH, WIDTH
+from .loops import STRUCTURAL, Loop, StepError
+from .models import Net
 from .reference import Reference, flat, tensors
 
 if TYPE_CHECKING:
     from .cases import Case
 
 
-class Wrong(AssertionError):
+class WrongError(AssertionError):
     """What must hold and does not."""
 
 
-class Invalid(Exception):
+class InvalidError(Exception):
     """The case cannot be trained without polyak either."""
 
 
@@ -49,9 +50,9 @@ class Check:
         Args:
             i: The number of the batch.
         """
-        with suppress(Stopped):
+        with suppress(StepError):
             valid(self.twin.step, i)
-        with suppress(Stopped):
+        with suppress(StepError):
             self.run.step(i)
 
     def change(self, name: str) -> None:
@@ -84,7 +85,7 @@ class Check:
     def demand(self, differences: Iterable[str], where: str) -> None:
         """Raise the first difference, if there is one."""
         for difference in differences:
-            raise Wrong(f"{where}: {difference}")
+            raise WrongError(f"{where}: {difference}")
 
     def same_weights(self, where: str) -> None:
         """Demand that the model is as it is without polyak, bit for bit."""
@@ -92,9 +93,9 @@ class Check:
         self.demand(differences(got, want, self.teacher), where)
         flags = [p.requires_grad for p in self.twin.net.parameters()]
         if not self.teacher and [p.requires_grad for p in self.net.parameters()] != flags:
-            raise Wrong(f"{where}: requires_grad differs")
+            raise WrongError(f"{where}: requires_grad differs")
         if self.net.training != self.twin.net.training:
-            raise Wrong(f"{where}: the mode differs")
+            raise WrongError(f"{where}: the mode differs")
 
     def online(self) -> dict[str, Tensor]:
         """Return the training weights in float64."""
@@ -104,9 +105,9 @@ class Check:
         """Demand that what is saved is the average."""
         assert self.run.ema is not None
         if self.run.ema.ema_started != self.begun:
-            raise Wrong(f"{where}: averaging has begun: {self.run.ema.ema_started}, but must: {self.begun}")
+            raise WrongError(f"{where}: averaging has begun: {self.run.ema.ema_started}, but must: {self.begun}")
         if self.run.ema.num_updates != self.reference.num_updates:
-            raise Wrong(f"{where}: {self.run.ema.num_updates} updates for {self.reference.num_updates}")
+            raise WrongError(f"{where}: {self.run.ema.num_updates} updates for {self.reference.num_updates}")
         if self.begun:
             self.demand(self.reference.wrong_in(self.average), where)
 
@@ -125,7 +126,7 @@ class Check:
         finally:
             self.net.train(mode)
         if parameters != list(map(id, self.net.parameters())):
-            raise Wrong("after applied(): parameters are other objects")
+            raise WrongError("after applied(): parameters are other objects")
         self.same_weights("after applied()")
 
     def forward(self, net: nn.Module) -> Tensor:
@@ -142,10 +143,10 @@ def valid(do: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Do what does not concern polyak."""
     try:
         return do(*args, **options)
-    except Stopped:
+    except StepError:
         raise
     except Exception as error:
-        raise Invalid from error
+        raise InvalidError from error
 
 
 def can(do: Callable[[], object]) -> bool:

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from polyak import EMA, Trainer
+from polyak import Trainer
 
+from .blocks import BATCH, WIDTH
 from .cases import Case
-from .check import Wrong, differences, held
+from .check import WrongError, differences, held
 from .loops import ema_of
-from .models import BATCH, OPTIMIZERS, WIDTH, build
+from .models import OPTIMIZERS, build
 from .reference import Reference, flat, tensors
 
 
@@ -85,12 +86,12 @@ class Watch:
         average = {name[name.index("net.") + 4 :]: t for name, t in self.ema.state_dict().get("ema_model", {}).items()}
         self._demand(self._twin.steps[len(self.steps) - 1][2].wrong_in(average), "at the end")
         if self.evaluations != self._twin.evaluations:
-            raise Wrong(f"evaluations after the steps {self.evaluations} for {self._twin.evaluations}")
+            raise WrongError(f"evaluations after the steps {self.evaluations} for {self._twin.evaluations}")
 
     @staticmethod
     def _demand(said: Iterable[str], where: str) -> None:
         for difference in said:
-            raise Wrong(f"{where}: {difference}")
+            raise WrongError(f"{where}: {difference}")
 
 
 def _inputs(case: Case, count: int) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor
 from polyak import PolyakError
 
 from .cases import Case
-from .check import Check, Invalid
+from .check import Check, InvalidError
 from .events import OBSERVING
 from .hosts import HOSTS, Watch
-from .loops import STRUCTURAL, Loop, Stopped
+from .loops import STRUCTURAL, Loop, StepError
 from .models import EXOTIC
 from .reference import Reference
 
@@ -56,7 +56,7 @@ def judge(case: Case) -> Outcome:
             if check.teacher or (exotic and not check.settled):
                 return Outcome("refused", f"{type(error).__name__}: {error}")
             return _wrong(error)
-        except Invalid:
+        except InvalidError:
             return Outcome("invalid")
         except Exception as error:
             return _wrong(error)
@@ -120,7 +120,7 @@ def _unobserved(case: Case) -> dict[str, Tensor]:
     loop = Loop(case, averaged=True)
     for i in range(case.steps + 1):
         if i:
-            with suppress(Stopped):
+            with suppress(StepError):
                 loop.step(i)
         for at, name in case.events:
             if at == i and name in STRUCTURAL:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from polyak import EMA, Offload, attach
 
-from .models import BATCH, OPTIMIZERS, SHARES, WIDTH, Net, build, is_dense, wrap
+from .blocks import BATCH, KEEPS_DTYPE, WIDTH, is_dense
+from .models import OPTIMIZERS, SHARES, Net, build, wrap
 
 
-class Stopped(Exception):
+class StepError(Exception):
     """What a step of the user's raises."""
 
 
@@ -69,7 +70,7 @@ class Loop:
             if last and self.raises:
                 self.raises = False
                 self._zero_grad(frozen)
-                raise Stopped
+                raise StepError
             if last and self.idle:
                 self._zero_grad([])
             clean = self._poison() if last and self.poisoned else None
@@ -124,9 +125,11 @@ class Loop:
         Args:
             name: In ``CHANGES``.
         """
-        if name == "dtype" and (set(self.case.traits) & SHARES or self.case.dtype not in ("float32", "float64")):
+        if name == "dtype" and (
+            SHARES & {*self.case.traits, *self.case.blocks} or self.case.dtype not in ("float32", "float64")
+        ):
             return
-        if name == "storage" and set(self.case.traits) & SHARES:
+        if name == "storage" and SHARES & {*self.case.traits, *self.case.blocks}:
             return
         CHANGES[name](self)
         self.changes.append(name)
@@ -178,8 +181,6 @@ def _to_other_dtype(loop: Loop) -> None:
     dtype = torch.float64 if net.a.weight.dtype == torch.float32 else torch.float32
     for module in (net.a, net.b):
         module.to(dtype)
-    from .models import KEEPS_DTYPE
-
     for name, block in zip(loop.case.blocks, net.blocks, strict=True):
         if name not in KEEPS_DTYPE:
             block.to(dtype)

@@ -131,13 +131,13 @@ class Reference:
         self._updated_at = self._batch
         self.num_updates += 1
         found = self._find(net, moved)
-        for name, mask in policies(found).items():
-            now, had = flat(found[name][0]), self._policies.get(name)
+        for name, asked in policies(found).items():
+            now, had, mask = flat(found[name][0]), self._policies.get(name), asked
             if had is None:
                 self._averages[name], self._dtypes[name] = now, self._dtype_of(found[name][0])
             else:
                 # What is averaged once remains so, and what was a copy remains one, unless it is trained now.
-                mask = torch.maximum(mask, had) if "running_" not in name else had
+                mask = torch.maximum(asked, had) if "running_" not in name else had
                 moving = (had == AVERAGE) & now.isfinite()
                 average = self._averages[name]
                 new = torch.where(moving, keep * average + (1 - keep) * now, average)
@@ -182,7 +182,9 @@ class Reference:
         policy = self._policies.get(name, torch.tensor(LEAVE)).expand_as(want)
         allowed = torch.where(policy == AVERAGE, self.tolerance(name, dtype), 0.0 if self.exact else 0.02)
         finite = got.isfinite() & want.isfinite()
-        bad = torch.where(finite, (got - want).abs() > allowed, got.nan_to_num() != want.nan_to_num())
+        # What has joined with an inf stays away from the finite ones, as inf or as nan.
+        other = (got.isfinite() != want.isfinite()) | ((policy != AVERAGE) & (got.nan_to_num() != want.nan_to_num()))
+        bad = torch.where(finite, (got - want).abs() > allowed, other)
         if bad.any():
             i = int(bad.nonzero()[0, 0])
             yield f"{name} ({('left', 'copied', 'averaged')[int(policy[i])]}) is {got[i]:.7g} for {want[i]:.7g}"

@@ -1,5 +1,6 @@
 """What people do while the average is in the model. Each leaves everything as it was."""
 
+import copy
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,8 +13,9 @@ from torch import nn
 import polyak
 from polyak import PolyakError, update_bn
 
-from .check import Check, Wrong
-from .models import BATCH, SHARES, WIDTH, is_dense
+from .blocks import BATCH, WIDTH, is_dense
+from .check import Check, WrongError
+from .models import SHARES
 from .reference import inner
 
 _PLAIN = (torch.float32, torch.float64, torch.int64)
@@ -21,7 +23,8 @@ _PLAIN = (torch.float32, torch.float64, torch.int64)
 
 def _swap(check: Check) -> None:
     with check.applied():
-        check.forward(check.net)
+        if check.begun:
+            check.forward(check.net)
 
 
 def _train_mode_forward(check: Check) -> None:
@@ -50,6 +53,8 @@ def _raises(error: type[BaseException]) -> Callable[[Check], None]:
 
 
 def _inference(check: Check) -> None:
+    if not check.begun:
+        return
     with check.applied(), torch.inference_mode():
         check.forward(check.net)
     with torch.inference_mode(), check.run.attached.applied():  # type: ignore[union-attr]
@@ -81,16 +86,18 @@ def _change_buffers(check: Check) -> None:
 def _change_parameter(check: Check) -> None:
     if not check.begun or not check.reference.averages("b.weight"):
         return
-    weight = check.net.b.weight
+    assert check.run.attached is not None
+    weight, saved = check.net.b.weight, copy.deepcopy(check.run.attached.state_dict())
     try:
         with check.applied(), torch.no_grad():
             weight.mul_(2)
     except PolyakError as error:
         if "b.weight" not in str(error) and "a.weight" not in str(error):
-            raise Wrong(f"a parameter changed in applied() must be named (got {error})") from error
+            raise WrongError(f"a parameter changed in applied() must be named (got {error})") from error
     else:
-        raise Wrong("a parameter changed in applied() must be refused")
+        raise WrongError("a parameter changed in applied() must be refused")
     check.same_weights("after a parameter changed in applied()")
+    check.run.attached.load_state_dict(saved)  # what the error says to do: the average has the change
 
 
 def share_memory(module: nn.Module) -> None:
@@ -106,7 +113,7 @@ def _move_inside(check: Check) -> None:
 
 
 def _clone_inside(check: Check) -> None:
-    if check.begun and not SHARES & {*check.case.traits}:
+    if check.begun and not SHARES & {*check.case.traits, *check.case.blocks}:
         with suppress(PolyakError), check.applied():
             check.net.a.bias.data = check.net.a.bias.data.clone()
         check.same_weights("after a parameter's storage was replaced in applied()")
@@ -127,7 +134,7 @@ def _step_inside(check: Check) -> None:
         except PolyakError:
             pass
         else:
-            raise Wrong("an optimizer step in applied() must be refused")
+            raise WrongError("an optimizer step in applied() must be refused")
         finally:
             for parameter in own:
                 parameter.grad = None
@@ -141,7 +148,7 @@ def _nested(check: Check) -> None:
                     pass
             except PolyakError:
                 return
-            raise Wrong("applied() in applied() must be refused")
+            raise WrongError("applied() in applied() must be refused")
 
 
 def _interrupted(check: Check) -> None:

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import NoReturn, TextIO
 
 import polyak
-from polyak.cli import convert, demo, inspect, reconstruct, sweep
+from polyak.cli import convert, demo, inspect, plan, reconstruct, sweep
 from polyak.cli.command import REFUSED, Command
 from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
 from polyak.readers.words import printable
 
-COMMANDS: tuple[Command, ...] = (convert, demo, inspect, reconstruct, sweep)
+COMMANDS: tuple[Command, ...] = (convert, demo, inspect, plan, reconstruct, sweep)
 
 _INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
 

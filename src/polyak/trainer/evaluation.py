@@ -198,24 +198,30 @@ class Evaluation:
             self._metrics.of_names(evaluator.metric_names)
         self._state.evaluators = list(evaluators)
 
-    def run_if_due(self, event: Event) -> None:
-        """Run the evaluators that are due; at the end of training, those that have not run at this batch.
+    def due_at(self, event: Event) -> list[Evaluator]:
+        """Return the evaluators that are due; at the end of training, those that have not run at this batch.
 
         Args:
             event: ``BATCH_END``, ``EPOCH_END`` or ``FIT_END``.
         """
         now = int(self._state.timestamp.batch)
-        due = [
+        return [
             one
             for one in self._state.evaluators
             if (one.due or self._due)(self._state, event)
             and not (event is Event.FIT_END and self.evaluated_at.get(one.label) == now)
         ]
-        if due:
-            self._engine.fire(Event.EVAL_BEFORE_ALL)
-            self.run(due)
-            self._engine.fire(Event.EVAL_AFTER_ALL)
-            self.evaluated_at |= {one.label: now for one in due}
+
+    def run_in_training(self, evaluators: Sequence[Evaluator]) -> None:
+        """Run evaluators in the course of training, and note that they have run at this batch.
+
+        Args:
+            evaluators: Which.
+        """
+        self._engine.fire(Event.EVAL_BEFORE_ALL)
+        self.run(evaluators)
+        self._engine.fire(Event.EVAL_AFTER_ALL)
+        self.evaluated_at |= {one.label: int(self._state.timestamp.batch) for one in evaluators}
 
     def set_evaluated_at(self, saved: Mapping[str, int] | int) -> None:
         """Take over where a run was evaluated last.

@@ -72,7 +72,7 @@ class Fitting:
             while not state.finished:
                 self._run_epoch(rollback)
             fire(Event.FIT_END)
-            self._evaluation.run_if_due(Event.FIT_END)
+            self._evaluate_if_due(Event.FIT_END, rollback)
         except BaseException:
             try:
                 fire(Event.EXCEPTION)
@@ -95,7 +95,7 @@ class Fitting:
             self._engine.fire_after(Event.BATCH_END, lambda: self._move_and_count(batch, began, rollback))  # noqa: B023
             self._log.log_if_due(Event.BATCH_END)
             self._engine.tell_callbacks(Event.BATCH_END)
-            self._evaluation.run_if_due(Event.BATCH_END)
+            self._evaluate_if_due(Event.BATCH_END, rollback)
             fire(Event.BATCH_CHECKPOINT)
             rollback.begin()
             began = time.perf_counter()
@@ -121,6 +121,13 @@ class Fitting:
         self._epochs.completed += 1
         rollback.done()
 
+    def _evaluate_if_due(self, event: Event, rollback: Rollback) -> None:
+        due = self._evaluation.due_at(event)
+        if due:
+            rollback.begin()  # an evaluation that is left early has drawn random numbers too
+            self._evaluation.run_in_training(due)
+            rollback.done()
+
     def _end_epoch(self, rollback: Rollback) -> None:
         def count() -> None:
             self._step.end_epoch()
@@ -132,5 +139,5 @@ class Fitting:
         self._engine.fire_after(Event.EPOCH_END, count)
         self._log.log_if_due(Event.EPOCH_END)
         self._engine.tell_callbacks(Event.EPOCH_END)
-        self._evaluation.run_if_due(Event.EPOCH_END)
+        self._evaluate_if_due(Event.EPOCH_END, rollback)
         self._engine.fire(Event.EPOCH_CHECKPOINT)

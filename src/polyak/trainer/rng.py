@@ -43,12 +43,13 @@ def generators_of(loader: object) -> list[torch.Generator]:
     return list({id(g): g for g in owned if isinstance(g, torch.Generator)}.values())
 
 
-def get_state(generators: Sequence[torch.Generator] = (), *, gpu: bool = True) -> dict[str, Any]:
+def get_state(generators: Sequence[torch.Generator] = (), *, gpu: bool = True, plain: bool = True) -> dict[str, Any]:
     """Return the states of the global generators, and of ``generators``, as tensors and plain containers.
 
     Args:
         generators: Others that matter.
         gpu: Whether those of GPUs do.
+        plain: Whether it will be saved; otherwise numpy's may stay an array, which is faster.
     """
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -59,7 +60,7 @@ def get_state(generators: Sequence[torch.Generator] = (), *, gpu: bool = True) -
         state["cuda"] = torch.cuda.get_rng_state_all()
     if numpy := sys.modules.get("numpy"):
         kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (kind, keys.tolist(), *rest)
+        state["numpy"] = (kind, keys.tolist() if plain else keys, *rest)
     return state
 
 

@@ -28,7 +28,7 @@ class Rollback:
         self._stream = stream
         self._places = [(module, name) for module in model.modules() for name in module._buffers]  # noqa: SLF001
         self._kept: dict[int, tuple[Tensor, int, Tensor] | None] = {}
-        self._random: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._random: tuple[dict[str, Any], dict[str, Any] | None] | None = None
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -49,7 +49,9 @@ class Rollback:
             stale.append((copy, buffer))
         if stale:
             torch._foreach_copy_([copy for copy, _ in stale], [buffer for _, buffer in stale])
-        self._random = (rng.get_state(), self._stream.get_state())
+        # A stream that is not apart is in the global generators and its own.
+        everywhere = rng.get_state(self._stream.generators, plain=False)
+        self._random = (everywhere, self._stream.get_state() if self._stream.apart else None)
 
     def done(self) -> None:
         """Note that the batch is counted: what it has changed stays."""
@@ -70,8 +72,9 @@ class Rollback:
             if not _is_unchanged(buffer, version):
                 buffer.copy_(copy)
             module._buffers[name] = buffer  # noqa: SLF001
-        rng.set_state(everywhere)
-        self._stream.set_state(of_data)
+        rng.set_state(everywhere, self._stream.generators)
+        if of_data is not None:
+            self._stream.set_state(of_data)
 
 
 def _is_unchanged(buffer: Tensor, version: int) -> bool:
