@@ -36,7 +36,7 @@ IN_OURS = IN_COMPOSER | {
     "state.timestamp._epoch = update_interval": "state.timestamp = Timestamp(epoch=update_interval)",
 }
 # In place of Composer's own, which downloads tokenizers and sets up what these tests do not use.
-CONFTEST = '''
+CONFTEST = """
 import os
 import sys
 from types import SimpleNamespace
@@ -73,7 +73,7 @@ def minimal_state(request):
 @pytest.fixture
 def empty_logger():
     return NoLogger()
-'''
+"""
 
 
 def run(name: str, folder: Path, text: str, changes: Mapping[str, str], conftest: str = "") -> int:

@@ -274,3 +274,23 @@ def test_states_of_two_equal_runs_are_equal_to_the_last_entry(tmp_path):
         made.fit()
         states.append({key: value for key, value in ema.state_dict().items() if key != "ema_model"})
     assert states[0] == states[1]
+
+
+def test_the_model_and_the_average_left_out_of_a_checkpoint_begin_anew(tmp_path):
+    made = run(tmp_path / "a", EMA("4ba"), max_duration="6ba", save="6ba")
+    made.fit()
+    (path,) = (tmp_path / "a").glob("ep*-ba6-rank0.pt")
+    again = run(
+        tmp_path / "b",
+        ema := EMA("4ba"),
+        seed=7,
+        save=None,
+        max_duration="9ba",
+        load_path=str(path),
+        load_ignore_keys=["state/model/*", "state/algorithms"],
+        load_strict_model_weights=False,
+    )
+    assert not ema.ema_started
+    assert loops.differences(loops.bits(loops.perceptron(7)), bare(loops.bits(again.state.model))) == []
+    again.fit()
+    assert ema.num_updates == 2
