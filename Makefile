@@ -20,7 +20,8 @@ test: $(VENV)/dev.stamp ## Check format, lint, types and imports, then run the t
 	PYTHONPATH=tests/stubs $(BIN)/pytest -n 2 $(STUBBED)
 
 # Tests of what imports a torchvision run in interpreters of their own: other libraries must not take the stub for the real one.
-STUBBED := tests/test_host_composer.py tests/test_hosts_distributed.py tests/test_composer_files.py tests/test_convert_timm.py
+STUBBED := tests/test_host_composer.py tests/test_hosts_distributed.py tests/test_composer_files.py tests/test_composer_surface.py \
+	tests/test_convert_timm.py
 
 SECONDS ?= 600
 fuzz: $(VENV)/dev.stamp ## Run random models, loops and events for SECONDS=600, with new seeds

@@ -65,7 +65,7 @@ def trainer(
     **options: Any,
 ) -> Trainer:
     torch.set_num_threads(1)
-    model = Wrapped(loops.perceptron() if net is None else net)
+    model = net if isinstance(net, Wrapped) else Wrapped(loops.perceptron() if net is None else net)
     held = DataLoader(loops.dataset(2, seed=5), batch_size=loops.BATCH)
     evaluators = [Evaluator(label="eval", dataloader=held)]
     if raw:

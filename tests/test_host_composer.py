@@ -72,6 +72,10 @@ class ComposerSession:
         )
         return scaled(made, plan.scaler) if plan.scaled else made
 
+    @property
+    def trained(self) -> nn.Module:
+        return self.trainer.state.model
+
     def evaluate(self) -> None:
         self.trainer.eval(self.plan.eval_loader)
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from polyak.errors import CopyError
+from polyak.errors import ArgumentError, CopyError
 from polyak.events import Event, State
 from polyak.time import TimeUnit
 
@@ -89,6 +89,29 @@ def dispatch(event: Event, state: State, algorithms: Sequence[Algorithm], logger
     acting = [algorithm for algorithm in algorithms if algorithm.match(event, state)]
     for algorithm in reversed(acting) if event.name.startswith("AFTER") else acting:
         algorithm.apply(event, state, logger)
+
+
+def check_algorithms(algorithms: Sequence[object]) -> None:
+    """Check that what a loop was given are algorithms of ours.
+
+    Args:
+        algorithms: As given.
+
+    Raises:
+        ArgumentError: If one is not; of a class that other trainers have under the same name, it says what to import.
+    """
+    for one in algorithms:
+        if isinstance(one, Algorithm):
+            continue
+        kind, advice = type(one), "derive from polyak.Algorithm"
+        if isinstance(one, type):
+            advice = "make one of it with parentheses"
+        elif any(cls.__module__.partition(".")[0] == "composer" for cls in kind.__mro__):
+            advice = f"this one is for Composer's trainer: `from polyak import {kind.__name__}` for any other loop"
+        raise ArgumentError(
+            f"algorithms must be instances of polyak.Algorithm (got {one!r} of {kind.__module__}.{kind.__qualname__}); "
+            f"{advice}"
+        )
 
 
 # These copy functions without a name, too.

@@ -6,7 +6,6 @@ the shadow's.
 
 import copy
 import itertools
-import math
 import warnings
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,12 @@ from torch import Tensor, nn
 
 from polyak import optimizers
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, check_pickles
+from polyak.compat.composer import as_started, from_composer
 from polyak.errors import (
+    ArgumentError,
     CheckpointError,
     CopyError,
+    FixedError,
     LoanError,
     MismatchError,
     PlanWarning,
@@ -26,14 +28,14 @@ from polyak.errors import (
     ProfileError,
     TimeError,
 )
-from polyak.events import Event, State, refuse_uncounted
+from polyak.events import Event, State
 from polyak.kernels import Place, lerp_
 from polyak.memory import write_
 from polyak.offload import Offload
 from polyak.plan import Plan, plan
 from polyak.profiles import HalfLife, Profile, Smoothing
+from polyak.schedule import Schedule
 from polyak.select import (
-    Policy,
     PolicyRule,
     averaged_parameters,
     check_match,
@@ -45,8 +47,9 @@ from polyak.select import (
 )
 from polyak.shadow import Shadow, refuse_unsynchronized
 from polyak.sharding import Ranks, is_initialized, local
+from polyak.states import check_state, cloned, fitted
 from polyak.swap import swap_of
-from polyak.time import Time, Timestamp, TimeUnit, as_span
+from polyak.time import Time, Timestamp, TimeUnit
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -70,6 +73,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         smoothing: Share of the average that is kept, from 0 to 1.
 
     Raises:
+        ArgumentError: If one of the two is no module.
         ProfileError: If ``smoothing`` is not in [0, 1].
         MismatchError: If the two have other names or shapes; it lists them.
 
@@ -83,6 +87,9 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     References:
         ``composer.algorithms.ema.compute_ema``.
     """
+    for name, given in (("model", model), ("ema_model", ema_model)):
+        if not isinstance(given, nn.Module):
+            raise ArgumentError(f"{name} must be a torch.nn.Module (got {given!r}, a {type(given).__name__})")
     weight = 1 - Smoothing(smoothing).value
     online, averages = named_tensors(model), named_tensors(ema_model)
     check_match("ema_model must have the names and shapes of model", online, averages)
@@ -112,6 +119,21 @@ _LENDING = {
     Event.EVAL_START: Event.EVAL_END,
     Event.PREDICT_START: Event.PREDICT_END,
     Event.SAVE_START: Event.SAVE_END,
+}
+
+
+_UPDATES = {Event.BATCH_END, Event.EPOCH_END}
+
+# What cannot be assigned, and what to do instead.
+_FIXED = {
+    **dict.fromkeys(
+        ("half_life", "smoothing", "profile", "ema_start", "update_interval"),
+        "make a new EMA with another one, and load the state of this one into it",
+    ),
+    "ema_weights_active": "get_ema_model and get_training_model swap the average in and out",
+    "training_model": "it is the model in training, and its weights are kept by themselves: assign none",
+    "num_updates": "it counts updates",
+    "num_quarantined": "it counts what was kept out",
 }
 
 
@@ -179,27 +201,14 @@ class EMA(Algorithm):
     ) -> None:
         if isinstance(half_life, _Default) and (smoothing is not None or profile is not None):
             half_life = None
-        given = {"half_life": half_life, "smoothing": smoothing, "profile": profile}
-        if sum(value is not None for value in given.values()) != 1:
-            raise ProfileError(f"give exactly one of half_life, smoothing and profile (got {given})")
-        if half_life is not None:
-            profile = HalfLife(half_life)
-        elif smoothing is not None:
-            profile = Smoothing(smoothing)
-        assert profile is not None
-        if not profile.recursive:
-            raise ProfileError(
-                f"one buffer must be able to follow the profile, and {profile!r} it cannot: what leaves the window "
-                "would have to be forgotten; record the run and take this average from the record, or use HalfLife"
-            )
-        self.profile: Profile = profile
-        self.half_life = profile.span if isinstance(profile, HalfLife) else None
-        self.ema_start = as_span("ema_start", ema_start)
-        if update_interval is None:
-            update_interval = "1ep" if profile.unit is TimeUnit.EPOCH else "1ba"
-        self.update_interval = as_span("update_interval", update_interval, above=0, whole=True)
-        if math.isinf(self.update_interval.value):
-            raise ProfileError("update_interval must be finite (got inf); an infinite half-life never moves either")
+        self._schedule = Schedule.of(
+            half_life=half_life,
+            smoothing=smoothing,
+            profile=profile,
+            ema_start=ema_start,
+            update_interval=update_interval,
+        )
+        _check_options(dtype=dtype, policy=policy, mesh=mesh, offload=offload)
         self._dtype = dtype
         self._policy = policy
         self._mesh = mesh
@@ -208,13 +217,18 @@ class EMA(Algorithm):
         self._model: nn.Module | None = None
         self._shadow: Shadow | None = None
         self._pending: Mapping[str, Any] | None = None
+        self._pending_strict = True
+        self._given: nn.Module | None = None  # what `ema_model` was set to, until the model is known
         self._origin = Timestamp()
         self._updated_at: Timestamp | None = None
         self._decay: float | None = None
         self._logged_at: Time | None = None
+        self._seconds = self._schedule.counts_seconds(None)
         self._fit_from: tuple[Time, int] | None = None  # the batch and the updates at which this run began
         self._lent_until: Event | None = None
         self._quarantine_warned = 0
+        # Updates at which the weights were not finite and averaging did not begin, and the first one.
+        self._waits: tuple[int, Timestamp | None] = (0, None)
 
     def __repr__(self) -> str:
         dtype = f", dtype={self._dtype}" if self._dtype else ""
@@ -235,7 +249,7 @@ class EMA(Algorithm):
         self._check_copyable()
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        state = None if self._shadow is None else _cloned(self.state_dict())
+        state = None if self._shadow is None else cloned(self.state_dict())
         pending = self._pending if state is None else state
         special = {"_model", "_shadow", "_pending", "_lent_until", *_SHARED}
         vars(new).update({name: value for name, value in vars(self).items() if name in _SHARED})
@@ -246,7 +260,7 @@ class EMA(Algorithm):
         else:
             vars(new)["_copied_state"] = {**state, "lent": False, "training_model": None}  # see `__getattr__`
         if state is None or state["lent"]:
-            vars(new)["_pending"] = None if pending is None else _cloned(pending)
+            vars(new)["_pending"] = None if pending is None else cloned(pending)
         return new
 
     def __getattr__(self, name: str) -> Any:
@@ -269,7 +283,7 @@ class EMA(Algorithm):
         unbound: dict[str, Any] = {"_model": None, "_shadow": None, "_ranks": None, "_lent_until": None}
         pending = self._pending if self._pending is not None or self._shadow is None else self.state_dict()
         own = {name: value for name, value in vars(self).items() if name != "_copied_state"}
-        return {**own, **unbound, "_pending": None if pending is None else _cloned(pending, "cpu")}
+        return {**own, **unbound, "_pending": None if pending is None else cloned(pending, "cpu")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -292,19 +306,51 @@ class EMA(Algorithm):
                 "it into another EMA"
             ) from error
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED:
+            raise FixedError(
+                f"{name} of an EMA must stay as it is (got {value!r} for {getattr(self, name)!r}); {_FIXED[name]}"
+            )
+        object.__setattr__(self, name, value)
+
+    @property
+    def profile(self) -> Profile:
+        """What decides on the decay."""
+        return self._schedule.profile
+
+    @property
+    def half_life(self) -> Time | None:
+        """The half-life, or None where another profile decides."""
+        return self.profile.span if isinstance(self.profile, HalfLife) else None
+
     @property
     def smoothing(self) -> float | None:
         """The share of the average that one update keeps, or None where it depends on what elapses."""
-        if isinstance(self.profile, Smoothing):
-            return self.profile.value
-        if isinstance(self.profile, HalfLife) and self.profile.unit is self.update_interval.unit:
-            return None if self.profile.unbiased else self.profile.decay(0, float(self.update_interval))
-        return None
+        return self._schedule.smoothing
+
+    @property
+    def ema_start(self) -> Time:
+        """How much training comes before averaging."""
+        return self._schedule.start
+
+    @property
+    def update_interval(self) -> Time:
+        """The time between updates."""
+        return self._schedule.interval
 
     @property
     def ema_started(self) -> bool:
-        """Whether averaging has begun."""
-        return self._shadow is not None
+        """Whether averaging has begun. It begins by itself, or with the average that ``ema_model`` is set to."""
+        return self._shadow is not None or (self._pending is not None and bool(self._pending["ema_started"]))
+
+    @ema_started.setter
+    def ema_started(self, started: bool) -> None:
+        if bool(started) != self.ema_started:
+            raise FixedError(
+                f"ema_started must say whether there is an average (got {started!r} where there is "
+                f"{'one' if self.ema_started else 'none'}); set ema_model to begin with an average of your own, or "
+                "make a new EMA to begin anew"
+            )
 
     @property
     def ema_weights_active(self) -> bool:
@@ -315,10 +361,22 @@ class EMA(Algorithm):
     def ema_model(self) -> nn.Module | None:
         """The average as a module over its own tensors, in eval mode: no copy. None before averaging has begun.
 
-        While the average is lent this is the model in training. An offloaded average is on the CPU and moves while
-        training goes on: get this anew at each use, which waits for the last update.
+        While the average is swapped in this is the model in training. An offloaded average is on the CPU and moves
+        while training continues: get this anew at each use, which waits for the last update.
+
+        It may be set to a module, or to anything with ``named_parameters`` and ``named_buffers``, whose values then are
+        the average: they are copied, so what was set does not follow. Until the model is known, it is what was set.
+
+        Raises:
+            MismatchError: If names or shapes differ from the model's.
         """
-        return self._shadow.averaged_model() if self._shadow else None
+        return self._shadow.averaged_model() if self._shadow else self._given
+
+    @ema_model.setter
+    def ema_model(self, average: nn.Module) -> None:
+        state = as_started(average)
+        self.load_state_dict(cloned(state))
+        self._given = average if self._model is None else None
 
     @property
     def training_model(self) -> nn.Module | None:
@@ -372,22 +430,33 @@ class EMA(Algorithm):
         return plan(model, self._policy)
 
     def match(self, event: Event, state: State) -> bool:
-        """Return whether to act: at set-up, where an update is due, where a loan begins or ends."""
+        """Return whether to act: at set-up, where an update is due, where the average is swapped in or out."""
+        _check_event(event)
         if event in (Event.INIT, Event.FIT_START, Event.FIT_END):
             return True
         if event is (Event.EPOCH_END if self.update_interval.unit is TimeUnit.EPOCH else Event.BATCH_END):
             return self._due(state) if self.ema_started else self._may_start(state)
+        if event is Event.EXCEPTION and self._waits[0]:
+            return True
         if event in _LENDING:
             # Where several ranks train together, all compare what they have, also if it is nothing yet.
             return (self.ema_started or self._ranks is not None) and not self.ema_weights_active
         return self._lent_until is not None and event in (self._lent_until, Event.EXCEPTION)
 
     def apply(self, event: Event, state: State, logger: MetricLogger) -> None:
-        """Begin, update, lend or take back the average."""
-        if event is Event.INIT:
+        """Begin or update the average, swap it in, or restore the training weights.
+
+        An update by hand needs no more than the model and the timestamp of ``state``.
+
+        Raises:
+            ArgumentError: If the event is that of another trainer.
+            TimeError: If an update is to be made and no time has passed since the last.
+            LoanError: If an update is to be made and the model does not hold its training weights.
+        """
+        _check_event(event)
+        if event in (Event.INIT, Event.FIT_START) or self._model is None:
             self._bind(state.model)
-        elif event is Event.FIT_START:
-            self._bind(state.model)
+        if event is Event.FIT_START:
             self._on_fit_start(state)
         elif event is Event.FIT_END:
             self._on_fit_end(state)
@@ -396,12 +465,12 @@ class EMA(Algorithm):
             if event is Event.EVAL_START:
                 self._log(state, logger)
             self._lend(event)
-        elif self._lent_until is not None:
+        elif event is Event.EXCEPTION and self._waits[0]:
+            self._warn_of_waits("averaging had not begun when the run was left")
+        elif self._lent_until is not None and event is not Event.INIT:
             self._give_back()
-        elif self.ema_started:
-            self._update(state)
-        else:
-            self._start(state)
+        elif event in _UPDATES:
+            (self._update if self.ema_started else self._start)(state)
 
     def _bind(self, model: nn.Module) -> None:
         """Learn whose weights these are, and load the state that came before the model did."""
@@ -412,24 +481,11 @@ class EMA(Algorithm):
         optimizers.watch()  # from before the first step on
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self.load_state_dict(pending)
+            self.load_state_dict(pending, self._pending_strict)
 
     def refuse_uncounted(self, state: State, counted: Collection[TimeUnit]) -> None:
         """Refuse times that the loop does not count; see ``Algorithm``."""
-        # Where updates are at the ends of epochs, only whole ones matter.
-        parts = self.update_interval.unit is not TimeUnit.EPOCH
-        refuse_uncounted(f"update_interval='{self.update_interval}'", self.update_interval.unit, state, counted)
-        if self.ema_start.value:
-            part = parts and not isinstance(self.ema_start.value, int) and self.ema_start.unit is TimeUnit.EPOCH
-            refuse_uncounted(f"ema_start='{self.ema_start}'", self.ema_start.unit, state, counted, fractions=part)
-        if self.profile.unit is not None:
-            given = f"profile={self.profile!r}" if self.half_life is None else f"half_life='{self.half_life}'"
-            try:
-                refuse_uncounted(given, self.profile.unit, state, counted, fractions=parts)
-            except TimeError as error:
-                if self.profile.unit is TimeUnit.DURATION and state.max_duration is None:
-                    raise
-                raise ProfileError(str(error)) from None
+        self._schedule.refuse_uncounted(state, counted)
 
     # When
 
@@ -447,18 +503,20 @@ class EMA(Algorithm):
         return state.timestamp.elapsed(self.ema_start.unit) >= float(self.ema_start)
 
     def _due(self, state: State) -> bool:
-        assert self._updated_at is not None
-        before, now = self._updated_at, state.timestamp
-        interval, run = self.update_interval, state.max_duration
+        interval, run, now = self.update_interval, state.max_duration, state.timestamp
+        if self._updated_at is None:  # a loop that has no FIT_START, and an average from elsewhere
+            return now.elapsed(interval.unit, run) % interval.value == 0
+        before = self._updated_at
         return now.intervals(interval, run) > before.intervals(interval, run)
 
     def _start(self, state: State) -> None:
         model = state.model
         parameters = averaged_parameters(model, self._policy)
         if not all(bool(local(slot.tensor).detach().isfinite().all()) for slot in parameters):
-            message = f"averaging waits: the weights are not finite at {state.timestamp.batch}"
-            warnings.warn(message, PlanWarning, stacklevel=2)
+            self._waits = (self._waits[0] + 1, self._waits[1] or state.timestamp)
             return
+        if self._waits[0]:
+            self._warn_of_waits(f"averaging begins at {state.timestamp.batch}")
         self._check_clock(state)
         self._shadow = self._new_shadow(model)
         # The profile's clock starts where averaging was asked to, so that these weights count for what they span.
@@ -485,14 +543,10 @@ class EMA(Algorithm):
 
     def _update(self, state: State) -> None:
         assert self._shadow is not None
-        assert self._updated_at is not None
         if self.profile.unit is None:
-            before, now = float(self.num_updates), self.num_updates + 1.0
+            self._decay = self.profile.decay(self.num_updates, self.num_updates + 1)
         else:
-            moments = (self._origin, self._updated_at, state.timestamp)
-            origin, last, this = (self._clock(moment, state) for moment in moments)
-            before, now = max(0.0, last - origin), max(0.0, this - origin)
-        self._decay = self.profile.decay(before, now)
+            self._decay = self._schedule.share_kept(self._origin, self._updated_at, state)
         self._shadow.update_(1 - self._decay)
         self._updated_at = state.timestamp
 
@@ -578,30 +632,17 @@ class EMA(Algorithm):
     def _on_fit_start(self, state: State) -> None:
         if swap := swap_of(state.model):
             raise LoanError(f"training must begin with training weights: {swap.holder} has swapped its average in")
-        spans = [self.profile.unit, self.update_interval.unit, self.ema_start.unit if self.ema_start.value else None]
-        if TimeUnit.DURATION in spans and state.max_duration is None:
+        if TimeUnit.DURATION in self._schedule.units and state.max_duration is None:
             raise TimeError(f"times in dur need a run of known length: give max_duration, or other units to {self!r}")
+        self._seconds = self._schedule.counts_seconds(state.max_duration)
         self._fit_from = state.timestamp.batch, self.num_updates
         if self.ema_started:
             # A state of Composer's does not say when the last update was; it was where the interval last ended.
-            self._updated_at = self._updated_at or self._last_interval(state)
+            self._updated_at = self._updated_at or self._schedule.last_interval(state)
             if state.timestamp.batch < self._updated_at.batch:
                 self._follow_new_clock(self._updated_at, state)
             return
-        end = _convert(state.max_duration, TimeUnit.BATCH, state)
-        first = self._first_update(state)
-        if end is None or first is None or end <= float(state.timestamp.batch):
-            return
-        if first >= end:
-            when = "never starts" if first > end else "starts only where the run ends"
-            warnings.warn(
-                f"averaging {when}: its first update is at {first:g}ba (ema_start='{self.ema_start}', "
-                f"update_interval='{self.update_interval}') and the run ends at {end:g}ba",
-                PlanWarning,
-                stacklevel=2,
-            )
-        else:
-            self._warn_of_first_weights(state, first, end)
+        self._schedule.warn(state)
 
     def _follow_new_clock(self, updated_at: Timestamp, state: State) -> None:
         """Continue from a clock that begins anew, as in a second loop, as if no time had passed since the last update.
@@ -617,42 +658,12 @@ class EMA(Algorithm):
                 elapsed, unit = elapsed * float(state.max_duration), state.max_duration.unit
             self._origin = state.timestamp.with_counter(Time(state.timestamp.elapsed(unit) - elapsed, unit))
 
-    def _first_update(self, state: State) -> float | None:
-        """Return the batch of the first update event at or past ``ema_start``, if it can be known."""
-        start = _convert(self.ema_start, TimeUnit.BATCH, state)
-        if self.update_interval.unit is TimeUnit.EPOCH:
-            epoch = state.timestamp.epoch_length
-            return None if start is None or epoch is None else max(1, math.ceil(start / epoch - 1e-9)) * float(epoch)
-        return None if start is None else max(1.0, math.ceil(start - 1e-9))
-
-    def _warn_of_first_weights(self, state: State, first: float, end: float) -> None:
-        if isinstance(self.profile, HalfLife) and math.isinf(self.profile.span.value):
-            return
-        interval = _convert(self.update_interval, TimeUnit.BATCH, state)
-        if interval is None:
-            return
-        updates = end // interval - first // interval
-        if self.profile.unit is None:
-            share = self.profile.decay(0, updates)
-        else:
-            origin = 0.0 if self.ema_start.value == 0 else first
-            last = end // interval * interval if updates else first
-            moments = [_convert(Time(t, TimeUnit.BATCH), self.profile.unit, state) for t in (origin, first, last)]
-            known = [moment for moment in moments if moment is not None]
-            share = None if len(known) < len(moments) else self.profile.decay(known[1] - known[0], known[2] - known[0])
-        if share is not None and share > 0.5:
-            warnings.warn(
-                f"the first weights will still be {share:.1%} of the average at the end of the run (averaging from "
-                f"{first:g}ba to {end:g}ba by {self.profile!r}); take a shorter half-life, or "
-                "EMA(profile=HalfLife(..., unbiased=True)), which forgets them",
-                PlanWarning,
-                stacklevel=2,
-            )
-
     def _on_fit_end(self, state: State) -> None:
         if self._shadow is not None:
             self._quarantine_warned = self._shadow.warn_of_quarantine(self._quarantine_warned)
             self._warn_if_not_updated(state)
+        elif self._waits[0]:
+            self._warn_of_waits("averaging never started")
         elif state.timestamp.batch.value > 0:
             warnings.warn(
                 f"averaging never started: ema_start='{self.ema_start}', update_interval='{self.update_interval}', and "
@@ -660,6 +671,16 @@ class EMA(Algorithm):
                 PlanWarning,
                 stacklevel=2,
             )
+
+    def _warn_of_waits(self, what: str) -> None:
+        (count, first), self._waits = self._waits, (0, None)
+        assert first is not None
+        warnings.warn(
+            f"{what}: it waits for finite weights, and from {first.batch} on they were not at {count} "
+            f"update{'s' if count > 1 else ''}; look for inf or nan in the loss and in what was loaded",
+            PlanWarning,
+            stacklevel=3,
+        )
 
     def _warn_if_not_updated(self, state: State) -> None:
         if self._fit_from is None or self._updated_at is None:
@@ -674,12 +695,6 @@ class EMA(Algorithm):
                 PlanWarning,
                 stacklevel=2,
             )
-
-    def _last_interval(self, state: State) -> Timestamp:
-        unit, interval = self.update_interval.unit, self.update_interval.value
-        if unit is TimeUnit.DURATION:
-            return state.timestamp
-        return state.timestamp.with_counter(Time(state.timestamp.get(unit).value // interval * interval, unit))
 
     # State
 
@@ -709,40 +724,44 @@ class EMA(Algorithm):
                 "copied": saved["copied"],
                 "waiting": saved["waiting"],
                 "dtype": saved["dtype"],
-                "origin": self._origin.state_dict(),
+                "origin": self._counters(self._origin),
                 "updated": self._updated_at is not None,
-                "updated_at": (self._updated_at or Timestamp()).state_dict(),
+                "updated_at": self._counters(self._updated_at or Timestamp()),
                 "decay": self._decay,
             }
             if lent:
                 state["training_model"] = saved["training"]
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned, here or in MosaicML Composer (of both its forms).
+    def _counters(self, moment: Timestamp) -> dict[str, int | float | None]:
+        """Return a moment as numbers. Wall clocks differ from run to run: 0 where nothing depends on them."""
+        return moment.state_dict() | ({} if self._seconds else {"total_wct": 0})
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Resume from what ``state_dict`` returned, here or in MosaicML Composer (of both its forms).
 
         Before the algorithm has met its model, the state is kept until it does. A state that was taken while the
         average was in the model gives the model its training weights; load the model's own state before.
 
         Args:
             state: As saved.
+            strict: Whether all names must match the model's. If not, there is a warning that lists those that do not:
+                what is missing stays as it is, what is unexpected is left out. Shapes must match in any case.
 
         Raises:
             CheckpointError: If it is no such state.
             MismatchError: If names or shapes differ from the model's.
         """
-        if "ema_started" not in state:
-            raise CheckpointError(
-                f"the state must be that of an EMA, of polyak or Composer (got the keys {sorted(state)})"
-            )
+        check_state(state)
         if self._model is None:
-            self._pending = state
+            self._pending, self._pending_strict, self._given = state, bool(strict), None
             return
+        self._given = None
         if "polyak" not in state:
-            state = _from_composer(state, self._model, self._policy)
+            state = from_composer(state, self._model, self._policy)
         elif state["repr"] != repr(self):
             warnings.warn(
-                f"the run was averaged so far by {state['repr']} and goes on with {self!r}", PlanWarning, stacklevel=2
+                f"the run was averaged so far by {state['repr']} and continues with {self!r}", PlanWarning, stacklevel=2
             )
         if not state["ema_started"]:
             self._shadow = None
@@ -750,10 +769,13 @@ class EMA(Algorithm):
         if state.get("lent") and "training_model" not in state:
             raise CheckpointError("a state that was taken while the average was lent must bring the training weights")
         shadow = self._shadow or self._new_shadow(self._model)
+        averages, training = state["ema_model"], state.get("training_model")
+        if not strict:
+            averages, training = fitted(self._model, shadow.averages, averages, training)
         shadow.load_state_dict(
             {
-                "averages": state["ema_model"],
-                "training": state.get("training_model"),
+                "averages": averages,
+                "training": training,
                 "num_updates": state["num_updates"],
                 "num_quarantined": state["num_quarantined"],
                 "copied": state.get("copied"),
@@ -768,84 +790,26 @@ class EMA(Algorithm):
         self._quarantine_warned = shadow.num_quarantined
 
 
+def _check_event(event: object) -> None:
+    if not isinstance(event, Event):
+        raise ArgumentError(
+            f"the event must be one of polyak's (got {event!r} of {type(event).__module__}); in MosaicML Composer's "
+            "trainer, use the EMA made for it: `from polyak.hosts.composer import EMA`"
+        )
+
+
+def _check_options(**given: Any) -> None:
+    """Check the arguments that are no times."""
+    must = {
+        "dtype": ("a torch.dtype or None", isinstance(given["dtype"], torch.dtype | None)),
+        "policy": ("a function of a Slot that returns a Policy", callable(given["policy"])),
+        "mesh": ("a DeviceMesh or None", given["mesh"] is None or hasattr(given["mesh"], "get_group")),
+        "offload": ("an Offload, as Offload(), or None", isinstance(given["offload"], Offload | None)),
+    }
+    for name, (what, holds) in must.items():
+        if not holds or isinstance(given[name], type):
+            raise ArgumentError(f"{name} must be {what} (got {given[name]!r}, a {type(given[name]).__name__})")
+
+
 # What copies of an EMA have in common.
 _SHARED = ("_policy", "_mesh", "_ranks", "_offload")
-
-
-def _cloned(state: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:
-    """Return a state whose tensors have memory of their own."""
-    cloned = dict[str, Any]()
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            cloned[name] = value.detach().to(device or value.device, copy=True)
-        else:
-            cloned[name] = _cloned(value, device) if isinstance(value, Mapping) else value
-    return cloned
-
-
-def _convert(time: Time | None, unit: TimeUnit, state: State) -> float | None:
-    """Return a moment of the run in another unit, if what is known of the run allows."""
-    if time is None or time.unit is unit:
-        return None if time is None else float(time)
-    if time.value == 0:
-        return 0.0
-    batches = _in_batches(time, state)
-    if batches is None or unit is TimeUnit.BATCH:
-        return batches
-    one = _in_batches(Time(1, unit), state)
-    return batches / one if one else None
-
-
-def _in_batches(time: Time, state: State) -> float | None:
-    if time.unit is TimeUnit.BATCH:
-        return float(time)
-    if time.unit is TimeUnit.EPOCH and state.timestamp.epoch_length:
-        return time.value * state.timestamp.epoch_length
-    if time.unit is TimeUnit.DURATION and state.max_duration and state.max_duration.unit is not TimeUnit.DURATION:
-        run = _in_batches(state.max_duration, state)
-        return None if run is None else time.value * run
-    return None
-
-
-def _from_composer(state: Mapping[str, Any], model: nn.Module, policy: PolicyRule) -> dict[str, Any]:
-    """Translate the state of Composer's ``EMA``.
-
-    Up to 0.12 it has the state dicts of two models. Later it has one set of tensors, which are the average, or, if
-    ``ema_weights_active``, the training weights, the model then having been saved with the average in it.
-    """
-    known = named_tensors(model)
-
-    def tensors(saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        wrapped = all(name.startswith("module.") for name in saved) and not saved.keys() & known.keys()
-        return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in saved.items()}
-
-    active = state["ema_weights_active"]
-    held = state["ema_model"] or {}
-    if "training_model" in state:
-        average, training = tensors(held), tensors(state["training_model"] or {})
-    else:
-        average = training = tensors({**held["named_parameters_dict"], **held["named_buffers_dict"]})
-        if active:
-            average = {name: known[name].clone() if name in known else tensor for name, tensor in training.items()}
-    # Composer averages integer buffers and cuts the result: those of the training weights are right.
-    true = training if active else known
-    # The state of a model also has frozen tensors, and tied ones under each of their names.
-    wanted = {slot.name for slot in slots(model) if policy(slot) is not Policy.LEAVE}
-
-    def fitting(side: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = {name: tensor for name, tensor in side.items() if name in wanted or name not in known}
-        return {
-            name: tensor if tensor.is_floating_point() or name not in true else true[name].clone()
-            for name, tensor in kept.items()
-        }
-
-    return {
-        "ema_started": state["ema_started"],
-        "ema_model": fitting(average),
-        "training_model": fitting(training) if active else None,
-        "num_updates": 0,
-        "num_quarantined": 0,
-        "origin": Timestamp().state_dict(),
-        "updated": False,
-        "decay": None,
-    }

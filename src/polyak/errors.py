@@ -15,6 +15,10 @@ class ArgumentError(PolyakError, ValueError):
     """An argument that is not what it must be; the message names it."""
 
 
+class FixedError(PolyakError, AttributeError):
+    """An attribute that was assigned and cannot be changed."""
+
+
 class TimeError(PolyakError, ValueError, RuntimeError):
     """A time string, a span or a unit that is not valid. A ``RuntimeError`` too, as Composer's are."""
 

@@ -1,7 +1,7 @@
 """What hosts have in common: the algorithms in a loop, where it stands, and its optimizer's steps."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
+from polyak.algorithm import Algorithm, MetricLogger, NoLogger, check_algorithms, dispatch
 from polyak.errors import CheckpointError
 from polyak.events import Event, elapsed_duration
 from polyak.select import slots
@@ -52,9 +52,11 @@ def as_algorithms(algorithms: Algorithm | Sequence[Algorithm]) -> list[Algorithm
         algorithms: One or several.
 
     Raises:
+        ArgumentError: If one of them is no algorithm, or one of another trainer.
         ValueError: If more than one of them lends an average.
     """
-    listed = [algorithms] if isinstance(algorithms, Algorithm) else list(algorithms)
+    listed = list(algorithms) if isinstance(algorithms, Iterable) else [algorithms]
+    check_algorithms(listed)
     if sum(algorithm.lends for algorithm in listed) > 1:
         raise ValueError(
             "a model can hold one average at a time, so of the algorithms that lend one there can be one (got "

@@ -12,6 +12,7 @@ Online, the clock going from ``before`` to ``now`` is the update
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 from polyak.errors import ProfileError
@@ -115,8 +116,11 @@ class Smoothing:
     value: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.value <= 1:
-            raise ProfileError(f"smoothing must be in [0, 1] (got {self.value!r}); 0.99 keeps 99 % at every update")
+        number = isinstance(self.value, Real) and not isinstance(self.value, bool)
+        if not number or not 0 <= self.value <= 1:
+            what = "in [0, 1]" if number else "a number in [0, 1]"
+            raise ProfileError(f"smoothing must be {what} (got {self.value!r}); 0.99 keeps 99 % at every update")
+        object.__setattr__(self, "value", float(self.value))  # states have no scalars of numpy's
 
     @property
     def unit(self) -> None:

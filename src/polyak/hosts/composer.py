@@ -48,6 +48,23 @@ class _State:
         self.saving_to: Path | None = None
         self.skipped = 0
         self.skipped_in_epoch = 0
+        self.batch = 0  # of Composer, that was seen last
+
+    def learn(self, composers: Any) -> None:
+        """Learn what does not change within a fit.
+
+        Args:
+            composers: Composer's state.
+        """
+        self.composers = composers
+        self.epoch_length = None if composers.dataloader_len is None else int(composers.dataloader_len)
+
+    def begin_fit(self) -> None:
+        """Forget what was skipped if Composer's clock has been set back: it begins anew with none."""
+        now = int(self.composers.timestamp.batch)
+        if now < max(self.batch, self.skipped):
+            self.skipped = self.skipped_in_epoch = 0
+        self.batch = now
 
     @property
     def model(self) -> nn.Module:
@@ -114,6 +131,13 @@ class Hosted(ComposerAlgorithm):
             raise AttributeError(name)
         return getattr(self.algorithm, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What is the algorithm's own is set there, or refused, and never set here to no effect.
+        known = vars(self).get("algorithm")
+        own = name in vars(self) or hasattr(type(self), name)
+        target = known if known is not None and not own and hasattr(known, name) else self
+        object.__setattr__(self, name, value) if target is self else setattr(target, name, value)
+
     def match(self, event: Any, state: Any) -> bool:
         """Return whether ours has this event; it is asked itself when it hears of it.
 
@@ -139,17 +163,20 @@ class Hosted(ComposerAlgorithm):
             # The model is in shards by now, which must be known also where an evaluation comes before training.
             self.fire(Event.INIT, state, logger)
         elif ours is Event.FIT_START:
-            self._view.epoch_length = None if state.dataloader_len is None else int(state.dataloader_len)
+            self._view.learn(state)
+            self._view.begin_fit()
             self._count_steps(state)
         elif ours is Event.EPOCH_START:
             self._view.skipped_in_epoch = 0
         elif ours is Event.BATCH_START:
             self._stepped = False
-        elif ours is Event.BATCH_END and not self._stepped:
-            # Mixed precision skipped it. Composer's clock goes on all the same.
-            self._view.skipped += 1
-            self._view.skipped_in_epoch += 1
-            return
+        elif ours is Event.BATCH_END:
+            self._view.batch = int(state.timestamp.batch)
+            if not self._stepped:
+                # Mixed precision skipped it. Composer's clock continues all the same.
+                self._view.skipped += 1
+                self._view.skipped_in_epoch += 1
+                return
         self.fire(ours, state, logger)
 
     def fire(self, event: Event, state: Any, logger: MetricLogger) -> None:
@@ -183,7 +210,10 @@ class Hosted(ComposerAlgorithm):
         """Return the algorithm's state, and the batches that its clock leaves out."""
         view = self._view
         # Composer asks all processes, and saves what the first one says, in a folder of shards as in one file.
-        return {**whole(self.algorithm.state_dict()), "composer_skipped": [view.skipped, view.skipped_in_epoch]}
+        return {
+            **whole(self.algorithm.state_dict()),
+            "composer_skipped": [view.skipped, view.skipped_in_epoch, view.batch],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what ``state_dict`` returned.
@@ -191,8 +221,12 @@ class Hosted(ComposerAlgorithm):
         Args:
             state: As saved.
         """
-        self._view.skipped, self._view.skipped_in_epoch = state.get("composer_skipped", (0, 0))
+        self._load_clock(state)
         self.algorithm.load_state_dict(state)
+
+    def _load_clock(self, state: Mapping[str, Any]) -> None:
+        view = self._view
+        view.skipped, view.skipped_in_epoch, view.batch = (*state.get("composer_skipped", ()), 0, 0, 0)[:3]
 
 
 class EMA(Hosted):
@@ -208,6 +242,35 @@ class EMA(Hosted):
     @functools.wraps(polyak.ema.EMA.__init__)
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(polyak.ema.EMA(*args, **options))
+
+    def apply(self, event: Any, state: Any, logger: Any) -> None:
+        """Pass the event on. An update by hand, outside of a fit, is made whether or not it is due.
+
+        Args:
+            event: Composer's.
+            state: Composer's.
+            logger: Composer's.
+        """
+        if self._hooks or _OURS.get(event.value) not in {Event.BATCH_END, Event.EPOCH_END}:
+            super().apply(event, state, logger)
+        else:
+            self._view.learn(state)
+            self.algorithm.apply(_OURS[event.value], self._view, logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with the one entry more by which Composer's own ``EMA`` can take up a checkpoint."""
+        state = super().state_dict()
+        return {**state, "ema_weights_active": state.get("lent", False)}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Resume from what ``state_dict`` returned, here or of Composer's own ``EMA``.
+
+        Args:
+            state: As saved.
+            strict: Whether all names must match the model's; see ``polyak.EMA.load_state_dict``.
+        """
+        self._load_clock(state)
+        self.algorithm.load_state_dict(state, strict)
 
 
 class Recorder(Hosted):
@@ -418,14 +481,21 @@ def _giving_back(load_state_dict: Callable[..., Any]) -> Callable[..., Any]:
         for name, algorithm in dict(saved.get("algorithms", ())).items():
             if name not in known and "model" in saved:
                 # With load_monolith_rank0_only the first rank alone has the saved model.
-                _give_back(name, training_weights(algorithm, saved["model"] or {}), state.model)
+                training = training_weights(algorithm, saved["model"] or {})
+                ignored = set[str]() if saved["model"] is None else _left_out(state.model, saved["model"])
+                _give_back(name, {n: t for n, t in (training or {}).items() if n not in ignored}, state.model)
         return result
 
     return load
 
 
-def _give_back(name: str, training: Mapping[str, Tensor] | None, model: nn.Module) -> None:
-    if training is None:
+def _left_out(model: nn.Module, saved: Mapping[str, Tensor]) -> set[str]:
+    """Return the names that a checkpoint's model lacks, as with ``load_ignore_keys``: what they name is left alone."""
+    return {slot.name for slot in slots(model) if slot.persistent} - saved.keys()
+
+
+def _give_back(name: str, training: Mapping[str, Tensor], model: nn.Module) -> None:
+    if not training:
         return
     tensors = named_tensors(model)
     for key in training.keys() & tensors.keys():  # Composer has seen to the others, strictly or as it was told

@@ -1,0 +1,1 @@
+"""What other libraries saved, in polyak's form."""
