@@ -19,7 +19,7 @@ if find_spec("mcli") is None:
     pytest.skip("Composer needs stubs: PYTHONPATH=tests/stubs pytest ..., as in `make test`", allow_module_level=True)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Composer's own
-    from composer.algorithms import EMA as ComposersEMA
+    from composer.algorithms import EMA as ComposersEMA  # noqa: N811  a class
     from composer.core import Event, State, Timestamp
     from composer.devices import DeviceCPU
     from composer_script import Keeps, trainer
