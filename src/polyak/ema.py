@@ -36,7 +36,6 @@ from polyak.plan import Plan, plan
 from polyak.profiles import HalfLife, Profile, Smoothing
 from polyak.schedule import Schedule
 from polyak.select import (
-    Policy,
     PolicyRule,
     averaged_parameters,
     check_match,

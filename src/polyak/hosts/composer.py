@@ -270,6 +270,7 @@ class EMA(Hosted):
             strict: Whether all names must match the model's; see ``polyak.EMA.load_state_dict``.
         """
         self._load_clock(state)
+        assert isinstance(self.algorithm, polyak.ema.EMA)
         self.algorithm.load_state_dict(state, strict)
 
 
