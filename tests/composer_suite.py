@@ -5,7 +5,8 @@
 
 ``test_time.py`` runs with its import changed to ``polyak.time``; ``test_ema.py`` with its imports changed to
 ``polyak.hosts.composer``, in Composer's own terms, and to ``polyak``, in ours: there a timestamp is immutable, so the
-line that sets one of its counters sets a new one. Composer must be installed. None of its files is in this project.
+line that sets one of its counters sets a new one. Composer must be installed. None of its files is part of this
+project.
 """
 
 import re

@@ -19,7 +19,7 @@ if find_spec("mcli") is None:
     pytest.skip("Composer needs stubs: PYTHONPATH=tests/stubs pytest ..., as in `make test`", allow_module_level=True)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Composer's own
-    from composer.algorithms import EMA as ComposersEMA  # noqa: N811  a class
+    from composer.algorithms.ema import ema as composers
     from composer.core import Event, State, Timestamp
     from composer.devices import DeviceCPU
     from composer_script import Keeps, trainer
@@ -78,7 +78,7 @@ def test_our_own_ema_in_composers_trainer_names_the_right_import(tmp_path):
         run(tmp_path, polyak.EMA("4ba"))
 
 
-@pytest.mark.parametrize("build", [EMA, ComposersEMA], ids=["ours", "Composer's"])
+@pytest.mark.parametrize("build", [EMA, composers.EMA], ids=["ours", "Composer's"])
 def test_an_ema_of_composers_trainer_in_any_other_loop_names_the_right_import(build):
     model = loops.perceptron()
     with pytest.raises(ArgumentError, match=r"import EMA|import polyak\.EMA"):
@@ -109,10 +109,12 @@ def state(model: nn.Module) -> Any:
 @pytest.mark.parametrize("kind", ["a module", "EMAParameters", "Composer's EMAParameters"])
 @pytest.mark.parametrize("unit", ["ba", "ep"])
 def test_an_average_that_was_set_is_updated_by_hand(kind, unit):
-    from composer.algorithms.ema.ema import EMAParameters as Composers
-
     first, model = loops.perceptron(0), loops.perceptron(1)
-    build = {"a module": copy.deepcopy, "EMAParameters": EMAParameters, "Composer's EMAParameters": Composers}[kind]
+    build = {
+        "a module": copy.deepcopy,
+        "EMAParameters": EMAParameters,
+        "Composer's EMAParameters": composers.EMAParameters,
+    }[kind]
     ema, now = EMA(f"1{unit}"), state(model)
     ema.ema_model = build(first)
     ema.ema_started = True
@@ -231,7 +233,7 @@ def test_composers_own_ema_takes_up_our_checkpoint(tmp_path, half_life):
     batch = int(content["timestamp"]["Timestamp"]["batch"])
     average = bare(content["model"])
     keeps = KeepsEach()
-    theirs = ComposersEMA(half_life)
+    theirs = composers.EMA(half_life)
     resumed = run(
         tmp_path / "b", theirs, seed=7, callbacks=keeps, save=None, max_duration="2ep", load_path=str(paths[0])
     )

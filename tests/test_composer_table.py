@@ -875,6 +875,7 @@ NO_WARNING = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:the average was not updated:polyak.PlanWarning")
 @pytest.mark.parametrize(("max_duration", "plan"), PLANS, ids=str)
 def test_the_share_that_the_warning_names_is_the_share_that_comes(max_duration, plan):
     with pytest.warns(PlanWarning, match="the first weights") as caught:

@@ -177,12 +177,11 @@ class Swap:
             if self.phase is Phase.OUT:
                 return
             if self._sums is not None:
-                names = [*self._backup_names(), *(name for name, _ in self._watched)]
-                sums, before = checksums(self._all_watched()), self._sums
-                self._changed = [name for name, a, b in zip(names, sums, before, strict=True) if a != b]
+                self._note_changes(self._sums)
                 self._sums = None
             self.phase = Phase.LEAVING
-            failures = self._restore()
+            # Twice, since what fails for want of memory may succeed a moment later.
+            failures = self._restore() and self._restore()
             exchanged = (slot.name for slot in compress(self._slots, self._exchanged))
             changed = self._changed + list(compress(exchanged, self._exchange.changed))
             graded = self._gradients.put_back() if self._gradients is not None else []
@@ -201,6 +200,14 @@ class Swap:
             ) from failures[0][1]
         if changed:
             _report_changed(changed, self.holder)
+
+    def _note_changes(self, before: Sequence[int]) -> None:
+        names = [*self._backup_names(), *(name for name, _ in self._watched)]
+        try:
+            sums = checksums(self._all_watched())
+        except Exception:  # to restore the weights matters more than to know whether they changed
+            return
+        self._changed = [name for name, now, then in zip(names, sums, before, strict=True) if now != then]
 
     def settle(self) -> None:
         """End the swap if an interrupt has left it half done, or if nobody wants it any more.
