@@ -358,7 +358,7 @@ def disagrees(about: str) -> None:
     ema = attach(algorithm, model, optimizer)
     for step in range(2 if about == "steps" and odd else 3 if about != "beginning" else 2):
         for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 0.5 + step)
+            parameter.grad = torch.full_like(parameter, 0.5 + step) if parameter.requires_grad else None
         optimizer.step()
         if about == "nan" and odd and step == 1:
             with torch.no_grad():

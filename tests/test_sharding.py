@@ -93,7 +93,7 @@ def test_an_evaluation_that_fails_leaves_training_as_it_was(ranks, kind, size) -
 
 @pytest.mark.parametrize("kind", ["fsdp, blocks", "ddp, divided average"])
 def test_a_module_over_shards_is_refused(ranks, kind) -> None:
-    assert all("whole tensors" in text for text in ranks.run(2, sharded.refuses, kind))
+    assert all("full tensors" in text for text in ranks.run(2, sharded.refuses, kind))
 
 
 def test_a_group_apart_can_be_made_again(ranks) -> None:
