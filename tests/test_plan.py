@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from polyak import EMA, LoanError, Policy, attach
+from polyak import EMA, HalfLife, LoanError, Policy, Record, Recorder, attach
 from polyak.cli import main
 from polyak.plan import plan
 from polyak.shadow import Shadow
@@ -128,3 +128,29 @@ def test_the_command_refuses_what_makes_no_model(tmp_path: Path, capsys, code, s
     (tmp_path / "train.py").write_text(code)
     assert main(["plan", f"{tmp_path}/train.py:build"]) == 2
     assert re.search(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm], ids=["old", "new"])
+def test_averaged_weights_have_about_the_spectral_norm_that_they_are_given(tmp_path: Path, norm) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Linear(8, 8)), nn.ReLU(), norm(nn.Linear(8, 8)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    attached = attach([EMA("30ba"), Recorder(tmp_path / "record", interval="5ba")], model, optimizer)
+    for _ in range(150):
+        x = torch.randn(32, 8)
+        optimizer.zero_grad()
+        (model(x) - x.flip(1)).square().mean().backward()
+        optimizer.step()
+
+    def largest() -> float:
+        model.eval()
+        with torch.no_grad():
+            model(x)
+            return max(torch.linalg.matrix_norm(model[i].weight.double(), 2).item() for i in (0, 2))
+
+    raw = largest()
+    with attached.applied():
+        assert largest() < raw + 0.3
+    attached.detach()
+    model.load_state_dict(Record(tmp_path / "record").average(HalfLife("30ba", unbiased=True)), strict=False)
+    assert largest() < raw + 0.3
