@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak.shadow
 from polyak import EMA, MismatchError, Offload, OffloadError, attach
+from polyak.background import running
 from polyak.kernels import Lerp
 from polyak.offload import Offloader, _Transfer
 from polyak.shadow import Shadow
@@ -572,7 +573,7 @@ else:
 
 
 def threads() -> int:
-    return sum(thread.name.startswith("polyak-offload") for thread in threading.enumerate())
+    return running("polyak-offload")
 
 
 def test_an_offloaded_average_is_freed_with_its_model_and_its_thread_ends() -> None:

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import warnings
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from test_background import gone
 from test_record import TENSORS, append, content, record, stretch_files
 from test_recorder import Loop, short
 from torch import nn
@@ -252,6 +252,7 @@ import os, sys
 import torch
 from torch.utils.data import DataLoader
 sys.path.insert(0, sys.argv[2])
+from test_background import gone
 from test_recorder import Loop, short
 loop = Loop(short(sys.argv[1])).run(6)
 torch.save(loop.attached.state_dict(), sys.argv[1] + ".pt")
@@ -321,7 +322,7 @@ def test_what_a_disk_refuses_for_a_while_is_written_later(tmp_path, monkeypatch,
         except RecordError as refused:
             said.append((i, str(refused)))
             loop.history.append({name: t.detach().double() for name, t in loop.model.state_dict().items()})
-        loop.recorder._appender._thread.submit(int).result()  # what the thread has to do meets the disk of this update
+        loop.recorder._appender._thread.finish(int)  # what the thread has to do meets the disk of this update
     loop.attached.detach()
     found = edges(tmp_path)
     assert found[-1] == 30
@@ -406,6 +407,7 @@ def test_a_run_that_an_error_ends_says_that_its_last_stretch_is_still_in_memory(
 LIMITED = """
 import resource, signal, sys
 sys.path.insert(0, sys.argv[2])
+from test_background import gone
 from test_recorder import Loop, short
 from polyak import RecordError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -457,7 +459,6 @@ FILES = ("polyak/record/appender.py", "polyak/background.py", "polyak/record/loc
 
 
 def test_an_interrupt_at_any_line_of_the_recording_leaves_one_unbroken_row(tmp_path) -> None:
-    known = set(threading.enumerate())
     for n in range(1, 400):
         folder = tmp_path / str(n)
         sys.settrace(interrupted(n, FILES))
@@ -472,18 +473,14 @@ def test_an_interrupt_at_any_line_of_the_recording_leaves_one_unbroken_row(tmp_p
             sys.settrace(None)
         updates = loop.recorder.num_updates
         loop.recorder.close()  # where the interrupt came while it closed
-        assert not [one for one in set(threading.enumerate()) - known if one.ident and joined(one)], n
+        del loop
+        gone("polyak-record")
         if (folder / "manifest.json").exists():
             assert edges(folder)[-1] in (0, updates), n
             Writer(folder, load_manifest(folder).tensors, per_level=1).close()
         if done:
             break
     assert n > 20
-
-
-def joined(thread: threading.Thread) -> bool:
-    thread.join(60)
-    return thread.is_alive()
 
 
 def test_a_hand_over_that_is_interrupted_anywhere_ends_the_stretch_once(tmp_path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from polyak.background import one_thread
+from polyak.background import Worker
 from polyak.errors import OffloadError
 from polyak.memory import is_expanded
 
@@ -93,7 +93,7 @@ class Offloader:
         self._start_thread()
 
     def _start_thread(self) -> None:
-        self._thread = one_thread("polyak-offload")
+        self._thread = Worker("polyak-offload")
         self._process = os.getpid()
 
     def __call__(self, weight: float, num_updates: int) -> None:
@@ -134,7 +134,7 @@ class Offloader:
             self._start_thread()
         if self._job is not None:
             # In line behind the work itself, and in its place if an interrupt came before that was handed over.
-            self._thread.submit(self._work).result()
+            self._thread.finish(self._work)
 
     @torch.no_grad()
     def _work(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from polyak.background import one_thread
+from polyak.background import Worker
 from polyak.record.manifest import Edge, RecordError
 from polyak.record.store import Writer
 
@@ -46,7 +46,7 @@ class Appender:
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
         self.process = os.getpid()
-        self._thread = one_thread("polyak-record")
+        self._thread = Worker("polyak-record")
 
     @property
     def forked(self) -> bool:
@@ -60,7 +60,7 @@ class Appender:
             ended: Which.
         """
         self._check_process()
-        self._thread.submit(self._write, ended)
+        self._thread.submit(lambda: self._write(ended))
 
     def wait(self, ended: Ended) -> None:
         """Wait until a stretch is on disk. If that has failed, raise why; the next call tries again.
@@ -73,7 +73,7 @@ class Appender:
         """
         self._check_process()
         # In line behind the first try, and in its place if an interrupt came before that was handed over.
-        self._thread.submit(self._write, ended).result()
+        self._thread.finish(lambda: self._write(ended))
         if ended.error is not None:
             error, ended.error, ended.failed = ended.error, None, True
             raise error
@@ -81,7 +81,7 @@ class Appender:
     def close(self) -> None:
         """Wait for the thread, end it and let the next writer in. In a forked process there is nothing to do."""
         if not self.forked:
-            self._thread.shutdown()
+            self._thread.close()
             self.writer.close()
 
     def _write(self, ended: Ended) -> None:
