@@ -492,7 +492,7 @@ class Shadow:
 
     def _refuse_mixed_calls(self, module: nn.Module) -> None:
         """Have frozen layers refuse a call where they have the model's dtype, and the averages around them another."""
-        widened = {s.tensor.dtype for s, a in self._averaged if s.is_parameter and a.dtype != s.tensor.dtype}
+        widened = {slot.tensor.dtype for slot, average in self._averaged if average.dtype != slot.tensor.dtype}
         averaged = self._averages.keys() | {name for name, (own, _) in self._views.items() if own in self._averages}
         for slot in all_slots(module) if widened else ():
             if slot.is_parameter and slot.name not in averaged and slot.tensor.dtype in widened:
