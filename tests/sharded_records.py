@@ -1,6 +1,7 @@
 """What the processes of ``ranks.Ranks`` do with a ``Recorder``."""
 
 import contextlib
+import dataclasses
 import os
 import time
 import warnings
@@ -84,7 +85,7 @@ def records(kind: str, folder: str, stop: int, steps: int, options: dict[str, An
     """Record; save on the way, and go on, so that the record is ahead of the checkpoint."""
     run = Run(kind, folder, **options)
     if stop == 0:
-        run.attached._begin()
+        run.attached.loop.begin()
         if dist.get_rank() == 0:
             run.whole.loop.fire(Event.FIT_START)
             run.whole.begun = True
@@ -164,7 +165,8 @@ def is_refused(what: str, kind: str, folder: str) -> str:
         run = Run(kind, folder, **options)
         train(run.model, run.optimizer, range(1))
         if what == "updates":
-            run.recorder._open_stretch.count += odd
+            stretch = run.recorder._open_stretch
+            stretch.start = dataclasses.replace(stretch.start, updates=stretch.start.updates + odd)
             train(run.model, run.optimizer, range(1, 4))
     except Exception as error:
         return f"{type(error).__name__}: {error}"

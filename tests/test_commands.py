@@ -202,7 +202,7 @@ def test_reconstruct_casts_what_is_averaged(folder, tmp_path, capsys) -> None:
     ("arguments", "expected"),
     [
         (["--half-life", "1ba"], "a profile must not be finer than the record"),
-        (["--half-life", "many"], "argument --half-life: a time string is a number"),
+        (["--half-life", "many"], "argument --half-life: the half-life must be a time: a time string is a number"),
         (["--half-life", "10ba", "--at", "255ba"], "near it are"),
         (["--half-life", "10tok"], "needs a clock in tok"),
         (["--window", "0ba"], "the window must be above 0"),

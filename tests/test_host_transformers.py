@@ -294,7 +294,7 @@ def test_nothing_is_evaluated_or_saved_with_the_average_of_someone_else(tmp_path
     one = run(tmp_path).fit()
     with Shadow(one.session.trainer.model).lent("someone else"):
         for refused in (one.session.evaluate, one.session.predict, one.session.save):
-            with pytest.raises(LoanError, match="someone else has lent its own"):
+            with pytest.raises(LoanError, match="someone else has swapped its own in"):
                 refused()
     one.assert_training_weights()
 

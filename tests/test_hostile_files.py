@@ -266,6 +266,7 @@ def test_a_record_of_a_stranger_is_shown_escaped_or_refused(tmp_path, capsys):
     plain = json.loads(manifest.read_text())
     pins = plain["pins"] or {"x": {"files": [], "path": None}}
     plain["pins"] = {f"{EVIL}[/bold]": next(iter(pins.values())) | {"path": EVIL}}
+    del plain["sha256"]  # as in the manifests of older releases
     manifest.write_text(json.dumps(plain))
     assert main(["inspect", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out

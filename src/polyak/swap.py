@@ -54,7 +54,7 @@ class _Buffer:
         Args:
             moved: Whether the model is on another device or of another dtype by now, and with it the buffer.
         """
-        if self.before is not None and not torch.equal(self.alias, self.before):
+        if self.before is not None and not _equal(self.alias, self.before):
             memory.write_(self.alias, self.before)
         held, name = self.slot.owner._buffers, self.slot.attribute  # noqa: SLF001
         now = held[name] if name in held else None  # noqa: SIM401  a scripted module has no `get`
@@ -331,6 +331,13 @@ def _refuse_step(optimizer: Optimizer) -> None:
 
 
 optimizers.guards.append(_refuse_step)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    try:
+        return torch.equal(one, other)
+    except (NotImplementedError, RuntimeError):  # torch cannot compare all dtypes
+        return False
 
 
 def _exchangeable(tensor: Tensor, average: Tensor) -> bool:
