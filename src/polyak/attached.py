@@ -64,7 +64,7 @@ class CountedLoop(Loop):
     """A loop that is seen by nothing but the steps of its optimizer, which keeps it alive.
 
     Args:
-        algorithms: At work; their owner must keep those that lend.
+        algorithms: At work; their owner must keep those that swap an average in.
         model: As for ``polyak.attach``.
         optimizer: As for ``polyak.attach``.
         max_duration: As for ``polyak.attach``.
@@ -253,7 +253,7 @@ class Attached:
     Raises:
         TimeError: If ``max_duration`` is no time, or a time is in a unit that is not counted.
         ProfileError: If a profile is in a unit that is not counted.
-        ValueError: If more than one of the algorithms lends an average.
+        ValueError: If more than one of the algorithms swaps an average in.
         NotImplementedError: If the model's parameters are not whole in this process.
         OptimizerError: If the steps of the optimizer cannot be seen, or move other tensors than the model's.
 
@@ -331,7 +331,7 @@ class Attached:
             yield unwrap(self._loop.state.model)
 
     def state_dict(self, path: str | Path | None = None) -> dict[str, Any]:
-        """Return the state of the algorithms and the clock, to be saved beside the model's and the optimizer's.
+        """Return the state of the algorithms and the clock, to be saved next to the model's and the optimizer's.
 
         Args:
             path: Where it will be saved, if an algorithm is to keep what it refers to as long as that is there.

@@ -720,7 +720,7 @@ def _place(name: str, average: Tensor) -> Place:
     return Place(seed) if offset is None else Place(seed, tuple(average.shape), offset)
 
 
-# Rows that a checksum takes together: what it needs in memory beside the tensors.
+# Rows that a checksum takes together: what it needs in memory next to the tensors.
 _PIECE = 1 << 20
 _AS_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _REMEDY = (

@@ -367,7 +367,7 @@ class Unseen:
 
 @torch.no_grad()
 def _norms(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Return the norm of what is here of each trainable parameter, and of those named, without waiting for a device."""
+    """Return the norm of each trainable or named parameter's local shard, without waiting for a device."""
     here = {
         name: local(parameter).detach()
         for name, parameter in model.named_parameters()

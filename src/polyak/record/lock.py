@@ -2,7 +2,7 @@
 
 It is a ``flock``: it ends with its process, however that ends, and excludes a second writer in the same process too,
 which a POSIX lock (``lockf``) does not. But a forked process inherits it, and would hold it after its parent was
-killed. So a forked process closes its copy of the file at once, which leaves the parent's lock as it is.
+killed. So a forked process closes its copy of the file immediately, which leaves the parent's lock as it is.
 """
 
 import fcntl
