@@ -485,3 +485,15 @@ def test_an_average_goes_with_its_model_and_is_freed_with_it() -> None:
     del model, shadow
     gc.collect()
     assert alive() is None
+
+
+def test_a_parameter_joins_at_an_update_and_not_at_an_evaluation_or_a_state() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    shadow = Shadow(model)
+    model.append(nn.Linear(2, 2))
+    with shadow.lent("the test"):
+        pass
+    assert set(shadow.state_dict()["averages"]) == {"0.weight", "0.bias"}
+    nn.init.ones_(model[1].weight)
+    shadow.update_(0.0)
+    assert torch.equal(shadow.averages["1.weight"], torch.ones(2, 2))

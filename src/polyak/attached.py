@@ -325,8 +325,8 @@ class Attached:
         Raises:
             LoanError: If the model holds an average already.
         """
-        if loan := swap_of(self._loop.state.model):
-            raise LoanError(f"a model can hold one average at a time, and {loan.holder} has lent its own already")
+        if swap := swap_of(self._loop.state.model):
+            raise LoanError(f"a model can hold one average at a time, and {swap.holder} has swapped its own in already")
         with self._loop.between(Event.EVAL_START, Event.EVAL_END):
             yield unwrap(self._loop.state.model)
 

@@ -65,7 +65,7 @@ class _Checkpoints:
     def _refuse_loan(self, what: str) -> None:
         if loan := swap_of(self._model):
             raise LoanError(
-                f"a state must be {what} with training weights in the model, and {loan.holder} has lent its average; "
+                f"a state must be {what} with training weights in the model, and {loan.holder} has swapped its average in; "
                 "leave the block of applied() first (what is for use is saved inside it, by accelerator.save_model)"
             )
 
