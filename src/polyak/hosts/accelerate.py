@@ -63,9 +63,9 @@ class _Checkpoints:
         self._refuse_loan("loaded")
 
     def _refuse_loan(self, what: str) -> None:
-        if loan := swap_of(self._model):
+        if swap := swap_of(self._model):
             raise LoanError(
-                f"a state must be {what} with training weights in the model, and {loan.holder} has swapped its average in; "
+                f"a state must be {what} with training weights in the model, and {swap.holder} has swapped its own in; "
                 "leave the block of applied() first (what is for use is saved inside it, by accelerator.save_model)"
             )
 
