@@ -236,6 +236,22 @@ def test_two_interrupts_in_a_row_lose_nothing() -> None:
         assert equal(everything(model), before)
 
 
+def test_a_restore_that_is_interrupted_each_time_ends_when_the_next_one_asks(monkeypatch) -> None:
+    model, optimizer, ema = trained()
+    before, averages = everything(model), averages_of(ema)
+
+    def interrupt(swap: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), ema.applied():
+        patch.setattr("polyak.swap.Swap._restore", interrupt)
+    assert not equal(everything(model), before)
+    assert equal(averages_of(ema), averages)  # a state asks
+    assert equal(everything(model), before)
+    assert swap_of(model) is None
+    step(model, optimizer)
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that sends signals")
 def test_real_signals_at_any_moment_lose_nothing() -> None:
     model = nn.Sequential(*[nn.Linear(40, 40) for _ in range(20)])
