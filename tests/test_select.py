@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from polyak import MismatchError, Policy, default_policy, select
+from polyak import MismatchError, Policy, default_policy, optimizers, select
 from polyak.kernels import look
 from polyak.select import Inventory, all_slots, check_match, named_tensors, slots, unwrap
 
@@ -184,3 +184,16 @@ def test_a_mismatch_lists_every_difference() -> None:
         "  unexpected: d",
         "  c: expected shape (3,), got (4,)",
     ]
+
+
+def test_an_inventory_of_a_frozen_parameter_that_an_optimizer_moves_says_so_each_time() -> None:
+    optimizers.watch()
+    model = nn.Linear(2, 2).requires_grad_(requires_grad=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inventory = Inventory(model)
+    model.requires_grad_(requires_grad=True)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    model.requires_grad_(requires_grad=False)
+    assert not inventory.holds()
+    assert not inventory.holds()

@@ -296,8 +296,9 @@ class Inventory:
 
     def _are_still_unmoved(self) -> bool:
         if (moved := optimizers.moves()) != self._moved:
-            self._moved = moved
-            return not any(map(optimizers.is_moved, self._frozen))
+            if any(map(optimizers.is_moved, self._frozen)):
+                return False
+            self._moved = moved  # only now, or the next question would have another answer
         return True
 
     def _held(self) -> list[dict[str, Any]]:

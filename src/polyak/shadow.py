@@ -127,8 +127,10 @@ class Shadow:
     def _new_average(self, slot: Slot, dtype: torch.dtype | None = None) -> Tensor:
         tensor = slot.tensor
         given, dtype = dtype, dtype or tensor.dtype
-        if given is None and dtype.is_floating_point and self._policies.get(slot.name) is not Policy.COPY:
-            dtype = self._dtype or torch.promote_types(dtype, torch.float32)
+        if given is None and dtype in _AVERAGED and dtype.is_floating_point:
+            wide = self._dtype or torch.promote_types(dtype, torch.float32)
+            # What is copied must not lose a bit.
+            dtype = torch.promote_types(dtype, wide) if self._policies.get(slot.name) is Policy.COPY else wide
         if self._mesh is not None and slot.is_parameter and tensor.dim():
             average = sharding.divided(tensor, dtype, self._mesh, self._device)
             _check_range(slot.name, local(average), rows(tensor, average))
@@ -485,18 +487,27 @@ class Shadow:
         self._follow_model()
         self._wait()
         module = self._module_over(self._averages)
-        self._refuse_mixed_calls(module)
+        self._match_dtypes(module)
         own = {id(tensor) for tensor in self._model.parameters()}
         self._exposed += [weakref.ref(t) for t in (*module.parameters(), *module.buffers()) if id(t) not in own]
         return module
 
-    def _refuse_mixed_calls(self, module: nn.Module) -> None:
-        """Have frozen layers refuse a call where they have the model's dtype, and the averages around them another."""
-        widened = {slot.tensor.dtype for slot, average in self._averaged if average.dtype != slot.tensor.dtype}
-        averaged = self._averages.keys() | {name for name, (own, _) in self._views.items() if own in self._averages}
-        for slot in all_slots(module) if widened else ():
-            if slot.is_parameter and slot.name not in averaged and slot.tensor.dtype in widened:
+    def _match_dtypes(self, module: nn.Module) -> None:
+        """Widen buffers of a view that have the model's dtype where the averages have a wider one.
+
+        Frozen layers, which may be large, refuse a call instead.
+        """
+        changed = {slot.tensor.dtype: average.dtype for slot, average in self._averaged}
+        averaged = {slot.name for slot, _ in self._averaged}
+        averaged |= {name for name, (owner, _) in self._views.items() if owner in averaged}
+        for slot in list(all_slots(module)):
+            dtype = slot.tensor.dtype
+            if slot.name in averaged or changed.get(dtype, dtype) == dtype:
+                continue
+            if slot.is_parameter:
                 slot.owner.register_forward_pre_hook(_refuse_mixed_call)
+            elif torch.promote_types(dtype, changed[dtype]) == changed[dtype]:  # no bit is lost
+                slot.owner._buffers[slot.attribute] = slot.tensor.to(changed[dtype])  # noqa: SLF001
 
     def training_model(self) -> nn.Module:
         """Return a module with the training weights: the model itself, unless the average is in it."""
