@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from polyak import EMA, Callback, CheckpointSaver, Event, Recorder, Trainer
 from polyak.sharding import copy_
-from polyak.trainer import fitting, rng
+from polyak.trainer import fitting
+from polyak.training import rng
 
 KINDS = ("ddp", "ddp, divided average", "fsdp2")
 

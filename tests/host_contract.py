@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from polyak import EMA, Event, Trainer
-from polyak.swap import swap_of
+from polyak.averaging.swap import swap_of
 
 # What a host may lack, with its reason in ``Host.lacks``; the tests that need it are skipped with that reason.
 # The table in the README has a row for each.

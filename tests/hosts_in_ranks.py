@@ -20,8 +20,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 from polyak import EMA, HalfLife, Record, Uniform
+from polyak.averaging.weights import Shadow
 from polyak.record.manifest import MANIFEST
-from polyak.shadow import Shadow
 from polyak.sharding import reshard
 
 EPOCHS, STEPS = 2, 3

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from polyak.posthoc import Record
-from polyak.record import Edge, TensorInfo, Writer
+from polyak.record import Edge, Record, Writer
+from polyak.storage.safetensors import TensorInfo
 from polyak.time import Timestamp
 
 OPERATIONS = 60

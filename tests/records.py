@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from polyak.record import Edge, TensorInfo, Writer
+from polyak.record import Edge, Writer
+from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time, Timestamp, TimeUnit
 
 EPOCH = 50  # batches

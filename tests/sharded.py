@@ -12,8 +12,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from polyak import EMA, Offload, attach
-from polyak.select import slots, unwrap
-from polyak.shadow import Shadow
+from polyak.averaging.weights import Shadow
+from polyak.tensors.slots import slots, unwrap
 
 # How a model may be spread, and in which groups that is possible.
 KINDS = {

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from polyak import EMA, Record, Recorder, Uniform, attach, export_averaged
-from polyak.select import Policy, Slot, default_policy, slots, unwrap
 from polyak.sharding import Ranks, reshard, whole
+from polyak.tensors.slots import Policy, Slot, default_policy, slots, unwrap
 
 D = 4
 
@@ -401,7 +401,7 @@ def one_refuses(what: str, kind: str, folder: str) -> tuple[str, str, bool]:
     elif what == "a tensor" and odd:
         removed = inner._modules.pop("2")
     elif what == "another average" and odd:
-        from polyak.shadow import Shadow
+        from polyak.averaging.weights import Shadow
 
         other = Shadow(inner)
         other.lend("another")

@@ -21,9 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import polyak.record.together
-from polyak.posthoc import Record
-from polyak.record import Edge, TensorInfo, Writer
+from polyak.record import Edge, Record, Writer
 from polyak.sharding import Ranks
+from polyak.storage.safetensors import TensorInfo
 from polyak.time import Timestamp
 
 OPERATIONS = 40

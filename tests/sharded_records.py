@@ -19,11 +19,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 import polyak.record.store
 import polyak.record.together
 from polyak import Event, Record, Recorder, attach
-from polyak.loop import Loop
-from polyak.record import Edge, TensorInfo, Writer
-from polyak.select import slots, unwrap
+from polyak.record import Edge, Writer
 from polyak.sharding import Ranks
+from polyak.storage.safetensors import TensorInfo
+from polyak.tensors.slots import slots, unwrap
 from polyak.time import Timestamp
+from polyak.training.loop import Loop
 
 
 class Whole:

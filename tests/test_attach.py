@@ -25,7 +25,7 @@ from polyak import (
     Window,
     attach,
 )
-from polyak.shadow import Shadow
+from polyak.averaging.weights import Shadow
 
 
 class Loop:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim import swa_utils
 
-from polyak.batchnorm import update_bn
+from polyak.averaging.batchnorm import update_bn
 
 
 def build(*, dropout: float = 0.0) -> nn.Module:

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from polyak.cli import main
-from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Smoothing, Uniform, Window
+from polyak.record import Record
 from polyak.sweeping import best, sweep
 
 OUTPUTS = ["best.safetensors", "report.html", "sweep.jsonl", "sweep.png", "sweep.svg"]

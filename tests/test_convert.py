@@ -28,7 +28,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import polyak
 from polyak import CheckpointError
 from polyak.cli import main
-from polyak.readers import READERS, read
+from polyak.compat import READERS, read
 
 # Other libraries' warnings while they write.
 pytestmark = pytest.mark.filterwarnings("ignore")

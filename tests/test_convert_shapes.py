@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from polyak import EMA, CheckpointError, attach
 from polyak.cli import main
-from polyak.readers import load, read
+from polyak.compat import load, read
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # other libraries' warnings while they write
 

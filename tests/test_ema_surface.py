@@ -30,8 +30,8 @@ from polyak import (
     compute_ema,
 )
 from polyak.algorithm import NoLogger
-from polyak.loop import LoopState
-from polyak.schedule import Schedule, convert
+from polyak.averaging.schedule import Schedule, convert
+from polyak.training.loop import LoopState
 
 
 def at(model: nn.Module, batch: int = 0, epoch: int = 0, *, length: int | None = None, run: str | None = None):

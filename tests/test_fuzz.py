@@ -11,8 +11,8 @@ import torch
 from fuzz.cases import Case, draw
 from fuzz.judge import judge
 
+from polyak.averaging.weights import Shadow
 from polyak.kernels import KERNELS
-from polyak.shadow import Shadow
 
 PLAIN = Case(seed=1, blocks=("batch_norm",), steps=4, events=((3, "applied"),))
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 import polyak
 from polyak import LoanError, MismatchError, PlanWarning, QuarantineWarning, Record
-from polyak.swap import swap_of
+from polyak.averaging.swap import swap_of
 
 if find_spec("mcli") is None:
     pytest.skip("Composer needs stubs: PYTHONPATH=tests/stubs pytest ..., as in `make test`", allow_module_level=True)

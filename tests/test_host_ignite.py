@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from polyak import EMA, Event, ProfileError
-from polyak.swap import swap_of
+from polyak.averaging.swap import swap_of
 from polyak.trainer.batches import num_samples
 
 pytest.importorskip("ignite", minversion="0.5.5")

@@ -14,7 +14,7 @@ from host_contract import HostContract, Plan, Probe, Session, Watched, native, n
 from torch import Tensor, nn
 
 from polyak import EMA, Event, HalfLife, MismatchError, PlanWarning, ProfileError, Record, Recorder
-from polyak.swap import swap_of
+from polyak.averaging.swap import swap_of
 from polyak.trainer.batches import num_samples
 
 lightning = pytest.importorskip("lightning", minversion="2.6")

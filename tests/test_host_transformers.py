@@ -15,7 +15,7 @@ from host_contract import HostContract, Overflows, Plan, Run, Session, Watched, 
 from torch import Tensor, nn
 
 from polyak import EMA, Event, HalfLife, LoanError, MismatchError, PlanWarning, Record, Recorder
-from polyak.shadow import Shadow
+from polyak.averaging.weights import Shadow
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()

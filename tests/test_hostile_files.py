@@ -17,8 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from polyak import CheckpointError
 from polyak.cli import main
-from polyak.readers import load, read
-from polyak.readers.pickles import StandIn
+from polyak.compat import load, read
+from polyak.compat.pickles import StandIn
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of nested and quantized tensors
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+from polyak.averaging.weights import Shadow
 from polyak.kernels import KERNELS, Place, choice, foreach
-from polyak.shadow import Shadow
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -291,7 +291,7 @@ def test_triton_is_not_imported_where_only_the_cpu_is_used_even_if_it_is_asked_f
     program = """
 import sys, torch
 from polyak.kernels import CHOSEN, KERNELS
-from polyak.shadow import Shadow
+from polyak.averaging.weights import Shadow
 Shadow(torch.nn.Linear(2, 2)).update_(0.5)
 assert "triton" not in sys.modules
 assert CHOSEN == min(KERNELS), CHOSEN

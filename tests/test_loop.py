@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from polyak import EMA, CheckpointError, Event, Recorder
-from polyak.loop import Loop, as_algorithms
-from polyak.steps import StepHooks
-from polyak.swap import swap_of
+from polyak.averaging.swap import swap_of
+from polyak.training.loop import Loop, as_algorithms
+from polyak.training.steps import StepHooks
 
 
 def stepped(loop: Loop, steps: int) -> None:

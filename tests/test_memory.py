@@ -8,10 +8,10 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from polyak import EMA, attach
+from polyak.averaging.weights import Shadow
 from polyak.errors import MemoryLayoutError
 from polyak.kernels import EXCHANGES, KERNELS, checksums
-from polyak.memory import Place, compact, owners
-from polyak.shadow import Shadow
+from polyak.tensors.memory import Place, compact, owners
 
 BASE = torch.arange(36.0).view(6, 6)
 VIEWS = ["transposed", "rows", "columns", "expanded"]
@@ -19,8 +19,8 @@ VIEWS = ["transposed", "rows", "columns", "expanded"]
 
 @pytest.fixture(params=sorted(KERNELS), autouse=True)
 def kernel(request, monkeypatch) -> str:
-    monkeypatch.setattr("polyak.shadow.Lerp", KERNELS[request.param])
-    monkeypatch.setattr("polyak.swap.Exchange", EXCHANGES[request.param])
+    monkeypatch.setattr("polyak.averaging.weights.Lerp", KERNELS[request.param])
+    monkeypatch.setattr("polyak.averaging.swap.Exchange", EXCHANGES[request.param])
     return request.param
 
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import polyak.shadow
+import polyak.averaging.weights
 from polyak import EMA, MismatchError, Offload, OffloadError, attach
+from polyak.averaging.offload import Offloader, _Transfer
+from polyak.averaging.weights import Shadow
 from polyak.background import running
 from polyak.kernels import Lerp
-from polyak.offload import Offloader, _Transfer
-from polyak.shadow import Shadow
 
 TIMEOUT_S = 20.0
 
@@ -73,7 +73,7 @@ class Late:
             finally:
                 late.opened.clear()
 
-        monkeypatch.setattr(polyak.shadow, "Lerp", InTwo)
+        monkeypatch.setattr(polyak.averaging.weights, "Lerp", InTwo)
         monkeypatch.setattr(Offloader, "settle", settle_and_close)
 
     def half_way(self) -> None:
@@ -337,7 +337,7 @@ def test_at_most_one_update_is_under_way(monkeypatch) -> None:
             super().__call__(weight, num_updates)
             running -= 1
 
-    monkeypatch.setattr(polyak.shadow, "Lerp", Slow)
+    monkeypatch.setattr(polyak.averaging.weights, "Lerp", Slow)
     model = net()
     shadow = Shadow(model, offload=Offload())
     shadow.update_(0.5)
@@ -507,7 +507,7 @@ def run(program: str) -> None:
     start = """
 import os, threading, torch
 from torch import nn
-import polyak.shadow
+import polyak.averaging.weights
 from polyak import Offload, OffloadError
 from polyak.kernels import Lerp
 
@@ -518,10 +518,10 @@ class Slow(Lerp):
         go_on.wait(60)
         super().__call__(weight, num_updates)
 
-polyak.shadow.Lerp = Slow
+polyak.averaging.weights.Lerp = Slow
 torch.set_num_threads(1)  # OpenMP does not survive a fork
 model = nn.Linear(100, 100)
-shadow = polyak.shadow.Shadow(model, offload=Offload())
+shadow = polyak.averaging.weights.Shadow(model, offload=Offload())
 shadow.update_(0.5)
 """
     command = [sys.executable, "-W", "ignore", "-c", start + program]

@@ -10,8 +10,8 @@ import pytest
 from records import record, validate
 from safetensors.torch import save_file
 
-from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Smoothing, Uniform, Window
+from polyak.record import Record
 from polyak.report.figures import render
 from polyak.report.layout import levels, metric_scale
 from polyak.report.page import page

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from polyak import EMA, HalfLife, LoanError, Policy, Record, Recorder, attach
+from polyak.averaging.plan import plan
+from polyak.averaging.weights import Shadow
 from polyak.cli import main
-from polyak.plan import plan
-from polyak.shadow import Shadow
 
 
 class Net(nn.Module):

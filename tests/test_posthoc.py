@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from polyak.errors import PlanWarning, ProfileError, TimeError
-from polyak.posthoc import Record, coefficients, error_estimate, finest, fit, shares
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
-from polyak.record import Edge, Stretch, TensorInfo, Writer
+from polyak.record import Edge, Record, Stretch, Writer, coefficients, error_estimate, finest, fit, shares
 from polyak.record.store import due
+from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time, Timestamp
 
 T = 4096
@@ -372,7 +372,7 @@ def test_the_error_of_a_record_is_estimated_from_its_files(tmp_path, dtype, boun
 def test_the_error_is_that_of_all_tensors_together_whatever_their_chunks(tmp_path, monkeypatch) -> None:
     profile = HalfLife("8ba")
     whole = recorded(tmp_path).error(profile)
-    monkeypatch.setattr("polyak.posthoc.record._CHUNK", 40)
+    monkeypatch.setattr("polyak.record.reader._CHUNK", 40)
     assert Record(tmp_path).error(profile) == pytest.approx(whole, rel=1e-5)
     assert Record(tmp_path).error(Window("2ba")) < 1e-9
     assert Record(tmp_path).error(Uniform()) < 1e-9

@@ -7,7 +7,7 @@ import sharded_parts as jobs
 import torch
 from ranks import Ranks
 
-from polyak.shadow import _checksums
+from polyak.averaging.weights import _checksums
 from polyak.sharding import agreement
 
 

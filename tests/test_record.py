@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import polyak.record.files
-import polyak.record.lock
-from polyak.errors import MismatchError
-from polyak.posthoc import Record
+import polyak.storage.lock
+from polyak.errors import MismatchError, RecordError
 from polyak.profiles import Uniform
-from polyak.record import Edge, RecordError, TensorInfo, Writer, load_manifest, write_tensors
+from polyak.record import Edge, Record, Writer, load_manifest
 from polyak.record.store import due
+from polyak.storage.safetensors import TensorInfo, write_tensors
 from polyak.time import Time, Timestamp
 
 CRASHER = Path(__file__).with_name("record_crasher.py")
@@ -435,7 +435,7 @@ def test_a_folder_that_cannot_be_written_is_reported_and_can_be_read(tmp_path, m
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     with monkeypatch.context() as patches:
-        patches.setattr(polyak.record.lock.os, "open", read_only)
+        patches.setattr(polyak.storage.lock.os, "open", read_only)
         with pytest.raises(RecordError, match=r"Read-only file system.*record to a disk that can be written"):
             Writer(tmp_path, TENSORS)
     (tmp_path / "lock").unlink()

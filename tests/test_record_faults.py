@@ -32,8 +32,9 @@ from polyak import (
     attach,
 )
 from polyak.errors import DtypeError
-from polyak.record import TensorInfo, Writer, load_manifest
+from polyak.record import Writer, load_manifest
 from polyak.record.manifest import Manifest
+from polyak.storage.safetensors import TensorInfo
 
 torch.set_num_threads(1)
 

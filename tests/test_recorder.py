@@ -243,7 +243,7 @@ def test_training_goes_on_while_a_stretch_is_written_and_waits_if_the_next_one_e
         return real(self, *args)
 
     monkeypatch.setattr(Writer, "append", slow)
-    monkeypatch.setattr("polyak.recorder._PATIENCE_S", 0.2)
+    monkeypatch.setattr("polyak.record.recorder._PATIENCE_S", 0.2)
     loop = Loop(Recorder(tmp_path, "4ba"))
     loop.run(7)  # the first stretch is being written
     assert not release.is_set()

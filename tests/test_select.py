@@ -3,9 +3,11 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from polyak import MismatchError, Policy, default_policy, optimizers, select
+from polyak import MismatchError, Policy, default_policy
 from polyak.kernels import look
-from polyak.select import Inventory, all_slots, check_match, named_tensors, slots, unwrap
+from polyak.tensors import optimizers
+from polyak.tensors import slots as select
+from polyak.tensors.slots import Inventory, all_slots, check_match, named_tensors, slots, unwrap
 
 
 class Net(nn.Module):

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from polyak import LoanError, MismatchError, Policy, QuarantineWarning, default_policy
+from polyak.averaging.swap import swap_of
+from polyak.averaging.weights import Shadow
 from polyak.kernels import EXCHANGES
-from polyak.shadow import Shadow
-from polyak.swap import swap_of
 
 
 def net(dtype=torch.float32) -> nn.Module:
@@ -174,7 +174,7 @@ def test_a_loan_after_the_model_has_moved_goes_to_where_it_is(dtype) -> None:
 
 def test_a_loan_that_has_ended_keeps_no_memory_of_the_model(monkeypatch) -> None:
     for exchange in EXCHANGES.values():
-        monkeypatch.setattr("polyak.swap.Exchange", exchange)
+        monkeypatch.setattr("polyak.averaging.swap.Exchange", exchange)
         model = net()
         shadow = Shadow(model)
         with shadow.lent("the test"):
@@ -189,7 +189,7 @@ LOANS = """
 from pathlib import Path
 import torch
 from torch import nn
-from polyak.shadow import Shadow
+from polyak.averaging.weights import Shadow
 
 def kib(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import EMA, OptimizerError, PlanWarning, PolyakError, attach
-from polyak.steps import StepHooks
+from polyak.training.steps import StepHooks
 
 BY_HAND = r"give attach\(\.\.\., None\) instead, and call step\(\)"
 

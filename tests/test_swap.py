@@ -16,16 +16,16 @@ from torch import nn
 
 import polyak
 from polyak import EMA, LoanError, attach, update_bn
+from polyak.averaging.swap import swap_of
+from polyak.averaging.weights import Shadow
 from polyak.kernels import EXCHANGES
-from polyak.shadow import Shadow
-from polyak.swap import swap_of
 
 ROOT = str(Path(polyak.__file__).parent)
 
 
 @pytest.fixture(params=sorted(EXCHANGES), autouse=True)
 def kernel(request, monkeypatch) -> str:
-    monkeypatch.setattr("polyak.swap.Exchange", EXCHANGES[request.param])
+    monkeypatch.setattr("polyak.averaging.swap.Exchange", EXCHANGES[request.param])
     return request.param
 
 
@@ -244,7 +244,7 @@ def test_a_restore_that_is_interrupted_each_time_ends_when_the_next_one_asks(mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), ema.applied():
-        patch.setattr("polyak.swap.Swap._restore", interrupt)
+        patch.setattr("polyak.averaging.swap.Swap._restore", interrupt)
     assert not equal(everything(model), before)
     assert equal(averages_of(ema), averages)  # a state asks
     assert equal(everything(model), before)

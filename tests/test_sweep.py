@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim import swa_utils
 
-from polyak.errors import PlanWarning, PolyakError, ProfileError
-from polyak.posthoc import Record
+from polyak.errors import PlanWarning, PolyakError, ProfileError, RecordError
 from polyak.profiles import HalfLife, PowerFunction, Uniform, Window
-from polyak.record import RecordError, TensorInfo, Writer
+from polyak.record import Record, Writer
+from polyak.storage.safetensors import TensorInfo
 from polyak.sweeping import EvaluationError, best, export, finest_half_life, grid, narrowed, newest, sweep, value_of
 from polyak.time import Time, TimeUnit
 

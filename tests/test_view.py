@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from polyak import EMA, Policy, PolyakError, Recorder, attach, default_policy
+from polyak.averaging.references import References
+from polyak.averaging.view import module_over
 from polyak.errors import CopyError
-from polyak.references import References
-from polyak.view import module_over
 
 GLOBAL = SimpleNamespace(model=None)
 LISTED: list[nn.Module] = []

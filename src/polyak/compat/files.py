@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from polyak.compat.saved import load_saved
+from polyak.compat.words import shown
 from polyak.errors import CheckpointError
-from polyak.readers.saved import load_saved
-from polyak.readers.words import shown
 
 Content = Mapping[Any, Any]
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 from polyak.errors import PlanWarning, ProfileError, TimeError
 from polyak.profiles import Profile
-from polyak.record import Stretch
+from polyak.record.manifest import Stretch
 from polyak.time import Time
 
 # Points per stretch at which the profile is looked at. Stretches of fewer updates are looked at in each of them.

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from polyak.compat.found import MODULE, Averaged, Content, named_under, plain, tensors_of
+from polyak.compat.tensors import Unread
+from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
-from polyak.readers.found import MODULE, Averaged, Content, named_under, plain, tensors_of
-from polyak.readers.tensors import Unread
-from polyak.readers.words import listed, shown
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, check_algorithms, dispatch
+from polyak.averaging.swap import swap_of
 from polyak.errors import CheckpointError
 from polyak.events import Event, elapsed_duration
-from polyak.select import slots
 from polyak.sharding import has_spread, is_fsdp, is_initialized, reshard
-from polyak.steps import StepHooks, Unseen, counted_optimizer, refuse_masters
-from polyak.swap import swap_of
+from polyak.tensors.slots import slots
 from polyak.time import Time, Timestamp, TimeUnit
+from polyak.training.steps import StepHooks, Unseen, counted_optimizer, refuse_masters
 
 # Where weights that nobody counted would be noticed too late.
 _CHECKED = {Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START, Event.FIT_END}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyak.errors import CheckpointError, PlanWarning
-from polyak.select import slots
+from polyak.tensors.slots import slots
 
 
 def check_state(state: Any) -> None:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from polyak.averaging.references import References, is_atomic, referent
 from polyak.errors import CopyError
-from polyak.references import References, is_atomic, referent
 
 # Attributes that every module has, so that a wrapper can be made without its own set-up.
 _BARE = frozenset(vars(nn.Module()))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from functools import partialmethod
 from typing import Any
 
+from polyak.compat.words import shown
 from polyak.errors import CheckpointError
-from polyak.readers.words import shown
 
 # Of the pickle alone: tensors are stored outside it.
 MOST_BYTES = 64 << 20

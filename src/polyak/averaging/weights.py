@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from polyak import memory, optimizers, sharding
+from polyak import sharding
+from polyak.averaging.offload import Offload, Offloader, hold_writes
+from polyak.averaging.swap import Swap, refuse_merged, swap_of
+from polyak.averaging.view import module_over
 from polyak.errors import CopyError, DtypeError, LoanError, MemoryLayoutError, QuarantineWarning, ShardingError
 from polyak.kernels import Lerp, Place, counting_with
-from polyak.offload import Offload, Offloader, hold_writes
-from polyak.select import (
+from polyak.sharding import Ranks, is_spread, local, rows
+from polyak.tensors import memory, optimizers
+from polyak.tensors.slots import (
     Inventory,
     Policy,
     PolicyRule,
@@ -28,9 +32,6 @@ from polyak.select import (
     unwrap,
     views_of,
 )
-from polyak.sharding import Ranks, is_spread, local, rows
-from polyak.swap import Swap, refuse_merged, swap_of
-from polyak.view import module_over
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyak.compat.files import Content, load, load_bytes, opened, read_json
+from polyak.compat.found import Averaged, count, tensors_of
+from polyak.compat.pickles import StandIn, Window
+from polyak.compat.tensors import Unread, unpickler
+from polyak.compat.words import shown
 from polyak.errors import CheckpointError
-from polyak.readers.files import Content, load, load_bytes, opened, read_json
-from polyak.readers.found import Averaged, count, tensors_of
-from polyak.readers.pickles import StandIn, Window
-from polyak.readers.tensors import Unread, unpickler
-from polyak.readers.words import shown
 
 _CONFIG = "config.json"
 _METADATA = ".metadata"

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from polyak.compat.pickles import MOST_BYTES, Name, Window
+from polyak.compat.tensors import STORAGES, Storage, as_storage, unpickler
+from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
-from polyak.readers.pickles import MOST_BYTES, Name, Window
-from polyak.readers.tensors import STORAGES, Storage, as_storage, unpickler
-from polyak.readers.words import listed, shown
 
 # What a file may claim: compressed data, and tensors that repeat numbers.
 _GROWTH = 16

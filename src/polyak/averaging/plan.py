@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from polyak.averaging.weights import check_layout
 from polyak.errors import PolyakError
-from polyak.select import (
+from polyak.tensors.slots import (
     Decision,
     Policy,
     PolicyRule,
@@ -18,7 +19,6 @@ from polyak.select import (
     trained_through,
     views_of,
 )
-from polyak.shadow import check_layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from typing import Any, TypeGuard
 
 from torch import Tensor
 
+from polyak.compat.found import MODULE, Averaged, Content, count, like, named_under, require, tensors_of, under
+from polyak.compat.words import shown
 from polyak.errors import CheckpointError
-from polyak.readers.found import MODULE, Averaged, Content, count, like, named_under, require, tensors_of, under
-from polyak.readers.words import shown
 
 
 def _polyak_trainer(content: Content) -> Averaged | None:

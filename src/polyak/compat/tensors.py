@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyak.compat.pickles import Builders, Name, StandIn, Unpickler
 from polyak.errors import CheckpointError
-from polyak.readers.pickles import Builders, Name, StandIn, Unpickler
 
 _MOST_DIMENSIONS = 64
 # A tensor object takes as much memory as about as many opcodes.

@@ -12,7 +12,7 @@ import stat
 import weakref
 from pathlib import Path
 
-from polyak.record.manifest import RecordError
+from polyak.errors import RecordError
 
 LOCK = "lock"
 _CONTENT = re.compile(rb"\d{0,20}\n?")  # a process id, or nothing

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from polyak import memory, optimizers, sharding
+from polyak import sharding
+from polyak.averaging.gradients import Gradients
+from polyak.averaging.offload import hold_writes
 from polyak.errors import LoanError, PlanWarning
-from polyak.gradients import Gradients
 from polyak.kernels import Exchange, checksums
-from polyak.offload import hold_writes
-from polyak.select import Slot, all_slots, unwrap
 from polyak.sharding import is_spread, local, rows
+from polyak.tensors import memory, optimizers
+from polyak.tensors.slots import Slot, all_slots, unwrap
 
 # Buffers that no average takes in, such as caches of keys and values, are kept during a swap, the smallest first, up to
 # this size in all. Larger ones must not change.

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-import polyak.record
+from polyak.compat.found import Averaged
+from polyak.compat.saved import most_bytes
+from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
-from polyak.readers.found import Averaged
-from polyak.readers.saved import most_bytes
-from polyak.readers.words import listed, shown
-from polyak.record.manifest import DTYPE_NAMES
+from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, write_tensors
 
 
 def write(found: Averaged, path: Path, source: Path) -> None:
@@ -38,10 +37,10 @@ def write(found: Averaged, path: Path, source: Path) -> None:
     if source.is_file():
         with source.open("rb") as file:
             metadata["polyak.source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    infos = {name: polyak.record.TensorInfo.of(tensor, averaged=False) for name, tensor in found.tensors.items()}
+    infos = {name: TensorInfo.of(tensor, averaged=False) for name, tensor in found.tensors.items()}
     temporary = path.with_name(f".{os.getpid()}.tmp")
     try:
-        polyak.record.write_tensors(temporary, infos, found.tensors.__getitem__, metadata)
+        write_tensors(temporary, infos, found.tensors.__getitem__, metadata)
         temporary.replace(path)
     except OSError as error:
         raise OSError(f"{shown(path)} must be a file that can be written ({error.strerror}); choose another") from error

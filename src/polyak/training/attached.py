@@ -15,13 +15,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm, MetricLogger
+from polyak.averaging.swap import swap_of
 from polyak.errors import CopyError, LoanError, PlanWarning, PolyakError
 from polyak.events import Event
-from polyak.loop import Loop, as_algorithms
-from polyak.select import unwrap
-from polyak.steps import StepHooks
-from polyak.swap import swap_of
+from polyak.tensors.slots import unwrap
 from polyak.time import Time, Timestamp, TimeUnit, as_span
+from polyak.training.loop import Loop, as_algorithms
+from polyak.training.steps import StepHooks
 
 
 class _Reachable(Sequence[Algorithm]):

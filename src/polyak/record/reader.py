@@ -11,23 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polyak.posthoc.fitting import Fit, error_estimate, finest, fit, warn_of_error
 from polyak.profiles import Profile
-from polyak.record import (
-    Box,
-    Stretch,
-    StretchFile,
-    TensorInfo,
-    cast,
-    check_content,
-    check_size,
-    disk_errors,
-    hash_in,
-    load_manifest,
-    open_stretch,
-    whole,
-    write_tensors,
-)
+from polyak.record.files import Box, StretchFile, check_content, check_size, hash_in, open_stretch, whole
+from polyak.record.fitting import Fit, error_estimate, finest, fit, warn_of_error
+from polyak.record.manifest import Stretch, load_manifest
+from polyak.storage.safetensors import TensorInfo, cast, disk_errors, write_tensors
 from polyak.time import Time
 
 # Numbers held at once while distances between stretches are summed up.

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from polyak.compat import folders
+from polyak.compat.files import load, read_json
+from polyak.compat.formats import KNOWN, READERS, timm_state
+from polyak.compat.found import MODULE, Averaged, Content, named_under, plain, tensors_of
+from polyak.compat.pickles import StandIn
+from polyak.compat.shapes import STATISTICS, candidates, is_state_dict, one_of, take
+from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
-from polyak.readers import folders
-from polyak.readers.files import load, read_json
-from polyak.readers.formats import KNOWN, READERS, timm_state
-from polyak.readers.found import MODULE, Averaged, Content, named_under, plain, tensors_of
-from polyak.readers.pickles import StandIn
-from polyak.readers.shapes import STATISTICS, candidates, is_state_dict, one_of, take
-from polyak.readers.words import listed, shown
 
 # A state dict that has one of these is no model's.
 _COUNTERS = {"n_averaged", "initted", "step", "num_updates", "ema_started"}

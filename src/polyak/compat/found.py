@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from polyak.compat.pickles import StandIn
+from polyak.compat.tensors import Unread
+from polyak.compat.words import shown
 from polyak.errors import CheckpointError
-from polyak.readers.pickles import StandIn
-from polyak.readers.tensors import Unread
-from polyak.readers.words import shown
 
 Content = Mapping[Any, Any]
 

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak.background import Worker
 from polyak.errors import OffloadError
-from polyak.memory import is_expanded
+from polyak.tensors.memory import is_expanded
 
 
 @dataclass(frozen=True, slots=True)

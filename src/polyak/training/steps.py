@@ -16,9 +16,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from polyak import optimizers
 from polyak.errors import OptimizerError, PlanWarning
 from polyak.sharding import local
+from polyak.tensors import optimizers
 
 # Wrappers whose `step` does nothing to the weights but call the step of the optimizer under this attribute: those of
 # Accelerate, Fabric and Opacus. Any other wrapper may move the weights after that step, as Lookahead does.
