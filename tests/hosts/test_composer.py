@@ -16,6 +16,7 @@ import loops
 import numpy as np
 import pytest
 import torch
+from paths import ROOT, SUPPORT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -246,9 +247,9 @@ def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "--master_port", port]
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    path = os.pathsep.join([str(SUPPORT), *filter(None, sys.path)])
     done = subprocess.run(
-        [*launcher, str(Path(__file__).with_name("composer_script.py")), str(tmp_path / "two")],
+        [*launcher, str(SUPPORT.joinpath("composer_script.py")), str(tmp_path / "two")],
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         check=False,
@@ -437,7 +438,7 @@ def test_a_checkpoint_says_what_it_holds_and_another_half_life_warns(tmp_path):
         run(tmp_path / "b", EMA("9ba"), load_path=str(path))
 
 
-# Row 14 is of compute_ema, for which tests/test_composer_table.py measures. Row 15
+# Row 14 is of compute_ema, for which tests/averaging/test_composer_table.py measures. Row 15
 
 
 def test_the_default_half_life_on_a_short_run_warns(tmp_path):
@@ -530,7 +531,7 @@ def test_the_parameters_of_composers_functional_form_average_swap_and_copy():
 
 
 def test_the_script_of_the_page_runs(tmp_path, monkeypatch):
-    page = Path(__file__).parents[1] / "docs" / "hosts" / "composer.md"
+    page = ROOT / "docs" / "hosts" / "composer.md"
     if not page.exists():
         pytest.skip("the documentation is not here")
     monkeypatch.chdir(tmp_path)

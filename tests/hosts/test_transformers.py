@@ -12,6 +12,7 @@ import loops
 import pytest
 import torch
 from host_contract import HostContract, Overflows, Plan, Run, Session, Watched, native, net_of, of_net
+from paths import ROOT
 from torch import Tensor, nn
 
 from polyak import EMA, Event, HalfLife, LoanError, MismatchError, PlanWarning, Record, Recorder
@@ -418,7 +419,7 @@ def test_two_processes_have_one_average_and_go_on_bit_for_bit(tmp_path) -> None:
                 "--nproc-per-node=2",
                 tmp_path / "script.py",
             ],
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
             env=environment,
             check=False,
             capture_output=True,

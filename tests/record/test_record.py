@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import SUPPORT
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from polyak.record.store import due
 from polyak.storage.safetensors import TensorInfo, write_tensors
 from polyak.time import Time, Timestamp
 
-CRASHER = Path(__file__).with_name("record_crasher.py")
+CRASHER = SUPPORT.joinpath("record_crasher.py")
 
 
 def edge(updates: int) -> Edge:

@@ -15,6 +15,7 @@ import loops
 import pytest
 import torch
 from foreign import assert_is, convert
+from paths import SUPPORT
 from torch import Tensor
 
 import polyak
@@ -58,7 +59,7 @@ def early(tmp_path_factory: Any) -> Mapping[str, Left]:
     folder = tmp_path_factory.mktemp("early")
     for half_life in ("4ba", "1ep"):
         (folder / half_life).mkdir()
-    tests, release = Path(__file__).parent, Path(sys.prefix) / "composer-0.12.1"  # put there by `make test`
+    tests, release = SUPPORT, Path(sys.prefix) / "composer-0.12.1"  # put there by `make test`
     done = subprocess.run(
         [sys.executable, str(tests / "composer_early_script.py"), str(folder)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(release), str(tests), *filter(None, sys.path)])},

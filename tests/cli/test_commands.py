@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from paths import SUPPORT
 from records import build, record, validate
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
 def script(tmp_path):
     path = tmp_path / "user code" / "evaluate.py"
     path.parent.mkdir()
-    path.write_text(EVALUATE.format(tests=Path(__file__).parent.as_posix()))
+    path.write_text(EVALUATE.format(tests=SUPPORT.as_posix()))
     (path.parent / "helper_beside.py").write_text("")
     (path.parent / "calls").write_text("")
     yield path

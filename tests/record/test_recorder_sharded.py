@@ -13,13 +13,14 @@ import pytest
 import sharded
 import sharded_records as jobs
 import torch
+from paths import SUPPORT
 from ranks import Ranks
 
 from polyak import Record, RecordError, Uniform, sweep
 from polyak.cli import main
 
 torch.set_num_threads(1)
-CRASHER = Path(__file__).with_name("sharded_record_crasher.py")
+CRASHER = SUPPORT.joinpath("sharded_record_crasher.py")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import loops
 import pytest
 import torch
 from host_contract import HostContract, Plan, Probe, Session, Watched, native, net_of, num_tokens, of_net
+from paths import ROOT
 from torch import Tensor, nn
 
 from polyak import EMA, Event, HalfLife, MismatchError, PlanWarning, ProfileError, Record, Recorder
@@ -533,7 +534,7 @@ def test_the_other_package_of_lightning_takes_the_callback_too(tmp_path: Path) -
 
 
 def test_the_scripts_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = Path(__file__).parents[1] / "docs" / "hosts" / "lightning.md"
+    page = ROOT / "docs" / "hosts" / "lightning.md"
     if not page.exists():
         pytest.skip("the documentation is not here")
     monkeypatch.chdir(tmp_path)

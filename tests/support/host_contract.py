@@ -27,6 +27,7 @@ import loops
 import pytest
 import reference
 import torch
+from paths import ROOT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -471,7 +472,7 @@ class HostContract:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", *filter(None, sys.path)])}
         done = subprocess.run(
             [sys.executable, "-c", call],
-            cwd=Path(__file__).parents[1],
+            cwd=ROOT,
             env=environment,
             capture_output=True,
             check=False,

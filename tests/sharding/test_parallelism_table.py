@@ -1,14 +1,13 @@
 """The table in ``docs/distributed.md``, made of the tests' own parameters: a cell stands for a test that ran."""
 
-from pathlib import Path
-
 import sharded
-import test_export
-import test_recorder_sharded
-import test_sharded_checkpoints
-import test_sharding
+from paths import ROOT
 
-PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
+from tests import test_export
+from tests.record import test_recorder_sharded
+from tests.sharding import test_sharded_checkpoints, test_sharding
+
+PAGE = ROOT / "docs" / "distributed.md"
 BEGIN, END = "<!--- table of parallelism by feature -->", "<!--- end of the table -->"
 FEATURES = {
     "average of the whole, bit for bit": test_sharding.test_a_sharded_average_is_that_of_the_whole_model_bit_for_bit,

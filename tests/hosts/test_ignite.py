@@ -9,6 +9,7 @@ import loops
 import pytest
 import torch
 from host_contract import HostContract, Plan, Probe, Session, Watched, native, net_of, num_tokens
+from paths import ROOT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -305,7 +306,7 @@ def test_two_averages_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = Path(__file__).parents[1] / "docs" / "hosts" / "ignite.md"
+    page = ROOT / "docs" / "hosts" / "ignite.md"
     if not page.exists():
         pytest.skip("the documentation is not here")
     monkeypatch.chdir(tmp_path)

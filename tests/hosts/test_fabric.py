@@ -9,10 +9,11 @@ import loops
 import pytest
 import torch
 from host_contract import HostContract, Plan, Session, net_of
-from test_host_plain import PlainSession
+from paths import ROOT
 from torch import Tensor, nn
 
 from polyak import EMA
+from tests.hosts.test_plain import PlainSession
 
 pytest.importorskip("lightning", minversion="2.6")
 from lightning.fabric import Fabric
@@ -104,7 +105,7 @@ def test_strategies_that_shard_the_weights_are_refused_before_training(name: str
 
 
 def test_the_scripts_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = Path(__file__).parents[1] / "docs" / "hosts" / "fabric.md"
+    page = ROOT / "docs" / "hosts" / "fabric.md"
     if not page.exists():
         pytest.skip("the documentation is not here")
     monkeypatch.chdir(tmp_path)

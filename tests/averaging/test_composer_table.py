@@ -158,7 +158,7 @@ def test_a_state_with_other_names_is_refused_with_both_sides():
     assert loops.differences(before, loops.bits(model)) == []
 
 
-# Row 3 is in tests/test_host_composer.py: there sharded models are refused, since Composer saves one shard.
+# Row 3 is in tests/hosts/test_composer.py: there sharded models are refused, since Composer saves one shard.
 
 
 # Row 4

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_background import gone
-from test_record import TENSORS, append, content, record, stretch_files
-from test_recorder import Loop, short
+from paths import ROOT, SUPPORT
 from torch import nn
 
 from polyak import (
@@ -35,6 +33,9 @@ from polyak.errors import DtypeError
 from polyak.record import Writer, load_manifest
 from polyak.record.manifest import Manifest
 from polyak.storage.safetensors import TensorInfo
+from tests.record.test_record import TENSORS, append, content, record, stretch_files
+from tests.record.test_recorder import Loop, short
+from tests.test_background import gone
 
 torch.set_num_threads(1)
 
@@ -252,9 +253,9 @@ KILLED = """
 import os, sys
 import torch
 from torch.utils.data import DataLoader
-sys.path.insert(0, sys.argv[2])
-from test_background import gone
-from test_recorder import Loop, short
+sys.path[:0] = sys.argv[2:]
+from tests.test_background import gone
+from tests.record.test_recorder import Loop, short
 loop = Loop(short(sys.argv[1])).run(6)
 torch.save(loop.attached.state_dict(), sys.argv[1] + ".pt")
 batches = iter(DataLoader(range(10 ** 6), num_workers=1, multiprocessing_context="fork"))
@@ -266,7 +267,7 @@ sys.stdin.read()
 
 def test_a_killed_run_is_resumed_while_its_data_loaders_worker_lives(tmp_path) -> None:
     folder = tmp_path / "record"
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(folder), str(Path(__file__).parent)]
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(folder), str(SUPPORT), str(ROOT)]
     life = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     worker = int(life.stdout.readline())
     os.kill(worker, signal.SIGSTOP)  # it would end when it sees that its parent has
@@ -409,9 +410,9 @@ def test_a_run_that_an_error_ends_says_that_its_last_stretch_is_still_in_memory(
 
 LIMITED = """
 import resource, signal, sys
-sys.path.insert(0, sys.argv[2])
-from test_background import gone
-from test_recorder import Loop, short
+sys.path[:0] = sys.argv[2:]
+from tests.test_background import gone
+from tests.record.test_recorder import Loop, short
 from polyak import RecordError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 loop, refused = Loop(short(sys.argv[1])), 0
@@ -427,7 +428,7 @@ print(refused)
 
 
 def test_a_system_that_really_refuses_to_write_on_loses_nothing(tmp_path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path / "record"), str(Path(__file__).parent)]
+    command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path / "record"), str(SUPPORT), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert int(done.stdout) > 0
     assert edges(tmp_path / "record")[-1] == 30
@@ -624,7 +625,7 @@ def test_a_value_above_the_range_of_a_records_dtype_is_refused_by_name(tmp_path,
 
 
 def record_edges():
-    from test_record import edge
+    from tests.record.test_record import edge
 
     return edge(0), edge(1)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT, SUPPORT
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -347,9 +348,9 @@ def test_bad_arguments_and_foreign_states_are_refused_at_the_door(tmp_path) -> N
 _RUN = """
 import sys, warnings
 warnings.simplefilter("ignore")
-sys.path.insert(0, sys.argv[2])
+sys.path[:0] = sys.argv[2:]
 from pathlib import Path
-from test_recorder import trainer
+from tests.record.test_recorder import trainer
 trainer(Path(sys.argv[1]), duration="40ep", autoresume=True).fit()
 """
 
@@ -358,7 +359,7 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint_with_the_same_record(t
     trainer(tmp_path / "whole", duration="40ep").fit()
     killed = tmp_path / "killed"
     for _ in range(3):
-        command = [sys.executable, "-c", _RUN, str(killed), str(Path(__file__).parent)]
+        command = [sys.executable, "-c", _RUN, str(killed), str(SUPPORT), str(ROOT)]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         have = len(list((killed / "checkpoints").glob("ep*.pt")))
         deadline = time.monotonic() + 60

@@ -1,6 +1,6 @@
 """``polyak convert``: files that other libraries wrote, by running them, and files that nobody should have written.
 
-Those of Composer and timm are in tests/test_composer_files.py and tests/test_convert_timm.py.
+Those of Composer and timm are in tests/compat/test_composer_files.py and tests/compat/test_convert_timm.py.
 """
 
 import copy
