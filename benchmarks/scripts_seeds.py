@@ -67,7 +67,8 @@ def main() -> None:
     head = ("script: figure, less is better", "raw", "averaged", "averaged / raw, median", "largest", "better in")
     text = (
         f"Mean ± standard deviation over seeds 0 to {arguments.seeds - 1}, and the ratio within each run. "
-        "The half-lives are those of the pages, fixed beforehand. Data, weights and the order of the batches follow from the seed."
+        "The half-lives are those of the pages, fixed beforehand. Data, weights and the order of the batches "
+        "follow from the seed."
     )
     lines = [
         "# The scripts of docs/scripts over seeds",
