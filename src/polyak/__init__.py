@@ -13,6 +13,7 @@ from polyak.errors import (
     LoanError,
     MemoryLayoutError,
     MismatchError,
+    MissingExtraError,
     OffloadError,
     OptimizerError,
     PlanWarning,
@@ -41,9 +42,11 @@ from polyak.trainer import (
     GradientClipping,
     JSONLinesLogger,
     Logger,
+    MLflowLogger,
     ProgressBar,
     TensorBoardLogger,
     Trainer,
+    WandBLogger,
 )
 
 __version__ = "0.1.0"
@@ -67,8 +70,10 @@ __all__ = [
     "JSONLinesLogger",
     "LoanError",
     "Logger",
+    "MLflowLogger",
     "MemoryLayoutError",
     "MismatchError",
+    "MissingExtraError",
     "Offload",
     "OffloadError",
     "OptimizerError",
@@ -93,6 +98,7 @@ __all__ = [
     "Timestamp",
     "Trainer",
     "Uniform",
+    "WandBLogger",
     "Warmup",
     "Window",
     "attach",

@@ -7,6 +7,7 @@ from polyak.trainer.evaluation import Evaluator
 from polyak.trainer.loggers import ConsoleLogger, JSONLinesLogger, Logger, TensorBoardLogger
 from polyak.trainer.progress import ProgressBar
 from polyak.trainer.state import TrainerState
+from polyak.trainer.trackers import MLflowLogger, WandBLogger
 from polyak.trainer.trainer import Trainer
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "GradientClipping",
     "JSONLinesLogger",
     "Logger",
+    "MLflowLogger",
     "ProgressBar",
     "TensorBoardLogger",
     "Trainer",
     "TrainerState",
+    "WandBLogger",
 ]
