@@ -4,7 +4,7 @@ from polyak.trainer.callback import Callback
 from polyak.trainer.checkpoint import CheckpointSaver
 from polyak.trainer.clipping import GradientClipping
 from polyak.trainer.evaluation import Evaluator
-from polyak.trainer.loggers import ConsoleLogger, JSONLinesLogger, Logger, TensorBoardLogger
+from polyak.trainer.loggers import ConsoleLogger, Destination, JSONLinesLogger, Logger, TensorBoardLogger
 from polyak.trainer.progress import ProgressBar
 from polyak.trainer.state import TrainerState
 from polyak.trainer.trackers import MLflowLogger, WandBLogger
@@ -14,6 +14,7 @@ __all__ = [
     "Callback",
     "CheckpointSaver",
     "ConsoleLogger",
+    "Destination",
     "Evaluator",
     "GradientClipping",
     "JSONLinesLogger",
