@@ -49,7 +49,8 @@ def plateau(model: nn.Module) -> Any:
     return torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-# Argument, what is given, what the error says. `text_file` and `weights_file` are called where the test runs.
+# Argument, what is given, what the error says: docs/trainer-errors.md shows the tables of this file. `text_file` and
+# `weights_file` are called where the test runs.
 WRONG: list[tuple[str, Any, str]] = [
     ("model", "resnet", "model must be a torch.nn.Module .*'resnet'"),
     ("model", nn.Linear, "model must be a torch.nn.Module .*the class Linear.*parentheses"),
@@ -181,6 +182,30 @@ WRONG: list[tuple[str, Any, str]] = [
 ]
 
 
+# With `save_folder`.
+WRONG_SAVING: list[tuple[str, Any, str]] = [
+    ("save_interval", "often", "save_interval must be a time"),
+    ("save_interval", "0ba", "save_interval must be above 0"),
+    ("save_num_checkpoints_to_keep", 0, "save_num_checkpoints_to_keep must be -1 for all, or at least 1"),
+    ("save_num_checkpoints_to_keep", True, "save_num_checkpoints_to_keep must be"),
+]
+WRONG_EVALUATOR: list[tuple[str, Any, str]] = [
+    ("label", "", "the label of an evaluator must be a string"),
+    ("metric_names", "accuracy", "metric_names must be a list of strings"),
+    ("metric_names", [1], "metric_names must be a list of strings"),
+    ("subset_num_batches", 1.5, "subset_num_batches must be a whole number"),
+    ("eval_interval", "often", "eval_interval must be a time"),
+    ("dataloader", generator(), "the dataloader of x must be .*only once"),
+]
+WRONG_CALL: list[tuple[Callable[[Trainer], object], str]] = [
+    (lambda trainer: trainer.fit(duration="soon"), "duration must be a time"),
+    (lambda trainer: trainer.fit(duration="4tok"), "duration must be .*num_tokens"),
+    (lambda trainer: trainer.fit(generator()), "train_dataloader must be .*only once"),
+    (lambda trainer: trainer.eval("test"), "eval_dataloader must be"),
+    (lambda trainer: trainer.eval([loops.dataset()]), "eval_dataloader must be .*DataLoader"),
+]
+
+
 def build(**options: Any) -> Trainer:
     model = options.pop("model", None) if "model" in options else loops.perceptron()
     own = model if isinstance(model, nn.Module) else loops.perceptron()
@@ -195,6 +220,11 @@ def build(**options: Any) -> Trainer:
     return Trainer(model, **(given | options))
 
 
+def at(folder: Path, given: Any) -> Any:
+    """Return what is given, in a folder if it is a file."""
+    return given(folder) if given is text_file or given is weights_file else given
+
+
 @pytest.mark.parametrize(
     ("argument", "given", "words"), WRONG, ids=[f"{argument} {number}" for number, (argument, _, _) in enumerate(WRONG)]
 )
@@ -203,10 +233,9 @@ def test_a_wrong_argument_is_one_error_by_name_before_the_first_batch(argument, 
     calls: list[Any] = []
     hook = nn.modules.module.register_module_forward_pre_hook(lambda *inputs: calls.append(inputs))
     rng = torch.get_rng_state()
-    value = given(tmp_path) if given is text_file or given is weights_file else given
     try:
         with pytest.raises(PolyakError, match=words):
-            build(**{argument: value})
+            build(**{argument: at(tmp_path, given)})
     finally:
         hook.remove()
     assert calls == []
@@ -220,49 +249,19 @@ def test_a_scheduler_that_needs_a_metric_is_refused():
         build(model=model, optimizers=scheduler.optimizer, schedulers=scheduler)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"save_interval": "often"}, "save_interval must be a time"),
-        ({"save_interval": "0ba"}, "save_interval must be above 0"),
-        ({"save_num_checkpoints_to_keep": 0}, "save_num_checkpoints_to_keep must be -1 for all, or at least 1"),
-        ({"save_num_checkpoints_to_keep": True}, "save_num_checkpoints_to_keep must be"),
-    ],
-    ids=loops.label,
-)
-def test_a_wrong_way_of_saving_is_refused(options, words, tmp_path):
+@pytest.mark.parametrize(("argument", "given", "words"), WRONG_SAVING)
+def test_a_wrong_way_of_saving_is_refused(argument, given, words, tmp_path):
     with pytest.raises(PolyakError, match=words):
-        build(save_folder=tmp_path, **options)
+        build(save_folder=tmp_path, **{argument: given})
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"label": ""}, "the label of an evaluator must be a string"),
-        ({"metric_names": "accuracy"}, "metric_names must be a list of strings"),
-        ({"metric_names": [1]}, "metric_names must be a list of strings"),
-        ({"subset_num_batches": 1.5}, "subset_num_batches must be a whole number"),
-        ({"eval_interval": "often"}, "eval_interval must be a time"),
-        ({"dataloader": generator()}, "the dataloader of x must be .*only once"),
-    ],
-    ids=["label", "names", "name", "number", "interval", "loader"],
-)
-def test_a_wrong_evaluator_is_refused(options, words):
+@pytest.mark.parametrize(("argument", "given", "words"), WRONG_EVALUATOR)
+def test_a_wrong_evaluator_is_refused(argument, given, words):
     with pytest.raises(PolyakError, match=words):
-        Evaluator(**({"label": "x", "dataloader": DATA} | options))
+        Evaluator(**({"label": "x", "dataloader": DATA} | {argument: given}))
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda trainer: trainer.fit(duration="soon"), "duration must be a time"),
-        (lambda trainer: trainer.fit(duration="4tok"), "num_tokens"),
-        (lambda trainer: trainer.fit(generator()), "train_dataloader must be .*only once"),
-        (lambda trainer: trainer.eval("test"), "eval_dataloader must be"),
-        (lambda trainer: trainer.eval([loops.dataset()]), "eval_dataloader must be .*DataLoader"),
-    ],
-    ids=["time", "unit", "loader", "eval string", "eval data set"],
-)
+@pytest.mark.parametrize(("call", "words"), WRONG_CALL, ids=["time", "unit", "loader", "eval string", "eval data set"])
 def test_a_wrong_argument_of_fit_and_eval_is_refused(call: Callable[[Trainer], object], words):
     trainer = build()
     with pytest.raises(PolyakError, match=words):

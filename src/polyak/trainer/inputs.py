@@ -155,7 +155,7 @@ def check_model(model: object, loss: object) -> None:
     Raises:
         ArgumentError: If it cannot.
     """
-    advice = instance_of(model) or "build the model first, and wrap a function in a module"
+    advice = instance_of(model) or ("wrap it in one" if callable(model) else "build the model first")
     require(isinstance(model, nn.Module), "model", "a torch.nn.Module", model, advice)
     assert isinstance(model, nn.Module)
     own = getattr(unwrap(model), "loss", None)
@@ -403,7 +403,7 @@ def check_device(given: Any) -> None:
         torch.empty(0, device=torch.device(given))
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
         raise ArgumentError(
-            f"device must be a device of this machine (got {described(given)}); leave it out to use the GPU if there is one"
+            f"device must be a device of this machine (got {described(given)}); leave it out for the default"
         ) from error
 
 
@@ -418,7 +418,7 @@ def check_path(name: str, given: Any) -> None:
         ArgumentError: If it is not.
     """
     fits = given is None or (isinstance(given, (str, os.PathLike)) and str(given))
-    require(fits, name, "a path", given)
+    require(fits, name, "a path, and not empty", given)
 
 
 def check_ignored_keys(given: Any) -> None:
