@@ -9,6 +9,7 @@ import loops
 import pytest
 import torch
 import torchmetrics
+from paths import ROOT
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -27,6 +28,7 @@ from polyak import (
     Trainer,
 )
 from polyak.trainer.loggers import Destination
+from tests import composer_suite
 
 
 class Trace(Callback):
@@ -131,6 +133,14 @@ def test_the_trace_of_a_run_is_that_of_composers_trainer(duration, interval):
     ).fit()
     build(duration, n=2, eval_dataloader=batches(1), eval_interval=interval, callbacks=ours).fit()
     assert ours.events == theirs.events
+
+
+def test_the_page_has_a_row_for_each_of_composers_tests_of_time_that_differs():
+    page = ROOT / "docs" / "composer.md"
+    if not page.exists():
+        pytest.skip("the documentation is not here")
+    text = page.read_text(encoding="utf-8")
+    assert [name for name in composer_suite.DIFFERENT if f"| `{name}" not in text] == []
 
 
 def test_an_iteration_begins_with_the_clock_and_not_where_a_run_continues(tmp_path):

@@ -1,6 +1,6 @@
 """The tables in ``docs/trainer-errors.md``, made of the parameters of the tests in ``test_inputs.py``.
 
-``WRITE_PAGES=1 pytest tests/trainer/test_errors_page.py`` writes them anew.
+``WRITE_PAGES=1 pytest tests/trainer/test_errors_page.py`` rewrites them.
 """
 
 import ast
@@ -70,7 +70,7 @@ def tables() -> dict[str, list[str]]:
 
 
 def page(text: str) -> str:
-    """Return the text of the page with its tables made anew."""
+    """Return the text of the page with its tables rewritten."""
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         for name, lines in tables().items():
             before, begin, rest = text.partition(BEGIN.format(name))
@@ -89,6 +89,6 @@ def test_the_page_has_each_wrong_argument_with_what_the_error_says() -> None:
     if "WRITE_PAGES" in os.environ:
         PAGE.write_text(made, encoding="utf-8")
     else:
-        assert made == text, "write the page anew: WRITE_PAGES=1 pytest tests/trainer/test_errors_page.py"
+        assert made == text, "rewrite the page: WRITE_PAGES=1 pytest tests/trainer/test_errors_page.py"
     assert str(Path(tempfile.gettempdir())) not in text
     assert " at 0x" not in text

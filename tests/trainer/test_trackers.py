@@ -93,6 +93,7 @@ class Written:
     """What W&B wrote of a run, in all its files in order."""
 
     def __init__(self, folder: Path) -> None:
+        wandb.teardown()  # waits until W&B's process has written all
         self.runs: list[Any] = []
         self.exits: list[int] = []
         self.config: dict[str, Any] = {}
