@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -326,9 +327,10 @@ def _read_rest(path: Path, *, verify: bool) -> dict[str, Any]:
     except PermissionError as error:
         raise CheckpointError(f"{file} must be readable to be loaded ({error}): change its permissions") from error
     except Exception as error:  # what torch raises for a file that is cut off or damaged is not specified
+        # What torch says of a file that it cannot unpickle is a page of advice, to load it unsafely.
+        reason = "torch.load cannot read it" if isinstance(error, UnpicklingError) else error
         raise DamagedCheckpointError(
-            f"{file} must be a checkpoint of polyak.Trainer (torch.load cannot read it: {type(error).__name__}); it is "
-            "damaged, or a file of another kind"
+            f"{file} must be a checkpoint of polyak.Trainer ({reason}); it is damaged, or a file of another kind"
         ) from error
     found = checkpoint.get("polyak_checkpoint") if isinstance(checkpoint, dict) else None
     if found not in (_FORMAT, _WITHOUT_CHECKSUMS):

@@ -163,9 +163,9 @@ def check_model(model: object, loss: object) -> None:
     uses_given = loss is not None and (own is None or isinstance(own, nn.Module))  # which may be only its parts
     if not uses_own and not uses_given:
         raise ArgumentError(
-            "the trainer must have a loss: give loss=, a function of (outputs, targets), or a model with a method "
-            f"loss(outputs, batch) (got loss={described(loss)}; the loss of the {type(model).__name__} is "
-            f"{described(own)})"
+            "the trainer must have one loss: give loss=, a function of (outputs, targets), or a model with a method "
+            f"loss(outputs, batch), which needs none (got loss={described(loss)}; the loss of the "
+            f"{type(model).__name__} is {described(own)})"
         )
     fits = loss is None or (callable(loss) and not isinstance(loss, type))
     require(fits, "loss", "a function of (outputs, targets)", loss, instance_of(loss))
