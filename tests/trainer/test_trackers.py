@@ -36,7 +36,7 @@ def ended() -> Any:
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
     for name, value in {
         "WANDB_MODE": "offline",
@@ -47,6 +47,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "DO_NOT_TRACK": "true",
     }.items():
         monkeypatch.setenv(name, value)
+    yield
+    if wandb.run is not None:  # a test that failed has left it
+        wandb.run.finish()
 
 
 def build(max_duration: str = "3ba", **options: Any) -> Trainer:
