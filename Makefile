@@ -20,8 +20,8 @@ test: $(VENV)/dev.stamp ## Check format, lint, types and imports, then run the t
 	PYTHONPATH=tests/stubs $(BIN)/pytest -n 2 $(STUBBED)
 
 # Tests of what imports a torchvision run in interpreters of their own: other libraries must not take the stub for the real one.
-STUBBED := tests/test_host_composer.py tests/test_hosts_distributed.py tests/test_composer_files.py tests/test_composer_surface.py \
-	tests/test_convert_timm.py
+STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/compat/test_composer_files.py tests/hosts/test_composer_surface.py \
+	tests/compat/test_convert_timm.py
 
 SECONDS ?= 600
 fuzz: $(VENV)/dev.stamp ## Run random models, loops and events for SECONDS=600, with new seeds
@@ -38,7 +38,7 @@ sanitize: $(VENV)/dev.stamp ## Run tests of memory with the C kernel under Addre
 # Python and torch are not built with the sanitizers, so their libraries come first. libstdc++: asan looks for it early.
 SANITIZED = POLYAK_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libstdc++.so)"
-MEMORY := tests/test_memory.py tests/test_shadow.py tests/test_select.py tests/test_kernels.py
+MEMORY := tests/tensors/test_memory.py tests/averaging/test_weights.py tests/tensors/test_slots.py tests/kernels/test_kernels.py
 
 format: $(VENV)/dev.stamp ## Lay out the code, and repair what ruff can
 	$(BIN)/ruff check --fix .

@@ -21,8 +21,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 from update_time import PAIRS, gpt2, resnet50
 
 from polyak import kernels
+from polyak.averaging.weights import Shadow
 from polyak.kernels import foreach
-from polyak.shadow import Shadow
 
 DEVICE = "cuda"
 COPY, COPY_BYTES = "a copy", 1 << 30

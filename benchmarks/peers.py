@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-from polyak.shadow import Shadow
+from polyak.averaging.weights import Shadow
 
 DECAY = 0.999
 OURS = "polyak"

@@ -26,9 +26,9 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from polyak.errors import PlanWarning, ProfileError
-from polyak.posthoc import Record, shares
 from polyak.profiles import HalfLife, PowerFunction, Profile, Window
-from polyak.record import Edge, TensorInfo, Writer
+from polyak.record import Edge, Record, Writer, shares
+from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time, Timestamp, TimeUnit
 
 # The most that the issue allows, in %, for our record at T/ell = 512 and a constant learning rate.

@@ -18,7 +18,8 @@ from results_io import RESULTS, measured, paragraph, progress, provenance, table
 from update_time import gpt2
 
 from polyak import HalfLife, Record
-from polyak.record import Edge, TensorInfo, Writer
+from polyak.record import Edge, Writer
+from polyak.storage.safetensors import TensorInfo
 from polyak.time import Timestamp
 
 FILES, MEAN = "reading the files", "polyak"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from polyak import EMA, Recorder, attach
 from polyak.algorithm import Algorithm
-from polyak.posthoc import Record
+from polyak.record import Record
 
 VOCABULARY, CONTEXT, WIDTH, LAYERS, HEADS, BATCH = 4096, 64, 256, 6, 4, 8
 INTERVAL = 16

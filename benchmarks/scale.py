@@ -33,9 +33,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from polyak.cli.folder import replacing
-from polyak.record import Edge, TensorInfo, Writer
+from polyak.record import Edge, Writer
 from polyak.record.store import due
 from polyak.report.figures import _STYLE, AVERAGED, GREY, INK, RAW, RULE, render
+from polyak.storage.safetensors import TensorInfo
 from polyak.time import Timestamp
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -26,7 +26,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from polyak import EMA
-from polyak.shadow import Shadow
+from polyak.averaging.weights import Shadow
 from polyak.sharding import Ranks, local
 
 _LAYERS = 16

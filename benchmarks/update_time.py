@@ -25,7 +25,7 @@ from results_io import RESULTS, item, measured, paragraph, progress, provenance,
 from torch import nn
 
 from polyak import kernels
-from polyak.shadow import Shadow
+from polyak.averaging.weights import Shadow
 
 MOST_FOR_ALL = 150_000_000  # elements; of larger models there are averages of the quicker contenders only
 BUILDS = 3

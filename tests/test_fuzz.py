@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz.cases import Case, draw
-from fuzz.judge import judge
 
+from polyak.averaging.weights import Shadow
 from polyak.kernels import KERNELS
-from polyak.shadow import Shadow
+from tests.fuzz.cases import Case, draw
+from tests.fuzz.judge import judge
 
 PLAIN = Case(seed=1, blocks=("batch_norm",), steps=4, events=((3, "applied"),))
 

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyak.record import Edge, TensorInfo, Writer
+from polyak.record import Edge, Writer
+from polyak.storage.safetensors import TensorInfo
 from polyak.time import Timestamp
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

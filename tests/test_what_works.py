@@ -15,6 +15,6 @@ def test_the_page_names_files_that_exist() -> None:
 
 def test_the_page_names_tests_that_exist() -> None:
     names = set(re.findall(r"`(test_\w+)(?:\.\.\.)?`", PAGE))
-    sources = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert names
     assert not [name for name in names if f"def {name}" not in sources]

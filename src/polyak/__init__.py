@@ -1,9 +1,9 @@
 """Weight averaging for PyTorch: in any training loop, at memory speed, with nothing lost."""
 
 from polyak.algorithm import Algorithm, dispatch
-from polyak.attached import Attached
-from polyak.batchnorm import update_bn
-from polyak.ema import EMA, compute_ema
+from polyak.averaging.batchnorm import update_bn
+from polyak.averaging.ema import EMA, compute_ema
+from polyak.averaging.offload import Offload
 from polyak.errors import (
     ArgumentError,
     CheckpointError,
@@ -19,19 +19,18 @@ from polyak.errors import (
     PolyakError,
     ProfileError,
     QuarantineWarning,
+    RecordError,
     ShardingError,
     TimeError,
 )
 from polyak.events import Event, State
 from polyak.export import export_averaged
 from polyak.hosts.optimizer import attach
-from polyak.offload import Offload
-from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
-from polyak.record import RecordError
-from polyak.recorder import Recorder
-from polyak.select import Policy, default_policy
+from polyak.record import Record
+from polyak.record.recorder import Recorder
 from polyak.sweeping import sweep
+from polyak.tensors.slots import Policy, default_policy
 from polyak.time import Time, Timestamp, TimeUnit
 from polyak.trainer import (
     Callback,
@@ -45,6 +44,7 @@ from polyak.trainer import (
     TensorBoardLogger,
     Trainer,
 )
+from polyak.training.attached import Attached
 
 __version__ = "0.1.0"
 

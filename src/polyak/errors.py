@@ -100,3 +100,7 @@ class PlanWarning(UserWarning):
 
 class QuarantineWarning(UserWarning):
     """Non-finite weights came and were kept out of the average."""
+
+
+class RecordError(PolyakError, OSError):
+    """A record that cannot be read or written, or does not hold what it should."""

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from polyak.ema import EMA
+from polyak.averaging.ema import EMA
+from polyak.averaging.weights import agree_on_plain
 from polyak.errors import CheckpointError
-from polyak.record.files import write_tensors
-from polyak.record.manifest import DTYPE_NAMES, TensorInfo
-from polyak.select import all_slots
-from polyak.shadow import agree_on_plain
 from polyak.sharding import Ranks, local, refuse_stage
+from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, write_tensors
+from polyak.tensors.slots import all_slots
 
 Read = Callable[[list[str]], dict[str, Tensor]]
 

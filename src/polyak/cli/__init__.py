@@ -11,8 +11,8 @@ from typing import NoReturn, TextIO
 import polyak
 from polyak.cli import convert, demo, inspect, plan, reconstruct, sweep
 from polyak.cli.command import REFUSED, Command
+from polyak.compat.words import printable
 from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
-from polyak.readers.words import printable
 
 COMMANDS: tuple[Command, ...] = (convert, demo, inspect, plan, reconstruct, sweep)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from polyak.cli.command import UsageError
 from polyak.errors import PolyakError
-from polyak.posthoc import Record
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Window
+from polyak.record import Record
 from polyak.record.manifest import MANIFEST
 from polyak.time import Timestamp, TimeUnit
 

@@ -5,8 +5,8 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from polyak.compat.words import printable
 from polyak.errors import PolyakError, TimeError
-from polyak.readers.words import printable
 from polyak.time import Time, TimeUnit
 
 

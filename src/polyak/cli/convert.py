@@ -12,7 +12,7 @@ from pathlib import Path
 
 from polyak.cli.asking import size
 from polyak.cli.command import UsageError, say
-from polyak.readers import read, write
+from polyak.compat import read, write
 
 NAME = "convert"
 

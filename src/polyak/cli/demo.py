@@ -22,16 +22,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import polyak
+from polyak.averaging.ema import EMA
 from polyak.cli.command import REFUSED, UsageError, require, span, whole
 from polyak.cli.folder import RunFolder, replacing
 from polyak.cli.recipe import NUM_VALIDATION, RECORD_INTERVAL, Digits, build_trainer, load_data, measure
-from polyak.ema import EMA
 from polyak.errors import PlanWarning, ProfileError, QuarantineWarning, ShardingError
-from polyak.posthoc import Record
 from polyak.profiles import HalfLife
-from polyak.record import TensorInfo, write_tensors
+from polyak.record import Record
 from polyak.report.series import Curve, read_curves, update_shares
 from polyak.report.swept import swept
+from polyak.storage.safetensors import TensorInfo, write_tensors
 from polyak.sweeping import best, sweep
 from polyak.time import Time, TimeUnit
 from polyak.trainer import CheckpointSaver, JSONLinesLogger, ProgressBar

@@ -11,9 +11,8 @@ from typing import Any
 
 from polyak.cli.asking import add_record, clocks, open_record, size
 from polyak.cli.command import require
-from polyak.posthoc import Record
-from polyak.readers.words import printable
-from polyak.record import Stretch, load_manifest
+from polyak.compat.words import printable
+from polyak.record import Record, Stretch, load_manifest
 from polyak.time import TimeUnit
 
 NAME = "inspect"

@@ -10,9 +10,9 @@ from argparse import ArgumentParser, Namespace
 
 from torch import nn
 
+from polyak.averaging.plan import plan
 from polyak.cli.asking import load_function
 from polyak.cli.command import UsageError, say
-from polyak.plan import plan
 
 NAME = "plan"
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from polyak.ema import EMA
-from polyak.recorder import Recorder
+from polyak.averaging.ema import EMA
+from polyak.record.recorder import Recorder
 from polyak.time import Time, TimeUnit
 from polyak.trainer import Callback, Trainer
 from polyak.trainer.loggers import Destination

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from polyak.cli.asking import add_record, half_lives, load_function, open_record, profiles
 from polyak.cli.command import UsageError, require, whole
 from polyak.cli.folder import replacing
-from polyak.readers.words import printable
+from polyak.compat.words import printable
 from polyak.report.page import page
 from polyak.report.swept import Swept, swept
 from polyak.report.words import compared, headline, measured, other_name, percent

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyak.errors import ArgumentError
-from polyak.select import Policy, PolicyRule, named_tensors, slots
+from polyak.tensors.slots import Policy, PolicyRule, named_tensors, slots
 from polyak.time import Timestamp
 
 

@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
-from polyak.attached import Attached, CountedLoop
+from polyak.averaging.swap import swap_of
 from polyak.errors import LoanError
-from polyak.swap import swap_of
 from polyak.time import Time
+from polyak.training.attached import Attached, CountedLoop
 
 _FOREIGN = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
 

@@ -19,18 +19,18 @@ from composer.core import State
 from composer.utils import checkpoint, dist
 from torch import Tensor, nn
 
-import polyak.ema
-import polyak.recorder
+import polyak.averaging.ema
+import polyak.record.recorder
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
+from polyak.averaging.weights import Shadow
+from polyak.compat import training_weights
 from polyak.errors import MismatchError, PlanWarning
 from polyak.events import Event, elapsed_duration
 from polyak.profiles import Smoothing
-from polyak.readers import training_weights
-from polyak.select import named_tensors, slots
-from polyak.shadow import Shadow
 from polyak.sharding import copy_, whole
-from polyak.steps import StepHooks, counted_optimizer
+from polyak.tensors.slots import named_tensors, slots
 from polyak.time import Time, Timestamp, TimeUnit
+from polyak.training.steps import StepHooks, counted_optimizer
 
 __all__ = ["EMA", "EMAParameters", "Hosted", "Recorder", "compute_ema"]
 
@@ -239,9 +239,9 @@ class EMA(Hosted):
         **options: As ``polyak.EMA``.
     """
 
-    @functools.wraps(polyak.ema.EMA.__init__)
+    @functools.wraps(polyak.averaging.ema.EMA.__init__)
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(polyak.ema.EMA(*args, **options))
+        super().__init__(polyak.averaging.ema.EMA(*args, **options))
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
         """Pass the event on. An update by hand, outside of a fit, is made whether or not it is due.
@@ -270,7 +270,7 @@ class EMA(Hosted):
             strict: Whether all names must match the model's; see ``polyak.EMA.load_state_dict``.
         """
         self._load_clock(state)
-        assert isinstance(self.algorithm, polyak.ema.EMA)
+        assert isinstance(self.algorithm, polyak.averaging.ema.EMA)
         self.algorithm.load_state_dict(state, strict)
 
 
@@ -282,9 +282,9 @@ class Recorder(Hosted):
         **options: As ``polyak.Recorder``.
     """
 
-    @functools.wraps(polyak.recorder.Recorder.__init__)
+    @functools.wraps(polyak.record.recorder.Recorder.__init__)
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(polyak.recorder.Recorder(*args, **options))
+        super().__init__(polyak.record.recorder.Recorder(*args, **options))
 
 
 def _check(hosted: Hosted, state: Any) -> None:
@@ -415,7 +415,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module | EMAParameters, smoothin
     if isinstance(ema_model, EMAParameters):
         ema_model.update_(model, smoothing)
     else:
-        polyak.ema.compute_ema(model, ema_model, smoothing)
+        polyak.averaging.ema.compute_ema(model, ema_model, smoothing)
 
 
 # What Composer has no events for

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
 from polyak.events import Event
-from polyak.loop import Loop, as_algorithms
-from polyak.steps import StepHooks
 from polyak.time import Time, TimeUnit
-from polyak.trainer import rng
+from polyak.training import rng
+from polyak.training.loop import Loop, as_algorithms
+from polyak.training.steps import StepHooks
 
 
 class _Logger:

@@ -19,16 +19,16 @@ except ModuleNotFoundError:
     from pytorch_lightning import Callback
 
 from polyak.algorithm import Algorithm
-from polyak.attached import Attached
+from polyak.averaging.swap import swap_of
 from polyak.errors import PlanWarning
 from polyak.events import Event
-from polyak.loop import Loop, as_algorithms
-from polyak.select import unwrap
 from polyak.sharding import whole
-from polyak.steps import StepHooks
-from polyak.swap import swap_of
+from polyak.tensors.slots import unwrap
 from polyak.time import Time, TimeUnit
-from polyak.trainer import rng
+from polyak.training import rng
+from polyak.training.attached import Attached
+from polyak.training.loop import Loop, as_algorithms
+from polyak.training.steps import StepHooks
 
 _KEY = "polyak"
 _FOREIGN = {"DeepSpeedStrategy", "FSDPStrategy", "XLAFSDPStrategy"}

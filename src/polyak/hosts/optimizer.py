@@ -6,8 +6,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm, MetricLogger
-from polyak.attached import Attached
 from polyak.time import Time
+from polyak.training.attached import Attached
 
 
 def attach(

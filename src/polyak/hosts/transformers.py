@@ -16,11 +16,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from polyak.algorithm import Algorithm
 from polyak.errors import MismatchError, PlanWarning
 from polyak.events import Event
-from polyak.loop import Loop, as_algorithms
-from polyak.select import unwrap
-from polyak.steps import StepHooks
+from polyak.tensors.slots import unwrap
 from polyak.time import Time, TimeUnit
-from polyak.trainer import rng
+from polyak.training import rng
+from polyak.training.loop import Loop, as_algorithms
+from polyak.training.steps import StepHooks
 
 STATE_NAME = "polyak.pt"
 PARTS_NAME = "polyak"  # where the state is spread over processes

@@ -1,32 +1,29 @@
-"""The record on disk: means of the weights over stretches of the run, in safetensors files, and their manifest.
+"""The record of a run: means of the weights over segments of training, in safetensors files, and how to read them.
 
-``docs/record-format.md`` describes the format. What can be read out of a record is in ``polyak.posthoc``.
+``docs/record-format.md`` describes the format.
 """
 
+from polyak.errors import RecordError
 from polyak.record.appender import Appender, Ended
-from polyak.record.files import (
-    Box,
-    StretchFile,
-    cast,
-    check_content,
-    check_size,
-    disk_errors,
-    hash_in,
-    open_stretch,
-    whole,
-    write_tensors,
-)
-from polyak.record.manifest import Edge, Manifest, Pin, RecordError, Stretch, TensorInfo, load_manifest
+from polyak.record.files import Box, StretchFile, check_content, check_size, hash_in, open_stretch, whole
+from polyak.record.fitting import Fit, coefficients, error_estimate, finest, fit, shares
+from polyak.record.manifest import Edge, Manifest, Pin, Stretch, load_manifest
+from polyak.record.reader import Record
+from polyak.record.recorder import Recorder
 from polyak.record.store import Writer
+from polyak.storage.safetensors import TensorInfo, cast, disk_errors, write_tensors
 
 __all__ = [
     "Appender",
     "Box",
     "Edge",
     "Ended",
+    "Fit",
     "Manifest",
     "Pin",
+    "Record",
     "RecordError",
+    "Recorder",
     "Stretch",
     "StretchFile",
     "TensorInfo",
@@ -34,10 +31,15 @@ __all__ = [
     "cast",
     "check_content",
     "check_size",
+    "coefficients",
     "disk_errors",
+    "error_estimate",
+    "finest",
+    "fit",
     "hash_in",
     "load_manifest",
     "open_stretch",
+    "shares",
     "whole",
     "write_tensors",
 ]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from polyak.background import Worker
-from polyak.record.manifest import Edge, RecordError
+from polyak.errors import RecordError
+from polyak.record.manifest import Edge
 from polyak.record.store import Writer
 
 

@@ -6,15 +6,11 @@ writers want all tensors in memory at once; its reader is used as it is.
 A stretch is one file, or, where several ranks have written it together, a folder with a file for the part of each.
 """
 
-import ctypes
-import errno
 import hashlib
 import json
-import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,7 +20,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from polyak.record.manifest import DTYPE_NAMES, RecordError, Stretch, TensorInfo
+from polyak.errors import RecordError
+from polyak.record.manifest import Stretch
+from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo
 
 # What of a tensor: for each dimension a slice with a start and a stop, as it is indexed.
 Box = tuple[slice, ...]
@@ -40,14 +38,6 @@ _PART = re.compile(r"\d{5,}\.safetensors")
 # How torch.distributed.checkpoint says in a safetensors file where in the whole tensors its own begin.
 PLACES = "DCP_SHARDING_INFO"
 OFFSETS = "saved_offsets"
-
-_ADVICE = {
-    errno.ENOSPC: "make room on the disk",
-    errno.EDQUOT: "make room within the quota",
-    errno.EACCES: "make the folder writable, or record to another",
-    errno.EPERM: "make the folder writable, or record to another",
-    errno.EROFS: "record to a disk that can be written",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,140 +55,6 @@ class Written:
     size_bytes: int
     sha256: str
     sharded: bool
-
-
-@contextmanager
-def disk_errors(doing: str) -> Iterator[None]:
-    """Turn what the disk refuses within a ``with`` block into a ``RecordError`` that says what to do.
-
-    Args:
-        doing: What was being done.
-
-    Raises:
-        RecordError: In place of an ``OSError``.
-    """
-    try:
-        yield
-    except RecordError:
-        raise
-    except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "see to the disk")
-        raise RecordError(
-            f"{doing} failed: {error}. What was there before is unchanged: {advice} and continue"
-        ) from error
-
-
-def _layout(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the names in the order of their data: the widest first, so that all are aligned."""
-    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-
-
-def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for name in _layout(tensors):
-        info = tensors[name]
-        end = offset + torch.Size(info.shape).numel() * info.dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor without copying them. They are valid while the tensor lives."""
-    size_bytes = tensor.numel() * tensor.element_size()
-    if not size_bytes:
-        return memoryview(b"")
-    return memoryview((ctypes.c_char * size_bytes).from_address(tensor.data_ptr())).cast("B")
-
-
-def write_tensors(
-    path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], Tensor], metadata: Mapping[str, str]
-) -> tuple[int, str]:
-    """Write a safetensors file and see that it is on disk; return its size in bytes and its SHA-256.
-
-    Args:
-        path: Where. If writing fails, nothing stays there.
-        tensors: What is written. The same tensors give the same bytes.
-        read: Gives each tensor by name when its turn comes; it is cast to the dtype in ``tensors``.
-        metadata: For the header.
-
-    Raises:
-        OSError: If the disk refuses.
-        RecordError: If a finite value is infinite in the dtype it is to have.
-    """
-    assert sys.byteorder == "little", "safetensors files are little-endian"
-    digest = hashlib.sha256()
-    try:
-        with path.open("wb") as file:
-            header = _header(tensors, metadata)
-            digest.update(header)
-            file.write(header)
-            for name in _layout(tensors):
-                tensor = _cast(name, read(name), tensors[name])
-                raw = _raw(tensor)
-                digest.update(raw)
-                file.write(raw)
-                del raw, tensor  # before the next one is read
-            file.flush()
-            os.fsync(file.fileno())
-            return file.tell(), digest.hexdigest()
-    except BaseException:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-        raise
-
-
-def flush_folder(folder: Path) -> None:
-    """See that the names in a folder are on disk.
-
-    Args:
-        folder: Which.
-
-    Raises:
-        OSError: If the disk refuses.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@torch.no_grad()
-def _cast(name: str, tensor: Tensor, info: TensorInfo) -> Tensor:
-    assert tuple(tensor.shape) == info.shape, (name, tensor.shape, info)
-    cast = tensor.detach().to("cpu", info.dtype).contiguous()
-    if cast.dtype != tensor.dtype and _overflows(tensor, cast):
-        largest, most = float(tensor.detach().abs().max()), torch.finfo(info.dtype).max
-        raise RecordError(
-            f"values must be at most {most:g} to be kept as {info.dtype} (got {largest:g} in {name!r}): use a dtype "
-            "with a wider range, such as bfloat16 or float32"
-        )
-    return cast
-
-
-def _overflows(tensor: Tensor, cast: Tensor) -> bool:
-    """Return whether a finite value became infinite when it was cast."""
-    if not (cast.is_floating_point() or cast.is_complex()) or bool(cast.isfinite().all()):
-        return False
-    return bool((tensor.detach().to("cpu").isfinite() & ~cast.isfinite()).any())
-
-
-def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor on the CPU in another dtype.
-
-    Args:
-        name: To name it in errors.
-        tensor: Any.
-        dtype: Of the result.
-
-    Raises:
-        RecordError: If a finite value is infinite in that dtype.
-    """
-    return _cast(name, tensor, TensorInfo(dtype, tuple(tensor.shape), averaged=False))
 
 
 @dataclass(frozen=True, slots=True)

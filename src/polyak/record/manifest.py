@@ -12,36 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-import torch
-from torch import Tensor
-
-from polyak.errors import PolyakError, TimeError
+from polyak.errors import RecordError, TimeError
+from polyak.storage.safetensors import DTYPE_NAMES, DTYPES, TensorInfo
 from polyak.time import Time, Timestamp, TimeUnit
 
 FORMAT = "polyak-record"
 VERSION = 1
 MANIFEST = "manifest.json"
 
-# The names that safetensors gives to dtypes.
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # How the text of a manifest ends: with the hash of the text without this line.
 _OWN_SHA256 = re.compile(r',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
@@ -56,44 +34,9 @@ _COUNTERS = (
 )
 
 
-class RecordError(PolyakError, OSError):
-    """A record that cannot be read or written, or does not hold what it should."""
-
-
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise RecordError(message)
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a record keeps of one tensor.
-
-    Args:
-        dtype: How it is stored.
-        shape: Its shape.
-        averaged: Whether a stretch holds its mean, or else its last value.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    averaged: bool
-
-    @classmethod
-    def of(cls, tensor: Tensor, *, averaged: bool, dtype: torch.dtype = torch.float32) -> Self:
-        """Describe how ``tensor`` is kept.
-
-        Args:
-            tensor: Any that has the shape and dtype in question.
-            averaged: Whether a stretch holds its mean, or else its last value.
-            dtype: For the means of floating-point tensors: float32, float16 or bfloat16.
-
-        Example:
-            >>> TensorInfo.of(torch.zeros(2, dtype=torch.float64), averaged=True)
-            TensorInfo(dtype=torch.float32, shape=(2,), averaged=True)
-        """
-        kept = dtype if averaged and tensor.is_floating_point() else tensor.dtype
-        return cls(kept, tuple(tensor.shape), averaged)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,32 +20,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from polyak.errors import MismatchError, PlanWarning
-from polyak.record.files import (
-    PASSING,
-    Box,
-    Read,
-    Source,
-    Written,
-    check_size,
-    disk_errors,
-    flush_folder,
-    open_stretch,
-    write_tensors,
-)
-from polyak.record.lock import Lock
-from polyak.record.manifest import (
-    MANIFEST,
-    STRETCH_FILE,
-    Edge,
-    Manifest,
-    Pin,
-    RecordError,
-    Stretch,
-    TensorInfo,
-    load_manifest,
-)
+from polyak.errors import MismatchError, PlanWarning, RecordError
+from polyak.record.files import PASSING, Box, Read, Source, Written, check_size, open_stretch
+from polyak.record.manifest import MANIFEST, STRETCH_FILE, Edge, Manifest, Pin, Stretch, load_manifest
 from polyak.sharding import Ranks, local
+from polyak.storage.lock import Lock
+from polyak.storage.safetensors import TensorInfo, disk_errors, flush_folder, write_tensors
 from polyak.time import Time
 
 if TYPE_CHECKING:

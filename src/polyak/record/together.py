@@ -21,19 +21,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from polyak.record.files import (
-    OFFSETS,
-    PARTS,
-    PASSING,
-    PLACES,
-    Source,
-    Written,
-    disk_errors,
-    flush_folder,
-    write_tensors,
-)
-from polyak.record.manifest import RecordError, TensorInfo
+from polyak.errors import RecordError
+from polyak.record.files import OFFSETS, PARTS, PASSING, PLACES, Source, Written
 from polyak.sharding import Ranks
+from polyak.storage.safetensors import TensorInfo, disk_errors, flush_folder, write_tensors
 
 T = TypeVar("T")
 

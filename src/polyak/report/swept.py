@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from polyak.errors import PlanWarning
-from polyak.posthoc import Fit, Record, fit
 from polyak.profiles import HalfLife, Profile
+from polyak.record import Fit, Record, fit
 from polyak.sweeping import Result, best
 from polyak.time import TimeUnit
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 
 from polyak.errors import ProfileError
-from polyak.posthoc import Record, fit
 from polyak.profiles import HalfLife, Uniform
+from polyak.record import Record, fit
 from polyak.time import Time, TimeUnit
 
 # Half-lives closer than this ratio are not told apart by any metric.

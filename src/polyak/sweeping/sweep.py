@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from polyak.batchnorm import update_bn
-from polyak.errors import PlanWarning, ProfileError
-from polyak.posthoc import Record, fit
+from polyak.averaging.batchnorm import update_bn
+from polyak.errors import PlanWarning, ProfileError, RecordError
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Window
-from polyak.record import RecordError, TensorInfo, disk_errors, write_tensors
+from polyak.record import Record, fit
+from polyak.storage.safetensors import TensorInfo, disk_errors, write_tensors
 from polyak.sweeping.grid import grid, narrowed, newest
 from polyak.sweeping.results import EvaluationError, Kept, Result, value_of
 from polyak.time import Time

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from polyak import sharding
 from polyak.algorithm import MetricLogger
+from polyak.averaging.swap import swap_of
 from polyak.errors import CheckpointError, PlanWarning
 from polyak.events import Event
-from polyak.select import slots, unwrap
 from polyak.sharding import is_spread
-from polyak.swap import swap_of
+from polyak.tensors.slots import slots, unwrap
 from polyak.time import Time
 from polyak.trainer import checksums
 from polyak.trainer.callback import Callback

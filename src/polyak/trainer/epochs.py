@@ -6,9 +6,10 @@ from typing import Any
 
 from polyak.errors import CheckpointError, PlanWarning
 from polyak.events import Event
-from polyak.trainer import batches, parallel, rng
+from polyak.trainer import batches, parallel
 from polyak.trainer.parallel import Group
 from polyak.trainer.state import TrainerState
+from polyak.training import rng
 
 _END = object()
 

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from polyak.errors import ArgumentError
 from polyak.events import Event
 from polyak.time import Time, TimeUnit
-from polyak.trainer import batches, rng
+from polyak.trainer import batches
 from polyak.trainer.engine import Engine
 from polyak.trainer.forward import Forward, total_of
 from polyak.trainer.inputs import check_loader, described, require
@@ -19,6 +19,7 @@ from polyak.trainer.loggers import Logger
 from polyak.trainer.metrics import Metrics
 from polyak.trainer.parallel import Group, divides_itself
 from polyak.trainer.state import Question, TrainerState, question
+from polyak.training import rng
 
 
 class Evaluator:

@@ -9,11 +9,11 @@ from polyak.trainer.engine import Engine
 from polyak.trainer.epochs import Epochs
 from polyak.trainer.evaluation import Evaluation
 from polyak.trainer.parallel import Group
-from polyak.trainer.rng import Stream
 from polyak.trainer.rollback import Rollback
 from polyak.trainer.state import TrainerState
 from polyak.trainer.step import Step
 from polyak.trainer.traininglog import TrainingLog
+from polyak.training.rng import Stream
 
 
 class Fitting:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.errors import ArgumentError
-from polyak.select import unwrap
+from polyak.tensors.slots import unwrap
 from polyak.trainer.state import TrainerState
 
 PRECISIONS: Mapping[str, torch.dtype | None] = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}

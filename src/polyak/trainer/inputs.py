@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from polyak.algorithm import Algorithm
 from polyak.errors import ArgumentError
-from polyak.select import unwrap
+from polyak.tensors.slots import unwrap
 from polyak.time import Time, TimeUnit, as_span
 from polyak.trainer.callback import Callback
 from polyak.trainer.checkpoint import CheckpointSaver

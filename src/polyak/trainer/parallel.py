@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from polyak import sharding
 from polyak.errors import PlanWarning, ShardingError
-from polyak.select import slots, unwrap
 from polyak.sharding import Ranks, is_fsdp, is_spread, local
+from polyak.tensors.slots import slots, unwrap
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -11,7 +11,7 @@ import torch
 from polyak.errors import ArgumentError
 from polyak.events import Event
 from polyak.time import Timestamp
-from polyak.trainer import checkpoint, parallel, rng
+from polyak.trainer import checkpoint, parallel
 from polyak.trainer.checkpoint import CheckpointSaver
 from polyak.trainer.engine import Engine
 from polyak.trainer.epochs import Epochs, length_of
@@ -25,6 +25,7 @@ from polyak.trainer.saving import Checkpoints
 from polyak.trainer.state import TrainerState
 from polyak.trainer.step import Step
 from polyak.trainer.traininglog import TrainingLog
+from polyak.training import rng
 
 
 class Parts:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.trainer import rng
+from polyak.training import rng
 
 # BatchNorm's kernels change running statistics without a new version of the tensor. Only for buffers of more elements,
 # which are no statistics of channels, is an unchanged version taken to mean unchanged values.

@@ -12,15 +12,16 @@ from torch import Tensor
 from polyak.algorithm import Algorithm
 from polyak.errors import ArgumentError, CheckpointError, PlanWarning
 from polyak.events import Event
-from polyak.select import unwrap
+from polyak.tensors.slots import unwrap
 from polyak.time import Timestamp
-from polyak.trainer import checkpoint, rng
+from polyak.trainer import checkpoint
 from polyak.trainer.callback import Callback
 from polyak.trainer.epochs import Epochs
 from polyak.trainer.evaluation import Evaluation
 from polyak.trainer.parallel import Group
 from polyak.trainer.state import TrainerState
 from polyak.trainer.step import Step
+from polyak.training import rng
 
 # What goes together: an ignored clock begins a new epoch, ignored random numbers are all ignored.
 _WITH = {"timestamp": ("drawn", "evaluated_at"), "rng": ("epoch_rng", "data_rng"), "model": ("training_model",)}

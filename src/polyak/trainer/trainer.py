@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
+from polyak.averaging.swap import swap_of
 from polyak.errors import LoanError, PlanWarning
 from polyak.events import Event
-from polyak.swap import swap_of
 from polyak.time import Time
-from polyak.trainer import batches, inputs, prediction, rng
+from polyak.trainer import batches, inputs, prediction
 from polyak.trainer.callback import Callback
 from polyak.trainer.evaluation import Evaluator, evaluators_of
 from polyak.trainer.loggers import Destination
@@ -22,6 +22,7 @@ from polyak.trainer.metrics import Metric
 from polyak.trainer.options import Options
 from polyak.trainer.parts import Parts
 from polyak.trainer.state import Question, Scheduler
+from polyak.training import rng
 
 
 class Trainer:

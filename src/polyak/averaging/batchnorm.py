@@ -1,0 +1,64 @@
+"""Statistics of BatchNorm for averaged weights: those that were averaged along belong to no single set of weights."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@torch.no_grad()
+def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
+    """Replace the running statistics of every BatchNorm layer by their mean over all batches of ``loader``.
+
+    As ``torch.optim.swa_utils.update_bn``, except that all other layers run in evaluation mode, so that dropout neither
+    draws random numbers nor shifts the statistics. Afterwards each layer has its own mode and momentum again; if
+    anything fails, its own statistics as well.
+
+    Args:
+        model: Called with one batch at a time. Without BatchNorm layers nothing is read.
+        loader: Gives inputs, or tuples and lists that begin with them. At least one batch.
+        device: Where the model wants them; None leaves them where they are.
+
+    Raises:
+        ValueError: If ``loader`` gives nothing.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(1)
+        >>> update_bn(layer, [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [6.0]])])
+        >>> layer.running_mean
+        tensor([3.])
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    if not layers:
+        return
+    modes = [(module, module.training) for module in model.modules()]
+    momenta = [(layer, layer.momentum) for layer in layers]
+    before = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    try:
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # torch's way to say: a plain mean over the batches
+            layer.training = True
+        _run(model, loader, device)
+    except BaseException:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
+    finally:
+        for layer, momentum in momenta:
+            layer.momentum = momentum
+        for module, training in modes:
+            module.training = training
+
+
+def _run(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None) -> None:
+    batches = 0
+    for batch in loader:
+        inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
+        model(inputs if device is None else inputs.to(device))
+        batches += 1
+    if not batches:
+        raise ValueError("statistics must come from at least one batch (the loader gave none): was it read before?")

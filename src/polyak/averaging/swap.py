@@ -1,0 +1,431 @@
+"""The average in the model, and the training weights until they are restored.
+
+A swap that was begun ends, whatever happens: an exception, an interrupt at any line, a tensor that was moved. One flag
+says whether it is under way; what an interrupt has left half done is put right by whoever asks next. All tensors here
+are detached, in place of `torch.no_grad`: an interrupt in its exit would leave gradients switched off.
+"""
+
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate, compress
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
+
+from polyak import sharding
+from polyak.averaging.gradients import Gradients
+from polyak.averaging.offload import hold_writes
+from polyak.errors import LoanError, PlanWarning
+from polyak.kernels import Exchange, checksums
+from polyak.sharding import is_spread, local, rows
+from polyak.tensors import memory, optimizers
+from polyak.tensors.slots import Slot, all_slots, unwrap
+
+# Buffers that no average takes in, such as caches of keys and values, are kept during a swap, the smallest first, up to
+# this size in all. Larger ones must not change.
+_KEPT_BYTES = 1 << 26
+
+
+class Phase(Enum):
+    """Where the average is: only in OUT are all training weights in the model."""
+
+    OUT = "out"
+    ENTERING = "entering"
+    IN = "in"
+    LEAVING = "leaving"
+
+
+@dataclass(slots=True)
+class _Buffer:
+    """A buffer of the model, and what it held before the swap, if that is kept."""
+
+    slot: Slot
+    tensor: Tensor
+    alias: Tensor
+    before: Tensor | None
+
+    def restore(self, *, moved: bool) -> None:
+        """Give the buffer its value again, also if an evaluation has replaced it by another tensor.
+
+        Args:
+            moved: Whether the model is on another device or of another dtype by now, and with it the buffer.
+        """
+        if self.before is not None and not _equal(self.alias, self.before):
+            memory.write_(self.alias, self.before)
+        held, name = self.slot.owner._buffers, self.slot.attribute  # noqa: SLF001
+        now = held[name] if name in held else None  # noqa: SIM401  a scripted module has no `get`
+        if now is self.tensor:
+            return
+        alike = now is not None and (now.device, now.dtype) == (self.tensor.device, self.tensor.dtype)
+        if now is None or not moved or alike or now.is_inference() or now.shape != self.tensor.shape:
+            held[name] = self.tensor
+        elif self.before is not None:
+            memory.write_(now, self.before)
+
+
+class Swap:
+    """Puts averages into a model and restores the training weights, bit for bit.
+
+    Parameters of one dtype and device are exchanged with their averages in place, which takes no memory. Otherwise, and
+    if the averages must stay where they are, the model's own bits are copied to a backup. Buffers always have one,
+    since an evaluation may change them. Nothing else may change: that is checked by sums of bits.
+
+    Args:
+        model: Unwrapped.
+        slots: Where averages go.
+        averages: What goes there.
+        left: The other tensors of the model.
+        views: Buffers over the memory of others, which are swapped with them.
+        keep_averages: Whether the averages must stay where they are, because somebody else reads them.
+
+    Attributes:
+        holder: Who has swapped, to name it in errors.
+        scope: While this object is alive the swap is wanted; None if it ends by a call only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: Sequence[Slot],
+        averages: Sequence[Tensor],
+        left: Sequence[Slot],
+        views: Sequence[Slot] = (),
+        *,
+        keep_averages: bool,
+    ) -> None:
+        self.holder = ""
+        self.scope: Callable[[], object] | None = None
+        self.phase = Phase.OUT
+        self.model, self._slots, self._averages = model, slots, averages
+        self._lock = threading.RLock()
+        # Aliases, so that this memory stays where it is, whatever becomes of the model.
+        self._tensors = [rows(slot.tensor, a).detach() for slot, a in zip(slots, averages, strict=True)]
+        self._parts = [local(a) for a in averages]
+        self._exchanged = [
+            slot.is_parameter and not keep_averages and _exchangeable(t, a)
+            for slot, t, a in zip(slots, self._tensors, self._parts, strict=True)
+        ]
+        self._exchange = Exchange(*(list(compress(side, self._exchanged)) for side in (self._tensors, self._parts)))
+        self._backup = dict[int, Tensor]()  # by number of the slot
+        self._buffers = list[_Buffer]()
+        self._left = [slot for slot in left if not slot.is_parameter]
+        self._views = views
+        self._kept = _kept(self._left)
+        watched = [slot for slot in left if slot.is_parameter or slot.name not in self._kept]
+        self._watched = [(s.name, memory.compact(local(s.tensor).detach())) for s in watched if _has_bits(s.tensor)]
+        self._sums: list[int] | None = None
+        self._changed = list[str]()
+        self._places = [(slot, slot.tensor.device, slot.tensor.dtype) for slot in all_slots(model) if slot.is_parameter]
+        self.parameters = {id(slot.tensor) for slot, _, _ in self._places}
+        self._gradients: Gradients | None = None
+        self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
+        # Where the average is divided over ranks and the model is not.
+        self._divided = [slot for slot, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(slot.tensor)]
+        self._mesh = next((a.device_mesh for a in averages if is_spread(a)), None)
+
+    @property
+    def active(self) -> bool:
+        """Whether the model does not hold its training weights. What an interrupt has left half done ends now."""
+        self.settle()
+        return self.phase is not Phase.OUT
+
+    def begin(self, holder: str) -> None:
+        """Put the average in the model. After an error or an interrupt ``end`` restores what was changed.
+
+        Args:
+            holder: Who swaps.
+        """
+        with self._lock:
+            hold_writes()
+            self.holder = holder
+            # What can run out of memory comes before any change. An average that is on another device is there for
+            # want of room on this one.
+            for i, (slot, tensor, part) in enumerate(zip(self._slots, self._tensors, self._parts, strict=True)):
+                if not slot.is_parameter:
+                    self._buffers.append(_Buffer(slot, slot.tensor, tensor, tensor.clone()))
+                elif not self._exchanged[i]:
+                    self._backup[i] = tensor.to(part.device, copy=True)
+            for slot in self._left:
+                alias = local(slot.tensor).detach()
+                before = alias.clone() if slot.name in self._kept else None
+                self._buffers.append(_Buffer(slot, slot.tensor, alias, before))
+            for slot in self._views:
+                self._buffers.append(_Buffer(slot, slot.tensor, local(slot.tensor).detach(), None))
+            self._gradients = Gradients({slot.name: slot.tensor for slot, _, _ in self._places})
+            _SWAPS[id(self.model)] = self
+            self.phase = Phase.ENTERING
+            self._exchange.forward()
+            for i, (tensor, part) in enumerate(zip(self._tensors, self._parts, strict=True)):
+                if not self._exchanged[i]:
+                    memory.write_(tensor, part)
+            self._gather()
+            self._sums = checksums(self._all_watched())
+            self.phase = Phase.IN
+
+    def end(self) -> None:
+        """Restore the training weights, bit for bit. It may be called again when it was interrupted.
+
+        Raises:
+            LoanError: If a parameter was changed while the average was in the model, or a tensor cannot be restored.
+                All others are restored first.
+        """
+        with self._lock:
+            if self.phase is Phase.OUT:
+                return
+            if self._sums is not None:
+                self._note_changes(self._sums)
+                self._sums = None
+            self.phase = Phase.LEAVING
+            # Twice, since what fails for want of memory may succeed a moment later.
+            failures = self._restore() and self._restore()
+            exchanged = (slot.name for slot in compress(self._slots, self._exchanged))
+            changed = self._changed + list(compress(exchanged, self._exchange.changed))
+            graded = self._gradients.put_back() if self._gradients is not None else []
+            self.phase = Phase.OUT
+            _SWAPS.pop(id(self.model), None)
+            self._backup.clear()
+            self._buffers.clear()
+            self._changed.clear()
+            self._gradients = None
+        if graded:
+            warnings.warn(_about_gradients(graded, self.holder), PlanWarning, stacklevel=3)
+        if failures:
+            raise LoanError(
+                f"training weights must be restored after a swap, and {failures[0][0]!r} could not be "
+                f"({failures[0][1]}; {len(failures)} in all): load a checkpoint"
+            ) from failures[0][1]
+        if changed:
+            _report_changed(changed, self.holder)
+
+    def _note_changes(self, before: Sequence[int]) -> None:
+        names = [*self._backup_names(), *(name for name, _ in self._watched)]
+        try:
+            sums = checksums(self._all_watched())
+        except Exception:  # to restore the weights matters more than to know whether they changed
+            return
+        self._changed = [name for name, now, then in zip(names, sums, before, strict=True) if now != then]
+
+    def settle(self) -> None:
+        """End the swap if an interrupt has left it half done, or if nobody wants it any more.
+
+        Raises:
+            LoanError: If weights are being exchanged at this very moment, and a signal's handler asks.
+        """
+        if self.phase in (Phase.ENTERING, Phase.LEAVING):
+            if self._is_running():
+                raise LoanError(
+                    f"weights are exchanged by {self.holder} at this moment: a signal's handler must only note that it "
+                    "was called; save or evaluate after the step"
+                )
+            with self._lock:
+                if self.phase in (Phase.ENTERING, Phase.LEAVING):
+                    self.end()
+        elif self.phase is Phase.IN and self.scope is not None and self.scope() is None:
+            warnings.warn(
+                f"the swap by {self.holder} was left without its end, by an interrupt perhaps: the training weights "
+                "are restored now",
+                PlanWarning,
+                stacklevel=3,
+            )
+            self.end()
+
+    def _is_running(self) -> bool:
+        """Whether ``begin`` or ``end`` is on the stack of this thread."""
+        frame = sys._getframe(1)  # noqa: SLF001
+        while frame is not None:
+            if frame.f_code.co_qualname in ("Swap.begin", "Swap.end") and frame.f_locals.get("self") is self:
+                return True
+            frame = frame.f_back
+        return False
+
+    def averages(self) -> dict[str, Tensor]:
+        """Return by name where the average is now."""
+        swapped = self.active
+        found = zip(self._slots, self._averages, self._tensors, self._exchanged, strict=True)
+        return {s.name: sharding.beside(a, t) if swapped and exchanged else a for s, a, t, exchanged in found}
+
+    def training(self) -> dict[str, Tensor]:
+        """Return the training weights by name, while the average is in the model."""
+        buffers = {buffer.slot.name: buffer.before for buffer in self._buffers if buffer.before is not None}
+        found = dict[str, Tensor]()
+        for i, (slot, average) in enumerate(zip(self._slots, self._averages, strict=True)):
+            kept = average if self._exchanged[i] else self._backup.get(i, buffers.get(slot.name))
+            assert kept is not None
+            found[slot.name] = average if kept is average else sharding.beside(average, kept)
+        return found
+
+    def _backup_names(self) -> list[str]:
+        return [self._slots[i].name for i in self._backup]
+
+    def _all_watched(self) -> list[Tensor]:
+        return [memory.compact(self._tensors[i]) for i in self._backup] + [tensor for _, tensor in self._watched]
+
+    def _restore(self) -> list[tuple[str, Exception]]:
+        """Restore all that can be, and return what could not be, with its error."""
+        failures = list[tuple[str, Exception]]()
+
+        def attempt(name: str, act: Callable[[], object]) -> None:
+            try:
+                act()
+            except Exception as error:  # whatever it is, the other tensors are to be restored
+                failures.append((name, error))
+
+        attempt("the exchanged parameters", self._exchange.back)
+        for i, kept in self._backup.items():
+            attempt(self._slots[i].name, lambda i=i, kept=kept: memory.write_(self._tensors[i], kept))
+        attempt("the shards", self._reshard)
+        for slot, tensor, average in zip(self._slots, self._tensors, self._averages, strict=True):
+            if slot.is_parameter:
+                # It may have been moved, or replaced, while it held the average.
+                attempt(slot.name, lambda slot=slot, tensor=tensor, average=average: _follow(slot, tensor, average))
+        modules = set(self.model.modules())
+        for slot in self._slots:
+            attempt(slot.name, lambda slot=slot: _check_in(slot, modules))
+        moved = any(_is_moved(*place) for place in self._places)
+        for buffer in self._buffers:
+            attempt(buffer.slot.name, lambda buffer=buffer: buffer.restore(moved=moved))
+        attempt("the gathered rows", self._gather)
+        return failures
+
+    def _gather(self) -> None:
+        """Let every rank have all rows where the average is divided and the model is not."""
+        if self._divided and self._mesh is not None:
+            sharding.gather([slot.tensor for slot in self._divided], self._mesh)
+
+    def _reshard(self) -> None:
+        """Let no module hold full tensors that were gathered from averaged shards."""
+        if self._sharded:
+            sharding.reshard(self.model)
+            if not all(is_spread(slot.tensor) for slot in self._sharded):
+                sharding.reshard_after_an_error(self.model)
+
+
+_SWAPS = dict[int, Swap]()  # by id of the model, which its swap keeps alive
+
+
+def swap_of(model: nn.Module) -> Swap | None:
+    """Return the swap that holds a model's training weights, if any. One that nobody wants any more ends now.
+
+    Args:
+        model: Wrapped or not.
+    """
+    swap = _SWAPS.get(id(unwrap(model))) if _SWAPS else None
+    if swap is None and _SWAPS:
+        own = {id(parameter) for parameter in model.parameters()}
+        swap = next((other for other in list(_SWAPS.values()) if own & other.parameters), None)
+    return swap if swap is not None and swap.active else None
+
+
+def _refuse_step(optimizer: Optimizer) -> None:
+    for swap in list(_SWAPS.values()):
+        moved = (id(p) for group in optimizer.param_groups for p in group["params"])
+        if any(p in swap.parameters for p in moved) and swap.active:
+            raise LoanError(
+                f"an optimizer step must not run on averaged weights: {swap.holder} has swapped its average in; "
+                "restore the training weights first"
+            )
+
+
+optimizers.guards.append(_refuse_step)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    try:
+        return torch.equal(one, other)
+    except (NotImplementedError, RuntimeError):  # torch cannot compare all dtypes
+        return False
+
+
+def _exchangeable(tensor: Tensor, average: Tensor) -> bool:
+    """Whether the two can exchange their values in place."""
+    if tensor.dtype != average.dtype or tensor.device != average.device or tensor.is_inference():
+        return False
+    plain = not (tensor.is_conj() or tensor.is_neg() or average.is_conj() or average.is_neg())
+    return plain and not memory.is_expanded(tensor)
+
+
+def _has_bits(tensor: Tensor) -> bool:
+    return memory.has_memory(local(tensor)) and not tensor.is_quantized
+
+
+def _kept(left: Sequence[Slot]) -> set[str]:
+    """Return the names of the buffers that are not averaged and are kept during a swap: that can be, and are small."""
+    sizes = list[tuple[int, str]]()
+    for slot in left:
+        tensor = local(slot.tensor)
+        if memory.has_memory(tensor) and not tensor.is_quantized:
+            sizes.append((tensor.numel() * tensor.element_size(), slot.name))
+    sizes.sort()
+    return {
+        name for (_, name), total in zip(sizes, accumulate(n for n, _ in sizes), strict=True) if total <= _KEPT_BYTES
+    }
+
+
+def _is_moved(slot: Slot, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a parameter is on another device or of another dtype than it was."""
+    held = slot.owner._parameters  # noqa: SLF001
+    tensor = held[slot.attribute] if slot.attribute in held else None  # noqa: SIM401  see above
+    return tensor is not None and (tensor.device, tensor.dtype) != (device, dtype)
+
+
+def _check_in(slot: Slot, modules: Collection[nn.Module]) -> None:
+    """Check that a restored tensor's module still is in the model: otherwise the model holds others' weights."""
+    if slot.owner not in modules:
+        raise ValueError("its module was replaced in the model, which keeps what came in its place")
+
+
+def _follow(slot: Slot, tensor: Tensor, average: Tensor) -> None:
+    """Copy restored weights to where the model has that parameter now."""
+    here = rows(slot.tensor, average)
+    if here.data_ptr() != tensor.data_ptr():
+        if here.is_meta:
+            raise ValueError("it is on the meta device now")
+        if here.shape != tensor.shape:
+            raise ValueError(f"it has the shape {tuple(here.shape)} now, and had {tuple(tensor.shape)}")
+        memory.write_(here, tensor)
+
+
+def _about_gradients(names: Sequence[str], holder: str) -> str:
+    return (
+        f"gradients must not change while the average is in the model, and {_shown(names)} did in the swap by "
+        f"{holder}, and keep the change; call zero_grad() before the evaluation, or after it before the next backward()"
+    )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def refuse_merged(model: nn.Module) -> None:
+    """Refuse a model whose adapters are merged into frozen weights, which would compute with the adapters in training.
+
+    Args:
+        model: About to hold the average, or to be copied over it.
+
+    Raises:
+        LoanError: If a module with frozen and trained parameters says ``merged``, as those of LoRA do.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "merged", False) is True and len({p.requires_grad for p in module.parameters()}) > 1:
+            raise LoanError(
+                f"adapters must not be merged when the average is put in their place, and {name or 'the model'!r} says "
+                "that its own are: call train(), or unmerge them, before"
+            )
+
+
+def _report_changed(names: Sequence[str], holder: str) -> None:
+    message = (
+        f"parameters must not change while the average is in the model, and {_shown(names)} did in the swap by "
+        f"{holder} (merged adapters, or a step of some kind?): trained parameters are restored and their average has "
+        "the change, frozen ones, and buffers too large to be kept, have it too; load a checkpoint, and evaluate "
+        "without what changes them; let a policy copy such a buffer"
+    )
+    if sys.exception() is not None:
+        warnings.warn(message, PlanWarning, stacklevel=4)  # the exception that leaves the block is to be seen
+        return
+    raise LoanError(message)

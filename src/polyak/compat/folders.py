@@ -1,0 +1,230 @@
+"""Averages that are folders: those of diffusers' ``EMAModel``, and of ``torch.distributed.checkpoint``."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak.compat.files import Content, load, load_bytes, opened, read_json
+from polyak.compat.found import Averaged, count, tensors_of
+from polyak.compat.pickles import StandIn, Window
+from polyak.compat.tensors import Unread, unpickler
+from polyak.compat.words import shown
+from polyak.errors import CheckpointError
+
+_CONFIG = "config.json"
+_METADATA = ".metadata"
+# Of a sharded checkpoint of polyak.Trainer: what is no sharded tensor, with the names of those.
+_REST = "rest.pt"
+_SHARDED = "polyak_sharded"
+# Of the files of torch.save in a folder of diffusers; others, such as optimizer.bin, are no weights.
+_BINS = ("diffusion_pytorch_model*.bin", "pytorch_model*.bin")
+
+
+def is_diffusers(path: Path) -> bool:
+    """Return whether a folder is not one of ``torch.distributed.checkpoint``.
+
+    Args:
+        path: Of a file or folder.
+    """
+    return path.is_dir() and not (path / _METADATA).exists()
+
+
+def diffusers(path: Path) -> Averaged:
+    """Read what ``EMAModel.save_pretrained`` wrote.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        CheckpointError: If it is none, or cannot be read.
+    """
+    try:
+        config = read_json(path / _CONFIG)
+    except CheckpointError:
+        config = None
+    if not isinstance(config, Mapping) or not {"decay", "optimization_step", "_class_name"} <= config.keys():
+        raise CheckpointError(
+            "a folder must be one that diffusers' EMAModel.save_pretrained wrote, with decay and optimization_step in "
+            f"its config.json, or one of torch.distributed.checkpoint ({shown(path)} is neither); give the file instead"
+        )
+    files = sorted(path.glob("*.safetensors")) or sorted(one for pattern in _BINS for one in path.glob(pattern))
+    found = dict[str, Tensor]()
+    for file in files:
+        tensors = tensors_of(load(file))
+        if twice := found.keys() & tensors.keys():
+            raise CheckpointError(f"each tensor must be in one file ({shown(min(twice))} is in several); give one file")
+        found |= tensors
+    notes = f"{shown(config['_class_name'])}, decay {count(config['decay'])}"
+    return Averaged("diffusers EMAModel", found, (f"{notes}, {count(config['optimization_step'])} updates",))
+
+
+# torch.distributed.checkpoint: its metadata is a pickle of dataclasses, and its files hold what torch.save wrote, of
+# one item after the other.
+
+
+def load_distributed(path: Path) -> Content:
+    """Return what ``torch.distributed.checkpoint`` saved to a folder, by any number of ranks, without running code.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    try:
+        content = _Distributed(path).load()
+        return _with_rest(load(path / _REST), content) if (path / _REST).exists() else content
+    except CheckpointError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
+
+
+def _with_rest(value: Any, tensors: Content) -> Any:
+    """Return what polyak's Trainer keeps in a file next to its sharded tensors, with those put in."""
+    if isinstance(value, Mapping) and _SHARDED in value:
+        if value[_SHARDED] not in tensors:
+            raise CheckpointError(
+                f"it must have all tensors that {_REST} names ({shown(value[_SHARDED])} is not there)"
+            )
+        return tensors[value[_SHARDED]]
+    if type(value) is dict:
+        return {key: _with_rest(inner, tensors) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_with_rest(inner, tensors) for inner in value)
+    return value
+
+
+def _fields(value: object, kind: str) -> Mapping[str, Any]:
+    """Return the fields of a dataclass of a name."""
+    if isinstance(value, StandIn) and value.of.rpartition(".")[2] == kind and isinstance(value.state, Mapping):
+        return value.state
+    raise CheckpointError(f"its metadata must have a {kind} (got {shown(value)})")
+
+
+class _Distributed:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, memoryview] = {}
+        metadata = unpickler(_nothing_outside).load(Window(opened(folder / _METADATA)))
+        fields = _fields(metadata, "Metadata")
+        self._items = _mapping(fields.get("state_dict_metadata"))
+        self._paths = _mapping(fields.get("planner_data") or {})
+        self._stored = defaultdict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]](list)
+        for index, place in _mapping(fields.get("storage_data")).items():
+            one = _fields(index, "MetadataIndex")
+            self._stored[str(one.get("fqn"))[:4096]].append((one, _fields(place, "_StorageInfo")))
+
+    def load(self) -> Content:
+        found: dict[Any, Any] = {}
+        for name, item in self._items.items():
+            is_tensor = isinstance(item, StandIn) and item.of.endswith(".TensorStorageMetadata")
+            value = self._tensor(name, _fields(item, "TensorStorageMetadata")) if is_tensor else self._object(name)
+            keys = self._paths.get(name, (name,))
+            if not isinstance(keys, tuple) or not keys or not all(isinstance(key, (str, int)) for key in keys):
+                raise CheckpointError(f"its metadata must say where {shown(name)} belongs")
+            *outer, last = keys
+            inner = found
+            for key in outer:
+                inner = inner.setdefault(key, {})
+                if not isinstance(inner, dict):
+                    raise CheckpointError(f"its metadata must have one place for {shown(name)}")
+            inner[last] = value
+        content = _with_lists(found)
+        return content if isinstance(content, Mapping) else found
+
+    def _object(self, name: str) -> Any:
+        ((_, place),) = self._places(name, 1)
+        return load_bytes(self._bytes(place), self._folder)
+
+    def _tensor(self, name: str, item: Mapping[str, Any]) -> Any:
+        shape = _shape(item.get("size"))
+        boxes = list[tuple[tuple[int, int], ...]]()
+        shards = list[Tensor]()
+        for index, place in self._places(name):
+            part = load_bytes(self._bytes(place), self._folder)
+            if not isinstance(part, Tensor):
+                return part if isinstance(part, Unread) else Unread(f"{shown(part)} where a tensor should be")
+            begin = _shape(index.get("offset")) if index.get("offset") is not None else (0,) * len(shape)
+            if tuple(part.shape) == shape and not any(begin):
+                return part
+            boxes.append(tuple((a, a + n) for a, n in zip(begin, part.shape, strict=True)))
+            shards.append(part)
+        numel = sum(shard.numel() for shard in shards)
+        inside = all(end <= n for box in boxes for (_, end), n in zip(box, shape, strict=True))
+        if not inside or numel != torch.Size(shape).numel() or _overlap(boxes) or len({s.dtype for s in shards}) > 1:
+            raise CheckpointError(f"its shards of {shown(name)} must make up the tensor, of shape {shape}")
+        whole = torch.empty(shape, dtype=shards[0].dtype)
+        for box, shard in zip(boxes, shards, strict=True):
+            whole[tuple(slice(*one) for one in box)] = shard
+        return whole
+
+    def _places(self, name: str, most: int | None = None) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+        found = self._stored.get(name, [])
+        if not found or (most is not None and len(found) > most):
+            raise CheckpointError(f"its metadata must say where {shown(name)} is stored")
+        return found
+
+    def _bytes(self, place: Mapping[str, Any]) -> memoryview:
+        file, offset, length = (place.get(key) for key in ("relative_path", "offset", "length"))
+        if not isinstance(file, str) or PurePath(file).name != file or file in {"", ".", ".."}:
+            raise CheckpointError(f"its files must be in the folder (got {shown(file)})")
+        if type(offset) is not int or type(length) is not int or offset < 0 or length <= 0:
+            raise CheckpointError(f"its metadata must say where in {shown(file)} something is")
+        if place.get("transform_descriptors"):
+            raise CheckpointError("its files must not be compressed or encrypted")
+        if file not in self._files:
+            self._files[file] = opened(self._folder / file)
+        if offset + length > len(self._files[file]):
+            raise CheckpointError(f"its file {shown(file)} is truncated")
+        return self._files[file][offset : offset + length]
+
+
+def _nothing_outside(_: object) -> Any:
+    raise CheckpointError("its metadata must hold no tensors")
+
+
+def _mapping(value: object) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"its metadata must be mappings (got {shown(value)})")
+    return value
+
+
+def _shape(value: object) -> tuple[int, ...]:
+    if isinstance(value, StandIn) and value.of.endswith("Size"):
+        value = value.arguments
+    if not isinstance(value, tuple) or not all(type(one) is int and one >= 0 for one in value):
+        raise CheckpointError(f"its metadata must have shapes (got {shown(value)})")
+    return tuple(value)
+
+
+def _overlap(boxes: list[tuple[tuple[int, int], ...]]) -> bool:
+    return any(
+        all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
+        for i, one in enumerate(boxes)
+        for other in boxes[:i]
+    )
+
+
+def _with_lists(value: Any) -> Any:
+    """Return mappings whose keys are 0, 1, 2, ... as the lists that they were."""
+    todo: list[tuple[dict[Any, Any], Any, dict[Any, Any]]] = []
+    for parent, key, inner in _inner(value):
+        todo.append((parent, key, inner))
+    for parent, key, inner in reversed(todo):
+        if inner and [*sorted(k for k in inner if type(k) is int)] == [*range(len(inner))]:
+            parent[key] = [inner[i] for i in range(len(inner))]
+    return value
+
+
+def _inner(value: dict[Any, Any]) -> Iterator[tuple[dict[Any, Any], Any, dict[Any, Any]]]:
+    """Yield the mappings in a mapping, outer ones first, each with where it is."""
+    waiting = [value]
+    while waiting:
+        outer = waiting.pop()
+        for key, inner in outer.items():
+            if type(inner) is dict:
+                yield outer, key, inner
+                waiting.append(inner)

@@ -1,0 +1,158 @@
+"""What was found in a file, and the names of its tensors as the model itself has them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from polyak.compat.pickles import StandIn
+from polyak.compat.tensors import Unread
+from polyak.compat.words import shown
+from polyak.errors import CheckpointError
+
+Content = Mapping[Any, Any]
+
+# What torch.compile and the wrappers of checkpointing and FSDP put into names; no module of a model's own has these.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+# What DDP and DataParallel put in front of all names.
+MODULE = "module."
+
+
+@dataclass(frozen=True, slots=True)
+class Averaged:
+    """An average that was found in a file.
+
+    Args:
+        format: Whose, for people.
+        tensors: By name; without names, by position as ``"0"``, ``"1"``, ...
+        notes: What to know about it.
+        positional: Whether the names are positions among a model's parameters.
+    """
+
+    format: str
+    tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...] = ()
+    positional: bool = False
+
+
+def require(holds: object, kind: str, problem: str) -> None:
+    """Refuse a file.
+
+    Args:
+        holds: What must be so.
+        kind: Of which format the file is.
+        problem: What is the case otherwise.
+
+    Raises:
+        CheckpointError: If it is not so.
+    """
+    if not holds:
+        raise CheckpointError(f"the file must hold an average; this is a {kind}, and {problem}")
+
+
+def count(value: object) -> str:
+    """Return a number out of a file, for a note.
+
+    Args:
+        value: A number, or a tensor of one.
+
+    Raises:
+        CheckpointError: If it is none.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    is_number = value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    if not is_number or (isinstance(value, int) and abs(value) >= 1 << 63):
+        raise CheckpointError(f"the file must be whole (a number must be where it has {shown(value)})")
+    return f"{value:g}" if isinstance(value, float) else shown(value)
+
+
+def tensors_of(state: object) -> dict[str, Tensor]:
+    """Return the tensors of a state dict under their canonical names. What is no tensor, such as extra state, is left.
+
+    Args:
+        state: The state dict.
+
+    Raises:
+        CheckpointError: If it is none, a tensor cannot be read, or two have one name.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"a state dict must be where the file has {shown(state)}")
+    if isinstance(state, StandIn) and not state:
+        raise CheckpointError(
+            f"a state dict must be where the file has an object of the class {shown(state.of)}, which is not built; "
+            "save its state_dict()"
+        )
+    found = dict[str, Tensor]()
+    for name, value in state.items():
+        if not isinstance(value, (Tensor, Unread)):
+            continue
+        if not isinstance(name, str):
+            raise CheckpointError(f"the names of tensors must be text (got {shown(name)})")
+        if isinstance(value, Unread):
+            raise CheckpointError(
+                f"all tensors of the average must be plain ones, with values ({shown(name)} is {value.kind}); save it "
+                "as one, or leave it out"
+            )
+        if (canonical := canonical_name(name)) in found:
+            raise CheckpointError(f"the names of tensors must differ (two are {shown(canonical)})")
+        found[canonical] = value
+    return found
+
+
+def canonical_name(name: str) -> str:
+    """Return a name without what wrappers put into it.
+
+    Args:
+        name: In a state dict.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def named_under(prefix: str, names: Iterable[Any]) -> bool:
+    """Return whether there are names, and all of them begin so.
+
+    Args:
+        prefix: How.
+        names: Which.
+    """
+    given = list(names)
+    return bool(given) and all(isinstance(name, str) and name.startswith(prefix) for name in given)
+
+
+def under(prefix: str, content: Content) -> dict[str, Tensor]:
+    """Return the tensors whose names begin so, as the model itself names them: without that, and without ``module.``.
+
+    Args:
+        prefix: How.
+        content: A state dict.
+    """
+    inside = {
+        name.removeprefix(prefix): value
+        for name, value in content.items()
+        if isinstance(name, str) and name.startswith(prefix)
+    }
+    return plain(tensors_of(inside))
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take ``module.``, which DDP and DataParallel put in front, off all names.
+
+    Args:
+        tensors: By name.
+    """
+    found = dict(tensors)
+    while named_under(MODULE, found):
+        found = {name.removeprefix(MODULE): tensor for name, tensor in found.items()}
+    return found
+
+
+def like(tensors: Mapping[str, Tensor], model: Content) -> dict[str, Tensor]:
+    """Take ``module.`` off all names if the model has none of them otherwise.
+
+    Args:
+        tensors: By name.
+        model: The model's state dict.
+    """
+    return dict(tensors) if tensors.keys() & model.keys() else plain(tensors)

@@ -1,0 +1,1 @@
+"""Which tensors a model has: slots and their names, memory that they share, what optimizers move."""

@@ -1,0 +1,339 @@
+"""Which tensors of a model are averaged, copied or left, and why.
+
+Names are canonical: what wrappers (``DataParallel``, ``DistributedDataParallel``, ``torch.compile``, activation
+checkpointing) put in front of a name is dropped, so that a state saved under one of them loads under another.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import chain
+from operator import attrgetter, is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyak.errors import MismatchError
+from polyak.kernels import unchanged
+from polyak.sharding import is_spread, local
+from polyak.tensors import memory, optimizers
+
+# The wrappers that keep the wrapped module under a name that no one else uses, and those that need a look at the type.
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+class Policy(StrEnum):
+    """What is done with a tensor of the model."""
+
+    AVERAGE = "average"
+    COPY = "copy"
+    LEAVE = "leave"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in a model that holds a tensor. The tensor is looked up anew each time, since modules replace theirs.
+
+    Args:
+        name: Canonical name.
+        owner: The module that holds it.
+        attribute: Its name there.
+        is_parameter: Whether it is a parameter, or else a buffer.
+        persistent: Whether the model's state dict holds it.
+    """
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    is_parameter: bool
+    persistent: bool = True
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor that is there now."""
+        held = (self.owner._parameters if self.is_parameter else self.owner._buffers)[self.attribute]  # noqa: SLF001
+        assert held is not None
+        return held
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is done with a tensor, and why.
+
+    Args:
+        policy: What.
+        reason: Why, for people.
+    """
+
+    policy: Policy
+    reason: str
+
+
+def decide(slot: Slot) -> Decision:  # noqa: PLR0911  a table of rules
+    """Return what is done with a tensor by default, and why. The first rule that applies decides.
+
+    Args:
+        slot: Where the tensor is.
+    """
+    tensor = slot.tensor
+    trained = slot.is_parameter and (tensor.requires_grad or optimizers.is_moved(tensor))
+    numeric = tensor.is_floating_point() or tensor.is_complex()
+    if tensor.layout != torch.strided:
+        return Decision(Policy.LEAVE, f"its layout is {str(tensor.layout).removeprefix('torch.')}")
+    if slot.is_parameter:
+        if trained and numeric:
+            return Decision(Policy.AVERAGE, "a parameter that is trained")
+        return Decision(Policy.LEAVE, "a frozen parameter")
+    if memory.is_wrapper(local(tensor)):
+        return Decision(Policy.LEAVE, f"only {type(local(tensor)).__name__} knows what it holds")
+    if not slot.persistent:
+        return Decision(Policy.LEAVE, "a buffer that the state dict leaves out: a cache")
+    if tensor.is_quantized:
+        return Decision(Policy.LEAVE, "a quantized buffer")
+    if is_statistic(slot):
+        return Decision(Policy.AVERAGE, "a running statistic")
+    return Decision(Policy.COPY, "a buffer that is no running statistic: its last value counts")
+
+
+def is_statistic(slot: Slot) -> bool:
+    """Return whether a buffer is a running statistic by its name, such as BatchNorm's, and no count.
+
+    Args:
+        slot: Where the tensor is.
+    """
+    counts = ("count", "num", "steps", "batches", "tracked")
+    numeric = slot.tensor.is_floating_point() or slot.tensor.is_complex()
+    return numeric and slot.attribute.startswith("running_") and not slot.attribute.endswith(counts)
+
+
+def default_policy(slot: Slot) -> Policy:
+    """Average trained parameters and running statistics, copy all other buffers, leave the rest.
+
+    A parameter is trained if it requires a gradient or an optimizer of torch's has moved it. A running statistic is a
+    floating-point buffer named ``running_...``, as in BatchNorm; to average any other buffer, such as a mask, a scale
+    or the vectors of a spectral norm, gives a value that no model ever had. The rest are frozen parameters, which are
+    their own average, buffers that the state dict leaves out, which are caches, and sparse and quantized tensors.
+
+    Args:
+        slot: Where the tensor is.
+    """
+    return decide(slot).policy
+
+
+PolicyRule = Callable[[Slot], Policy]
+
+
+def _is_wrapped(parent: nn.Module, child: str) -> bool:
+    return child in _WRAPPED or (child == "module" and isinstance(parent, _PARALLEL))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside its outermost wrappers.
+
+    Args:
+        model: Wrapped or not.
+    """
+    for name, child in model.named_children():
+        if _is_wrapped(model, name):
+            return unwrap(child)
+    return model
+
+
+def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    yield prefix, module
+    for name, child in module.named_children():
+        yield from _modules(child, prefix if _is_wrapped(module, name) else f"{prefix}{name}.")
+
+
+def all_slots(model: nn.Module) -> Iterator[Slot]:
+    """Yield every parameter and buffer under its canonical name, tied tensors under each of their names.
+
+    Args:
+        model: Wrapped or not.
+    """
+    for prefix, module in _modules(model, ""):
+        for attribute, parameter in module._parameters.items():  # noqa: SLF001
+            if parameter is not None:
+                yield Slot(prefix + attribute, module, attribute, is_parameter=True)
+        for attribute, buffer in module._buffers.items():  # noqa: SLF001
+            if buffer is not None:
+                persistent = attribute not in module._non_persistent_buffers_set  # noqa: SLF001
+                yield Slot(prefix + attribute, module, attribute, is_parameter=False, persistent=persistent)
+
+
+def slots(model: nn.Module, *, views: bool = False, foreign: Sequence[Tensor] = ()) -> Iterator[Slot]:
+    """Yield every parameter and buffer once, and memory that several tensors share under the one that owns it.
+
+    Tied tensors come under the first of their names. A tensor inside the memory of another one does not come at all.
+
+    Args:
+        model: Wrapped or not.
+        views: Whether to yield what is laid out otherwise than its owner too: rows of it, or its transpose.
+        foreign: Local tensors whose memory is not the model's own: what shares it does not come.
+
+    Raises:
+        MemoryLayoutError: If two tensors overlap in part.
+
+    Example:
+        >>> [slot.name for slot in slots(nn.BatchNorm1d(2))]
+        ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
+    """
+    listed, owner = _owned(model, foreign)
+    for slot, own in zip(listed, owner, strict=True):
+        if own is slot or (views and own is not None and not _is_tied(slot.tensor, own.tensor)):
+            yield slot
+
+
+def views_of(model: nn.Module, *, tied: bool = False) -> dict[str, tuple[Slot, Slot]]:
+    """Return by name each slot that ``slots`` does not yield, and before it the one that owns its memory.
+
+    Args:
+        model: Wrapped or not.
+        tied: Whether to return only those that are laid out as their owner.
+    """
+    listed, owner = _owned(model, ())
+    by_id = {id(slot.tensor): own for slot, own in zip(listed, owner, strict=True)}
+    found = ((slot, by_id[id(slot.tensor)]) for slot in all_slots(model))
+    return {
+        slot.name: (own, slot)
+        for slot, own in found
+        if own is not None and own.name != slot.name and not (tied and not _is_tied(slot.tensor, own.tensor))
+    }
+
+
+def trained_through(views: Mapping[str, tuple[Slot, Slot]], policy: PolicyRule) -> set[str]:
+    """Return the names of tensors that are averaged because one that shares their memory is.
+
+    Args:
+        views: As ``views_of`` returns them.
+        policy: What is done with which tensor.
+    """
+    return {own.name for own, slot in views.values() if slot.is_parameter and policy(slot) is Policy.AVERAGE}
+
+
+def _owned(model: nn.Module, foreign: Sequence[Tensor]) -> tuple[list[Slot], list[Slot | None]]:
+    """Return each tensor of a model once, and the slot that owns its memory; None where that is not the model's own."""
+    once = dict[int, Slot]()
+    for slot in all_slots(model):
+        once.setdefault(id(slot.tensor), slot)
+    listed = list(once.values())
+    tensors = [*foreign, *(local(slot.tensor) for slot in listed)]
+    names = ["an average"] * len(foreign) + [slot.name for slot in listed]
+    rank = [-1] * len(foreign) + [0 if slot.is_parameter else 1 for slot in listed]
+    owner = memory.owners(tensors, names, rank)[len(foreign) :]
+    return listed, [listed[i - len(foreign)] if i >= len(foreign) else None for i in owner]
+
+
+def _is_tied(one: Tensor, other: Tensor) -> bool:
+    one, other = local(one), local(other)
+    same_bits = one.dtype == other.dtype and one.is_conj() == other.is_conj() and one.is_neg() == other.is_neg()
+    return same_bits and one.shape == other.shape and one.stride() == other.stride()
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer by canonical name, tied tensors under each of their names.
+
+    Args:
+        model: Wrapped or not.
+    """
+    return {slot.name: slot.tensor for slot in all_slots(model)}
+
+
+def averaged_parameters(model: nn.Module, policy: PolicyRule) -> list[Slot]:
+    """Return the parameters that are averaged.
+
+    Args:
+        model: Wrapped or not.
+        policy: What is done with which tensor.
+    """
+    through = trained_through(views_of(model), policy)
+    found = (slot for slot in slots(model) if slot.is_parameter)
+    return [slot for slot in found if slot.name in through or policy(slot) is Policy.AVERAGE]
+
+
+class Inventory:
+    """What a model holds, noted so that a check tells whether it still does, at 0.1 us a tensor (in C; else 2 us).
+
+    It no longer does when a module, parameter or buffer was added, removed or replaced, when a tensor has moved or has
+    another dtype or layout, and when a parameter that was frozen is trained.
+
+    Args:
+        model: Wrapped or not.
+        more: Further tensors that must stay where they are, such as averages.
+    """
+
+    def __init__(self, model: nn.Module, more: Sequence[Tensor] = ()) -> None:
+        # A scripted module has no dicts, and makes something like them for whoever asks.
+        modules = list(model.modules())
+        self._modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+        self._scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
+        self._dicts = self._held()
+        self._in_scripts = _tensors_of(self._scripted)
+        found = [tensor for dict_ in self._dicts for tensor in dict_.values() if isinstance(tensor, Tensor)]
+        found += self._in_scripts
+        self._spread = [tensor for tensor in found if is_spread(tensor)]
+        self._parts = list(map(local, self._spread))
+        here = [tensor for tensor in found if not is_spread(tensor)] + self._parts + list(map(local, more))
+        # What a wrapper of inner tensors holds has no address to ask for.
+        plain = [tensor for tensor in here if tensor.layout == torch.strided and not memory.is_wrapper(tensor)]
+        self._unchanged = unchanged(self._dicts, plain)
+        parameters = (tensor for tensor in found if isinstance(tensor, nn.Parameter))
+        self._moved = optimizers.moves()
+        self._frozen = [p for p in parameters if not (p.requires_grad or optimizers.is_moved(p))]
+
+    def holds(self) -> bool:
+        """Return whether the model still is as it was."""
+        return (
+            all(map(is_, self._held(), self._dicts))
+            and self._unchanged()
+            and _are_same(_tensors_of(self._scripted), self._in_scripts)
+            and all(map(is_, map(local, self._spread), self._parts))
+            and not any(map(_TRAINABLE, self._frozen))
+            and self._are_still_unmoved()
+        )
+
+    def _are_still_unmoved(self) -> bool:
+        if (moved := optimizers.moves()) != self._moved:
+            if any(map(optimizers.is_moved, self._frozen)):
+                return False
+            self._moved = moved  # only now, or the next question would have another answer
+        return True
+
+    def _held(self) -> list[dict[str, Any]]:
+        return list(chain.from_iterable(map(_HELD, self._modules)))
+
+
+def _tensors_of(scripted: Sequence[nn.Module]) -> list[Tensor]:
+    held = (tensor for module in scripted for _, tensor in chain(module._parameters.items(), module._buffers.items()))  # noqa: SLF001
+    return [tensor for tensor in held if tensor is not None]
+
+
+def _are_same(one: Sequence[object], other: Sequence[object]) -> bool:
+    return len(one) == len(other) and all(map(is_, one, other))
+
+
+_HELD = attrgetter("_modules", "_parameters", "_buffers")
+_TRAINABLE = attrgetter("requires_grad")
+
+
+def check_match(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
+    """Check that two sets of tensors have the same names and shapes.
+
+    Args:
+        what: What must hold, for the first line of the error.
+        expected: One set.
+        got: The other.
+
+    Raises:
+        MismatchError: If not; it lists every difference.
+    """
+    misshaped = {
+        name: (tuple(expected[name].shape), tuple(got[name].shape))
+        for name in expected.keys() & got.keys()
+        if expected[name].shape != got[name].shape
+    }
+    if misshaped or expected.keys() != got.keys():
+        missing, unexpected = expected.keys() - got.keys(), got.keys() - expected.keys()
+        raise MismatchError(what, missing=missing, unexpected=unexpected, misshaped=misshaped)

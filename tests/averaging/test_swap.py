@@ -1,0 +1,353 @@
+"""A swap always ends, and an evaluation changes nothing: whatever happens while the average is in the model."""
+
+import gc
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import polyak
+from polyak import EMA, LoanError, attach, update_bn
+from polyak.averaging.swap import swap_of
+from polyak.averaging.weights import Shadow
+from polyak.kernels import EXCHANGES
+
+ROOT = str(Path(polyak.__file__).parent)
+
+
+@pytest.fixture(params=sorted(EXCHANGES), autouse=True)
+def kernel(request, monkeypatch) -> str:
+    monkeypatch.setattr("polyak.averaging.swap.Exchange", EXCHANGES[request.param])
+    return request.param
+
+
+class Net(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = (
+            nn.Linear(4, 4, dtype=dtype),
+            nn.BatchNorm1d(4, dtype=dtype),
+            nn.Linear(4, 2, dtype=dtype),
+        )
+        self.frozen = nn.Parameter(torch.randn(2, dtype=dtype), requires_grad=False)
+        self.register_buffer("cache", torch.zeros(2, 2, dtype=dtype), persistent=False)
+        self.register_buffer("mask", torch.tensor([0.0, -torch.inf], dtype=dtype))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.norm(self.a(x))) + self.frozen
+
+
+def everything(model: nn.Module) -> dict[str, torch.Tensor]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def equal(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> bool:
+    return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
+
+
+def trained(dtype: torch.dtype = torch.float32):
+    model = Net(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = attach(EMA(smoothing=0.5), model, optimizer)
+    for _ in range(3):
+        step(model, optimizer)
+    return model, optimizer, ema
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(8, 4, dtype=model.a.weight.dtype).cumsum(0)).square().mean().backward()
+    optimizer.step()
+
+
+def averages_of(ema) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in ema.algorithm.state_dict()["ema_model"].items()}
+
+
+# What an evaluation may do
+
+
+def in_inference_mode(model: nn.Module) -> None:
+    with torch.inference_mode():
+        model.seen = model.seen + 1
+        model.cache = torch.ones(2, 2, dtype=model.cache.dtype)
+
+
+def grows_its_cache(model: nn.Module) -> None:
+    model.cache = torch.ones(5, 2, dtype=model.cache.dtype)
+
+
+EVALUATIONS: dict[str, Callable[[nn.Module], object]] = {
+    "a forward pass": lambda model: model.eval()(torch.ones(3, 4, dtype=model.a.weight.dtype)),
+    "a forward pass in train mode": lambda model: model(torch.randn(8, 4).to(model.a.weight.dtype)),
+    "update_bn": lambda model: update_bn(model, [torch.randn(8, 4).to(model.a.weight.dtype)]),
+    "buffers assigned in inference mode": in_inference_mode,
+    "a cache that grows": grows_its_cache,
+    "a buffer deleted": lambda model: delattr(model, "cache"),
+    "a buffer set to None": lambda model: setattr(model, "cache", None),
+    "buffers written to": lambda model: [buffer.zero_() for buffer in model.buffers()],
+    "statistics reset": lambda model: model.norm.reset_running_stats(),
+    "a buffer added": lambda model: setattr(model, "more", nn.Buffer(torch.zeros(1), persistent=False)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("evaluation", EVALUATIONS)
+def test_what_an_evaluation_does_to_buffers_is_undone(evaluation, dtype) -> None:
+    model, optimizer, ema = trained(dtype)
+    twin, twin_optimizer, twin_ema = trained(dtype)
+    for _ in range(3):
+        before, averages = everything(model), averages_of(ema)
+        with ema.applied(), torch.no_grad():
+            EVALUATIONS[evaluation](model)
+        model.train()
+        after = everything(model)
+        assert equal({name: after[name] for name in before}, before)
+        assert equal(averages_of(ema), averages)
+        step(model, optimizer)
+        step(twin, twin_optimizer)
+    assert equal({n: t for n, t in everything(model).items() if n != "more"}, everything(twin))
+    mine, theirs = averages_of(ema), averages_of(twin_ema)
+    assert equal({name: mine[name] for name in theirs}, theirs)
+
+
+CHANGES: dict[str, tuple[str, Callable[[nn.Module], object]]] = {
+    "a merged adapter": ("a.weight", lambda model: model.a.weight.data.add_(0.5)),
+    "one element": ("b.weight", lambda model: model.b.weight.data.view(-1)[3:4].mul_(1.5)),
+    "a frozen weight": ("frozen", lambda model: model.frozen.data.add_(1)),
+    "an in-place operation": ("a.bias", lambda model: model.a.bias.add_(1)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_parameter_that_changes_while_the_average_is_in_the_model_is_refused_by_name(change, dtype) -> None:
+    model, optimizer, ema = trained(dtype)
+    before = everything(model)
+    name, act = CHANGES[change]
+    refused = pytest.raises(LoanError, match=f"must not change while the average is in the model, and '{name}' did")
+    with refused, ema.applied(), torch.no_grad():
+        act(model)
+    assert swap_of(model) is None
+    frozen, after = {n for n, p in model.named_parameters() if not p.requires_grad}, everything(model)
+    assert all(torch.equal(after[n], before[n]) for n in before if n not in frozen)
+    step(model, optimizer)
+
+
+def test_an_exception_that_leaves_the_block_is_the_one_that_is_seen() -> None:
+    model, _, ema = trained()
+    with (
+        pytest.raises(ValueError, match="mine"),
+        pytest.warns(UserWarning, match="'a.weight' did"),
+        ema.applied(),
+        torch.no_grad(),
+    ):
+        model.a.weight.add_(1)
+        raise ValueError("mine")
+    assert swap_of(model) is None
+
+
+def test_a_tensor_that_cannot_be_restored_is_named_and_the_others_are_restored() -> None:
+    model, _, ema = trained()
+    before = everything(model)
+    with pytest.raises(LoanError, match=r"'a.weight' could not be"), ema.applied():
+        model.a.weight = nn.Parameter(torch.zeros(7, 7))
+    assert swap_of(model) is None
+    after = everything(model)
+    assert all(torch.equal(after[name], before[name]) for name in before if name != "a.weight")
+
+
+# Interrupts
+
+
+def interrupted_at(line: int, ema, *, leaving: bool) -> str:
+    """Raise an interrupt at one line of polyak's while the average is swapped in, or restored; return where."""
+    seen, place = 0, ""
+
+    def trace(frame, event, arg):
+        nonlocal seen, place
+        del arg
+        if not frame.f_code.co_filename.startswith(ROOT):
+            return None
+        seen += event == "line"
+        if seen == line and event == "line":
+            place = frame.f_code.co_qualname
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    with suppress(KeyboardInterrupt), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if not leaving:
+                sys.settrace(trace)
+            with ema.applied():
+                sys.settrace(trace if leaving else None)
+        finally:
+            sys.settrace(None)
+    return place
+
+
+@pytest.mark.parametrize("leaving", [False, True], ids=["entering", "leaving"])
+def test_after_an_interrupt_at_any_line_training_continues_from_its_own_weights(leaving) -> None:
+    line = 0
+    model, optimizer, ema = trained()
+    before, averages = everything(model), averages_of(ema)
+    while True:
+        line += 1
+        place = interrupted_at(line, ema, leaving=leaving)
+        if not place:
+            break
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a swap that was left without its end says so
+            assert equal(averages_of(ema), averages), place
+            if line % 2:
+                optimizer.zero_grad()
+                optimizer.step()  # moves nothing; it must not be refused
+            else:
+                with ema.applied():
+                    pass
+        assert equal(everything(model), before), place
+        assert swap_of(model) is None, place
+    assert line > 50
+
+
+def test_two_interrupts_in_a_row_lose_nothing() -> None:
+    model, _, ema = trained()
+    before = everything(model)
+    for line in range(1, 200, 7):
+        for _ in range(2):
+            interrupted_at(line, ema, leaving=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with ema.applied():
+                pass
+        assert equal(everything(model), before)
+
+
+def test_a_restore_that_is_interrupted_each_time_ends_when_the_next_one_asks(monkeypatch) -> None:
+    model, optimizer, ema = trained()
+    before, averages = everything(model), averages_of(ema)
+
+    def interrupt(swap: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), ema.applied():
+        patch.setattr("polyak.averaging.swap.Swap._restore", interrupt)
+    assert not equal(everything(model), before)
+    assert equal(averages_of(ema), averages)  # a state asks
+    assert equal(everything(model), before)
+    assert swap_of(model) is None
+    step(model, optimizer)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that sends signals")
+def test_real_signals_at_any_moment_lose_nothing() -> None:
+    model = nn.Sequential(*[nn.Linear(40, 40) for _ in range(20)])
+    shadow = Shadow(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    before, averages = everything(model), {n: t.clone() for n, t in shadow.averages.items()}
+    hits, old = 0, signal.signal(signal.SIGALRM, _interrupt)
+    for delay in range(1, 400):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, delay * 2e-5)
+            with shadow.lent("the test"):
+                pass
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:
+            hits += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        assert shadow.holder is None or equal({n: t.clone() for n, t in shadow.averaged_tensors().items()}, averages)
+        if shadow.holder is not None:
+            shadow.give_back()
+        assert equal(everything(model), before)
+        assert equal(dict(shadow.averages), averages)
+        assert torch.is_grad_enabled()
+    signal.signal(signal.SIGALRM, old)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_handler_that_asks_while_weights_are_exchanged_is_refused_and_nothing_is_mixed_up() -> None:
+    model, _, ema = trained()
+    before, averages, answers = everything(model), averages_of(ema), list[str]()
+
+    def trace(frame, event, arg):
+        del event, arg
+        if frame.f_code.co_qualname == "Swap._restore" and not answers:
+            try:
+                answers.append("same" if equal(averages_of(ema), averages) else "mixed up")
+            except LoanError as error:
+                answers.append(str(error))
+
+    with ema.applied():
+        sys.settrace(trace)
+    sys.settrace(None)
+    assert "a signal's handler must only note that it was called" in answers[0]
+    assert equal(everything(model), before)
+
+
+def test_a_block_that_nobody_holds_any_more_ends_its_swap() -> None:
+    model, optimizer, ema = trained()
+    before = everything(model)
+
+    def evaluation():
+        with ema.applied():
+            yield everything(model)
+
+    running = evaluation()
+    assert not equal(next(running), before)
+    with pytest.raises(LoanError, match="must not run on averaged weights"):
+        optimizer.step()
+    del running
+    gc.collect()
+    assert equal(everything(model), before)
+    optimizer.step()
+
+
+def test_threads_that_evaluate_and_train_models_of_their_own_do_not_meet() -> None:
+    errors = list[BaseException]()
+
+    def work() -> None:
+        try:
+            model, optimizer, ema = trained()
+            for _ in range(20):
+                step(model, optimizer)
+                before = everything(model)
+                with ema.applied():
+                    time.sleep(0)
+                assert equal(everything(model), before)
+        except BaseException as error:  # whatever it is, it is to be seen
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_an_average_of_a_part_of_a_model_is_not_swapped_in_twice() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    whole, part = Shadow(model), Shadow(model[0])
+    with whole.lent("the whole"), pytest.raises(LoanError, match="the whole has swapped its own in"):
+        part.lend("the part")
+    with part.lent("the part"), pytest.raises(LoanError, match="the part has swapped its own in"):
+        whole.lend("the whole")

@@ -1,0 +1,398 @@
+"""``polyak inspect``, ``reconstruct`` and ``sweep`` as their users run them."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from paths import SUPPORT
+from records import build, record, validate
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from polyak.cli import main
+from polyak.profiles import HalfLife, PowerFunction, Smoothing, Uniform, Window
+from polyak.record import Record
+from polyak.sweeping import best, sweep
+
+OUTPUTS = ["best.safetensors", "report.html", "sweep.jsonl", "sweep.png", "sweep.svg"]
+
+EVALUATE = """
+import sys, time
+from pathlib import Path
+
+sys.path.insert(0, "{tests}")
+import helper_beside
+from records import build, data, validate
+
+CALLS = Path(__file__).with_name("calls")
+
+
+def counted(state):
+    with CALLS.open("a") as file:
+        file.write("x")
+    return validate(state)
+
+
+def slow(state):
+    time.sleep(0.05)
+    return counted(state)
+
+
+def failing(state):
+    if CALLS.stat().st_size == 3:
+        raise ZeroDivisionError("too\\nbad")
+    return counted(state)
+
+
+def batches():
+    return build(), data(batches=6)
+
+
+def no_batches():
+    return build()
+
+
+number = 3
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands") / "run"
+    save_file(record(folder).state_dict(), folder.parent / "raw.safetensors")
+    return folder
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "user code" / "evaluate.py"
+    path.parent.mkdir()
+    path.write_text(EVALUATE.format(tests=SUPPORT.as_posix()))
+    (path.parent / "helper_beside.py").write_text("")
+    (path.parent / "calls").write_text("")
+    yield path
+    sys.modules.pop("polyak_user_evaluate", None)
+    sys.modules.pop("helper_beside", None)
+
+
+def calls(script):
+    return (script.parent / "calls").stat().st_size
+
+
+def refused(capsys, command, *arguments):
+    """Return the one line with which arguments are refused."""
+    try:
+        code = main([command, *map(str, arguments)])
+    except SystemExit as error:
+        code = error.code
+    out, said = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert said.count("\n") == 1, said
+    assert said.startswith(f"polyak {command}: ")
+    return said
+
+
+def run(capsys, command, *arguments):
+    assert main([command, *map(str, arguments)]) == 0
+    return capsys.readouterr()
+
+
+def test_inspect_says_what_is_in_a_record(folder, capsys) -> None:
+    out, said = run(capsys, "inspect", folder, "--verify")
+    assert said == ""
+    for words in (
+        "0 to 256",
+        "0 to 2,048",
+        "0 to 5.12",
+        "2 updates, 2ba",
+        "all files are what was written",
+        "8 averaged, 1 with",
+        "ep2 (../ep2.pt)",
+    ):
+        assert words in out, words
+
+
+def test_inspect_can_be_read_by_machines(folder, capsys) -> None:
+    out, _ = run(capsys, "inspect", folder, "--json")
+    plain = json.loads(out)
+    stretches = Record(folder).stretches
+    assert plain["from"] == {"updates": 0, "ep": 0.0, "ba": 0.0, "sp": 0.0, "sec": 0.0}
+    assert {unit: plain["to"][unit] for unit in ("updates", "ba", "sp")} == {"updates": 256, "ba": 256, "sp": 2048}
+    assert plain["finest"] == {"updates": 2, "ba": 2}
+    assert plain["stretches"] == len(stretches) == sum(level["stretches"] for level in plain["levels"])
+    assert plain["size_bytes"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert plain["tensors"]["averaged_numbers"] == sum(
+        tensor.numel() for tensor in build().state_dict().values() if tensor.is_floating_point()
+    )
+    assert plain["verified"] is False
+
+
+def test_inspect_shows_a_record_without_a_stretch(tmp_path, capsys) -> None:
+    record(tmp_path / "run", updates=1)
+    out, _ = run(capsys, "inspect", tmp_path / "run")
+    assert "No stretch has ended yet" in out
+    out, _ = run(capsys, "inspect", tmp_path / "run", "--json")
+    assert json.loads(out)["finest"] is None
+
+
+def test_damage_is_found_and_is_one_line(folder, tmp_path, capsys) -> None:
+    shutil.copytree(folder, tmp_path / "run")
+    path = next((tmp_path / "run").glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    run(capsys, "inspect", tmp_path / "run")
+    assert "must have the SHA-256 in the manifest" in refused(capsys, "inspect", tmp_path / "run", "--verify")
+    path.unlink()
+    arguments = (tmp_path / "run", "--half-life", "9ba", "-o", tmp_path / "f")
+    assert "cannot be opened" in refused(capsys, "reconstruct", *arguments)
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["reconstruct", "--power", "0.1", "-o", "f"], ["sweep", "--evaluate", "m:f"]]
+)
+def test_a_missing_record_is_one_line(tmp_path, capsys, command) -> None:
+    name, *rest = command
+    assert "a record must have a manifest.json" in refused(capsys, name, tmp_path / "none", *rest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "profile", "at"),
+    [
+        (["--half-life", "10ba"], HalfLife("10ba"), None),
+        (["--half-life", "0.5ep", "--unbiased"], HalfLife("0.5ep", unbiased=True), None),
+        (["--window", "64ba"], Window("64ba"), None),
+        (["--uniform-from", "0ba"], Uniform("0ba"), None),
+        (["--power", "0.1"], PowerFunction(sigma_rel=0.1), None),
+        (["--smoothing", ".9"], Smoothing(0.9), None),
+        (["--half-life", "10ba", "--at", "224ba"], HalfLife("10ba"), "224ba"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::polyak.errors.PlanWarning")
+def test_reconstruct_writes_what_the_library_gives(folder, tmp_path, capsys, arguments, profile, at) -> None:
+    out, _ = run(capsys, "reconstruct", folder, *arguments, "-o", tmp_path / "model.safetensors")
+    saved = load_file(tmp_path / "model.safetensors")
+    averaged = Record(folder).average(profile, at)
+    assert saved.keys() == averaged.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in averaged.items())
+    build().load_state_dict(saved)
+    assert str(profile) in out
+    assert f"{at or '256ba'}" in out
+    assert "estimate" in out
+    assert "9 tensors" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_reconstruct_casts_what_is_averaged(folder, tmp_path, capsys) -> None:
+    run(capsys, "reconstruct", folder, "--half-life", "10ba", "--dtype", "bfloat16", "-o", tmp_path / "f")
+    saved = load_file(tmp_path / "f")
+    assert saved["0.weight"].dtype is torch.bfloat16
+    assert saved["1.num_batches_tracked"].dtype is torch.int64
+    assert int(saved["1.num_batches_tracked"]) == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--half-life", "1ba"], "a profile must not be finer than the record"),
+        (["--half-life", "many"], "argument --half-life: the half-life must be a time: a time string is a number"),
+        (["--half-life", "10ba", "--at", "255ba"], "near it are"),
+        (["--half-life", "10tok"], "needs a clock in tok"),
+        (["--window", "0ba"], "the window must be above 0"),
+        (["--power", "0.5"], "sigma_rel must be above 0 and at most"),
+        (["--power", "x"], "argument --power: it must be a number (got 'x')"),
+        (["--smoothing", "1.5"], "smoothing must be in [0, 1]"),
+        (["--window", "64ba", "--unbiased"], "--unbiased goes with --half-life alone"),
+        (["--window", "64ba", "--power", "0.1"], "not allowed with"),
+        ([], "one of the arguments --half-life --window --uniform-from --power --smoothing is required"),
+        (["--half-life", "10ba", "--dtype", "int8"], "invalid choice"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_reconstructed_is_one_line(folder, tmp_path, capsys, arguments, expected) -> None:
+    assert expected in refused(capsys, "reconstruct", folder, *arguments, "-o", tmp_path / "f")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_outputs_are_one_line(folder, tmp_path, capsys) -> None:
+    for output, expected in (
+        (tmp_path, "outside the record, and no folder"),
+        (folder / "f.safetensors", "outside the record"),
+        (tmp_path / "none" / "f", "exporting to"),
+    ):
+        assert expected in refused(capsys, "reconstruct", folder, "--half-life", "10ba", "-o", output)
+    assert "-o/--output" in refused(capsys, "reconstruct", folder, "--half-life", "10ba")
+
+
+def test_an_average_that_is_far_off_is_one_note(folder, tmp_path, capsys) -> None:
+    _, said = run(capsys, "reconstruct", folder, "--half-life", "200ba", "-o", tmp_path / "f")
+    assert said.count("\n") == said.count("polyak reconstruct: note: ") == 1
+    assert "weights from before the record" in said
+
+
+def test_sweep_writes_what_it_promises(folder, script, tmp_path, capsys) -> None:
+    raw = folder.parent / "raw.safetensors"
+    arguments = [folder, "--evaluate", f"{script}:counted", "--points", 4, "--refine", 2, "--raw", raw, "--online", raw]
+    out, said = run(capsys, "sweep", *arguments, "--out", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == OUTPUTS
+    results = sweep(folder, validate, points=4, refine=2)
+    chosen = best(results)
+    assert f"Best: {chosen.name}" in out
+    assert f"{chosen.name} (best)" in out
+    assert "raw weights" in out
+    assert "online EMA" in out
+    assert "no result" in out
+    assert "note" not in said
+    saved = load_file(tmp_path / "out" / "best.safetensors")
+    averaged = Record(folder).average(chosen.profile)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in averaged.items())
+    lines = [json.loads(line) for line in (tmp_path / "out" / "sweep.jsonl").read_text().splitlines()]
+    assert {line["name"]: line["metrics"] for line in lines if line["name"] != "raw"} == {
+        result.name: result.metrics for result in results
+    }
+    assert (tmp_path / "out" / "report.html").read_text().startswith("<!doctype html>")
+    assert (tmp_path / "out" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    count = calls(script)
+    run(capsys, "sweep", *arguments, "--out", tmp_path / "out")
+    assert calls(script) == count == len(results) + 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_sweep_goes_on_without_evaluating_again(folder, script, tmp_path, number) -> None:
+    command = [sys.executable, "-m", "polyak", "sweep", str(folder), "--evaluate", f"{script}:slow", "--points", "12"]
+    command += ["--out", str(tmp_path / "out")]
+    kept = tmp_path / "out" / "sweep.jsonl"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not kept.exists() or kept.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    if number is signal.SIGINT:
+        assert process.returncode == 130
+        assert said.splitlines()[-1] == "polyak sweep: interrupted; the same command goes on from where it was"
+        assert "Traceback" not in said
+    measured, before = kept.read_bytes().count(b"\n"), calls(script)
+    assert before <= measured + 1
+    subprocess.run(command, check=True, capture_output=True)
+    total = kept.read_bytes().count(b"\n")
+    assert total > 12
+    assert calls(script) == before + total - measured
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == OUTPUTS
+
+
+def test_a_failing_function_is_one_line_and_the_rest_is_kept(folder, script, tmp_path, capsys) -> None:
+    arguments = (folder, "--evaluate", f"{script}:failing", "--points", 4, "--out", tmp_path / "out")
+    said = refused(capsys, "sweep", *arguments)
+    assert "evaluating half-life 50.8ba failed: ZeroDivisionError: too bad (" in said
+    assert f"{script}, line 25" in said
+    assert (tmp_path / "out" / "sweep.jsonl").read_bytes().count(b"\n") == 3
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.jsonl"]
+    with (script.parent / "calls").open("a") as file:
+        file.write("x")
+    run(capsys, "sweep", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("evaluate.py", "must be FILE.py:FUNCTION or package.module:FUNCTION"),
+        ("{script}", "must be FILE.py:FUNCTION"),
+        ("none.py:f", "there is no file none.py"),
+        ("{script}:none", "there is no function 'none' in"),
+        ("{script}:number", "there is no function 'number' in"),
+        ("no.module:f", "no.module cannot be imported: ModuleNotFoundError"),
+        ("{broken}:f", "cannot be imported: ValueError: broken"),
+        ("json:nothing", "there is no function 'nothing' in json; it has"),
+    ],
+)
+def test_functions_that_cannot_be_had_are_one_line(folder, script, tmp_path, capsys, spec, expected) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise ValueError('broken')")
+    said = refused(capsys, "sweep", folder, "--evaluate", spec.format(script=script, broken=broken))
+    assert expected in said
+    assert "--evaluate" in said
+
+
+def test_a_function_may_be_in_a_module(folder, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "users_package").mkdir()
+    (tmp_path / "users_package" / "judge.py").write_text("def size(state): return state['0.weight'].norm()")
+    run(capsys, "sweep", folder, "--evaluate", "users_package.judge:size", "--points", 2, "--refine", 0)
+    assert sorted(path.name for path in (tmp_path / "polyak-sweep").iterdir()) == OUTPUTS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--half-lives", "10ba,many"], "a time string is a number"),
+        (["--half-lives", "1ba"], "a profile must not be finer than the record"),
+        (["--profiles", "lawa=10ep"], "it must be profiles such as window=10ep,power=0.1 (got 'lawa=10ep')"),
+        (["--profiles", "window"], "(got 'window')"),
+        (["--half-lives", "10ba", "--profiles", "power=.1"], "not allowed with"),
+        (["--points", "1"], "a whole number of at least 2"),
+        (["--refine", "-1"], "a whole number of at least 0"),
+        (["--minimize", "--maximize"], "not allowed with"),
+        (["--raw", "none"], "the raw weights must be a safetensors file"),
+        (["--metric", "acc"], "got 'acc'"),
+    ],
+    ids=str,
+)
+def test_bad_sweeps_are_one_line(folder, script, tmp_path, capsys, arguments, expected) -> None:
+    joined = [f"{arguments[0]}={arguments[1]}", *arguments[2:]] if arguments[0] == "--refine" else arguments
+    said = refused(capsys, "sweep", folder, "--evaluate", f"{script}:counted", "--out", tmp_path / "out", *joined)
+    assert expected in said
+
+
+def test_a_sweep_stays_out_of_the_record(folder, script, capsys) -> None:
+    said = refused(capsys, "sweep", folder, "--evaluate", f"{script}:counted", "--out", folder)
+    assert "must not be the record's own folder" in said
+
+
+def test_half_lives_profiles_and_the_sense_may_be_chosen(folder, script, tmp_path, capsys) -> None:
+    arguments = (folder, "--evaluate", f"{script}:counted", "--refine", 0)
+    out, _ = run(capsys, "sweep", *arguments, "--half-lives", "4ba,0.5ep", "--out", tmp_path / "a")
+    assert "half-life 4ba" in out
+    assert "half-life 0.5ep" in out
+    chosen = ("--metric", "accuracy", "--maximize", "--out", tmp_path / "b")
+    out, _ = run(capsys, "sweep", *arguments, "--profiles", "window=64ba,power=0.1,half-life=20ba", *chosen)
+    assert all(name in out for name in ("window 64ba", "power function 0.1", "half-life 20ba", "with accuracy 0."))
+
+
+def test_statistics_of_batchnorm_are_recomputed_for_what_is_written(folder, script, tmp_path, capsys) -> None:
+    arguments = (folder, "--evaluate", f"{script}:counted", "--half-lives", "16ba", "--refine", 0)
+    run(capsys, "sweep", *arguments, "--update-bn", f"{script}:batches", "--out", tmp_path / "out")
+    with safe_open(tmp_path / "out" / "best.safetensors", "pt") as file:
+        assert file.metadata()["polyak.batchnorm"] == "recomputed"
+        assert int(file.get_tensor("1.num_batches_tracked")) == 6
+    assert "BatchNorm" in (tmp_path / "out" / "report.html").read_text()
+    said = refused(capsys, "sweep", *arguments, "--update-bn", f"{script}:no_batches")
+    assert "must return a model and batches" in said
+
+
+@pytest.mark.parametrize(("command", "module"), [("inspect", "rich"), ("sweep", "matplotlib")])
+def test_a_missing_extra_is_one_line(folder, capsys, monkeypatch, command, module) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    rest = ["--evaluate", "m:f"] if command == "sweep" else []
+    assert "pip install 'polyak[cli]'" in refused(capsys, command, folder, *rest)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [("inspect", "--verify"), ("reconstruct", "from_pretrained"), ("sweep", "no result")],
+)
+def test_help_is_told(capsys, command, expected) -> None:
+    for arguments in ([command, "--help"], ["--help"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 0
+        assert (expected if len(arguments) == 2 else command) in capsys.readouterr().out

@@ -1,0 +1,472 @@
+"""The kernel in Triton: interpreted on the CPU, compiled without a GPU, and run on one where there is one."""
+
+import ctypes
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from functools import cache, partial
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from polyak.averaging.weights import Shadow
+from polyak.kernels import KERNELS, Place, choice, foreach
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+PAIRS = list(product(DTYPES, DTYPES))
+BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def on_gpu(test):
+    return pytest.mark.gpu(_needs_gpu(test))
+
+
+def _copy_of_the_module():
+    where = importlib.util.find_spec("polyak.kernels").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("kernel_in_triton", f"{where}/triton.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def _interpreted():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        return _copy_of_the_module()
+
+
+@cache
+def _exact_fma():
+    libm, exact = ctypes.CDLL(None), {}
+    for dtype, function, c_type in ((np.float32, libm.fmaf, ctypes.c_float), (np.float64, libm.fma, ctypes.c_double)):
+        function.argtypes, function.restype = [c_type] * 3, c_type
+        exact[np.dtype(dtype)] = np.vectorize(function, otypes=[dtype])
+    return exact
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """A copy of the kernel that Triton interprets on the CPU, in small blocks. The real one is not touched."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    real_convert = interpreter._convert_float
+
+    def convert(bits, before, after, rounding):
+        if (before, after) == (tl.bfloat16, tl.float32):
+            return bits.astype(np.uint32) << 16
+        return real_convert(bits, before, after, rounding)
+
+    def fma(self, x, y, z):
+        del self
+        return interpreter.TensorHandle(_exact_fma()[z.data.dtype](x.data, y.data, z.data), z.dtype.scalar)
+
+    # Put right: the interpreter mistakes subnormal numbers, and in some versions rounds twice.
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fma)
+    # Triton's own `max` is compiled if Triton was imported before.
+    monkeypatch.setattr(tl, "max", lambda x: tl.reduce(x, None, tl.standard._elementwise_max))
+    module = _interpreted()
+    monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(module, "PART", 32)
+    with np.errstate(all="ignore"):
+        yield module
+
+
+@pytest.fixture
+def lerp_(interpreted):
+    return partial(foreach.lerp_, by=interpreted.Lerp)
+
+
+def tensors(dtype, seed, *, device="cpu", shapes=((3,), (7, 19), (), (0,), (128,))):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).to(device) for s in shapes]
+
+
+def places(tensors):
+    return [Place(77 * number) for number in range(len(tensors))]
+
+
+def same_bits(some, others) -> bool:
+    """Return whether all is the same, signs of zeros included. A nan is a nan."""
+    return all(
+        bool(((a.view(BITS[a.itemsize]) == b.view(BITS[b.itemsize])) | (a.isnan() & b.isnan())).all())
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize(("dtype", "online_dtype"), PAIRS)
+def test_a_lerp_is_that_of_float64_and_bit_for_bit_that_of_torch(lerp_, dtype, online_dtype) -> None:
+    for weight in (0.3, 0.9, 1.0):
+        ours, theirs, online = tensors(dtype, 0), tensors(dtype, 0), tensors(online_dtype, 1)
+        sizes = [a.double().abs() + x.double().abs() for a, x in zip(ours, online, strict=True)]
+        want = [a.double() + weight * (x.double() - a.double()) for a, x in zip(ours, online, strict=True)]
+        assert int(lerp_(ours, online, weight, places(ours), 5)) == 0
+        foreach.lerp_(theirs, online, weight, places(ours), 5)
+        assert same_bits(ours, theirs)
+        for got, true, size in zip(ours, want, sizes, strict=True):
+            unit = torch.finfo(dtype).eps * size + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+            assert ((got.double() - true).abs() <= unit).all()
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-6, 1e38])
+@pytest.mark.parametrize(("dtype", "online_dtype"), [pair for pair in PAIRS if torch.float64 not in pair])
+def test_very_large_and_very_small_values_come_out_as_torch_has_them(lerp_, dtype, online_dtype, scale) -> None:
+    ours, theirs, online = ([t * scale for t in tensors(d, i)] for d, i in ((dtype, 0), (dtype, 0), (online_dtype, 1)))
+    counts = [int(run(a, online, 0.5, places(a), 5)) for run, a in ((lerp_, ours), (foreach.lerp_, theirs))]
+    assert counts[0] == counts[1]
+    assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_averages_that_are_not_finite_come_out_as_torch_has_them(lerp_, dtype) -> None:
+    bad = [float("nan"), float("inf"), -float("inf"), -0.0]
+    for weight in (0.0, 0.3, 0.9, 1 - 2**-25, 1.0):
+        ours, theirs = (torch.tensor(bad * 33, dtype=dtype) for _ in range(2))
+        online = torch.tensor(bad + [1.0] * 128, dtype=dtype)
+        assert int(lerp_([ours], [online], weight, [Place(1)])) == 1
+        foreach.lerp_([theirs], [online], weight, [Place(1)])
+        assert same_bits([ours], [theirs])
+
+
+def test_a_value_that_is_not_finite_leaves_its_average_as_it_was_and_counts_its_tensor_once_an_update(
+    interpreted,
+) -> None:
+    averages, online = [torch.ones(150), torch.ones(3), torch.ones(64)], [torch.full((n,), 2.0) for n in (150, 3, 64)]
+    for place, bad in ((0, float("nan")), (99, float("inf")), (149, -float("inf"))):
+        online[0][place] = bad
+    online[2][5] = float("nan")
+    left_out = torch.zeros((), dtype=torch.int64)
+    lerp = interpreted.Lerp(averages, online, places(averages), left_out)
+    lerp(0.5, 1)
+    assert int(left_out) == 2
+    for average, tensor in zip(averages, online, strict=True):
+        assert torch.equal(average, torch.where(tensor.isfinite(), 1.5, 1.0))
+    lerp(0.5, 1)
+    assert int(left_out) == 4
+    online[0].fill_(2.0)
+    lerp(0.5, 2)
+    assert int(left_out) == 5
+
+
+@pytest.mark.parametrize("cut", [(5, 40), (8, 19), (0, 64)])
+def test_a_tensor_at_any_address_is_moved_alike(lerp_, cut) -> None:
+    ours, theirs, online = (torch.linspace(0, end, 200).bfloat16()[slice(*cut)] for end in (3, 3, 5))
+    lerp_([ours], [online], 0.3, [Place(3)])
+    foreach.lerp_([theirs], [online], 0.3, [Place(3)])
+    assert same_bits([ours], [theirs])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "dim", "sizes"),
+    [((200,), 0, (64, 96, 40)), ((200,), 0, (31, 169)), ((6, 40), 1, (33, 7)), ((3, 4, 20), 1, (1, 3))],
+)
+def test_updating_shards_that_tile_a_tensor_equals_updating_the_whole(lerp_, dtype, shape, dim, sizes) -> None:
+    (whole,), (online,) = tensors(dtype, 0, shapes=[shape]), tensors(torch.float32, 1, shapes=[shape])
+    shards = [part.contiguous() for part in whole.split(sizes, dim)]
+    begins = [sum(sizes[:i]) for i in range(len(sizes))]
+    where = [Place(9, shape, (*[0] * dim, begin, *[0] * (len(shape) - dim - 1))) for begin in begins]
+    lerp_([whole], [online], 0.3, [Place(9)], 3)
+    lerp_(shards, [part.contiguous() for part in online.split(sizes, dim)], 0.3, where, 3)
+    assert same_bits([torch.cat(shards, dim)], [whole])
+
+
+@pytest.mark.parametrize("offset", [2**33 - 96, 2**33 - 37, 5 * 2**33 + 64])
+def test_a_shard_beyond_2_to_the_33_elements_is_rounded_as_torch_does(lerp_, offset) -> None:
+    ours, theirs = torch.ones(192, dtype=torch.bfloat16), torch.ones(192, dtype=torch.bfloat16)
+    for run, average in ((lerp_, ours), (foreach.lerp_, theirs)):
+        run([average], [average + 0.5], 1e-3, [Place(9, (2**40,), (offset,))])
+    assert same_bits([ours], [theirs])
+
+
+def test_what_the_kernel_does_not_know_torch_does_and_launch_refuses(interpreted) -> None:
+    def made():
+        return [
+            torch.ones(6, 8)[:, ::2],
+            torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+            torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+            torch.ones(4, 6).t(),
+            torch.ones(3, dtype=torch.complex64),
+            torch.ones(5),
+        ]
+
+    averages, online = made(), [2 * t for t in made()]
+    online[1] = online[1].contiguous()  # laid out otherwise
+    left_out = torch.zeros((), dtype=torch.int64)
+    lerp = interpreted.Lerp(averages, online, places(averages), left_out)
+    assert sorted(len(part) for part in (lerp._triples, lerp._moved)) == [3, 3]
+    lerp(0.5, 1)
+    assert all(torch.equal(a, torch.full_like(a, 1.5)) for a in averages)
+    with pytest.raises(RuntimeError, match="all averages and weights must be dense"):
+        lerp.launch()
+
+
+def test_a_launch_takes_the_weight_and_the_number_that_were_staged_last(interpreted) -> None:
+    staged, called = torch.ones(130, dtype=torch.bfloat16), torch.ones(130, dtype=torch.bfloat16)
+    online, left_out = torch.full((130,), 2.0), torch.zeros((), dtype=torch.int64)
+    ours = interpreted.Lerp([staged], [online], [Place(1)], left_out)
+    theirs = interpreted.Lerp([called], [online], [Place(1)], left_out)
+    for weight, num_updates in ((0.01, 1), (0.02, 2**32 + 2), (0.75, 3)):
+        ours.stage(weight, num_updates)
+        ours.launch()
+        theirs(weight, num_updates)
+        assert same_bits([staged], [called])
+    ours.stage(0.01, 4)
+    before = staged.clone()
+    theirs(0.01, 5)
+    ours.launch()
+    assert not same_bits([staged], [called])
+    assert not same_bits([staged], [before])
+
+
+def test_the_default_device_is_no_matter(interpreted) -> None:
+    average, online, left_out = torch.ones(70), torch.full((70,), 2.0), torch.zeros((), dtype=torch.int64)
+    with torch.device("meta"):
+        interpreted.Lerp([average], [online], [Place(0)], left_out)(0.5, 1)
+    assert torch.equal(average, torch.full((70,), 1.5))
+
+
+def test_a_backward_pass_through_an_average_that_has_moved_is_an_error(lerp_) -> None:
+    average, inputs = torch.ones(3), torch.ones(3, requires_grad=True)
+    loss = (average * inputs).sum()
+    lerp_([average], [torch.zeros(3)], 0.5, [Place(0)])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+class _Driver:
+    """Of a GPU that is not there, as far as compiling asks."""
+
+    def get_current_target(self):
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "online_dtype", "reads", "writes"),
+    [
+        (torch.float32, torch.float32, {"v4.b32"}, "v4.b32"),
+        (torch.float32, torch.bfloat16, {"v4.b32", "v2.b32"}, "v4.b32"),
+        (torch.bfloat16, torch.bfloat16, {"v4.b32"}, "v4.b32"),
+    ],
+)
+def test_it_compiles_for_a_gpu_and_moves_whole_blocks_in_the_widest_instructions(
+    monkeypatch, tmp_path, dtype, online_dtype, reads, writes
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    module, compiled = _copy_of_the_module(), []
+    kernel = module._lerp
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(), raising=False)
+
+    class Compile:
+        def __getitem__(self, grid):
+            return lambda *args, **options: compiled.append(kernel.warmup(*args, grid=grid, **options))
+
+    monkeypatch.setattr(module, "_lerp", Compile())
+    foreach.lerp_([torch.ones(10, dtype=dtype)], [torch.ones(10, dtype=online_dtype)], 0.5, [Place(0)], by=module.Lerp)
+    ptx = compiled[0].asm["ptx"]
+    assert reads <= {found for found in re.findall(r"ld\.global\.(\S+)", ptx) if found.startswith("v")}
+    assert f"st.global.{writes}" in ptx
+    assert "ftz" not in ptx  # small numbers count
+    assert set(re.findall(r"\bfma\.\S+", ptx)) == {"fma.rn.f32"}
+
+
+def test_triton_is_not_imported_where_only_the_cpu_is_used_even_if_it_is_asked_for() -> None:
+    program = """
+import sys, torch
+from polyak.kernels import CHOSEN, KERNELS
+from polyak.averaging.weights import Shadow
+Shadow(torch.nn.Linear(2, 2)).update_(0.5)
+assert "triton" not in sys.modules
+assert CHOSEN == min(KERNELS), CHOSEN
+"""
+    environment = {**os.environ, "POLYAK_KERNEL": "triton"}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=environment, check=True, timeout=120)
+
+
+def test_each_tensor_goes_to_the_kernel_of_its_device(monkeypatch) -> None:
+    made = []
+
+    def kernel_for(device_type):
+        return lambda averages, online, places, counter: made.append(
+            (device_type, [a.device.type for a in averages], [p.seed for p in places], counter.device.type)
+        )
+
+    monkeypatch.setattr(choice, "_kernel_for", kernel_for)
+    averages = [torch.ones(2, device=device) for device in ("cpu", "meta", "cpu")]
+    choice.Lerp(averages, averages, [Place(0), Place(1), Place(2)], torch.zeros((), dtype=torch.int64))
+    assert made == [("cpu", ["cpu", "cpu"], [0, 2], "cpu"), ("meta", ["meta"], [1], "meta")]
+
+
+def test_gpus_are_served_by_triton_or_torch_and_the_cpu_as_ever(monkeypatch) -> None:
+    from polyak.kernels import triton as module
+
+    def refuse():
+        raise RuntimeError("0 active drivers")
+
+    kernel_for = choice._kernel_for.__wrapped__
+    monkeypatch.setattr(choice, "_ASKED", None)
+    monkeypatch.setattr(module, "check", lambda: None)
+    assert kernel_for("cuda") is module.Lerp
+    assert kernel_for("cpu") is KERNELS[choice.CHOSEN]
+    monkeypatch.setattr(module, "check", refuse)
+    with pytest.warns(UserWarning, match="0 active drivers"):
+        assert kernel_for("cuda") is foreach.Lerp
+    monkeypatch.setattr(choice, "_ASKED", "triton")
+    with pytest.raises(RuntimeError, match="0 active drivers"):
+        kernel_for("cuda")
+    monkeypatch.setattr(choice, "_ASKED", "torch")
+    monkeypatch.setattr(choice, "CHOSEN", "torch")
+    assert kernel_for("cuda") is foreach.Lerp
+
+
+# On a GPU.
+
+SHAPES = [(3,), (700, 401), (), (0,), (1 << 20,), (33, 7, 5)]
+
+
+def _on_the_device(dtype, online_dtype, *, shapes=SHAPES):
+    averages, online = tensors(dtype, 0, shapes=shapes), tensors(online_dtype, 1, shapes=shapes)
+    left_out = torch.zeros((), dtype=torch.int64, device="cuda")
+    gpu = [t.cuda() for t in averages], [t.cuda() for t in online]
+    return averages, online, gpu, choice.Lerp(*gpu, places(averages), left_out), left_out
+
+
+@on_gpu
+@pytest.mark.parametrize(("dtype", "online_dtype"), PAIRS)
+def test_a_gpu_gives_the_bits_of_the_cpu(dtype, online_dtype) -> None:
+    averages, online, gpu, lerp, left_out = _on_the_device(dtype, online_dtype)
+    for tensor in (online[1], gpu[1][1]):
+        tensor[5, 6] = float("nan")
+    assert type(lerp._parts[0][0]).__module__.endswith("kernels.triton")
+    for number, weight in enumerate((1e-4, 0.3, 0.9, 1.0)):
+        lerp(weight, number)
+        assert int(foreach.lerp_(averages, online, weight, places(averages), number, by=KERNELS[choice.CHOSEN])) == 1
+        assert same_bits([t.cpu() for t in gpu[0]], averages)
+    assert int(left_out) == 4
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_moves_a_tensor_at_any_address(dtype) -> None:
+    averages, online = tensors(dtype, 0, shapes=[(9000,)]), tensors(torch.float32, 1, shapes=[(9000,)])
+    on_device = [[t.cuda() for t in side] for side in (averages, online)]
+    for begin in (0, 1, 4, 8):
+        foreach.lerp_([on_device[0][0][begin:]], [on_device[1][0][begin:]], 0.3, [Place(1)], begin, by=choice.Lerp)
+        foreach.lerp_([averages[0][begin:]], [online[0][begin:]], 0.3, [Place(1)], begin)
+    assert same_bits([on_device[0][0].cpu()], averages)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_graph_replays_with_a_decay_that_changes(dtype) -> None:
+    averages, online, gpu, lerp, _ = _on_the_device(dtype, torch.float32)
+    inner = lerp._parts[0][0]
+    inner(0.5, 0)
+    foreach.lerp_(averages, online, 0.5, places(averages), 0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inner.launch()
+    for number, weight in enumerate((0.25, 0.01, 0.75), 1):
+        inner.stage(weight, number)
+        graph.replay()
+        foreach.lerp_(averages, online, weight, places(averages), number)
+    assert same_bits([t.cpu() for t in gpu[0]], averages)
+
+
+@on_gpu
+def test_a_weight_is_not_staged_within_a_graph() -> None:
+    *_, lerp, left_out = _on_the_device(torch.float32, torch.float32)
+    lerp(0.5, 0)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        left_out.add_(1)  # an empty graph is warned of
+        with pytest.raises(RuntimeError, match="must be staged outside of a CUDA graph"):
+            lerp(0.5, 1)
+
+
+@on_gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_waits_for_nothing_and_allocates_nothing(dtype) -> None:
+    *_, gpu, lerp, _ = _on_the_device(dtype, torch.bfloat16)
+    lerp(0.5, 0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(1, 20):
+            lerp(1 / (number + 1), number)
+        after = torch.cuda.memory_stats()["allocation.all.allocated"]
+        foreach.lerp_(*gpu, 0.5, places(gpu[0]), by=choice.Lerp)  # made anew, it does not wait either
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert after == before
+
+
+@on_gpu
+def test_an_update_runs_on_the_current_stream() -> None:
+    averages, online, gpu, lerp, _ = _on_the_device(torch.float32, torch.float32)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)  # what is not on this stream would come too early
+        for tensor in gpu[1]:
+            tensor.mul_(2)
+        for number in range(1, 4):
+            lerp(1 / (number + 1), number)
+    torch.cuda.current_stream().wait_stream(stream)
+    for number in range(1, 4):
+        foreach.lerp_(averages, [2 * t for t in online], 1 / (number + 1), places(averages), number)
+    assert same_bits([t.cpu() for t in gpu[0]], averages)
+
+
+@on_gpu
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "online_dtype"), [(a, x) for a, x in PAIRS if a.itemsize + x.itemsize <= 8])
+def test_a_hundred_million_parameters_come_out_as_torch_has_them(dtype, online_dtype) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(100_000_003,), (1 << 20,), (17,)]
+    ours = [torch.randn(s, generator=generator, device="cuda").to(dtype) for s in shapes]
+    online = [torch.randn(s, generator=generator, device="cuda").to(online_dtype) for s in shapes]
+    theirs = [t.clone() for t in ours]
+    counts = [
+        int(foreach.lerp_(averages, online, 0.3, places(ours), 7, by=by))
+        for averages, by in ((ours, choice.Lerp), (theirs, foreach.Lerp))
+    ]
+    assert counts == [0, 0]
+    assert same_bits(ours, theirs)
+
+
+@on_gpu
+def test_a_model_on_two_devices_is_averaged_on_both() -> None:
+    def made(device):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 5).to(device), nn.Linear(5, 5))
+
+    both, cpu = made("cuda"), made("cpu")
+    shadows = Shadow(both), Shadow(cpu)
+    for model, shadow in zip((both, cpu), shadows, strict=True):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+            model[0].bias[0] = model[1].bias[0] = float("nan")
+        shadow.update_(0.25)
+    assert shadows[0].num_quarantined == shadows[1].num_quarantined == 2
+    for name, average in shadows[1].averages.items():
+        assert same_bits([shadows[0].averages[name].cpu()], [average])

@@ -1,0 +1,250 @@
+"""Which ranks hold a model and must agree on its average, and what they find out."""
+
+import re
+
+import pytest
+import sharded_parts as jobs
+import torch
+from ranks import Ranks
+
+from polyak.averaging.weights import _checksums
+from polyak.sharding import agreement
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    made = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()
+
+
+# Parameters that differ by rank.
+
+REMEDY = "must be a DTensor (DTensor.from_local with Shard), or be left out by policy"
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp, other shapes"])
+def test_plain_experts_under_fsdp2_are_refused_by_name_on_all_ranks(ranks, tmp_path, kind) -> None:
+    for found in ranks.run(2, jobs.tries, kind, str(tmp_path)):
+        assert found.pop("changed") == "[]"
+        for what, said in found.items():
+            assert said.startswith(("ShardingError: all ranks must agree on the average:", "CheckpointException")), what
+            if kind == "fsdp":
+                assert "sum of the bits of experts: rank 0: " in said, what
+                assert REMEDY in said, what
+            else:
+                assert "tensors experts: rank 0: (1, 4, 4) of torch.float32; rank 1: (2, 4, 4)" in said, what
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("kind", ["ddp", "ddp, compiled"])
+def test_plain_experts_under_ddp_are_refused_by_name_on_all_ranks(ranks, tmp_path, kind) -> None:
+    for found in ranks.run(2, jobs.tries, kind, str(tmp_path)):
+        assert found.pop("changed") == "[]"
+        for what in ("swap", "export"):
+            assert "sum of the bits of experts: rank 0: " in found[what], what
+            assert REMEDY in found[what], what
+        for what in ("state", "save", "state before", "record"):
+            assert "DistributedDataParallel was told to ignore ['experts']" in found[what], what
+            assert "make each a DTensor" in found[what], what
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_rank_can_save_the_state_of_a_model_under_ddp_alone(ranks) -> None:
+    assert ranks.run(2, jobs.saves_alone) == [3, None]
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_experts_that_the_policy_leaves_out_are_no_obstacle(ranks, tmp_path, kind) -> None:
+    for names in ranks.run(2, jobs.leaves_them_out, kind, str(tmp_path)):
+        assert "inp.weight" in names
+        assert "experts" not in names
+
+
+@pytest.mark.parametrize("kind", ["fsdp, frozen", "ddp, frozen"])
+def test_frozen_experts_are_refused_by_an_export_which_would_write_those_of_rank_0(ranks, tmp_path, kind) -> None:
+    for found in ranks.run(2, jobs.tries, kind, str(tmp_path)):
+        assert "sum of the bits of experts: rank 0: " in found["export"]
+        assert {found[what] for what in ("swap", "state", "save", "record")} == {"nothing"}
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("kind", ["fsdp, dtensor", "ddp, dtensor"])
+def test_experts_as_dtensors_are_saved_exported_and_recorded_whole(ranks, tmp_path, kind) -> None:
+    first, other = ranks.run(2, jobs.are_parts, kind, str(tmp_path))
+    assert first == {"averaged": [4, 4, 4], "exported": [4, 4, 4], "recorded": [4, 4, 4]}
+    assert other == {"averaged": [4, 4, 4]}
+
+
+def test_a_record_refuses_experts_that_are_equal_at_first_and_differ_later(ranks, tmp_path) -> None:
+    for said in ranks.run(2, jobs.drift_apart, str(tmp_path / "record")):
+        assert said[:3] == ["nothing"] * 3
+        assert "sum of the bits of experts: rank 0: " in said[3]
+
+
+def test_experts_in_another_order_are_told_apart(ranks) -> None:
+    for said in ranks.run(2, jobs.hold_the_same_rows_in_another_order):
+        assert "sum of the bits of experts: rank 0: " in said
+
+
+# Models on part of the ranks.
+
+
+@pytest.mark.parametrize("kind", ["1-d", "2-d", "ddp"])
+def test_a_model_on_part_of_the_ranks_needs_no_others(ranks, tmp_path, kind) -> None:
+    idle, *found = ranks.run(3, jobs.on_part, kind, str(tmp_path))
+    assert idle == {}
+    for one in found:
+        assert one["ranks"] == [1, 2]
+        assert one["replicas"] == (kind == "ddp")
+    shapes = {"0.weight": [5, 4], "0.bias": [5], "2.weight": [3, 5], "2.bias": [3]}
+    assert {name: found[0]["whole"][name] for name in shapes} == shapes
+    if kind != "ddp":
+        assert {name: found[1]["whole"][name] for name in shapes} == {name: [0] for name in shapes}
+
+
+def test_two_models_side_by_side_do_not_wait_for_each_other(ranks, tmp_path) -> None:
+    for rank, found in enumerate(ranks.run(4, jobs.side_by_side, str(tmp_path))):
+        assert found == {"ranks": [[0, 1], [2, 3]][rank // 2], "replicas": rank > 1}
+
+
+def test_a_separate_group_can_be_made_again_by_ranks_that_are_in_other_groups_too(ranks) -> None:
+    assert ranks.run(3, jobs.makes_groups, 6) == [[], [3] * 6, [3] * 6]
+
+
+@pytest.mark.parametrize("kind", ["crossing", "one in another"])
+def test_ranks_of_several_meshes_are_all_that_hold_the_model(ranks, kind) -> None:
+    assert ranks.run(4, jobs.crossing, kind) == [([0, 1, 2, 3], [10, 11, 12, 13])] * 4
+
+
+def test_meshes_that_no_rank_connects_are_refused_on_all_ranks(ranks) -> None:
+    *said, outside = ranks.run(4, jobs.crossing, "apart")
+    assert outside is None
+    assert all("ShardingError: the meshes of a model must be connected" in one for one in said)
+
+
+# Pipelines.
+
+
+@pytest.mark.parametrize(("kind", "size"), [("plain", 2), ("ddp", 4), ("fsdp", 4)])
+def test_a_stage_of_a_pipeline_swaps_and_saves_and_refuses_the_rest_on_all_ranks(ranks, tmp_path, kind, size) -> None:
+    for rank, found in enumerate(ranks.run(size, jobs.is_a_stage, kind, str(tmp_path))):
+        assert found["saved"] == [f"block{i}.{name}" for i in (0, 1) for name in ("bias", "weight")]
+        for what in ("export", "record"):
+            assert f"and this is stage {rank * 2 // size} of a pipeline of 2" in found[what]
+    assert not (tmp_path / "export").exists()
+    assert not (tmp_path / "record").exists()
+
+
+# What one rank refuses.
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+@pytest.mark.parametrize(
+    ("what", "where", "on_others"),
+    [
+        ("export to a folder", "FileExistsError: .* which holds something", "the export:\n  error: rank 1: FileExists"),
+        ("beginning", "", "averaging has begun: rank 1: False; ranks 0, 2: True"),
+        (
+            "a tensor",
+            "MismatchError: .*\n.* 2.bias",
+            "the average:\n  error: rank 1: MismatchError.*; ranks 0, 2: nothing",
+        ),
+        ("another average", "", "swapped in: rank 1: another; ranks 0, 2: nothing"),
+    ],
+)
+def test_what_one_rank_refuses_all_ranks_refuse(ranks, tmp_path, kind, what, where, on_others) -> None:
+    for rank, (said, again, same) in enumerate(ranks.run(3, jobs.one_refuses, what, kind, str(tmp_path))):
+        assert re.search(where if rank == 1 and where else on_others, said, re.DOTALL), said
+        assert again in {"", "nothing"}
+        assert same
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_an_export_that_the_disk_refuses_fails_on_all_ranks_and_can_be_tried_again(ranks, tmp_path, kind) -> None:
+    for rank, (said, again, same) in enumerate(ranks.run(3, jobs.one_refuses, "a full disk", kind, str(tmp_path))):
+        assert "No space left on device" in said
+        assert ("the first rank must succeed for all" in said) == (rank > 0)
+        assert again == "nothing"
+        assert same
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.int64]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 2), (2, 3, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn, torch.uint8], ids=str)
+def test_checksums_follow_bits_and_their_order_and_change_nothing(dtype, shape) -> None:
+    tensor = torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape).float().to(dtype)
+    before = tensor.clone()
+    checksum = _checksums({"": tensor})[""]
+    assert torch.equal(tensor.view(torch.uint8) if shape else tensor, before.view(torch.uint8) if shape else before)
+    assert _checksums({"": before})[""] == checksum
+    if len(shape) > 1:
+        laid_out_otherwise = tensor.transpose(0, -1).contiguous().transpose(0, -1)
+        assert _checksums({"": laid_out_otherwise})[""] == checksum
+        assert _checksums({"": tensor[[1, 0, *range(2, shape[0])]]})[""] != checksum
+    other = before.flatten()
+    other[-1] = 9
+    assert _checksums({"": other.reshape(shape)})[""] != checksum
+
+
+def test_checksums_of_nothing_and_of_empty_tensors_are_zero() -> None:
+    assert _checksums({}) == {}
+    assert _checksums({"": torch.empty(0, 3)}) == {"": 0}
+
+
+# Agreement.
+
+
+def exchanged(facts: list[dict[str, object]]) -> tuple[list[str], int]:
+    """Return the lines that ranks print, and the most characters that one of them sends."""
+    flat = [agreement.flat(one) for one in facts]
+    sums = torch.stack([agreement.digests(one) for one in flat])
+    buckets = (sums != sums[0]).any(0).nonzero().flatten().tolist()[: agreement.MOST_FACTS]
+    said = [agreement.in_buckets(one, buckets) for one in flat]
+    return agreement.differences(said, range(len(facts))), max(len(str(one)) for one in said)
+
+
+def test_facts_in_another_order_are_the_same() -> None:
+    one, other = {"a": 1, "tensors": {"x": 2, "y": 3}}, {"tensors": {"y": 3, "x": 2}, "a": 1}
+    assert agreement.digest(agreement.flat(one)) == agreement.digest(agreement.flat(other))
+    assert exchanged([one, other]) == ([], 2)
+
+
+def test_ranks_in_a_row_are_printed_as_a_range() -> None:
+    lines, _ = exchanged([{"step": 7 if rank in {3, 5} else 8} for rank in range(12)])
+    assert lines == ["  step: ranks 3, 5: 7; ranks 0-2, 4, 6-11: 8"]
+
+
+def test_what_ranks_send_and_print_is_bounded_where_thousands_differ_in_everything() -> None:
+    tensors = {f"layers.{i}.weight": "x" * 500 for i in range(2000)}
+    facts = [
+        {"step": rank, "tensors": {name: f"{rank}{value}" for name, value in tensors.items()}} for rank in range(8)
+    ]
+    lines, characters = exchanged(facts)
+    assert lines[0].startswith("  step: rank 0: 0; rank 1: 1; rank 2: 2; rank 7: 7; 4 other values on the rest")
+    assert len(lines) <= 2 + agreement.MOST_FACTS
+    assert max(map(len, lines)) < 1200
+    assert characters < 12_000
+
+
+def test_the_ranks_that_are_printed_are_bounded_where_every_other_one_differs() -> None:
+    (line,), _ = exchanged([{"step": rank % 2} for rank in range(1000)])
+    assert line.startswith("  step: ranks 0, 2, 4,")
+    assert line.endswith("19, 21, 23, and 488 more: 1")
+    assert len(line) < 150
+
+
+def test_only_the_facts_that_differ_are_sent() -> None:
+    tensors = {f"layers.{i}.weight": str(i) for i in range(2000)}
+    lines, characters = exchanged([{"tensors": tensors}, {"tensors": tensors | {"layers.7.weight": "8"}}])
+    assert lines == ["  tensors layers.7.weight: rank 0: 7; rank 1: 8"]
+    assert characters < 500
+
+
+def test_a_difference_in_the_middle_of_a_long_value_is_told() -> None:
+    lines, _ = exchanged([{"plan": "a" * 300}, {"plan": "a" * 150 + "b" + "a" * 149}])
+    assert len(lines) == 1
+    assert lines[0].count(" ... ") == 2

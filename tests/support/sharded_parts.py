@@ -1,0 +1,427 @@
+"""What the processes of ``ranks.Ranks`` do with models that only some ranks hold, or that differ by rank."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from sharded import full, unequal
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from polyak import EMA, Record, Recorder, Uniform, attach, export_averaged
+from polyak.sharding import Ranks, reshard, whole
+from polyak.tensors.slots import Policy, Slot, default_policy, slots, unwrap
+
+D = 4
+
+
+class Experts(nn.Module):
+    """Two experts on each rank, between layers that all have."""
+
+    def __init__(self, *, seed: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp, self.norm, self.out = nn.Linear(D, D), nn.BatchNorm1d(D), nn.Linear(D, D)
+        torch.manual_seed(dist.get_rank() if seed is None else seed)
+        self.experts = nn.Parameter(torch.randn(2, D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.experts.to_local() if isinstance(self.experts, DTensor) else self.experts
+        return self.out(self.norm(self.inp(x)) @ held.sum(0))
+
+
+def experts(kind: str, *, seed: int | None = None) -> nn.Module:
+    """Return a model with experts that FSDP2 or DDP ignores; they may be a ``DTensor``, and frozen."""
+    model, mesh = Experts(seed=seed), init_device_mesh("cpu", (dist.get_world_size(),))
+    if "dtensor" in kind:
+        model.experts = nn.Parameter(DTensor.from_local(model.experts.detach(), mesh, [Shard(0)]))
+    if "frozen" in kind:
+        model.experts.requires_grad_(False)
+    if "other shapes" in kind:
+        model.experts = nn.Parameter(torch.randn(1 + dist.get_rank(), D, D))
+    if kind.startswith("ddp"):
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["experts"])
+        model = DistributedDataParallel(model)
+        if "compiled" in kind:
+            model = torch.compile(model, backend="eager")  # not run: compiling takes seconds
+        return model
+    return fully_shard(model, mesh=mesh, ignored_params={model.experts})
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer make a step, with gradients that are the same on all ranks where parameters are not sharded."""
+    reshard(model)
+    for number, parameter in enumerate(model.parameters()):
+        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        grad = torch.randn(held.shape, generator=torch.Generator().manual_seed(number))
+        if isinstance(parameter, DTensor):
+            places = parameter.device_mesh, parameter.placements
+            grad = DTensor.from_local(grad, *places, shape=parameter.shape, stride=parameter.stride())
+        parameter.grad = grad if parameter.requires_grad else None
+    optimizer.step()
+
+
+def trained(model: nn.Module, algorithm: Any, steps: int = 3) -> Any:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(algorithm, model, optimizer)
+    for _ in range(steps):
+        step(model, optimizer)
+    return attached
+
+
+def said(act: Callable[[], Any]) -> str:
+    """Return what is raised."""
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def own(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of what this rank holds."""
+    reshard(model)
+    return {
+        slot.name: (slot.tensor.to_local() if isinstance(slot.tensor, DTensor) else slot.tensor).detach().clone()
+        for slot in slots(model)
+    }
+
+
+# Experts
+
+
+def tries(kind: str, folder: str) -> dict[str, str]:
+    """Swap, save, export and record; return what is said of each, and whether the weights changed."""
+    model, algorithm = experts(kind), EMA("2ba")
+    attached = trained(model, algorithm)
+    before = own(model)
+
+    def swap() -> None:
+        with attached.applied():
+            pass
+
+    found = {
+        "swap": said(swap),
+        "state": said(algorithm.state_dict),
+        "save": said(lambda: dcp.save({"ema": attached}, checkpoint_id=f"{folder}/state")),
+        "export": said(lambda: export_averaged(algorithm, model, f"{folder}/export")),
+    }
+    other = experts(kind)
+    found["state before"] = said(attach(EMA("2ba"), other, torch.optim.SGD(other.parameters(), lr=0.1)).state_dict)
+    recorded = experts(kind)
+    found["record"] = said(lambda: trained(recorded, Recorder(f"{folder}/record", "2ba")))
+    return found | {"changed": str(unequal(before, own(model)))}
+
+
+def saves_alone() -> int | None:
+    """Return what rank 0 saves while the other does nothing."""
+    model, algorithm = DistributedDataParallel(net()), EMA("2ba")
+    trained(model, algorithm, 4)
+    return algorithm.state_dict()["num_updates"] if dist.get_rank() == 0 else None
+
+
+def leaves(slot: Slot) -> Policy:
+    return Policy.LEAVE if "experts" in slot.name else default_policy(slot)
+
+
+def leaves_them_out(kind: str, folder: str) -> list[str]:
+    """Do the same with a policy that leaves experts out, but for the export."""
+    model, algorithm = experts(kind), EMA("2ba", policy=leaves)
+    attached = trained(model, algorithm)
+    with attached.applied():
+        pass
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    dcp.save({"ema": attached}, checkpoint_id=f"{folder}/state", planner=planner)
+    recorded = experts(kind)
+    trained(recorded, Recorder(f"{folder}/record", "2ba", policy=leaves)).detach()
+    return sorted(algorithm.state_dict()["ema_model"])
+
+
+def are_parts(kind: str, folder: str) -> dict[str, list[int]]:
+    """Save, load, export and record experts that are ``DTensor``; return the shapes, and whether values came back."""
+    model, algorithm = experts(kind), EMA("2ba")
+    attached = trained(model, algorithm)
+    want = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    dcp.save({"ema": attached}, checkpoint_id=f"{folder}/state", planner=planner)
+    for tensor in algorithm._shadow.averages.values():
+        tensor.zero_()
+    dcp.load({"ema": attached}, checkpoint_id=f"{folder}/state")
+    got = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
+    assert unequal(want, got) == []
+    export_averaged(algorithm, model, f"{folder}/export")
+    with attach(Recorder(f"{folder}/record", "2ba"), model, optimizer := torch.optim.SGD(model.parameters(), lr=0.1)):
+        for _ in range(4):
+            step(model, optimizer)
+    found = {"averaged": list(want["experts"].shape)}
+    if dist.get_rank() == 0:
+        from safetensors.torch import load_file
+
+        exported = load_file(f"{folder}/export/model.safetensors")
+        assert torch.equal(exported["experts"], want["experts"])
+        found["exported"] = list(exported["experts"].shape)
+        found["recorded"] = list(Record(f"{folder}/record").average(Uniform())["experts"].shape)
+    return found
+
+
+def drift_apart(folder: str) -> list[str]:
+    """Record experts that are equal on all ranks at first; return what is said at each step."""
+    model = experts("fsdp", seed=3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attach(Recorder(folder, "2ba"), model, optimizer)
+    found = []
+    for number in range(6):
+        if number == 2:
+            with torch.no_grad():
+                model.experts.add_(dist.get_rank())
+        found.append(said(lambda: step(model, optimizer)))
+    return found
+
+
+def hold_the_same_rows_in_another_order() -> str:
+    """Swap where one rank has the experts of another in another order."""
+    model = experts("fsdp", seed=3)
+    if dist.get_rank():
+        with torch.no_grad():
+            model.experts.copy_(model.experts.flip(0).clone())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    attached = attach(EMA("2ba"), model, optimizer)
+    step(model, optimizer)
+    return said(lambda: attached.applied().__enter__())
+
+
+# On part of the ranks
+
+
+def part_of(size: int, kind: str) -> tuple[DeviceMesh, bool]:
+    """Return a mesh of the last ``size`` ranks, and whether this is one of them. All ranks must call this."""
+    ranks = list(range(dist.get_world_size()))[-size:]
+    if kind == "2-d":
+        mesh = DeviceMesh("cpu", torch.tensor(ranks).view(size, 1), mesh_dim_names=("copies", "shards"))
+    else:
+        mesh = DeviceMesh("cpu", torch.tensor(ranks))
+    return mesh, dist.get_rank() in ranks
+
+
+def net(seed: int = 0, width: int = 5) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(D, width), nn.BatchNorm1d(width), nn.Linear(width, 3))
+
+
+def on_part(kind: str, folder: str) -> dict[str, Any]:
+    """Train a model on the last ranks; swap, measure, save, load, export and record it. The others do nothing."""
+    group = dist.new_group(list(range(dist.get_world_size()))[1:]) if kind == "ddp" else None
+    mesh, member = part_of(dist.get_world_size() - 1, kind)
+    if not member:
+        return {}
+    model = net()
+    model = DistributedDataParallel(model, process_group=group) if kind == "ddp" else fully_shard(model, mesh=mesh)
+    found = everything(model, folder, process_group=group or Ranks.of(model).group)
+    state = {slot.name: slot.tensor.detach() for slot in slots(model)}
+    found["whole"] = {name: list(tensor.shape) for name, tensor in whole(state).items()}
+    return found
+
+
+def everything(model: nn.Module, folder: str, process_group: Any, steps: int = 3) -> dict[str, Any]:
+    """Swap, measure, save, load, export and record; return by name what the average is, and who the ranks are."""
+    algorithm = EMA("2ba")
+    attached = trained(model, algorithm, steps)
+    before = own(model)
+    with attached.applied():
+        inside = own(model)
+    assert unequal(before, own(model)) == []
+    assert unequal(before, inside) != []
+    assert algorithm.metrics()["ema/distance"] > 0
+    want = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    dcp.save({"ema": attached}, checkpoint_id=f"{folder}/state", planner=planner, process_group=process_group)
+    dcp.load({"ema": attached}, checkpoint_id=f"{folder}/state", process_group=process_group)
+    assert unequal(want, {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}) == []
+    export_averaged(algorithm, model, f"{folder}/export")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attach(recorder := Recorder(f"{folder}/record", "2ba"), model, optimizer):
+        for _ in range(4):
+            step(model, optimizer)
+        recorder.state_dict()
+    ranks = Ranks.of(model)
+    assert ranks is not None
+    members = dist.get_process_group_ranks(ranks.group)
+    if ranks.rank == 0:
+        from safetensors.torch import load_file
+
+        exported = load_file(f"{folder}/export/model.safetensors")
+        assert unequal({name: exported[name] for name in want}, want) == []
+        assert len(Record(f"{folder}/record").stretches) == 2
+    return {"ranks": members, "replicas": ranks.replicas}
+
+
+def side_by_side(folder: str) -> dict[str, Any]:
+    """Train one sharded model on each half of the ranks, of other sizes, for other numbers of steps."""
+    half = dist.get_world_size() // 2
+    grid = init_device_mesh("cpu", (2, half), mesh_dim_names=("job", "shard"))
+    job = grid["job"].get_local_rank()
+    model = net(job, width=5 + job)
+    if job:
+        model = DistributedDataParallel(model, process_group=grid["shard"].get_group())
+    else:
+        fully_shard(model, mesh=grid["shard"])
+    return everything(model, f"{folder}/{job}", grid["shard"].get_group(), steps=3 + 2 * job)
+
+
+def makes_groups(times: int) -> list[int]:
+    """Make separate groups of the last two of three ranks, one of which is in another group too."""
+    pair = dist.new_group([0, 2], use_local_synchronization=True) if dist.get_rank() != 1 else None
+    mesh, member = part_of(2, "1-d")
+    if not member:
+        return []
+    ranks, found = Ranks.of(fully_shard(net(), mesh=mesh)), []
+    assert ranks is not None
+    for number in range(times):
+        apart = ranks.apart()
+        found.append(sum(apart.sums(dist.get_rank())))
+        if number % 2:
+            apart.disband()
+    del pair
+    return found
+
+
+def crossing(kind: str) -> Any:
+    """Return the ranks of a model on several meshes, of which none has all, and what they say together."""
+    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("row", "column"))
+    if kind == "crossing":
+        meshes = [grid["row"], grid["column"]]
+    elif kind == "one in another":
+        meshes = [grid["column"], grid]
+    else:  # two parts of one model that no rank is in both of
+        meshes = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2])]
+        if dist.get_rank() == 3:
+            return None
+    model = nn.Module()
+    for number, mesh in enumerate(meshes):
+        setattr(model, f"p{number}", nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh)))
+    try:
+        ranks = Ranks.of(model)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    assert ranks is not None
+    return dist.get_process_group_ranks(ranks.group), ranks.sums(10 + dist.get_rank())
+
+
+# Pipelines
+
+
+def is_a_stage(kind: str, folder: str) -> dict[str, Any]:
+    """Train a stage of a pipeline of two; swap, save and load it, and return what is said of an export and a record."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+    grid = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("pp", "dp"))
+    number = grid["pp"].get_local_rank()
+    model = Stage(number)
+    if kind == "fsdp":
+        fully_shard(model, mesh=grid["dp"])
+    wrapped = DistributedDataParallel(model, process_group=grid["dp"].get_group()) if kind == "ddp" else model
+    stage = PipelineStage(wrapped, number, 2, torch.device("cpu"), group=grid["pp"].get_group())
+    schedule = Schedule1F1B(stage, 4, loss_fn=nn.functional.mse_loss)
+    optimizer, algorithm = torch.optim.SGD(wrapped.parameters(), lr=0.1), EMA("2ba")
+    attached = attach(algorithm, wrapped, optimizer)
+    data = torch.randn(8, D, generator=torch.Generator().manual_seed(grid["dp"].get_local_rank()))
+    for _ in range(3):
+        optimizer.zero_grad()
+        schedule.step(data) if number == 0 else schedule.step(target=data)
+        optimizer.step()
+    before = own(wrapped)
+    with attached.applied():
+        inside = own(wrapped)
+    assert unequal(before, own(wrapped)) == []
+    assert unequal(before, inside) != []
+    want = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    dcp.save({"ema": attached}, checkpoint_id=f"{folder}/state", planner=planner)
+    dcp.load({"ema": attached}, checkpoint_id=f"{folder}/state")
+    assert unequal(want, {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}) == []
+    saved = dcp.FileSystemReader(f"{folder}/state").read_metadata().state_dict_metadata
+    return {
+        "saved": sorted(name.rpartition("ema_model.")[2] for name in saved if "ema_model." in name),
+        "export": said(lambda: export_averaged(algorithm, wrapped, f"{folder}/export")),
+        "record": said(lambda: trained(wrapped, Recorder(f"{folder}/record", "2ba"))),
+    }
+
+
+class Stage(nn.Module):
+    """A layer with a name of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        torch.manual_seed(number)
+        self.name = f"block{number}"
+        self.add_module(self.name, nn.Linear(D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_submodule(self.name)(x)
+
+
+# What one rank refuses
+
+
+def one_refuses(what: str, kind: str, folder: str) -> tuple[str, str, bool]:
+    """Let one rank fail where ranks communicate; return what each says, then whether a swap works, and the weights."""
+    odd = dist.get_rank() == 1
+    model = net()
+    model = DistributedDataParallel(model) if kind == "ddp" else fully_shard(model)
+    algorithm = EMA("2ba", ema_start="3ba" if what == "beginning" and odd else "0ba")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(algorithm, model, optimizer)
+    for _ in range(2):
+        step(model, optimizer)
+    inner = unwrap(model)
+
+    def act() -> None:
+        if what == "export to a folder":
+            export_averaged(algorithm, model, f"{folder}/{dist.get_rank()}")
+        elif what in {"a full disk", "beginning", "another average"}:
+            export_averaged(algorithm, model, f"{folder}/export")
+        else:
+            with attached.applied():
+                pass
+
+    removed = None
+    if what == "export to a folder":
+        mine = Path(folder) / str(dist.get_rank())
+        mine.mkdir()
+        if odd:
+            (mine / "dear").write_text("to somebody")
+    elif what == "a tensor" and odd:
+        removed = inner._modules.pop("2")
+    elif what == "another average" and odd:
+        from polyak.averaging.weights import Shadow
+
+        other = Shadow(inner)
+        other.lend("another")
+    elif what == "a full disk" and dist.get_rank() == 0:
+        import polyak.export
+
+        def fails(*_: Any) -> None:
+            raise OSError(28, os.strerror(28))
+
+        original, polyak.export.write_tensors = polyak.export.write_tensors, fails
+    before = own(model) if what != "a tensor" else {}
+    raised = said(act)
+    if removed is not None:
+        inner._modules["2"] = removed
+    if what == "another average" and odd:
+        other.give_back()
+    elif what == "a full disk" and dist.get_rank() == 0:
+        polyak.export.write_tensors = original
+    after = own(model) if what != "a tensor" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = said(act) if what in {"a full disk", "a tensor"} else ""
+    return raised, again, what == "another average" or unequal(before, after) == []

@@ -1,0 +1,161 @@
+"""Kills one or all of the ranks that write a record, at random moments, and looks at what they leave.
+
+Run by test_recorder_sharded.py, by itself, so that it may fork: starting Python for each rank would take minutes.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint  # once, before forking
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+import polyak.record.together
+from polyak.record import Edge, Record, Writer
+from polyak.sharding import Ranks
+from polyak.storage.safetensors import TensorInfo
+from polyak.time import Timestamp
+
+OPERATIONS = 40
+TENSORS = {
+    "weight": TensorInfo(torch.float32, (50, 40), averaged=True),
+    "count": TensorInfo(torch.int64, (), averaged=False),
+}
+
+
+def edge(updates: int) -> Edge:
+    return Edge(updates, Timestamp().to_next_batch(steps=updates))
+
+
+def spread(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    if mesh is None:
+        return tensor
+    own = [*tensor.chunk(mesh.size()), *[tensor[:0]] * mesh.size()][mesh.get_local_rank()]
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
+def operations(mesh: DeviceMesh | None) -> list[Callable[[Writer], object]]:
+    """Appends with a pin now and then."""
+    result: list[Callable[[Writer], object]] = []
+    appended = 0
+    for i in range(OPERATIONS):
+        if i % 5 == 4:
+            result.append(lambda writer, i=i: writer.pin(f"at {i}"))
+        elif i % 10 == 7:
+            result.append(lambda writer, i=i: writer.unpin(f"at {i - 3}"))
+        else:
+            result.append(lambda writer, n=appended: append(writer, n, mesh))
+            appended += 1
+    return result
+
+
+def append(writer: Writer, n: int, mesh: DeviceMesh | None) -> None:
+    weight = torch.randn(50, 40, generator=torch.Generator().manual_seed(n))
+    writer.append({"weight": spread(weight, mesh), "count": torch.tensor(n)}, edge(3 * n), edge(3 * n + 3))
+
+
+def stands(folder: Path) -> tuple[object, ...] | None:
+    """Return what is in the record, however it was cut into parts; None if there is none yet."""
+    if not (folder / "manifest.json").exists():
+        return None
+    pins = polyak.record.load_manifest(folder).pins
+    record = Record(folder)
+    record.verify()
+    found: list[object] = [{name: len(pin.files) for name, pin in pins.items()}]
+    for stretch in record.stretches:
+        with record.open(stretch) as file:
+            values = [file.read(name).double().sum().item() for name in record.tensors]
+        found.append((stretch.start.updates, stretch.end.updates, stretch.level, values))
+    return repr(found), len(record.stretches)
+
+
+def write(folder: Path, meeting: Path, rank: int, size: int, done: int, pipe: int) -> None:
+    ranks = mesh = None
+    if size > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=20)
+        )
+        mesh = init_device_mesh("cpu", (size,))
+        assert dist.group.WORLD is not None
+        ranks = Ranks(dist.group.WORLD, torch.device("cpu"), replicas=False).apart()
+    os.write(pipe, b"r")  # until here the others would wait as long as processes may take to start
+    with Writer(folder, TENSORS, per_level=1, ranks=ranks) as writer:
+        for operation in operations(mesh)[done:]:
+            operation(writer)
+            if rank == 0:
+                os.write(pipe, b".")
+
+
+def run(folder: Path, meeting: Path, size: int, done: int, pipe: int) -> list[int]:
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                with suppress(Exception):  # another rank is gone
+                    write(folder, meeting, rank, size, done, pipe)
+                    code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    return children
+
+
+def main(root: Path, kills: int) -> None:
+    torch.set_num_threads(1)
+    chance = random.Random(0)
+    with Writer(root / "reference", TENSORS, per_level=1) as writer:
+        before_and_after = [None, stands(root / "reference")]
+        for operation in operations(None):
+            operation(writer)
+            before_and_after.append(stands(root / "reference"))
+    assert len(set(before_and_after)) == OPERATIONS + 2
+
+    folder, number = root / "record", 0
+    done, killed, half_written, survivors, took_s = -1, 0, 0, 0, 0.0  # -1: not even an empty record
+    while killed < kills or done < OPERATIONS:
+        if done == OPERATIONS:
+            folder, done = root / f"record {number}", -1
+        number += 1
+        size = chance.choice([1, 2, 2, 3, 3])
+        reader, pipe = os.pipe()
+        children = run(folder, root / f"meeting {number}", size, max(0, done), pipe)
+        os.close(pipe)
+        for _ in children:
+            os.read(reader, 1)
+        if killed < kills:
+            time.sleep(chance.uniform(0, 0.3))
+            for child in children if chance.random() < 0.4 else [chance.choice(children)]:
+                os.kill(child, signal.SIGKILL)
+        began = time.monotonic()
+        ends = [os.waitpid(child, 0)[1] for child in children]
+        took_s = max(took_s, time.monotonic() - began) if killed < kills else took_s
+        acknowledged = max(0, done)
+        while said := os.read(reader, 4096):
+            acknowledged += said.count(b".")
+        os.close(reader)
+        killed += any(map(os.WIFSIGNALED, ends))
+        survivors += any(map(os.WIFSIGNALED, ends)) and not all(map(os.WIFSIGNALED, ends))
+        done = before_and_after.index(stands(folder)) - 1
+        assert done in {acknowledged, acknowledged + 1} or (done == -1 and not acknowledged), (done, acknowledged)
+        half_written += any(folder.glob("*.tmp"))
+    assert survivors
+    print(
+        f"{killed} times killed, {survivors} of them with survivors, which took {took_s:.1f} s at most to find out; "
+        f"{half_written} times while writing"
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
