@@ -8,7 +8,6 @@ import pytest
 
 sys.path.insert(0, os.getcwd())  # noqa: PTH109 - the checkout's `tests`
 
-import composer.models.huggingface
 import stand_ins
 from tests.common import SimpleModel
 from transformers import BertConfig, BertForMaskedLM

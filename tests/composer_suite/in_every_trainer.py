@@ -5,12 +5,12 @@ import os
 from typing import Any
 
 from composer import Trainer
-from composer.algorithms import EMA as Composers
+from composer import algorithms as composers
 
-from polyak.hosts.composer import EMA as Polyaks
+from polyak.hosts import composer as polyaks
 
 HALF_LIFE = "10ba"
-CLASSES = {"Composer's EMA": Composers, "polyak's EMA": Polyaks}
+CLASSES = {"Composer's EMA": composers.EMA, "polyak's EMA": polyaks.EMA}
 
 make = CLASSES.get(os.environ.get("EMA_IN_EVERY_TRAINER", ""))
 construct = Trainer.__init__
@@ -19,7 +19,7 @@ construct = Trainer.__init__
 @functools.wraps(construct)
 def construct_with_ema(self: Trainer, *args: Any, algorithms: Any = None, **options: Any) -> None:
     given = list(algorithms) if isinstance(algorithms, (list, tuple)) else [] if algorithms is None else [algorithms]
-    if make is not None and not any(isinstance(algorithm, (Composers, Polyaks)) for algorithm in given):
+    if make is not None and not any(isinstance(algorithm, tuple(CLASSES.values())) for algorithm in given):
         given.append(make(half_life=HALF_LIFE))
     construct(self, *args, algorithms=given, **options)
 

@@ -1,22 +1,15 @@
-"""Run MosaicML Composer's own tests against polyak, given a checkout of Composer's repository, and count.
-
-    git clone https://github.com/mosaicml/composer
-    PYTHONPATH=tests/stubs python tests/composer_suite.py composer
-
-``test_time.py`` runs with its import changed to ``polyak.time``; ``test_ema.py`` with its imports changed to
-``polyak.hosts.composer``, in Composer's own terms, and to ``polyak``, in ours: there a timestamp is immutable, so the
-line that sets one of its counters sets a new one. Composer must be installed. None of its files is part of this
-project.
+"""Composer's ``test_time.py`` with its import changed to ``polyak.time``, and its ``test_ema.py`` twice: with imports
+changed to ``polyak.hosts.composer``, in Composer's own terms, and to ``polyak``, in ours. There a timestamp is
+immutable, so the line that sets one of its counters sets a new one.
 """
 
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+
+from .outcomes import HERE, outcomes
 
 # What is meant to differ; docs have a row for each.
 DIFFERENT = {
@@ -36,48 +29,9 @@ IN_OURS = IN_COMPOSER | {
     "state.timestamp._batch = update_interval": "state.timestamp = Timestamp(batch=update_interval)",
     "state.timestamp._epoch = update_interval": "state.timestamp = Timestamp(epoch=update_interval)",
 }
-# In place of Composer's own, which downloads tokenizers and sets up what these tests do not use.
-CONFTEST = """
-import os
-import sys
-from types import SimpleNamespace
-
-import pytest
-
-sys.path.insert(0, os.getcwd())
-
-import composer.models.huggingface
-from tests.common import SimpleModel
-from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
-
-from polyak import Time
-from polyak.algorithm import NoLogger
-
-# It imports every model that there is, some of which want a torchvision.
-composer.models.huggingface._is_registered_causal_lm = lambda model: False
-config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=64)
-with open("vocab.txt", "w") as file:
-    file.write("\\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]))
-pytest.tiny_bert_model = BertForMaskedLM(config)
-pytest.tiny_bert_tokenizer = BertTokenizerFast("vocab.txt")
 
 
-@pytest.fixture
-def minimal_state(request):
-    if request.module.Event.__module__.startswith("polyak"):
-        return SimpleNamespace(model=None, timestamp=None, max_duration=Time(100, "ep"))
-    from composer.core import State
-    from composer.devices import DeviceCPU
-    return State(model=SimpleModel(), run_name="run", device=DeviceCPU(), rank_zero_seed=0, max_duration="100ep")
-
-
-@pytest.fixture
-def empty_logger():
-    return NoLogger()
-"""
-
-
-def run(name: str, folder: Path, text: str, changes: Mapping[str, str], conftest: str = "") -> int:
+def run(name: str, folder: Path, text: str, changes: Mapping[str, str]) -> int:
     """Print what passes, what differs as documented and what fails; return how many fail.
 
     Args:
@@ -85,30 +39,27 @@ def run(name: str, folder: Path, text: str, changes: Mapping[str, str], conftest
         folder: Where to run.
         text: Of the test file.
         changes: What to replace in it.
-        conftest: Next to it, if it needs one.
     """
     for one, other in changes.items():
         text = text.replace(one, other)
     copy = folder / "test_of_composer.py"
     copy.write_text(text, encoding="utf-8")
-    (folder / "conftest.py").write_text(conftest, encoding="utf-8")
-    call = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=line", "-p", "no:cacheprovider", copy.name]
-    done = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False)
-    outcomes = re.findall(r"^(PASSED|FAILED|ERROR) \S+?::(\w+)", done.stdout, re.MULTILINE)
-    if not outcomes:
-        raise SystemExit(f"pytest must collect the tests of {name} (it said: {done.stdout}{done.stderr})")
+    results = outcomes(folder, copy.name)
     counts = Counter(
-        "passed" if outcome == "PASSED" else "documented" if name in DIFFERENT else "failed"
-        for outcome, name in outcomes
+        outcome if outcome == "passed" else "documented" if _function(test) in DIFFERENT else "failed"
+        for test, outcome in results.items()
     )
-    differing = {name for outcome, name in outcomes if outcome != "PASSED"}
-    print(f"{name}: {counts['passed']} of {len(outcomes)} pass, {counts['documented']} differ as documented")
-    for test in sorted(differing):
+    print(f"{name}: {counts['passed']} of {len(results)} pass, {counts['documented']} differ as documented")
+    for test in sorted({_function(test) for test, outcome in results.items() if outcome != "passed"}):
         print(f"  {test}: {DIFFERENT.get(test, 'FAILED')}")
     return counts["failed"]
 
 
-def run_all(checkout: Path) -> int:
+def _function(test: str) -> str:
+    return test.rpartition("::")[2].partition("[")[0]
+
+
+def run_units(checkout: Path) -> int:
     """Run all of them; return how many fail.
 
     Args:
@@ -122,12 +73,8 @@ def run_all(checkout: Path) -> int:
         # Those of EMA import models from `tests.common`, and nothing else of the checkout.
         shutil.copytree(tests / "common", folder / "tests" / "common")
         (folder / "tests" / "__init__.py").touch()
-        failed += run("test_ema.py in Composer", folder, ema, IN_COMPOSER, CONFTEST)
-        failed += run("test_ema.py in our terms", folder, ema, IN_OURS, CONFTEST)
+        shutil.copy(HERE / "stand_ins.py", folder)
+        shutil.copy(HERE / "ema_conftest.py", folder / "conftest.py")
+        failed += run("test_ema.py in Composer", folder, ema, IN_COMPOSER)
+        failed += run("test_ema.py in our terms", folder, ema, IN_OURS)
     return failed
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise SystemExit(__doc__)
-    sys.exit(bool(run_all(Path(sys.argv[1]))))
