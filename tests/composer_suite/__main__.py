@@ -4,9 +4,9 @@
     python -m tests.composer_suite composer
 
 ``test_time.py`` and ``test_ema.py`` run with polyak's classes in place of Composer's. The tests of its ``Trainer`` and
-of checkpoints and resumption run three times: as they are, with Composer's own ``EMA`` added to every ``Trainer`` that a
-test makes, and with that of ``polyak.hosts.composer``. The exit status is 1 if a test fails that is not documented as
-different.
+of checkpoints and resumption run three times: as they are, with Composer's own ``EMA`` added to every ``Trainer`` that
+a test makes, and with that of ``polyak.hosts.composer``. The exit status is 1 if a test fails that is not documented
+as different.
 
 Composer, of the release that is checked out, and boto3 must be installed. What needs a GPU, several processes or a
 network is left out; a tiny tokenizer replaces those that Composer's tests download. None of Composer's files is part of
