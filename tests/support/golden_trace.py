@@ -32,8 +32,7 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
 DURATION, BATCHES = "2ep", 2
 TOLERANCE = 2e-6  # of values as printed, on any machine
 
-# Events that one of the two has, and the one state that differs: where it does, and why. The page says more.
-ONLY_COMPOSERS = dict.fromkeys(["iteration_start", "iteration_end", "iteration_checkpoint"], "polyak has no iterations")
+# Events that polyak alone has, and the one state that differs: where it does, and why. The page says more.
 ONLY_POLYAKS = dict.fromkeys(["save_start", "save_end"], "polyak's own events")
 LEFT_IN = "Composer leaves the average in"
 LEFT_IN_AT = {
@@ -213,9 +212,7 @@ class Row:
     def reason(self) -> str:
         """Why they differ, or nothing where they do not or no reason is known."""
         if self.composers is None or self.polyaks is None:
-            seen = self.composers or self.polyaks
-            assert seen is not None
-            return (ONLY_COMPOSERS if self.composers else ONLY_POLYAKS).get(seen.event, "")
+            return ONLY_POLYAKS.get(self.polyaks.event, "") if self.polyaks else ""
         theirs, ours = self.composers, self.polyaks
         left_in = theirs.event in LEFT_IN_AT and (theirs.holds, ours.holds) == ("average", "training")
         # But for what is in the model, all must be the same.
@@ -241,7 +238,7 @@ def _side_by_side(theirs: list[Seen], ours: list[Seen]) -> Iterator[Row]:
     left, right = iter(theirs), iter(ours)
     one, other = next(left, None), next(right, None)
     while one or other:
-        takes_one = one is not None and (other is None or one.event in ONLY_COMPOSERS or one.event == other.event)
+        takes_one = one is not None and (other is None or other.event not in ONLY_POLYAKS)
         takes_other = other is not None and (not takes_one or (one is not None and one.event == other.event))
         yield Row(one if takes_one else None, other if takes_other else None)
         one = next(left, None) if takes_one else one
