@@ -9,10 +9,15 @@ from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+# A busy machine fails no test: how long an example takes says nothing.
+settings.register_profile("polyak", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("polyak")
 
 _OPTIONS = ELLIPSIS | NORMALIZE_WHITESPACE
 _HERE = "_directory_of_this_document"

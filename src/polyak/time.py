@@ -414,7 +414,7 @@ class Timestamp:
         """Return a copy with other counters.
 
         Args:
-            changes: By name; None leaves a counter as it is. Numbers stand for times in the unit of the counter.
+            **changes: By name; None leaves a counter as it is. Numbers stand for times in the unit of the counter.
 
         Raises:
             TimeError: If a value is no time in the unit of its counter.

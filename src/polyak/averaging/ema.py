@@ -243,6 +243,9 @@ class EMA(Algorithm):
         Its average has memory of its own, and is not in the model: a copy that is made while it is has the average in
         both, and its model gets its training weights when the copy is attached.
 
+        Args:
+            memo: What ``copy.deepcopy`` has copied, by id.
+
         Raises:
             CopyError: If the average is divided over ranks, or the model cannot be copied.
         """
@@ -447,6 +450,11 @@ class EMA(Algorithm):
         """Begin or update the average, swap it in, or restore the training weights.
 
         An update by hand needs no more than the model and the timestamp of ``state``.
+
+        Args:
+            event: That ``match`` answered True to.
+            state: Of the run.
+            logger: For metrics.
 
         Raises:
             ArgumentError: If the event is that of another trainer.

@@ -43,6 +43,9 @@ class Row:
 class Plan(Sequence[Row]):
     """A row for each tensor of a model; printed, it is a table.
 
+    Args:
+        rows: In the order of the table.
+
     Example:
         >>> print(plan(nn.Sequential(nn.Linear(2, 1, bias=False), nn.BatchNorm1d(1))))
         0.weight               1x2  float32  average  a parameter that is trained

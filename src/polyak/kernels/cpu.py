@@ -126,7 +126,7 @@ class _Jobs:
         """Do them once, and return what ``call`` does.
 
         Args:
-            arguments: For ``call``.
+            *arguments: For ``call``.
         """
         num_threads = torch.get_num_threads() if self.num_jobs > 1 else 1
         return bool(self._call(_team.address, num_threads, *self._fixed, *arguments))

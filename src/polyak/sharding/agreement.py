@@ -32,7 +32,7 @@ def flat(facts: Mapping[str, Any], *above: str) -> Facts:
 
     Args:
         facts: By name; a fact may itself be a mapping.
-        above: Names of the mappings that this one is in.
+        *above: Names of the mappings that this one is in.
 
     Example:
         >>> flat({"updates": 3, "tensors": {"weight": (2, 1)}})
@@ -128,6 +128,9 @@ def _by_value(who: Mapping[tuple[int, str] | None, Sequence[int]]) -> str:
 
 def _ranges(ranks: Sequence[int]) -> str:
     """Return numbers as text, three or more in a row as a range, and no more than fit a line.
+
+    Args:
+        ranks: In ascending order.
 
     Example:
         >>> _ranges([0, 1, 2, 3, 5, 7, 8])

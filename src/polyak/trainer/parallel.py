@@ -97,7 +97,7 @@ class Group:
         """Return the sum of each of some numbers over the ranks; whole ones are exact below 2 ** 53.
 
         Args:
-            numbers: As many on each rank.
+            *numbers: As many on each rank.
         """
         if not self.ranks:
             return list(numbers)
