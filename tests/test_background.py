@@ -4,10 +4,10 @@ import gc
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
 
 import pytest
+from waiting import END_S, wait_until
 
 from polyak.background import Worker, running
 
@@ -19,10 +19,7 @@ class Interrupted(BaseException):
 def gone(name: str) -> None:
     """Wait until no thread of a name runs: those whose owners were freed end by themselves."""
     gc.collect()
-    deadline = time.monotonic() + 60
-    while running(name) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert not running(name)
+    wait_until(lambda: not running(name))
 
 
 def test_jobs_run_in_their_order_on_one_thread() -> None:
@@ -68,7 +65,7 @@ def test_an_interrupt_while_the_thread_starts_leaves_no_thread(monkeypatch, when
         Worker("a test")
     gc.collect()
     for thread in started:
-        thread.join(60)
+        thread.join(END_S)
         assert not thread.is_alive()
     assert not running("a test")
 
@@ -114,7 +111,7 @@ import faulthandler, random, signal, time
 from contextlib import suppress
 from polyak.background import Worker, running
 
-faulthandler.dump_traceback_later(240, exit=True)
+faulthandler.dump_traceback_later(580, exit=True)
 
 class Interrupted(BaseException):
     pass
@@ -146,7 +143,7 @@ for _ in range(400):
 
 def alone(program: str) -> None:
     """Run a program that must be silent and end well."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=END_S)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -3,7 +3,6 @@ import gc
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -16,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from waiting import wait_until
 
 import polyak.averaging.weights
 from polyak import EMA, MismatchError, Offload, OffloadError, attach
@@ -24,7 +24,7 @@ from polyak.averaging.weights import Shadow
 from polyak.background import running
 from polyak.kernels import Lerp
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = 600.0
 
 
 @pytest.fixture(autouse=True)
@@ -515,7 +515,7 @@ go_on = threading.Event()
 
 class Slow(Lerp):
     def __call__(self, weight, num_updates):
-        go_on.wait(60)
+        go_on.wait(600)
         super().__call__(weight, num_updates)
 
 polyak.averaging.weights.Lerp = Slow
@@ -525,7 +525,7 @@ shadow = polyak.averaging.weights.Shadow(model, offload=Offload())
 shadow.update_(0.5)
 """
     command = [sys.executable, "-W", "ignore", "-c", start + program]
-    done = subprocess.run(command, timeout=300, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, timeout=600, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -585,12 +585,8 @@ def test_an_offloaded_average_is_freed_with_its_model_and_its_thread_ends() -> N
     alive = weakref.ref(model)
     del model, shadow
     gc.collect()
-    for _ in range(200):
-        if not threads():
-            break
-        time.sleep(0.01)
+    wait_until(lambda: not threads())
     assert alive() is None
-    assert threads() == 0
 
 
 def test_device_and_offload_exclude_each_other() -> None:

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from paths import SUPPORT
 from records import build, record, validate
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from waiting import END_S, wait_until
 
 from polyak.cli import main
 from polyak.profiles import HalfLife, PowerFunction, Smoothing, Uniform, Window
@@ -38,8 +38,9 @@ def counted(state):
     return validate(state)
 
 
-def slow(state):
-    time.sleep(0.05)
+def held(state):  # after five calls, until the test has stopped the process
+    while CALLS.stat().st_size == 5 and not CALLS.with_name("stopped").exists():
+        time.sleep(0.01)
     return counted(state)
 
 
@@ -268,15 +269,15 @@ def test_sweep_writes_what_it_promises(folder, script, tmp_path, capsys) -> None
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_sweep_goes_on_without_evaluating_again(folder, script, tmp_path, number) -> None:
-    command = [sys.executable, "-m", "polyak", "sweep", str(folder), "--evaluate", f"{script}:slow", "--points", "12"]
+    command = [sys.executable, "-m", "polyak", "sweep", str(folder), "--evaluate", f"{script}:held", "--points", "12"]
     command += ["--out", str(tmp_path / "out")]
     kept = tmp_path / "out" / "sweep.jsonl"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not kept.exists() or kept.read_bytes().count(b"\n") < 4:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.002)
+    wait_until(lambda: calls(script) == 5 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=END_S)
+    (script.parent / "stopped").touch()
     if number is signal.SIGINT:
         assert process.returncode == 130
         assert said.splitlines()[-1] == "polyak sweep: interrupted; the same command goes on from where it was"
@@ -294,7 +295,7 @@ def test_a_failing_function_is_one_line_and_the_rest_is_kept(folder, script, tmp
     arguments = (folder, "--evaluate", f"{script}:failing", "--points", 4, "--out", tmp_path / "out")
     said = refused(capsys, "sweep", *arguments)
     assert "evaluating half-life 50.8ba failed: ZeroDivisionError: too bad (" in said
-    assert f"{script}, line 25" in said
+    assert f"{script}, line 26" in said
     assert (tmp_path / "out" / "sweep.jsonl").read_bytes().count(b"\n") == 3
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["sweep.jsonl"]
     with (script.parent / "calls").open("a") as file:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from waiting import END_S, wait_until
 
 import polyak
 from polyak.cli import main
@@ -28,9 +29,25 @@ OUTPUTS = ("averaged.safetensors", "metrics.jsonl", "demo.png", "demo.svg", "raw
 FOLDERS = ("checkpoints", "record", "sweep")
 
 
-def start(out, *arguments):
+HELD = """
+import sys, time
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from polyak.cli import main
+
+def hold(*_):
+    hold.steps += 1
+    while hold.steps == 245:
+        time.sleep(0.01)
+
+hold.steps = 0
+register_optimizer_step_pre_hook(hold)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(out, *arguments, program=("-m", "polyak")):
     return subprocess.Popen(
-        [sys.executable, "-m", "polyak", "demo", "--out", str(out), *map(str, arguments)],
+        [sys.executable, *program, "demo", "--out", str(out), *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -54,19 +71,18 @@ def demo(out, *arguments):
 def demo_process(out, *arguments):
     """Run the demo; return what it printed to each of the two streams."""
     process = start(out, *arguments)
-    printed, said = process.communicate(timeout=100)
+    printed, said = process.communicate(timeout=END_S)
     assert process.returncode == 0, said
     return printed, said
 
 
 def stop(out, *arguments, number=signal.SIGKILL, once):
     """Run the demo, and send it a signal once a condition holds."""
-    process = start(out, *arguments)
-    while not once():
-        assert process.poll() is None, "it ended before it could be stopped"
-        time.sleep(0.002)
+    process = start(out, *arguments, program=("-c", HELD))
+    wait_until(lambda: once() or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
     process.send_signal(number)
-    _, said = process.communicate(timeout=100)
+    _, said = process.communicate(timeout=END_S)
     return process.returncode, said
 
 

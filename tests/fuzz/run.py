@@ -16,7 +16,7 @@ from .cases import Case, draw, simpler
 from .judge import Outcome, judge
 
 _CHUNK = 100  # cases in one process
-_HANGS_S = 60
+_HANGS_S = 600
 _SHRUNK = 40  # causes of which an example is made smaller
 
 # Forked: nothing has run yet in the process that forks, which takes no time.

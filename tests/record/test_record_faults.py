@@ -273,7 +273,7 @@ def test_a_killed_run_is_resumed_while_its_data_loaders_worker_lives(tmp_path) -
     os.kill(worker, signal.SIGSTOP)  # it would end when it sees that its parent has
     try:
         life.kill()
-        life.wait(60)
+        life.wait(600)
         life.stdin.close()
         life.stdout.close()
         loop = Loop(short(folder))
@@ -429,7 +429,7 @@ print(refused)
 
 def test_a_system_that_really_refuses_to_write_on_loses_nothing(tmp_path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path / "record"), str(SUPPORT), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     assert int(done.stdout) > 0
     assert edges(tmp_path / "record")[-1] == 30
     assert not list((tmp_path / "record").glob("*.tmp"))

@@ -13,6 +13,7 @@ import torch
 from paths import ROOT, SUPPORT
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from waiting import END_S, wait_until
 
 from polyak import (
     EMA,
@@ -30,6 +31,7 @@ from polyak import (
     attach,
 )
 from polyak.record import Writer
+from polyak.record.appender import Appender
 
 torch.set_num_threads(1)
 
@@ -240,16 +242,21 @@ def test_training_goes_on_while_a_stretch_is_written_and_waits_if_the_next_one_e
 
     def slow(self, *args):
         threads.add(threading.current_thread().name)
-        release.wait(20)
+        release.wait(600)
         return real(self, *args)
+
+    wait = Appender.wait
+
+    def release_later(self, ended):
+        threading.Timer(0.7, release.set).start()
+        return wait(self, ended)
 
     monkeypatch.setattr(Writer, "append", slow)
     monkeypatch.setattr("polyak.record.recorder._PATIENCE_S", 0.2)
     loop = Loop(Recorder(tmp_path, "4ba"))
     loop.run(7)  # the first stretch is being written
     assert not release.is_set()
-    timer = threading.Timer(1.2, release.set)
-    timer.start()
+    monkeypatch.setattr(Appender, "wait", release_later)
     began = time.perf_counter()
     with pytest.warns(PlanWarning, match=r"training has waited \d+\.\d s for the disk: a stretch of 4ba"):
         loop.run(1)
@@ -263,7 +270,7 @@ def test_a_stretch_that_is_being_written_is_not_touched_by_the_next_steps(tmp_pa
     release, real = threading.Event(), Writer.append
 
     def slow(self, *args):
-        release.wait(20)
+        release.wait(600)
         return real(self, *args)
 
     monkeypatch.setattr(Writer, "append", slow)
@@ -358,17 +365,17 @@ trainer(Path(sys.argv[1]), duration="40ep", autoresume=True).fit()
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint_with_the_same_record(tmp_path) -> None:
     trainer(tmp_path / "whole", duration="40ep").fit()
     killed = tmp_path / "killed"
+
+    def saved() -> int:
+        return len(list((killed / "checkpoints").glob("ep*.pt")))
+
     for _ in range(3):
         command = [sys.executable, "-c", _RUN, str(killed), str(SUPPORT), str(ROOT)]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        have = len(list((killed / "checkpoints").glob("ep*.pt")))
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list((killed / "checkpoints").glob("ep*.pt"))) > have + 3:
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        process.wait(60)
+        enough = saved() + 4
+        wait_until(lambda process=process, enough=enough: process.poll() is not None or saved() >= enough)
+        process.kill()
+        process.wait(END_S)
         assert process.returncode in (0, -signal.SIGKILL)
     trainer(killed, duration="40ep", autoresume=True).fit()
     assert stretches(killed / "record") == stretches(tmp_path / "whole" / "record")

@@ -433,13 +433,16 @@ def differing(folder: Path) -> list[str]:
 
 
 class Killed(Callback):
-    """Kills a rank's process at an event of a batch."""
+    """Kills a rank's process at an event of a batch; appends a word to a file before that."""
 
-    def __init__(self, event: Event, batch: int, victim: int) -> None:
-        self._event, self._batch, self._victim = event, batch, victim
+    def __init__(self, event: Event, batch: int, victim: int, note: tuple[Path, str]) -> None:
+        self._event, self._batch, self._victim, self._note = event, batch, victim, note
 
     def run_event(self, event: Event, state: Any, logger: Any) -> None:
         if event is self._event and state.timestamp.batch.value == self._batch and state.rank == self._victim:
+            file, word = self._note
+            with file.open("a", encoding="utf-8") as killed:
+                killed.write(f"{word} ")
             os.kill(os.getpid(), signal.SIGKILL)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from waiting import END_S
 
 
 class Ranks:
@@ -76,7 +77,7 @@ def _work(end: Connection) -> None:
         if backend == "nccl":
             torch.cuda.set_device(rank)
         dist.init_process_group(
-            backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+            backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=END_S)
         )
         try:
             result = job(*args)

@@ -86,17 +86,19 @@ def main(root: Path, kills: int) -> None:
 
     folder = root / "record"
     done, killed, finished, half_written = -1, 0, 0, 0  # -1: not even an empty record
-    while killed < kills:
+    while killed < kills or (not half_written and killed < 20 * kills):
         reader, pipe = os.pipe()
         child = os.fork()
         if not child:
             write(folder, max(0, done), pipe)
             os._exit(0)
         os.close(pipe)
-        time.sleep(chance.uniform(0, took_s / 6))
+        acknowledged = max(0, done)
+        for _ in range(chance.randrange(11)):  # after some of the operations, however long they take
+            acknowledged += len(os.read(reader, 1))
+        time.sleep(chance.uniform(0, 2 * took_s / OPERATIONS))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        acknowledged = max(0, done)
         while dots := os.read(reader, 4096):
             acknowledged += len(dots)
         os.close(reader)

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint  # once, before forking
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from waiting import END_S
 
 import polyak.record.together
 from polyak.record import Edge, Record, Writer
@@ -83,7 +84,7 @@ def write(folder: Path, meeting: Path, rank: int, size: int, done: int, pipe: in
     ranks = mesh = None
     if size > 1:
         dist.init_process_group(
-            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=20)
+            "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=END_S)
         )
         mesh = init_device_mesh("cpu", (size,))
         assert dist.group.WORLD is not None
@@ -132,18 +133,23 @@ def main(root: Path, kills: int) -> None:
         reader, pipe = os.pipe()
         children = run(folder, root / f"meeting {number}", size, max(0, done), pipe)
         os.close(pipe)
-        for _ in children:
-            os.read(reader, 1)
+        said, ready = b"", 0
+        while ready < len(children):
+            if not (one := os.read(reader, 1)):  # all have ended
+                break
+            ready, said = ready + (one == b"r"), said + one
         if killed < kills:
-            time.sleep(chance.uniform(0, 0.3))
+            for _ in range(chance.randrange(8)):  # after some of the operations, however long they take
+                said += os.read(reader, 1)
+            time.sleep(chance.uniform(0, 0.05))
             for child in children if chance.random() < 0.4 else [chance.choice(children)]:
                 os.kill(child, signal.SIGKILL)
         began = time.monotonic()
         ends = [os.waitpid(child, 0)[1] for child in children]
         took_s = max(took_s, time.monotonic() - began) if killed < kills else took_s
-        acknowledged = max(0, done)
-        while said := os.read(reader, 4096):
-            acknowledged += said.count(b".")
+        while more := os.read(reader, 4096):
+            said += more
+        acknowledged = max(0, done) + said.count(b".")
         os.close(reader)
         killed += any(map(os.WIFSIGNALED, ends))
         survivors += any(map(os.WIFSIGNALED, ends)) and not all(map(os.WIFSIGNALED, ends))

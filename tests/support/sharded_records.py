@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from sharded import Reference, spread, train, weights
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from waiting import wait_until
 
 import polyak.record.store
 import polyak.record.together
@@ -176,19 +176,19 @@ def is_refused(what: str, kind: str, folder: str) -> str:
     return "no error"
 
 
-def raises_on(rank: int, kind: str, folder: str) -> tuple[float, list[str]]:
-    """Leave training by an error on one rank while the others are elsewhere; return how long that took them."""
-    run = Run(kind, folder)
+def raises_on(rank: int, kind: str, folder: str) -> list[str]:
+    """Leave training by an error on one rank, and on the others when that one has left; return their warnings."""
+    run, left = Run(kind, folder), Path(folder) / "left"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with contextlib.suppress(KeyError), run.attached:
             for step in range(3):
                 train(run.model, run.optimizer, range(step, step + 1))
             if dist.get_rank() != rank:
-                time.sleep(0.5)
-            began = time.monotonic()
+                wait_until(left.exists)
             raise KeyError
-    return time.monotonic() - began, [str(one.message) for one in caught]
+    left.touch()
+    return [str(one.message) for one in caught]
 
 
 def has_another_clock(folder: str) -> str:

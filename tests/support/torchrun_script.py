@@ -15,5 +15,5 @@ for number, (kind, event, batch) in enumerate(
     # In the middle of an epoch, and where all ranks are about to write a checkpoint.
     (("ddp", Event.BATCH_START, 8), ("fsdp2", Event.SAVE_START, 9))
 ):
-    callbacks = [Killed(event, batch, victim=1)] if restarts == number else []
+    callbacks = [Killed(event, batch, victim=1, note=(folder / "killed", kind))] if restarts == number else []
     killed(kind, folder / kind, folder / "results", *callbacks)
