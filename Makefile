@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz sanitize format clean
+.PHONY: help demo check quick test fuzz sanitize format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -11,15 +11,25 @@ help: ## Show this list
 demo: $(VENV)/demo.stamp ## Install what the demo needs, and run it
 	$(BIN)/polyak demo
 
-test: $(VENV)/dev.stamp ## Check format, lint, types and imports, then run the tests and all examples
+check: $(VENV)/dev.stamp ## Check format, lint, docstrings, types and imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/flake8 src/polyak
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/lint-imports
+
+quick: check ## Check, then run the fast tests, for use while working
+	$(BIN)/pytest -n 2 -m "not slow" $(addprefix --ignore=,$(FRAMEWORKS)) tests src
+
+# Not in `make quick`: to import the frameworks of these tests takes longer than the tests.
+FRAMEWORKS := $(filter-out %/test_native.py %/test_plain.py,$(wildcard tests/hosts/test_*.py)) $(wildcard tests/compat/test_con*.py) \
+	tests/compat/test_composer_files.py tests/test_peers.py tests/test_guarantees.py src/polyak/hosts
+
+test: check ## Check, then run all tests and all examples
 	$(BIN)/pytest -n 2
 	PYTHONPATH=tests/stubs $(BIN)/pytest -n 2 $(STUBBED)
 
-# Tests of what imports a torchvision run in interpreters of their own: other libraries must not take the stub for the real one.
+# Composer imports torchvision. The stub is in these processes alone, so that no other library takes it for torchvision.
 STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/compat/test_composer_files.py tests/hosts/test_composer_surface.py \
 	tests/hosts/test_golden_trace.py tests/compat/test_convert_timm.py
 
@@ -30,24 +40,24 @@ fuzz: $(VENV)/dev.stamp ## Run random models, loops and events for SECONDS=600, 
 			--seed $$(($$(date +%s) * 1000)) || failed=1; \
 	done; exit $${failed:-0}
 
-sanitize: $(VENV)/dev.stamp ## Run tests of memory with the C kernel under AddressSanitizer and UBSan
+sanitize: $(VENV)/dev.stamp ## Run the memory tests with the C kernel under AddressSanitizer and UBSan
 	POLYAK_SANITIZE=1 $(BIN)/python -m polyak.kernels
 	$(SANITIZED) $(BIN)/pytest -n 2 $(MEMORY)
 	$(SANITIZED) $(BIN)/python -m tests.fuzz --kernel c --count 300 --loop hooked
 
-# Python and torch are not built with the sanitizers, so their libraries come first. libstdc++: asan looks for it early.
+# Python and torch are built without the sanitizers, so LD_PRELOAD loads them first, and libstdc++, which asan needs early.
 SANITIZED = POLYAK_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libstdc++.so)"
 MEMORY := tests/tensors/test_memory.py tests/averaging/test_weights.py tests/tensors/test_slots.py tests/kernels/test_kernels.py
 
-format: $(VENV)/dev.stamp ## Lay out the code, and repair what ruff can
+format: $(VENV)/dev.stamp ## Format the code, and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## Remove the environment and what the tools left
+clean: ## Remove the environment and the tools' caches
 	rm -rf $(VENV) dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 
-# Installs again only when what is asked for changed.
+# Installs again only when one of these files has changed.
 $(VENV)/%.stamp: pyproject.toml constraints.txt tests/stubs/requirements.txt hatch_build.py $(wildcard src/polyak/kernels/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip

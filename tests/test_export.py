@@ -18,6 +18,7 @@ def ranks(tmp_path_factory):
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), [(kind, max(sizes)) for kind, sizes in sharded.KINDS.items()], ids=str)
 def test_ranks_export_the_average_that_they_lend(ranks, tmp_path, kind, size) -> None:
     lent = ranks.run(size, sharded.exports, kind, str(tmp_path / "averaged"), 5e9)[0]
@@ -26,11 +27,13 @@ def test_ranks_export_the_average_that_they_lend(ranks, tmp_path, kind, size) ->
     assert [path.name for path in tmp_path.iterdir()] == ["averaged"]
 
 
+@pytest.mark.slow
 def test_one_rank_of_a_sharded_model_exports_it(ranks, tmp_path) -> None:
     lent = ranks.run(1, sharded.exports, "fsdp, blocks", str(tmp_path / "averaged"), 5e9)[0]
     assert sharded.unequal(load_file(tmp_path / "averaged" / "model.safetensors"), lent) == []
 
 
+@pytest.mark.slow
 def test_a_large_model_is_exported_in_several_files_and_an_index(ranks, tmp_path) -> None:
     lent = ranks.run(2, sharded.exports, "fsdp, blocks", str(tmp_path / "averaged"), 8000)[0]
     names = sorted(path.name for path in (tmp_path / "averaged").glob("*.safetensors"))

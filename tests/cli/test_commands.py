@@ -267,6 +267,7 @@ def test_sweep_writes_what_it_promises(folder, script, tmp_path, capsys) -> None
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_sweep_goes_on_without_evaluating_again(folder, script, tmp_path, number) -> None:
     command = [sys.executable, "-m", "polyak", "sweep", str(folder), "--evaluate", f"{script}:held", "--points", "12"]

@@ -24,6 +24,8 @@ from polyak.cli.folder import RunFolder, replacing
 from polyak.cli.recipe import Digits, build_model, load_data, measure
 from polyak.report.series import read_curves
 
+pytestmark = pytest.mark.slow  # trains the demo many times
+
 STEPS = 410  # not where an epoch, a checkpoint or the half-life ends
 OUTPUTS = ("averaged.safetensors", "metrics.jsonl", "demo.png", "demo.svg", "raw.safetensors", "demo.json")
 FOLDERS = ("checkpoints", "record", "sweep")
@@ -222,7 +224,6 @@ def test_a_run_that_grows_ends_as_one_that_was_that_long(uninterrupted, tmp_path
     assert contents(tmp_path) == uninterrupted
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(uninterrupted, tmp_path) -> None:
     generator = random.Random(0)
     for _ in range(10):

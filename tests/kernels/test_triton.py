@@ -17,6 +17,8 @@ from torch import nn
 from polyak.averaging.weights import Shadow
 from polyak.kernels import KERNELS, Place, choice, foreach
 
+pytestmark = pytest.mark.slow  # Triton's interpreter
+
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -437,7 +439,6 @@ def test_an_update_runs_on_the_current_stream() -> None:
 
 
 @on_gpu
-@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "online_dtype"), [(a, x) for a, x in PAIRS if a.itemsize + x.itemsize <= 8])
 def test_a_hundred_million_parameters_come_out_as_torch_has_them(dtype, online_dtype) -> None:
     generator = torch.Generator("cuda").manual_seed(0)

@@ -336,21 +336,21 @@ def test_a_pin_goes_with_its_checkpoint(tmp_path) -> None:
 # What can go wrong.
 
 
-def crash(tmp_path: Path, kills: int) -> str:
+def crash(tmp_path: Path, kills: int) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     arguments = [sys.executable, str(CRASHER), str(tmp_path), str(kills)]
     run = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
+    return int(run.stdout.split()[0])
 
 
 def test_a_writer_killed_at_any_moment_leaves_the_record_before_or_after(tmp_path) -> None:
-    assert "20 killed" in crash(tmp_path, 20)
+    assert crash(tmp_path, 20) >= 20
 
 
 @pytest.mark.slow
 def test_two_hundred_killed_writers_lose_nothing(tmp_path) -> None:
-    assert "200 killed" in crash(tmp_path, 200)
+    assert crash(tmp_path, 200) >= 200
 
 
 # Appending and merging once call what FullDisk refuses this often until the new manifest is in its place: open, fsync

@@ -362,6 +362,7 @@ trainer(Path(sys.argv[1]), duration="40ep", autoresume=True).fit()
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_its_checkpoint_with_the_same_record(tmp_path) -> None:
     trainer(tmp_path / "whole", duration="40ep").fit()
     killed = tmp_path / "killed"

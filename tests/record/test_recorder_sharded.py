@@ -19,6 +19,8 @@ from ranks import Ranks
 from polyak import Record, RecordError, Uniform, sweep
 from polyak.cli import main
 
+pytestmark = pytest.mark.slow  # processes of several ranks
+
 torch.set_num_threads(1)
 CRASHER = SUPPORT.joinpath("sharded_record_crasher.py")
 

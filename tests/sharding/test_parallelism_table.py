@@ -22,7 +22,7 @@ FEATURES = {
 
 def sizes(test, kind: str) -> str:
     """Return the numbers of ranks with which a test runs for a kind of parallelism."""
-    cells = next(mark.args[1] for mark in test.pytestmark if mark.args[0] == ("kind", "size"))
+    cells = next(mark.args[1] for mark in test.pytestmark if mark.args[:1] == (("kind", "size"),))
     return ", ".join(str(size) for one, size in sorted(cells) if one == kind)
 
 

@@ -10,6 +10,8 @@ from ranks import Ranks
 from polyak.averaging.weights import _checksums
 from polyak.sharding import agreement
 
+pytestmark = pytest.mark.slow  # processes of several ranks
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):

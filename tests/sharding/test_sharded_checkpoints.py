@@ -3,6 +3,8 @@ import sharded
 import torch
 from ranks import Ranks
 
+pytestmark = pytest.mark.slow  # processes of several ranks
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):

@@ -3,6 +3,8 @@ import sharded
 import torch
 from ranks import Ranks
 
+pytestmark = pytest.mark.slow  # processes of several ranks
+
 CELLS = [(kind, size) for kind, sizes in sharded.KINDS.items() for size in sizes]
 
 

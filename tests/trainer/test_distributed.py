@@ -19,6 +19,8 @@ from polyak import CheckpointError, CheckpointSaver, HalfLife, PlanWarning, Reco
 from polyak.cli import main
 from polyak.trainer.parallel import _of_this_start, blocks
 
+pytestmark = pytest.mark.slow  # processes of several ranks
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
@@ -306,7 +308,6 @@ def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProce
     )
 
 
-@pytest.mark.slow
 def test_a_run_of_which_a_rank_is_killed_ends_as_one_of_which_none_was(ranks, tmp_path) -> None:
     done = torchrun(Path(runs.__file__).with_name("torchrun_script.py"), tmp_path, restarts=2)
     assert done.returncode == 0, done.stderr
@@ -319,7 +320,6 @@ def test_a_run_of_which_a_rank_is_killed_ends_as_one_of_which_none_was(ranks, tm
     assert not list(tmp_path.rglob("*.draft"))
 
 
-@pytest.mark.slow
 def test_the_demo_on_two_processes_says_and_writes_everything_once(tmp_path) -> None:
     assert main(["demo", "--steps", "110", "--out", str(tmp_path / "out")]) == 0
     done = torchrun("-m", "polyak", "demo", "--steps", 120, "--out", tmp_path / "out")
