@@ -1,4 +1,4 @@
-"""Compile the C kernel when the package is installed, where there is a compiler; without one torch does the same."""
+"""Compile the C kernel when the package is installed. Without a compiler, polyak uses torch's operations."""
 
 import importlib.util
 import sys
@@ -23,7 +23,7 @@ def _load(path: Path) -> ModuleType:
 
 
 class KernelBuildHook(BuildHookInterface):
-    """Put the compiled library beside its sources, and so into the wheel or under the editable install."""
+    """Put the compiled library next to its sources: in the wheel, or in the tree of an editable install."""
 
     PLUGIN_NAME = "custom"
 

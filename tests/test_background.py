@@ -1,4 +1,4 @@
-"""The background thread: there is one, whatever interrupts its start or whoever waits for it."""
+"""The background thread: at most one exists, whatever interrupts its start or the waits for it."""
 
 import gc
 import subprocess
@@ -17,7 +17,7 @@ class Interrupted(BaseException):
 
 
 def gone(name: str) -> None:
-    """Wait until no thread of a name runs: those whose owners were freed end by themselves."""
+    """Wait until no thread with this name runs: a thread ends when its owner is freed."""
     gc.collect()
     wait_until(lambda: not running(name))
 
@@ -32,7 +32,7 @@ def test_jobs_run_in_their_order_on_one_thread() -> None:
     worker.close()
 
 
-def test_who_waits_for_a_job_gets_its_error_and_the_thread_goes_on() -> None:
+def test_finish_raises_the_error_of_its_job_and_the_thread_continues() -> None:
     worker, ran = Worker("a test"), []
     with pytest.raises(ZeroDivisionError):
         worker.finish(lambda: 1 / 0)
@@ -42,7 +42,7 @@ def test_who_waits_for_a_job_gets_its_error_and_the_thread_goes_on() -> None:
     assert ran == [1]
 
 
-def test_a_thread_ends_when_nobody_has_its_worker() -> None:
+def test_the_thread_ends_when_its_worker_is_freed() -> None:
     worker = Worker("a test")
     worker.finish(int)
     assert running("a test") == 1
@@ -142,13 +142,13 @@ for _ in range(400):
 
 
 def alone(program: str) -> None:
-    """Run a program that must be silent and end well."""
+    """Run a program; check that it prints nothing and exits with 0."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=END_S)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_signal_at_any_moment_leaves_a_worker_that_works_or_none() -> None:
-    # By itself: here, signals would also come into what others do when memory is freed.
+    # In a separate process: here, a signal could also interrupt finalizers of other tests.
     alone(SIGNALS)
 
 

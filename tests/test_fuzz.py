@@ -1,4 +1,4 @@
-"""Random models, loops and events, the same ones each time; ``make fuzz`` runs others, for longer."""
+"""Random models, loops and events with fixed seeds; ``make fuzz`` runs more, with new seeds."""
 
 import subprocess
 import sys

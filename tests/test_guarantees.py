@@ -1,6 +1,6 @@
-"""The table of what each integration guarantees, in docs/integrations.md, made from what the contract asks of it.
+"""The table of the guarantees of each integration in docs/integrations.md, made from the contract's tests.
 
-``python tests/test_guarantees.py`` writes it anew.
+``python tests/test_guarantees.py`` writes it.
 """
 
 import ast
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the documentation is 
 
 
 def lacks(name: str) -> Mapping[str, str]:
-    """Read from a test file what its integration lacks, without the framework, which may not be installed."""
+    """Return the capabilities that an integration lacks, read from its test file without importing the framework."""
     tree = ast.parse((ROOT / "tests" / "hosts" / f"test_{name}.py").read_text(encoding="utf-8"))
     (found,) = (
         node.value

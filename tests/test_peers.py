@@ -1,7 +1,7 @@
-"""What other libraries' averages get wrong, and ours do not.
+"""Faults in the averages of other libraries that polyak does not have.
 
-Where the library is installed its fault is shown first. If that half of a test fails the library has been mended, and
-the half goes.
+Where the library is installed, the test first shows its fault. If that half fails, the library is repaired, and
+the half can be deleted.
 """
 
 import copy
@@ -37,7 +37,7 @@ from polyak import (
 )
 from polyak.algorithm import Algorithm
 
-# Other libraries' warnings are not ours to mend; ours are errors where no test asks for them.
+# Warnings of other libraries are ignored; an unexpected warning of polyak is an error.
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error::polyak.errors.PlanWarning"),
@@ -47,7 +47,7 @@ pytestmark = [
 
 
 class Weight(nn.Module):
-    """A parameter that only the test moves."""
+    """A parameter that only the test changes."""
 
     def __init__(self, value: float = 0.0, shape: tuple[int, ...] = (1,), dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Weight(nn.Module):
 
 
 class Tied(Weight):
-    """With two names for its parameter."""
+    """A model with two names for its parameter."""
 
     def __init__(self, value: float = 0.0) -> None:
         super().__init__(value)
@@ -194,7 +194,7 @@ def test_an_average_chosen_afterwards_is_right_whatever_the_interval(tmp_path, i
 
     with followed(Recorder(tmp_path / "ours", f"{interval}ba"), Weight(), ramp):
         pass
-    # The record says by itself what its files are averages of: no gamma to be remembered.
+    # The record stores which averages its files hold: users need not remember a gamma.
     record = Record(tmp_path / "ours")
     for profile in (PowerFunction(sigma_rel=0.15), PowerFunction(sigma_rel=0.25)):
         ideal = (profile.exponent + 1) / (profile.exponent + 2)
@@ -238,7 +238,7 @@ def test_frozen_parameters_are_left_as_they_are():
     assert set(ema.state_dict()["ema_model"]) == {"2.weight", "2.bias"}
 
 
-def test_a_resumed_average_goes_on_where_it_stood():
+def test_a_resumed_average_continues_from_its_saved_value():
     values = [float(v) for v in range(1, 9)]
     whole, half, resumed = (EMA("3ba") for _ in range(3))
     followed(whole, Weight(), values)
@@ -316,7 +316,7 @@ def test_the_buffers_of_the_average_are_not_those_of_the_model():
 # Ignite, timm
 
 
-def test_a_warm_up_needs_no_name_and_is_told_no_step():
+def test_a_warm_up_needs_no_name_and_no_step_argument():
     from ignite.engine import Engine
     from ignite.handlers import EMAHandler
 
@@ -387,7 +387,7 @@ def breaks_off() -> Iterator[Tensor]:
     raise OSError("as planned")
 
 
-def test_statistics_recomputed_in_vain_are_as_before():
+def test_failed_recomputing_of_statistics_restores_them():
     theirs, ours = (nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)) for _ in range(2))
     with pytest.raises(OSError, match="as planned"):
         torchs_update_bn(breaks_off(), theirs)
@@ -427,7 +427,7 @@ def test_shapes_that_would_broadcast_are_an_error():
 # diffusers' EMAModel
 
 
-def test_a_warm_up_comes_only_where_it_is_asked_for():
+def test_a_warm_up_is_used_only_if_it_is_asked_for():
     from diffusers.training_utils import EMAModel
 
     assert EMAModel(Weight().parameters(), decay=0.9999, use_ema_warmup=False).get_decay(2) < 0.5
@@ -459,7 +459,7 @@ def test_a_truncated_state_is_an_error():
 # OneTrainer, ai-toolkit
 
 
-def test_on_the_cpu_the_weights_set_aside_are_no_alias_of_the_model():
+def test_on_the_cpu_the_saved_training_weights_are_no_alias_of_the_model():
     model, ema = Weight(), EMA("1ba")
     attached = followed(ema, model, [1.0, 3.0])
     with attached.applied():
@@ -521,7 +521,7 @@ def of_ignite(model: nn.Module) -> tuple[nn.Module, Update]:
 @pytest.mark.parametrize(
     "of_theirs", [of_torch, of_ema_pytorch, of_torch_ema, of_diffusers, of_ignite], ids=loops.label
 )
-def test_one_step_that_is_not_finite_spoils_nothing(of_theirs):
+def test_one_step_with_nan_changes_nothing(of_theirs):
     values = [1.0, 1.0, math.nan, 3.0, 3.0]
     model = Weight(1.0)
     theirs, update = of_theirs(model)

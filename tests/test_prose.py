@@ -1,6 +1,6 @@
-"""The project's prose is plain technical English: none of the words in CONTRIBUTING.md's glossary that it does not use.
+"""The prose of the project has none of the words that the glossary in CONTRIBUTING.md replaces.
 
-``python tests/test_prose.py`` lists every place.
+``python tests/test_prose.py`` lists all places.
 """
 
 import ast
@@ -18,7 +18,7 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 CODE = re.compile(r"```.*?```|``[^`]*``|`[^`]*`|https?://\S+", re.DOTALL)
 HOSTS = re.compile(r"\b[Hh]osts?\b(?!/)")  # in pages for users: "integrations"
 
-pytestmark = pytest.mark.skipif(not CONTRIBUTING.exists(), reason="the documentation is not here")
+pytestmark = pytest.mark.skipif(not CONTRIBUTING.exists(), reason="needs the documentation")
 
 
 def glossary() -> list[str]:
@@ -33,7 +33,7 @@ def banned() -> re.Pattern[str]:
 
 
 def prose_of_python(text: str) -> Iterator[tuple[int, str]]:
-    """Yield comments, docstrings, messages and names of tests, with their lines."""
+    """Yield comments, docstrings, messages and names of tests, with line numbers."""
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
@@ -54,18 +54,24 @@ def prose_of_c(text: str) -> Iterator[tuple[int, str]]:
         yield text.count("\n", 0, comment.start()) + 1, comment.group()
 
 
+def prose_of_settings(text: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        yield number, line.partition("#")[2]
+
+
 READ = {".py": prose_of_python, ".md": prose_of_markdown, ".c": prose_of_c, ".h": prose_of_c}
+SETTINGS = {"Makefile", "pyproject.toml", ".flake8", "constraints.txt"}
 
 
 def blank(code: re.Match[str]) -> str:
-    """Keep the lines of what is left out, so that those after it keep their numbers."""
+    """Replace code by its line ends, so that the lines after it keep their numbers."""
     return "\n" * code.group().count("\n")
 
 
 def files() -> list[Path]:
     folders = ["src", "docs", "tests", "benchmarks"]
     found = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in READ]
-    return sorted([*found, *ROOT.glob("*.md"), *ROOT.glob("*.py")])
+    return sorted([*found, *ROOT.glob("*.md"), *ROOT.glob("*.py"), *(ROOT / name for name in SETTINGS)])
 
 
 def wrong_in(path: Path, words: re.Pattern[str]) -> list[str]:
@@ -75,7 +81,7 @@ def wrong_in(path: Path, words: re.Pattern[str]) -> list[str]:
     pages = path.suffix == ".md" and path.name not in {"CONTRIBUTING.md", "ARCHITECTURE.md"}
     return [
         f"{path.relative_to(ROOT)}:{number}: {found.group()!r} in {line.strip()[:100]!r}"
-        for number, line in READ[path.suffix](text)
+        for number, line in READ.get(path.suffix, prose_of_settings)(text)
         for found in [words.search(line) or (HOSTS.search(line) if pages else None)]
         if found
     ]
@@ -93,6 +99,10 @@ def test_prose_has_no_word_that_the_glossary_replaces() -> None:
 )
 def test_a_replaced_word_is_found_in_comments_docstrings_and_messages(text: str, line: int) -> None:
     assert [number for number, found in prose_of_python(text) if banned().search(found)] == [line]
+
+
+def test_a_replaced_word_is_found_in_comments_of_settings() -> None:
+    assert [number for number, found in prose_of_settings("a\nb # lent\nlent:") if banned().search(found)] == [2]
 
 
 def test_code_in_prose_may_use_any_word() -> None:

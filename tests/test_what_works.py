@@ -1,4 +1,4 @@
-"""The page of what works and what is refused names tests that exist."""
+"""The page of what works and what polyak refuses names tests that exist."""
 
 import re
 from pathlib import Path

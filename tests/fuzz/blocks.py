@@ -1,4 +1,4 @@
-"""Layers with every oddity that those of other people may have."""
+"""Layers with every unusual property that layers of users may have."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ WIDTH, BATCH = 4, 3
 
 
 class Call(nn.Module):
-    """A module of a function, and of what it is given by name: parameters, modules, or buffers."""
+    """A module that calls a function. Its keyword arguments are parameters, modules or buffers."""
 
     def __init__(self, function: Callable[[Any, Tensor], Tensor], **held: Any) -> None:
         super().__init__()
@@ -28,11 +28,11 @@ class Call(nn.Module):
 
 
 class Named(nn.Parameter):
-    """A subclass, as libraries of geometric or quantized weights have."""
+    """A subclass of Tensor, as in libraries of geometric or quantized weights."""
 
 
 class Statistic(nn.Module):
-    """Keeps a statistic that it replaces by a new tensor each time."""
+    """Keeps a statistic, and replaces it by a new tensor in each forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ def _mask() -> Tensor:
     return torch.full((WIDTH, WIDTH), -torch.inf).triu(1)
 
 
-# Each maps (BATCH, WIDTH) to the same. A block keeps the dtypes that it has beyond the model's own.
+# Each maps (BATCH, WIDTH) to (BATCH, WIDTH). A block keeps the dtypes that are not the model's.
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "linear": square,
     "frozen": lambda: square().requires_grad_(False),
@@ -150,7 +150,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "two_tensors": lambda: Call(_times_w, w=nn.Parameter(TwoTensor(torch.randn(4, 4), torch.randn(4, 4)))),
 }
 
-# Blocks whose dtypes `.to(dtype)` would change to ones that they cannot use, or whose views it would end.
+# Blocks that `.to(dtype)` breaks: it changes their dtypes to others that they do not support, or replaces their views.
 KEEPS_DTYPE = {
     "complex",
     "complex128",

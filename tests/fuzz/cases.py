@@ -11,7 +11,7 @@ from .events import OBSERVING
 from .loops import STRUCTURAL
 from .models import DTYPES, OPTIMIZERS, TRAITS
 
-# How often each loop is drawn: other frameworks take a hundred times as long.
+# How often each loop is drawn: the loops of frameworks take a hundred times as long as our own.
 LOOPS = {"hooked": 60, "by hand": 40}
 HOSTS = {"Trainer": 6, "Lightning": 1, "Accelerate": 1, "Transformers": 1}
 
@@ -29,7 +29,7 @@ DEFAULTS: Options = {name: values[0] for name, values in _OPTIONS.items()}
 
 @dataclass(frozen=True)
 class Case:
-    """All that a run depends on."""
+    """Everything that a run depends on."""
 
     seed: int
     blocks: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class Case:
         return dict(self.options)
 
     def __str__(self) -> str:
-        """Return what differs from the defaults, as JSON that ``Case.parse`` reads."""
+        """Return the values that are not the defaults, as JSON that ``Case.parse`` reads."""
         plain = {field.name: field.default for field in self.__dataclass_fields__.values()}
         said = {name: value for name, value in asdict(self).items() if value != plain[name]}
         if "options" in said:
@@ -70,7 +70,7 @@ def draw(seed: int, loop: str | None = None) -> Case:
 
     Args:
         seed: Any.
-        loop: Instead of one by chance.
+        loop: By default a random one.
     """
     chance = random.Random(seed)
     loops = LOOPS | HOSTS
@@ -94,10 +94,10 @@ def draw(seed: int, loop: str | None = None) -> Case:
 
 
 def simpler(case: Case) -> Iterator[Case]:
-    """Yield the case with one feature fewer each.
+    """Yield copies of the case, each without one of its features.
 
     Args:
-        case: That fails.
+        case: A case that fails.
     """
     for field in ("events", "blocks", "traits"):
         held = getattr(case, field)

@@ -1,4 +1,4 @@
-"""A run with an average beside one without, and what must hold of both at any time."""
+"""Compare a run with an average to the same run without one, and the average to the float64 reference."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class WrongError(AssertionError):
-    """What must hold and does not."""
+    """A check failed."""
 
 
 class InvalidError(Exception):
@@ -26,10 +26,10 @@ class InvalidError(Exception):
 
 
 class Check:
-    """A run with an average, one without, and what the average must be.
+    """A run with an average, the same run without one, and the reference of the average.
 
     Args:
-        case: What is run.
+        case: The case that runs.
     """
 
     def __init__(self, case: "Case", reference: Reference) -> None:
@@ -37,7 +37,7 @@ class Check:
         self.twin = valid(Loop, case, averaged=False)
         self.twin.on_counted = lambda: reference.count(self.twin.net, self.twin.moved)
         self.teacher = False  # whether the model holds its own average
-        self.settled = False  # whether polyak has averaged all that there is, so that it may refuse nothing any more
+        self.settled = False  # whether polyak has averaged all tensors, so that it must refuse nothing from now on
         self.chance = random.Random(case.seed)
 
     def begin(self) -> None:
@@ -78,7 +78,7 @@ class Check:
 
     @property
     def average(self) -> dict[str, Tensor]:
-        """What is saved of the average."""
+        """The state dict of the average."""
         assert self.run.attached is not None
         return self.run.attached.state_dict()["algorithms"][0][1].get("ema_model", {})
 
@@ -88,7 +88,7 @@ class Check:
             raise WrongError(f"{where}: {difference}")
 
     def same_weights(self, where: str) -> None:
-        """Demand that the model is as it is without polyak, bit for bit."""
+        """Check that the model equals the model without polyak, bit for bit."""
         got, want = held(self.net), held(self.twin.net)
         self.demand(differences(got, want, self.teacher), where)
         flags = [p.requires_grad for p in self.twin.net.parameters()]
@@ -102,7 +102,7 @@ class Check:
         return {name: flat(tensor) for name, (tensor, _) in tensors(self.twin.net).items()}
 
     def right_average(self, where: str) -> None:
-        """Demand that what is saved is the average."""
+        """Check that the saved state holds the average."""
         assert self.run.ema is not None
         if self.run.ema.ema_started != self.begun:
             raise WrongError(f"{where}: averaging has begun: {self.run.ema.ema_started}, but must: {self.begun}")
@@ -113,7 +113,7 @@ class Check:
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """Swap the average in, look at it, and look at what is there afterwards."""
+        """Swap the average in, check it, restore the training weights, and check those."""
         assert self.run.attached is not None
         parameters, mode = list(map(id, self.net.parameters())), self.net.training
         try:
@@ -130,7 +130,7 @@ class Check:
         self.same_weights("after applied()")
 
     def forward(self, net: nn.Module) -> Tensor:
-        """Return what a model computes in eval mode; the random state stays."""
+        """Return the output of a model in eval mode; restore the random state."""
         mode = net.training
         x = torch.linspace(-1, 1, BATCH * WIDTH).reshape(BATCH, WIDTH).to(self.net.a.weight.dtype)
         try:
@@ -140,7 +140,7 @@ class Check:
 
 
 def valid(do: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Do what does not concern polyak."""
+    """Run torch code that does not involve polyak."""
     try:
         return do(*args, **options)
     except StepError:
@@ -150,7 +150,7 @@ def valid(do: Callable[..., Any], *args: Any, **options: Any) -> Any:
 
 
 def can(do: Callable[[], object]) -> bool:
-    """Whether torch can do something without polyak."""
+    """Return whether torch code runs without polyak."""
     try:
         do()
     except Exception:

@@ -1,4 +1,4 @@
-"""What happens between steps: uses of the average, which leave everything as it was, and changes to the model."""
+"""Events between steps: uses of the average, which must change nothing, and changes of the model."""
 
 import copy
 import io
@@ -57,11 +57,11 @@ def _ema_model(check: Check, then: Callable[[Any], object] = lambda module: None
             raise WrongError(f"ema_model, if it cannot be had, must name applied() (got {error})") from error
         return
     if (module is not None) != check.begun:
-        raise WrongError("ema_model must be there from when averaging begins")
+        raise WrongError("ema_model must exist from the beginning of averaging")
     if not check.begun:
         return
     check.demand(check.reference.wrong(module, check.online(), rounded=False), "ema_model")
-    # The module is over the average's own memory: a buffer that its forward pass writes to is the average's.
+    # The module shares the average's memory: a forward pass that writes to a buffer writes to the average.
     counts = any(name.endswith("calls") for name, _ in module.named_buffers())
     if check.net.a.weight.dtype == module.a.weight.dtype and not counts:
         try:
@@ -85,7 +85,7 @@ def _copy(take: Callable[[Any], object]) -> Callable[[Check], None]:
 
 
 def _copy_model(check: Check) -> None:
-    # An evaluation leaves weights with a history in modules of the old spectral_norm, which torch does not copy.
+    # After an evaluation, modules of the old spectral_norm have weights with a graph, which torch does not copy.
     if "spectral_norm" not in check.case.blocks and can(lambda: copy.deepcopy(check.twin.net)):
         other = copy.deepcopy(check.net)
         check.demand(differences(held(other), held(check.twin.net), check.teacher), "a copy of the model")

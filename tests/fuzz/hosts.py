@@ -1,4 +1,4 @@
-"""The same models in the loops of frameworks, watched from inside: each step, and each forward in an evaluation."""
+"""The same models in the loops of frameworks, with a probe in the model for steps and evaluations."""
 
 import copy
 import logging
@@ -22,7 +22,7 @@ from .reference import Reference, flat, tensors
 
 
 class Task(nn.Module):
-    """A model that says when it is evaluated."""
+    """A model that reports each evaluation."""
 
     main_input_name = "x"
 
@@ -40,12 +40,12 @@ class Task(nn.Module):
 
 
 class Watch:
-    """A run that keeps, or compares, the weights after each step and the average in each evaluation.
+    """A run that stores or compares the weights after each step and the average in each evaluation.
 
     Args:
-        case: What is trained.
-        reference: What the average must be, told by the first of the two runs.
-        twin: The run without an average that this must be like.
+        case: The case that runs.
+        reference: Of the average, filled by the first of the two runs.
+        twin: The run without an average, whose weights this one must have.
     """
 
     def __init__(self, case: Case, reference: Reference, twin: "Watch | None" = None) -> None:
@@ -79,7 +79,7 @@ class Watch:
                 self._demand(reference.wrong(self.task.net, online, rounded=True), "in an evaluation")
 
     def ends(self) -> None:
-        """Demand that all is right after the run."""
+        """Check the weights and the average after the run."""
         assert self._twin is not None
         assert self.ema is not None
         self._demand(differences(held(self.task.net), self._twin.steps[len(self.steps) - 1][0]), "after training")

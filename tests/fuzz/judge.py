@@ -1,4 +1,4 @@
-"""Run one case: with an average, without one, and with an average that nobody looks at."""
+"""Run one case three times: with an average, without one, and with an average that is read only at the end."""
 
 import re
 import traceback
@@ -30,7 +30,7 @@ class Outcome:
 
     @property
     def cause(self) -> str:
-        """What is the same in all cases with one cause, more or less: the error without names and numbers."""
+        """The error without names and numbers, which is about the same in all cases with one cause."""
         said = re.sub(r"'[^']*'|\b[a-z_]+(\.\w+)+\b|\(.*?\)", "…", self.said.partition("\n")[0])
         return re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?|\bnan\b|-?\binf\b", "#", said)[:150]
 
@@ -50,7 +50,7 @@ def judge(case: Case) -> Outcome:
             check.begin()
             _run(check)
             if any(name in OBSERVING for _, name in case.events) and not check.teacher:
-                check.demand(_differing(check.average, _unobserved(case)), "the average, if nobody had looked at it")
+                check.demand(_differing(check.average, _unobserved(case)), "the average, if read only at the end")
         except (PolyakError, NotImplementedError) as error:
             exotic = EXOTIC & {*case.blocks, *case.traits}
             if check.teacher or (exotic and not check.settled):
@@ -64,7 +64,7 @@ def judge(case: Case) -> Outcome:
 
 
 def _judge_host(case: Case) -> Outcome:
-    if "counter" in case.blocks:  # it counts evaluations as well, which polyak undoes
+    if "counter" in case.blocks:  # it also counts evaluations, and polyak restores the count
         return Outcome("invalid")
     fit = HOSTS[case.loop]
     reference = _reference(case)
@@ -116,7 +116,7 @@ def _run(check: Check) -> None:
 
 
 def _unobserved(case: Case) -> dict[str, Tensor]:
-    """Return the average of a run that does nothing but train."""
+    """Return the average of a run without events."""
     loop = Loop(case, averaged=True)
     for i in range(case.steps + 1):
         if i:

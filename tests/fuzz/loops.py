@@ -1,4 +1,4 @@
-"""The training loops: steps that are the same with and without an average, and the changes that users make between."""
+"""The training loops: the same steps with and without an average, and the changes that users make between steps."""
 
 import io
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from .models import OPTIMIZERS, SHARES, Net, build, wrap
 
 
 class StepError(Exception):
-    """What a step of the user's raises."""
+    """An error in a step of the user."""
 
 
 def ema_of(options: dict[str, Any]) -> EMA:
@@ -33,10 +33,10 @@ def ema_of(options: dict[str, Any]) -> EMA:
 
 
 class Loop:
-    """A loop of one's own over the model of a case.
+    """A custom loop over the model of a case.
 
     Args:
-        case: What to train.
+        case: The case that runs.
         averaged: Whether an average follows.
     """
 
@@ -89,7 +89,7 @@ class Loop:
         return counted
 
     def on_counted(self) -> None:
-        """Do what must see the weights as the average does: who needs it sets this."""
+        """Called after each step; a test may replace it."""
 
     def _backward(self, x: Tensor) -> None:
         loss = self.model(x).float().square().mean()
@@ -120,7 +120,7 @@ class Loop:
         return clean
 
     def change(self, name: str) -> None:
-        """Do something to the model, and remember it.
+        """Change the model, and note the change.
 
         Args:
             name: In ``CHANGES``.
@@ -135,7 +135,7 @@ class Loop:
         self.changes.append(name)
 
     def save(self) -> bytes:
-        """Return a checkpoint as a file has it."""
+        """Return a checkpoint as it is in a file."""
         assert self.attached is not None
         state = {
             "model": self.net.state_dict(),
@@ -146,7 +146,7 @@ class Loop:
         return file.getvalue()
 
     def resumed(self, saved: bytes) -> "Loop":
-        """Return a loop made anew, with what was saved loaded.
+        """Return a new loop that has loaded a checkpoint.
 
         Args:
             saved: By ``save``.
@@ -234,7 +234,7 @@ CHANGES: dict[str, Callable[[Loop], object]] = {
     "train mode": lambda loop: loop.net.train(),
 }
 
-# What happens to a loop with or without an average, by name.
+# Events that act on a loop with or without an average, by name.
 STRUCTURAL: dict[str, Callable[[Loop], object]] = {
     **{name: partial(Loop.change, name=name) for name in CHANGES},
     "nan": lambda loop: setattr(loop, "poisoned", True),

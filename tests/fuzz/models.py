@@ -1,4 +1,4 @@
-"""Small models of such layers: how their tensors are tied, viewed, frozen and wrapped, and what moves them."""
+"""Small models of these layers: how their tensors are tied, viewed, frozen and wrapped, and their optimizers."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ DTYPES = ("float32", "float32", "float32", "float64", "bfloat16", "float16")
 
 
 class Net(nn.Module):
-    """Two layers that traits tie to each other, and blocks between them."""
+    """Two layers, which traits tie to each other, and blocks between them."""
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ TRAITS: dict[str, Callable[[Net], object]] = {
     "GAN": lambda net: None,  # see `loops.Loop.step`
 }
 
-# What may be refused, by name and before averaging begins. All else must work.
+# Models that polyak may refuse, by name and before averaging begins. All others must work.
 EXOTIC = {
     "negative",
     "tied negative",
@@ -98,8 +98,8 @@ SHARES |= {"real_view", "conjugate_view"}
 
 
 def build(case: "Case") -> Net:
-    """Return the model of a case, the same each time."""
-    torch.default_generator.manual_seed(case.seed)  # that of the CPU alone: to seed all takes longer than a step
+    """Return the model of a case, with the same weights in each call."""
+    torch.default_generator.manual_seed(case.seed)  # of the CPU only: to seed all devices takes longer than a step
     dtype = getattr(torch, case.dtype)
     net = Net([block if name in KEEPS_DTYPE else block.to(dtype) for name in case.blocks for block in [BLOCKS[name]()]])
     net.a.to(dtype), net.b.to(dtype)
@@ -109,7 +109,7 @@ def build(case: "Case") -> Net:
 
 
 def wrap(net: Net, case: "Case") -> nn.Module:
-    """Return what the training loop calls."""
+    """Return the callable that the training loop calls."""
     outer: nn.Module = net
     if "compiled" in case.traits:
         outer = torch.compile(outer, backend="eager")  # `run` has it run eagerly, since compiling takes seconds

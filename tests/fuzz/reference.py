@@ -1,4 +1,4 @@
-"""What an average must be, in float64 and by the rules as they are documented, without polyak."""
+"""The reference of the average: float64, by the documented rules, without polyak."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -11,12 +11,12 @@ AVERAGE, COPY, LEAVE = 2, 1, 0
 
 # How far one update may be off, for weights of size 1: rounding to nearest, but stochastic for bfloat16.
 _ERROR = {torch.float64: 1e-13, torch.float32: 4e-7, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-# What rounding to the dtype of the model adds where the average is put in it.
+# Additional rounding where the average is swapped into a model of another dtype.
 _ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float64: 0.0}
 
 
 def tensors(net: nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """Return all dense tensors of a model by each of their names, and what is done with them by the rules."""
+    """Return all dense tensors of a model by each of their names, and whether the rules average or copy them."""
     found = dict[str, tuple[Tensor, int]]()
     for name, parameter in net.named_parameters(remove_duplicate=False):
         numeric = parameter.is_floating_point() or parameter.is_complex()
@@ -32,7 +32,7 @@ def tensors(net: nn.Module) -> dict[str, tuple[Tensor, int]]:
 
 
 def inner(tensor: Tensor) -> list[Tensor]:
-    """Return a tensor, or those of which a wrapper subclass consists."""
+    """Return a tensor, or the inner tensors of a wrapper subclass."""
     names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else []
     return list(chain.from_iterable(inner(getattr(tensor, name)) for name in names)) if names else [tensor]
 
@@ -63,7 +63,7 @@ def _storages(tensor: Tensor) -> list[int]:
 
 
 def policies(found: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
-    """Return for each element what is done with it: for memory that several tensors share, the most any asks for."""
+    """Return for each element whether it is averaged or copied. Where tensors share memory, averaging wins."""
     masks = {name: torch.full((flat(t).numel(),), policy) for name, (t, policy) in found.items()}
     homes = {name: _storages(t) for name, (t, _) in found.items()}
     crowd = Counter(place for places in homes.values() for place in set(places) if place)
@@ -78,11 +78,11 @@ def policies(found: Mapping[str, tuple[Tensor, int]]) -> dict[str, Tensor]:
 
 
 class Reference:
-    """The average of a model whose steps are told one by one.
+    """The average of a model, updated step by step.
 
     Args:
         half_life: In batches.
-        smoothing: Instead, if any.
+        smoothing: In place of a half-life, if any.
         interval: Between updates, in batches.
         start: When averaging begins, in batches.
         dtype: Of the average; None for float32 or more.
@@ -94,7 +94,7 @@ class Reference:
         self._half_life, self._smoothing, self._interval, self._start = half_life, smoothing, interval, start
         self._dtype = dtype
         self._batch, self._updated_at = 0, 0
-        self.exact = True  # whether what is copied has had one dtype all along
+        self.exact = True  # whether the copied tensors have kept their dtype
         self.num_updates = 0
         self.begun = False
         self._policies = dict[str, Tensor]()
@@ -106,8 +106,8 @@ class Reference:
         """Count a step.
 
         Args:
-            net: After it.
-            moved: Names of parameters that an optimizer has moved so far, though they may be frozen now.
+            net: The model after the step.
+            moved: Names of the parameters that an optimizer has changed so far, including those that are frozen now.
         """
         self._batch += 1
         if self.begun:
@@ -136,7 +136,7 @@ class Reference:
             if had is None:
                 self._averages[name], self._dtypes[name] = now, self._dtype_of(found[name][0])
             else:
-                # What is averaged once remains so, and what was a copy remains one, unless it is trained now.
+                # An averaged tensor stays averaged, and a copied tensor stays copied, unless it is trained now.
                 mask = torch.maximum(asked, had) if "running_" not in name else had
                 moving = (had == AVERAGE) & now.isfinite()
                 average = self._averages[name]
@@ -157,13 +157,13 @@ class Reference:
         return name in self._policies and bool((self._policies[name] == AVERAGE).all())
 
     def wrong_in(self, saved: Mapping[str, Tensor]) -> Iterator[str]:
-        """Yield what is not as it must be in saved averages by name."""
+        """Yield the differences between saved averages and the reference, by name."""
         for name, tensor in saved.items():
             if name in self._averages:
                 yield from self._differing(name, flat(tensor), self._averages[name], None)
 
     def wrong(self, net: nn.Module, online: Mapping[str, Tensor], *, rounded: bool) -> Iterator[str]:
-        """Yield what is not as it must be in a model that holds the average.
+        """Yield the differences between a model that holds the average and the reference.
 
         Args:
             net: With the average.
@@ -182,7 +182,7 @@ class Reference:
         policy = self._policies.get(name, torch.tensor(LEAVE)).expand_as(want)
         allowed = torch.where(policy == AVERAGE, self.tolerance(name, dtype), 0.0 if self.exact else 0.02)
         finite = got.isfinite() & want.isfinite()
-        # What has joined with an inf stays away from the finite ones, as inf or as nan.
+        # An element that joined as inf stays inf or becomes NaN.
         other = (got.isfinite() != want.isfinite()) | ((policy != AVERAGE) & (got.nan_to_num() != want.nan_to_num()))
         bad = torch.where(finite, (got - want).abs() > allowed, other)
         if bad.any():
@@ -190,7 +190,7 @@ class Reference:
             yield f"{name} ({('left', 'copied', 'averaged')[int(policy[i])]}) is {got[i]:.7g} for {want[i]:.7g}"
 
     def tolerance(self, name: str, dtype: torch.dtype | None) -> float:
-        """Return how far an element of the average may be off."""
+        """Return the tolerance of an element of the average."""
         size = 1e-3 + self._largest.get(name, 0.0)
         error = _ERROR.get(self._dtypes.get(name, torch.float32), 1e-6) * (self.num_updates + 2)
         if dtype is not None:

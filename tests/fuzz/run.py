@@ -1,4 +1,4 @@
-"""Run cases in processes of their own, so that a crash is a failure like others; shrink what fails."""
+"""Run cases in separate processes, so that a crash counts as a failure; make failed cases smaller."""
 
 import multiprocessing
 import os
@@ -17,9 +17,9 @@ from .judge import Outcome, judge
 
 _CHUNK = 100  # cases in one process
 _HANGS_S = 600
-_SHRUNK = 40  # causes of which an example is made smaller
+_SHRUNK = 40  # how many causes get a smaller example
 
-# Forked: nothing has run yet in the process that forks, which takes no time.
+# Forking is fast, and safe here: the parent process has run nothing yet.
 _context = multiprocessing.get_context("fork")
 
 
@@ -39,7 +39,7 @@ class _Worker:
         self.heard_at = time.monotonic()
 
     def hear(self) -> tuple[Case, Outcome]:
-        """Return the next case and how it ended; the process may have died of it."""
+        """Return the next case and its outcome, also if it has crashed the process."""
         try:
             outcome = self.connection.recv()
         except EOFError:
@@ -66,7 +66,7 @@ class _Worker:
         return self._next == len(self._cases)
 
     def end(self) -> None:
-        """Let the process go."""
+        """End the process."""
         self._process.join(5)
         self._process.kill()
         self._process.join()
@@ -74,22 +74,22 @@ class _Worker:
 
 
 def _work(cases: Sequence[Case], connection: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is told by its exit code
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the exit code reports a crash
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # frameworks print
     torch.set_num_threads(1)
     torch.compiler.set_stance("force_eager")
     for case in cases:
         connection.send(judge(case))
     connection.close()
-    os._exit(0)  # at once: there is nothing to tidy up
+    os._exit(0)  # without the cleanup of the interpreter, which is not needed
 
 
 def outcomes(cases: Iterator[Case], processes: int) -> Iterator[tuple[Case, Outcome]]:
-    """Yield how each case ended.
+    """Yield each case with its outcome.
 
     Args:
-        cases: To run.
-        processes: To run them in.
+        cases: The cases to run.
+        processes: Number of processes.
     """
     chunks = iter(lambda: list(islice(cases, _CHUNK)), [])
     workers = [_Worker(chunk) for chunk in islice(chunks, processes)]
@@ -108,19 +108,19 @@ def outcomes(cases: Iterator[Case], processes: int) -> Iterator[tuple[Case, Outc
 
 
 def alone(case: Case) -> Outcome:
-    """Return how a case ends in a process of its own.
+    """Run a case in a separate process; return its outcome.
 
     Args:
-        case: To run.
+        case: The case to run.
     """
     return next(outcomes(iter([case]), 1))[1]
 
 
 def shrunk(case: Case, cause: str) -> tuple[Case, Outcome]:
-    """Return the smallest case that still fails for the same cause, as far as one feature at a time leads.
+    """Remove features one by one; return the smallest case that still fails with the same cause.
 
     Args:
-        case: That fails.
+        case: A case that fails.
         cause: Of its outcome.
     """
     found = alone(case)

@@ -1,4 +1,4 @@
-"""What people do while the average is in the model. Each leaves everything as it was."""
+"""User code that runs while the average is in the model. Each must leave the run unchanged."""
 
 import copy
 import sys
@@ -28,7 +28,7 @@ def _swap(check: Check) -> None:
 
 
 def _train_mode_forward(check: Check) -> None:
-    if not check.begun:  # the model has its own weights then, and what changes them changes them
+    if not check.begun:  # the model has its training weights now, so the change applies to them
         return
     with check.applied() as model:
         model.train()(torch.ones(BATCH, WIDTH, dtype=check.net.a.weight.dtype))
@@ -97,7 +97,7 @@ def _change_parameter(check: Check) -> None:
     else:
         raise WrongError("a parameter changed in applied() must be refused")
     check.same_weights("after a parameter changed in applied()")
-    check.run.attached.load_state_dict(saved)  # what the error says to do: the average has the change
+    check.run.attached.load_state_dict(saved)  # as the error says: the change applies to the average
 
 
 def share_memory(module: nn.Module) -> None:
@@ -152,7 +152,7 @@ def _nested(check: Check) -> None:
 
 
 def _interrupted(check: Check) -> None:
-    """Interrupt at some line of polyak's, on the way in or out."""
+    """Raise an interrupt at a line of polyak, while it swaps the average in or restores the weights."""
     at = check.chance.randint(1, 250)
     folder, seen = polyak.__path__[0], 0
 

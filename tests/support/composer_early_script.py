@@ -1,4 +1,4 @@
-"""Trains with Composer 0.12.1 and its own ``EMA``, in a process of its own; tests read the checkpoints it leaves."""
+"""Trains with Composer 0.12.1 and its own ``EMA``, in a separate process; tests read its checkpoints."""
 
 import sys
 import warnings
@@ -8,8 +8,8 @@ import torch
 from torch.amp import grad_scaler
 from torch.utils.data import DataLoader
 
-warnings.simplefilter("ignore")  # it is four years older than the torch that is tested
-# That torch has this under another name only.
+warnings.simplefilter("ignore")  # Composer 0.12.1 is four years older than this torch
+# The name of this class in the torch of that time.
 torch.cuda.amp.grad_scaler._refresh_per_optimizer_state = grad_scaler._refresh_per_optimizer_state
 
 import composer  # noqa: E402  needs the line above
@@ -29,7 +29,7 @@ class Wrapped(composer.ComposerModel):
 
 
 class Keeps(composer.Callback):
-    """Leaves the training weights after each batch."""
+    """Saves the training weights after each batch."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -62,10 +62,10 @@ def train(folder, half_life):
         save_interval="3ba",
     )
     trainer.fit()
-    # What is saved by hand has whatever the last event left in the model.
+    # A checkpoint saved by hand has the weights that the last event left in the model.
     trainer.eval()
     trainer.save_checkpoint(f"{folder}/training-in-it.pt")
-    # The `training_model` of a run that has not evaluated yet is that of its beginning.
+    # Before the first evaluation, `training_model` has the initial weights.
     trainer = trainer_of(half_life, max_duration="5ba")
     trainer.fit()
     trainer.save_checkpoint(f"{folder}/never-swapped.pt")

@@ -1,4 +1,4 @@
-"""Scripts in Composer that tests run; imported where Composer is installed."""
+"""Scripts with Composer that tests run. Importing this needs Composer."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +31,7 @@ class Wrapped(ComposerModel):
 
 
 class Keeps(Callback):
-    """Keeps the weights at each event, and raises where it is told."""
+    """Stores the weights at each event; raises an error at a given event."""
 
     def __init__(self, raises: Mapping[str, BaseException] | None = None, at: int = 0) -> None:
         self.seen: list[tuple[str, dict[str, Tensor]]] = []
@@ -91,14 +91,14 @@ def trainer(
     )
     for saver in made.state.callbacks:
         if isinstance(saver, CheckpointSaver):
-            # Composer leaves a folder to be found by the end of Python.
+            # Composer removes this folder only at the exit of Python.
             saver.tmp_dir_for_symlink.cleanup()
             saver.tmp_dir_for_symlink = SimpleNamespace(name=mkdtemp(dir=folder))
     return made
 
 
 def train_under_ddp(folder: str) -> None:
-    """Run in each of several processes; the first leaves what it ends with."""
+    """Run in each of several processes; rank 0 saves the final state."""
     net = loops.perceptron()
     ema = EMA("4ba")
     data = loops.dataset(12)

@@ -1,4 +1,4 @@
-"""What the processes of ``ranks.Ranks`` do in the tests of the trainer: the runs of ``loops``, on several ranks."""
+"""Jobs of ``ranks.Ranks`` for the tests of the trainer: the runs of ``loops`` on several ranks."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ def rank() -> int:
 
 
 class Centered(nn.Module):
-    """Has a buffer that follows what it sees, and that what it returns depends on."""
+    """Has a buffer that is updated in each forward pass, and is used in the output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def noisy_perceptron(seed: int) -> nn.Module:
 
 
 def build(kind: str | None, folder: Path, *, noisy: bool = False, model_seed: int = 0, **more: Any) -> Trainer:
-    """Return a trainer with everything on. Each rank's model begins with other weights, of which the first's count."""
+    """Return a trainer with all features. Each rank has other initial weights; those of rank 0 count."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if kind == "ddp, divided average" else None
     algorithm = EMA(more.pop("half_life", "4ba"), mesh=mesh)
     model = (noisy_perceptron if noisy else loops.perceptron)(model_seed + rank())
@@ -71,7 +71,7 @@ def build(kind: str | None, folder: Path, *, noisy: bool = False, model_seed: in
 
 
 def broadcast(model: nn.Module) -> None:
-    """Give all ranks the weights with which the first one began."""
+    """Give all ranks the initial weights of rank 0."""
     whole = loops.perceptron()
     with torch.no_grad():
         for own, parameter in zip(model.parameters(), whole.parameters(), strict=True):
@@ -79,20 +79,20 @@ def broadcast(model: nn.Module) -> None:
 
 
 def averages(trainer: Trainer) -> dict[str, Tensor]:
-    """Return the whole averages, of which the first rank's buffers count."""
+    """Return the full averages, with the buffers of rank 0."""
     algorithm = trainer.state.algorithms[0]
     algorithm._agree()
     return {name: full(tensor) for name, tensor in algorithm._shadow.averaged_tensors().items()}
 
 
 def held(trainer: Trainer) -> dict[str, Tensor]:
-    """Return the whole weights, of which the first rank's buffers count."""
+    """Return the full weights, with the buffers of rank 0."""
     trainer._parts.group.share_buffers(trainer.state.model)
     return weights(trainer.state.model) if dist.is_initialized() else loops.bits(trainer.state.model)
 
 
 def results(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Return all that a run leaves, the log on the first rank only."""
+    """Return everything that a run leaves; the log on rank 0 only."""
     log = folder / "metrics.jsonl"
     return {
         "log": [json.loads(line) for line in log.read_text().splitlines()] if rank() == 0 else [],
@@ -105,7 +105,7 @@ def results(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
 
 def moments(trainer: Trainer) -> list[Tensor]:
-    """Return the whole state of the optimizer."""
+    """Return the full state of the optimizer."""
     optimizer = trainer.state.optimizers[0]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [full(optimizer.state[p][name]) for p in parameters for name in ("step", "exp_avg", "exp_avg_sq")]
@@ -131,7 +131,7 @@ class Losses(Callback):
 
 
 def resumes(kind: str, folder: Path, **more: Any) -> dict[str, list[str]]:
-    """Train once without a stop, again from each of its checkpoints, and return what differs."""
+    """Train once without a stop, resume from each of its checkpoints, and return the differences."""
 
     def random(trainer: Trainer) -> Any:
         return [rng.get_state(), trainer._parts.stream.get_state()]
@@ -156,7 +156,7 @@ def resumes(kind: str, folder: Path, **more: Any) -> dict[str, list[str]]:
 
 
 def saves(kind: str | None, path: Path, folder: Path) -> dict[str, Any]:
-    """Train, save inside an epoch, train on; return what was saved, and what came of it."""
+    """Train, save inside an epoch, continue; return the saved state and the final state."""
     trainer = build(kind, folder, max_duration="9ba", saves=None)
     trainer.fit()
     trainer.save_checkpoint(path)
@@ -167,7 +167,7 @@ def saves(kind: str | None, path: Path, folder: Path) -> dict[str, Any]:
 
 
 def loads(kind: str | None, path: Path, folder: Path) -> dict[str, Any]:
-    """Return what comes out of a checkpoint, what of training on, and what was said of it."""
+    """Load a checkpoint and continue; return the loaded state, the final state and the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = build(kind, folder, load_path=path, saves=None, model_seed=7)
@@ -178,7 +178,7 @@ def loads(kind: str | None, path: Path, folder: Path) -> dict[str, Any]:
 
 
 def follows_itself(folder: Path) -> list[str]:
-    """Return where the average of a run under FSDP2 is not that of its whole weights."""
+    """Return the differences between the average of a run under FSDP2 and the average of its full weights."""
 
     class Follow(Callback):
         reference = None
@@ -197,7 +197,7 @@ def follows_itself(folder: Path) -> list[str]:
 
 
 class Unseeded(list):
-    """A loader that gives each rank its batches in an order of its own."""
+    """A loader with another order of batches on each rank."""
 
     def __iter__(self) -> Any:
         order = list(super().__iter__())
@@ -205,7 +205,7 @@ class Unseeded(list):
 
 
 def refused(what: str, folder: Path) -> str:
-    """Ask for what cannot be done, and return what was said."""
+    """Call the trainer with bad arguments; return the error."""
     world, model, options = dist.get_world_size(), loops.perceptron(), dict[str, Any]()
     if what == "two kinds":
         model, options = DistributedDataParallel(model), {"parallelism": "fsdp2"}
@@ -238,7 +238,7 @@ def _shards_after_a_step() -> str:
 
 
 def fails_to_save(kind: str, path: Path, folder: Path) -> tuple[str, bool]:
-    """Return what each rank hears of a path where the first cannot write, and whether training weights are back."""
+    """Save where rank 0 cannot write; return the error, and whether the training weights are restored."""
     trainer = build(kind, folder, max_duration="4ba", saves=None)
     trainer.fit()
     before, said = held(trainer), "nothing"
@@ -250,7 +250,7 @@ def fails_to_save(kind: str, path: Path, folder: Path) -> tuple[str, bool]:
 
 
 def loads_damaged(kind: str, path: Path, folder: Path) -> str:
-    """Return what each rank is told of a checkpoint that cannot be loaded."""
+    """Return the error of a checkpoint that cannot be loaded."""
     try:
         build(kind, folder, load_path=path, saves=None)
     except Exception as error:
@@ -259,7 +259,7 @@ def loads_damaged(kind: str, path: Path, folder: Path) -> str:
 
 
 def evaluates(kind: str | None) -> dict[str, float]:
-    """Return figures of seven samples in batches of three, in an order that is drawn."""
+    """Return metrics of seven samples in batches of three, in random order."""
     import torchmetrics.classification as theirs
 
     torch.manual_seed(50 + rank())
@@ -288,7 +288,7 @@ def predicts(kind: str | None) -> list[Tensor]:
 
 
 def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any]:
-    """Train on each rank's batches by a ``DistributedSampler``, or by oneself on those of all ranks put together."""
+    """Train on each rank's batches by a ``DistributedSampler``, or in one process on all ranks' batches."""
     data = loops.dataset()
 
     def sampler(of: int) -> DistributedSampler:
@@ -302,7 +302,7 @@ def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any
         loader = DataLoader(data, batch_size=2, sampler=sampler(rank()))
     model = loops.perceptron()
     algorithm = EMA("8sp")
-    # Clocks of which that of the second rank is faster.
+    # The clock of rank 1 is faster.
     ticks = itertools.count(step=1 + 100 * rank())
     fitting.time = types.SimpleNamespace(perf_counter=ticks.__next__)
     trainer = Trainer(
@@ -326,7 +326,7 @@ def with_own_batches(kind: str | None, folder: Path, size: int) -> dict[str, Any
 
 
 def raw_figures(kind: str, folder: Path) -> tuple[float, float]:
-    """Return the loss of the training weights with the first rank's buffers, by hand and as evaluated."""
+    """Return the loss of the training weights with the buffers of rank 0, computed by hand and by the evaluation."""
 
     class Raw(Callback):
         def eval_before_all(self, state: Any, logger: Any) -> None:
@@ -363,7 +363,7 @@ def mixes_samplers(path: Path, *, at: str) -> str:
 
 
 def records(kind: str | None, folder: Path, stops: tuple[int | None, ...] = (None,)) -> list[int]:
-    """Record a run, stopping at some batches and going on each time; return where each part began."""
+    """Record a run that stops at some batches and resumes; return where each part began."""
     began = []
     for stop in stops:
         model = loops.perceptron()
@@ -389,7 +389,7 @@ def records(kind: str | None, folder: Path, stops: tuple[int | None, ...] = (Non
 
 
 def skips(kind: str, folder: Path) -> dict[str, Any]:
-    """Train in 16 bits with gradients that are not finite on one rank only, at two batches."""
+    """Train in 16 bits with NaN gradients on one rank at two batches."""
     calls = iter(range(1000))
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -414,7 +414,7 @@ def skips(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def differing(folder: Path) -> list[str]:
-    """Return what is said of batches that each rank has in an order of its own."""
+    """Return the warnings of batches in another order on each rank."""
     x, y = loops.dataset().tensors
     model = loops.perceptron()
     trainer = Trainer(
@@ -447,10 +447,10 @@ class Killed(Callback):
 
 
 def killed(kind: str, folder: Path, out: Path, *callbacks: Callback) -> None:
-    """Train to the end, wherever it was stopped; write what came of it for each rank."""
+    """Train to the end, resuming where possible; write the final state of each rank."""
     trainer = build(kind, folder, noisy=True, autoresume=True, callbacks=callbacks)
     trainer.fit()
     out.mkdir(exist_ok=True)
     found = results(trainer, folder)
-    del found["loss"]  # a run that was done before a restart has none
+    del found["loss"]  # None if the run was complete before a restart
     torch.save(found, out / f"{kind}-{rank()}.pt")

@@ -1,4 +1,4 @@
-"""A model for other libraries to average, and what ``polyak convert`` makes of the files they write."""
+"""A model whose averages other libraries save, and ``polyak convert`` of their files."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from polyak.cli import main
 
 
 def net() -> nn.Module:
-    """With BatchNorm, and two names for one tensor."""
+    """Return a model with BatchNorm, and two names for one tensor."""
     model = loops.noisy_perceptron()
     model.add_module("tied", nn.Linear(6, 8, bias=False))
     model.tied.weight = model[0].weight
@@ -20,7 +20,7 @@ def net() -> nn.Module:
 
 
 def move(model: nn.Module, steps: int = 5) -> None:
-    """As training would."""
+    """Change the weights, as training does."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _ in range(steps):

@@ -30,9 +30,9 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "a smoothing and a late start": {"half_life": None, "smoothing": 0.9, "update_interval": "1ba", "ema_start": "2ba"},
 }
 DURATION, BATCHES = "2ep", 2
-TOLERANCE = 2e-6  # of values as printed, on any machine
+TOLERANCE = 2e-6  # of printed values, on any machine
 
-# Events that polyak alone has, and the one state that differs: where it does, and why. The page says more.
+# Events that only polyak has, and the reasons for the states that differ. The page explains them.
 ONLY_POLYAKS = dict.fromkeys(["save_start", "save_end"], "polyak's own events")
 LEFT_IN = "Composer leaves the average in"
 LEFT_IN_AT = {
@@ -47,7 +47,7 @@ LEFT_IN_AT = {
 
 @dataclass(frozen=True)
 class Seen:
-    """What a trainer is like at an event.
+    """The state of a trainer at an event.
 
     Attributes:
         event: Its name.
@@ -55,7 +55,7 @@ class Seen:
         moves: How often the average has changed.
         decay: Of the last update, if there was one.
         model: The first weight in the model.
-        average: The average of it, if averaging has begun.
+        average: Its average, if averaging has begun.
         holds: Which weights the model holds.
     """
 
@@ -72,7 +72,7 @@ class Seen:
         return [_text(value) for value in astuple(self)[2:]]
 
     def agrees(self, other: "Seen") -> bool:
-        """Return whether all is the same, and the numbers to how they are printed."""
+        """Return whether two states are equal, with the precision of printed numbers."""
         pairs = zip(astuple(self), astuple(other), strict=True)
         return all(
             abs(a - b) <= TOLERANCE if isinstance(a, float) and isinstance(b, float) else a == b for a, b in pairs
@@ -84,7 +84,7 @@ def _text(value: object) -> str:
 
 
 class Watch:
-    """Keeps what a trainer is like at each event; a callback in either passes the events on to it."""
+    """Stores the state of a trainer at each event; a callback in either trainer calls it."""
 
     def __init__(
         self, ema: Any, average: Callable[[Any, nn.Module], float | None], decay: Callable[[Any], Any]
@@ -126,7 +126,7 @@ def _options(folder: Path) -> dict[str, Any]:
 
 
 def in_composers(folder: Path, options: Mapping[str, Any]) -> list[Seen]:
-    """Train in Composer's trainer with its own EMA; return what was seen.
+    """Train in Composer's trainer with its own EMA; return the states.
 
     Args:
         folder: For its checkpoints.
@@ -163,12 +163,12 @@ def in_composers(folder: Path, options: Mapping[str, Any]) -> list[Seen]:
     trained.fit()
     for saver in trained.state.callbacks:
         if isinstance(saver, composer.callbacks.CheckpointSaver):
-            saver.tmp_dir_for_symlink.cleanup()  # which Composer leaves to the end of Python
+            saver.tmp_dir_for_symlink.cleanup()  # which Composer does only at the exit of Python
     return watch.seen
 
 
 def in_polyaks(folder: Path, options: Mapping[str, Any]) -> list[Seen]:
-    """Train in polyak's trainer with ``polyak.EMA``; return what was seen.
+    """Train in polyak's trainer with ``polyak.EMA``; return the states.
 
     Args:
         folder: For its checkpoints.
@@ -199,7 +199,7 @@ def in_polyaks(folder: Path, options: Mapping[str, Any]) -> list[Seen]:
 
 @dataclass(frozen=True)
 class Row:
-    """What was seen at an event by both, or by the one that has it."""
+    """The states at an event in both trainers, or in the one that has the event."""
 
     composers: Seen | None
     polyaks: Seen | None
@@ -210,18 +210,18 @@ class Row:
 
     @property
     def reason(self) -> str:
-        """Why they differ, or nothing where they do not or no reason is known."""
+        """The reason for a difference; empty if there is none, or none is known."""
         if self.composers is None or self.polyaks is None:
             return ONLY_POLYAKS.get(self.polyaks.event, "") if self.polyaks else ""
         theirs, ours = self.composers, self.polyaks
         left_in = theirs.event in LEFT_IN_AT and (theirs.holds, ours.holds) == ("average", "training")
-        # But for what is in the model, all must be the same.
+        # Everything except the weights in the model must be the same.
         same = replace(theirs, model=ours.model, holds=ours.holds).agrees(ours)
         return LEFT_IN if left_in and same else ""
 
 
 def rows(options: Mapping[str, Any]) -> list[Row]:
-    """Train in both; return event by event what was seen, side by side.
+    """Train in both; return the states event by event.
 
     Args:
         options: Of the EMA.

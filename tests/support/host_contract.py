@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from polyak import EMA, Event, Trainer
 from polyak.averaging.swap import swap_of
 
-# What a host may lack, with its reason in ``Host.lacks``; the tests that need it are skipped with that reason.
+# Capabilities that a host may lack, for the reason in ``Host.lacks``; tests that need one are skipped with that reason.
 # The table in the README has a row for each.
 CAPABILITIES = {
     "equal": "weights and average after each step: the native trainer's, bit for bit",
@@ -49,7 +49,7 @@ CAPABILITIES = {
     "choice": "evaluation of raw and averaged weights side by side",
     "prediction": "prediction with the average",
     "metrics": "`ema/decay` and `ema/distance` in its own loggers",
-    "given back": "training weights back after evaluation, saving, an error, an interrupt",
+    "restored": "training weights back after evaluation, saving, an error, an interrupt",
     "saving": "the average where its users load weights from",
     "epoch end": "resumed at the end of an epoch, bit for bit",
     "random": "the same with shuffled data and dropout",
@@ -57,7 +57,7 @@ CAPABILITIES = {
     "mid-epoch": "resumed inside an epoch, bit for bit",
     "random mid-epoch": "the same with shuffled data and dropout, inside an epoch",
 }
-# What a capability is worth nothing without.
+# The capability that another one requires.
 NEEDS = {
     "choice": ["evaluation"],
     "metrics": ["evaluation"],
@@ -68,7 +68,7 @@ NEEDS = {
 
 
 def why_not(capability: str, lacks: Mapping[str, str]) -> str | None:
-    """Return why a host that lacks these does not have a capability, or None if it has."""
+    """Return the reason why a host that lacks these does not have a capability, or None if it has it."""
     assert {capability, *lacks} <= CAPABILITIES.keys()
     reasons = [lacks.get(capability), *(why_not(other, lacks) for other in NEEDS.get(capability, []))]
     return next(filter(None, reasons), None)
@@ -76,7 +76,7 @@ def why_not(capability: str, lacks: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a script is to do: train with Adam on batches of ``loops.BATCH`` samples."""
+    """The task of a script: train with Adam on batches of ``loops.BATCH`` samples."""
 
     epochs: int = 3
     steps: int = 6  # optimizer steps in an epoch
@@ -115,7 +115,7 @@ class Session(Protocol):
     """A script in a framework, with an algorithm attached to its trainer by our adapter."""
 
     def fit(self, resume: Path | None = None) -> None:
-        """Train; go on from a checkpoint, if one is given."""
+        """Train; resume from a checkpoint, if one is given."""
 
     def evaluate(self) -> None: ...
     def predict(self) -> None: ...
@@ -125,7 +125,7 @@ class Session(Protocol):
         ...
 
     def logged(self, name: str) -> list[float]:
-        """Return the values that the framework's own loggers have of a metric."""
+        """Return the values of a metric in the framework's own loggers."""
         ...
 
     def checkpoint(self, step: int) -> Path:
@@ -137,7 +137,7 @@ class Host(Protocol):
     """A framework. ``net`` maps inputs to logits; a host that needs to wrap it does so in an attribute ``net``."""
 
     lacks: ClassVar[Mapping[str, str]]
-    golden: ClassVar[str]  # the events of two epochs of two steps, evaluated and saved at the end of each
+    golden: ClassVar[str]  # events of two epochs of two steps, with an evaluation and a checkpoint at the end of each
 
     def session(self, net: nn.Module, algorithm: EMA, folder: Path, plan: Plan) -> Session: ...
 
@@ -152,7 +152,7 @@ def num_tokens(batch: Any) -> int:
 
 
 class Probe:
-    """Sees the weights in each evaluation, counts the batches trained on, and raises where it is told."""
+    """Stores the weights in each evaluation, counts the training batches, and raises an error at a given batch."""
 
     def __init__(self, net: nn.Module) -> None:
         self.evaluated: list[dict[str, Tensor]] = []
@@ -177,7 +177,7 @@ class Probe:
 
 
 class Overflows:
-    """Gives every third batch gradients that are not finite."""
+    """Gives every third batch NaN gradients."""
 
     def __init__(self, net: nn.Module) -> None:
         self._batches = 0
@@ -189,7 +189,7 @@ class Overflows:
 
 
 class Watched(EMA):
-    """Keeps the events it hears of, except those inside a batch, and the weights and the average after each batch."""
+    """Stores the events, except those inside a batch, and the weights and the average after each batch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -212,7 +212,7 @@ class Watched(EMA):
 
 
 def of_net(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return copies under the names that the net itself gives them, whatever wraps it."""
+    """Return copies by the names in the net itself, without wrappers."""
     names = {name: name.rpartition("net.")[2].removeprefix("_orig_mod.") for name in tensors}
     return {names[name]: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
 
@@ -229,7 +229,7 @@ def net_of(kind: str = "perceptron", seed: int = 0) -> nn.Module:
 
 
 def native(plan: Plan, *args: Any, kind: str = "perceptron", **kwargs: Any) -> Watched:
-    """Train in the native trainer what a host is to train; return the algorithm with what it saw."""
+    """Do the task of a host in the native trainer; return the algorithm with the stored weights."""
     ema, net = Watched(*args, **kwargs), net_of(kind)
     Trainer(
         net,
@@ -246,7 +246,7 @@ def native(plan: Plan, *args: Any, kind: str = "perceptron", **kwargs: Any) -> W
 
 
 class Run:
-    """A session with its eyes: the net, the probe in it, the algorithm that is watched."""
+    """A session: the net, the probe in it, and the algorithm that stores the weights."""
 
     def __init__(
         self,
@@ -316,7 +316,7 @@ class HostContract:
             torch.testing.assert_close(average.double(), want[name], rtol=1e-5, atol=1e-6)
         run.assert_training_weights()
 
-    def test_statistics_of_batchnorm_are_averaged_and_lent_as_the_weights_are(self, tmp_path) -> None:
+    def test_statistics_of_batchnorm_are_averaged_and_swapped_like_the_weights(self, tmp_path) -> None:
         self.needs("buffers")
         plan = Plan(evaluate="evaluation" not in self.host.lacks)
         run = Run(self.host, tmp_path, plan, net=net_of("normed")).fit()
@@ -329,7 +329,7 @@ class HostContract:
         run.assert_training_weights()
 
     @pytest.mark.filterwarnings("ignore")  # of torch.compile itself
-    def test_a_compiled_model_is_averaged_and_lent_as_it_is_inside(self, tmp_path) -> None:
+    def test_a_compiled_model_is_averaged_and_swapped_like_the_model_inside(self, tmp_path) -> None:
         self.needs("compiled")
         plan = Plan(epochs=1, evaluate="evaluation" not in self.host.lacks)
         run = Run(self.host, tmp_path, plan, wrap=lambda net: torch.compile(net, backend="eager")).fit()
@@ -367,7 +367,7 @@ class HostContract:
         assert run.count(Event.BATCH_END) - 3 == run.probe.trained - trained > 0
         run.assert_training_weights()
 
-    # The guest in the model
+    # The average in the model
 
     def test_evaluation_sees_the_average_and_gives_the_training_weights_back(self, tmp_path) -> None:
         self.needs("evaluation")
@@ -388,7 +388,7 @@ class HostContract:
         self.needs("choice")
         run = Run(self.host, tmp_path, Plan(evaluate=True, choice=True)).fit()
         ends = [run.ema.batches[step] for step in (5, 11, 17)]
-        # Two batches with each, in whatever order.
+        # Two batches with each, in any order.
         seen = sorted(map(repr, map(list, map(loops.leaves, run.probe.evaluated))))
         assert seen == sorted(repr(list(loops.leaves(tensors))) for end in ends for tensors in end for _ in range(2))
         run.assert_training_weights()
@@ -417,14 +417,14 @@ class HostContract:
     @pytest.mark.parametrize("error", [RuntimeError("as planned"), KeyboardInterrupt()], ids=["error", "interrupt"])
     @pytest.mark.parametrize("during", ["training", "evaluation in fit", "evaluation", "prediction"])
     def test_after_an_exception_the_model_has_its_training_weights(self, tmp_path, during, error) -> None:
-        self.needs("given back")
+        self.needs("restored")
         if during != "training":
             self.needs("prediction" if during == "prediction" else "evaluation")
         run = Run(self.host, tmp_path, Plan(evaluate=during == "evaluation in fit"))
         if during in {"evaluation", "prediction"}:
             run.fit()
         run.probe.raises = ("train", 8, error) if during == "training" else ("eval", 0, error)
-        # Some frameworks end an interrupted run without an exception, or leave the program.
+        # Some frameworks end an interrupted run without an exception, or exit the program.
         with suppress(type(error), SystemExit):
             {"evaluation": run.session.evaluate, "prediction": run.session.predict}.get(during, run.fit)()
         assert run.probe.raised == 1
@@ -519,7 +519,7 @@ class Kills(Probe):
 
 
 def die(test_module: str, folder: str) -> None:
-    """Run in a process of its own, which does not live to the end."""
+    """Run in a separate process, which is killed before the end."""
     run = Run(import_module(test_module).HOST, Path(folder) / "killed", Plan(save_every=6))
     Kills(run.net)
     run.fit()

@@ -1,4 +1,4 @@
-"""Files that nobody should have written, by what is wrong with them; and polyak's commands in separate processes."""
+"""Malformed and malicious files, by their fault; and polyak's commands in separate processes."""
 
 import io
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-# A process with torch loaded forks for each file; a child may take a GiB beyond that.
+# A process that has imported torch forks for each file; a child may allocate one GiB more.
 _CHILD = """
 import os, resource, runpy, sys
 import torch, polyak.cli
@@ -31,7 +31,7 @@ for line in sys.stdin:
 
 
 def run(folder: Path, commands: list[list[str]]) -> list[tuple[int, str]]:
-    """Run commands of polyak in a folder, each in a separate process; return the exit codes and what was said."""
+    """Run commands of polyak in a folder, each in a separate process; return the exit codes and the messages."""
     lines = "".join("\t".join([str(k), *command]) + "\n" for k, command in enumerate(commands))
     done = subprocess.run([sys.executable, "-c", _CHILD], cwd=folder, input=lines, stdout=-1, text=True, check=True)
     codes = [int(code) for code in done.stdout.split()]
@@ -49,13 +49,13 @@ def saved(content: Any, **options: Any) -> bytes:
 
 
 def average(tensor: torch.Tensor | None = None, **more: Any) -> dict[str, Any]:
-    """As torch's AveragedModel."""
+    """Return the state of torch's AveragedModel."""
     given = torch.arange(4.0) if tensor is None else tensor
     return {"n_averaged": torch.tensor(3), "module.weight": given, **more}
 
 
 def archive(pickled: bytes, records: Mapping[str, bytes] | None = None, kind: int = zipfile.ZIP_STORED) -> bytes:
-    """As torch.save would lay it out."""
+    """Return an archive in the layout of torch.save."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", kind) as file:
         file.writestr("a/data.pkl", pickled)
@@ -80,7 +80,7 @@ SHAPES = {"negative": b"J\xff\xff\xff\xff", "four": b"K\x04", "huge": b"\x8a\x08
 def tensor(
     shape: bytes = b"K\x04", stride: bytes = b"K\x01", offset: bytes = b"K\x00", numel: bytes = b"K\x04"
 ) -> bytes:
-    """The pickle of a tensor, whose numbers are given as opcodes."""
+    """Return the pickle of a tensor; opcodes give its numbers."""
     storage = STORAGE + numel + b"tQ"
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + offset + shape + b"\x85" + stride + b"\x85\x89}tR"
 
@@ -103,7 +103,7 @@ def flipped(data: bytes, at: int) -> bytes:
 
 
 class Touch:
-    """Makes a folder where it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("ran",)
@@ -119,7 +119,7 @@ def safetensors(header: bytes, data: bytes = b"\0" * 4, length: int | None = Non
     return struct.pack("<Q", len(header) if length is None else length) + header + data
 
 
-# Each must be refused in one line.
+# Each must give a one-line error.
 FILES: Mapping[str, tuple[str, Callable[[], bytes]]] = {
     "an empty file": (".pt", lambda: b""),
     "four zero bytes": (".pt", lambda: b"\0" * 4),
@@ -157,7 +157,7 @@ FILES: Mapping[str, tuple[str, Callable[[], bytes]]] = {
     "a text that claims 2^60 bytes": (".pt", lambda: archive(entry(b"\x8d" + struct.pack("<Q", 1 << 60) + b"a"))),
     "a memo without a value": (".pt", lambda: archive(entry(b"j\xff\xff\xff\x7f"))),
     "a frame that never ends": (".pt", lambda: archive(b"\x80\x04\x95" + struct.pack("<Q", 1 << 60))),
-    "an opcode that is none": (".pt", lambda: archive(b"\x80\x02\xff.")),
+    "an unknown opcode": (".pt", lambda: archive(b"\x80\x02\xff.")),
     "a stack that is empty": (".pt", lambda: archive(b"\x80\x02s.")),
     "a mark in place of a value": (".pt", lambda: archive(b"\x80\x02}(N(s.")),
     "a pickle that ends with two values": (".pt", lambda: archive(b"\x80\x02NN.")),
@@ -239,10 +239,10 @@ FILES: Mapping[str, tuple[str, Callable[[], bytes]]] = {
         lambda: safetensors(HEADER.replace(b"[1]", b"[1152921504606846976]")),
     ),
     "safetensors, a name twice": (".safetensors", lambda: safetensors(HEADER[:-1] + b"," + HEADER[1:])),
-    "safetensors, a dtype that is none": (".safetensors", lambda: safetensors(HEADER.replace(b"F32", b"F99"))),
+    "safetensors, an unknown dtype": (".safetensors", lambda: safetensors(HEADER.replace(b"F32", b"F99"))),
 }
 
-# Each tries to run code; nothing may run, whether the file is refused or the object passed over.
+# Each tries to run code. Nothing may run, whether polyak refuses the file or skips the object.
 CODE: Mapping[str, bytes] = {
     "reduce": RUN + b"R",
     "an instance": b"(X\x03\x00\x00\x00ranios\nmkdir\n",

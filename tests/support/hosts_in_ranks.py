@@ -44,19 +44,19 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 @dataclass
 class Found:
-    """What a script came to, for the test to compare between ranks and runs.
+    """The results of a script, to compare between ranks and runs.
 
     Args:
-        weights: At the end, whole, by canonical name.
-        average: The same of the average.
+        weights: At the end, unsharded, by canonical name.
+        average: The same for the average.
         want: The average of the parameters after each step, by the formula.
-        exact: The average of the whole parameters, to the bit.
+        exact: The average of the unsharded parameters, bit for bit.
         evaluated: The first layer's weight, in each evaluation.
-        loadable: What this framework's users load from the checkpoint of the first epoch.
+        loadable: The weights that users of this framework load from the checkpoint of the first epoch.
         lines: How often the distance of the average was logged.
-        distances: What was logged, where it is kept.
+        distances: The logged values, if the logger keeps them.
         recorded: The record's average, where there is one.
-        pinned: The checkpoints that it keeps files for.
+        pinned: The checkpoints whose files the record keeps.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Found:
     pinned: set[str] = field(default_factory=set)
 
     def watch(self, model: nn.Sequential) -> None:
-        """Note with which weights the model is evaluated."""
+        """Store the weights with which the model is evaluated."""
 
         def note(layer: nn.Linear, inputs: Any, output: Any) -> None:
             if not model.training:
@@ -80,7 +80,7 @@ class Found:
         model[0].register_forward_hook(note)
 
     def follow(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Work out the average."""
+        """Compute the average."""
         profile, copies, shadows = HalfLife("2ba"), nn.ParameterList(), list[Shadow]()
 
         def after(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -111,12 +111,12 @@ class Found:
 
 
 def _inner(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop the name under which a framework's module has the net."""
+    """Remove the prefix of the framework's module from a name."""
     return {name.removeprefix("net."): tensor for name, tensor in tensors.items()}
 
 
 class Odd(EMA):
-    """Averages that a wrong value gets into on one rank."""
+    """Averages with a wrong value on one rank."""
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
         super().apply(event, state, logger)
@@ -131,7 +131,7 @@ def ema_for(kind: str) -> EMA:
 
 
 def environment() -> None:
-    """Say what a launcher would say."""
+    """Set the environment variables of a launcher."""
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
@@ -143,7 +143,7 @@ def data(seed: int = 0, batches: int = STEPS) -> Any:
 
 
 def fsdp_on_a_cpu() -> None:
-    """Let Accelerate take FSDP2 on a CPU, which it only knows of GPUs and their like; and forget the last script."""
+    """Make Accelerate accept FSDP2 on a CPU, and reset its state of the last script."""
     from accelerate.state import AcceleratorState, DistributedType, PartialState
 
     AcceleratorState._reset_state(reset_partial_state=True)

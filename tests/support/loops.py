@@ -1,4 +1,4 @@
-"""Small runs that tests train: the data, the models, a trainer of everything, and what two runs are compared by."""
+"""Small training runs: data, models, a trainer with all features, and the comparison of two runs."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def dataset(batches: int = EPOCH, *, seed: int = 0) -> TensorDataset:
 
 
 class Noisy(Dataset):
-    """Data with random transforms that draw from every global generator."""
+    """Data with random transforms that use every global generator."""
 
     def __init__(self, batches: int = EPOCH) -> None:
         self._data = dataset(batches)
@@ -57,7 +57,7 @@ def noisy_perceptron(seed: int = 0) -> nn.Module:
     )
 
 
-# With six batches an epoch, what ``often`` leaves at: the last batch of an epoch, its end, and inside the next.
+# Where ``often`` saves, with six batches an epoch: at the last batch of an epoch, its end, and inside the next epoch.
 BEFORE_EPOCH_END, EPOCH_END, MID_EPOCH = "ep0-ba6.pt", "ep1-ba6.pt", "ep1-ba9.pt"
 
 
@@ -83,7 +83,7 @@ def train(
     metrics: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Trainer:
-    """Return a trainer with everything on: a scheduler, evaluation, a log and checkpoints in ``folder``."""
+    """Return a trainer with all features: a scheduler, evaluation, a log and checkpoints in ``folder``."""
     torch.set_num_threads(1)
     model = perceptron() if model is None else model
     generator = None if generator_seed is None else torch.Generator().manual_seed(generator_seed)
@@ -118,7 +118,7 @@ def train(
 
 
 class Accuracy:
-    """A metric of our own, with torchmetrics' members."""
+    """A custom metric with the members of torchmetrics."""
 
     def __init__(self) -> None:
         self.reset()
@@ -135,7 +135,7 @@ class Accuracy:
 
 
 class Recorder(Callback):
-    """Keeps the training weights at the end of every batch, by its number, and the loss."""
+    """Stores the training weights and the loss at the end of every batch, by its number."""
 
     def __init__(self) -> None:
         self.weights: dict[int, dict[str, Tensor]] = {}
@@ -160,7 +160,7 @@ class Raises(Callback):
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of all that a model holds."""
+    """Return a copy of the tensors of a model."""
     return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
@@ -170,7 +170,7 @@ def averaged(ema: EMA) -> dict[str, Tensor]:
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield what a nested container holds, tensors and arrays as lists of exact numbers."""
+    """Yield the leaves of a nested container, tensors and arrays as lists of exact numbers."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from leaves(inner, f"{path}.{key}")
@@ -192,7 +192,7 @@ def differences(one: Any, other: Any) -> list[str]:
 
 
 def everything(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Return all that a run leaves: its checkpoint, its log, and what an evaluation now would find."""
+    """Return everything that a run leaves: its checkpoint, its log, and the result of an evaluation now."""
     trainer.save_checkpoint(folder / "end.pt")
     log = (folder / "metrics.jsonl").read_text()
     return {
@@ -203,7 +203,7 @@ def everything(trainer: Trainer, folder: Path) -> dict[str, Any]:
 
 
 def disturb() -> None:
-    """Leave every global generator where no run would have left it."""
+    """Set every global generator to a state that no run has."""
     torch.manual_seed(12345)
     random.seed(12345)
     np.random.seed(12345)
@@ -212,7 +212,7 @@ def disturb() -> None:
 def resume_differences(
     build: Callable[..., Trainer], folder: Path, at: Sequence[str] = (BEFORE_EPOCH_END, EPOCH_END, MID_EPOCH)
 ) -> dict[str, list[str]]:
-    """Train once without a stop, again from each of the first run's checkpoints, and return what differs."""
+    """Train once without a stop, resume from each of its checkpoints, and return the differences."""
     whole = build(folder / "whole")
     whole.fit()
     want = everything(whole, folder / "whole")
@@ -248,7 +248,7 @@ class DiesWhileSaving(Callback):
 
 
 def train_until_killed(folder: str, batch: int) -> None:
-    """Run in a process of its own, and kill it."""
+    """Run in a separate process, which kills itself."""
     killable(Path(folder), callbacks=(DiesWhileSaving(batch),)).fit()
 
 

@@ -1,4 +1,4 @@
-"""Where the project, its tests and what they share are."""
+"""The folders of the project, of its tests and of their shared modules."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Real processes of a gloo group, kept for many tests: starting one takes seconds."""
+"""Real processes in gloo groups. Tests share them, since each takes seconds to start."""
 
 import io
 import multiprocessing
@@ -16,11 +16,11 @@ from waiting import END_S
 
 
 class Ranks:
-    """Up to four processes; each job makes a group of its own of the first of them.
+    """Up to four processes; each job runs in a new group of the first of them.
 
     Args:
-        folder: For the files by which they find each other.
-        most: How many.
+        folder: For the files of their rendezvous.
+        most: Number of processes.
         backend: ``gloo``, or ``nccl`` where each rank has a GPU.
     """
 
@@ -43,7 +43,7 @@ class Ranks:
         return results
 
     def attempt(self, size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
-        """Do what ``run`` does; for a rank that raised there is a ``_Raised`` with ``text``."""
+        """Do the same as ``run``, and return a ``_Raised`` with a ``text`` for a rank that raised."""
         meeting = self._folder / uuid.uuid4().hex
         for rank in range(size):
             self._ends[rank].send((self._backend, rank, size, str(meeting), job, args))

@@ -1,6 +1,6 @@
-"""Kills writers of a record at random moments, and looks at what they leave. Run by test_record.py.
+"""Kill writers of a record at random moments, and check the records that they leave. Run by test_record.py.
 
-By itself, without threads, so that it may fork: starting Python for each of 200 kills would take minutes.
+A separate program without threads, so that it may fork: to start Python for each of 200 kills would take minutes.
 """
 
 import os
@@ -30,7 +30,7 @@ def edge(updates: int) -> Edge:
 
 
 def operations() -> list[Callable[[Writer], object]]:
-    """Appends with a pin now and then. Each leaves a manifest that no other leaves."""
+    """Return appends, with some pins. Each results in a different manifest."""
     result: list[Callable[[Writer], object]] = []
     appended = 0
     for i in range(OPERATIONS):
@@ -113,7 +113,7 @@ def main(root: Path, kills: int) -> None:
             finish(folder, done, root / "reference")
             finished, done = finished + 1, -1
     finish(folder, done, root / "reference")
-    print(f"{killed} killed, {half_written} while writing a file, {finished + 1} records finished all the same")
+    print(f"{killed} killed, {half_written} while writing a file, {finished + 1} records completed")
     assert half_written
 
 

@@ -1,4 +1,4 @@
-"""Small records of real runs, for tests of what reads them."""
+"""Small records of real runs, for tests of code that reads records."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def data(seed: int = 0, batches: int = 4) -> list[tuple[Tensor, Tensor]]:
 
 
 def validate(state: dict[str, Tensor]) -> dict[str, Tensor | float]:
-    """Evaluate as a user would."""
+    """Return metrics, as an evaluation of the user does."""
     model = build().eval()
     model.load_state_dict(state)
     with torch.no_grad():

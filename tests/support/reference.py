@@ -1,4 +1,4 @@
-"""What is true: averages in plain float64, written as the definitions read, for the package to be compared with."""
+"""The reference: averages in plain float64, written as in their definitions."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,14 +13,14 @@ def half_life(span: float) -> Decay:
 
 
 def shares(profile_decay: Decay, moments: Sequence[float]) -> list[float]:
-    """Return how much the weights of each moment count in the average at the last: the differences of the decay."""
+    """Return the share of the weights of each moment in the last average: the differences of the decay."""
     end = moments[-1]
     edges = [0.0, *moments]
     return [profile_decay(b, end) - profile_decay(a, end) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def online(weights: Sequence[Tensor], decays: Sequence[float]) -> Tensor:
-    """Return the average that begins with the first weights and moves by ``1 - decay`` at each later one."""
+    """Return the average that begins with the first weights, and moves by ``1 - decay`` at each later one."""
     average = weights[0].double()
     for tensor, decay in zip(weights[1:], decays, strict=True):
         average = decay * average + (1 - decay) * tensor.double()

@@ -1,4 +1,4 @@
-"""What the processes of ``ranks.Ranks`` do with models that only some ranks hold, or that differ by rank."""
+"""Jobs of ``ranks.Ranks`` with models that only some ranks hold, or that differ by rank."""
 
 import os
 import warnings
@@ -78,7 +78,7 @@ def trained(model: nn.Module, algorithm: Any, steps: int = 3) -> Any:
 
 
 def said(act: Callable[[], Any]) -> str:
-    """Return what is raised."""
+    """Return the error."""
     try:
         act()
     except Exception as error:
@@ -87,7 +87,7 @@ def said(act: Callable[[], Any]) -> str:
 
 
 def own(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of what this rank holds."""
+    """Return copies of the local tensors."""
     reshard(model)
     return {
         slot.name: (slot.tensor.to_local() if isinstance(slot.tensor, DTensor) else slot.tensor).detach().clone()
@@ -99,7 +99,7 @@ def own(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tries(kind: str, folder: str) -> dict[str, str]:
-    """Swap, save, export and record; return what is said of each, and whether the weights changed."""
+    """Swap, save, export and record; return the errors, and whether the weights changed."""
     model, algorithm = experts(kind), EMA("2ba")
     attached = trained(model, algorithm)
     before = own(model)
@@ -122,7 +122,7 @@ def tries(kind: str, folder: str) -> dict[str, str]:
 
 
 def saves_alone() -> int | None:
-    """Return what rank 0 saves while the other does nothing."""
+    """Return the state that rank 0 saves while the other rank does nothing."""
     model, algorithm = DistributedDataParallel(net()), EMA("2ba")
     trained(model, algorithm, 4)
     return algorithm.state_dict()["num_updates"] if dist.get_rank() == 0 else None
@@ -133,7 +133,7 @@ def leaves(slot: Slot) -> Policy:
 
 
 def leaves_them_out(kind: str, folder: str) -> list[str]:
-    """Do the same with a policy that leaves experts out, but for the export."""
+    """Do the same with a policy that leaves experts out, except for the export."""
     model, algorithm = experts(kind), EMA("2ba", policy=leaves)
     attached = trained(model, algorithm)
     with attached.applied():
@@ -146,7 +146,7 @@ def leaves_them_out(kind: str, folder: str) -> list[str]:
 
 
 def are_parts(kind: str, folder: str) -> dict[str, list[int]]:
-    """Save, load, export and record experts that are ``DTensor``; return the shapes, and whether values came back."""
+    """Save, load, export and record experts that are ``DTensor``; return shapes, and whether values are restored."""
     model, algorithm = experts(kind), EMA("2ba")
     attached = trained(model, algorithm)
     want = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
@@ -173,7 +173,7 @@ def are_parts(kind: str, folder: str) -> dict[str, list[int]]:
 
 
 def drift_apart(folder: str) -> list[str]:
-    """Record experts that are equal on all ranks at first; return what is said at each step."""
+    """Record experts that are equal on all ranks at first; return the messages of each step."""
     model = experts("fsdp", seed=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     attach(Recorder(folder, "2ba"), model, optimizer)
@@ -300,7 +300,7 @@ def crossing(kind: str) -> Any:
         meshes = [grid["row"], grid["column"]]
     elif kind == "one in another":
         meshes = [grid["column"], grid]
-    else:  # two parts of one model that no rank is in both of
+    else:  # two parts of one model; no rank has both
         meshes = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2])]
         if dist.get_rank() == 3:
             return None
@@ -356,7 +356,7 @@ def is_a_stage(kind: str, folder: str) -> dict[str, Any]:
 
 
 class Stage(nn.Module):
-    """A layer with a name of its own."""
+    """A layer with a custom name."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -368,11 +368,11 @@ class Stage(nn.Module):
         return self.get_submodule(self.name)(x)
 
 
-# What one rank refuses
+# An error on one rank
 
 
 def one_refuses(what: str, kind: str, folder: str) -> tuple[str, str, bool]:
-    """Let one rank fail where ranks communicate; return what each says, then whether a swap works, and the weights."""
+    """Let one rank fail where ranks communicate; return the errors, whether a swap works then, and the weights."""
     odd = dist.get_rank() == 1
     model = net()
     model = DistributedDataParallel(model) if kind == "ddp" else fully_shard(model)

@@ -1,6 +1,6 @@
-"""Kills one or all of the ranks that write a record, at random moments, and looks at what they leave.
+"""Kill one or all of the ranks that write a record at random moments, and check the records that they leave.
 
-Run by test_recorder_sharded.py, by itself, so that it may fork: starting Python for each rank would take minutes.
+Run by test_recorder_sharded.py as a separate program that may fork: to start Python for each rank would take minutes.
 """
 
 import os
@@ -46,7 +46,7 @@ def spread(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
 
 
 def operations(mesh: DeviceMesh | None) -> list[Callable[[Writer], object]]:
-    """Appends with a pin now and then."""
+    """Return appends, with some pins."""
     result: list[Callable[[Writer], object]] = []
     appended = 0
     for i in range(OPERATIONS):
@@ -66,7 +66,7 @@ def append(writer: Writer, n: int, mesh: DeviceMesh | None) -> None:
 
 
 def stands(folder: Path) -> tuple[object, ...] | None:
-    """Return what is in the record, however it was cut into parts; None if there is none yet."""
+    """Return the contents of the record, without its division into parts; None if there is none yet."""
     if not (folder / "manifest.json").exists():
         return None
     pins = polyak.record.load_manifest(folder).pins
@@ -89,7 +89,7 @@ def write(folder: Path, meeting: Path, rank: int, size: int, done: int, pipe: in
         mesh = init_device_mesh("cpu", (size,))
         assert dist.group.WORLD is not None
         ranks = Ranks(dist.group.WORLD, torch.device("cpu"), replicas=False).apart()
-    os.write(pipe, b"r")  # until here the others would wait as long as processes may take to start
+    os.write(pipe, b"r")  # killed before this, a rank would leave the others waiting for the timeout of the group
     with Writer(folder, TENSORS, per_level=1, ranks=ranks) as writer:
         for operation in operations(mesh)[done:]:
             operation(writer)
@@ -104,7 +104,7 @@ def run(folder: Path, meeting: Path, size: int, done: int, pipe: int) -> list[in
         if not child:
             code = 1
             try:
-                with suppress(Exception):  # another rank is gone
+                with suppress(Exception):  # another rank was killed
                     write(folder, meeting, rank, size, done, pipe)
                     code = 0
             finally:
@@ -158,7 +158,7 @@ def main(root: Path, kills: int) -> None:
         half_written += any(folder.glob("*.tmp"))
     assert survivors
     print(
-        f"{killed} times killed, {survivors} of them with survivors, which took {took_s:.1f} s at most to find out; "
+        f"{killed} times killed, {survivors} of them with survivors, which took {took_s:.1f} s at most to end; "
         f"{half_written} times while writing"
     )
 

@@ -1,4 +1,4 @@
-"""Run by torchrun: two runs, in each of which a rank is killed once, whereupon torchrun starts all anew."""
+"""Run by torchrun: two runs, in each of which a rank is killed once, so that torchrun restarts all ranks."""
 
 import os
 import sys
