@@ -14,7 +14,7 @@ from typing import Any
 import loops
 import pytest
 import torch
-from foreign import assert_is, convert
+from converting import assert_is, convert
 from paths import SUPPORT
 from torch import Tensor
 

@@ -19,7 +19,7 @@ import loops
 import pytest
 import torch
 import torch_ema
-from foreign import assert_is, convert, move, net
+from converting import assert_is, convert, move, net
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -10,7 +10,7 @@ import hostile
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from foreign import assert_is, convert, net
+from converting import assert_is, convert, net
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from foreign import assert_is, convert, move, net
+from converting import assert_is, convert, move, net
 
 from polyak.cli import main
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import hostile
 import pytest
 import torch
-from foreign import assert_is, convert
+from converting import assert_is, convert
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-import sharded_parts as jobs
 import torch
+import uneven_ranks as jobs
 from ranks import Ranks
 
 from polyak.averaging.weights import _checksums
