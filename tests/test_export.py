@@ -3,19 +3,11 @@ import json
 import pytest
 import sharded
 import torch
-from ranks import Ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
 from polyak import EMA, CheckpointError, LoanError, attach, export_averaged
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    made = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
 
 
 @pytest.mark.slow

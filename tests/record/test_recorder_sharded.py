@@ -14,7 +14,6 @@ import sharded
 import sharded_records as jobs
 import torch
 from paths import SUPPORT
-from ranks import Ranks
 
 from polyak import Record, RecordError, Uniform, sweep
 from polyak.cli import main
@@ -23,13 +22,6 @@ pytestmark = pytest.mark.slow  # processes of several ranks
 
 torch.set_num_threads(1)
 CRASHER = SUPPORT.joinpath("sharded_record_crasher.py")
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    made = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
 
 
 def unequal(folder: Path) -> list[str]:

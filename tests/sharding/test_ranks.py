@@ -5,19 +5,11 @@ import re
 import pytest
 import torch
 import uneven_ranks as jobs
-from ranks import Ranks
 
 from polyak.averaging.weights import _checksums
 from polyak.sharding import agreement
 
 pytestmark = pytest.mark.slow  # processes of several ranks
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    made = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
 
 
 # Parameters that differ by rank.

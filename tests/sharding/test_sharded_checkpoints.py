@@ -1,16 +1,8 @@
 import pytest
 import sharded
 import torch
-from ranks import Ranks
 
 pytestmark = pytest.mark.slow  # processes of several ranks
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    made = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
 
 
 # DDP on two ranks: of three, the order in which gradients are summed depends on how often DDP has laid out its buckets.

@@ -8,13 +8,6 @@ pytestmark = pytest.mark.slow  # processes of several ranks
 CELLS = [(kind, size) for kind, sizes in sharded.KINDS.items() for size in sizes]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    made = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
-
-
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["own dtype", "bfloat16"])
 @pytest.mark.parametrize(("kind", "size"), CELLS, ids=str)
 def test_a_sharded_average_is_that_of_the_whole_model_bit_for_bit(ranks, kind, size, dtype) -> None:

@@ -9,7 +9,6 @@ import distributed_runs as runs
 import loops
 import pytest
 import torch
-from ranks import Ranks
 from torch import nn
 from torch.utils.data import Subset
 from waiting import END_S
@@ -20,13 +19,6 @@ from polyak.cli import main
 from polyak.trainer.parallel import _of_this_start, blocks
 
 pytestmark = pytest.mark.slow  # processes of several ranks
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    made = Ranks(tmp_path_factory.mktemp("ranks"), most=3)
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
