@@ -315,6 +315,7 @@ def asked_for(ema: EMA, model: nn.Module):
     ema.get_training_model(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lender", ["applied", "get_ema_model"])
 @pytest.mark.parametrize("how", ["before", "after", "half-way"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

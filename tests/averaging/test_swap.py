@@ -199,6 +199,7 @@ def interrupted_at(line: int, ema, *, leaving: bool) -> str:
     return place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaving", [False, True], ids=["entering", "leaving"])
 def test_after_an_interrupt_at_any_line_training_continues_from_its_own_weights(leaving) -> None:
     line = 0

@@ -209,6 +209,7 @@ print(kib("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the most that a process had")
 @pytest.mark.parametrize("kernel", EXCHANGES)
 def test_a_loan_between_tensors_of_one_dtype_takes_less_than_64_mib_of_memory(kernel) -> None:

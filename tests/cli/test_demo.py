@@ -226,7 +226,7 @@ def test_a_run_that_grows_ends_as_one_that_was_that_long(uninterrupted, tmp_path
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(uninterrupted, tmp_path) -> None:
     generator = random.Random(0)
-    for _ in range(10):
+    for _ in range(6):
         began = time.monotonic()
         delay = generator.uniform(1.0, 5.0)
         process = start(tmp_path, "--steps", STEPS)
