@@ -40,7 +40,7 @@ def test_the_fuzzer_finds_an_average_that_moves_too_far(loop: str, monkeypatch: 
 
 
 def test_the_fuzzer_finds_training_weights_that_are_not_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    restore = Shadow.give_back
+    restore = Shadow.restore
 
     def leave_a_trace(self: Any) -> None:
         restore(self)

@@ -71,12 +71,27 @@ class HalfLife:
         object.__setattr__(self, "unbiased", unbiased)
 
     @property
+    def half_life(self) -> Time:
+        """The half-life."""
+        return self.span
+
+    @property
     def unit(self) -> TimeUnit:
         return self.span.unit
 
     @property
     def recursive(self) -> bool:
         return True
+
+    def constant_decay(self, interval: Time) -> float | None:
+        """Return the decay of updates that are one interval apart; None if it is not always the same.
+
+        Args:
+            interval: The time between two updates.
+        """
+        if self.unbiased or interval.unit is not self.unit:
+            return None
+        return self.decay(0, float(interval))
 
     def decay(self, before: float, now: float) -> float:
         _in_order(before, now)
@@ -129,6 +144,15 @@ class Smoothing:
     @property
     def recursive(self) -> bool:
         return True
+
+    def constant_decay(self, interval: Time) -> float:
+        """Return the decay of every update, whatever the interval.
+
+        Args:
+            interval: The time between two updates.
+        """
+        del interval
+        return self.value
 
     def decay(self, before: float, now: float) -> float:
         _in_order(before, now)

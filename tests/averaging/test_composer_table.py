@@ -397,7 +397,7 @@ def test_an_interrupt_at_any_line_of_a_loan_leaves_training_weights(dtype):
             # As good as new for the next line.
             if ema.ema_weights_active:
                 ema.get_training_model(model)
-            ema._lent_until = None
+            ema._average.restore_at = None
             assert loops.differences((training, average), (loops.bits(model), loops.averaged(ema))) == [], wrong
         if not lines:
             break

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import polyak.averaging.movement
 import polyak.averaging.weights
 from polyak import EMA, MismatchError, Offload, OffloadError, attach
 from polyak.averaging.offload import Offloader, _Transfer
@@ -73,7 +74,7 @@ class Late:
             finally:
                 late.opened.clear()
 
-        monkeypatch.setattr(polyak.averaging.weights, "Lerp", InTwo)
+        monkeypatch.setattr(polyak.averaging.movement, "Lerp", InTwo)
         monkeypatch.setattr(Offloader, "settle", settle_and_close)
 
     def half_way(self) -> None:
@@ -157,10 +158,10 @@ class Twins:
 
     def lend(self) -> None:
         for shadow in self.shadows:
-            shadow.lend("a test")
+            shadow.swap_in("a test")
         self.compare()
         for shadow in self.shadows:
-            shadow.give_back()
+            shadow.restore()
 
     def save(self) -> None:
         self.states = [copy.deepcopy(shadow.state_dict()) for shadow in self.shadows]
@@ -248,7 +249,7 @@ def test_nobody_reads_a_half_moved_average(late, make) -> None:
     shadow = Shadow(model, offload=Offload())
 
     def evaluate() -> dict[str, torch.Tensor]:
-        with shadow.lent("a test"):
+        with shadow.swapped("a test"):
             return values(model)
 
     readers = {
@@ -276,12 +277,12 @@ def test_an_update_under_way_ends_before_a_state_is_loaded_or_tensors_are_listed
     state = copy.deepcopy(shadow.state_dict())
     for change in (
         lambda: shadow.load_state_dict(state),
-        lambda: [model.double(), shadow.lend("a"), shadow.give_back()],
+        lambda: [model.double(), shadow.swap_in("a"), shadow.restore()],
     ):
         shift(model)
         shadow.update_(1.0)
         late.half_way()
-        under_way = shadow._offloader
+        under_way = shadow._movement.offloader
         change()
         now = exact(dict(shadow.averages))
         under_way.settle()
@@ -322,7 +323,7 @@ def test_no_graph_is_built_in_the_background() -> None:
     shift(model)
     shadow.update_(1.0)
     assert torch.equal(shadow.averages["1.running_mean"], model[1].running_mean.double())
-    assert not any(tensor.requires_grad for tensor in shadow._offloader.staged)
+    assert not any(tensor.requires_grad for tensor in shadow._movement.offloader.staged)
 
 
 def test_at_most_one_update_is_under_way(monkeypatch) -> None:
@@ -337,7 +338,7 @@ def test_at_most_one_update_is_under_way(monkeypatch) -> None:
             super().__call__(weight, num_updates)
             running -= 1
 
-    monkeypatch.setattr(polyak.averaging.weights, "Lerp", Slow)
+    monkeypatch.setattr(polyak.averaging.movement, "Lerp", Slow)
     model = net()
     shadow = Shadow(model, offload=Offload())
     shadow.update_(0.5)
@@ -362,17 +363,17 @@ def test_whoever_updates_does_nothing_but_copy_and_allocates_nothing() -> None:
     model = net()
     shadow = Shadow(model, offload=Offload())
     shadow.update_(0.5)
-    places = [tensor.data_ptr() for tensor in shadow._offloader.staged]
+    places = [tensor.data_ptr() for tensor in shadow._movement.offloader.staged]
     with Operations():
         for _ in range(3):
             shadow.update_(0.5)
     assert found == ["aten._foreach_copy_.default"] * 3
-    assert places == [tensor.data_ptr() for tensor in shadow._offloader.staged]
+    assert places == [tensor.data_ptr() for tensor in shadow._movement.offloader.staged]
 
 
 CALLS = {
     "update": lambda shadow: shadow.update_(0.5),
-    "lend": lambda shadow: shadow.lend("a test"),
+    "swap_in": lambda shadow: shadow.swap_in("a test"),
     "state": lambda shadow: shadow.state_dict(),
     "averages": lambda shadow: shadow.averages,
     "averaged_tensors": lambda shadow: shadow.averaged_tensors(),
@@ -397,7 +398,7 @@ def test_what_goes_wrong_in_the_background_is_raised_until_a_state_is_loaded(lat
             CALLS[call](shadow)
         assert isinstance(caught.value.__cause__, BrokenError)
         assert same(values(model), training)
-        assert shadow.holder is None
+        assert shadow.owner is None
         assert shadow.num_updates == 2
     late.broken = False
     model.double()  # nor does a model that has changed hide it
@@ -410,8 +411,8 @@ def test_what_goes_wrong_in_the_background_is_raised_until_a_state_is_loaded(lat
         CALLS[call](shadow)
     shadow.load_state_dict(state)
     CALLS[call](shadow)
-    if shadow.holder:
-        shadow.give_back()
+    if shadow.owner:
+        shadow.restore()
     assert shadow.num_updates == state["num_updates"] + (call == "update")
 
 
@@ -470,7 +471,7 @@ def test_an_interrupt_at_any_line_of_an_update_leaves_a_whole_average(late) -> N
             with interrupted_at_line(n):
                 shadow.update_(1.0)
         except Interrupted:
-            due = shadow._offloader._job == (1.0, 3)
+            due = shadow._movement.offloader._job == (1.0, 3)
             shift(model)
             assert same(dict(shadow.averages), now if due else before), n
             shadow.update_(1.0)
@@ -491,10 +492,10 @@ def test_an_interrupt_at_any_line_of_waiting_leaves_the_update_to_be_waited_for(
         done = True
         with suppress(Interrupted), interrupted_at_line(n):
             done = False
-            shadow.lend("a test")
+            shadow.swap_in("a test")
             done = True
-            shadow.give_back()
-        assert shadow.holder is None
+            shadow.restore()
+        assert shadow.owner is None
         shift(model)
         assert same(dict(shadow.averages), want), n
         if done:
@@ -507,6 +508,7 @@ def run(program: str) -> None:
     start = """
 import os, threading, torch
 from torch import nn
+import polyak.averaging.movement
 import polyak.averaging.weights
 from polyak import Offload, OffloadError
 from polyak.kernels import Lerp
@@ -518,7 +520,7 @@ class Slow(Lerp):
         go_on.wait(60)
         super().__call__(weight, num_updates)
 
-polyak.averaging.weights.Lerp = Slow
+polyak.averaging.movement.Lerp = Slow
 torch.set_num_threads(1)  # OpenMP does not survive a fork
 model = nn.Linear(100, 100)
 shadow = polyak.averaging.weights.Shadow(model, offload=Offload())
@@ -692,9 +694,9 @@ def test_what_changes_weights_waits_before_for_copies_that_overlap(monkeypatch, 
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    for change in (optimizer.step, lambda: other.lend("a test"), lambda: other.load_state_dict(state)):
-        if other.holder:
-            other.give_back()
+    for change in (optimizer.step, lambda: other.swap_in("a test"), lambda: other.load_state_dict(state)):
+        if other.owner:
+            other.restore()
         shadow.update_(0.5)
         before = values(model)
         held.clear()
@@ -736,10 +738,10 @@ def test_on_a_gpu_the_average_is_that_made_in_turns(dtype, average, overlap) -> 
         plain.update_(0.1)
         shadow.update_(0.1)
         if step % 5 == 0:
-            with shadow.lent("a test"):
+            with shadow.swapped("a test"):
                 pass
     assert same(shadow.state_dict(), plain.state_dict())
-    assert all(tensor.is_pinned() for tensor in shadow._offloader.staged)
+    assert all(tensor.is_pinned() for tensor in shadow._movement.offloader.staged)
 
 
 @gpu
@@ -754,7 +756,7 @@ def test_on_a_gpu_neither_the_next_step_nor_the_next_batch_is_seen_however_late_
         parameter.grad = torch.ones_like(parameter)
     torch.cuda.synchronize()
     want = {name: tensor.cpu() for name, tensor in values(model).items()}
-    with torch.cuda.stream(shadow._offloader._transfers[0]._stream or torch.cuda.current_stream()):
+    with torch.cuda.stream(shadow._movement.offloader._transfers[0]._stream or torch.cuda.current_stream()):
         torch.cuda._sleep(200_000_000)
     shadow.update_(1.0)
     model(torch.randn(8, 1024, device="cuda"))  # changes buffers
@@ -771,7 +773,7 @@ def test_on_a_gpu_an_update_waits_for_nothing_and_takes_no_memory_there(overlap)
     torch.cuda.reset_peak_memory_stats()
     shadow = Shadow(model, offload=Offload(overlap))
     shadow.update_(0.1)
-    shadow._wait()
+    shadow._movement.wait()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -779,7 +781,7 @@ def test_on_a_gpu_an_update_waits_for_nothing_and_takes_no_memory_there(overlap)
             shadow.update_(0.1)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         pass
     assert torch.cuda.memory_allocated() == before
     assert torch.cuda.max_memory_allocated() - before < 1 << 20

@@ -264,16 +264,16 @@ def test_real_signals_at_any_moment_lose_nothing() -> None:
     for delay in range(1, 400):
         try:
             signal.setitimer(signal.ITIMER_REAL, delay * 2e-5)
-            with shadow.lent("the test"):
+            with shadow.swapped("the test"):
                 pass
             signal.setitimer(signal.ITIMER_REAL, 0)
         except KeyboardInterrupt:
             hits += 1
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        assert shadow.holder is None or equal({n: t.clone() for n, t in shadow.averaged_tensors().items()}, averages)
-        if shadow.holder is not None:
-            shadow.give_back()
+        assert shadow.owner is None or equal({n: t.clone() for n, t in shadow.averaged_tensors().items()}, averages)
+        if shadow.owner is not None:
+            shadow.restore()
         assert equal(everything(model), before)
         assert equal(dict(shadow.averages), averages)
         assert torch.is_grad_enabled()
@@ -347,7 +347,7 @@ def test_threads_that_evaluate_and_train_models_of_their_own_do_not_meet() -> No
 def test_an_average_of_a_part_of_a_model_is_not_swapped_in_twice() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     whole, part = Shadow(model), Shadow(model[0])
-    with whole.lent("the whole"), pytest.raises(LoanError, match="the whole has swapped its own in"):
-        part.lend("the part")
-    with part.lent("the part"), pytest.raises(LoanError, match="the part has swapped its own in"):
-        whole.lend("the whole")
+    with whole.swapped("the whole"), pytest.raises(LoanError, match="the whole has swapped its own in"):
+        part.swap_in("the part")
+    with part.swapped("the part"), pytest.raises(LoanError, match="the part has swapped its own in"):
+        whole.swap_in("the whole")

@@ -74,15 +74,15 @@ def test_a_loan_puts_the_average_in_the_model_and_gives_back_each_bit(dtype) -> 
     shift(model, 0.1)
     training = values(model)
     pointers = [p.data_ptr() for p in model.parameters()]
-    with shadow.lent("a test") as lent:
+    with shadow.swapped("a test") as lent:
         assert lent is model
         assert equal(values(model), first)
-        assert shadow.holder == "a test"
+        assert shadow.owner == "a test"
         assert equal(shadow.averaged_tensors(), {n: t.to(shadow.averages[n].dtype) for n, t in first.items()})
     assert equal(values(model), training)
     assert equal({n: t.to(dtype) if t.is_floating_point() else t for n, t in shadow.averages.items()}, first)
     assert [p.data_ptr() for p in model.parameters()] == pointers
-    assert shadow.holder is None
+    assert shadow.owner is None
     assert swap_of(model) is None
 
 
@@ -93,7 +93,7 @@ def test_the_training_weights_come_back_after_an_exception_of_any_kind(dtype) ->
     shift(model)
     training = values(model)
     for kind in (RuntimeError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(kind), shadow.lent("a test"):
+        with pytest.raises(kind), shadow.swapped("a test"):
             raise kind
         assert equal(values(model), training)
 
@@ -107,11 +107,11 @@ def test_while_lent_there_is_no_second_loan_no_update_no_step_and_no_loading() -
     shift(model)
     training = values(model)
     state = shadow.state_dict()
-    with shadow.lent("the first"):
+    with shadow.swapped("the first"):
         averaged = values(model)
         for refused in (
-            lambda: shadow.lend("again"),
-            lambda: other.lend("another"),
+            lambda: shadow.swap_in("again"),
+            lambda: other.swap_in("another"),
             lambda: shadow.update_(0.5),
             lambda: other.update_(0.5),
             optimizer.step,
@@ -119,14 +119,14 @@ def test_while_lent_there_is_no_second_loan_no_update_no_step_and_no_loading() -
         ):
             with pytest.raises(LoanError, match="the first"):
                 refused()
-        with pytest.raises(LoanError, match="the first"), other.lent("another"):
+        with pytest.raises(LoanError, match="the first"), other.swapped("another"):
             pass
         assert equal(values(model), averaged)
     assert equal(values(model), training)
     optimizer.step()
     assert not equal(values(model), training)
     with pytest.raises(LoanError, match="must be in the model before"):
-        shadow.give_back()
+        shadow.restore()
 
 
 def test_a_step_of_another_model_goes_on_while_an_average_is_lent() -> None:
@@ -134,7 +134,7 @@ def test_a_step_of_another_model_goes_on_while_an_average_is_lent() -> None:
     optimizer = torch.optim.SGD(other.parameters(), lr=1.0)
     other[0].weight.grad = torch.ones_like(other[0].weight)
     before = values(other)
-    with Shadow(model).lent("a test"):
+    with Shadow(model).swapped("a test"):
         optimizer.step()
     assert not equal(values(other), before)
 
@@ -144,7 +144,7 @@ def test_what_is_moved_or_replaced_during_a_loan_still_gets_its_training_weights
     shadow = Shadow(model)
     shift(model)
     training = values(model)
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         model[0].weight.data = model[0].weight.data.clone()
         model[1].running_mean = torch.zeros(4)
     assert equal(values(model), training)
@@ -157,14 +157,14 @@ def test_a_loan_after_the_model_has_moved_goes_to_where_it_is(dtype) -> None:
     for move in (lambda: model.to(torch.float64), lambda: model.to(dtype), lambda: setattr(model[0], "extra", None)):
         shift(model)
         shadow.update_(0.25)
-        with shadow.lent("the test"):
+        with shadow.swapped("the test"):
             pass
         old = [parameter.data for parameter in model.parameters()]  # kept, so that the new ones are elsewhere
         move()
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
         training = values(model)
-        with shadow.lent("the test"):
+        with shadow.swapped("the test"):
             want = {name: tensor.to(training[name].dtype) for name, tensor in shadow.averaged_tensors().items()}
             assert equal(values(model), {name: want.get(name, tensor) for name, tensor in training.items()})
             assert not equal(values(model), training)
@@ -177,7 +177,7 @@ def test_a_loan_that_has_ended_keeps_no_memory_of_the_model(monkeypatch) -> None
         monkeypatch.setattr("polyak.averaging.swap.Exchange", exchange)
         model = net()
         shadow = Shadow(model)
-        with shadow.lent("the test"):
+        with shadow.swapped("the test"):
             pass
         own = model[0].weight
         tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
@@ -203,7 +203,7 @@ model[1].data = torch.ones(8192, 4096).t()
 assert sum(p.nbytes for p in model.parameters()) == 256 << 20
 before = kib("VmRSS")
 for _ in range(2):
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         pass
 print(kib("VmHWM") - before)
 """
@@ -229,7 +229,7 @@ def test_out_of_memory_at_the_beginning_of_a_loan_changes_nothing(monkeypatch) -
 
     monkeypatch.setattr(torch.Tensor, "to", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        shadow.lend("a test")
+        shadow.swap_in("a test")
     monkeypatch.undo()
     assert equal(values(model), training)
     assert swap_of(model) is None
@@ -328,7 +328,7 @@ def test_a_sparse_tensor_is_left() -> None:
     shadow = Shadow(model)
     shadow.update_(0.5)
     assert set(shadow.averages) == {"weight", "bias"}
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         assert torch.equal(model.edges.to_dense(), torch.eye(2))
     with pytest.raises(ValueError, match=r"must leave 'edges' \(got <Policy.COPY: 'copy'> for one of torch.sparse_coo"):
         Shadow(model, policy=lambda _: Policy.COPY)
@@ -383,7 +383,7 @@ def test_while_lent_both_models_can_be_had(dtype) -> None:
     shift(model, 0.25)
     training = values(model)
     assert shadow.training_model() is model
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         assert shadow.averaged_model() is model
         assert equal(values(shadow.training_model()), training)
         assert equal(values(model), first)
@@ -401,7 +401,7 @@ def test_copying_to_another_model_needs_the_same_names_and_brings_frozen_weights
     assert equal(values(other), first | {"0.bias": model[0].bias.detach()})
     shadow.copy_to(other, training=True)
     assert equal(values(other), values(model))
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         training = net()
         shadow.copy_to(training, training=True)
     assert equal(values(training), values(model))
@@ -417,10 +417,10 @@ def test_a_state_goes_on_where_it_was_also_if_it_was_taken_during_a_loan(tmp_pat
     shift(model, 0.25)
     shadow.update_(0.5)
     if lent:
-        shadow.lend("a test")
+        shadow.swap_in("a test")
     torch.save({"model": model.state_dict(), "shadow": shadow.state_dict()}, tmp_path / "state.pt")
     if lent:
-        shadow.give_back()
+        shadow.restore()
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     other = net(dtype)
     other.load_state_dict(saved["model"])
@@ -478,7 +478,7 @@ def test_an_average_goes_with_its_model_and_is_freed_with_it() -> None:
     shadow = Shadow(model)
     model.to(torch.float64)
     shadow.update_(0.5)
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         pass
     assert model[0].weight.dtype == torch.float64
     alive = weakref.ref(model)
@@ -491,7 +491,7 @@ def test_a_parameter_joins_at_an_update_and_not_at_an_evaluation_or_a_state() ->
     model = nn.Sequential(nn.Linear(2, 2))
     shadow = Shadow(model)
     model.append(nn.Linear(2, 2))
-    with shadow.lent("the test"):
+    with shadow.swapped("the test"):
         pass
     assert set(shadow.state_dict()["averages"]) == {"0.weight", "0.bias"}
     nn.init.ones_(model[1].weight)

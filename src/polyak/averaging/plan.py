@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from polyak.averaging.weights import check_layout
+from polyak.averaging.creation import check_layout
 from polyak.errors import PolyakError
 from polyak.tensors.slots import (
     Decision,

@@ -84,7 +84,7 @@ class Swap:
         keep_averages: Whether the averages must stay where they are, because somebody else reads them.
 
     Attributes:
-        holder: Who has swapped, to name it in errors.
+        owner: Who has swapped, to name it in errors.
         scope: While this object is alive the swap is wanted; None if it ends by a call only.
     """
 
@@ -98,7 +98,7 @@ class Swap:
         *,
         keep_averages: bool,
     ) -> None:
-        self.holder = ""
+        self.owner = ""
         self.scope: Callable[[], object] | None = None
         self.phase = Phase.OUT
         self.model, self._slots, self._averages = model, slots, averages
@@ -134,15 +134,15 @@ class Swap:
         self.settle()
         return self.phase is not Phase.OUT
 
-    def begin(self, holder: str) -> None:
+    def begin(self, owner: str) -> None:
         """Put the average in the model. After an error or an interrupt ``end`` restores what was changed.
 
         Args:
-            holder: Who swaps.
+            owner: Who swaps.
         """
         with self._lock:
             hold_writes()
-            self.holder = holder
+            self.owner = owner
             # What can run out of memory comes before any change. An average that is on another device is there for
             # want of room on this one.
             for i, (slot, tensor, part) in enumerate(zip(self._slots, self._tensors, self._parts, strict=True)):
@@ -193,14 +193,14 @@ class Swap:
             self._changed.clear()
             self._gradients = None
         if graded:
-            warnings.warn(_about_gradients(graded, self.holder), PlanWarning, stacklevel=3)
+            warnings.warn(_about_gradients(graded, self.owner), PlanWarning, stacklevel=3)
         if failures:
             raise LoanError(
                 f"training weights must be restored after a swap, and {failures[0][0]!r} could not be "
                 f"({failures[0][1]}; {len(failures)} in all): load a checkpoint"
             ) from failures[0][1]
         if changed:
-            _report_changed(changed, self.holder)
+            _report_changed(changed, self.owner)
 
     def _note_changes(self, before: Sequence[int]) -> None:
         names = [*self._backup_names(), *(name for name, _ in self._watched)]
@@ -219,7 +219,7 @@ class Swap:
         if self.phase in (Phase.ENTERING, Phase.LEAVING):
             if self._is_running():
                 raise LoanError(
-                    f"weights are exchanged by {self.holder} at this moment: a signal's handler must only note that it "
+                    f"weights are exchanged by {self.owner} at this moment: a signal's handler must only note that it "
                     "was called; save or evaluate after the step"
                 )
             with self._lock:
@@ -227,7 +227,7 @@ class Swap:
                     self.end()
         elif self.phase is Phase.IN and self.scope is not None and self.scope() is None:
             warnings.warn(
-                f"the swap by {self.holder} was left without its end, by an interrupt perhaps: the training weights "
+                f"the swap by {self.owner} was left without its end, by an interrupt perhaps: the training weights "
                 "are restored now",
                 PlanWarning,
                 stacklevel=3,
@@ -321,12 +321,29 @@ def swap_of(model: nn.Module) -> Swap | None:
     return swap if swap is not None and swap.active else None
 
 
+def refuse_second_swap(model: nn.Module, owner: str) -> None:
+    """Refuse to swap an average into a model that holds one already.
+
+    Args:
+        model: Wrapped or not.
+        owner: Who asks.
+
+    Raises:
+        LoanError: If the model holds an average.
+    """
+    if other := swap_of(model):
+        raise LoanError(
+            f"a model can hold one average at a time: {other.owner} has swapped its own in when {owner} would; restore "
+            "the training weights first"
+        )
+
+
 def _refuse_step(optimizer: Optimizer) -> None:
     for swap in list(_SWAPS.values()):
         moved = (id(p) for group in optimizer.param_groups for p in group["params"])
         if any(p in swap.parameters for p in moved) and swap.active:
             raise LoanError(
-                f"an optimizer step must not run on averaged weights: {swap.holder} has swapped its average in; "
+                f"an optimizer step must not run on averaged weights: {swap.owner} has swapped its average in; "
                 "restore the training weights first"
             )
 
@@ -390,10 +407,10 @@ def _follow(slot: Slot, tensor: Tensor, average: Tensor) -> None:
         memory.write_(here, tensor)
 
 
-def _about_gradients(names: Sequence[str], holder: str) -> str:
+def _about_gradients(names: Sequence[str], owner: str) -> str:
     return (
         f"gradients must not change while the average is in the model, and {_shown(names)} did in the swap by "
-        f"{holder}, and keep the change; call zero_grad() before the evaluation, or after it before the next backward()"
+        f"{owner}, and keep the change; call zero_grad() before the evaluation, or after it before the next backward()"
     )
 
 
@@ -418,10 +435,10 @@ def refuse_merged(model: nn.Module) -> None:
             )
 
 
-def _report_changed(names: Sequence[str], holder: str) -> None:
+def _report_changed(names: Sequence[str], owner: str) -> None:
     message = (
         f"parameters must not change while the average is in the model, and {_shown(names)} did in the swap by "
-        f"{holder} (merged adapters, or a step of some kind?): trained parameters are restored and their average has "
+        f"{owner} (merged adapters, or a step of some kind?): trained parameters are restored and their average has "
         "the change, frozen ones, and buffers too large to be kept, have it too; load a checkpoint, and evaluate "
         "without what changes them; let a policy copy such a buffer"
     )

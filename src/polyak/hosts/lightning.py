@@ -325,7 +325,7 @@ class Averaging(Callback):
         """
         if self._loop is not None:
             swap = swap_of(pl_module)
-            holds = f"averaged weights of {swap.holder}" if swap else "training weights"
+            holds = f"averaged weights of {swap.owner}" if swap else "training weights"
             # Of a folder it has been saved already, and of a file the first process writes all.
             state = {} if _saves_folders(trainer) else whole(self._loop.state_dict())
             checkpoint[_KEY] = {**state, "state_dict_holds": holds, "rng": rng.get_state()}

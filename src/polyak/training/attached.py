@@ -326,7 +326,7 @@ class Attached:
             LoanError: If the model holds an average already.
         """
         if swap := swap_of(self._loop.state.model):
-            raise LoanError(f"a model can hold one average at a time, and {swap.holder} has swapped its own in already")
+            raise LoanError(f"a model can hold one average at a time, and {swap.owner} has swapped its own in already")
         with self._loop.between(Event.EVAL_START, Event.EVAL_END):
             yield unwrap(self._loop.state.model)
 
