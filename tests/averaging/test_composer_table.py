@@ -367,7 +367,9 @@ def interrupted_at_line(n: int, files: tuple[str, ...]):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_interrupt_at_any_line_of_a_loan_leaves_training_weights(dtype):
     torch.set_num_threads(1)
-    files = ("shadow.py", "kernels/foreach.py", "kernels/cpu.py", "kernels/__init__.py", "polyak/ema.py")
+    of_average = ("ema", "online", "actions", "weights", "swapper", "states")
+    kernels = ("kernels/foreach.py", "kernels/cpu.py", "kernels/__init__.py")
+    files = (*(f"averaging/{name}.py" for name in of_average), *kernels)
     model = nn.Linear(6, 3).to(dtype)
     ema = EMA("4ba")
     data = [(torch.ones(2, 6, dtype=dtype), torch.tensor([0, 1]))]
@@ -770,7 +772,7 @@ def test_a_loss_that_is_not_finite_once_does_not_spoil_the_average_of_a_run(tmp_
                 state.model.load_state_dict(self.kept)
 
     ema = EMA("4ba")
-    with pytest.warns(QuarantineWarning, match=r"\d tensors with inf or nan"):
+    with pytest.warns(QuarantineWarning, match=r"\d tensors with NaN or inf"):
         loops.train(tmp_path, ema=ema, callbacks=(Spoil(),), saves=None).fit()
     assert ema.num_quarantined >= 1
     assert all(tensor.isfinite().all() for tensor in loops.averaged(ema).values())

@@ -140,7 +140,7 @@ def test_a_cache_of_keys_is_kept_and_a_larger_one_is_named_with_the_remedy(monke
     with attached.applied():
         model.keys[:4] = 1.0
     assert not model.keys.any()
-    monkeypatch.setattr("polyak.averaging.swap._KEPT_BYTES", 1 << 20)
+    monkeypatch.setattr("polyak.averaging.buffers._KEPT_BYTES", 1 << 20)
     with pytest.raises(LoanError, match="'keys' did.*let a policy copy such a buffer"), attached.applied():
         model.keys[:4] = 1.0
 

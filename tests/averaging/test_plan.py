@@ -60,7 +60,7 @@ def test_a_plan_says_what_averaging_then_does() -> None:
 
 def test_an_ema_prints_the_plan_of_the_model_that_it_has_met() -> None:
     ema, model = EMA("10ba"), Net()
-    with pytest.raises(LoanError, match="must have met a model"):
+    with pytest.raises(LoanError, match="must know a model"):
         ema.plan()
     attach(ema, model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert str(ema.plan()) == str(plan(model))

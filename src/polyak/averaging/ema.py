@@ -27,6 +27,7 @@ from polyak.time import Time, TimeUnit
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+
 class _Default(str):
     """The half-life that is used if no argument asks for another profile."""
 
@@ -34,6 +35,7 @@ class _Default(str):
 
 
 _DEFAULT = _Default("1000ba")
+
 
 class EMA(Attributes):
     """Keep an average of the weights while training; evaluate, predict and save with it.

@@ -124,7 +124,7 @@ def warn_of_waits(progress: Progress, what: str) -> None:
     assert first is not None
     _warn(
         f"{what}: it waits for finite weights, and from {first.batch} on they were not finite at {count} "
-        f"update{'s' if count > 1 else ''}; look for inf or nan in the loss and in what was loaded"
+        f"update{'s' if count > 1 else ''}; look for NaN or inf in the loss and in what was loaded"
     )
 
 

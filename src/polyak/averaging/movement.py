@@ -135,7 +135,7 @@ class Movement:
         """
         known = ranks.each("the average", self._facts, facts)
         if ranks.replicas:
-            known["tensors with inf or nan"] = self.quarantine.total
+            known["tensors with NaN or inf"] = self.quarantine.total
         else:
             self.quarantine.sum_over(ranks)
         ranks.agree("the average", known)

@@ -115,7 +115,7 @@ class OnlineAverage:
 
     # The decision
 
-    def decide(self, event: Event, state: State, *, by_hand: bool = False) -> Action:
+    def decide(self, event: Event, state: State, *, by_hand: bool = False) -> Action:  # noqa: PLR0911  a table
         """Return what to do at an event. Nothing changes.
 
         Args:

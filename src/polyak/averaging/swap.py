@@ -9,15 +9,16 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from enum import Enum
-from itertools import accumulate, compress
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from polyak import sharding
+from polyak.averaging.buffers import Buffer, kept_names
+from polyak.averaging.changes import report_changed, warn_of_gradients
 from polyak.averaging.gradients import Gradients
 from polyak.averaging.offload import hold_writes
 from polyak.errors import LoanError, PlanWarning
@@ -25,10 +26,6 @@ from polyak.kernels import Exchange, checksums
 from polyak.sharding import is_spread, local, rows
 from polyak.tensors import memory, optimizers
 from polyak.tensors.slots import Slot, all_slots, unwrap
-
-# Buffers that no average takes in, such as caches of keys and values, are kept during a swap, the smallest first, up to
-# this size in all. Larger ones must not change.
-_KEPT_BYTES = 1 << 26
 
 
 class Phase(Enum):
@@ -38,34 +35,6 @@ class Phase(Enum):
     ENTERING = "entering"
     IN = "in"
     LEAVING = "leaving"
-
-
-@dataclass(slots=True)
-class _Buffer:
-    """A buffer of the model, and what it held before the swap, if that is kept."""
-
-    slot: Slot
-    tensor: Tensor
-    alias: Tensor
-    before: Tensor | None
-
-    def restore(self, *, moved: bool) -> None:
-        """Give the buffer its value again, also if an evaluation has replaced it by another tensor.
-
-        Args:
-            moved: Whether the model is on another device or of another dtype by now, and with it the buffer.
-        """
-        if self.before is not None and not _equal(self.alias, self.before):
-            memory.write_(self.alias, self.before)
-        held, name = self.slot.owner._buffers, self.slot.attribute  # noqa: SLF001
-        now = held[name] if name in held else None  # noqa: SIM401  a scripted module has no `get`
-        if now is self.tensor:
-            return
-        alike = now is not None and (now.device, now.dtype) == (self.tensor.device, self.tensor.dtype)
-        if now is None or not moved or alike or now.is_inference() or now.shape != self.tensor.shape:
-            held[name] = self.tensor
-        elif self.before is not None:
-            memory.write_(now, self.before)
 
 
 class Swap:
@@ -112,10 +81,10 @@ class Swap:
         ]
         self._exchange = Exchange(*(list(compress(side, self._exchanged)) for side in (self._tensors, self._parts)))
         self._backup = dict[int, Tensor]()  # by number of the slot
-        self._buffers = list[_Buffer]()
+        self._buffers = list[Buffer]()
         self._left = [slot for slot in left if not slot.is_parameter]
         self._views = views
-        self._kept = _kept(self._left)
+        self._kept = kept_names(self._left)
         watched = [slot for slot in left if slot.is_parameter or slot.name not in self._kept]
         self._watched = [(s.name, memory.compact(local(s.tensor).detach())) for s in watched if _has_bits(s.tensor)]
         self._sums: list[int] | None = None
@@ -147,15 +116,15 @@ class Swap:
             # want of room on this one.
             for i, (slot, tensor, part) in enumerate(zip(self._slots, self._tensors, self._parts, strict=True)):
                 if not slot.is_parameter:
-                    self._buffers.append(_Buffer(slot, slot.tensor, tensor, tensor.clone()))
+                    self._buffers.append(Buffer(slot, slot.tensor, tensor, tensor.clone()))
                 elif not self._exchanged[i]:
                     self._backup[i] = tensor.to(part.device, copy=True)
             for slot in self._left:
                 alias = local(slot.tensor).detach()
                 before = alias.clone() if slot.name in self._kept else None
-                self._buffers.append(_Buffer(slot, slot.tensor, alias, before))
+                self._buffers.append(Buffer(slot, slot.tensor, alias, before))
             for slot in self._views:
-                self._buffers.append(_Buffer(slot, slot.tensor, local(slot.tensor).detach(), None))
+                self._buffers.append(Buffer(slot, slot.tensor, local(slot.tensor).detach(), None))
             self._gradients = Gradients({slot.name: slot.tensor for slot, _, _ in self._places})
             _SWAPS[id(self.model)] = self
             self.phase = Phase.ENTERING
@@ -193,14 +162,14 @@ class Swap:
             self._changed.clear()
             self._gradients = None
         if graded:
-            warnings.warn(_about_gradients(graded, self.owner), PlanWarning, stacklevel=3)
+            warn_of_gradients(graded, self.owner)
         if failures:
             raise LoanError(
                 f"training weights must be restored after a swap, and {failures[0][0]!r} could not be "
                 f"({failures[0][1]}; {len(failures)} in all): load a checkpoint"
             ) from failures[0][1]
         if changed:
-            _report_changed(changed, self.owner)
+            report_changed(changed, self.owner)
 
     def _note_changes(self, before: Sequence[int]) -> None:
         names = [*self._backup_names(), *(name for name, _ in self._watched)]
@@ -351,13 +320,6 @@ def _refuse_step(optimizer: Optimizer) -> None:
 optimizers.guards.append(_refuse_step)
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    try:
-        return torch.equal(one, other)
-    except (NotImplementedError, RuntimeError):  # torch cannot compare all dtypes
-        return False
-
-
 def _exchangeable(tensor: Tensor, average: Tensor) -> bool:
     """Whether the two can exchange their values in place."""
     if tensor.dtype != average.dtype or tensor.device != average.device or tensor.is_inference():
@@ -368,19 +330,6 @@ def _exchangeable(tensor: Tensor, average: Tensor) -> bool:
 
 def _has_bits(tensor: Tensor) -> bool:
     return memory.has_memory(local(tensor)) and not tensor.is_quantized
-
-
-def _kept(left: Sequence[Slot]) -> set[str]:
-    """Return the names of the buffers that are not averaged and are kept during a swap: that can be, and are small."""
-    sizes = list[tuple[int, str]]()
-    for slot in left:
-        tensor = local(slot.tensor)
-        if memory.has_memory(tensor) and not tensor.is_quantized:
-            sizes.append((tensor.numel() * tensor.element_size(), slot.name))
-    sizes.sort()
-    return {
-        name for (_, name), total in zip(sizes, accumulate(n for n, _ in sizes), strict=True) if total <= _KEPT_BYTES
-    }
 
 
 def _is_moved(slot: Slot, device: torch.device, dtype: torch.dtype) -> bool:
@@ -407,17 +356,6 @@ def _follow(slot: Slot, tensor: Tensor, average: Tensor) -> None:
         memory.write_(here, tensor)
 
 
-def _about_gradients(names: Sequence[str], owner: str) -> str:
-    return (
-        f"gradients must not change while the average is in the model, and {_shown(names)} did in the swap by "
-        f"{owner}, and keep the change; call zero_grad() before the evaluation, or after it before the next backward()"
-    )
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def refuse_merged(model: nn.Module) -> None:
     """Refuse a model whose adapters are merged into frozen weights, which would compute with the adapters in training.
 
@@ -433,16 +371,3 @@ def refuse_merged(model: nn.Module) -> None:
                 f"adapters must not be merged when the average is put in their place, and {name or 'the model'!r} says "
                 "that its own are: call train(), or unmerge them, before"
             )
-
-
-def _report_changed(names: Sequence[str], owner: str) -> None:
-    message = (
-        f"parameters must not change while the average is in the model, and {_shown(names)} did in the swap by "
-        f"{owner} (merged adapters, or a step of some kind?): trained parameters are restored and their average has "
-        "the change, frozen ones, and buffers too large to be kept, have it too; load a checkpoint, and evaluate "
-        "without what changes them; let a policy copy such a buffer"
-    )
-    if sys.exception() is not None:
-        warnings.warn(message, PlanWarning, stacklevel=4)  # the exception that leaves the block is to be seen
-        return
-    raise LoanError(message)
