@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from polyak.algorithm import check_event
 from polyak.averaging import states
 from polyak.averaging.progress import Progress
 from polyak.averaging.schedule import Schedule
 from polyak.averaging.settings import Settings
 from polyak.averaging.weights import Shadow
-from polyak.errors import ArgumentError, CopyError, MismatchError, PolyakError
+from polyak.errors import CopyError, MismatchError, PolyakError
 from polyak.events import Event, State
 from polyak.sharding import Ranks
 from polyak.tensors import optimizers
@@ -127,10 +128,7 @@ class OnlineAverage:
             ArgumentError: If the event is another trainer's.
         """
         if not isinstance(event, Event):
-            raise ArgumentError(
-                f"the event must be a polyak.Event (got {event!r} of {type(event).__module__}); in MosaicML Composer's "
-                "trainer, use the EMA made for it: `from polyak.hosts.composer import EMA`"
-            )
+            check_event(event, "EMA")
         schedule, started = self.schedule, self._shadow is not None or self.started
         if event in _UPDATES:
             if not by_hand:
