@@ -35,7 +35,7 @@ from polyak.errors import (
 )
 from polyak.events import Event, State
 from polyak.kernels import Place, lerp_
-from polyak.profiles import HalfLife, Profile, Smoothing
+from polyak.profiles import Profile, Smoothing, named
 from polyak.sharding import Ranks, is_initialized, local
 from polyak.tensors import optimizers
 from polyak.tensors.memory import write_
@@ -321,7 +321,7 @@ class EMA(Algorithm):
     @property
     def half_life(self) -> Time | None:
         """The half-life, or None where another profile decides."""
-        return self.profile.span if isinstance(self.profile, HalfLife) else None
+        return named(self.profile).half_life
 
     @property
     def smoothing(self) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from polyak.errors import PlanWarning, ProfileError, TimeError
 from polyak.events import State, refuse_uncounted
-from polyak.profiles import HalfLife, Profile, Smoothing
+from polyak.profiles import HalfLife, Profile, Smoothing, named
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 
 
@@ -68,11 +68,9 @@ class Schedule:
     @property
     def smoothing(self) -> float | None:
         """The share of the average that one update keeps, or None where it depends on what elapses."""
-        if isinstance(self.profile, Smoothing):
-            return self.profile.value
-        if isinstance(self.profile, HalfLife) and self.profile.unit is self.interval.unit:
-            return None if self.profile.unbiased else self.profile.decay(0, float(self.interval))
-        return None
+        if not named(self.profile).constant or self.profile.unit not in {None, self.interval.unit}:
+            return None
+        return self.profile.decay(0, 1 if self.profile.unit is None else float(self.interval))
 
     @property
     def units(self) -> set[TimeUnit]:
@@ -108,11 +106,8 @@ class Schedule:
             refuse_uncounted(f"ema_start='{self.start}'", self.start.unit, state, counted, fractions=part)
         if self.profile.unit is None:
             return
-        given = f"profile={self.profile!r}"
-        if isinstance(self.profile, HalfLife):
-            given = f"half_life='{self.profile.span}'"
         try:
-            refuse_uncounted(given, self.profile.unit, state, counted, fractions=parts)
+            refuse_uncounted(named(self.profile).argument, self.profile.unit, state, counted, fractions=parts)
         except TimeError as error:
             if self.profile.unit is TimeUnit.DURATION and state.max_duration is None:
                 raise
@@ -166,7 +161,7 @@ class Schedule:
             first: The batch of the first update.
             end: The last batch.
         """
-        if isinstance(self.profile, HalfLife) and math.isinf(self.profile.span.value):
+        if named(self.profile).forgets_nothing:
             return None
         interval = convert(self.interval, TimeUnit.BATCH, state)
         if interval is None:
