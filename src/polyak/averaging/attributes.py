@@ -8,7 +8,7 @@ from polyak.algorithm import Algorithm
 from polyak.averaging.online import OnlineAverage
 from polyak.averaging.weights import Shadow
 from polyak.errors import FixedError
-from polyak.profiles import Profile
+from polyak.profiles import Profile, named
 from polyak.time import Time
 
 # The attributes that cannot be assigned, and what to do instead.
@@ -44,7 +44,7 @@ class Attributes(Algorithm):
     @property
     def half_life(self) -> Time | None:
         """The half-life, or None if another profile decides."""
-        return getattr(self.profile, "half_life", None)
+        return named(self.profile).half_life
 
     @property
     def smoothing(self) -> float | None:

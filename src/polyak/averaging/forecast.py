@@ -6,6 +6,7 @@ import warnings
 from polyak.averaging.progress import Progress
 from polyak.averaging.schedule import Run, Schedule, convert
 from polyak.errors import PlanWarning
+from polyak.profiles import named
 from polyak.time import Time, Timestamp, TimeUnit
 
 
@@ -58,8 +59,8 @@ def share_of_first_weights(schedule: Schedule, run: Run, first: float, end: floa
         first: The batch of the first update.
         end: The last batch.
     """
-    profile, half_life = schedule.profile, getattr(schedule.profile, "half_life", None)
-    if half_life is not None and math.isinf(half_life.value):
+    profile = schedule.profile
+    if named(profile).forgets_nothing:
         return None
     interval = convert(schedule.interval, TimeUnit.BATCH, run)
     if interval is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from polyak.errors import ProfileError, TimeError
-from polyak.profiles import HalfLife, Profile, Smoothing
+from polyak.profiles import HalfLife, Profile, Smoothing, named
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 
 
@@ -112,8 +112,9 @@ class Schedule:
     @property
     def smoothing(self) -> float | None:
         """The share of the average that every update keeps; None if it depends on the elapsed time."""
-        constant = getattr(self.profile, "constant_decay", None)
-        return None if constant is None else constant(self.interval)
+        if not named(self.profile).constant or self.unit not in {None, self.interval.unit}:
+            return None
+        return self.profile.decay(0, 1 if self.unit is None else float(self.interval))
 
     @property
     def units(self) -> set[TimeUnit]:
@@ -128,9 +129,7 @@ class Schedule:
             fractions = not self.by_epoch and not isinstance(self.start.value, int)
             yield Requirement(f"ema_start='{self.start}'", self.start.unit, fractions)
         if self.unit is not None:
-            half_life = getattr(self.profile, "half_life", None)
-            argument = f"profile={self.profile!r}" if half_life is None else f"half_life='{half_life}'"
-            yield Requirement(argument, self.unit, not self.by_epoch, of_profile=True)
+            yield Requirement(named(self.profile).argument, self.unit, not self.by_epoch, of_profile=True)
 
     def counts_seconds(self, max_duration: Time | None) -> bool:
         """Return whether the schedule depends on wall-clock time.

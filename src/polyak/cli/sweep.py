@@ -15,7 +15,6 @@ from polyak.cli.asking import add_record, half_lives, load_function, open_record
 from polyak.cli.command import UsageError, require, whole
 from polyak.cli.folder import replacing
 from polyak.compat.words import printable
-from polyak.report.page import page
 from polyak.report.swept import Swept, swept
 from polyak.report.words import compared, headline, measured, other_name, percent
 from polyak.sweeping import Result, export, sweep
@@ -177,6 +176,7 @@ def write_report(numbers: Swept, out: Path) -> None:
         out: The folder.
     """
     from polyak.report.figures import render  # noqa: PLC0415  an extra
+    from polyak.report.page import page  # noqa: PLC0415
     from polyak.report.sweep_figure import sweep_figure  # noqa: PLC0415
 
     with replacing(out / "report.html") as draft:
