@@ -16,11 +16,11 @@ from polyak.averaging.offload import Offload, Offloader, hold_writes
 from polyak.averaging.swap import Swap, refuse_merged, swap_of
 from polyak.averaging.view import module_over
 from polyak.errors import CopyError, DtypeError, LoanError, MemoryLayoutError, QuarantineWarning, ShardingError
-from polyak.kernels import Lerp, Place, counting_with
+from polyak.kernels import Place, Update, lerp
 from polyak.sharding import Ranks, is_spread, local, rows
 from polyak.tensors import memory, optimizers
+from polyak.tensors.fingerprint import Fingerprint
 from polyak.tensors.slots import (
-    Inventory,
     Policy,
     PolicyRule,
     Slot,
@@ -104,9 +104,6 @@ class Shadow:
             )
         self._offloader: Offloader | None = None
         self._averages: dict[str, Tensor] = {}
-        # All averages share the counter by which autograd knows that a tensor has changed since it was used: they move
-        # at once, and to count that up for each takes as long as to move a small one.
-        self._counter = torch.empty(0, device="cpu")
         self.num_updates = 0
         self._quarantined = torch.zeros((), dtype=torch.int64, device="cpu")
         self._quarantined_before = 0
@@ -114,8 +111,8 @@ class Shadow:
         self._slots: list[Slot] = []
         self._averaged: list[tuple[Slot, Tensor]] = []
         self._copied: list[tuple[Slot, Tensor]] = []
-        self._inventory: Inventory | None = None
-        self._lerp: Callable[[float, int], None] | None = None
+        self._fingerprint: Fingerprint | None = None
+        self._lerp: Update | None = None
         self._swap: Swap | None = None
         self._with_views = views
         self._views = dict[str, tuple[str, memory.Place | None]]()  # of the owner's name, for what shares its memory
@@ -144,7 +141,7 @@ class Shadow:
             owner, place = self._views[slot.name]
             if place is not None and owner in self._averages and not is_spread(tensor):
                 copy.copy_(place.view(local(self._averages[owner])))
-        return sharding.beside(tensor, counting_with(self._counter, copy))
+        return sharding.beside(tensor, copy)
 
     def _policy_of(self, slot: Slot, through: set[str]) -> Policy:
         if slot.name in self._policies:
@@ -164,16 +161,16 @@ class Shadow:
         Args:
             join: Whether new ones join, with their current values. An evaluation or a state must not decide on that.
         """
-        if self._inventory is None or not self._inventory.holds():
+        if self._fingerprint is None or not self._fingerprint.holds():
             self._list_tensors(join=join or not self._slots)
 
     @torch.no_grad()
     def _list_tensors(self, *, join: bool) -> None:
         sharding.reshard(self._model)
-        if self._inventory is not None and self._inventory.holds():
+        if self._fingerprint is not None and self._fingerprint.holds():
             return
         self._wait()
-        self._inventory = self._lerp = self._offloader = None
+        self._fingerprint = self._lerp = self._offloader = None
         # A teacher that is the average may be part of the model: its memory is ours.
         ours = [local(average) for average in self._averages.values()]
         found = list(slots(self._model, views=self._with_views, foreign=ours))
@@ -215,7 +212,7 @@ class Shadow:
         if devices:
             self._quarantined = self._quarantined.to(next((d for d in devices if d.type != "cpu"), devices[0]))
         if join and not waiting:
-            self._inventory = Inventory(self._model, list(self._averages.values()))
+            self._fingerprint = Fingerprint(self._model, list(self._averages.values()))
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -229,7 +226,7 @@ class Shadow:
             self._offloader.wait()
 
     @torch.no_grad()
-    def _new_lerp(self) -> Callable[[float, int], None]:
+    def _new_lerp(self) -> Update:
         """Return what moves the averages, and keep it where it is good for more than one update."""
         averages = [local(average) for _, average in self._averaged]
         # The model's own tensors, not aliases of them: an alias would keep memory that the model gives up.
@@ -238,18 +235,18 @@ class Shadow:
         if self._offload is not None:
             self._lerp = self._offloader = Offloader(
                 self._offload,
-                lambda staged: Lerp(averages, staged, places, self._quarantined),
+                lambda staged: lerp(averages, staged, places, self._quarantined),
                 tensors,
                 [slot.is_parameter for slot, _ in self._averaged],
                 [(local(copied), local(slot.tensor)) for slot, copied in self._copied],
             )
             return self._lerp
         online = [tensor.to(average.device) for tensor, average in zip(tensors, averages, strict=True)]
-        lerp = Lerp(averages, online, places, self._quarantined)
+        update = lerp(averages, online, places, self._quarantined)
         # Where the average is on another device, `online` are copies: of this update only.
         if all(tensor is own for tensor, own in zip(online, tensors, strict=True)):
-            self._lerp = lerp
-        return lerp
+            self._lerp = update
+        return update
 
     def kinds(self) -> dict[str, tuple[Tensor, bool]]:
         """Return each average by name, and whether it is one: the others are copies."""
@@ -278,8 +275,8 @@ class Shadow:
                 "training weights first"
             )
         self._follow_model(join=True)
-        lerp = self._lerp or self._new_lerp()
-        lerp(weight, self.num_updates + 1)
+        update = self._lerp or self._new_lerp()
+        update(weight, self.num_updates + 1)
         self.num_updates += 1
         if self._copied and self._offloader is None:
             self._copy()
@@ -589,7 +586,7 @@ class Shadow:
 
     def _waiting(self) -> list[str]:
         """Return the names of tensors that will join at the next update."""
-        if self._inventory is not None and self._inventory.holds():
+        if self._fingerprint is not None and self._fingerprint.holds():
             return []
         through = trained_through(views_of(self._model, tied=self._with_views), self._policy)
         found = slots(self._model, views=self._with_views, foreign=[local(a) for a in self._averages.values()])
@@ -644,7 +641,7 @@ class Shadow:
         self._quarantined_before = int(state["num_quarantined"])
         self._quarantined_by_rank.clear()
         self._quarantined = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._inventory = self._offloader = None
+        self._fingerprint = self._offloader = None
         self._follow_model()
 
 
