@@ -339,12 +339,12 @@ class Recording:
 def listed(monkeypatch):
     """Return a function that lists kernels in front of torch's: for each a name, the object and types of devices."""
 
-    def list_them(first=None, **lines):
+    def list_them(named=None, **lines):
         found = {name: kernel for name, (kernel, _) in lines.items()} | {"torch": foreach}
         listed = {name: registry._Line(name, devices) for name, (_, devices) in lines.items()}
         monkeypatch.setattr(registry, "_LIST", listed | {"torch": registry._LIST["torch"]})
         monkeypatch.setattr(registry, "_kernel", found.__getitem__)
-        monkeypatch.setattr(registry, "_first", first)
+        monkeypatch.setattr(registry, "_first", named)
         registry._serving.cache_clear()
 
     yield list_them
@@ -356,10 +356,11 @@ def test_each_pair_goes_to_the_first_kernel_of_its_device_that_accepts_it(listed
     listed(first=(first, ("meta",)), second=(second, None))
     averages = [torch.ones(size, device=device) for device, size in (("cpu", 2), ("meta", 2), ("cpu", 4), ("cpu", 3))]
     left_out = torch.zeros((), dtype=torch.int64)
-    update = kernels.lerp(averages, [2 * average for average in averages], places(averages), left_out)
+    online = [2 * average for average in averages]
+    kernels.lerp(averages, online, places(averages), left_out)
     assert first.given == [[("meta", 77)]]
     assert second.given == [[("cpu", 0), ("cpu", 231)]]
-    update(0.5, 1)
+    kernels.lerp(averages[2:], online[2:], places(averages[2:]), left_out)(0.5, 1)
     assert torch.equal(averages[2], torch.full((4,), 1.5))
     assert int(left_out) == 1
 
