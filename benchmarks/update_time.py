@@ -103,7 +103,8 @@ def contenders(model: nn.Module, average: torch.dtype) -> dict[str, Callable[[],
     other = Shadow(model, dtype=average)
     averages, tensors = list(other.averages.values()), list(model.parameters())
     places = [kernels.Place(i) for i in range(len(tensors))]
-    other._lerp = kernels.KERNELS["torch"](averages, tensors, places, torch.zeros((), dtype=torch.int64))
+    with kernels.only("torch"):
+        other._lerp = kernels.lerp(averages, tensors, places, torch.zeros((), dtype=torch.int64))
     found[OURS_TORCH] = lambda: other.update_(1 - DECAY)
     return found
 
@@ -239,13 +240,14 @@ def main() -> None:
         lines += [f"## {pair.capitalize()}", "", *table(("", *titles), rows), ""]
     how = provenance(*PACKAGES)
     wall_s = time.perf_counter() - began
+    kernel = kernels.serving_cpu()[0]
     lines += [
-        *item(f"polyak's kernel: {kernels.CHOSEN}. Load of the machine at the end: {os.getloadavg()[0]:.1f} processes.")
+        *item(f"polyak's kernel: {kernel}. Load of the machine at the end: {os.getloadavg()[0]:.1f} processes.")
     ]
     if missing:
         lines += item(f"Not measured in this run, which was cut short: {'; '.join(missing)}.")
     lines += ["", *measured(how, wall_s)]
-    write(arguments.out, lines, {"results": results, "kernel": kernels.CHOSEN, "how": how, "wall_s": round(wall_s, 1)})
+    write(arguments.out, lines, {"results": results, "kernel": kernel, "how": how, "wall_s": round(wall_s, 1)})
 
 
 if __name__ == "__main__":

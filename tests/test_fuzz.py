@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from polyak import kernels
 from polyak.averaging.weights import Shadow
-from polyak.kernels import KERNELS
 from tests.fuzz.cases import Case, draw
 from tests.fuzz.judge import judge
 
@@ -18,7 +18,7 @@ PLAIN = Case(seed=1, blocks=("batch_norm",), steps=4, events=((3, "applied"),))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", kernels.serving_cpu())
 def test_random_models_loops_and_events_give_the_averages_of_the_reference(kernel: str) -> None:
     command = [sys.executable, "-m", "tests.fuzz", "--kernel", kernel, "--count", "500"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)

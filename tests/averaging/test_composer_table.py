@@ -368,7 +368,7 @@ def interrupted_at_line(n: int, files: tuple[str, ...]):
 def test_an_interrupt_at_any_line_of_a_loan_leaves_training_weights(dtype):
     torch.set_num_threads(1)
     of_average = ("ema", "online", "actions", "weights", "swapper", "states")
-    kernels = ("kernels/foreach.py", "kernels/cpu.py", "kernels/__init__.py")
+    kernels = ("kernels/exchange.py", "kernels/c.py", "kernels/registry.py")
     files = (*(f"averaging/{name}.py" for name in of_average), *kernels)
     model = nn.Linear(6, 3).to(dtype)
     ema = EMA("4ba")

@@ -23,7 +23,7 @@ from polyak import EMA, MismatchError, Offload, OffloadError, attach
 from polyak.averaging.offload import Offloader, _Transfer
 from polyak.averaging.weights import Shadow
 from polyak.background import running
-from polyak.kernels import Lerp
+from polyak.kernels import lerp
 
 TIMEOUT_S = 20.0
 
@@ -54,7 +54,7 @@ class Late:
             def __init__(self, averages, online, places, left_out) -> None:
                 half = len(averages) // 2
                 self.parts = [
-                    Lerp(averages[part], online[part], places[part], left_out)
+                    lerp(averages[part], online[part], places[part], left_out)
                     for part in (slice(half), slice(half, None))
                 ]
 
@@ -74,7 +74,7 @@ class Late:
             finally:
                 late.opened.clear()
 
-        monkeypatch.setattr(polyak.averaging.movement, "Lerp", InTwo)
+        monkeypatch.setattr(polyak.averaging.movement, "lerp", InTwo)
         monkeypatch.setattr(Offloader, "settle", settle_and_close)
 
     def half_way(self) -> None:
@@ -329,16 +329,19 @@ def test_no_graph_is_built_in_the_background() -> None:
 def test_at_most_one_update_is_under_way(monkeypatch) -> None:
     going, running, most = threading.Event(), 0, 0
 
-    class Slow(Lerp):
+    class Slow:
+        def __init__(self, *arguments) -> None:
+            self.update = lerp(*arguments)
+
         def __call__(self, weight, num_updates) -> None:
             nonlocal running, most
             running += 1
             most = max(most, running)
             assert going.wait(TIMEOUT_S)
-            super().__call__(weight, num_updates)
+            self.update(weight, num_updates)
             running -= 1
 
-    monkeypatch.setattr(polyak.averaging.movement, "Lerp", Slow)
+    monkeypatch.setattr(polyak.averaging.movement, "lerp", Slow)
     model = net()
     shadow = Shadow(model, offload=Offload())
     shadow.update_(0.5)
@@ -511,16 +514,19 @@ from torch import nn
 import polyak.averaging.movement
 import polyak.averaging.weights
 from polyak import Offload, OffloadError
-from polyak.kernels import Lerp
+from polyak.kernels import lerp
 
 go_on = threading.Event()
 
-class Slow(Lerp):
+class Slow:
+    def __init__(self, *arguments):
+        self.update = lerp(*arguments)
+
     def __call__(self, weight, num_updates):
         go_on.wait(60)
-        super().__call__(weight, num_updates)
+        self.update(weight, num_updates)
 
-polyak.averaging.movement.Lerp = Slow
+polyak.averaging.movement.lerp = Slow
 torch.set_num_threads(1)  # OpenMP does not survive a fork
 model = nn.Linear(100, 100)
 shadow = polyak.averaging.weights.Shadow(model, offload=Offload())

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,18 +15,17 @@ import torch
 from torch import nn
 
 import polyak
-from polyak import EMA, LoanError, attach, update_bn
+from polyak import EMA, LoanError, attach, kernels, update_bn
 from polyak.averaging.swap import swap_of
 from polyak.averaging.weights import Shadow
-from polyak.kernels import EXCHANGES
 
 ROOT = str(Path(polyak.__file__).parent)
 
 
-@pytest.fixture(params=sorted(EXCHANGES), autouse=True)
-def kernel(request, monkeypatch) -> str:
-    monkeypatch.setattr("polyak.averaging.swap.Exchange", EXCHANGES[request.param])
-    return request.param
+@pytest.fixture(params=kernels.serving_cpu(), autouse=True)
+def kernel(request) -> Iterator[str]:
+    with kernels.only(request.param):
+        yield request.param
 
 
 class Net(nn.Module):

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from polyak import LoanError, MismatchError, Policy, QuarantineWarning, default_policy
+from polyak import LoanError, MismatchError, Policy, QuarantineWarning, default_policy, kernels
 from polyak.averaging.swap import swap_of
 from polyak.averaging.weights import Shadow
-from polyak.kernels import EXCHANGES
 
 
 def net(dtype=torch.float32) -> nn.Module:
@@ -172,12 +171,11 @@ def test_a_loan_after_the_model_has_moved_goes_to_where_it_is(dtype) -> None:
         del old
 
 
-def test_a_loan_that_has_ended_keeps_no_memory_of_the_model(monkeypatch) -> None:
-    for exchange in EXCHANGES.values():
-        monkeypatch.setattr("polyak.averaging.swap.Exchange", exchange)
+def test_a_loan_that_has_ended_keeps_no_memory_of_the_model() -> None:
+    for name in kernels.serving_cpu():
         model = net()
         shadow = Shadow(model)
-        with shadow.swapped("the test"):
+        with kernels.only(name), shadow.swapped("the test"):
             pass
         own = model[0].weight
         tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
@@ -210,7 +208,7 @@ print(kib("VmHWM") - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the most that a process had")
-@pytest.mark.parametrize("kernel", EXCHANGES)
+@pytest.mark.parametrize("kernel", kernels.serving_cpu())
 def test_a_loan_between_tensors_of_one_dtype_takes_less_than_64_mib_of_memory(kernel) -> None:
     command = [sys.executable, "-W", "ignore", "-c", LOANS]
     environment = os.environ | {"POLYAK_KERNEL": kernel}
@@ -464,13 +462,6 @@ def test_a_state_that_does_not_fit_lists_both_sides_and_changes_nothing() -> Non
     assert caught.value.missing == ["1.num_batches_tracked", "1.running_mean", "1.running_var", "2.bias", "2.weight"]
     assert caught.value.misshaped == {"1.weight": ((4,), (2, 4)), "1.bias": ((4,), (2,))}
     assert equal(shadow.averages, before)
-
-
-def test_the_averages_share_one_counter_of_changes() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    averages = Shadow(model).averages
-    averages["1.bias"].add_(1)
-    assert {average._version for average in averages.values()} == {1}
 
 
 def test_an_average_goes_with_its_model_and_is_freed_with_it() -> None:

@@ -1,27 +1,26 @@
 """Tensors that share memory, that move, or have none of their own: averaged and swapped once, or refused by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from polyak import EMA, attach
+from polyak import EMA, attach, kernels
 from polyak.averaging.weights import Shadow
 from polyak.errors import MemoryLayoutError
-from polyak.kernels import EXCHANGES, KERNELS, checksums
+from polyak.kernels import checksums
 from polyak.tensors.memory import Place, compact, owners
 
 BASE = torch.arange(36.0).view(6, 6)
 VIEWS = ["transposed", "rows", "columns", "expanded"]
 
 
-@pytest.fixture(params=sorted(KERNELS), autouse=True)
-def kernel(request, monkeypatch) -> str:
-    monkeypatch.setattr("polyak.averaging.movement.Lerp", KERNELS[request.param])
-    monkeypatch.setattr("polyak.averaging.swap.Exchange", EXCHANGES[request.param])
-    return request.param
+@pytest.fixture(params=kernels.serving_cpu(), autouse=True)
+def kernel(request) -> Iterator[str]:
+    with kernels.only(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 from polyak import sharding
 from polyak.averaging.settings import Settings
 from polyak.errors import DtypeError, MemoryLayoutError
-from polyak.kernels import Place, counting_with
+from polyak.kernels import Place
 from polyak.sharding import local, rows
 from polyak.tensors import memory
 from polyak.tensors.slots import Policy, Slot
@@ -17,14 +17,13 @@ from polyak.tensors.slots import Policy, Slot
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128}
 
 
-def new_average(slot: Slot, policy: Policy, settings: Settings, counter: Tensor, dtype: torch.dtype | None) -> Tensor:
+def new_average(slot: Slot, policy: Policy, settings: Settings, dtype: torch.dtype | None) -> Tensor:
     """Return an average that begins with the tensor's value.
 
     Args:
         slot: The tensor's place in the model.
         policy: Whether it is averaged or copied.
         settings: How averages are kept.
-        counter: A tensor whose version counter all averages share.
         dtype: The dtype of a saved average; None for that of a new one.
 
     Raises:
@@ -39,7 +38,7 @@ def new_average(slot: Slot, policy: Policy, settings: Settings, counter: Tensor,
     shard = local(tensor).detach().as_subclass(Tensor)
     copy = torch.empty_like(shard, dtype=dtype, device=settings.device, requires_grad=False).copy_(shard)
     _check_range(slot.name, copy, shard)
-    return sharding.beside(tensor, counting_with(counter, copy))
+    return sharding.beside(tensor, copy)
 
 
 def dtype_of(tensor: Tensor, policy: Policy, settings: Settings) -> torch.dtype:

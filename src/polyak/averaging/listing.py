@@ -12,8 +12,8 @@ from polyak.averaging.settings import Settings
 from polyak.errors import MemoryLayoutError
 from polyak.sharding import is_spread, local
 from polyak.tensors import memory
+from polyak.tensors.fingerprint import Fingerprint
 from polyak.tensors.slots import (
-    Inventory,
     Policy,
     Slot,
     check_match,
@@ -38,14 +38,11 @@ class Listing:
         views: By name, the tensors in the memory of others: the name of the owner, and the place in its memory.
         view_slots: The places in the model of these.
         policies: What was decided for each tensor: an evaluation or a resumed run must not decide otherwise.
-        inventory: Checks that nothing has moved; None if the tensors must be listed again.
+        fingerprint: Checks that nothing has moved; None if the tensors must be listed again.
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self._model, self._settings = model, settings
-        # All averages share one version counter, by which autograd knows that a tensor has changed since it was used:
-        # they move together, and to increment a counter for each takes as long as to move a small one.
-        self._counter = torch.empty(0, device="cpu")
         self.averages = dict[str, Tensor]()
         self.slots = list[Slot]()
         self.averaged = list[tuple[Slot, Tensor]]()
@@ -53,11 +50,11 @@ class Listing:
         self.views = dict[str, tuple[str, memory.Place | None]]()
         self.view_slots = list[Slot]()
         self.policies = dict[str, Policy]()
-        self.inventory: Inventory | None = None
+        self.fingerprint: Fingerprint | None = None
 
     def holds(self) -> bool:
         """Return whether the model's tensors and the averages are where they were when they were listed."""
-        return self.inventory is not None and self.inventory.holds()
+        return self.fingerprint is not None and self.fingerprint.holds()
 
     def online(self) -> dict[str, Tensor]:
         """Return the model's tensors that have an average, by name."""
@@ -79,7 +76,7 @@ class Listing:
             DtypeError: If the dtype cannot hold the value.
         """
         policy = self.policies.get(slot.name, Policy.AVERAGE)
-        average = self.averages[slot.name] = new_average(slot, policy, self._settings, self._counter, dtype)
+        average = self.averages[slot.name] = new_average(slot, policy, self._settings, dtype)
         if slot.name in self.views:
             # It was in the memory of another tensor, whose average it continues.
             owner, place = self.views[slot.name]
@@ -123,7 +120,7 @@ class Listing:
         self.copied = [(s, self.averages[s.name]) for s, p in held if p is Policy.COPY]
         self.averaged = [(s, self.averages[s.name]) for s, p in held if p is not Policy.COPY]
         if join and not waiting:
-            self.inventory = Inventory(self._model, list(self.averages.values()))
+            self.fingerprint = Fingerprint(self._model, list(self.averages.values()))
 
     def _found(self) -> list[Slot]:
         # A teacher that is the average may be part of the model: its memory is that of the averages.

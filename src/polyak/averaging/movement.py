@@ -1,6 +1,6 @@
 """Averages that move towards a model's tensors: the update itself, and what ranks compare of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from polyak.averaging.offload import Offloader
 from polyak.averaging.quarantine import Quarantine
 from polyak.averaging.settings import Settings
 from polyak.averaging.swap import swap_of
-from polyak.kernels import Lerp
+from polyak.kernels import Update, lerp
 from polyak.sharding import Ranks, is_spread, local, rows
 
 
@@ -40,7 +40,7 @@ class Movement:
         self.num_updates = 0
         self.offloader: Offloader | None = None
         # What moves the averages, until something has moved in memory, and the copies to make after it.
-        self._kernel: Callable[[float, int], None] | None = None
+        self._update: Update | None = None
         self._copies = list[tuple[Tensor, Tensor]]()
         self.refresh(join=True)
 
@@ -50,17 +50,17 @@ class Movement:
         Args:
             weight: From 0 to 1.
         """
-        inventory = self.listing.inventory
-        if inventory is None or not inventory.holds():
+        fingerprint = self.listing.fingerprint
+        if fingerprint is None or not fingerprint.holds():
             self.refresh(join=True)
-        kernel = self._kernel or self._new_kernel()
-        kernel(weight, self.num_updates + 1)
+        update = self._update or self._new_update()
+        update(weight, self.num_updates + 1)
         self.num_updates += 1
         for copied, tensor in self._copies:
             copied.copy_(tensor.detach())
 
     @torch.no_grad()
-    def _new_kernel(self) -> Callable[[float, int], None]:
+    def _new_update(self) -> Update:
         """Return what moves the averages, and keep it if it serves more than one update."""
         averaged, counter, offload = self.listing.averaged, self.quarantine.counter, self.settings.offload
         averages = [local(average) for _, average in averaged]
@@ -70,20 +70,20 @@ class Movement:
         copies = [(local(copied), local(slot.tensor)) for slot, copied in self.listing.copied]
         self._copies = copies if offload is None else []
         if offload is not None:
-            self._kernel = self.offloader = Offloader(
+            self._update = self.offloader = Offloader(
                 offload,
-                lambda staged: Lerp(averages, staged, places, counter),
+                lambda staged: lerp(averages, staged, places, counter),
                 tensors,
                 [slot.is_parameter for slot, _ in averaged],
                 copies,
             )
-            return self._kernel
+            return self._update
         online = [tensor.to(average.device) for tensor, average in zip(tensors, averages, strict=True)]
-        lerp = Lerp(averages, online, places, counter)
+        update = lerp(averages, online, places, counter)
         # If the averages are on another device, `online` are copies for this update only.
         if all(tensor is own for tensor, own in zip(online, tensors, strict=True)):
-            self._kernel = lerp
-        return lerp
+            self._update = update
+        return update
 
     def follow_model(self) -> None:
         """List the tensors again if something has moved in memory. New tensors do not join: only updates let them."""
@@ -101,7 +101,7 @@ class Movement:
         if self.listing.holds():
             return
         self.wait()
-        self.listing.inventory = self._kernel = self.offloader = None
+        self.listing.fingerprint = self._update = self.offloader = None
         self.listing.refresh(join=join)
         self.quarantine.move_to(self.listing.device())
 
@@ -119,7 +119,7 @@ class Movement:
         """
         self.num_updates = num_updates
         self.quarantine.reset(num_quarantined)
-        self.listing.inventory = self.offloader = None
+        self.listing.fingerprint = self.offloader = None
         self.follow_model()
 
     @torch.no_grad()

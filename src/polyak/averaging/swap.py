@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from polyak import sharding
+from polyak import kernels, sharding
 from polyak.averaging.buffers import Buffer, kept_names
 from polyak.averaging.changes import report_changed, warn_of_gradients
 from polyak.averaging.gradients import Gradients
 from polyak.averaging.offload import hold_writes
 from polyak.errors import LoanError, PlanWarning
-from polyak.kernels import Exchange, checksums
 from polyak.sharding import is_spread, local, rows
 from polyak.tensors import memory, optimizers
 from polyak.tensors.slots import Slot, all_slots, unwrap
@@ -79,7 +78,7 @@ class Swap:
             slot.is_parameter and not keep_averages and _exchangeable(t, a)
             for slot, t, a in zip(slots, self._tensors, self._parts, strict=True)
         ]
-        self._exchange = Exchange(*(list(compress(side, self._exchanged)) for side in (self._tensors, self._parts)))
+        self._exchange = kernels.swap(*(list(compress(side, self._exchanged)) for side in (self._tensors, self._parts)))
         self._backup = dict[int, Tensor]()  # by number of the slot
         self._buffers = list[Buffer]()
         self._left = [slot for slot in left if not slot.is_parameter]
@@ -133,7 +132,7 @@ class Swap:
                 if not self._exchanged[i]:
                     memory.write_(tensor, part)
             self._gather()
-            self._sums = checksums(self._all_watched())
+            self._sums = kernels.checksums(self._all_watched())
             self.phase = Phase.IN
 
     def end(self) -> None:
@@ -174,7 +173,7 @@ class Swap:
     def _note_changes(self, before: Sequence[int]) -> None:
         names = [*self._backup_names(), *(name for name, _ in self._watched)]
         try:
-            sums = checksums(self._all_watched())
+            sums = kernels.checksums(self._all_watched())
         except Exception:  # to restore the weights matters more than to know whether they changed
             return
         self._changed = [name for name, now, then in zip(names, sums, before, strict=True) if now != then]

@@ -16,7 +16,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 _SANITIZED = bool(os.environ.get("POLYAK_SANITIZE"))
 LIBRARY = FOLDER / ("_cpu_sanitized.so" if _SANITIZED else "_cpu.so")
-_SOURCES = ("cpu.c", "look.c", "lerp.h")
+_SOURCES = ("cpu.c", "fingerprint.c", "lerp.h")
 _FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 _SANITIZERS = ("-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 

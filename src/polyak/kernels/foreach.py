@@ -1,20 +1,18 @@
-"""The kernels in plain torch: ``_foreach`` operations where they serve, a small scratch buffer where they do not."""
+"""The kernel in plain torch, which accepts all pairs: ``_foreach`` operations, or pieces and scratch memory."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from ctypes import c_float
 from itertools import compress
 
 import torch
 from torch import Tensor
 
-from polyak.kernels.checksum import checksums
-from polyak.kernels.pieces import num_pieces, order_of, piece_of, pieces_of, views_of
-from polyak.kernels.place import Place
+from polyak.kernels.exchange import Exchange
+from polyak.kernels.pairs import Pair, Place
+from polyak.kernels.pieces import SCRATCH_ELEMENTS, Scratch, order_of, pieces_of
 from polyak.kernels.rounding import SIXTEEN_BITS, Chances, RowChances, is_within, round_, run_of, store, words_of
-from polyak.kernels.scratch import SCRATCH_ELEMENTS, Scratch
 
-# Tensors up to here are taken together, so many that they fit in the scratch.
+# Elements up to which tensors are moved in groups that fit in the scratch.
 _SMALL = 1024
 
 # Weights from here on may be 1 in float32.
@@ -62,34 +60,63 @@ def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tenso
             yield [average for average, _ in group], [tensor for _, tensor in group]
 
 
-class Lerp:
-    """Do ``average += weight * (online - average)`` in place for many tensors, again and again.
-
-    The arithmetic is in the average's dtype, or in float32 for a 16-bit average, which is then rounded stochastically.
-    A value of ``online`` that is not finite leaves that element of the average as it was, whatever its neighbours are:
-    so the outcome depends on no split of the work, over threads, devices or shards, and takes one pass over memory.
-    Nothing here waits for a device.
+def why_not(device: torch.device) -> str | None:
+    """Return None: torch serves all devices.
 
     Args:
-        averages: Tensors to move.
-        online: Tensors to move them towards, of the same shapes and on the same devices.
-        places: For each tensor what its rounding depends on; used for 16-bit averages only.
-        left_out: A 0-dim int64 tensor on the first average's device, which counts the tensors that were not all finite.
+        device: Any.
+    """
+    del device
+    return None
+
+
+def accepts(pair: Pair) -> bool:
+    """Return that torch moves and swaps all tensors.
+
+    Args:
+        pair: Any.
+    """
+    del pair
+    return True
+
+
+def swap(pairs: Sequence[Pair]) -> Exchange:
+    """Return what swaps pairs through a scratch buffer.
+
+    Args:
+        pairs: On one device.
+    """
+    return Exchange(pairs)
+
+
+def lerp(pairs: Sequence[Pair], left_out: Tensor) -> "Lerp":
+    """Return a function that moves the left tensors of pairs towards the right ones.
+
+    Args:
+        pairs: On one device, with places.
+        left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
+    """
+    return Lerp(pairs, left_out)
+
+
+class Lerp:
+    """Move averages towards weights, as ``registry.lerp`` says. Nothing here waits for a device.
+
+    Args:
+        pairs: On one device, with places.
+        left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
     """
 
-    def __init__(
-        self, averages: Sequence[Tensor], online: Sequence[Tensor], places: Sequence[Place], left_out: Tensor
-    ) -> None:
-        self._triples = list(zip(averages, online, places, strict=True))
+    def __init__(self, pairs: Sequence[Pair], left_out: Tensor) -> None:
         self._left_out = left_out
         self._scratch = Scratch()
-        self._on_cpu = all(tensor.device.type == "cpu" for tensor in averages)
-        rounded = [triple for triple in self._triples if triple[0].dtype in SIXTEEN_BITS and triple[0].numel()]
-        self._rows, self._alone = _rows(rounded, self._scratch) if self._on_cpu else ([], rounded)
-        self._wide = [(a, x) for a, x, _ in self._triples if a.dtype not in SIXTEEN_BITS]
-        alike = [a.dtype == x.dtype for a, x in self._wide]
-        self._alike = [a for a, x in compress(self._wide, alike)], [x for a, x in compress(self._wide, alike)]
-        others = [pair for pair, same in zip(self._wide, alike, strict=True) if not same and self._on_cpu]
+        self._on_cpu = left_out.device.type == "cpu"
+        rounded = [_with_place(pair) for pair in pairs if pair.left.dtype in SIXTEEN_BITS and pair.left.numel()]
+        self._rows, self._single = _rows(rounded, self._scratch) if self._on_cpu else ([], rounded)
+        self._wide = [(a, x) for a, x, _ in pairs if a.dtype not in SIXTEEN_BITS]
+        same = [a.dtype == x.dtype for a, x in self._wide]
+        self._same_dtype = [a for a, x in compress(self._wide, same)], [x for a, x in compress(self._wide, same)]
+        others = [pair for pair, is_same in zip(self._wide, same, strict=True) if not is_same and self._on_cpu]
         self._others = [(a, x) for a, x in others if a.numel() > _SMALL]
         grouped = [(a, x) for a, x in others if a.numel() <= _SMALL]
         self._groups = [(*group, _parts(*group, self._scratch)) for group in _groups(grouped)]
@@ -100,13 +127,13 @@ class Lerp:
         """Move every average once.
 
         Args:
-            weight: Share of ``online`` taken, from 0 to 1.
-            num_updates: How often this was done. It is part of the seed.
+            weight: Share of the weights taken, from 0 to 1.
+            num_updates: The number of the update, a part of the seed.
         """
-        alone = self._alone
+        single = self._single
         for rows in self._rows:
-            alone = alone + rows.lerp_(weight, num_updates)
-        for average, tensor, place in alone:
+            single = single + rows.lerp_(weight, num_updates)
+        for average, tensor, place in single:
             chances = Chances(place, tuple(average.shape), num_updates, self._scratch)
             finite = _lerp_rounded(average, tensor, weight, chances, self._scratch, in_order=place.shape is not None)
             self._count(finite)
@@ -117,10 +144,10 @@ class Lerp:
         """Move the averages that are not rounded."""
         # Reading a flag costs nothing on the CPU and stalls the queue of any other device.
         if self._on_cpu and bool(torch.stack([_sum_is_finite(xs, self._scratch) for xs in self._online]).all()):
-            if self._alike[0] and weight < _NEARLY_ALL:
+            if self._same_dtype[0] and weight < _NEARLY_ALL:
                 # The form with one product: `decay * a + (1 - decay) * x` loses a share at every update, because the
                 # two rounded factors do not sum to 1 (2e-3 against 1e-5 after 100,000 updates).
-                torch._foreach_lerp_(*self._alike, weight)
+                torch._foreach_lerp_(*self._same_dtype, weight)
             if weight < _NEARLY_ALL:
                 for averages, tensors, parts in self._groups:
                     torch._foreach_copy_(parts, tensors)
@@ -133,31 +160,12 @@ class Lerp:
             self._count(_lerp_finite(average, tensor, weight, self._scratch))
 
     def _count(self, finite: Tensor) -> None:
-        self._left_out.add_(finite.logical_not_().to(self._left_out.device))
+        self._left_out.add_(finite.logical_not_())
 
 
-def lerp_(
-    averages: Sequence[Tensor],
-    online: Sequence[Tensor],
-    weight: float,
-    places: Sequence[Place],
-    num_updates: int = 0,
-    *,
-    by: type[Lerp] = Lerp,
-) -> Tensor:
-    """Do once what ``Lerp`` does, and return how many tensors were not all finite, as a 0-dim tensor.
-
-    Args:
-        averages: Tensors to move.
-        online: Tensors to move them towards, of the same shapes and on the same devices.
-        weight: Share of ``online`` taken, from 0 to 1.
-        places: For each tensor what its rounding depends on; used for 16-bit averages only.
-        num_updates: How often this was done. It is part of the seed.
-        by: Which kernel does it.
-    """
-    left_out = torch.zeros((), dtype=torch.int64, device=averages[0].device if averages else None)
-    by(averages, online, places, left_out)(weight, num_updates)
-    return left_out
+def _with_place(pair: Pair) -> _Triple:
+    assert pair.place is not None
+    return pair.left, pair.right, pair.place
 
 
 def _parts(averages: list[Tensor], online: list[Tensor], scratch: Scratch) -> list[Tensor]:
@@ -285,107 +293,3 @@ def _rows(triples: Sequence[_Triple], scratch: Scratch) -> tuple[list[_Rows], li
             own, runs = zip(*kind[i : i + most], strict=True)
             grouped.append(_Rows(list(own), list(runs), width, scratch))
     return grouped, alone
-
-
-class Exchange:
-    """Swap the values of two lists of tensors in place, all or nothing, through a scratch buffer of bounded size.
-
-    An exchange may be stopped anywhere, by an interrupt or an error of a device. It then goes on, or back, from where
-    it was: each of its steps gives the same when it is done again.
-
-    Args:
-        left: Tensors.
-        right: As many, of the same shapes, dtypes and devices.
-
-    """
-
-    def __init__(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
-        self._changed = [False] * len(left)
-        self._left = [tensor.detach() for tensor in left]
-        self._sums: list[int] | None = None
-        self._buckets = list(_buckets(left, right))
-        self._done = self._undone = 0
-        # Of the bucket that is being swapped, for its three steps.
-        self._here: tuple[int, list[Tensor], list[Tensor], list[Tensor]] = (-1, [], [], [])
-        largest = dict[tuple[torch.dtype, torch.device], int]()
-        for pairs, _ in self._buckets:
-            first = pairs[0][0]
-            size = min(SCRATCH_ELEMENTS, sum(a.numel() for a, _ in pairs))
-            largest[first.dtype, first.device] = max(size, largest.get((first.dtype, first.device), 0))
-        self._scratches = {
-            (dtype, device): torch.empty(size, dtype=dtype, device=device) for (dtype, device), size in largest.items()
-        }
-
-    @property
-    def changed(self) -> list[bool]:
-        """For each pair whether the left tensor changed between ``forward`` and ``back``, once that is done."""
-        return self._changed
-
-    def forward(self) -> None:
-        """Swap what has not been swapped yet."""
-        while self._done < 3 * len(self._buckets):
-            self._step(self._done)
-            self._done += 1
-        self._sums = checksums(self._left)
-
-    def back(self) -> None:
-        """Swap back what has been swapped, the last first."""
-        if self._sums is not None:
-            with suppress(Exception):  # to swap back matters more than to know whether they changed
-                sums = checksums(self._left)
-                self._changed = [now != before for now, before in zip(sums, self._sums, strict=True)]
-            self._sums = None
-        while self._done % 3:
-            self._step(self._done)
-            self._done += 1
-        while self._undone < self._done:
-            bucket, phase = divmod(self._undone, 3)
-            self._step(self._done - 3 * (bucket + 1) + phase)
-            self._undone += 1
-        self._done = self._undone = 0
-
-    def _step(self, step: int) -> None:
-        bucket, phase = divmod(step, 3)
-        if self._here[0] != bucket:
-            self._here = bucket, *self._pieces_of(bucket)
-        _, aside, left, right = self._here
-        into, source = ((aside, left), (left, right), (right, aside))[phase]
-        torch._foreach_copy_(into, source)
-
-    def _pieces_of(self, bucket: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return room for the pieces in a bucket, and these, left and right."""
-        pairs, number = self._buckets[bucket]
-        left, right = ([piece_of(view, number) for view in side] for side in zip(*pairs, strict=True))
-        sizes = [a.numel() for a in left]
-        room = self._scratches[left[0].dtype, left[0].device][: sum(sizes)].split(sizes)
-        return [part.view(a.shape) for part, a in zip(room, left, strict=True)], left, right
-
-
-_Bucket = tuple[list[tuple[Tensor, Tensor]], int]
-
-
-def _buckets(left: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[_Bucket]:
-    """Group pairs of one dtype and device in buckets of at most ``SCRATCH_ELEMENTS``.
-
-    A bucket is pairs and the number of the piece of each that belongs there: a view of each piece would take a KiB.
-    """
-    kinds = dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]]()
-    for a, b in zip(left, right, strict=True):
-        # An alias swaps what was here, whatever becomes of the tensor. The right ones only have to be kept.
-        small = a.numel() <= SCRATCH_ELEMENTS and a.is_contiguous() and b.is_contiguous()
-        view, other = (a.detach(), b) if small else views_of((a.detach(), b))
-        kinds.setdefault((a.dtype, a.device), []).append((view, other))
-    for pairs in kinds.values():
-        bucket, size = list[tuple[Tensor, Tensor]](), 0
-        for a, b in pairs:
-            if bucket and size + a.numel() > SCRATCH_ELEMENTS:
-                yield bucket, 0
-                bucket, size = list[tuple[Tensor, Tensor]](), 0
-            if a.numel() > SCRATCH_ELEMENTS:
-                large = [(a, b)]
-                yield from ((large, number) for number in range(num_pieces(a.shape)))
-            else:
-                bucket.append((a, b))
-                size += a.numel()
-        if bucket:
-            yield bucket, 0

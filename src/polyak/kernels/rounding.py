@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyak.kernels.place import Place
-from polyak.kernels.scratch import Scratch
+from polyak.kernels.pairs import Place
+from polyak.kernels.pieces import Scratch
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 

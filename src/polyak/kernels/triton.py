@@ -1,10 +1,10 @@
 """The kernel in Triton for averages on a GPU: one launch for all tensors of a pair of dtypes, and nothing that waits.
 
-The arithmetic is that of the torch kernel, bit for bit. Only imported where it serves, since Triton takes a while.
+Only imported for averages on a GPU, since Triton takes a while.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import compress, product
+from itertools import product
 
 import torch
 import triton
@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from polyak.kernels import foreach
-from polyak.kernels.place import Place
-from polyak.kernels.versions import one_of_each
+from polyak.kernels.exchange import Exchange
+from polyak.kernels.pairs import Pair, Place
+from polyak.kernels.rounding import SIXTEEN_BITS
 
 BLOCK = 4096  # elements of a program, a power of two from 32 on
 PART = 512  # of those done at once where a block is not whole, or not aligned
@@ -22,9 +22,59 @@ WARPS = 8
 _NAMES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def check() -> None:
-    """Raise what keeps Triton from serving here: it needs a GPU, and most versions a C compiler."""
-    triton.runtime.driver.active.get_current_target()
+def why_not(device: torch.device) -> str | None:
+    """Return why Triton cannot serve a device; None if it can. It needs a GPU, and most versions a C compiler.
+
+    Args:
+        device: Of the type ``cuda``.
+    """
+    del device
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def accepts(pair: Pair) -> bool:
+    """Return whether a pair is of plain tensors, dense and laid out in the same way. Swaps are left to torch.
+
+    Args:
+        pair: On one device.
+    """
+    average, online, place = pair
+    if place is None:
+        return False
+    for tensor in (average, online):
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            return False
+        if tensor.dtype not in _NAMES or tensor.device != average.device or tensor.shape != average.shape:
+            return False
+    if average.is_contiguous() and online.is_contiguous():
+        return True
+    if place.shape is not None and average.dtype in SIXTEEN_BITS:
+        return False
+    order = sorted(range(average.dim()), key=average.stride, reverse=True)
+    return all(tensor.permute(order).is_contiguous() for tensor in (average, online))
+
+
+def lerp(pairs: Sequence[Pair], left_out: Tensor) -> "Lerp":
+    """Return a function that moves the left tensors of pairs towards the right ones.
+
+    Args:
+        pairs: On one device, with places, and accepted.
+        left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
+    """
+    return Lerp(pairs, left_out)
+
+
+def swap(pairs: Sequence[Pair]) -> Exchange:
+    """Return what swaps pairs, in torch.
+
+    Args:
+        pairs: On one device.
+    """
+    return Exchange(pairs)
 
 
 @triton.jit
@@ -146,24 +196,9 @@ def _lerp(
         tl.atomic_add(left_out, newly.to(tl.int64), sem="relaxed")
 
 
-def _known(average: Tensor, online: Tensor, place: Place, device: torch.device) -> bool:
-    """Return whether the two are plain, on ``device``, and laid out alike without holes, as ``place`` says."""
-    for tensor in (average, online):
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            return False
-        if tensor.dtype not in _NAMES or tensor.device != device or tensor.shape != average.shape:
-            return False
-    if average.is_contiguous() and online.is_contiguous():
-        return True
-    if place.shape is not None and average.dtype in foreach.SIXTEEN_BITS:
-        return False
-    order = sorted(range(average.dim()), key=average.stride, reverse=True)
-    return all(tensor.permute(order).is_contiguous() for tensor in (average, online))
-
-
 def _pieces(average: Tensor, place: Place) -> Iterator[tuple[int, int, int, int, int]]:
     """Yield where in memory a piece begins, its elements, the first index, a run's length, the gap between runs."""
-    box = (place if average.dtype in foreach.SIXTEEN_BITS else Place(0)).box(tuple(average.shape))
+    box = (place if average.dtype in SIXTEEN_BITS else Place(0)).box(tuple(average.shape))
     *sizes, run = box.sizes
     count, step = (sizes.pop() * run, box.steps[-2]) if sizes else (run, run)
     for number, outer in enumerate(product(*map(range, sizes))):
@@ -185,41 +220,33 @@ def _launch_over(table: list[tuple[int, ...]], device: torch.device) -> tuple[Te
     return table_there, rows_there
 
 
-class Lerp(foreach.Lerp):
-    """Do what ``foreach.Lerp`` does, in Triton. It waits for nothing, and allocates nothing once it is made.
+class Lerp:
+    """Move averages towards weights. It waits for nothing, and allocates nothing once it is made.
 
     The weight and the number of the update are read from the device, so that a captured ``launch`` may be replayed with
     others: ``stage`` them before each replay, on the stream of the replay. Call it once before capture, which compiles,
-    and keep it as long as the graph. The addresses of the tensors are noted: where they may have moved, make a new one.
+    and keep it as long as the graph.
 
     Args:
-        averages: Tensors to move.
-        online: Tensors to move them towards, of the same shapes and on the same devices.
-        places: For each tensor what its rounding depends on; used for 16-bit averages only.
-        left_out: A 0-dim int64 tensor on the device of the averages, which counts the tensors that were not all finite.
+        pairs: On one device, with places, and accepted.
+        left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
     """
 
-    def __init__(
-        self, averages: Sequence[Tensor], online: Sequence[Tensor], places: Sequence[Place], left_out: Tensor
-    ) -> None:
+    def __init__(self, pairs: Sequence[Pair], left_out: Tensor) -> None:
         device = left_out.device
-        triples = list(zip(averages, online, places, strict=True))
-        known = [_known(*triple, device) for triple in triples]
-        rest = [triple for triple, ours in zip(triples, known, strict=True) if not ours]
-        super().__init__([a for a, _, _ in rest], [x for _, x, _ in rest], [place for _, _, place in rest], left_out)
-        triples = list(compress(triples, known))
-        self._moved = one_of_each([a for a, _, _ in triples])
-        self._held = [x for _, x, _ in triples]  # as long as their addresses are
+        self._left_out = left_out
+        self._counting = [average for average, _, _ in pairs if not average.is_inference()]
+        self._held = pairs  # as long as their addresses are used
         tables = dict[tuple[torch.dtype, torch.dtype], list[tuple[int, ...]]]()
-        for number, (a, x, place) in enumerate(triples):
-            for at, *piece in _pieces(a, place) if a.numel() else ():
+        for number, (a, x, place) in enumerate(pairs):
+            for at, *piece in _pieces(a, place) if place is not None and a.numel() else ():
                 addresses = a.data_ptr() + at * a.element_size(), x.data_ptr() + at * x.element_size()
                 tables.setdefault((a.dtype, x.dtype), []).append((*addresses, *piece, place.seed, number))
         self._launches = [
             (*_launch_over(table, device), _NAMES[a], _NAMES[x], 16 // max(a.itemsize, x.itemsize))
             for (a, x), table in tables.items()
         ]
-        self._flags = torch.zeros(len(triples), dtype=torch.int32, device=device)
+        self._flags = torch.zeros(len(pairs), dtype=torch.int32, device=device)
         # One number in place of two, so that one call writes them: the weight, and the number of the update.
         self._staged = torch.zeros((), dtype=torch.complex128, device=device)
         self._numbers = torch.view_as_real(self._staged)
@@ -228,21 +255,19 @@ class Lerp(foreach.Lerp):
         """Move every average once.
 
         Args:
-            weight: Share of ``online`` taken, from 0 to 1.
-            num_updates: How often this was done. It is part of the seed.
+            weight: Share of the weights taken, from 0 to 1.
+            num_updates: The number of the update, a part of the seed.
         """
-        if self._triples:
-            super().__call__(weight, num_updates)
         if self._launches:
             self.stage(weight, num_updates)
-            self._launch()
+            self.launch()
 
     def stage(self, weight: float, num_updates: int) -> None:
         """Write the numbers for the launches to come, in the order of the current stream.
 
         Args:
-            weight: Share of ``online`` taken, from 0 to 1.
-            num_updates: How often this was done. It is part of the seed.
+            weight: Share of the weights taken, from 0 to 1.
+            num_updates: The number of the update, a part of the seed.
 
         Raises:
             RuntimeError: If the stream is being captured: each replay would write what was written now.
@@ -256,23 +281,9 @@ class Lerp(foreach.Lerp):
         self._staged.fill_(complex(weight, num_updates & 0xFFFFFFFF))
 
     def launch(self) -> None:
-        """Move every average once, by the numbers staged last. It may be captured in a CUDA graph.
-
-        Raises:
-            RuntimeError: If a tensor is among the averages for which the torch kernel has to serve.
-        """
-        if self._triples:
-            a, x, _ = self._triples[0]
-            raise RuntimeError(
-                "all averages and weights must be dense, laid out alike and on one device, of 64, 32 or 16 bits, to be "
-                f"moved by launch() (got {tuple(a.shape)} of {a.dtype} on {a.device} towards {tuple(x.shape)} of "
-                f"{x.dtype} on {x.device}, and {len(self._triples) - 1} more); call the kernel itself"
-            )
-        self._launch()
-
-    def _launch(self) -> None:
-        # Who has kept an average for a backward pass is told that it is no longer what it was, as by torch's own.
-        increment_version(self._moved)
+        """Move every average once, by the numbers staged last. It may be captured in a CUDA graph."""
+        # Autograd then refuses a backward pass that needs an average as it was, as after torch's own operations.
+        increment_version(self._counting)
         self._flags.zero_()
         with torch.cuda.device_of(self._flags):
             for table, rows, average, online, width in self._launches:

@@ -7,16 +7,12 @@ checkpointing) put in front of a name is dropped, so that a state saved under on
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain
-from operator import attrgetter, is_
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polyak.errors import MismatchError
-from polyak.kernels import unchanged
-from polyak.sharding import is_spread, local
+from polyak.sharding import local
 from polyak.tensors import memory, optimizers
 
 # The wrappers that keep the wrapped module under a name that no one else uses, and those that need a look at the type.
@@ -251,71 +247,6 @@ def averaged_parameters(model: nn.Module, policy: PolicyRule) -> list[Slot]:
     through = trained_through(views_of(model), policy)
     found = (slot for slot in slots(model) if slot.is_parameter)
     return [slot for slot in found if slot.name in through or policy(slot) is Policy.AVERAGE]
-
-
-class Inventory:
-    """What a model holds, noted so that a check tells whether it still does, at 0.1 us a tensor (in C; else 2 us).
-
-    It no longer does when a module, parameter or buffer was added, removed or replaced, when a tensor has moved or has
-    another dtype or layout, and when a parameter that was frozen is trained.
-
-    Args:
-        model: Wrapped or not.
-        more: Further tensors that must stay where they are, such as averages.
-    """
-
-    def __init__(self, model: nn.Module, more: Sequence[Tensor] = ()) -> None:
-        # A scripted module has no dicts, and makes something like them for whoever asks.
-        modules = list(model.modules())
-        self._modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
-        self._scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
-        self._dicts = self._held()
-        self._in_scripts = _tensors_of(self._scripted)
-        found = [tensor for dict_ in self._dicts for tensor in dict_.values() if isinstance(tensor, Tensor)]
-        found += self._in_scripts
-        self._spread = [tensor for tensor in found if is_spread(tensor)]
-        self._parts = list(map(local, self._spread))
-        here = [tensor for tensor in found if not is_spread(tensor)] + self._parts + list(map(local, more))
-        # What a wrapper of inner tensors holds has no address to ask for.
-        plain = [tensor for tensor in here if tensor.layout == torch.strided and not memory.is_wrapper(tensor)]
-        self._unchanged = unchanged(self._dicts, plain)
-        parameters = (tensor for tensor in found if isinstance(tensor, nn.Parameter))
-        self._moved = optimizers.moves()
-        self._frozen = [p for p in parameters if not (p.requires_grad or optimizers.is_moved(p))]
-
-    def holds(self) -> bool:
-        """Return whether the model still is as it was."""
-        return (
-            all(map(is_, self._held(), self._dicts))
-            and self._unchanged()
-            and _are_same(_tensors_of(self._scripted), self._in_scripts)
-            and all(map(is_, map(local, self._spread), self._parts))
-            and not any(map(_TRAINABLE, self._frozen))
-            and self._are_still_unmoved()
-        )
-
-    def _are_still_unmoved(self) -> bool:
-        if (moved := optimizers.moves()) != self._moved:
-            if any(map(optimizers.is_moved, self._frozen)):
-                return False
-            self._moved = moved  # only now, or the next question would have another answer
-        return True
-
-    def _held(self) -> list[dict[str, Any]]:
-        return list(chain.from_iterable(map(_HELD, self._modules)))
-
-
-def _tensors_of(scripted: Sequence[nn.Module]) -> list[Tensor]:
-    held = (tensor for module in scripted for _, tensor in chain(module._parameters.items(), module._buffers.items()))  # noqa: SLF001
-    return [tensor for tensor in held if tensor is not None]
-
-
-def _are_same(one: Sequence[object], other: Sequence[object]) -> bool:
-    return len(one) == len(other) and all(map(is_, one, other))
-
-
-_HELD = attrgetter("_modules", "_parameters", "_buffers")
-_TRAINABLE = attrgetter("requires_grad")
 
 
 def check_match(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
