@@ -253,7 +253,7 @@ def test_reprs_of_times_and_timestamps_evaluate_to_what_they_are_of() -> None:
 
 
 def test_a_timestamp_holds_plain_numbers() -> None:
-    now = Timestamp(epoch="2ep", epoch_length=4).to_next_batch(samples=Time(8, "sp"), tokens=np.int64(3)).to_next_epoch()
+    now = Timestamp(epoch="2ep").to_next_batch(samples=Time(8, "sp"), tokens=np.int64(3)).to_next_epoch()
     assert {type(number) for number in vars(now).values()} <= {int, float}
     assert (now.epoch, now.sample, now.token) == (Time(3, "ep"), Time(8, "sp"), Time(3, "tok"))
     with pytest.raises(TimeError, match=r"sample must be in sp \(got 1ba\)"):

@@ -296,7 +296,7 @@ def _check(hosted: Hosted, state: Any) -> None:
             '(parallelism_config={"fsdp": FSDP2Config()}), with DDP, or in polyak.Trainer'
         )
     ours = [a for a in state.algorithms if isinstance(a, Hosted)]
-    lenders = [a for a in ours if a.algorithm.lends] + [a for a in state.algorithms if isinstance(a, composers.EMA)]
+    lenders = [a for a in ours if a.algorithm.swaps] + [a for a in state.algorithms if isinstance(a, composers.EMA)]
     alike = [a for a in ours if type(a) is type(hosted)]
     if len(lenders) > 1:
         raise ValueError(

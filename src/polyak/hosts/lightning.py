@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +17,19 @@ except ModuleNotFoundError:
     from lightning_fabric import Fabric, is_wrapped
     from pytorch_lightning import Callback
 
-from polyak.algorithm import Algorithm
+from polyak.algorithm import Algorithm, as_algorithms
 from polyak.averaging.swap import swap_of
 from polyak.errors import PlanWarning
 from polyak.events import Event
 from polyak.sharding import whole
 from polyak.tensors.slots import unwrap
 from polyak.time import Time, TimeUnit
-from polyak.training import rng
+from polyak.training import rng, sharded
 from polyak.training.attached import Attached
-from polyak.training.loop import Loop, as_algorithms
+from polyak.training.loop import Loop
+from polyak.training.options import LoopOptions
+from polyak.training.sizes import BatchSizes
+from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
 
 _KEY = "polyak"
@@ -79,12 +81,11 @@ class Averaging(Callback):
             raise ValueError(f"eval_weights must be 'averaged' or 'training', or a list of them (got {eval_weights!r})")
         self.algorithms = as_algorithms(algorithms)
         self.eval_weights = eval_weights
-        self._count_samples, self._count_tokens = num_samples, num_tokens
+        self._sizes = BatchSizes(num_samples, num_tokens)
         self._optimizer = optimizer
         self._trainer: Any = None
         self._loop: Loop | None = None
         self._hooks: StepHooks | None = None
-        self._samples = self._tokens = 0  # since the last step
         self._in_epoch = False
         self._ends: list[Event] = []  # of the evaluation that goes on
         self._random: Mapping[str, Any] | None = None
@@ -104,9 +105,8 @@ class Averaging(Callback):
         """
         _refuse_foreign(trainer.strategy)
         if stage == "fit" and (self._loop is None or unwrap(self._loop.state.model) is not unwrap(pl_module)):
-            self._loop = Loop(self.algorithms, pl_module, self)
-            units = {TimeUnit.SAMPLE: self._count_samples, TimeUnit.TOKEN: self._count_tokens}
-            self._loop.counts |= {unit for unit, count in units.items() if count is not None}
+            self._loop = Loop(self.algorithms, LoopState(pl_module), self, counts=self._sizes.units)
+            self._loop.meet()
         if trainer is not self._trainer:
             self._trainer = trainer
             self._surround_saving(trainer)
@@ -122,7 +122,7 @@ class Averaging(Callback):
                 return
             if _saves_folders(trainer):
                 filepath = trainer.strategy.broadcast(filepath)
-                self._loop.save_parts(Path(filepath) / _KEY, weights=True)
+                sharded.save(self._loop, Path(filepath) / _KEY, weights=True)
             with self._loop.saving(None if "://" in str(filepath) else filepath):
                 save(filepath, *args, **kwargs)
 
@@ -158,7 +158,7 @@ class Averaging(Callback):
         self._stop_counting()
         self._tell_lengths(trainer, pl_module)
         self._hooks = self._loop.count(trainer.optimizers[self._optimizer], self._after_step)
-        self._samples = self._tokens = 0
+        self._sizes.take()
         self._loop.fire(Event.FIT_START)
 
     def _tell_lengths(self, trainer: Any, pl_module: Any) -> None:
@@ -167,7 +167,7 @@ class Averaging(Callback):
         # In manual optimization only the model knows when it steps.
         known = pl_module.automatic_optimization and math.isfinite(batches)
         length = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
-        state.timestamp = replace(state.timestamp, epoch_length=length)
+        self._loop.set_epoch_length(length)
         state.max_duration = None
         if trainer.max_epochs not in (None, -1):
             state.max_duration = Time(trainer.max_epochs, TimeUnit.EPOCH)
@@ -186,15 +186,11 @@ class Averaging(Callback):
         """Count what is in a batch."""
         del pl_module, batch_idx
         self._in_epoch = True
-        if self._count_samples is not None:
-            self._samples += self._count_samples(batch) * trainer.world_size
-        if self._count_tokens is not None:
-            self._tokens += self._count_tokens(batch) * trainer.world_size
+        self._sizes.add(batch, trainer.world_size)
 
     def _after_step(self) -> None:
         assert self._loop is not None
-        samples, tokens, self._samples, self._tokens = self._samples, self._tokens, 0, 0
-        self._loop.end_batch(samples=samples, tokens=tokens)
+        self._loop.end_batch(**self._sizes.take())
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End the epoch with its last batch: Lightning validates and saves before its own end of the epoch."""
@@ -346,7 +342,7 @@ class Averaging(Callback):
             if "algorithms" in checkpoint[_KEY]:
                 self._loop.load_state_dict(checkpoint[_KEY])
             else:
-                self._loop.load_parts(Path(trainer.ckpt_path) / _KEY, weights=True)
+                sharded.load(self._loop, Path(trainer.ckpt_path) / _KEY, weights=True)
             self._random = checkpoint[_KEY]["rng"]
         else:
             warnings.warn(
@@ -408,13 +404,11 @@ def attach(
         )
     # Not its public `module`, which is inside of DDP.
     inner: Any = model._forward_module if is_wrapped(model) else model  # noqa: SLF001
-    return Attached(
-        algorithms,
-        inner,
-        optimizer,
+    options = LoopOptions(
         max_duration=max_duration,
         steps_per_epoch=steps_per_epoch,
         samples_per_step=samples_per_step,
         tokens_per_step=tokens_per_step,
         logger=_FabricLogger(fabric),
     )
+    return Attached(algorithms, inner, optimizer, options)

@@ -4,7 +4,6 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +12,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint
 
-from polyak.algorithm import Algorithm
+from polyak.algorithm import Algorithm, as_algorithms
 from polyak.errors import MismatchError, PlanWarning
 from polyak.events import Event
 from polyak.tensors.slots import unwrap
 from polyak.time import Time, TimeUnit
-from polyak.training import rng
-from polyak.training.loop import Loop, as_algorithms
+from polyak.training import rng, sharded
+from polyak.training.loop import Loop
+from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
 
 STATE_NAME = "polyak.pt"
@@ -107,9 +107,9 @@ class Attached(TrainerCallback):
         folder = Path(output_dir or self._trainer.args.output_dir)
         # Beside the averaged weights go the training weights; but only into checkpoints, not into what is for use.
         loop = self._loop if _internal_call and output_dir else None
-        if loop and loop.in_parts:
+        if loop and sharded.is_sharded(loop):
             # Under FSDP the trainer itself saves training weights to go on from.
-            loop.save_parts(folder / PARTS_NAME, weights=not self._trainer.is_fsdp_enabled)
+            sharded.save(loop, folder / PARTS_NAME, weights=not self._trainer.is_fsdp_enabled)
             loop = None
         with self._lent(Event.SAVE_START, Event.SAVE_END, folder):
             if loop and self._trainer.args.should_save:
@@ -138,21 +138,20 @@ class Attached(TrainerCallback):
         model = self._trainer.model_wrapped
         if self._loop is None or unwrap(self._loop.state.model) is not unwrap(model):
             self.algorithms = self._make()
-            self._loop = Loop(self.algorithms, model, _Logger(self._trainer))
-            self._loop.counts.add(TimeUnit.SAMPLE)
+            counts = {TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE}
             if args.include_num_input_tokens_seen not in (False, "no"):
-                self._loop.counts.add(TimeUnit.TOKEN)
+                counts.add(TimeUnit.TOKEN)
+            self._loop = Loop(self.algorithms, LoopState(model), _Logger(self._trainer), counts=counts)
+            self._loop.meet()
         loop = self._loop
         loop.state.model = model  # each `train` wraps it anew
-        if loop.state.timestamp.batch_in_epoch.value:
-            # A run before this one was left inside an epoch.
-            loop.state.timestamp = loop.state.timestamp.to_next_epoch()
+        loop.leave_epoch()
         if args.max_steps > 0:
             loop.state.max_duration = Time(args.max_steps, TimeUnit.BATCH)
         else:
             loop.state.max_duration = Time(args.num_train_epochs, TimeUnit.EPOCH)
         length = _steps_per_epoch(self._trainer, kwargs["train_dataloader"])
-        loop.state.timestamp = replace(loop.state.timestamp, epoch_length=length)
+        loop.set_epoch_length(length)
         self._load(self._resuming, state)
         self._samples, self._tokens_before = 0, state.num_input_tokens_seen
         if self._hooks:
@@ -165,7 +164,7 @@ class Attached(TrainerCallback):
             return
         path = checkpoint / STATE_NAME
         if (checkpoint / PARTS_NAME).exists():
-            self._loop.load_parts(checkpoint / PARTS_NAME, weights=not self._trainer.is_fsdp_enabled)
+            sharded.load(self._loop, checkpoint / PARTS_NAME, weights=not self._trainer.is_fsdp_enabled)
             return
         if path.exists():
             self._loop.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -192,7 +191,7 @@ class Attached(TrainerCallback):
         self._loop.end_batch(samples=self._samples, tokens=tokens - self._tokens_before)
         self._samples, self._tokens_before = 0, tokens
         now = self._loop.state.timestamp
-        if now.epoch_length == now.batch_in_epoch.value:
+        if now.ends_epoch:
             # Here and not in on_epoch_end, since the checkpoint of this step is resumed in the next epoch.
             self._loop.end_epoch()
 
@@ -200,7 +199,7 @@ class Attached(TrainerCallback):
         """End an epoch in which steps were skipped, or whose length was not known."""
         # Called also where the run stops inside an epoch, which then has not ended.
         ended = not control.should_training_stop or float(state.epoch).is_integer()
-        if self._loop and self._loop.state.timestamp.batch_in_epoch.value and ended:
+        if self._loop and self._loop.state.timestamp.in_epoch and ended:
             self._loop.end_epoch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -196,10 +196,10 @@ def check_algorithms(algorithms: list[Any]) -> None:
                 f"that {type(one).__name__} is for Composer's trainer: import polyak.{type(one).__name__} for this one"
             )
         require(isinstance(one, Algorithm), "algorithms", "instances of polyak.Algorithm", one, advice)
-    if sum(algorithm.lends for algorithm in algorithms) > 1:
+    if sum(algorithm.swaps for algorithm in algorithms) > 1:
         raise ArgumentError(
             "a model can hold one average at a time, so of the algorithms that swap one in there can be one (got "
-            f"{[algorithm for algorithm in algorithms if algorithm.lends]}); attach them separately to compare"
+            f"{[algorithm for algorithm in algorithms if algorithm.swaps]}); attach them separately to compare"
         )
 
 
