@@ -103,7 +103,7 @@ def attach(
         tokens_per_step: Tokens in a step, of all processes, for times in ``tok``.
 
     Raises:
-        NotImplementedError: Under DeepSpeed, the first FSDP and Megatron-LM.
+        NotImplementedError: Under DeepSpeed, FSDP1 and Megatron-LM.
         TimeError: If ``max_duration`` is no time.
         ArgumentError: If more than one of the algorithms swaps an average in.
     """

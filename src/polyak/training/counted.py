@@ -103,9 +103,8 @@ class CountedLoop(Loop):
     def finish_batch(self) -> None:
         """Count a batch, and the epoch that it ends."""
         self.end_batch(samples=self._samples, tokens=self._tokens)
-        now = self.state.timestamp
-        if now.epoch_length is not None and now.ends_epoch:
-            self.end_epoch()
+        if self.state.timestamp.epoch_length is not None:
+            self.end_full_epoch()
 
     def release(self) -> None:
         """Stop counting, without an event."""

@@ -191,6 +191,11 @@ class Loop:
         self.count_epoch()
         self.fire(Event.EPOCH_END)
 
+    def end_full_epoch(self) -> None:
+        """End the epoch if its last batch has ended."""
+        if self.state.timestamp.ends_epoch:
+            self.end_epoch()
+
     def count_epoch(self) -> None:
         """Count an epoch without an event."""
         self.state.previous_timestamp = self.state.timestamp
