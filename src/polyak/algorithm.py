@@ -168,6 +168,23 @@ def check_algorithms(algorithms: Sequence[object]) -> None:
         )
 
 
+def check_event(event: object, name: str) -> None:
+    """Check that an event is one of polyak's, for algorithms of which there is another class for Composer's trainer.
+
+    Args:
+        event: As given.
+        name: Of the algorithm's class.
+
+    Raises:
+        ArgumentError: If it is not; it says what to import.
+    """
+    if not isinstance(event, Event):
+        raise ArgumentError(
+            f"the event must be one of polyak's (got {event!r} of {type(event).__module__}); in MosaicML Composer's "
+            f"trainer, use the {name} made for it: `from polyak.hosts.composer import {name}`"
+        )
+
+
 # These also copy functions without a name.
 _BY_VALUE = {"copy", "cloudpickle", "dill"}
 
