@@ -140,7 +140,7 @@ def check_one_swaps(swapping: Sequence[object]) -> None:
     """
     if len(swapping) > 1:
         raise ArgumentError(
-            "a model can hold one average at a time, so only one of the algorithms may swap one in (got "
+            "a model can hold one average at a time, so there can be one algorithm that swaps one in (got "
             f"{list(swapping)}); to compare averages, attach them to separate runs"
         )
 
