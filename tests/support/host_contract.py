@@ -463,7 +463,7 @@ class HostContract:
         assert not loops.differences(whole.ema.state_dict(), resumed.ema.state_dict())
         assert not loops.differences(whole.ema.batches[-(18 - step) :], resumed.ema.batches[-(18 - step) :])
 
-    def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(self, tmp_path) -> None:
+    def test_a_run_that_was_killed_resumes_from_its_last_checkpoint(self, tmp_path) -> None:
         self.needs("kill")
         plan = Plan(save_every=6)
         call = f"import host_contract; host_contract.die({type(self).__module__!r}, {str(tmp_path)!r})"

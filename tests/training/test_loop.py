@@ -39,7 +39,7 @@ def test_one_algorithm_or_several_are_taken_and_two_averages_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_lent_in_inference_mode_can_be_taken_back_outside_and_averaged_on(dtype: torch.dtype) -> None:
+def test_an_average_swapped_in_in_inference_mode_can_be_restored_outside_and_updated(dtype: torch.dtype) -> None:
     ema = EMA("2ba")
     loop = joined([ema], loops.perceptron().to(dtype))
     stepped(loop, 2)
@@ -74,7 +74,7 @@ def test_an_epoch_that_was_left_counts_when_the_next_begins() -> None:
     assert loop.state.timestamp.epoch.value == 1
 
 
-def test_a_state_is_gone_on_with_and_that_of_other_algorithms_refused() -> None:
+def test_a_state_is_resumed_and_that_of_other_algorithms_refused() -> None:
     one, other = (joined([EMA("2ba")]) for _ in range(2))
     stepped(one, 3)
     with one.saving():
