@@ -84,7 +84,6 @@ class EMA(Attributes):
         ``composer.algorithms.EMA``.
     """
 
-    lends = True
     swaps = True
 
     def __init__(
