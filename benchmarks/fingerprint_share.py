@@ -90,14 +90,14 @@ def stepper(model: nn.Module, inputs: Tensor, *, fused: bool) -> tuple[Callable[
 def variants(ema: EMA, model: nn.Module) -> dict[str, Callable[[], None]]:
     """Return what sets each variant up: which fingerprint is checked, and how many counters are counted up."""
     shadow = ema._shadow if hasattr(ema, "_shadow") else ema.shadow
-    listing = getattr(shadow, "_listing", shadow)
+    listing = shadow._movement.listing
     name = next(found for found in ("_fingerprint", "fingerprint") if hasattr(listing, found))
     averages = list(shadow.averages.values())
     in_c = fingerprint.Fingerprint(model, averages)
     available, fingerprint_c.AVAILABLE = fingerprint_c.AVAILABLE, False
     in_python = fingerprint.Fingerprint(model, averages)
     fingerprint_c.AVAILABLE = available
-    kernel = shadow._lerp
+    kernel = shadow._movement._update
     each = kernel._counting
     assert available
     assert len(each) > 100

@@ -102,10 +102,8 @@ def contenders(model: nn.Module, average: torch.dtype) -> dict[str, Callable[[],
     random.shuffle(names)
     found = {name: made.update for name, made in averages_of(model, average, names).items()}
     other = Shadow(model, dtype=average)
-    averages, tensors = list(other.averages.values()), list(model.parameters())
-    places = [kernels.Place(i) for i in range(len(tensors))]
     with kernels.only("torch"):
-        other._lerp = kernels.lerp(averages, tensors, places, torch.zeros((), dtype=torch.int64))
+        other.update_(1 - DECAY)  # a kernel is kept from the first update on
     found[OURS_TORCH] = lambda: other.update_(1 - DECAY)
     found[OURS_ATTACHED] = attached_step(model, EMA(smoothing=DECAY, dtype=average))
     return found
@@ -290,9 +288,7 @@ def main() -> None:
     wall_s = time.perf_counter() - began
     kernel = kernels.serving_cpu()[0]
     lines += [
-        *item(
-            f"polyak's kernel: {kernel}. Load of the machine at the end: {os.getloadavg()[0]:.1f} processes."
-        ),
+        *item(f"polyak's kernel: {kernel}. Load of the machine at the end: {os.getloadavg()[0]:.1f} processes."),
         *item(
             f"A step in which no update is due takes {per_step['attach_us']:.1f} µs longer with `attach`, of which the "
             f"clock takes {per_step['clock_us']:.1f} µs (the quickest of 15 rounds of 2,000)."

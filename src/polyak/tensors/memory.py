@@ -73,15 +73,19 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return the address of the first byte and of the one behind the last."""
+def span(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of the first byte and of the one behind the last.
+
+    Args:
+        tensor: Strided, with memory.
+    """
     last = sum(stride * (size - 1) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.data_ptr()
     return begin, begin + (last + 1) * tensor.element_size()
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    begin, end = _span(tensor)
+    begin, end = span(tensor)
     return end - begin == tensor.numel() * tensor.element_size() and not overlaps_itself(tensor)
 
 
@@ -123,7 +127,7 @@ def owners(tensors: Sequence[Tensor], names: Sequence[str], rank: Sequence[int])
 
 def _clusters(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     """Yield the indices of tensors whose spans of addresses overlap, where there is more than one."""
-    spans = [(str(t.device), *_span(t), i) for i, t in enumerate(tensors) if has_memory(t)]
+    spans = [(str(t.device), *span(t), i) for i, t in enumerate(tensors) if has_memory(t)]
     cluster, where, reach = list[int](), "", 0
     for device, begin, end, i in sorted(spans):
         if device == where and begin < reach:
@@ -148,7 +152,7 @@ def _same_place(one: Tensor, other: Tensor) -> bool:
 
 def _shared(owner: Tensor, tensor: Tensor) -> str:
     """Return whether ``owner`` has "all" bytes of ``tensor``, "some" or "none"."""
-    (begin, end), (first, last) = _span(owner), _span(tensor)
+    (begin, end), (first, last) = span(owner), span(tensor)
     if last <= begin or end <= first:
         return "none"
     if begin <= first and last <= end and _is_dense(owner):
