@@ -72,7 +72,7 @@ class Attributes(Algorithm):
             raise FixedError(
                 f"ema_started must say whether there is an average (got {started!r}, and there is "
                 f"{'one' if self.ema_started else 'none'}); set ema_model to begin with your own average, or make a "
-                "new EMA to begin anew"
+                "new EMA to begin again"
             )
 
     @property

@@ -17,16 +17,16 @@ from polyak.averaging.references import References, is_atomic, referent
 from polyak.averaging.replaced import Replaced
 from polyak.errors import CopyError
 
-# Attributes that every module has, so that a wrapper can be made without its own set-up.
+# The attributes of every module: a copied wrapper has these only.
 _BARE = frozenset(vars(nn.Module()))
 INSTEAD = "evaluate the model itself, in a block of `with attached.applied():`"
 _CONTAINERS: frozenset[type] = frozenset({list, dict, tuple, set, frozenset, OrderedDict, defaultdict, deque})
-# What is shared where it does not lead to the model.
+# These are shared if they do not lead to the model.
 _BY_REFERENCE = (FunctionType, BuiltinFunctionType, weakref.ref, *weakref.ProxyTypes, functools.partial)
 
 
 def _wrapped(module: nn.Module) -> str | None:
-    """Return the name of the module inside, if this is a wrapper that only adds how it runs."""
+    """Return the name of the inner module, if this is a wrapper that only changes how it runs."""
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
     if eval_frame is not None and isinstance(module, eval_frame.OptimizedModule):
         return "_orig_mod"
@@ -41,13 +41,13 @@ class Copies:
         replacements: As for ``module_over``.
 
     Attributes:
-        at: Where in the model it was last at work, to say so in errors.
-        found: What the model refers to.
-        shared: Ids of what serves the training.
+        at: The attribute of the model that was copied last, for errors.
+        found: The objects that the model refers to.
+        shared: Ids of the objects that serve the training.
         modules: The model's modules by id.
-        own: Its tensors by id, also those that others hold of their memory.
-        leading: Ids of what leads to one of these, and theirs.
-        memo: The copies by the id of the original, as ``copy.deepcopy`` keeps them, which may be called with it.
+        own: Its tensors by id, and other tensors over their memory.
+        leading: Ids of the objects that lead to one of these, and their own ids.
+        memo: The copies by the id of the original; ``copy.deepcopy`` uses it too.
     """
 
     def __init__(self, model: nn.Module, replacements: Mapping[int, Tensor]) -> None:
@@ -62,17 +62,17 @@ class Copies:
         self.own |= {id(tensor): tensor for tensor in tensors if self._memory.holds(tensor)}
         self.leading = found.leading_to([*self.modules, *self.own], through=self.shared)
         self.memo = dict[int, Any]()
-        self._kept = list[object]()  # what is in the memo must live, or its id may become another's
+        self._kept = list[object]()  # an object in the memo must live, or its id may become another's
         self._late = list[Callable[[], object]]()
         for key in self.own.keys() & replacements.keys():
             self._remember(self.own[key], self._replaced(self.own[key], replacements[key]))
-        # Before others are deep-copied with what has a history, which cannot be.
+        # First, since `copy.deepcopy` refuses tensors with a history.
         for tensor in tensors:
             if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
                 self.of(tensor)
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that the view shares: with the average, and with the model."""
+        """Return the tensors that the view shares with the average and with the model."""
         return [self.memo[key] for key in self.own if key in self.memo]
 
     def of(self, thing: Any) -> Any:
@@ -91,23 +91,23 @@ class Copies:
         return self._remember(thing, self._copy(thing))
 
     def finish(self) -> None:
-        """Fill in what had to wait until all modules were copied."""
+        """Complete what had to wait until all modules were copied."""
         while self._late:
             self._late.pop()()
-        # A module may leave out what it shares when it is copied, as Lightning's do their trainer.
+        # A module may leave out an attribute when it is copied, as Lightning's leave out their trainer.
         for key, module in self.modules.items() if self.shared else ():
             shared = {name: value for name, value in vars(module).items() if id(value) in self.shared}
             if key in self.memo:
                 vars(self.memo[key]).update(shared)
 
     def _remember(self, thing: object, copied: Any) -> Any:
-        # A copy that was begun while this one was made is the one that others refer to.
+        # If a copy was begun while this one was made, others refer to that one.
         copied = self.memo.setdefault(id(thing), copied)
         self._kept.append(thing)
         return copied
 
     def _copy(self, thing: Any) -> Any:
-        kind = type(thing)  # a proxy's `__class__` is another
+        kind = type(thing)  # a proxy has another `__class__`
         if issubclass(kind, Tensor):
             return self._tensor(thing)
         if issubclass(kind, nn.Module):
@@ -121,7 +121,7 @@ class Copies:
         return thing if isinstance(thing, _BY_REFERENCE) else self._without_model(thing)
 
     def _leading_one(self, thing: Any) -> Any:
-        """Return the copy of what leads to the model and is no part of it."""
+        """Return the copy of an object that leads to the model and is not part of it."""
         if isinstance(thing, FunctionType):
             return self._function(thing)
         if isinstance(thing, BuiltinFunctionType):
@@ -145,17 +145,17 @@ class Copies:
         return new
 
     def _tensor(self, tensor: Tensor) -> Tensor:
-        """Return what stands for a tensor that has no replacement."""
+        """Return the copy of a tensor that has no replacement."""
         if self._memory.holds(tensor):
             if (alias := self._memory.view(tensor)) is not None:
                 return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
             if self._memory.overlaps(tensor):
                 raise CopyError(
-                    f"ema_model must hold the average, and {self.found.where(id(tensor))} is other memory of an "
-                    f"averaged tensor than the copy can follow; {INSTEAD}"
+                    f"ema_model must hold the average, and {self.found.where(id(tensor))} views the memory of an "
+                    f"averaged tensor in a way that the copy cannot; {INSTEAD}"
                 )
         if isinstance(tensor, nn.Parameter) and not nn.parameter.is_lazy(tensor):
-            # An alias: what is done to the copy, such as .half(), must not be done to the model.
+            # An alias, so that changes of the copy, such as .half(), do not change the model.
             return self._replaced(tensor, tensor.detach())
         plain = tensor.detach() if tensor.requires_grad else tensor
         try:
@@ -182,18 +182,18 @@ class Copies:
         return new
 
     def _without_model(self, thing: Any) -> Any:
-        """Return a deep copy of what does not lead to the model, or itself where there can be none, as of a lock."""
+        """Return a deep copy of an object that does not lead to the model, or itself if it has none, such as a lock."""
         trial = ChainMap(dict[int, Any](), self.memo)
         self._kept.append(trial)
         try:
             copied = copy.deepcopy(thing, trial)  # type: ignore[arg-type]
-        except Exception:  # whatever it is, it holds nothing of the model
+        except Exception:  # whatever it is, it does not lead to the model
             return thing
         self.memo.update(trial.maps[0])
         return copied
 
     def _rebuilt(self, thing: Any) -> Any:
-        """Return a copy made as ``copy.deepcopy`` makes it, from what ``__reduce_ex__`` says."""
+        """Return a copy made from ``__reduce_ex__``, as ``copy.deepcopy`` makes it."""
         reduced = thing.__reduce_ex__(4)
         if isinstance(reduced, str):
             return thing
@@ -211,10 +211,10 @@ class Copies:
     # Modules
 
     def _module(self, module: nn.Module) -> nn.Module:
-        """Return a copy with the same attributes, whatever the module leaves out when it is deep-copied or pickled."""
+        """Return a copy with all attributes, also those that the module does not deep-copy or pickle."""
         if isinstance(module, torch.jit.ScriptModule):
             if id(module) not in self.modules:
-                return module  # its weights are nobody's average
+                return module  # its weights have no average
             name = self.found.where(id(module))
             raise CopyError(f"ema_model must copy the model, and {name} is scripted by torch.jit; {INSTEAD}")
         inner = _wrapped(module)
@@ -225,7 +225,7 @@ class Copies:
                 self.at = self.found.named(module, name)
                 held[name] = self.of(value)
         if inner is not None:
-            # It does nothing but call what is in it: uncompiled, without communication.
+            # It only calls the inner module: uncompiled, without communication.
             held["_super_module_initialized"] = True
             held["forward"] = held["_modules"][inner].__call__
         return new
@@ -254,7 +254,7 @@ class Copies:
         return new
 
     def _cell(self, cell: CellType) -> CellType:
-        """Return a cell for the copy of a function; one without the model in it stays common to both."""
+        """Return a cell for the copy of a function; one that does not lead to the model is shared."""
         if id(cell) not in self.leading:
             return cell
         if id(cell) not in self.memo:
@@ -268,7 +268,7 @@ class Copies:
 
 
 def _alias(by: Tensor, cls: type[Tensor]) -> Tensor:
-    """Return an alias of ``by`` as the class of what it stands for, where it can be one."""
+    """Return an alias of ``by`` with the class of the tensor that it replaces, if that is possible."""
     if type(by) not in {Tensor, nn.Parameter} or cls is nn.Parameter:
         return nn.Parameter(by, requires_grad=False) if issubclass(cls, nn.Parameter) else by.detach()
     return Tensor._make_subclass(cls, by.detach(), False)  # noqa: SLF001

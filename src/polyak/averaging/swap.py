@@ -1,8 +1,8 @@
-"""The average in the model, and the training weights until they are restored.
+"""A swap: the average in the model, and the training weights until they are restored.
 
-A swap that was begun ends, whatever happens: an exception, an interrupt at any line, a tensor that was moved. One flag
-says whether it is under way; what an interrupt has left half done is put right by whoever asks next. All tensors here
-are detached, in place of `torch.no_grad`: an interrupt in its exit would leave gradients switched off.
+A swap that was begun ends, whatever happens: an exception, an interrupt at any line, a tensor that was moved. One phase
+says how far it is; the next reader completes what an interrupt has left half done. All tensors here are detached,
+instead of `torch.no_grad`: an interrupt in its exit would leave gradients switched off.
 """
 
 import sys
@@ -28,7 +28,7 @@ from polyak.tensors.slots import Slot, all_slots, unwrap
 
 
 class Phase(Enum):
-    """Where the average is: only in OUT are all training weights in the model."""
+    """How far a swap is: only in OUT, all training weights are in the model."""
 
     OUT = "out"
     ENTERING = "entering"
@@ -39,21 +39,21 @@ class Phase(Enum):
 class Swap:
     """Puts averages into a model and restores the training weights, bit for bit.
 
-    Parameters of one dtype and device are exchanged with their averages in place, which takes no memory. Otherwise, and
-    if the averages must stay where they are, the model's own bits are copied to a backup. Buffers always have one,
-    since an evaluation may change them. Nothing else may change: that is checked by sums of bits.
+    Parameters with the dtype and device of their averages are exchanged with them in place, which takes no memory.
+    Otherwise, and if the averages must stay where they are, the model's own bits are copied to a backup. Buffers always
+    have a backup, since an evaluation may change them. Nothing else may change: sums of bits check that.
 
     Args:
-        model: Unwrapped.
-        slots: Where averages go.
-        averages: What goes there.
-        left: The other tensors of the model.
-        views: Buffers over the memory of others, which are swapped with them.
+        model: The model, unwrapped.
+        slots: The places in the model of the tensors that have an average.
+        averages: Their averages.
+        left: The places of the other tensors.
+        views: The places of buffers over the memory of others, which are swapped with them.
         keep_averages: Whether the averages must stay where they are, because somebody else reads them.
 
     Attributes:
         owner: Who has swapped, to name it in errors.
-        scope: While this object is alive the swap is wanted; None if it ends by a call only.
+        scope: The swap ends when this object is gone; None if only a call ends it.
     """
 
     def __init__(
@@ -73,12 +73,14 @@ class Swap:
         self._lock = threading.RLock()
         # Aliases, so that this memory stays where it is, whatever becomes of the model.
         self._tensors = [rows(slot.tensor, a).detach() for slot, a in zip(slots, averages, strict=True)]
-        self._parts = [local(a) for a in averages]
+        self._shards = [local(a) for a in averages]
         self._exchanged = [
             slot.is_parameter and not keep_averages and _exchangeable(t, a)
-            for slot, t, a in zip(slots, self._tensors, self._parts, strict=True)
+            for slot, t, a in zip(slots, self._tensors, self._shards, strict=True)
         ]
-        self._exchange = kernels.swap(*(list(compress(side, self._exchanged)) for side in (self._tensors, self._parts)))
+        self._exchange = kernels.swap(
+            *(list(compress(side, self._exchanged)) for side in (self._tensors, self._shards))
+        )
         self._backup = dict[int, Tensor]()  # by number of the slot
         self._buffers = list[Buffer]()
         self._left = [slot for slot in left if not slot.is_parameter]
@@ -92,13 +94,15 @@ class Swap:
         self.parameters = {id(slot.tensor) for slot, _, _ in self._places}
         self._gradients: Gradients | None = None
         self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
-        # Where the average is divided over ranks and the model is not.
-        self._divided = [slot for slot, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(slot.tensor)]
+        # Those whose average is sharded over ranks and which are not.
+        self._gathered = [
+            slot for slot, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(slot.tensor)
+        ]
         self._mesh = next((a.device_mesh for a in averages if is_spread(a)), None)
 
     @property
     def active(self) -> bool:
-        """Whether the model does not hold its training weights. What an interrupt has left half done ends now."""
+        """Whether the model does not hold its training weights. A swap that was left half done ends now."""
         self.settle()
         return self.phase is not Phase.OUT
 
@@ -111,13 +115,13 @@ class Swap:
         with self._lock:
             hold_writes()
             self.owner = owner
-            # What can run out of memory comes before any change. An average that is on another device is there for
-            # want of room on this one.
-            for i, (slot, tensor, part) in enumerate(zip(self._slots, self._tensors, self._parts, strict=True)):
+            # All allocations come before any change. A backup is on the device of the average: if that is another
+            # one, the model's has no room for it.
+            for i, (slot, tensor, shard) in enumerate(zip(self._slots, self._tensors, self._shards, strict=True)):
                 if not slot.is_parameter:
                     self._buffers.append(Buffer(slot, slot.tensor, tensor, tensor.clone()))
                 elif not self._exchanged[i]:
-                    self._backup[i] = tensor.to(part.device, copy=True)
+                    self._backup[i] = tensor.to(shard.device, copy=True)
             for slot in self._left:
                 alias = local(slot.tensor).detach()
                 before = alias.clone() if slot.name in self._kept else None
@@ -128,9 +132,9 @@ class Swap:
             _SWAPS[id(self.model)] = self
             self.phase = Phase.ENTERING
             self._exchange.forward()
-            for i, (tensor, part) in enumerate(zip(self._tensors, self._parts, strict=True)):
+            for i, (tensor, shard) in enumerate(zip(self._tensors, self._shards, strict=True)):
                 if not self._exchanged[i]:
-                    memory.write_(tensor, part)
+                    memory.write_(tensor, shard)
             self._gather()
             self._sums = kernels.checksums(self._all_watched())
             self.phase = Phase.IN
@@ -149,11 +153,11 @@ class Swap:
                 self._note_changes(self._sums)
                 self._sums = None
             self.phase = Phase.LEAVING
-            # Twice, since what fails for want of memory may succeed a moment later.
+            # Twice, since an allocation that fails may succeed a moment later.
             failures = self._restore() and self._restore()
             exchanged = (slot.name for slot in compress(self._slots, self._exchanged))
             changed = self._changed + list(compress(exchanged, self._exchange.changed))
-            graded = self._gradients.put_back() if self._gradients is not None else []
+            graded = self._gradients.restore() if self._gradients is not None else []
             self.phase = Phase.OUT
             _SWAPS.pop(id(self.model), None)
             self._backup.clear()
@@ -174,28 +178,28 @@ class Swap:
         names = [*self._backup_names(), *(name for name, _ in self._watched)]
         try:
             sums = kernels.checksums(self._all_watched())
-        except Exception:  # to restore the weights matters more than to know whether they changed
+        except Exception:  # restoring the weights matters more than knowing whether they changed
             return
         self._changed = [name for name, now, then in zip(names, sums, before, strict=True) if now != then]
 
     def settle(self) -> None:
-        """End the swap if an interrupt has left it half done, or if nobody wants it any more.
+        """End the swap if an interrupt has left it half done, or its scope is gone.
 
         Raises:
-            LoanError: If weights are being exchanged at this very moment, and a signal's handler asks.
+            LoanError: If a signal handler asks while weights are being exchanged.
         """
         if self.phase in (Phase.ENTERING, Phase.LEAVING):
             if self._is_running():
                 raise LoanError(
-                    f"weights are exchanged by {self.owner} at this moment: a signal's handler must only note that it "
-                    "was called; save or evaluate after the step"
+                    f"a signal handler must not use weights while {self.owner} exchanges them; only note in it that "
+                    "the signal came, and save or evaluate after the step"
                 )
             with self._lock:
                 if self.phase in (Phase.ENTERING, Phase.LEAVING):
                     self.end()
         elif self.phase is Phase.IN and self.scope is not None and self.scope() is None:
             warnings.warn(
-                f"the swap by {self.owner} was left without its end, by an interrupt perhaps: the training weights "
+                f"the swap by {self.owner} was left without its end, perhaps by an interrupt: the training weights "
                 "are restored now",
                 PlanWarning,
                 stacklevel=3,
@@ -212,7 +216,7 @@ class Swap:
         return False
 
     def averages(self) -> dict[str, Tensor]:
-        """Return by name where the average is now."""
+        """Return the averages by name, wherever they are now."""
         swapped = self.active
         found = zip(self._slots, self._averages, self._tensors, self._exchanged, strict=True)
         return {s.name: sharding.beside(a, t) if swapped and exchanged else a for s, a, t, exchanged in found}
@@ -234,13 +238,13 @@ class Swap:
         return [memory.compact(self._tensors[i]) for i in self._backup] + [tensor for _, tensor in self._watched]
 
     def _restore(self) -> list[tuple[str, Exception]]:
-        """Restore all that can be, and return what could not be, with its error."""
+        """Restore all tensors that can be; return those that cannot, each with its error."""
         failures = list[tuple[str, Exception]]()
 
         def attempt(name: str, act: Callable[[], object]) -> None:
             try:
                 act()
-            except Exception as error:  # whatever it is, the other tensors are to be restored
+            except Exception as error:  # the other tensors must be restored, whatever it is
                 failures.append((name, error))
 
         attempt("the exchanged parameters", self._exchange.back)
@@ -249,7 +253,7 @@ class Swap:
         attempt("the shards", self._reshard)
         for slot, tensor, average in zip(self._slots, self._tensors, self._averages, strict=True):
             if slot.is_parameter:
-                # It may have been moved, or replaced, while it held the average.
+                # It may have been moved or replaced while it held the average.
                 attempt(slot.name, lambda slot=slot, tensor=tensor, average=average: _follow(slot, tensor, average))
         modules = set(self.model.modules())
         for slot in self._slots:
@@ -261,12 +265,12 @@ class Swap:
         return failures
 
     def _gather(self) -> None:
-        """Let every rank have all rows where the average is divided and the model is not."""
-        if self._divided and self._mesh is not None:
-            sharding.gather([slot.tensor for slot in self._divided], self._mesh)
+        """Give every rank all rows of tensors whose average is sharded and which are not."""
+        if self._gathered and self._mesh is not None:
+            sharding.gather([slot.tensor for slot in self._gathered], self._mesh)
 
     def _reshard(self) -> None:
-        """Let no module hold full tensors that were gathered from averaged shards."""
+        """Reshard, so that no module holds full tensors that were gathered from averaged shards."""
         if self._sharded:
             sharding.reshard(self.model)
             if not all(is_spread(slot.tensor) for slot in self._sharded):
@@ -277,7 +281,7 @@ _SWAPS = dict[int, Swap]()  # by id of the model, which its swap keeps alive
 
 
 def swap_of(model: nn.Module) -> Swap | None:
-    """Return the swap that holds a model's training weights, if any. One that nobody wants any more ends now.
+    """Return the swap that keeps a model's training weights, if there is one. One whose scope is gone ends now.
 
     Args:
         model: Wrapped or not.
@@ -339,13 +343,13 @@ def _is_moved(slot: Slot, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _check_in(slot: Slot, modules: Collection[nn.Module]) -> None:
-    """Check that a restored tensor's module still is in the model: otherwise the model holds others' weights."""
+    """Check that the module of a restored tensor is still in the model: otherwise the model has other weights."""
     if slot.owner not in modules:
-        raise ValueError("its module was replaced in the model, which keeps what came in its place")
+        raise ValueError("its module was replaced in the model, which keeps the new one")
 
 
 def _follow(slot: Slot, tensor: Tensor, average: Tensor) -> None:
-    """Copy restored weights to where the model has that parameter now."""
+    """Copy restored weights to the parameter's present tensor."""
     here = rows(slot.tensor, average)
     if here.data_ptr() != tensor.data_ptr():
         if here.is_meta:
@@ -359,14 +363,14 @@ def refuse_merged(model: nn.Module) -> None:
     """Refuse a model whose adapters are merged into frozen weights, which would compute with the adapters in training.
 
     Args:
-        model: About to hold the average, or to be copied over it.
+        model: The model that is about to hold the average, or to be copied over it.
 
     Raises:
-        LoanError: If a module with frozen and trained parameters says ``merged``, as those of LoRA do.
+        LoanError: If a module with frozen and trained parameters has a true ``merged``, as those of LoRA have.
     """
     for name, module in model.named_modules():
         if getattr(module, "merged", False) is True and len({p.requires_grad for p in module.parameters()}) > 1:
             raise LoanError(
-                f"adapters must not be merged when the average is put in their place, and {name or 'the model'!r} says "
-                "that its own are: call train(), or unmerge them, before"
+                f"adapters must not be merged when the average replaces them, and those of {name or 'the model'!r} are: "
+                "call train(), or unmerge them, before"
             )

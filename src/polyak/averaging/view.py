@@ -1,7 +1,7 @@
 """A model over other tensors: a copy of its structure that computes with the average, or one clear error.
 
 ``copy.deepcopy`` shares functions, and with them whatever they refer to: a patched ``forward`` would still compute with
-the model in training. Here functions, bound methods and weak references that lead to the model are made anew for the
+the model in training. Here functions, bound methods and weak references that lead to the model are copied for the
 copy, and in the end nothing that can be reached from the copy may be the model's own.
 """
 
@@ -57,7 +57,7 @@ def module_over(model: nn.Module, replacements: Mapping[int, Tensor]) -> nn.Modu
 
 
 def _check_tensors(model: nn.Module, copies: Copies) -> None:
-    """Check that each module's copy holds in each place what stands for the tensor there: some copy themselves."""
+    """Check that each module's copy holds the replacement of each tensor: some modules copy themselves."""
     for name, module in model.named_modules():
         twin = copies.memo.get(id(module))
         held: dict[str, Any] = {} if twin is None else {**twin._parameters, **twin._buffers}  # noqa: SLF001
@@ -71,8 +71,8 @@ def _check_tensors(model: nn.Module, copies: Copies) -> None:
 
 
 def _check_references(view: nn.Module, copies: Copies) -> None:
-    """Check that the view refers to no module and no tensor of the model, but those that it shares."""
-    # What the model refers to without being led back to it was looked at before.
+    """Check that the view refers to no module and no tensor of the model except those that it shares."""
+    # Objects that the model refers to and that do not lead to it were checked before.
     harmless = (key for key in copies.found.objects if key not in copies.leading)
     reached = References(view, stops=chain(copies.shared, harmless))
     kept = {key for key in copies.own if copies.memo.get(key) is copies.own[key]}
