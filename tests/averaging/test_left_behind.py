@@ -60,7 +60,7 @@ def test_merged_adapters_are_refused_by_name_before_the_average_would_stand_besi
     model = nn.Sequential(nn.Linear(4, 4), Lora())
     _, attached = at_work(model)
     model.eval()
-    with pytest.raises(LoanError, match="'1' says that its own are: call train"):
+    with pytest.raises(LoanError, match="those of '1' are: call train"):
         attached.applied().__enter__() if ask == "applied" else attached.algorithm.ema_model
     model.train()
     with attached.applied():

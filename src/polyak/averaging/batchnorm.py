@@ -61,6 +61,4 @@ def _run(model: nn.Module, loader: Iterable[Any], device: torch.device | str | N
         model(inputs if device is None else inputs.to(device))
         batches += 1
     if not batches:
-        raise ValueError(
-            "statistics must come from at least one batch (the loader yielded none); make a new loader if it was read before"
-        )
+        raise ValueError("statistics must come from at least one batch (the loader yielded none): was it read before?")

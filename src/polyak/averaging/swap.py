@@ -371,6 +371,6 @@ def refuse_merged(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "merged", False) is True and len({p.requires_grad for p in module.parameters()}) > 1:
             raise LoanError(
-                f"adapters must not be merged when the average replaces them, and those of {name or 'the model'!r} are: "
-                "call train(), or unmerge them, before"
+                f"adapters must not be merged when the average replaces them, and those of {name or 'the model'!r} "
+                "are: call train(), or unmerge them, before"
             )
