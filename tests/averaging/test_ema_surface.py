@@ -30,8 +30,6 @@ from polyak import (
     compute_ema,
 )
 from polyak.algorithm import NoLogger
-from polyak.averaging.forecast import first_update, share_of_first_weights
-from polyak.averaging.schedule import Schedule, convert
 from polyak.training.state import LoopState
 
 
@@ -150,7 +148,7 @@ def test_ema_started_may_be_set_to_what_it_is():
     ema.ema_started = False
     ema.ema_model = filled(1)
     ema.ema_started = True
-    with pytest.raises(FixedError, match="begin anew"):
+    with pytest.raises(FixedError, match="begin again"):
         ema.ema_started = False
 
 
@@ -407,54 +405,3 @@ def test_a_run_that_fails_while_averaging_waits_says_so_once():
             raise KeyError
     assert sum("finite" in str(w.message) for w in caught) == 1
     assert "7 updates" in str(caught[0].message)
-
-
-# The schedule on numbers
-
-
-def schedule(start: str, interval: str, half_life: str = "10ba") -> Schedule:
-    return Schedule.of(half_life=half_life, smoothing=None, profile=None, ema_start=start, update_interval=interval)
-
-
-@pytest.mark.parametrize(
-    ("start", "interval", "length", "run", "first"),
-    [
-        ("0ba", "1ba", None, None, 1),
-        ("5ba", "1ba", None, None, 5),
-        ("5ba", "4ba", None, None, 5),
-        ("1ep", "1ba", 10, None, 10),
-        ("1ep", "1ba", None, None, None),
-        ("0.5dur", "1ba", 10, "4ep", 20),
-        ("5ba", "1ep", 10, None, 10),
-        ("0ba", "1ep", 10, None, 10),
-        ("11ba", "1ep", 10, None, 20),
-        ("0.5ep", "1ba", 3, None, 2),
-        ("5sp", "1ba", 3, None, None),
-    ],
-)
-def test_the_first_update_is_the_first_event_at_or_past_the_start(start, interval, length, run, first):
-    state = at(filled(1), length=length, run=run)
-    assert first_update(schedule(start, interval), state) == first
-
-
-def test_moments_convert_where_what_is_known_allows():
-    state = at(filled(1), length=4, run="2ep")
-    assert convert(Time(2, "ep"), polyak.TimeUnit.BATCH, state) == 8
-    assert convert(Time(2, "ba"), polyak.TimeUnit.EPOCH, state) == 0.5
-    assert convert(Time(0.5, "dur"), polyak.TimeUnit.BATCH, state) == 4
-    assert convert(Time(4, "sp"), polyak.TimeUnit.BATCH, state) is None
-    assert convert(Time(0, "sp"), polyak.TimeUnit.BATCH, state) == 0
-    assert convert(None, polyak.TimeUnit.BATCH, state) is None
-
-
-def test_the_share_of_the_first_weights_is_what_no_update_has_replaced():
-    state = at(filled(1), length=10, run="2ep")
-    assert share_of_first_weights(schedule("0ba", "1ba"), state, 1, 11) == pytest.approx(0.5)
-    assert share_of_first_weights(schedule("0ba", "5ba"), state, 1, 14) == pytest.approx(0.5**0.9)
-    assert share_of_first_weights(schedule("0ba", "1ba", "infba"), state, 1, 14) is None
-    assert share_of_first_weights(schedule("0ba", "1ba", "10sp"), state, 1, 14) is None
-
-
-def test_the_last_interval_ended_where_its_counter_was_a_multiple():
-    assert schedule("0ba", "4ba").last_interval(at(filled(1), 11).timestamp).batch == 8
-    assert schedule("0ba", "2ep", "1ep").last_interval(at(filled(1), 11, 3).timestamp).epoch == 2
