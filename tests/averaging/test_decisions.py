@@ -51,6 +51,7 @@ def test_each_event_has_one_decision_and_match_says_whether_it_is_to_act(kind: s
         action = ema._average.decide(event, state)
         assert action is {**ALWAYS, **WANTED[kind]}.get(event, Action.NOTHING), event
         assert ema.match(event, state) is (action is not Action.NOTHING)
+    ema.get_training_model(state.model)
 
 
 def test_every_action_is_done_by_one_function() -> None:
@@ -70,6 +71,7 @@ def test_match_changes_nothing(kind: str) -> None:
     assert {k: v for k, v in after.items() if "model" not in k} == {k: v for k, v in before.items() if "model" not in k}
     assert loops.differences(model, loops.bits(state.model)) == []
     assert ema._average.progress == progress
+    ema.get_training_model(state.model)
 
 
 def test_by_hand_an_update_is_made_whether_or_not_it_is_due() -> None:
