@@ -178,11 +178,12 @@ def main() -> None:
         "# What a fingerprint in C and shared counters save of a training step",
         "",
         *paragraph(
-            "A step is forward, backward, AdamW and the update of an attached average, with its hooks and its clock. The "
-            "variants take turns on the same model and averages, in changing order; milliseconds of the processor, as "
-            "medians and (quartiles). The third column is the difference of the updates' medians over the median step: it is "
-            "less noisy than the last one, the difference of two whole steps. `Python` checks the tensors in Python; "
-            "`a counter each` counts up the change of each average, and not one counter for all. On one thread."
+            "A step is forward, backward, AdamW and the update of an attached average, with its hooks and its clock. "
+            "The variants take turns on the same model and averages, in changing order; milliseconds of the processor, "
+            "as medians and (quartiles). The third column is the difference of the updates' medians over the median "
+            "step: it is less noisy than the last one, the difference of two whole steps. `Python` checks the tensors "
+            "in Python; `a counter each` counts up the change of each average, and not one counter for all. On one "
+            "thread."
         ),
         "",
     ]

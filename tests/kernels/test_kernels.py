@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from polyak import kernels
 from polyak.kernels import SCRATCH_ELEMENTS, Pair, Place, c, exchange, foreach, pieces, registry, rounding
 from polyak.kernels.pieces import Scratch
-from polyak.kernels.rounding import Chances, RowChances, key, round_
+from polyak.kernels.rounding import RandomBits, RowBits, key, round_
 
 SHAPES = [(3,), (4, 5), (2, 3, 4, 5), (), (0,), (SCRATCH_ELEMENTS + 1,), (700, 400)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -281,7 +281,7 @@ def test_stochastic_rounding_has_the_right_mean_and_goes_to_a_neighbour(dtype, s
 
     def rounded_with(seed) -> torch.Tensor:
         rounded = values.clone()
-        round_(rounded, dtype, Chances(Place(seed), values.shape, 0, scratch).of(values), scratch)
+        round_(rounded, dtype, RandomBits(Place(seed), values.shape, 0, scratch).of(values), scratch)
         assert torch.equal(rounded.to(dtype).float(), rounded)
         return rounded.double()
 
@@ -289,11 +289,11 @@ def test_stochastic_rounding_has_the_right_mean_and_goes_to_a_neighbour(dtype, s
     limits = torch.finfo(dtype)
     unit = (values.double().abs() * limits.eps).clamp(min=limits.tiny * limits.eps)
     assert ((rounded - values).abs() <= unit).all()
-    # The mean of 2000 roundings is off by a 2000 ** -0.5 of half a unit: six times that is not chance.
+    # The mean of 2000 roundings is off by a 2000 ** -0.5 of half a unit: six times that is no accident.
     assert ((rounded.mean(0) - values).abs() <= 6 * 0.5 * unit / 2000**0.5).all()
 
 
-def chances_of(indices, number) -> list[int]:
+def bits_of(indices, number) -> list[int]:
     """What C, Triton and torch are to draw for these indices in a whole, in arithmetic without a limit."""
 
     def mixed(x) -> int:
@@ -320,24 +320,24 @@ def chances_of(indices, number) -> list[int]:
         (Place(8, (2**40,), (7 * 2**33 + 5,)), (11,)),
     ],
 )
-def test_the_chances_are_those_of_the_formula_whatever_the_pieces(monkeypatch, place, shape, little_endian) -> None:
+def test_the_random_bits_are_those_of_the_formula_whatever_the_pieces(monkeypatch, place, shape, little_endian) -> None:
     monkeypatch.setattr(rounding, "_LITTLE_ENDIAN", little_endian and rounding._LITTLE_ENDIAN)
     box = place.box(shape)
     indices = [
         box.first + sum(i * step for i, step in zip(at, box.steps, strict=True))
         for at in itertools.product(*map(range, box.sizes))
     ]
-    chances = Chances(place, shape, 2**32 + 3, Scratch())
-    drawn = [chance for piece in torch.empty(len(indices)).split(9) for chance in chances.of(piece).tolist()]
-    assert drawn == chances_of(indices, key(place.seed, 3))
+    random = RandomBits(place, shape, 2**32 + 3, Scratch())
+    drawn = [bits for piece in torch.empty(len(indices)).split(9) for bits in random.of(piece).tolist()]
+    assert drawn == bits_of(indices, key(place.seed, 3))
 
 
-def test_the_chances_of_a_row_are_those_of_the_formula() -> None:
+def test_the_random_bits_of_a_row_are_those_of_the_formula() -> None:
     seeds, firsts = [0, 2**32 - 1, 2**31, 7], [0, 5, 2**32 + 1, 2**33 - 8]
     runs = [range(first, first + 7) for first in firsts]
-    rows = RowChances(seeds, runs, 4, Scratch()).draw(9).view(4, 8).tolist()
+    rows = RowBits(seeds, runs, 4, Scratch()).draw(9).view(4, 8).tolist()
     for row, run, seed in zip(rows, runs, seeds, strict=True):
-        assert row[run.start % 2 :][:7] == chances_of(run, key(seed, 9))
+        assert row[run.start % 2 :][:7] == bits_of(run, key(seed, 9))
 
 
 @st.composite
@@ -378,7 +378,7 @@ def test_updating_shards_that_tile_a_tensor_equals_updating_the_whole(
 
 
 def test_a_shard_of_a_tensor_of_more_than_2_to_the_33_elements_is_rounded_alike_by_both_kernels() -> None:
-    # Where the counter of the chances overflows 32 bits.
+    # Where the counter of the random bits overflows 32 bits.
     for offset, rows in (((2**33 - 40,), 100), ((2**34 - 500_000,), 1_000_000), ((5 * 2**33 + 7,), 50)):
         averages = [torch.ones(rows, dtype=torch.bfloat16) for _ in KERNELS]
         for average, kernel in zip(averages, KERNELS.values(), strict=True):
@@ -525,7 +525,7 @@ def test_a_backward_pass_through_weights_that_were_swapped_is_an_error(exchange_
         loss.backward()
 
 
-def test_the_pieces_of_a_large_tensor_are_rounded_by_chances_of_their_own(lerp_) -> None:
+def test_the_pieces_of_a_large_tensor_are_rounded_by_different_random_bits(lerp_) -> None:
     average = torch.ones(2 * SCRATCH_ELEMENTS, dtype=torch.bfloat16)
     lerp_([average], [average + 0.5], 0.001, [Place(7)])
     first, second = average.chunk(2)

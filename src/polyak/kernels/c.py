@@ -254,9 +254,7 @@ class Lerp:
         # Autograd then refuses a backward pass that needs an average as it was, as after torch's own operations.
         increment_version(self._counting)
         if self._jobs.run(weight, num_updates & 0xFFFFFFFF):
-            seen = self._jobs.items[
-                :, 7
-            ]  # each piece's tensor, and above it whether values were left out
+            seen = self._jobs.items[:, 7]  # each piece's tensor, and above it whether values were left out
             self._left_out.add_((seen[seen >> 32 != 0] & 0xFFFFFFFF).unique().numel())
 
 

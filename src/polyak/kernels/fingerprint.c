@@ -1,7 +1,8 @@
 /* Whether modules hold the same tensors as before, and whether these have the same addresses, all in one call.
  *
- * Called with the interpreter's lock held. The caller passes PyDict_Next and functions of torch's stable C interface, so
- * nothing of torch or Python is compiled in. It also keeps every dict, key and value alive: all reads are of live objects.
+ * Called with the interpreter's lock held. The caller passes PyDict_Next and functions of torch's stable C interface,
+ * so nothing of torch or Python is compiled in. It also keeps every dict, key and value alive, so that all reads are of
+ * live objects.
  */
 
 #include <stdint.h>
@@ -43,8 +44,8 @@ static void prefetch(const struct item *item, int64_t handle_at) {
     __builtin_prefetch(item->storage);
 }
 
-/* Note the address and layout of a tensor, or compare them with the notes. Returns the end of its notes; 0 if they differ
- * or the Python object has another tensor now. */
+/* Note the address and layout of a tensor, or compare them with the notes. Returns the end of its notes; 0 if they
+ * differ or the Python object has another tensor now. */
 static int64_t *check_tensor(const struct questions *of, const struct item *item, int64_t handle_at, int64_t *notes,
                              int64_t compare) {
     void *const *const handle = (void *const *)(item->value + handle_at);
@@ -67,8 +68,8 @@ static int64_t *check_tensor(const struct questions *of, const struct item *item
     return notes + HEAD + 2 * dim;
 }
 
-/* Note the tensors, or compare them with the notes; check that the dicts hold the same objects under the same keys in the
- * same order. Tensors that are in no dict come after the last dict. Returns 1 for noted or the same, else 0. */
+/* Note the tensors, or compare them with the notes; check that the dicts hold the same objects under the same keys in
+ * the same order. Tensors that are in no dict come after the last dict. Returns 1 for noted or the same, else 0. */
 int64_t polyak_fingerprint(next_item *next, const struct questions *of, int64_t handle_at, void *const *dicts,
                            int64_t num_dicts, const struct item *items, int64_t num_items, int64_t *notes,
                            int64_t compare) {

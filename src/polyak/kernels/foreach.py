@@ -10,7 +10,7 @@ from torch import Tensor
 from polyak.kernels.exchange import Exchange
 from polyak.kernels.pairs import Pair, Place
 from polyak.kernels.pieces import SCRATCH_ELEMENTS, Scratch, order_of, pieces_of
-from polyak.kernels.rounding import SIXTEEN_BITS, Chances, RowChances, is_within, round_, run_of, store, words_of
+from polyak.kernels.rounding import SIXTEEN_BITS, RandomBits, RowBits, is_within, round_, run_of, store, words_of
 
 # Elements up to which tensors are moved in groups that fit in the scratch.
 _SMALL = 1024
@@ -22,7 +22,7 @@ _Triple = tuple[Tensor, Tensor, Place]
 
 
 def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Group small contiguous tensors of one dtype, up to ``SCRATCH_ELEMENTS`` in all. Others come alone."""
+    """Group small contiguous tensors of one dtype, up to ``SCRATCH_ELEMENTS`` a group. Others have a group each."""
     kinds = dict[tuple[torch.dtype, torch.device], list[Tensor]]()
     for tensor in tensors:
         if tensor.numel() > _SMALL or not tensor.is_contiguous():
@@ -35,22 +35,22 @@ def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _sum_is_finite(tensors: list[Tensor], scratch: Scratch) -> Tensor:
-    """Return a 0-dim bool: if it holds all of ``tensors`` is finite, and if not there is reason to look."""
-    # What is small is copied first: a call for each would cost more than the copies.
-    all_of_it = tensors[0]
+    """Return a 0-dim bool: True only if all of ``tensors`` are finite; False also if only their sum is not."""
+    # Small tensors are copied first: a call for each would cost more than the copies.
+    values = tensors[0]
     if len(tensors) > 1:
         flat = [tensor.view(-1) for tensor in tensors]
-        room = scratch.all(all_of_it.dtype, all_of_it.device, "seen")
-        all_of_it = torch.cat(flat, out=room[: sum(tensor.numel() for tensor in flat)])
-    if all_of_it.is_complex():
-        # Its conjugate is as finite, and one of the two is no lazy view.
-        all_of_it = torch.view_as_real(all_of_it.conj() if all_of_it.is_conj() else all_of_it)
-    wide = torch.float64 if all_of_it.dtype == torch.float64 else torch.float32
-    return all_of_it.sum(dtype=wide).isfinite()
+        buffer = scratch.all(values.dtype, values.device, "seen")
+        values = torch.cat(flat, out=buffer[: sum(tensor.numel() for tensor in flat)])
+    if values.is_complex():
+        # The conjugate of a lazily conjugated view is no lazy view, and is finite where that is.
+        values = torch.view_as_real(values.conj() if values.is_conj() else values)
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return values.sum(dtype=wide).isfinite()
 
 
 def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Group averages of one dtype, with their weights, up to ``SCRATCH_ELEMENTS`` in all."""
+    """Group averages of one dtype, with their weights, up to ``SCRATCH_ELEMENTS`` a group."""
     kinds = dict[tuple[torch.dtype, torch.dtype, torch.device], list[tuple[Tensor, Tensor]]]()
     for average, tensor in pairs:
         kinds.setdefault((average.dtype, tensor.dtype, average.device), []).append((average, tensor))
@@ -134,19 +134,19 @@ class Lerp:
         for rows in self._rows:
             single = single + rows.lerp_(weight, num_updates)
         for average, tensor, place in single:
-            chances = Chances(place, tuple(average.shape), num_updates, self._scratch)
-            finite = _lerp_rounded(average, tensor, weight, chances, self._scratch, in_order=place.shape is not None)
+            random = RandomBits(place, tuple(average.shape), num_updates, self._scratch)
+            finite = _lerp_rounded(average, tensor, weight, random, self._scratch, in_order=place.shape is not None)
             self._count(finite)
         if self._wide:
             self._lerp_wide(weight)
 
     def _lerp_wide(self, weight: float) -> None:
-        """Move the averages that are not rounded."""
-        # Reading a flag costs nothing on the CPU and stalls the queue of any other device.
+        """Move the averages of 32 and 64 bits."""
+        # Reading a flag costs nothing on the CPU, and stalls the queue of any other device.
         if self._on_cpu and bool(torch.stack([_sum_is_finite(xs, self._scratch) for xs in self._online]).all()):
             if self._same_dtype[0] and weight < _NEARLY_ALL:
-                # The form with one product: `decay * a + (1 - decay) * x` loses a share at every update, because the
-                # two rounded factors do not sum to 1 (2e-3 against 1e-5 after 100,000 updates).
+                # The form with one product: `decay * a + (1 - decay) * x` drifts, since the two rounded factors do not
+                # sum to 1 (by 2e-3 after 100,000 updates; this form by 1e-5).
                 torch._foreach_lerp_(*self._same_dtype, weight)
             if weight < _NEARLY_ALL:
                 for averages, tensors, parts in self._groups:
@@ -169,7 +169,7 @@ def _with_place(pair: Pair) -> _Triple:
 
 
 def _parts(averages: list[Tensor], online: list[Tensor], scratch: Scratch) -> list[Tensor]:
-    """Return a part of one scratch for each of ``online``, in the dtype of ``averages``."""
+    """Return a part of the scratch for each of ``online``, in the dtype of ``averages``."""
     sizes = [tensor.numel() for tensor in online]
     parts = scratch.all(averages[0].dtype, averages[0].device, "target")[: sum(sizes)].split(sizes)
     return [part.view(tensor.shape) for part, tensor in zip(parts, online, strict=True)]
@@ -180,7 +180,7 @@ def _as_wide(tensor: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
 
 
 def _lerp(average: Tensor, tensor: Tensor, weight: float) -> None:
-    # Torch's own gives -0.0 or 0.0 here, depending on the place in the tensor.
+    # Torch's own lerp gives -0.0 or 0.0 here, depending on the place in the tensor.
     if weight == 1 or (average.dtype == torch.float32 and c_float(weight).value == 1):
         average.copy_(tensor)
     else:
@@ -188,7 +188,7 @@ def _lerp(average: Tensor, tensor: Tensor, weight: float) -> None:
 
 
 def _finite_target(average: Tensor, tensor: Tensor, all_finite: Tensor, scratch: Scratch) -> Tensor:
-    """Return where a piece moves to: where ``tensor`` is not finite, towards itself. Note in a flag whether all is."""
+    """Return what a piece moves to, the average itself where ``tensor`` is NaN or inf; clear the flag if any is."""
     seen = scratch.like(tensor, torch.promote_types(tensor.dtype, torch.float32), "seen").copy_(tensor)
     finite = torch.eq(seen.sub_(seen), 0, out=scratch.like(tensor, torch.bool, "finite"))
     all_finite.logical_and_(torch.all(finite, out=scratch.flag(torch.bool, tensor.device, "piece")))
@@ -197,7 +197,7 @@ def _finite_target(average: Tensor, tensor: Tensor, all_finite: Tensor, scratch:
 
 
 def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, scratch: Scratch) -> Tensor:
-    """Move an average that is not rounded where ``tensor`` is finite, and return whether all of it is."""
+    """Move an average of 32 or 64 bits where ``tensor`` is finite; return whether all of it is."""
     all_finite = scratch.flag(torch.bool, average.device, "all").fill_(True)
     for a, x in pieces_of((average, tensor)) if average.numel() else ():
         _lerp(a, _finite_target(a, x, all_finite, scratch), weight)
@@ -205,40 +205,40 @@ def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, scratch: Scratc
 
 
 def _lerp_rounded(
-    average: Tensor, tensor: Tensor, weight: float, chances: Chances, scratch: Scratch, *, in_order: bool
+    average: Tensor, tensor: Tensor, weight: float, random: RandomBits, scratch: Scratch, *, in_order: bool
 ) -> Tensor:
-    """Move a 16-bit average where ``tensor`` is finite, and return whether all of it is."""
+    """Move a 16-bit average where ``tensor`` is finite; return whether all of it is."""
     all_finite = scratch.flag(torch.bool, average.device, "all").fill_(True)
     for a, x in pieces_of((average, tensor), in_order=in_order):
         moved = scratch.like(a, torch.float32, "moved").copy_(a)
         within = False
-        if a.device.type == "cpu":  # any other would have to be awaited
-            # What is not finite makes what has moved so.
+        if a.device.type == "cpu":  # on another device the flag must be awaited
+            # NaN or inf in the weights gives NaN or inf in the result.
             _lerp(moved, _as_wide(x, torch.float32, scratch), weight)
             within = is_within(moved, a.dtype, scratch)
         if not within:
             moved.copy_(a)
             _lerp(moved, _finite_target(moved, x, all_finite, scratch), weight)
-        round_(moved, a.dtype, chances.of(a), scratch, within=within)
+        round_(moved, a.dtype, random.of(a), scratch, within=within)
         store(moved, a)
     return all_finite
 
 
 class _Rows:
-    """Small 16-bit averages on the CPU that are moved together: each has a row of the scratch.
+    """Small 16-bit averages on the CPU that are moved in one group: each has a row of the scratch.
 
     Args:
-        triples: Averages of one dtype, what they move towards, and their places.
+        triples: Averages of one dtype, their weights, and their places.
         runs: For each its ``run_of``.
-        width: Words of a row: the most that any of them has.
-        scratch: To work in.
+        width: Words of a row: the most that any of them needs.
+        scratch: Memory to work in.
     """
 
     def __init__(self, triples: list[_Triple], runs: list[range], width: int, scratch: Scratch) -> None:
         self._triples, self._scratch = triples, scratch
         self._averages, self._online = [a for a, _, _ in triples], [x for _, x, _ in triples]
         self._dtype = self._averages[0].dtype
-        self._chances = RowChances([place.seed for *_, place in triples], runs, width, scratch)
+        self._random = RowBits([place.seed for *_, place in triples], runs, width, scratch)
         self._moved, self._target = (
             scratch.all(torch.float32, self._averages[0].device, name)[: len(triples) * 2 * width]
             for name in ("moved", "target")
@@ -250,25 +250,25 @@ class _Rows:
         ]
 
     def lerp_(self, weight: float, num_updates: int) -> list[_Triple]:
-        """Move the averages, and return those that were left as they were: something is not finite, or very large."""
-        moved, parts, averages = self._moved.zero_(), self._parts, self._averages  # what is in no part is finite too
+        """Move the averages; return those that were not moved, since a value is NaN, inf or very large."""
+        moved, parts, averages = self._moved.zero_(), self._parts, self._averages  # the gaps are finite too
         torch._foreach_copy_(parts, self._online)
         self._target.copy_(moved)
         torch._foreach_copy_(parts, averages)
         _lerp(moved, self._target, weight)
-        left = list[_Triple]()
+        unmoved = list[_Triple]()
         if not is_within(moved, self._dtype, self._scratch):
             within = [is_within(part, self._dtype, self._scratch) for part in parts]
-            left = [triple for triple, moves in zip(self._triples, within, strict=True) if not moves]
+            unmoved = [triple for triple, moves in zip(self._triples, within, strict=True) if not moves]
             parts, averages = list(compress(parts, within)), list(compress(averages, within))
         if averages:
-            round_(moved, self._dtype, self._chances.draw(num_updates), self._scratch, within=True)
+            round_(moved, self._dtype, self._random.draw(num_updates), self._scratch, within=True)
             torch._foreach_copy_(averages, parts)
-        return left
+        return unmoved
 
 
 def _laid_out_as(triple: _Triple, part: Tensor) -> Tensor:
-    """Return a part of the scratch in the shape of an average, its elements in the order in which they are rounded."""
+    """Return a part of the scratch in the shape of an average, with its elements in the order of their random bits."""
     average, tensor, place = triple
     if order_of((average, tensor), in_order=place.shape is not None) is None:
         return part.view(average.shape)
@@ -276,13 +276,13 @@ def _laid_out_as(triple: _Triple, part: Tensor) -> Tensor:
 
 
 def _rows(triples: Sequence[_Triple], scratch: Scratch) -> tuple[list[_Rows], list[_Triple]]:
-    """Group small averages of one dtype and about one size; return also those that remain alone."""
-    kinds, alone = dict[tuple[torch.dtype, int], list[tuple[_Triple, range]]](), list[_Triple]()
+    """Group small averages of one dtype and about one size; return also the averages that are in no group."""
+    kinds, single = dict[tuple[torch.dtype, int], list[tuple[_Triple, range]]](), list[_Triple]()
     for triple in triples:
         average, _, place = triple
         run = run_of(place, tuple(average.shape))
         if run is None or len(run) > _SMALL:
-            alone.append(triple)
+            single.append(triple)
         else:
             width = 1 << (words_of(run) - 1).bit_length()  # a power of two, so that there are few kinds
             kinds.setdefault((average.dtype, width), []).append((triple, run))
@@ -292,4 +292,4 @@ def _rows(triples: Sequence[_Triple], scratch: Scratch) -> tuple[list[_Rows], li
         for i in range(0, len(kind), most):
             own, runs = zip(*kind[i : i + most], strict=True)
             grouped.append(_Rows(list(own), list(runs), width, scratch))
-    return grouped, alone
+    return grouped, single

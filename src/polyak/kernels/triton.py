@@ -17,7 +17,7 @@ from polyak.kernels.pairs import Pair, Place
 from polyak.kernels.rounding import SIXTEEN_BITS
 
 BLOCK = 4096  # elements of a program, a power of two from 32 on
-PART = 512  # of those done at once where a block is not whole, or not aligned
+PART = 512  # elements in a step where a block is not full, or not aligned
 WARPS = 8
 _NAMES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -85,41 +85,41 @@ def _hash(x):
 
 
 @triton.jit
-def _round(x, chance, TO: tl.constexpr):
-    """Round float32 to 16 bits up or down by ``chance``, below 2 ** 16; what is too large becomes the largest."""
+def _round(x, random, TO: tl.constexpr):
+    """Round float32 to 16 bits up or down by 16 random bits. A value out of range becomes the largest in it."""
     if TO == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
-        rounded = tl.minimum(magnitude + chance, 0x7F7FFFFF)
+        rounded = tl.minimum(magnitude + random, 0x7F7FFFFF)
         rounded = tl.where(magnitude > 0x7F800000, 0x7FC00000, rounded)
         return ((rounded | (bits ^ magnitude)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        # In units of the last place, a power of two, which below the smallest normal number no longer shrinks.
+        # In units of the last place, a power of two, constant below the smallest normal number.
         exponent = tl.maximum((x.to(tl.uint32, bitcast=True) >> 23) & 0xFF, 113)
         unit = ((exponent - 10) << 23).to(tl.float32, bitcast=True)
         units = ((264 - exponent) << 23).to(tl.float32, bitcast=True)  # in 1
-        rounded = tl.floor(x * units + (chance >> 3).to(tl.float32) * 0.0001220703125) * unit
+        rounded = tl.floor(x * units + (random >> 3).to(tl.float32) * 0.0001220703125) * unit
         rounded = tl.where(rounded > 65504, 65504, tl.where(rounded < -65504, -65504, rounded))
         return rounded.to(tl.float16)
 
 
 @triton.jit
-def _chance(index, key):
-    """Return a chance below 2 ** 16 for each index in the whole."""
+def _random_bits(index, key):
+    """Return 16 random bits for each index in the full tensor."""
     counter = index >> 1
     drawn = _hash(counter.to(tl.uint32) ^ key ^ _hash((counter >> 32).to(tl.uint32)))
     return (drawn >> ((index & 1) << 4).to(tl.uint32)) & 0xFFFF
 
 
 @triton.jit
-def _move(average, a, x, mask, weight, chance):
-    """Move the values ``a`` at ``average`` towards ``x``. Return which of ``x`` are not finite."""
+def _move(average, a, x, mask, weight, random):
+    """Move the values ``a`` at ``average`` towards ``x``. Return which of ``x`` are NaN or inf."""
     TO: tl.constexpr = average.dtype.element_ty
     WIDE: tl.constexpr = weight.dtype
     exact = x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
     fine = tl.abs(exact) < float("inf")
     wide = a.to(WIDE)
-    # What is not finite counts as the average itself.
+    # NaN and inf count as the average itself.
     target = tl.where(fine, exact.to(WIDE), wide)
     if weight < 0.5:
         moved = tl.fma(weight, target - wide, wide)
@@ -127,29 +127,29 @@ def _move(average, a, x, mask, weight, chance):
         moved = tl.fma(weight - 1, target - wide, target)
     else:
         moved = target
-    tl.store(average, moved if TO == WIDE else _round(moved, chance, TO), mask)
+    tl.store(average, moved if TO == WIDE else _round(moved, random, TO), mask)
     return fine == 0 if mask is None else (fine == 0) & mask
 
 
 @triton.jit
 def _move_block(average, online, start, index, key, weight, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Move a block from ``start``: at multiples of 16 bytes, and of 2 in the whole. Return if any is not finite."""
-    # As many elements of each in an instruction: otherwise they would change threads on the way to each other.
+    """Move a block from ``start``: at a multiple of 16 bytes, and of 2 elements. Return whether any is NaN or inf."""
+    # As many elements of both in an instruction: otherwise they would move between threads.
     average = tl.multiple_of(average + start, WIDTH * average.dtype.element_ty.primitive_bitwidth // 8)
     online = tl.multiple_of(online + start, WIDTH * online.dtype.element_ty.primitive_bitwidth // 8)
     i, pair = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
-    # The 32 bits that are drawn serve two neighbours, which one thread has.
+    # The 32 bits of a draw serve two neighbours, which one thread has.
     counter = (index >> 1).to(tl.uint32) + pair.to(tl.uint32)
     drawn = _hash(counter ^ key ^ _hash((index >> 33).to(tl.uint32)))
-    chance = tl.reshape(tl.join(drawn & 0xFFFF, drawn >> 16), [BLOCK])
-    # All is read before any is written, so that it may be on its way at once.
-    bad = _move(average + i, tl.load(average + i), tl.load(online + i), None, weight, chance)
+    random = tl.reshape(tl.join(drawn & 0xFFFF, drawn >> 16), [BLOCK])
+    # All reads come before the first write, so that they can overlap.
+    bad = _move(average + i, tl.load(average + i), tl.load(online + i), None, weight, random)
     return tl.max(bad.to(tl.int32))
 
 
 @triton.jit
 def _move_part(average, online, start, end, first, run, jump, key, weight, PART: tl.constexpr):
-    """Move elements ``start`` to ``end`` of a piece, wherever they lie. Return if any is not finite."""
+    """Move elements ``start`` to ``end`` of a piece at any address. Return whether any is NaN or inf."""
     bad = tl.arange(0, PART) < 0
     for part in range(start, end, PART):
         i = part + tl.arange(0, PART)
@@ -157,7 +157,7 @@ def _move_part(average, online, start, end, first, run, jump, key, weight, PART:
         if jump != 0:
             index += i // run * jump
         values, weights = tl.load(average + i, i < end), tl.load(online + i, i < end)
-        bad |= _move(average + i, values, weights, i < end, weight, _chance(index, key))
+        bad |= _move(average + i, values, weights, i < end, weight, _random_bits(index, key))
     return tl.max(bad.to(tl.int32))
 
 
@@ -184,7 +184,7 @@ def _lerp(
     key = _hash(tl.load(row + 6).to(tl.uint32) ^ _hash(tl.load(numbers + 1).to(tl.int64).to(tl.uint32)))
     index = first + start
     fast = (start + BLOCK <= count) & ((tl.load(row) | tl.load(row + 1)) & 15 == 0)
-    if A == tl.bfloat16 or A == tl.float16:  # rounded by chance
+    if A == tl.bfloat16 or A == tl.float16:  # rounded stochastically
         fast &= (run == count) & (index & 1 == 0) & (index >> 33 == (index + BLOCK - 1) >> 33)
     if fast:
         bad = _move_block(average, online, start, index, key, weight, BLOCK, WIDTH)
@@ -197,7 +197,7 @@ def _lerp(
 
 
 def _pieces(average: Tensor, place: Place) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield where in memory a piece begins, its elements, the first index, a run's length, the gap between runs."""
+    """Yield of each piece the offset in memory, elements, first index, length of a run, and gap between runs."""
     box = (place if average.dtype in SIXTEEN_BITS else Place(0)).box(tuple(average.shape))
     *sizes, run = box.sizes
     count, step = (sizes.pop() * run, box.steps[-2]) if sizes else (run, run)
@@ -207,7 +207,7 @@ def _pieces(average: Tensor, place: Place) -> Iterator[tuple[int, int, int, int,
 
 
 def _launch_over(table: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the table as the kernel reads it, and for each program the row that it is about."""
+    """Return the table as the kernel reads it, and for each program the row that it works on."""
     columns = torch.tensor(table, dtype=torch.int64, device="cpu")
     programs = (columns[:, 2] + BLOCK - 1) // BLOCK
     rows = torch.repeat_interleave(torch.arange(len(table), dtype=torch.int32, device="cpu"), programs)
@@ -215,7 +215,7 @@ def _launch_over(table: list[tuple[int, ...]], device: torch.device) -> tuple[Te
     on_host = torch.cat([columns, first_program[:, None]], dim=1), rows
     if device.type == "cpu":
         return on_host
-    # Pinned memory goes over without a wait, and torch keeps it until it has.
+    # Pinned memory is copied without a wait, and torch keeps it until the copy is done.
     table_there, rows_there = (tensor.pin_memory().to(device, non_blocking=True) for tensor in on_host)
     return table_there, rows_there
 
@@ -239,7 +239,8 @@ class Lerp:
         self._held = pairs  # as long as their addresses are used
         tables = dict[tuple[torch.dtype, torch.dtype], list[tuple[int, ...]]]()
         for number, (a, x, place) in enumerate(pairs):
-            for at, *piece in _pieces(a, place) if place is not None and a.numel() else ():
+            assert place is not None
+            for at, *piece in _pieces(a, place) if a.numel() else ():
                 addresses = a.data_ptr() + at * a.element_size(), x.data_ptr() + at * x.element_size()
                 tables.setdefault((a.dtype, x.dtype), []).append((*addresses, *piece, place.seed, number))
         self._launches = [
@@ -247,7 +248,7 @@ class Lerp:
             for (a, x), table in tables.items()
         ]
         self._flags = torch.zeros(len(pairs), dtype=torch.int32, device=device)
-        # One number in place of two, so that one call writes them: the weight, and the number of the update.
+        # One complex number, so that one call writes both: the weight, and the number of the update.
         self._staged = torch.zeros((), dtype=torch.complex128, device=device)
         self._numbers = torch.view_as_real(self._staged)
 
@@ -274,10 +275,10 @@ class Lerp:
         """
         if self._staged.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "a weight must be staged outside of a CUDA graph, which would keep it for ever (the stream is being "
+                "a weight must be staged outside of a CUDA graph, which would keep it forever (the stream is being "
                 "captured); capture launch(), and call stage() before each replay"
             )
-        # The numbers travel as arguments of a kernel: no memory of the host that a next call could overwrite.
+        # The numbers are arguments of a kernel launch: no host memory that a later call could overwrite.
         self._staged.fill_(complex(weight, num_updates & 0xFFFFFFFF))
 
     def launch(self) -> None:
@@ -288,7 +289,7 @@ class Lerp:
         with torch.cuda.device_of(self._flags):
             for table, rows, average, online, width in self._launches:
                 tensors = table, rows, self._numbers, self._flags, self._left_out
-                # No fusing of its own: what is fused says so.
+                # Only the explicit fma is fused.
                 _lerp[rows.numel(),](
                     *tensors, average, online, BLOCK, PART, width, num_warps=WARPS, enable_fp_fusion=False
                 )

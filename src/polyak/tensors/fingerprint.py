@@ -1,4 +1,4 @@
-"""Whether a model still has the tensors that were listed, at the same addresses: kernels note addresses and rely on it.
+"""Whether a model still has the tensors that were listed, at the same addresses, which kernels note.
 
 With the C kernel one call checks all tensors (``fingerprint_c.py``). Otherwise a few passes in Python check the same.
 """
