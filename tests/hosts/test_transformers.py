@@ -65,8 +65,8 @@ class TransformersSession:
                     "per_device_eval_batch_size": loops.BATCH,
                     "gradient_accumulation_steps": plan.accumulate,
                     "train_sampling_strategy": "random" if plan.shuffle else "sequential",
-                    # At steps, as saving: after an evaluation at the end of the epoch, what is drawn at random next
-                    # is not what the checkpoint of the epoch's last step goes on with, in the trainer itself.
+                    # At steps, as saving: an evaluation at the end of the epoch draws random numbers, so that the
+                    # trainer itself does not resume exactly from the checkpoint of the epoch's last step.
                     "eval_strategy": "steps" if plan.evaluate else "no",
                     "eval_steps": plan.steps,
                     "save_strategy": "steps" if plan.save_every else "no",
