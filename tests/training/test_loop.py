@@ -104,7 +104,7 @@ def test_hooks_can_be_removed_once() -> None:
     assert seen == ["first", "after"]
 
 
-def test_an_algorithm_that_sets_lends_is_read_with_a_warning() -> None:
+def test_an_algorithm_that_sets_the_old_name_of_swaps_is_read_with_a_warning() -> None:
     class Never(Algorithm):
         def match(self, event, state):
             return False
