@@ -404,10 +404,10 @@ def train_in_a_process(folder: str, resume: str = "") -> None:
 @pytest.mark.slow
 def test_two_processes_have_one_average_and_resume_bit_for_bit(tmp_path) -> None:
     def launch(*arguments: str) -> list[dict[str, Any]]:
-        call = f"import test_host_transformers as t; t.train_in_a_process(*{arguments!r})"
+        call = f"from tests.hosts import test_transformers as t; t.train_in_a_process(*{arguments!r})"
         (tmp_path / "script.py").write_text(call)
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(["tests", *filter(None, sys.path)]),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(
