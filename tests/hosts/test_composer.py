@@ -280,7 +280,7 @@ def one_process():
 @pytest.mark.usefixtures("one_process")
 def test_a_model_under_fsdp1_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(NotImplementedError, match="FSDP1 keeps flat pieces"):
+    with pytest.raises(NotImplementedError, match="FSDP1 keeps flat parameters"):
         run(tmp_path, EMA("4ba"), parallelism_config={"fsdp": {}})
 
 

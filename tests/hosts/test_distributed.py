@@ -48,7 +48,7 @@ def script_of(name: str):
 
 @pytest.fixture(scope="module", params=CELLS, ids=": ".join)
 def runs(request, ranks, tmp_path_factory):
-    """What each rank found in a run, and in one that went on from its first checkpoint; the cell; the folder."""
+    """What each rank found in a run, and in one that resumed from its first checkpoint; the cell; the folder."""
     name, kind = request.param
     script = script_of(name)
     folder = str(tmp_path_factory.mktemp(name))

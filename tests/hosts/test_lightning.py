@@ -342,7 +342,7 @@ def test_a_checkpoint_saved_without_the_callback_begins_an_average_with_a_warnin
 
 
 class Resumable:
-    """A loader that can go on inside an epoch, as torchdata's do."""
+    """A loader that can resume inside an epoch, as torchdata's do."""
 
     def __init__(self, plan: Plan) -> None:
         self._batches, self._next = list(plan.loader), 0

@@ -1,4 +1,4 @@
-"""Loops of one's own, held to the contract, and what their users do in them."""
+"""Custom training loops: the contract of integrations, and what their users do in them."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -65,8 +65,8 @@ class TransformersSession:
                     "per_device_eval_batch_size": loops.BATCH,
                     "gradient_accumulation_steps": plan.accumulate,
                     "train_sampling_strategy": "random" if plan.shuffle else "sequential",
-                    # At steps, as saving: after an evaluation at the end of the epoch, what is drawn at random next
-                    # is not what the checkpoint of the epoch's last step goes on with, in the trainer itself.
+                    # At steps, as saving: an evaluation at the end of the epoch draws random numbers, so that the
+                    # trainer itself does not resume exactly from the checkpoint of the epoch's last step.
                     "eval_strategy": "steps" if plan.evaluate else "no",
                     "eval_steps": plan.steps,
                     "save_strategy": "steps" if plan.save_every else "no",
@@ -404,10 +404,10 @@ def train_in_a_process(folder: str, resume: str = "") -> None:
 @pytest.mark.slow
 def test_two_processes_have_one_average_and_resume_bit_for_bit(tmp_path) -> None:
     def launch(*arguments: str) -> list[dict[str, Any]]:
-        call = f"import test_host_transformers as t; t.train_in_a_process(*{arguments!r})"
+        call = f"from tests.hosts import test_transformers as t; t.train_in_a_process(*{arguments!r})"
         (tmp_path / "script.py").write_text(call)
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(["tests", *filter(None, sys.path)]),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(

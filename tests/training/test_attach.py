@@ -2,12 +2,16 @@
 
 import copy
 import math
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import reference
 import torch
 from torch import nn
 
+import polyak.training.steps
 from polyak import (
     EMA,
     Event,
@@ -26,6 +30,7 @@ from polyak import (
     attach,
 )
 from polyak.averaging.weights import Shadow
+from polyak.training.steps import StepHooks
 
 
 class Loop:
@@ -498,3 +503,39 @@ def test_torch_checkpoints_look_into_a_state() -> None:
     optimizer.step()
     flat, _ = flatten_state_dict({"ema": attached.state_dict()})
     assert torch.equal(flat["ema.algorithms.0.1.ema_model.weight"], model.weight)
+
+
+def test_a_step_takes_at_most_20_calls_between_the_optimizer_and_the_algorithm(monkeypatch) -> None:
+    monkeypatch.setattr(polyak.training.steps, "_OBSERVING", ())  # optimizers of other tests that still exist
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    attached = attach(EMA("10ba"), model, optimizer)
+    calls: list[str] = []
+    between = re.compile(r"polyak/(training|time|algorithm|events|tensors/optimizers)")
+
+    def note(frame, event, arg) -> None:
+        if event == "call" and between.search(file := Path(frame.f_code.co_filename).as_posix()):
+            calls.append(f"{file} {frame.f_code.co_name}")
+
+    for counted in [False] * 3 + [True]:
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        sys.setprofile(note if counted else None)
+        optimizer.step()
+        sys.setprofile(None)
+    assert attached.timestamp.batch == "4ba"
+    assert len([call for call in calls if "polyak/time/" not in call]) <= 20, calls
+    assert not [call for call in calls if call.endswith("span.py __post_init__")]
+
+
+def test_the_callers_of_a_step_are_not_walked_once_the_optimizer_has_a_state(monkeypatch) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    attached = attach(EMA("10ba"), model, optimizer)
+    for step in range(4):
+        if step == 1:
+            monkeypatch.setattr(StepHooks, "_callers", lambda *_: pytest.fail("the stack was walked"))
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert attached.timestamp.batch == "4ba"

@@ -239,7 +239,7 @@ class NoOptimizer:
             "must run torch's step hooks, and LookaheadWithoutInit",
         ),
     ],
-    ids=["a class of one's own", "a list", "no super().__init__()"],
+    ids=["a class that is no optimizer", "a list", "no super().__init__()"],
 )
 def test_an_optimizer_without_torchs_hooks_is_refused_with_the_remedy(make, why) -> None:
     model = linear()

@@ -32,7 +32,7 @@ def save(loop: Loop, folder: Path, *, weights: bool) -> None:
     """
     import torch.distributed.checkpoint as dcp  # noqa: PLC0415  takes half a second to import
 
-    with loop.writing(folder.parent):
+    with loop.state.writing(folder.parent):
         # Of replicated tensors, such as buffers, those of rank 0 are saved.
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         dcp.save(_state(loop, weights), checkpoint_id=folder, planner=planner)
