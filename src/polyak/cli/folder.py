@@ -20,14 +20,14 @@ def replacing(path: Path) -> Iterator[Path]:
         path: The final path.
     """
     # A fixed name: a later run overwrites the file of a killed process. The folder's lock excludes other processes.
-    draft = path.with_name(f".{path.name}.draft")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        yield draft
-        with draft.open("rb") as file:
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        draft.replace(path)
+        temporary.replace(path)
     finally:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 class RunFolder:
@@ -93,7 +93,7 @@ class RunFolder:
         """
         kept = self._read()
         if kept is None:
-            if foreign := sorted(p.name for p in self.path.iterdir() if not p.name.startswith(self._draft_prefix)):
+            if foreign := sorted(p.name for p in self.path.iterdir() if not p.name.startswith(self._temporary_prefix)):
                 raise UsageError(
                     f"--out must be a new or empty folder, or one of polyak demo ({self.path} has "
                     f"{', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}); choose another --out"
@@ -121,7 +121,7 @@ class RunFolder:
         self._save(arguments, recipe, complete=False)
 
     @property
-    def _draft_prefix(self) -> str:
+    def _temporary_prefix(self) -> str:
         return f".{self._arguments.name}"
 
     @property
@@ -144,8 +144,8 @@ class RunFolder:
             "recipe": recipe,
             "complete": complete,
         }
-        with replacing(self._arguments) as draft:
-            draft.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+        with replacing(self._arguments) as temporary:
+            temporary.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
     def _read(self) -> dict[str, Any] | None:
         try:

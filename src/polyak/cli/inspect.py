@@ -65,19 +65,19 @@ def run(arguments: Namespace) -> int:
 
 def _describe(record: Record, *, verified: bool) -> dict[str, Any]:
     manifest = load_manifest(record.folder)
-    stretches = record.stretches
+    segments = record.stretches
     averaged = [info for info in record.tensors.values() if info.averaged]
-    pinned = manifest.files - {stretch.file for stretch in stretches}
+    pinned = manifest.files - {segment.file for segment in segments}
     plain: dict[str, Any] = {
         "record": str(record.folder),
         "from": None,
         "to": None,
         "max_duration": None if record.max_duration is None else str(record.max_duration),
-        "stretches": len(stretches),
-        "in_parts": sum(stretch.sharded for stretch in stretches),
+        "stretches": len(segments),
+        "in_parts": sum(segment.sharded for segment in segments),
         "per_level": manifest.per_level,
-        "levels": [_level(level, stretches) for level in sorted({one.level for one in stretches}, reverse=True)],
-        "size_bytes": sum(stretch.size_bytes for stretch in stretches),
+        "levels": [_level(level, segments) for level in sorted({one.level for one in segments}, reverse=True)],
+        "size_bytes": sum(segment.size_bytes for segment in segments),
         "tensors": {
             "averaged": len(averaged),
             "last_value": len(record.tensors) - len(averaged),
@@ -90,9 +90,9 @@ def _describe(record: Record, *, verified: bool) -> dict[str, Any]:
         "pinned_only_files": len(pinned),
         "verified": verified,
     }
-    if stretches:
-        longest = max(stretches[-2:], key=lambda one: one.num_updates)
-        start, end = stretches[0].start, stretches[-1].end
+    if segments:
+        longest = max(segments[-2:], key=lambda one: one.num_updates)
+        start, end = segments[0].start, segments[-1].end
         units = clocks(end.timestamp)
         plain["from"] = {"updates": 0} | {unit.value: start.clock(unit) for unit in units}
         plain["to"] = {"updates": end.updates} | {unit.value: value for unit, value in units.items()}
@@ -103,8 +103,8 @@ def _describe(record: Record, *, verified: bool) -> dict[str, Any]:
     return plain
 
 
-def _level(level: int, stretches: tuple[Stretch, ...]) -> dict[str, Any]:
-    found = [one for one in stretches if one.level == level]
+def _level(level: int, segments: tuple[Stretch, ...]) -> dict[str, Any]:
+    found = [one for one in segments if one.level == level]
     return {
         "level": level,
         "stretches": len(found),
