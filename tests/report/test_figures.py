@@ -6,7 +6,7 @@ import sys
 
 import matplotlib as mpl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyak.profiles import HalfLife, PowerFunction, Smoothing, Uniform, Warmup
@@ -26,6 +26,7 @@ PROFILES = [
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=repr)
+@settings(deadline=None)
 @given(steps=st.lists(st.floats(0.1, 50), min_size=1, max_size=20), data=st.data())
 def test_the_shares_of_the_updates_give_the_online_average(profile, steps, data) -> None:
     moments = [math.fsum(steps[: i + 1]) for i in range(len(steps))]
@@ -38,6 +39,7 @@ def test_the_shares_of_the_updates_give_the_online_average(profile, steps, data)
     assert math.fsum(s * w for s, w in zip(shares, weights, strict=True)) == pytest.approx(average, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=30))
 def test_half_of_the_average_is_at_least_as_new_as_the_median_update(amounts) -> None:
     shares = [amount / math.fsum(amounts) for amount in amounts]

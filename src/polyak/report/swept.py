@@ -169,7 +169,7 @@ def swept(
     """
     chosen = best(results, metric, maximize=maximize)
     unit = next((one.half_life.unit for one in results if one.half_life is not None), TimeUnit.BATCH)
-    edges = [record.stretches[0].start, *(stretch.end for stretch in record.stretches)]
+    edges = [record.stretches[0].start, *(segment.end for segment in record.stretches)]
     times = tuple(edge.clock(unit, record.max_duration) for edge in edges)
     points: list[Point] = []
     moments: tuple[float, ...] = ()
@@ -207,9 +207,9 @@ def _point(result: Result, fitted: Fit, times: Sequence[float], curve: Sequence[
 
 def _clock_at(fitted: Fit, times: Sequence[float], updates: float) -> float:
     """Return the clock after a number of updates, by linear interpolation within a segment."""
-    for stretch, (start, end) in zip(fitted.stretches, pairwise(times), strict=True):
-        if updates <= stretch.end.updates:
-            return start + (end - start) * (updates - stretch.start.updates) / stretch.num_updates
+    for segment, (start, end) in zip(fitted.stretches, pairwise(times), strict=True):
+        if updates <= segment.end.updates:
+            return start + (end - start) * (updates - segment.start.updates) / segment.num_updates
     return times[-1]
 
 

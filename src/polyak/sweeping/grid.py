@@ -51,7 +51,7 @@ def finest_half_life(record: Record, unit: TimeUnit = TimeUnit.BATCH) -> HalfLif
     Raises:
         ProfileError: If the record resolves no half-life.
     """
-    limit = max(record.stretches[-2:], key=lambda stretch: stretch.num_updates, default=None)
+    limit = max(record.stretches[-2:], key=lambda segment: segment.num_updates, default=None)
     if limit is not None:
         shortest = limit.end.clock(unit, record.max_duration) - limit.start.clock(unit, record.max_duration)
         longest = _length(record, unit)

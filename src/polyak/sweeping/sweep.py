@@ -66,7 +66,7 @@ def sweep(
         >>> edges = [Edge(n, Timestamp().to_next_batch(steps=n)) for n in range(65)]
         >>> with Writer("run", {"weight": TensorInfo(torch.float32, (1,), averaged=True)}) as writer:
         ...     for start, end in zip(edges, edges[1:]):
-        ...         stretch = writer.append({"weight": torch.tensor([float((-1) ** end.updates)])}, start, end)
+        ...         segment = writer.append({"weight": torch.tensor([float((-1) ** end.updates)])}, start, end)
         >>> from polyak.sweeping import best
         >>> results = sweep("run", lambda state: float(state["weight"].abs()), points=4, refine=1)
         >>> [result.name for result in results]
@@ -131,15 +131,15 @@ def export(record: Record, profile: Profile, path: str | Path, batchnorm: Batchn
         record.export(profile, path)
         return
     path = Path(path)
-    passing = path.with_name(f"{path.name}.{os.getpid()}.draft")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        record.export(profile, passing)
-        with safe_open(passing, framework="pt") as file:
+        record.export(profile, temporary)
+        with safe_open(temporary, framework="pt") as file:
             metadata = {**file.metadata(), "polyak.batchnorm": "recomputed"}
-        state = recomputed(load_file(passing), batchnorm)
+        state = recomputed(load_file(temporary), batchnorm)
         infos = {name: TensorInfo(one.dtype, tuple(one.shape), averaged=False) for name, one in state.items()}
         with disk_errors(f"exporting to {path}"):
-            write_tensors(passing, infos, state.__getitem__, metadata)
-            passing.replace(path)
+            write_tensors(temporary, infos, state.__getitem__, metadata)
+            temporary.replace(path)
     finally:
-        passing.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
