@@ -138,7 +138,7 @@ class Shadow:
     def distance(self, ranks: Ranks | None = None) -> float:
         """Return the norm of weights minus average over that of the average, both over all averaged parameters.
 
-        It is relative, so that models can be compared. It takes a pass over both, and waits for the device.
+        It takes a pass over both, and waits for the device.
 
         Args:
             ranks: The ranks that train the model together, if there are several. All must call this.
@@ -148,7 +148,7 @@ class Shadow:
         """
         if (swap := swap_of(self._model)) and swap is not self._swapper.swap:
             raise LoanError(
-                f"the model must hold its own weights for their distance: {swap.owner} has swapped its own in"
+                f"the model must hold its own weights (got the average of {swap.owner}); restore them first"
             )
         sharding.reshard(self._model)
         names = [slot.name for slot, _ in self._movement.listing.averaged if slot.is_parameter]
@@ -223,8 +223,7 @@ class Shadow:
     def averaged_model(self) -> nn.Module:
         """Return a module whose tensors are the averages: not copies of them, in eval mode, without gradients.
 
-        Each call makes it from the model as it is. While the average is swapped in, it is the model itself. Frozen
-        parameters are shared with the model.
+        While the average is swapped in, it is the model itself. Frozen parameters are shared with the model.
 
         Raises:
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
@@ -254,8 +253,7 @@ class Shadow:
         Raises:
             MismatchError: If names or shapes differ.
         """
-        tensors = self._swapper.training() if training else self._swapper.averaged()
-        copy_into(model, self._movement, tensors)
+        copy_into(model, self._movement, self._swapper.training() if training else self._swapper.averaged())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages by name and the counters; while the average is in the model, the training weights too.
