@@ -111,7 +111,7 @@ def test_a_smoothing_of_another_numeric_type_becomes_a_plain_number():
 @pytest.mark.parametrize(
     ("one", "other"), [(None, filled(1)), (filled(1), {"weight": torch.ones(1)}), (filled(1), None)]
 )
-def test_compute_ema_of_what_is_no_module_says_so(one, other):
+def test_compute_ema_refuses_an_argument_that_is_not_a_module(one, other):
     with pytest.raises(ArgumentError, match=r"model must be a torch\.nn\.Module"):
         compute_ema(one, other)
 
@@ -134,7 +134,7 @@ def test_compute_ema_of_what_is_no_module_says_so(one, other):
         ("ema_started", True),
     ],
 )
-def test_what_cannot_change_is_not_assigned_and_the_error_names_it(name, given):
+def test_a_read_only_attribute_is_not_assigned_and_the_error_names_it(name, given):
     ema = EMA("4ba")
     before = repr(ema), getattr(ema, name)
     with pytest.raises(FixedError, match=rf"^{name} .*must"):
@@ -183,7 +183,7 @@ def test_an_average_that_was_set_is_updated_at_the_ends_of_epochs():
     assert value(ema.ema_model) == 2.0
 
 
-def test_an_interval_in_another_unit_than_the_half_life_is_converted_or_the_error_says_what_lacks():
+def test_an_interval_in_another_unit_than_the_half_life_is_converted_or_the_error_says_what_is_missing():
     model = filled(3.0)
     ema = EMA("1ep", update_interval="2ba")
     ema.ema_model = filled(1.0)
@@ -231,7 +231,7 @@ def test_an_average_of_another_model_is_refused_with_both_sides():
 
 
 @pytest.mark.parametrize("given", [None, 0.9, {"weight": torch.ones(1)}, nn.Linear, "model"])
-def test_what_has_no_parameters_is_no_average(given):
+def test_ema_model_refuses_an_object_without_parameters(given):
     with pytest.raises(ArgumentError, match=r"ema_model must be .*named_parameters"):
         EMA().ema_model = given
 
@@ -261,7 +261,7 @@ def test_an_event_of_another_trainer_names_the_right_import(event):
             call()
 
 
-def test_what_is_no_algorithm_cannot_be_attached_and_the_error_says_what_to_do():
+def test_attach_refuses_an_object_that_is_not_an_algorithm_and_says_what_to_do():
     model = filled(1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     composers = type("EMA", (), {"__module__": "composer.algorithms.ema.ema"})
@@ -341,7 +341,7 @@ def test_without_strict_training_weights_that_are_missing_stay_and_the_others_co
 @pytest.mark.parametrize(
     "state", [None, 3, "ema.pt", [1], {"polyak": 1, "repr": "x", "ema_started": True}, {"ema_started": True}]
 )
-def test_what_is_no_full_state_is_one_error(state):
+def test_a_state_that_is_incomplete_or_not_a_state_is_one_error(state):
     with pytest.raises(CheckpointError, match="state"):
         EMA().load_state_dict(state)
 

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind in a model, and what comes to a model between swaps, beside the weights."""
+"""Changes that an evaluation leaves in a model, and changes of a model between swaps, besides the weights."""
 
 import warnings
 
@@ -56,7 +56,7 @@ class Lora(nn.Module):
 
 
 @pytest.mark.parametrize("ask", ["applied", "ema_model"])
-def test_merged_adapters_are_refused_by_name_before_the_average_would_stand_beside_them(ask) -> None:
+def test_merged_adapters_are_refused_by_name_before_an_average_is_swapped_in(ask) -> None:
     model = nn.Sequential(nn.Linear(4, 4), Lora())
     _, attached = at_work(model)
     model.eval()
@@ -190,7 +190,7 @@ def test_torch_can_swap_the_tensors_of_a_model_that_was_trained_and_averaged() -
     train(model, optimizer)
 
 
-def test_a_float64_model_and_one_that_has_it_beside_float32_are_averaged_from_attach_on() -> None:
+def test_a_float64_model_and_one_that_mixes_it_with_float32_are_averaged_from_attach_on() -> None:
     both = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double())
     both[1].register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
     for model in (nn.Linear(4, 4).double(), both):

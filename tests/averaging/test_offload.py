@@ -43,7 +43,7 @@ class BrokenError(Exception):
 class Late:
     """Makes background updates as late as they can be: each stops half-way until somebody waits for it.
 
-    ``opened`` lets them go on, ``reached`` counts those that have come half-way.
+    ``opened`` lets them continue, ``reached`` counts those that have come half-way.
     """
 
     def __init__(self, monkeypatch) -> None:
@@ -98,13 +98,13 @@ def late():
         yield found
 
 
-def net(dtype=torch.float32, *, holes=True) -> nn.Module:
-    """A model with buffers of both kinds, and with ``holes`` a weight that is neither contiguous nor dense."""
+def net(dtype=torch.float32, *, gaps=True) -> nn.Module:
+    """A model with buffers of both kinds, and with ``gaps`` a weight that is neither contiguous nor dense."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-        if holes:
-            model.register_parameter("holes", nn.Parameter(torch.randn(6, 5).t()[:, ::2]))
+        if gaps:
+            model.register_parameter("gaps", nn.Parameter(torch.randn(6, 5).t()[:, ::2]))
     return model.to(dtype)
 
 
@@ -132,8 +132,8 @@ def same(one, other) -> bool:
 class Twins:
     """One run with an average in place and one with an offloaded average, both told the same."""
 
-    def __init__(self, dtype, average, holes) -> None:
-        self.models = [net(dtype, holes=holes), net(dtype, holes=holes)]
+    def __init__(self, dtype, average, gaps) -> None:
+        self.models = [net(dtype, gaps=gaps), net(dtype, gaps=gaps)]
         options = {"dtype": average}
         self.shadows = [Shadow(self.models[0], **options), Shadow(self.models[1], **options, offload=Offload())]
         self.states = []
@@ -156,7 +156,7 @@ class Twins:
         for shadow in self.shadows:
             shadow.update_(0.3)
 
-    def lend(self) -> None:
+    def evaluate(self) -> None:
         for shadow in self.shadows:
             shadow.swap_in("a test")
         self.compare()
@@ -223,9 +223,9 @@ WIDTHS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
     # An update and a step by themselves as often as all that reads the average.
     st.lists(st.sampled_from(["update", "train"]) | st.sampled_from(ACTS), min_size=4, max_size=20),
 )
-def test_the_average_in_the_background_is_that_in_place_bit_for_bit(dtype, average, holes, acts) -> None:
+def test_the_average_in_the_background_is_that_in_place_bit_for_bit(dtype, average, gaps, acts) -> None:
     with lateness():
-        twins = Twins(dtype, average, holes)
+        twins = Twins(dtype, average, gaps)
         for act in acts:
             getattr(twins, act)()
         twins.compare()
@@ -243,9 +243,9 @@ def test_an_update_takes_the_weights_as_they_are_and_does_not_wait_for_the_avera
     assert same(dict(shadow.averages), want)
 
 
-@pytest.mark.parametrize("make", [net, partial(net, holes=False)])
-def test_nobody_reads_a_half_moved_average(late, make) -> None:
-    model = make()  # of plain tensors only, a loan is kept to stand again
+@pytest.mark.parametrize("make", [net, partial(net, gaps=False)])
+def test_no_reader_gets_a_half_moved_average(late, make) -> None:
+    model = make()  # of plain tensors only, so that a swap can be repeated
     shadow = Shadow(model, offload=Offload())
 
     def evaluate() -> dict[str, torch.Tensor]:
@@ -253,8 +253,8 @@ def test_nobody_reads_a_half_moved_average(late, make) -> None:
             return values(model)
 
     readers = {
-        "a loan": evaluate,
-        "a loan again": evaluate,
+        "a swap": evaluate,
+        "a second swap": evaluate,
         "a state": lambda: shadow.state_dict()["averages"],
         "averages": lambda: dict(shadow.averages),
         "averaged_tensors": shadow.averaged_tensors,
@@ -271,7 +271,7 @@ def test_nobody_reads_a_half_moved_average(late, make) -> None:
         assert same({name: tensor.clone() for name, tensor in read().items()}, want), reader
 
 
-def test_an_update_under_way_ends_before_a_state_is_loaded_or_tensors_are_listed_anew(late) -> None:
+def test_a_running_update_ends_before_a_state_is_loaded_or_tensors_are_listed_again(late) -> None:
     model = net()
     shadow = Shadow(model, offload=Offload())
     state = copy.deepcopy(shadow.state_dict())
@@ -387,7 +387,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_goes_wrong_in_the_background_is_raised_until_a_state_is_loaded(late, call) -> None:
+def test_an_error_in_the_background_is_raised_until_a_state_is_loaded(late, call) -> None:
     model = net()
     shadow = Shadow(model, offload=Offload())
     shift(model)
@@ -541,7 +541,7 @@ def test_a_process_ends_with_an_update_under_way() -> None:
     run("threading.Timer(0.3, go_on.set).start()")
 
 
-def test_a_forked_process_goes_on_with_a_thread_of_its_own() -> None:
+def test_a_forked_process_continues_with_its_own_thread() -> None:
     run("""
 go_on.set()
 shadow.averages
@@ -631,7 +631,7 @@ def test_a_run_with_an_offloaded_average_resumes_bit_for_bit(tmp_path, late, dty
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_copies_are_ordered_against_what_changes_the_weights(monkeypatch, overlap) -> None:
+def test_copies_are_ordered_against_changes_of_the_weights(monkeypatch, overlap) -> None:
     """Without a GPU: which stream is told what, in which order."""
     told = []
 
@@ -690,7 +690,7 @@ def test_copies_are_ordered_against_what_changes_the_weights(monkeypatch, overla
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_what_changes_weights_waits_before_for_copies_that_overlap(monkeypatch, overlap) -> None:
+def test_changes_of_the_weights_wait_for_copies_that_overlap(monkeypatch, overlap) -> None:
     held = []
     monkeypatch.setattr(_Transfer, "hold", lambda _: held.append(values(model)))
     model = net()
@@ -774,7 +774,7 @@ def test_on_a_gpu_neither_the_next_step_nor_the_next_batch_is_seen_however_late_
 @no_gpu
 @pytest.mark.parametrize("overlap", [False, True])
 def test_on_a_gpu_an_update_waits_for_nothing_and_takes_no_memory_there(overlap) -> None:
-    model = on_gpu(torch.bfloat16, odd=False)  # torch lays out odd ones anew, which takes memory
+    model = on_gpu(torch.bfloat16, odd=False)  # torch gives odd ones a new layout, which takes memory
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     shadow = Shadow(model, offload=Offload(overlap))

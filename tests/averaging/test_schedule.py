@@ -48,7 +48,7 @@ def test_the_first_update_is_the_first_event_at_or_past_the_start(start, interva
     assert first_update(schedule(start, interval), run) == first
 
 
-def test_moments_convert_where_what_is_known_allows():
+def test_times_convert_to_another_unit_if_the_run_says_how():
     run = at(length=4, run="2ep")
     assert convert(Time(2, "ep"), TimeUnit.BATCH, run) == 8
     assert convert(Time(2, "ba"), TimeUnit.EPOCH, run) == 0.5
@@ -58,7 +58,7 @@ def test_moments_convert_where_what_is_known_allows():
     assert convert(None, TimeUnit.BATCH, run) is None
 
 
-def test_the_share_of_the_first_weights_is_what_no_update_has_replaced():
+def test_the_share_of_the_first_weights_is_the_share_that_no_update_has_replaced():
     run = at(length=10, run="2ep")
     assert share_of_first_weights(schedule("0ba", "1ba"), run, 1, 11) == pytest.approx(0.5)
     assert share_of_first_weights(schedule("0ba", "5ba"), run, 1, 14) == pytest.approx(0.5**0.9)

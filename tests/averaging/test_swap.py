@@ -103,7 +103,7 @@ EVALUATIONS: dict[str, Callable[[nn.Module], object]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("evaluation", EVALUATIONS)
-def test_what_an_evaluation_does_to_buffers_is_undone(evaluation, dtype) -> None:
+def test_a_swap_undoes_the_changes_of_an_evaluation_to_buffers(evaluation, dtype) -> None:
     model, optimizer, ema = trained(dtype)
     twin, twin_optimizer, twin_ema = trained(dtype)
     for _ in range(3):
@@ -302,7 +302,7 @@ def test_a_handler_that_asks_while_weights_are_exchanged_is_refused_and_nothing_
     assert equal(everything(model), before)
 
 
-def test_a_block_that_nobody_holds_any_more_ends_its_swap() -> None:
+def test_a_swap_ends_when_its_block_is_garbage_collected() -> None:
     model, optimizer, ema = trained()
     before = everything(model)
 

@@ -546,7 +546,7 @@ def test_a_view_keeps_classes_attributes_and_ties() -> None:
     assert isinstance(view.head.weight, nn.Parameter)
 
 
-def test_a_view_shares_what_serves_the_training_and_what_cannot_be_copied() -> None:
+def test_a_view_shares_objects_that_serve_the_training_or_cannot_be_copied() -> None:
     model, inputs = Net(), torch.randn(8, 4)
     model.ema = EMA(smoothing=0.5)
     lock(model)
@@ -769,7 +769,7 @@ def test_views_leave_nothing_behind() -> None:
     assert gone() is None
 
 
-def test_references_tell_the_attribute_of_the_module_that_leads_somewhere() -> None:
+def test_references_name_the_attribute_of_the_module_that_leads_to_an_object() -> None:
     model = Net()
     model.body.helper = {"to": [lambda: model.head.weight]}
     found = References(model)

@@ -66,15 +66,15 @@ def test_the_average_is_its_own_and_begins_with_the_weights() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loan_puts_the_average_in_the_model_and_gives_back_each_bit(dtype) -> None:
+def test_a_swap_puts_the_average_in_the_model_and_restores_each_bit(dtype) -> None:
     model = net(dtype)
     shadow = Shadow(model)
     first = values(model)
     shift(model, 0.1)
     training = values(model)
     pointers = [p.data_ptr() for p in model.parameters()]
-    with shadow.swapped("a test") as lent:
-        assert lent is model
+    with shadow.swapped("a test") as held:
+        assert held is model
         assert equal(values(model), first)
         assert shadow.owner == "a test"
         assert equal(shadow.averaged_tensors(), {n: t.to(shadow.averages[n].dtype) for n, t in first.items()})
@@ -97,7 +97,7 @@ def test_the_training_weights_come_back_after_an_exception_of_any_kind(dtype) ->
         assert equal(values(model), training)
 
 
-def test_while_lent_there_is_no_second_loan_no_update_no_step_and_no_loading() -> None:
+def test_while_swapped_in_there_is_no_second_swap_no_update_no_step_and_no_loading() -> None:
     model = net()
     shadow, other = Shadow(model), Shadow(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -128,7 +128,7 @@ def test_while_lent_there_is_no_second_loan_no_update_no_step_and_no_loading() -
         shadow.restore()
 
 
-def test_a_step_of_another_model_goes_on_while_an_average_is_lent() -> None:
+def test_a_step_of_another_model_works_while_an_average_is_swapped_in() -> None:
     model, other = net(), net()
     optimizer = torch.optim.SGD(other.parameters(), lr=1.0)
     other[0].weight.grad = torch.ones_like(other[0].weight)
@@ -138,7 +138,7 @@ def test_a_step_of_another_model_goes_on_while_an_average_is_lent() -> None:
     assert not equal(values(other), before)
 
 
-def test_what_is_moved_or_replaced_during_a_loan_still_gets_its_training_weights() -> None:
+def test_a_tensor_that_is_moved_or_replaced_during_a_swap_still_gets_its_training_weights() -> None:
     model = net()
     shadow = Shadow(model)
     shift(model)
@@ -150,7 +150,7 @@ def test_what_is_moved_or_replaced_during_a_loan_still_gets_its_training_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_loan_after_the_model_has_moved_goes_to_where_it_is(dtype) -> None:
+def test_a_swap_after_the_model_has_moved_finds_its_tensors(dtype) -> None:
     model = net(dtype)
     shadow = Shadow(model)
     for move in (lambda: model.to(torch.float64), lambda: model.to(dtype), lambda: setattr(model[0], "extra", None)):
@@ -171,7 +171,7 @@ def test_a_loan_after_the_model_has_moved_goes_to_where_it_is(dtype) -> None:
         del old
 
 
-def test_a_loan_that_has_ended_keeps_no_memory_of_the_model() -> None:
+def test_a_swap_that_has_ended_keeps_no_memory_of_the_model() -> None:
     for name in kernels.serving_cpu():
         model = net()
         shadow = Shadow(model)
@@ -183,7 +183,7 @@ def test_a_loan_that_has_ended_keeps_no_memory_of_the_model() -> None:
         assert own.data_ptr() not in places
 
 
-LOANS = """
+SWAPS = """
 from pathlib import Path
 import torch
 from torch import nn
@@ -195,7 +195,7 @@ def kib(field):
 
 model = nn.ParameterList([torch.ones(4096, 8192), torch.ones(4096, 8192)])
 shadow = Shadow(model)
-# From here on laid out otherwise than its average. The old one goes first, so that no peak is there before the loan's.
+# From here on laid out otherwise than its average. The old one goes first, so that no peak is there before the swap's.
 model[1].data = torch.empty(0)
 model[1].data = torch.ones(8192, 4096).t()
 assert sum(p.nbytes for p in model.parameters()) == 256 << 20
@@ -207,16 +207,16 @@ print(kib("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the most that a process had")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the most that a process had")
 @pytest.mark.parametrize("kernel", kernels.serving_cpu())
-def test_a_loan_between_tensors_of_one_dtype_takes_less_than_64_mib_of_memory(kernel) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", LOANS]
+def test_a_swap_between_tensors_of_one_dtype_takes_less_than_64_mib_of_memory(kernel) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", SWAPS]
     environment = os.environ | {"POLYAK_KERNEL": kernel}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     assert int(done.stdout) < 64 * 1024
 
 
-def test_out_of_memory_at_the_beginning_of_a_loan_changes_nothing(monkeypatch) -> None:
+def test_out_of_memory_at_the_beginning_of_a_swap_changes_nothing(monkeypatch) -> None:
     model = net(torch.bfloat16)
     shadow = Shadow(model)
     shift(model)
@@ -271,7 +271,7 @@ def test_a_tensor_that_is_gone_or_has_another_shape_is_an_error() -> None:
         shadow.update_(0.5)
 
 
-def test_what_is_laid_out_anew_at_the_same_address_is_seen() -> None:
+def test_a_tensor_with_a_new_layout_at_the_same_address_is_noticed() -> None:
     model = nn.Linear(3, 3, bias=False)
     shadow = Shadow(model)
     shadow.update_(0.5)
@@ -374,7 +374,7 @@ def test_a_tied_model_has_a_tied_average() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_while_lent_both_models_can_be_had(dtype) -> None:
+def test_while_swapped_in_both_models_can_be_read(dtype) -> None:
     model = net(dtype)
     shadow = Shadow(model)
     first = values(model)
@@ -407,17 +407,17 @@ def test_copying_to_another_model_needs_the_same_names_and_brings_frozen_weights
         shadow.copy_to(nn.Sequential(*net(), nn.Linear(1, 1, bias=False)))
 
 
-@pytest.mark.parametrize("lent", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_state_goes_on_where_it_was_also_if_it_was_taken_during_a_loan(tmp_path, lent, dtype) -> None:
+def test_a_state_resumes_also_if_it_was_taken_during_a_swap(tmp_path, swapped, dtype) -> None:
     model = net(dtype)
     shadow = Shadow(model)
     shift(model, 0.25)
     shadow.update_(0.5)
-    if lent:
+    if swapped:
         shadow.swap_in("a test")
     torch.save({"model": model.state_dict(), "shadow": shadow.state_dict()}, tmp_path / "state.pt")
-    if lent:
+    if swapped:
         shadow.restore()
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     other = net(dtype)
