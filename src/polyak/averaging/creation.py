@@ -88,8 +88,8 @@ def check_layout(slot: Slot, policy: Policy) -> None:
     remedy = "freeze it, or leave it out by EMA(policy=...)"
     if memory.is_wrapper(tensor):
         raise MemoryLayoutError(
-            f"an averaged tensor must have its own memory (got {slot.name!r}, a {type(tensor).__name__}, which keeps "
-            f"its values in inner tensors); {remedy}"
+            f"an averaged tensor must have its own memory, and {slot.name!r} is a {type(tensor).__name__}, which keeps "
+            f"its values in inner tensors; {remedy}"
         )
     if policy is Policy.AVERAGE and tensor.dtype not in _DTYPES:
         known = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in _DTYPES))
