@@ -2,7 +2,8 @@
 
 from polyak.algorithm import Algorithm, dispatch
 from polyak.averaging.batchnorm import update_bn
-from polyak.averaging.ema import EMA, compute_ema
+from polyak.averaging.ema import EMA
+from polyak.averaging.functional import compute_ema
 from polyak.averaging.offload import Offload
 from polyak.errors import (
     ArgumentError,

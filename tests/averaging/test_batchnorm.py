@@ -81,7 +81,7 @@ def test_after_an_error_everything_is_as_it_was() -> None:
 
 def test_no_batch_is_refused_and_changes_nothing() -> None:
     model = used()
-    with pytest.raises(ValueError, match="gave none"):
+    with pytest.raises(ValueError, match="yielded none"):
         update_bn(model, [])
     assert same(model, used())
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from polyak.algorithm import Algorithm, MetricLogger, check_event, check_pickles
-from polyak.averaging.weights import Shadow, refuse_unsynchronized
+from polyak.averaging.agreement import refuse_unsynchronized
+from polyak.averaging.weights import Shadow
 from polyak.errors import CheckpointError, CopyError, MismatchError, PlanWarning, RecordError, TimeError
 from polyak.events import Event, State, refuse_uncounted
 from polyak.record.appender import Appender, Ended

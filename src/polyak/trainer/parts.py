@@ -206,7 +206,7 @@ class Parts:
         self._seed = self.group.first(self._seed)
         shared = self.group.first(self.stream.get_state())
         if not self.epochs.own_batches:
-            self.stream.set_apart(shared)
+            self.stream.separate(shared)
         self._draw_anew()
 
     def _draw_anew(self) -> None:

@@ -102,7 +102,7 @@ class Checkpoints:
 
     def _random_states(self) -> dict[str, Any]:
         """Return the states of the ranks' generators, by rank; what all draw alike, once."""
-        apart = self._stream.apart
+        apart = self._stream.is_separate
         return {
             "rng": self._group.to_first(rng.get_state(self._stream.generators)),
             "epoch_rng": [self._epochs.epoch_rng] if apart else self._group.to_first(self._epochs.epoch_rng),
@@ -185,9 +185,9 @@ class Checkpoints:
 
     def _load_random_states(self, saved: Mapping[str, Any], path: Path) -> None:
         own, of_epoch, of_data = saved["rng"], saved["epoch_rng"], saved["data_rng"]
-        if len(own) == self._group.size and (of_data is not None) == self._stream.apart:
+        if len(own) == self._group.size and (of_data is not None) == self._stream.is_separate:
             rng.set_state(own[self._group.rank], self._stream.generators)
-            self._epochs.epoch_rng = of_epoch[0 if self._stream.apart else self._group.rank]
+            self._epochs.epoch_rng = of_epoch[0 if self._stream.is_separate else self._group.rank]
             if of_data is not None:
                 self._stream.set_state(of_data)
             return
