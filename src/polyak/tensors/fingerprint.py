@@ -75,7 +75,7 @@ def take(dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -> Check:
         dicts: Those of modules.
         tensors: Of any kind, in the dicts or not.
     """
-    in_c = fingerprint_c.AVAILABLE and serving_cpu()[0] == "c"
+    in_c = fingerprint_c.AVAILABLE and "c" in serving_cpu()
     return (in_c and fingerprint_c.take(dicts, tensors)) or take_in_python(dicts, tensors)
 
 
