@@ -58,7 +58,7 @@ def test_batches_may_be_tensors_and_go_where_the_model_is() -> None:
     assert same(ours, theirs)
 
 
-def test_modes_and_momenta_are_given_back() -> None:
+def test_modes_and_momenta_are_restored() -> None:
     model = used()
     before = kept(model)
     update_bn(model, batches())

@@ -736,7 +736,7 @@ def test_an_averaged_tensor_that_changes_its_shape_is_refused():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_a_step_that_is_not_finite_is_kept_out_of_the_average_counted_and_reported(dtype, bad):
+def test_a_step_with_nan_or_inf_is_kept_out_of_the_average_counted_and_reported(dtype, bad):
     model = Constant(torch.ones(3), torch.ones(2))
     ema = EMA("1ba", dtype=dtype)
 
@@ -759,7 +759,7 @@ def test_a_step_that_is_not_finite_is_kept_out_of_the_average_counted_and_report
     assert ema.state_dict()["num_quarantined"] == 1
 
 
-def test_a_loss_that_is_not_finite_once_does_not_spoil_the_average_of_a_run(tmp_path):
+def test_a_loss_that_is_nan_once_does_not_spoil_the_average_of_a_run(tmp_path):
     class Spoil(polyak.Callback):
         # Algorithms come before callbacks, so the average sees what this one repairs.
         def batch_start(self, state, logger):

@@ -269,7 +269,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> dict
 
 
 def _averages(algorithm: EMA) -> dict[str, Tensor]:
-    algorithm._agree()  # the first rank's averages of buffers count
+    algorithm._average.agree()  # the first rank's averages of buffers count
     return {name: full(tensor) for name, tensor in algorithm._shadow.averaged_tensors().items()}
 
 

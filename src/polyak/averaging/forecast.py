@@ -124,8 +124,8 @@ def warn_of_waits(progress: Progress, what: str) -> None:
     progress.waits, progress.waits_since = 0, None
     assert first is not None
     _warn(
-        f"{what}: it waits for finite weights, and from {first.batch} on they were not finite at {count} "
-        f"update{'s' if count > 1 else ''}; look for NaN or inf in the loss and in what was loaded"
+        f"{what}: it waits for finite weights, and from {first.batch} on they had NaN or inf at {count} "
+        f"update{'s' if count > 1 else ''}; check the loss and what was loaded"
     )
 
 
