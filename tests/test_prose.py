@@ -89,7 +89,7 @@ def test_prose_has_no_word_that_the_glossary_replaces() -> None:
 
 @pytest.mark.parametrize(
     ("text", "line"),
-    [('x = 1  # lent to it', 1), ('"""Say.\n\nIt is lent.\n"""', 3), ('raise ValueError("it is lent")', 1)],
+    [("x = 1  # lent to it", 1), ('"""Say.\n\nIt is lent.\n"""', 3), ('raise ValueError("it is lent")', 1)],
 )
 def test_a_replaced_word_is_found_in_comments_docstrings_and_messages(text: str, line: int) -> None:
     assert [number for number, found in prose_of_python(text) if banned().search(found)] == [line]

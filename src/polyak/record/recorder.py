@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.algorithm import Algorithm, MetricLogger, check_pickles
+from polyak.algorithm import Algorithm, MetricLogger, check_event, check_pickles
 from polyak.averaging.weights import Shadow, refuse_unsynchronized
 from polyak.errors import CheckpointError, CopyError, MismatchError, PlanWarning, RecordError, TimeError
 from polyak.events import Event, State, refuse_uncounted
@@ -147,6 +147,7 @@ class Recorder(Algorithm):
     def match(self, event: Event, state: State) -> bool:
         """Return whether to act: at set-up, after each batch, where the run ends."""
         del state
+        check_event(event, "Recorder")
         return event in {Event.INIT, Event.FIT_START, Event.BATCH_END, Event.FIT_END, Event.EXCEPTION}
 
     def apply(self, event: Event, state: State, logger: MetricLogger) -> None:
