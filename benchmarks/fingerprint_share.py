@@ -17,10 +17,12 @@ import torch
 from results_io import RESULTS, measured, paragraph, provenance, table, write
 from torch import Tensor, nn
 
-from polyak import EMA, attach
-from polyak.tensors import fingerprint, fingerprint_c
+from polyak import EMA, attach, kernels
+from polyak.averaging.weights import Shadow
+from polyak.tensors import fingerprint
 
 BATCH = 8
+FIRST = "C, one counter"
 
 
 class Small(nn.Module):
@@ -87,30 +89,25 @@ def stepper(model: nn.Module, inputs: Tensor, *, fused: bool) -> tuple[Callable[
     return step, optimizer
 
 
-def variants(ema: EMA, model: nn.Module) -> dict[str, Callable[[], None]]:
+def variants(shadow: Shadow, model: nn.Module) -> dict[str, Callable[[], None]]:
     """Return what sets each variant up: which fingerprint is checked, and how many counters are counted up."""
-    shadow = ema._shadow if hasattr(ema, "_shadow") else ema.shadow
-    listing = shadow._movement.listing
-    name = next(found for found in ("_fingerprint", "fingerprint") if hasattr(listing, found))
+    movement = shadow._movement
     averages = list(shadow.averages.values())
     in_c = fingerprint.Fingerprint(model, averages)
-    available, fingerprint_c.AVAILABLE = fingerprint_c.AVAILABLE, False
-    in_python = fingerprint.Fingerprint(model, averages)
-    fingerprint_c.AVAILABLE = available
-    kernel = shadow._movement._update
-    each = kernel._counting
-    assert available
+    with kernels.only("torch"):
+        in_python = fingerprint.Fingerprint(model, averages)
+    each = movement._update._counting
     assert len(each) > 100
 
     def use(check: fingerprint.Fingerprint, counting: list[Tensor]) -> Callable[[], None]:
         def run() -> None:
-            setattr(listing, name, check)
-            kernel._counting = counting
+            movement.listing.fingerprint = check
+            movement._update._counting = counting
 
         return run
 
     return {
-        "C, one counter": use(in_c, each[:1]),
+        FIRST: use(in_c, each[:1]),
         "Python, one counter": use(in_python, each[:1]),
         "C, a counter each": use(in_c, each),
         "Python, a counter each": use(in_python, each),
@@ -134,29 +131,64 @@ def measure(title: str, rounds: int, *, fused: bool) -> dict[str, object]:
     with attach(ema, model, optimizer):
         for _ in range(3):
             step()
-        ways = variants(ema, model)
+        shadow = ema.shadow
+        ways = variants(shadow, model)
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name in random.sample(list(ways), len(ways)):
                 ways[name]()
                 found[name].append(timed(step))
         updates: dict[str, list[float]] = {name: [] for name in ways}
-        shadow = ema._shadow if hasattr(ema, "_shadow") else ema.shadow
         for _ in range(rounds):
             for name in random.sample(list(ways), len(ways)):
                 ways[name]()
                 updates[name].append(timed(lambda: shadow.update_(1e-4))[0])
-    first = next(iter(ways))
     return {
         "case": f"{title}{', fused' if fused else ''}",
         "step_cpu_ms": {name: statistics.quantiles([cpu for cpu, _ in of], n=4) for name, of in found.items()},
         "step_clock_ms": {name: statistics.quantiles([clock for _, clock in of], n=4) for name, of in found.items()},
         "update_cpu_ms": {name: statistics.quantiles(of, n=4) for name, of in updates.items()},
         "paired": {
-            name: statistics.quantiles([b / a - 1 for (a, _), (b, _) in zip(found[first], of, strict=True)], n=4)
+            name: statistics.quantiles([b / a - 1 for (a, _), (b, _) in zip(found[FIRST], of, strict=True)], n=4)
             for name, of in found.items()
         },
     }
+
+
+def section(found: dict) -> list[str]:
+    """Write the table of a case."""
+    steps, updates, paired = found["step_cpu_ms"], found["update_cpu_ms"], found["paired"]
+    rows = [
+        (
+            name,
+            *(f"{middle:.2f} ({low:.2f} to {high:.2f})" for low, middle, high in (steps[name], updates[name])),
+            f"{(updates[name][1] - updates[FIRST][1]) / steps[FIRST][1]:.2%}",
+            "" if name == FIRST else f"{paired[name][1]:.2%} ({paired[name][0]:.2%} to {paired[name][2]:.2%})",
+        )
+        for name in steps
+    ]
+    head = ("", "step", "update", "longer by, of a step", "steps longer by, within a round")
+    return [f"## {found['case']}", "", *table(head, rows), ""]
+
+
+def page(results: list[dict], how: dict[str, str], wall_s: float) -> list[str]:
+    """Write the results as Markdown."""
+    lines = [
+        "# What a fingerprint in C and shared counters save of a training step",
+        "",
+        *paragraph(
+            "A step is forward, backward, AdamW and the update of an attached average, with its hooks and its clock. "
+            "The variants take turns on the same model and averages, in changing order; milliseconds of the processor, "
+            "as medians and (quartiles). The third column is the difference of the updates' medians over the median "
+            "step: it is less noisy than the last one, which compares two steps of one round. `Python` checks the "
+            "tensors in Python; `a counter each` counts up the change of each average, and not one counter for all. "
+            "On one thread."
+        ),
+        "",
+    ]
+    for found in results:
+        lines += section(found)
+    return [*lines, *measured(how, wall_s)]
 
 
 def main() -> None:
@@ -174,37 +206,9 @@ def main() -> None:
         title, fused, fewer = cases[name]
         results.append(measure(title, max(8, arguments.rounds // fewer), fused=fused))
         print(results[-1], flush=True)
-    lines = [
-        "# What a fingerprint in C and shared counters save of a training step",
-        "",
-        *paragraph(
-            "A step is forward, backward, AdamW and the update of an attached average, with its hooks and its clock. "
-            "The variants take turns on the same model and averages, in changing order; milliseconds of the processor, "
-            "as medians and (quartiles). The third column is the difference of the updates' medians over the median "
-            "step: it is less noisy than the last one, the difference of two whole steps. `Python` checks the tensors "
-            "in Python; `a counter each` counts up the change of each average, and not one counter for all. On one "
-            "thread."
-        ),
-        "",
-    ]
-    for found in results:
-        steps, updates, paired = found["step_cpu_ms"], found["update_cpu_ms"], found["paired"]
-        first = next(iter(steps))
-        rows = [
-            (
-                name,
-                *(f"{mid:.2f} ({low:.2f} to {high:.2f})" for low, mid, high in (steps[name], updates[name])),
-                f"{(updates[name][1] - updates[first][1]) / steps[first][1]:.2%}",
-                f"{paired[name][1]:.2%} ({paired[name][0]:.2%} to {paired[name][2]:.2%})",
-            )
-            for name in steps
-        ]
-        head = ("", "step", "update", "the update takes longer, of a step", "the step takes longer, in the same round")
-        lines += [f"## {found['case']}", "", *table(head, rows), ""]
     how = provenance("torch")
     wall_s = time.perf_counter() - began
-    lines += measured(how, wall_s)
-    write(arguments.out, lines, {"results": results, "how": how, "wall_s": round(wall_s, 1)})
+    write(arguments.out, page(results, how, wall_s), {"results": results, "how": how, "wall_s": round(wall_s, 1)})
 
 
 if __name__ == "__main__":

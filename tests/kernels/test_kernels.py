@@ -93,7 +93,9 @@ def test_weight_one_gives_the_weights_themselves_and_zero_leaves_the_average(ler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("online_dtype", [*DTYPES, torch.complex64])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64])
-def test_a_value_that_is_not_finite_leaves_its_average_and_no_other_as_it_was(lerp_, dtype, online_dtype, bad) -> None:
+def test_nan_or_inf_in_the_weights_leaves_its_element_of_the_average_unchanged_and_no_other(
+    lerp_, dtype, online_dtype, bad
+) -> None:
     if online_dtype.is_complex and not dtype.is_complex:
         pytest.skip("a complex weight has no real average")
     sizes = [SCRATCH_ELEMENTS + 5, 3, 1_000_003]
@@ -190,7 +192,7 @@ def test_a_backward_pass_through_an_average_that_has_moved_is_an_error(lerp_, dt
         loss.backward()
 
 
-def test_only_what_is_not_finite_now_is_counted(kernel) -> None:
+def test_an_update_counts_only_the_tensors_that_have_nan_or_inf_in_it(kernel) -> None:
     averages, online = [torch.ones(3) for _ in range(3)], [torch.ones(3) for _ in range(3)]
     left_out = torch.zeros((), dtype=torch.int64)
     update = KERNELS[kernel](averages, online, places(averages), left_out)
@@ -377,7 +379,7 @@ def test_updating_shards_that_tile_a_tensor_equals_updating_the_whole(
         assert torch.equal(shard, whole[cut])
 
 
-def test_a_shard_of_a_tensor_of_more_than_2_to_the_33_elements_is_rounded_alike_by_both_kernels() -> None:
+def test_a_shard_of_a_tensor_of_more_than_2_to_the_33_elements_has_the_same_bits_from_both_kernels() -> None:
     # Where the counter of the random bits overflows 32 bits.
     for offset, rows in (((2**33 - 40,), 100), ((2**34 - 500_000,), 1_000_000), ((5 * 2**33 + 7,), 50)):
         averages = [torch.ones(rows, dtype=torch.bfloat16) for _ in KERNELS]
@@ -457,7 +459,7 @@ class Stopping:
         return self.line
 
 
-def test_an_exchange_that_is_interrupted_anywhere_goes_back_even_if_that_is_interrupted_too(exchange_of) -> None:
+def test_an_exchange_that_is_interrupted_anywhere_is_undone_even_if_that_is_interrupted_too(exchange_of) -> None:
     left, right = pairs()
     old_left, old_right = [t.clone() for t in left], [t.clone() for t in right]
     with Stopping() as all_of_it:
@@ -480,7 +482,7 @@ def test_an_exchange_that_is_interrupted_anywhere_goes_back_even_if_that_is_inte
             assert same(right, old_right)
 
 
-def test_an_exchange_that_is_interrupted_may_go_on(exchange_of) -> None:
+def test_an_exchange_that_is_interrupted_may_be_completed(exchange_of) -> None:
     left, right = pairs()
     old_left, old_right = [t.clone() for t in left], [t.clone() for t in right]
     for first in range(1, 40, 3):
@@ -533,7 +535,7 @@ def test_the_pieces_of_a_large_tensor_are_rounded_by_different_random_bits(lerp_
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of memory that operations give back and did not get."""
+    """Counts the bytes of memory that operations allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -677,7 +679,7 @@ def test_a_group_of_which_nothing_moves_as_it_should_is_moved_alone() -> None:
     assert all(torch.equal(average, torch.ones_like(average)) for average in averages)
 
 
-def test_a_large_tensor_with_holes_is_rounded_as_without() -> None:
+def test_a_large_tensor_that_is_not_dense_is_rounded_as_a_dense_one() -> None:
     for shape in ((3, 500, 900), (2, 2 * SCRATCH_ELEMENTS + 2)):
         average, online = (torch.rand(shape).bfloat16()[..., ::2] for _ in range(2))
         dense = average.contiguous()
@@ -686,7 +688,7 @@ def test_a_large_tensor_with_holes_is_rounded_as_without() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_update_of_what_is_laid_out_otherwise_allocates_at_most_pieces_at_a_time(kernel, dtype) -> None:
+def test_an_update_of_tensors_with_different_layouts_allocates_at_most_pieces(kernel, dtype) -> None:
     average, online = torch.ones(8, SCRATCH_ELEMENTS, dtype=dtype), torch.ones(SCRATCH_ELEMENTS, 8).t()
     for bad in (1.0, math.nan):
         online[3, 5] = bad

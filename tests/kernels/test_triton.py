@@ -148,7 +148,7 @@ def test_very_large_and_very_small_values_come_out_as_torch_has_them(lerp_, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_averages_that_are_not_finite_come_out_as_torch_has_them(lerp_, dtype) -> None:
+def test_averages_with_nan_or_inf_have_the_bits_that_torch_gives(lerp_, dtype) -> None:
     bad = [float("nan"), float("inf"), -float("inf"), -0.0]
     for weight in (0.0, 0.3, 0.9, 1 - 2**-25, 1.0):
         ours, theirs = (torch.tensor(bad * 33, dtype=dtype) for _ in range(2))
@@ -158,7 +158,7 @@ def test_averages_that_are_not_finite_come_out_as_torch_has_them(lerp_, dtype) -
         assert same_bits([ours], [theirs])
 
 
-def test_a_value_that_is_not_finite_leaves_its_average_as_it_was_and_counts_its_tensor_once_an_update(
+def test_nan_or_inf_in_the_weights_leaves_the_average_unchanged_and_counts_its_tensor_once_an_update(
     interpreted,
 ) -> None:
     averages, online = [torch.ones(150), torch.ones(3), torch.ones(64)], [torch.full((n,), 2.0) for n in (150, 3, 64)]
@@ -179,7 +179,7 @@ def test_a_value_that_is_not_finite_leaves_its_average_as_it_was_and_counts_its_
 
 
 @pytest.mark.parametrize("cut", [(5, 40), (8, 19), (0, 64)])
-def test_a_tensor_at_any_address_is_moved_alike(lerp_, cut) -> None:
+def test_a_tensor_at_any_address_has_the_bits_that_torch_gives(lerp_, cut) -> None:
     ours, theirs, online = (torch.linspace(0, end, 200).bfloat16()[slice(*cut)] for end in (3, 3, 5))
     lerp_([ours], [online], 0.3, [Place(3)])
     in_torch([theirs], [online], 0.3, [Place(3)])
@@ -468,7 +468,7 @@ def test_an_update_waits_for_nothing_and_allocates_nothing(dtype) -> None:
         for number in range(1, 20):
             lerp(1 / (number + 1), number)
         after = torch.cuda.memory_stats()["allocation.all.allocated"]
-        kernels.lerp_(*gpu, 0.5, places(gpu[0]))  # made anew, it does not wait either
+        kernels.lerp_(*gpu, 0.5, places(gpu[0]))  # a new one does not wait either
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert after == before
