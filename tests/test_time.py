@@ -1,4 +1,7 @@
+import copy
+import dataclasses
 import math
+import pickle
 from datetime import timedelta
 
 import numpy as np
@@ -247,3 +250,36 @@ def test_reprs_of_times_and_timestamps_evaluate_to_what_they_are_of() -> None:
     names = {"Timestamp": Timestamp, "Time": Time}
     assert eval(repr(now), names) == now
     assert eval(repr(now.sample), names) == now.sample
+
+
+def test_a_timestamp_holds_plain_numbers() -> None:
+    now = Timestamp(epoch="2ep").to_next_batch(samples=Time(8, "sp"), tokens=np.int64(3)).to_next_epoch()
+    assert {type(number) for number in vars(now).values()} <= {int, float}
+    assert (now.epoch, now.sample, now.token) == (Time(3, "ep"), Time(8, "sp"), Time(3, "tok"))
+    with pytest.raises(TimeError, match=r"sample must be in sp \(got 1ba\)"):
+        now.to_next_batch(samples=Time(1, "ba"))
+
+
+def test_counting_a_batch_makes_no_time_objects(monkeypatch) -> None:
+    now = Timestamp(epoch_length=4)
+    monkeypatch.setattr(Time, "__post_init__", lambda self: pytest.fail("a Time was made"))
+    later = now.to_next_batch(samples=8, tokens=16, seconds=0.5)
+    assert [later.elapsed(unit) for unit in ("ba", "sp", "tok", "sec", "ep")] == [1.0, 8.0, 16.0, 0.5, 0.25]
+    assert later.in_epoch
+    assert not later.ends_epoch
+
+
+def test_a_timestamp_can_be_pickled_and_copied_and_stays_as_it_is() -> None:
+    now = Timestamp(epoch_length=4).to_next_batch(samples=8, seconds=0.5)
+    for other in (pickle.loads(pickle.dumps(now)), copy.deepcopy(now), dataclasses.replace(now)):
+        assert other == now
+        assert vars(other) == vars(now)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        now.batch = Time(2, "ba")
+
+
+def test_a_pickle_of_a_timestamp_that_held_times_is_read() -> None:
+    now = Timestamp(epoch_length=4).to_next_batch(samples=8, seconds=0.5)
+    other = Timestamp.__new__(Timestamp)
+    other.__setstate__([getattr(now, field.name) for field in dataclasses.fields(Timestamp)])
+    assert other == now

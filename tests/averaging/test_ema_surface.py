@@ -31,7 +31,7 @@ from polyak import (
 )
 from polyak.algorithm import NoLogger
 from polyak.averaging.schedule import Schedule, convert
-from polyak.training.loop import LoopState
+from polyak.training.state import LoopState
 
 
 def at(model: nn.Module, batch: int = 0, epoch: int = 0, *, length: int | None = None, run: str | None = None):

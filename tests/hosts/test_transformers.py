@@ -337,7 +337,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path) -> None:
     with pytest.raises(ValueError, match="there can be one"):
         run(tmp_path, [EMA("4ba"), EMA("8ba")])
     session.trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
-    for flag, name in (("is_fsdp_enabled", "the first FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
+    for flag, name in (("is_fsdp_enabled", "FSDP1"), ("is_deepspeed_enabled", "DeepSpeed")):
         setattr(session.trainer, flag, True)
         with pytest.raises(NotImplementedError, match=f"under {name} it does not"):
             session.fit()

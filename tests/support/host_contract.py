@@ -466,10 +466,8 @@ class HostContract:
     def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(self, tmp_path) -> None:
         self.needs("kill")
         plan = Plan(save_every=6)
-        call = (
-            f"import host_contract; host_contract.die({type(self).__module__.rpartition('.')[2]!r}, {str(tmp_path)!r})"
-        )
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(["tests", *filter(None, sys.path)])}
+        call = f"import host_contract; host_contract.die({type(self).__module__!r}, {str(tmp_path)!r})"
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(
             [sys.executable, "-c", call],
             cwd=ROOT,

@@ -25,6 +25,7 @@ from polyak.storage.safetensors import TensorInfo
 from polyak.tensors.slots import slots, unwrap
 from polyak.time import Timestamp
 from polyak.training.loop import Loop
+from polyak.training.state import LoopState
 
 
 class Whole:
@@ -32,7 +33,7 @@ class Whole:
 
     def __init__(self, model: torch.nn.Module, recorder: Recorder) -> None:
         self.model = Reference(unwrap(model), None)._model
-        self.loop = Loop([recorder], self.model)
+        self.loop = Loop([recorder], LoopState(self.model))
         self.begun = False
 
     @torch.no_grad()

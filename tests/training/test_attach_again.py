@@ -42,7 +42,7 @@ class Model(nn.Module):
 class Counts(Algorithm):
     """Averages nothing, but says that it does; has a state, and can be copied."""
 
-    lends = True
+    swaps = True
 
     def __init__(self) -> None:
         self.batches, self.model = 0, None
@@ -58,7 +58,7 @@ class Counts(Algorithm):
 class Notes(Counts):
     """The same, but with effects of its own."""
 
-    lends = False
+    swaps = False
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[torch.Tensor]:

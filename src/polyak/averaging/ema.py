@@ -184,7 +184,7 @@ class EMA(Algorithm):
         ``composer.algorithms.EMA``.
     """
 
-    lends = True
+    swaps = True
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The host for loops of one's own: it counts the steps of a torch optimizer by its step hooks."""
+"""``attach`` for training loops of your own: it counts the steps of a torch optimizer by its step hooks."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from polyak.algorithm import Algorithm, MetricLogger
 from polyak.time import Time
 from polyak.training.attached import Attached
+from polyak.training.options import LoopOptions
 
 
 def attach(
@@ -21,7 +22,7 @@ def attach(
     tokens_per_step: int = 0,
     logger: MetricLogger | None = None,
 ) -> Attached:
-    """Let algorithms follow a training loop of one's own.
+    """Let algorithms follow a training loop of your own.
 
     One step of the optimizer is one batch. Steps that mixed precision skips, and steps without gradients, do not
     count. Give the numbers below for the units that your half-life needs; batches need none.
@@ -29,24 +30,24 @@ def attach(
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several.
         model: The model in training. In its ``DistributedDataParallel``, or sharded by ``fully_shard`` or tensor
-            parallelism, all ranks must lend the average at the same moments, and are compared then.
+            parallelism, all ranks must swap the average in at the same moments, and are compared then.
         optimizer: The optimizer of its parameters; of several, the one that steps last in a batch, when all weights
             have moved; of one that wraps another, as Lookahead, the wrapper. None if no step of one optimizer is a
             batch, as where each parameter has its own that steps within the backward pass: then call ``step`` of what
             this returns, once after each batch.
-        max_duration: How long the loop will go on, for times in ``dur`` and for warnings about the plan.
+        max_duration: The length of the run, for times in ``dur`` and for warnings about the plan.
         steps_per_epoch: Steps in an epoch, for times in ``ep``.
         samples_per_step: Samples in a step, for times in ``sp``.
         tokens_per_step: Tokens in a step, for times in ``tok``.
-        logger: Where the algorithms log, such as ``TensorBoardLogger`` or whatever has its method ``log_metrics``.
+        logger: Where the algorithms log, such as ``TensorBoardLogger`` or anything with its method ``log_metrics``.
 
     Raises:
         TimeError: If ``max_duration`` is no time, or a time of an algorithm is in a unit that is not counted.
         ProfileError: If a profile is in a unit that is not counted.
-        OptimizerError: If the optimizer does not run torch's step hooks, as a class of one's own or a list, or does not
-            step the model's parameters but float32 masters of them, as DeepSpeed, Megatron and apex do.
-        ValueError: If more than one of the algorithms lends an average.
-        NotImplementedError: If the model's parameters are not whole in this process (DeepSpeed's ZeRO-3,
+        OptimizerError: If the optimizer does not run torch's step hooks, as a list or a custom class may not, or steps
+            float32 masters instead of the model's parameters, as DeepSpeed, Megatron and apex do.
+        ArgumentError: If more than one of the algorithms swaps an average in, or a number below is not one.
+        NotImplementedError: If this process does not hold the model's parameters as they are (DeepSpeed's ZeRO-3,
             ``FullyShardedDataParallel``).
 
     Example:
@@ -62,13 +63,11 @@ def attach(
         >>> with ema.applied():
         ...     loss = model(torch.ones(4, 2)).square().mean()
     """
-    return Attached(
-        algorithms,
-        model,
-        optimizer,
+    options = LoopOptions(
         max_duration=max_duration,
         steps_per_epoch=steps_per_epoch,
         samples_per_step=samples_per_step,
         tokens_per_step=tokens_per_step,
         logger=logger,
     )
+    return Attached(algorithms, model, optimizer, options)

@@ -43,7 +43,9 @@ def before_step(optimizer: Optimizer) -> None:
     """
     for guard in guards:
         guard(optimizer)
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    count = 0
+    for group in optimizer.param_groups:
+        count += len(group["params"])
     known, frozen = _seen.get(optimizer, (-1, []))
     if count != known:
         frozen = [parameter for group in optimizer.param_groups for parameter in group["params"]]

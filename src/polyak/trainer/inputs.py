@@ -209,10 +209,10 @@ def check_algorithms(algorithms: list[Any]) -> None:
             name = type(one).__name__
             advice = f"this {name} is for Composer's trainer: `from polyak import {name}` for this one"
         require(isinstance(one, Algorithm), "algorithms", "instances of polyak.Algorithm", one, advice)
-    if sum(algorithm.lends for algorithm in algorithms) > 1:
+    if sum(algorithm.swaps for algorithm in algorithms) > 1:
         raise ArgumentError(
             "algorithms must swap in at most one average: a model can hold one at a time, so there can be one such "
-            f"algorithm (got {[algorithm for algorithm in algorithms if algorithm.lends]}); train once for each, or "
+            f"algorithm (got {[algorithm for algorithm in algorithms if algorithm.swaps]}); train once for each, or "
             "use a Recorder and choose afterwards"
         )
 
