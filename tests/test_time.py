@@ -194,7 +194,7 @@ def test_the_clock_reads_the_same_at_the_last_batch_of_an_epoch_and_after_it() -
 
 
 def test_a_timestamp_names_what_it_cannot_tell() -> None:
-    with pytest.raises(TimeError, match="dur needs a run of known length"):
+    with pytest.raises(TimeError, match="dur needs a run whose max_duration is known"):
         Timestamp().elapsed("dur")
     with pytest.raises(TimeError, match="unit must be one of"):
         Timestamp().get("dur")

@@ -140,7 +140,7 @@ def check_one_swaps(swapping: Sequence[object]) -> None:
     """
     if len(swapping) > 1:
         raise ArgumentError(
-            "a model can hold one average at a time, so only one of the algorithms may swap one in (got "
+            "a model can hold one average at a time, so there can be one algorithm that swaps one in (got "
             f"{list(swapping)}); to compare averages, attach them to separate runs"
         )
 
@@ -169,7 +169,7 @@ def check_algorithms(algorithms: Sequence[object]) -> None:
 
 
 def check_event(event: object, name: str) -> None:
-    """Check that an event is one of ours, for algorithms of which Composer's trainer has a class of its own.
+    """Check that an event is one of polyak's, for algorithms of which there is another class for Composer's trainer.
 
     Args:
         event: As given.

@@ -169,7 +169,7 @@ def test_epochs_and_shares_of_the_run_need_to_be_known() -> None:
     with pytest.raises(ProfileError, match="the loop must count ep"):
         Loop(EMA(half_life="2ep", update_interval="1ba")).run(1)
     for times in ({"half_life": "0.5dur"}, {"ema_start": "0.5dur"}, {"update_interval": "0.1dur"}):
-        with pytest.raises(TimeError, match="times in dur need a run of known length"):
+        with pytest.raises(TimeError, match="times in dur need a run whose max_duration is known"):
             Loop(EMA(**{"half_life": "1ba", **times})).run(1)
 
 

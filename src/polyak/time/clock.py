@@ -184,7 +184,7 @@ class Timestamp:
         if unit != TimeUnit.DURATION:
             raise _unknown_unit(unit)
         if max_duration is None:
-            raise TimeError("a time in dur needs a run of known length: give max_duration, or use another unit")
+            raise TimeError("a time in dur needs a run whose max_duration is known: give one, or use another unit")
         return self.elapsed(max_duration.unit) / max_duration.value
 
     def intervals(self, interval: Time, max_duration: Time | None = None) -> int:

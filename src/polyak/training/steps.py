@@ -85,7 +85,7 @@ class StepHooks:
             if nested:
                 return
         # A closure computes new gradients, so those from before do not matter.
-        has_closure = (len(args) > 1 and any(map(callable, args[1:]))) or any(map(callable, kwargs.values()))
+        has_closure = len(args) + len(kwargs) > 1 and any(map(callable, (*args[1:], *kwargs.values())))
         graded = not has_closure and _has_gradients(optimizer)
         versions = [] if graded or self._keeps_gradients else _versions(optimizer)
         self._call = _Call(frame, rehearsal, graded, versions)
