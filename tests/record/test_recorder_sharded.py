@@ -198,7 +198,7 @@ def test_what_the_disk_refuses_one_rank_ends_training_on_all_and_the_record_is_a
             assert f"failed on rank {rank}: writing" in message
             assert "make room on the disk and continue" in message
         elif where:
-            assert "the first rank must succeed for all" in message
+            assert "rank 0 must succeed for all ranks" in message
     record = Record(tmp_path / "sharded" / "record")
     record.verify()
     assert record.stretches[0].end.updates == 2

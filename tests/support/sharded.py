@@ -446,7 +446,7 @@ def is_apart(times: int) -> list[int]:
     assert ranks is not None
     found = []
     for _ in range(times):
-        apart = ranks.apart()
-        found.append(sum(apart.sums(dist.get_rank())))
-        apart.disband()
+        separate = ranks.separate()
+        found.append(sum(separate.sums(dist.get_rank())))
+        separate.close()
     return found

@@ -87,7 +87,7 @@ def write(folder: Path, meeting: Path, rank: int, size: int, done: int, pipe: in
         )
         mesh = init_device_mesh("cpu", (size,))
         assert dist.group.WORLD is not None
-        ranks = Ranks(dist.group.WORLD, torch.device("cpu"), replicas=False).apart()
+        ranks = Ranks(dist.group.WORLD, torch.device("cpu"), replicas=False).separate()
     os.write(pipe, b"r")  # until here the others would wait as long as processes may take to start
     with Writer(folder, TENSORS, per_level=1, ranks=ranks) as writer:
         for operation in operations(mesh)[done:]:

@@ -206,7 +206,7 @@ def writes_again(folder: str) -> None:
     """Rewind a record and write the same once more, while a pin keeps it and after it was deleted in part."""
     assert dist.group.WORLD is not None
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    ranks = Ranks(dist.group.WORLD, torch.device("cpu"), replicas=False).apart()
+    ranks = Ranks(dist.group.WORLD, torch.device("cpu"), replicas=False).separate()
     with Writer(folder, {"weight": TensorInfo(torch.float32, (9, 4), averaged=True)}, ranks=ranks) as writer:
 
         def append(n: int) -> None:

@@ -1,7 +1,6 @@
 """``Record``: what can be read out of a record once it is on disk, one tensor at a time."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from polyak.profiles import Profile
 from polyak.record.files import Box, StretchFile, check_content, check_size, hash_in, open_stretch, whole
 from polyak.record.fitting import Fit, error_estimate, finest, fit, warn_of_error
 from polyak.record.manifest import Stretch, load_manifest
+from polyak.storage.atomic import replacing
 from polyak.storage.safetensors import TensorInfo, cast, disk_errors, write_tensors
 from polyak.time import Time
 
@@ -162,14 +162,13 @@ class Record:
         }
         names = {name: name for name in self.tensors} | dict(self.aliases)
         infos = {name: _averaged_as(self.tensors[kept], dtype) for name, kept in names.items()}
-        passing = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with disk_errors(f"exporting to {path}"), self._opened(fitted.stretches) as files:
 
             def read(name: str) -> Tensor:
                 return _combined(files, names[name], self.tensors[names[name]], fitted.coefficients)
 
-            write_tensors(passing, infos, read, metadata)
-            passing.replace(path)
+            with replacing(path) as temporary:
+                write_tensors(temporary, infos, read, metadata)
 
     def verify(self) -> None:
         """Read all files, also those that are kept for checkpoints, and compare them with the hashes in the manifest.

@@ -186,7 +186,7 @@ class Recorder(Algorithm):
         if self._ranks is None:
             act()
         elif self._ranks.replicas:
-            self._ranks.first(act)
+            self._ranks.on_rank_0(act)
         else:
             self._ranks.each("what is recorded", act)
 
@@ -252,7 +252,7 @@ class Recorder(Algorithm):
             max_duration=state.max_duration,
             aliases=_aliases(state.model, mean.averages),
             # A group of their own: what the thread sends must not mix with the messages of training.
-            ranks=self._ranks.apart() if self._ranks is not None and self._sharded else None,
+            ranks=self._ranks.separate() if self._ranks is not None and self._sharded else None,
             # What is there is of a run that nobody can resume, and that this one must not destroy.
             anew=self.num_updates == 0 and self._loaded is None and getattr(state, "found_no_checkpoint", False),
         )

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from polyak.errors import MismatchError, PlanWarning, RecordError
 from polyak.record.files import PASSING, Box, Read, Source, Written, check_size, open_stretch
+from polyak.record.lock import RecordLock
 from polyak.record.manifest import MANIFEST, STRETCH_FILE, Edge, Manifest, Pin, Stretch, load_manifest
 from polyak.sharding import Ranks, local
-from polyak.storage.lock import Lock
-from polyak.storage.safetensors import TensorInfo, disk_errors, flush_folder, write_tensors
+from polyak.storage.atomic import flush_folder, replacing
+from polyak.storage.safetensors import TensorInfo, disk_errors, write_tensors
 from polyak.time import Time
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class Writer:
         anew: bool = False,
     ) -> None:
         self.folder = Path(folder).absolute()  # for good, also if the program changes its directory
-        self._lock: Lock | None = None
+        self._lock: RecordLock | None = None
         self._writers = Alone() if ranks is None else _together(ranks)
         try:
             wanted = Manifest(dict(tensors), per_level, max_duration, dict(aliases or {}))
@@ -136,7 +137,7 @@ class Writer:
     def _opened(self, wanted: Manifest, *, anew: bool) -> Manifest:
         with disk_errors(f"opening {self.folder} to record"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self.folder)
+            self._lock = RecordLock(self.folder)
             if anew:
                 move_to_backup(self.folder)
             return self._open(wanted)
@@ -355,14 +356,8 @@ class Writer:
         """Put ``manifest`` in the place of the one on disk, then delete what it no longer names."""
         self._check_lock()
         flush_folder(self.folder)  # so that no manifest is on disk before the files it names
-        passing = self.folder / f"{MANIFEST}{PASSING}"
-        with passing.open("w", encoding="utf-8") as file:
+        with replacing(self.folder / MANIFEST, exclusive=True) as path, path.open("w", encoding="utf-8") as file:
             file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        passing.replace(self.folder / MANIFEST)
-        with suppress(OSError):  # it is in place; all that is open is whether a power cut would bring back the last one
-            flush_folder(self.folder)
         self._clean(manifest)
 
     @contextmanager

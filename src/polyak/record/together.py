@@ -24,7 +24,8 @@ from torch.futures import Future
 from polyak.errors import RecordError
 from polyak.record.files import OFFSETS, PARTS, PASSING, PLACES, Source, Written
 from polyak.sharding import Ranks
-from polyak.storage.safetensors import TensorInfo, disk_errors, flush_folder, write_tensors
+from polyak.storage.atomic import flush, flush_folder
+from polyak.storage.safetensors import TensorInfo, disk_errors, write_tensors
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ class Together:
         Raises:
             ShardingError: On the others, if it failed.
         """
-        return self._ranks.first(act)
+        return self._ranks.on_rank_0(act)
 
     def agree(self, what: str, facts: Mapping[str, Any]) -> None:
         """Check that all say the same.
@@ -101,7 +102,7 @@ class Together:
 
     def close(self) -> None:
         """Let the group go."""
-        self._ranks.disband()
+        self._ranks.close()
 
 
 class _Planner(DefaultSavePlanner):
@@ -208,8 +209,7 @@ class _Parts(StorageWriter):
             text = json.dumps(listed, indent=1).encode() + b"\n"
             with (self._passing / PARTS).open("wb") as file:
                 file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+                flush(file)
             flush_folder(self._passing)
         size_bytes = sum(part.size_in_bytes for part in parts)
         metadata.state_dict_metadata = {}  # it would be sent to all

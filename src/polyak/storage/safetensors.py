@@ -8,7 +8,6 @@ import ctypes
 import errno
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import RecordError
+from polyak.storage.atomic import flush
 
 # The names that safetensors gives to dtypes.
 DTYPES = {
@@ -132,12 +132,13 @@ def _raw(tensor: Tensor) -> memoryview:
 def write_tensors(
     path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Write a safetensors file and see that it is on disk; return its size in bytes and its SHA-256.
+    """Write a safetensors file and flush it to the disk; return its size in bytes and its SHA-256.
 
     Args:
-        path: Where. If writing fails, nothing stays there.
+        path: A temporary name. If writing fails, nothing stays there.
         tensors: What is written. The same tensors give the same bytes.
-        read: Gives each tensor by name when its turn comes; it is cast to the dtype in ``tensors``.
+        read: Returns a tensor by name. It is called for one at a time, and the result is cast to its dtype in
+            ``tensors``.
         metadata: For the header.
 
     Raises:
@@ -157,29 +158,12 @@ def write_tensors(
                 digest.update(raw)
                 file.write(raw)
                 del raw, tensor  # before the next one is read
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
             return file.tell(), digest.hexdigest()
     except BaseException:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         raise
-
-
-def flush_folder(folder: Path) -> None:
-    """See that the names in a folder are on disk.
-
-    Args:
-        folder: Which.
-
-    Raises:
-        OSError: If the disk refuses.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @torch.no_grad()

@@ -238,13 +238,11 @@ class Loop:
             folder: To be made, in that of the checkpoint that is being written.
             weights: Whether to save the model's weights with it: where the rest of the checkpoint has averaged ones.
         """
-        import torch.distributed.checkpoint as dcp  # noqa: PLC0415  half a second that few need
+        from polyak.sharding import dcp  # noqa: PLC0415  half a second that few need
 
         self.state.saving_to = folder.parent
         try:
-            # Of what ranks have of their own, such as buffers, the first one's is saved.
-            planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-            dcp.save(self._parts(weights), checkpoint_id=folder, planner=planner)
+            dcp.save(self._parts(weights), folder)
         finally:
             self.state.saving_to = None
 
@@ -258,10 +256,10 @@ class Loop:
         Raises:
             CheckpointError: If it is the state of other algorithms.
         """
-        import torch.distributed.checkpoint as dcp  # noqa: PLC0415  see above
+        from polyak.sharding import dcp  # noqa: PLC0415  see above
 
         state = self._parts(weights)
-        dcp.load(state, checkpoint_id=folder)
+        dcp.load(state, folder)
         self.load_state_dict(state["loop"])
 
     def _parts(self, weights: bool) -> dict[str, Any]:
