@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from polyak.errors import PlanWarning, ProfileError, TimeError
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
 from polyak.record import Edge, Record, Stretch, Writer, coefficients, error_estimate, finest, fit, shares
-from polyak.record.store import due
+from polyak.record.writer import due
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time, Timestamp
 
@@ -253,7 +253,7 @@ def test_a_warm_up_takes_no_longer_than_the_run_is_long() -> None:
 )
 def test_a_profile_finer_than_the_record_is_refused_with_the_number(profile) -> None:
     with pytest.raises(
-        ProfileError, match=r"tells half-lives of 8 updates or more \(got .*, whose median age is [\d.]+"
+        ProfileError, match=r"resolves half-lives of 8 updates or more \(got .*, whose median age is [\d.]+"
     ):
         coefficients(profile, stretches())
 
@@ -286,7 +286,7 @@ def test_a_clock_that_stood_still_is_refused() -> None:
         coefficients(HalfLife("100tok"), stretches())
     with pytest.raises(TimeError, match="max_duration"):
         coefficients(HalfLife("0.1dur"), stretches())
-    with pytest.raises(ProfileError, match="at least one stretch"):
+    with pytest.raises(ProfileError, match="at least one segment"):
         coefficients(HalfLife("100ba"), [])
 
 

@@ -19,7 +19,7 @@ import polyak.storage.lock
 from polyak.errors import MismatchError, RecordError
 from polyak.profiles import Uniform
 from polyak.record import Edge, Record, Writer, load_manifest
-from polyak.record.store import due
+from polyak.record.writer import due
 from polyak.storage.safetensors import TensorInfo, write_tensors
 from polyak.time import Time, Timestamp
 
@@ -469,7 +469,7 @@ def test_what_a_killed_writer_left_is_deleted_and_other_files_are_not(tmp_path) 
 def test_stretches_without_a_manifest_are_not_deleted(tmp_path) -> None:
     record(tmp_path, 2)
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(RecordError, match=r"must have a manifest.json for its 2 stretches"):
+    with pytest.raises(RecordError, match=r"must have a manifest.json for its 2 segments"):
         Writer(tmp_path, TENSORS)
     assert len(stretch_files(tmp_path)) == 2
     with pytest.raises(RecordError, match="there is none in"):
@@ -497,7 +497,7 @@ def test_a_foreign_file_of_the_same_size_is_reported(tmp_path) -> None:
     path = tmp_path / stretch_files(tmp_path)[1]
     original = path.read_bytes()
     path.write_bytes(original.replace(b"layer.weight", b"other.weight"))
-    with pytest.raises(RecordError, match=r"\['layer.weight', 'other.weight'\]\): it is foreign"):
+    with pytest.raises(RecordError, match=r"\['layer.weight', 'other.weight'\]\): restore it"):
         Record(tmp_path).average(Uniform())
     path.write_bytes(b"x" * len(original))
     with pytest.raises(RecordError, match="must be a safetensors file"):

@@ -205,7 +205,7 @@ def test_a_forked_process_does_not_hold_the_lock_of_a_run_that_ended(tmp_path) -
         with pytest.raises(RecordError, match=f"process {os.getpid()} is writing"):
             Writer(tmp_path / "a", TENSORS)  # the child has let go of nothing that is not its own
         for one in (writer, *others):
-            one._lock._close()  # as the end of a process does, which unlocks nothing by itself
+            one._files._lock._lock._close()  # as the end of a process does, which unlocks nothing by itself
         for name in "abc":
             Writer(tmp_path / name, TENSORS).close()
     finally:
@@ -233,7 +233,7 @@ def in_a_fork(act) -> str:
 
 def test_a_forked_process_writes_nothing_and_leaves_the_lock_to_the_run(tmp_path) -> None:
     loop = Loop(short(tmp_path / "record")).run(6)
-    writer = loop.recorder._appender.writer
+    writer = loop.recorder._recording.queue.appender.writer
     for act in (lambda: loop.run(4), loop.attached.state_dict, lambda: writer.pin("a")):
         assert "forked from it" in in_a_fork(act)
     for act in (writer.close, loop.attached.detach, loop.recorder.close, lambda: leave(loop.attached)):
@@ -324,7 +324,8 @@ def test_what_a_disk_refuses_for_a_while_is_written_later(tmp_path, monkeypatch,
         except RecordError as refused:
             said.append((i, str(refused)))
             loop.history.append({name: t.detach().double() for name, t in loop.model.state_dict().items()})
-        loop.recorder._appender._thread.finish(int)  # what the thread has to do meets the disk of this update
+        # What the thread has to do meets the disk of this update.
+        loop.recorder._recording.queue.appender._thread.finish(int)
     loop.attached.detach()
     found = edges(tmp_path)
     assert found[-1] == 30
@@ -347,11 +348,11 @@ def test_no_more_than_one_stretch_is_in_memory_while_the_disk_is_full(tmp_path, 
         loop.run(4)
     with pytest.raises(RecordError):
         loop.run(4)
-    kept = loop.recorder._open_stretch.before
+    kept = loop.recorder._recording.queue.open.before
     for _ in range(20):
         with pytest.raises(RecordError):
             loop.run(1)
-        assert loop.recorder._open_stretch.before is kept
+        assert loop.recorder._recording.queue.open.before is kept
     disk.error = None
     loop.run(1).attached.detach()
     assert edges(tmp_path)[-1] == loop.recorder.num_updates
@@ -360,7 +361,7 @@ def test_no_more_than_one_stretch_is_in_memory_while_the_disk_is_full(tmp_path, 
 def test_close_writes_what_the_end_of_a_run_could_not(tmp_path, monkeypatch) -> None:
     disk = Disk(monkeypatch)
     loop = Loop(short(tmp_path)).run(10)
-    loop.recorder._wait()
+    loop.recorder._recording.queue.wait()
     disk.error = errno.ENOSPC
     with pytest.raises(RecordError, match="No space"):
         loop.attached.detach()
@@ -398,7 +399,7 @@ def test_a_run_that_a_full_disk_ended_is_continued_by_fit(tmp_path, monkeypatch)
 def test_a_run_that_an_error_ends_says_that_its_last_stretch_is_still_in_memory(tmp_path, monkeypatch) -> None:
     disk = Disk(monkeypatch)
     loop = Loop(short(tmp_path)).run(6)
-    loop.recorder._wait()
+    loop.recorder._recording.queue.wait()
     warned = pytest.warns(PlanWarning, match=r"kept in memory: close\(\) of the Recorder tries again")
     with warned, pytest.raises(KeyboardInterrupt), loop.attached:
         disk.error = errno.ENOSPC
@@ -459,7 +460,7 @@ def interrupted(n: int, ends: tuple[str, ...]):
     return trace
 
 
-FILES = ("polyak/record/appender.py", "polyak/background.py", "polyak/record/lock.py")
+FILES = ("polyak/record/appender.py", "polyak/background.py", "polyak/record/lock.py", "polyak/storage/lock.py")
 
 
 def test_an_interrupt_at_any_line_of_the_recording_leaves_one_unbroken_row(tmp_path) -> None:
@@ -487,26 +488,33 @@ def test_an_interrupt_at_any_line_of_the_recording_leaves_one_unbroken_row(tmp_p
     assert n > 20
 
 
-def test_a_hand_over_that_is_interrupted_anywhere_ends_the_stretch_once(tmp_path) -> None:
+ENDING = ("polyak/record/recording.py", "polyak/record/queue.py", "polyak/record/appender.py")
+
+
+def test_an_interrupt_at_any_line_of_the_end_of_a_segment_ends_it_once(tmp_path) -> None:
+    ended = 0
     for n in range(1, 400):
         loop = Loop(short(tmp_path / str(n), per_level=None)).run(3)
-        act = loop.recorder._hand_over
-        sys.settrace(interrupted(n, ("polyak/recorder.py", "polyak/record/appender.py")))
+        recording = loop.recorder._recording
+        before = recording.queue.open
+        sys.settrace(interrupted(n, ENDING))
         done = False
         try:
-            act(loop.attached._loop.state.timestamp) if hasattr(loop.attached, "_loop") else None
+            recording._end_segment(recording.state.timestamp)
             done = True
         except Interrupted:
             pass
         finally:
             sys.settrace(None)
+        ended += recording.queue.open is not before
         loop.run(9).attached.detach()
         found = edges(tmp_path / str(n))
         assert found == sorted(set(found)), n
         assert found[-1] == 12, n
         if done:
             break
-    assert n > 5
+    assert 10 < n < 399  # it was interrupted in each line, and in the end not any more
+    assert 1 < ended < n  # before the segment had ended, and after
 
 
 # Damage.

@@ -244,14 +244,14 @@ def test_training_goes_on_while_a_stretch_is_written_and_waits_if_the_next_one_e
         return real(self, *args)
 
     monkeypatch.setattr(Writer, "append", slow)
-    monkeypatch.setattr("polyak.record.recorder._PATIENCE_S", 0.2)
+    monkeypatch.setattr("polyak.record.queue._PATIENCE_S", 0.2)
     loop = Loop(Recorder(tmp_path, "4ba"))
     loop.run(7)  # the first stretch is being written
     assert not release.is_set()
     timer = threading.Timer(1.2, release.set)
     timer.start()
     began = time.perf_counter()
-    with pytest.warns(PlanWarning, match=r"training has waited \d+\.\d s for the disk: a stretch of 4ba"):
+    with pytest.warns(PlanWarning, match=r"training has waited \d+\.\d s for the disk: a segment of 4ba"):
         loop.run(1)
     assert time.perf_counter() - began > 0.5
     loop.run(12).attached.detach()

@@ -211,7 +211,7 @@ def test_what_the_disk_refuses_one_rank_ends_training_on_all_and_the_record_is_a
 
 def test_parts_that_the_first_rank_does_not_see_are_no_stretch(ranks, tmp_path) -> None:
     for said in ranks.run(2, jobs.fails_on, 1, "fsdp", str(tmp_path), "elsewhere"):
-        assert re.search("the first does not see .*00001.safetensors: record to a disk that all machines share", said)
+        assert re.search("rank 0 does not see .*00001.safetensors: record to a disk that all machines share", said)
     assert [s.end.updates for s in Record(tmp_path / "sharded" / "record").stretches] == [2]
 
 

@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import polyak.record.store
+import polyak.record.together
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -16,8 +18,6 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-import polyak.record.store
-import polyak.record.together
 from polyak import Event, Record, Recorder, attach
 from polyak.record import Edge, Writer
 from polyak.sharding import Ranks
@@ -109,7 +109,8 @@ def keeps_a_mean(folder: str) -> tuple[bool, bool, list[str]]:
     """Return whether this rank of DDP has a mean and a writer, and what is in its state."""
     run = Run("ddp", folder)
     run.train(range(3))
-    found = run.recorder._mean is not None, run.recorder._appender is not None
+    recording = run.recorder._recording
+    found = recording._mean is not None, recording.queue.appender is not None
     if dist.get_rank() == 0:
         run.recorder.state_dict()  # the first may take it alone
     state = run.recorder.state_dict()
@@ -121,7 +122,7 @@ def fails_on(rank: int, kind: str, folder: str, how: str = "full") -> str:
     """Let what one rank writes be refused by the disk, or go elsewhere; return the error of this rank."""
     run = Run(kind, folder, per_level=4)
     run.train(range(3))
-    run.recorder._wait()
+    run.recorder._recording.queue.wait()
     module = polyak.record.store if kind == "ddp" else polyak.record.together
     real = module.write_tensors
 
@@ -166,8 +167,8 @@ def is_refused(what: str, kind: str, folder: str) -> str:
         run = Run(kind, folder, **options)
         train(run.model, run.optimizer, range(1))
         if what == "updates":
-            stretch = run.recorder._open_stretch
-            stretch.start = dataclasses.replace(stretch.start, updates=stretch.start.updates + odd)
+            segment = run.recorder._recording.queue.open
+            segment.start = dataclasses.replace(segment.start, updates=segment.start.updates + odd)
             train(run.model, run.optimizer, range(1, 4))
     except Exception as error:
         return f"{type(error).__name__}: {error}"

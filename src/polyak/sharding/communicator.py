@@ -27,10 +27,10 @@ T = TypeVar("T")
 class OneProcess:
     """The communicator of a process that holds its model alone: it sends nothing."""
 
-    group = None
-    rank = 0
-    world_size = 1
-    replicas = True
+    group: None = None
+    rank: int = 0
+    world_size: int = 1
+    replicas: bool = True
 
     def on_rank_0(self, act: Callable[[], T], doing: str = "") -> T:
         """Return what ``act`` returns.
