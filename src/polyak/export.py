@@ -61,10 +61,17 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
     refuse_stage(model, "an export")
     ranks = communicator_of(model)
     ranks.on_every_rank("the export", lambda: _check(folder, model))
+    try:
+        ema.get_ema_model(model)
+        _export(ema, model, folder, ranks, max_file_bytes)
+    finally:
+        ema.get_training_model(model)
+
+
+def _export(ema: EMA, model: nn.Module, folder: Path, ranks: Communicator, max_file_bytes: float) -> None:
     temporary = temporary_path(folder)
     metadata = {"format": "pt", "polyak.algorithm": repr(ema), "polyak.updates": str(ema.num_updates)}
     try:
-        ema.get_ema_model(model)
         tensors = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
         if isinstance(ranks, Ranks):
             agree_on_plain(ranks, {s.name: s.tensor for s in all_slots(model) if s.is_parameter})
@@ -77,8 +84,6 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
             with suppress(OSError):
                 remove(temporary)
         raise
-    finally:
-        ema.get_training_model(model)
 
 
 def _check(folder: Path, model: nn.Module) -> None:

@@ -5,7 +5,7 @@
 
 from polyak.errors import RecordError
 from polyak.record.appender import Appender, Ended
-from polyak.record.files import Box, SegmentFile, check_content, check_size, hash_in, open_segment, whole
+from polyak.record.files import Box, SegmentFile, check_content, check_size, full_box, hash_in, open_segment
 from polyak.record.fitting import Fit, coefficients, error_estimate, finest, fit, shares
 from polyak.record.manifest import Edge, Manifest, Pin, Segment, load_manifest
 from polyak.record.reader import Record
@@ -14,7 +14,7 @@ from polyak.record.writer import Writer
 from polyak.storage.safetensors import TensorInfo, cast, disk_errors, write_tensors
 
 # Earlier names.
-Stretch, StretchFile, open_stretch = Segment, SegmentFile, open_segment
+Stretch, StretchFile, open_stretch, whole = Segment, SegmentFile, open_segment, full_box
 
 __all__ = [
     "Appender",
@@ -41,6 +41,7 @@ __all__ = [
     "error_estimate",
     "finest",
     "fit",
+    "full_box",
     "hash_in",
     "load_manifest",
     "open_segment",

@@ -59,7 +59,7 @@ class _Open:
         return self.handle
 
 
-def whole(shape: Sequence[int]) -> Box:
+def full_box(shape: Sequence[int]) -> Box:
     """Return the box that is all of a tensor.
 
     Args:
@@ -94,7 +94,7 @@ class SegmentFile:
         if box is None and len(stored) == 1:
             return stored[0].file.checked().get_tensor(name)
         info = self._tensors[name]
-        box = whole(info.shape) if box is None else box
+        box = full_box(info.shape) if box is None else box
         found = [(one, common) for one in stored if (common := _common(one.box, box)) is not None]
         if len(found) == 1:
             return _slice(*found[0], name)
@@ -155,7 +155,7 @@ def _where(path: Path, files: Sequence[_Open], tensors: Mapping[str, TensorInfo]
         places = json.loads((handle.metadata() or {}).get(PLACES, "{}"))
         for name in handle.keys():  # noqa: SIM118 (a method, not a dict)
             found, info = handle.get_slice(name), tensors.get(name)
-            box = whole(found.get_shape())
+            box = full_box(found.get_shape())
             if name in places:
                 box = tuple(slice(at, at + b.stop) for at, b in zip(places[name][OFFSETS], box, strict=True))
             if info is None or found.get_dtype() != DTYPE_NAMES[info.dtype] or not _within(box, info.shape):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from polyak.profiles import Profile
-from polyak.record.files import Box, SegmentFile, check_content, check_size, hash_in, open_segment, whole
+from polyak.record.files import Box, SegmentFile, check_content, check_size, full_box, hash_in, open_segment
 from polyak.record.fitting import Fit, error_estimate, finest, fit, warn_of_error
 from polyak.record.manifest import Segment, load_manifest
 from polyak.storage.atomic import replacing
@@ -293,7 +293,7 @@ def _boxes(shape: tuple[int, ...], most: int) -> Iterator[Box | None]:
         return
     rows = max(1, most // prod(shape[1:]))
     for at in range(0, shape[0], rows):
-        yield slice(at, min(at + rows, shape[0])), *whole(shape[1:])
+        yield slice(at, min(at + rows, shape[0])), *full_box(shape[1:])
 
 
 def _flat(tensor: Tensor) -> Tensor:

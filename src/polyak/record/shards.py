@@ -48,7 +48,7 @@ class ShardFiles:
         source: Source,
         metadata: Mapping[str, str],
     ) -> Written:
-        """Write a segment; see ``Output``. Of what several ranks have alike, the lowest of them writes it.
+        """Write a segment; see ``Output``. Equal tensors of several ranks are written by the lowest of them.
 
         Args:
             folder: The folder of the record.

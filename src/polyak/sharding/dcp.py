@@ -1,7 +1,7 @@
 """Saving and loading of sharded tensors by ``torch.distributed.checkpoint`` (DCP): the only place that calls it.
 
-Importing it takes half a second, so it is imported where it is used. Each rank writes its own shards. What several
-ranks have alike, such as buffers, is written by rank 0.
+Importing it takes half a second, so it is imported where it is used. Each rank writes its own shards. Tensors that
+several ranks have, such as buffers, are written by rank 0.
 """
 
 import warnings

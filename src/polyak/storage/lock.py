@@ -33,7 +33,7 @@ class Lock:
         busy: Returns the error for when another writer holds the lock, from words for that writer: "process 1234", or
             "another process" if its id is not known.
         foreign: Returns the error for when ``path`` is not a lock file of polyak, from what it is. None locks a folder
-            or file that has a content of its own.
+            or file that has other content.
 
     Raises:
         OSError: If ``path`` cannot be opened. And what ``busy`` and ``foreign`` return.
