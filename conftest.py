@@ -8,6 +8,7 @@ from contextlib import ExitStack, chdir
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
 from typing import Any
 
+import torch
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.doctest import DocTestParser
@@ -25,6 +26,8 @@ def _enter(namespace: dict[str, Any]) -> None:
 
 def _leave(namespace: dict[str, Any]) -> None:
     namespace.pop(_HERE).close()
+    if torch.distributed.is_initialized():  # by an example of several ranks, here of one
+        torch.distributed.destroy_process_group()
 
 
 _docstrings = Sybil(

@@ -1,4 +1,4 @@
-"""The README's table of what each host guarantees, made from what the contract asks of it.
+"""The table of what each integration guarantees, in docs/integrations.md, made from what the contract asks of it.
 
 ``python tests/test_guarantees.py`` writes it anew.
 """
@@ -12,24 +12,24 @@ import pytest
 from host_contract import CAPABILITIES, why_not
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "integrations.md"
 HOSTS = {
-    "native": "[`Trainer`](#with-the-trainer)",
-    "plain": "[plain loop](docs/hosts/plain.md)",
-    "transformers": "[Transformers](docs/hosts/transformers.md)",
-    "accelerate": "[Accelerate](docs/hosts/accelerate.md)",
-    "lightning": "[Lightning](docs/hosts/lightning.md)",
-    "fabric": "[Fabric](docs/hosts/fabric.md)",
-    "ignite": "[Ignite](docs/hosts/ignite.md)",
-    "composer": "[Composer](docs/hosts/composer.md)",
+    "native": "[`Trainer`](trainer.md)",
+    "plain": "[plain loop](hosts/plain.md)",
+    "transformers": "[Transformers](hosts/transformers.md)",
+    "accelerate": "[Accelerate](hosts/accelerate.md)",
+    "lightning": "[Lightning](hosts/lightning.md)",
+    "fabric": "[Fabric](hosts/fabric.md)",
+    "ignite": "[Ignite](hosts/ignite.md)",
+    "composer": "[Composer](hosts/composer.md)",
 }
 NOT = "what-it-does-not-do"
 
-pytestmark = pytest.mark.skipif(not README.exists(), reason="the documentation is not here")
+pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the documentation is not here")
 
 
 def lacks(name: str) -> Mapping[str, str]:
-    """Read from a test file what its host lacks, without the framework, which may not be installed."""
+    """Read from a test file what its integration lacks, without the framework, which may not be installed."""
     tree = ast.parse((ROOT / "tests" / "hosts" / f"test_{name}.py").read_text(encoding="utf-8"))
     (found,) = (
         node.value
@@ -41,18 +41,18 @@ def lacks(name: str) -> Mapping[str, str]:
 
 def table() -> str:
     def cell(name: str, capability: str) -> str:
-        return f"[no](docs/hosts/{name}.md#{NOT})" if why_not(capability, lacks(name)) else "yes"
+        return f"[no](hosts/{name}.md#{NOT})" if why_not(capability, lacks(name)) else "yes"
 
     lines = [["", *HOSTS.values()], ["---", *(":---:" for _ in HOSTS)]]
     lines += [[text, *(cell(name, key) for name in HOSTS)] for key, text in CAPABILITIES.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def test_the_table_in_the_readme_says_what_the_contract_holds_each_host_to() -> None:
-    assert table() in README.read_text(encoding="utf-8")
+def test_the_table_of_integrations_says_what_the_contract_holds_each_to() -> None:
+    assert table() in PAGE.read_text(encoding="utf-8")
 
 
-def test_each_host_that_is_tested_is_in_the_table() -> None:
+def test_each_integration_that_is_tested_is_in_the_table() -> None:
     assert {
         path.stem.removeprefix("test_")
         for path in (ROOT / "tests" / "hosts").glob("*.py")
@@ -61,7 +61,7 @@ def test_each_host_that_is_tested_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTS if name != "native"])
-def test_the_page_of_a_host_says_what_it_lacks_and_why(name: str) -> None:
+def test_the_page_of_an_integration_says_what_it_lacks_and_why(name: str) -> None:
     page = " ".join((ROOT / "docs" / "hosts" / f"{name}.md").read_text(encoding="utf-8").split()).replace("`", "")
     _, heading, missing = page.partition("## What it does not do")
     assert heading
@@ -70,7 +70,7 @@ def test_the_page_of_a_host_says_what_it_lacks_and_why(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTS if name != "native"])
-def test_the_page_of_a_host_has_a_complete_script_of_less_than_forty_lines(name: str) -> None:
+def test_the_page_of_an_integration_has_a_complete_script_of_less_than_forty_lines(name: str) -> None:
     page = (ROOT / "docs" / "hosts" / f"{name}.md").read_text(encoding="utf-8")
     scripts = re.findall("```python\n(.*?)```", page, re.DOTALL)
     assert "import" in scripts[0]
@@ -78,5 +78,5 @@ def test_the_page_of_a_host_has_a_complete_script_of_less_than_forty_lines(name:
 
 
 if __name__ == "__main__":
-    text = README.read_text(encoding="utf-8")
-    README.write_text(re.sub(r"^\|  \| \[`Trainer.*?\n\n", lambda _: table() + "\n", text, flags=re.S | re.M))
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(re.sub(r"^\|  \| \[`Trainer.*?\n\n", lambda _: table() + "\n", text, flags=re.S | re.M))

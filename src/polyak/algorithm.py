@@ -114,6 +114,23 @@ def check_algorithms(algorithms: Sequence[object]) -> None:
         )
 
 
+def check_event(event: object, name: str) -> None:
+    """Check that an event is one of ours, for algorithms of which Composer's trainer has a class of its own.
+
+    Args:
+        event: As given.
+        name: Of the algorithm's class.
+
+    Raises:
+        ArgumentError: If it is not; it says what to import.
+    """
+    if not isinstance(event, Event):
+        raise ArgumentError(
+            f"the event must be one of polyak's (got {event!r} of {type(event).__module__}); in MosaicML Composer's "
+            f"trainer, use the {name} made for it: `from polyak.hosts.composer import {name}`"
+        )
+
+
 # These copy functions without a name, too.
 _BY_VALUE = {"copy", "cloudpickle", "dill"}
 

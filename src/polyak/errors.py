@@ -90,6 +90,10 @@ class ShardingError(PolyakError, RuntimeError):
     """Ranks that disagree, or what cannot be done where each has but a part of the model."""
 
 
+class MissingExtraError(PolyakError, ImportError):
+    """A library that is needed and not installed; the message names the extra of polyak that brings it."""
+
+
 class OptimizerError(PolyakError, TypeError):
     """An optimizer whose steps cannot be counted, or after whose step the model does not have its new weights yet."""
 

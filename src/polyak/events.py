@@ -18,6 +18,7 @@ class Event(StrEnum):
 
         INIT, BEFORE_LOAD, AFTER_LOAD
         FIT_START
+          ITERATION_START
           EPOCH_START
             BEFORE_DATALOADER, next batch, AFTER_DATALOADER
             BATCH_START
@@ -28,6 +29,7 @@ class Event(StrEnum):
             BATCH_END, [evaluation if due], BATCH_CHECKPOINT, [save if due]
           timestamp -> next epoch
           EPOCH_END, [evaluation if due], EPOCH_CHECKPOINT, [save if due]
+          timestamp -> next iteration, ITERATION_END, ITERATION_CHECKPOINT: in loops with iterations of several epochs
         FIT_END
         evaluation: EVAL_BEFORE_ALL, {EVAL_START .. EVAL_END} per data set, EVAL_AFTER_ALL
         alone:      EVAL_STANDALONE_START, {EVAL_START .. EVAL_END} per data set, EVAL_STANDALONE_END
@@ -38,7 +40,8 @@ class Event(StrEnum):
     At ``AFTER_TRAIN_BATCH`` the gradients of the whole batch are complete and unscaled: this is where they are clipped.
     Integrations fire the events that their framework has; those inside a batch (``is_inner``) only ``Trainer`` fires.
 
-    There is no EPOCH_END where the run ends inside an epoch. Three are ours. ``SAVE_START`` and ``SAVE_END``
+    There is no EPOCH_END where the run ends inside an epoch. A run of ``Trainer`` is one iteration, as by default in
+    Composer: it begins before the first epoch and does not end. Three are ours. ``SAVE_START`` and ``SAVE_END``
     surround the taking of any checkpoint, so that an algorithm need not guess whether a saver is due. ``EXCEPTION``
     is fired when the loop is left by an exception of any kind: whoever has lent something takes it back.
     """
@@ -47,6 +50,7 @@ class Event(StrEnum):
     BEFORE_LOAD = "before_load"
     AFTER_LOAD = "after_load"
     FIT_START = "fit_start"
+    ITERATION_START = "iteration_start"
     EPOCH_START = "epoch_start"
     BEFORE_DATALOADER = "before_dataloader"
     AFTER_DATALOADER = "after_dataloader"
@@ -63,6 +67,8 @@ class Event(StrEnum):
     BATCH_CHECKPOINT = "batch_checkpoint"
     EPOCH_END = "epoch_end"
     EPOCH_CHECKPOINT = "epoch_checkpoint"
+    ITERATION_END = "iteration_end"
+    ITERATION_CHECKPOINT = "iteration_checkpoint"
     FIT_END = "fit_end"
     EVAL_BEFORE_ALL = "eval_before_all"
     EVAL_START = "eval_start"

@@ -69,7 +69,7 @@ class NativeSession:
 class NativeHost:
     lacks: Mapping[str, str] = {}
     golden = """
-        init before_load after_load fit_start
+        init before_load after_load fit_start iteration_start
         epoch_start batch_start batch_end batch_checkpoint
         batch_start batch_end batch_checkpoint save_start save_end
         epoch_end eval_before_all eval_start eval_end eval_after_all epoch_checkpoint

@@ -9,6 +9,7 @@ import loops
 import pytest
 import torch
 import torchmetrics
+from paths import ROOT
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -27,6 +28,7 @@ from polyak import (
     Trainer,
 )
 from polyak.trainer.loggers import Destination
+from tests import composer_suite
 
 
 class Trace(Callback):
@@ -79,7 +81,7 @@ BATCH = [
 EVAL_BATCH = ["eval_batch_start", "eval_before_forward", "eval_after_forward", "eval_batch_end"]
 EVAL = ["eval_before_all", "eval_start", *EVAL_BATCH, *EVAL_BATCH, "eval_end", "eval_after_all"]
 EPOCH = ["epoch_start", *BATCH, *BATCH, "before_dataloader", "epoch_end", *EVAL, "epoch_checkpoint"]
-GOLDEN = ["init", "before_load", "after_load", "fit_start", *EPOCH, *EPOCH, "fit_end"]
+GOLDEN = ["init", "before_load", "after_load", "fit_start", "iteration_start", *EPOCH, *EPOCH, "fit_end"]
 
 
 def test_the_events_inside_a_batch_come_in_composers_order():
@@ -130,8 +132,28 @@ def test_the_trace_of_a_run_is_that_of_composers_trainer(duration, interval):
         progress_bar=False,
     ).fit()
     build(duration, n=2, eval_dataloader=batches(1), eval_interval=interval, callbacks=ours).fit()
-    only_theirs = ("iteration_start", "iteration_end", "iteration_checkpoint")
-    assert ours.events == [event for event in theirs.events if event not in only_theirs]
+    assert ours.events == theirs.events
+
+
+def test_the_page_has_a_row_for_each_of_composers_tests_of_time_that_differs():
+    page = ROOT / "docs" / "composer.md"
+    if not page.exists():
+        pytest.skip("the documentation is not here")
+    text = page.read_text(encoding="utf-8")
+    assert [name for name in composer_suite.DIFFERENT if f"| `{name}" not in text] == []
+
+
+def test_an_iteration_begins_with_the_clock_and_not_where_a_run_continues(tmp_path):
+    trace = Trace()
+    trainer = build("1ep", n=2, callbacks=trace)
+    trainer.fit()
+    trainer.fit(duration="1ep")
+    trainer.save_checkpoint(tmp_path / "x.pt")
+    build("3ep", n=2, callbacks=trace, load_path=tmp_path / "x.pt").fit()
+    assert (trace.events.count("iteration_start"), trace.events.count("epoch_start")) == (1, 3)
+    trainer.fit(duration="1ep", reset_time=True)
+    assert trace.events.count("iteration_start") == 2
+    assert "iteration_end" not in trace.events
 
 
 def test_events_know_what_they_are_as_composers_do():

@@ -37,19 +37,20 @@ def other_optimizer() -> torch.optim.Optimizer:
 
 def text_file(folder: Path) -> Path:
     (folder / "notes.txt").write_text("not a checkpoint")
-    return folder / "notes.txt"
+    return Path("notes.txt")
 
 
 def weights_file(folder: Path) -> Path:
     torch.save(loops.perceptron().state_dict(), folder / "weights.pt")
-    return folder / "weights.pt"
+    return Path("weights.pt")
 
 
 def plateau(model: nn.Module) -> Any:
     return torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-# Argument, what is given, what the error says. `text_file` and `weights_file` are called where the test runs.
+# Argument, what is given, what the error says: docs/trainer-errors.md shows the tables of this file. `text_file` and
+# `weights_file` are called where the test runs.
 WRONG: list[tuple[str, Any, str]] = [
     ("model", "resnet", "model must be a torch.nn.Module .*'resnet'"),
     ("model", nn.Linear, "model must be a torch.nn.Module .*the class Linear.*parentheses"),
@@ -67,26 +68,26 @@ WRONG: list[tuple[str, Any, str]] = [
     ("train_dataloader", generator, "train_dataloader must be .*the function generator"),
     ("train_dataloader", torch.zeros(8, 6), "train_dataloader must be .*Tensor"),
     ("train_dataloader", {"train": DATA}, "train_dataloader must be .*dict"),
-    ("train_dataloader", 5, "train_dataloader must be .*5, a int"),
+    ("train_dataloader", 5, "train_dataloader must be .*5, an int"),
     ("train_dataloader", torch.utils.data.DataLoader, "train_dataloader must be .*the class DataLoader.*parentheses"),
     ("eval_dataloader", "data/eval", "eval_dataloader must be an iterable of batches"),
     ("eval_dataloader", generator(), "eval_dataloader must be .*a generator.*only once"),
     ("eval_dataloader", {"test": generator()}, "the dataloader of test must be .*only once"),
-    ("eval_dataloader", {1: DATA}, "label must be a string"),
+    ("eval_dataloader", {1: DATA}, "the label of an evaluator must be a string"),
     (
         "eval_dataloader",
         [torch.utils.data.DataLoader(loops.dataset()), torch.utils.data.DataLoader(loops.dataset())],
-        "several loaders must have labels .*DataLoader, a DataLoader.*Evaluator",
+        "several loaders in eval_dataloader must have labels .*DataLoader, a DataLoader.*Evaluator",
     ),
     (
         "eval_dataloader",
         [Evaluator(label="a", dataloader=DATA), torch.utils.data.DataLoader(loops.dataset())],
-        "several loaders must have labels .*a DataLoader",
+        "several loaders in eval_dataloader must have labels .*a DataLoader",
     ),
     (
         "eval_dataloader",
         [Evaluator(label="a", dataloader=DATA), Evaluator(label="a", dataloader=DATA)],
-        "labels of evaluators must differ .*a, a",
+        "the labels in eval_dataloader must differ .*'a', 'a'",
     ),
     (
         "eval_dataloader",
@@ -100,26 +101,30 @@ WRONG: list[tuple[str, Any, str]] = [
     ("max_duration", True, "max_duration must be a time.*True"),
     ("max_duration", [1], "max_duration must be a time.*list"),
     ("max_duration", "1_000_ba", "max_duration must be a time.*1_000_ba"),
-    ("max_duration", "4tok", "num_tokens"),
-    ("max_duration", "1iter", "iter"),
+    ("max_duration", "4tok", "max_duration must be .*4tok.*num_tokens="),
+    ("max_duration", "1iter", "max_duration must be in ep, ba, .*1iter"),
     ("max_duration", "0.5dur", "max_duration must be finite"),
-    ("algorithms", "ema", "algorithms must be one or a list"),
+    ("algorithms", "ema", "algorithms must be a polyak.Algorithm or a list .*'ema'"),
     ("algorithms", EMA, "algorithms must be instances .*the class EMA.*parentheses"),
     ("algorithms", [EMA(), EMA()], "there can be one"),
     ("algorithms", lambda event, state: True, "algorithms must be instances .*function"),
-    ("algorithms", (one for one in [EMA()]), "algorithms must be one or a list.*a generator"),
+    ("algorithms", (one for one in [EMA()]), "algorithms must be a polyak.Algorithm or a list .*a generator"),
     ("algorithms", loops.Recorder(), "algorithms must be instances of polyak.Algorithm .*Recorder"),
-    ("optimizers", "adam", "optimizers must be one or a list"),
+    ("optimizers", "adam", "optimizers must be a torch.optim.Optimizer or a list"),
     ("optimizers", torch.optim.SGD, "optimizers must be a torch.optim.Optimizer .*the class SGD"),
-    ("optimizers", loops.perceptron().parameters(), "optimizers must be one or a list.*a generator"),
+    (
+        "optimizers",
+        loops.perceptron().parameters(),
+        "optimizers must be a torch.optim.Optimizer or a list.*a generator",
+    ),
     ("optimizers", lambda: None, "optimizers must be a torch.optim.Optimizer .*function"),
     ("optimizers", other_optimizer(), "optimizers must be over the parameters of the model .*SGD over 4"),
-    ("schedulers", "cosine", "schedulers must be one or a list"),
+    ("schedulers", "cosine", "schedulers must be a scheduler .*or a list"),
     ("schedulers", lambda step: 0.5, "schedulers must be a scheduler .*function"),
     (
         "schedulers",
         torch.optim.lr_scheduler.StepLR(other_optimizer(), 1),
-        "schedulers must be of the optimizers that are given .*StepLR of another SGD",
+        "schedulers must be over the trainer's optimizers .*StepLR over another SGD",
     ),
     ("schedulers", other_optimizer(), "schedulers must be a scheduler .*SGD"),
     ("metrics", [loops.Accuracy()], "metrics must be a mapping"),
@@ -130,21 +135,21 @@ WRONG: list[tuple[str, Any, str]] = [
     ("callbacks", CheckpointSaver, "callbacks must be instances .*the class CheckpointSaver"),
     ("callbacks", lambda state, logger: None, "callbacks must be instances .*function"),
     ("callbacks", EMA(), "callbacks must be instances .*EMA.*algorithms"),
-    ("loggers", "console", "loggers must be one or a list"),
-    ("loggers", Callback(), "loggers must be instances of polyak.Destination .*Callback"),
+    ("loggers", "console", "loggers must be a polyak.Destination or a list"),
+    ("loggers", Callback(), "loggers must be instances of polyak.Destination .*Callback.*callbacks="),
     ("loggers", ConsoleLogger, "loggers must be instances .*the class ConsoleLogger"),
     ("eval_interval", "often", "eval_interval must be a time.*'often'"),
     ("eval_interval", "1.5ba", "eval_interval must be a whole number"),
     ("eval_interval", -1, "eval_interval must be above 0"),
     ("eval_interval", True, "eval_interval must be a time.*True"),
-    ("eval_interval", "4tok", "num_tokens"),
+    ("eval_interval", "4tok", "eval_interval must be .*4tok.*num_tokens="),
     ("eval_interval", Callback, "eval_interval must be a time or a function .*the class Callback"),
     ("eval_weights", "raw", "eval_weights must be .*'raw'"),
     ("log_interval", None, "log_interval must be a time.*None"),
     ("log_interval", 0, "log_interval must be above 0"),
-    ("log_interval", "4tok", "num_tokens"),
-    ("device", "gpu", "device must be one of this machine's .*'gpu'"),
-    ("device", "cuda:99", "device must be one of this machine's .*'cuda:99'"),
+    ("log_interval", "4tok", "log_interval must be .*4tok.*num_tokens="),
+    ("device", "gpu", "device must be a device of this machine .*'gpu'"),
+    ("device", "cuda:99", "device must be a device of this machine .*'cuda:99'"),
     ("precision", "fp8", "precision must be one of fp32, amp_bf16, amp_fp16 .*'fp8'"),
     ("precision", torch.bfloat16, "precision must be one of .*dtype"),
     ("parallelism", "fsdp", "parallelism must be None or one of ddp, fsdp2 .*'fsdp'"),
@@ -160,8 +165,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("run_name", 5, "run_name must be a string"),
     ("progress_bar", "no", "progress_bar must be True or False"),
     ("save_folder", 5, "save_folder must be a path"),
-    ("save_interval", "1ep", "save_interval must be given with save_folder"),
-    ("save_num_checkpoints_to_keep", 2, "save_num_checkpoints_to_keep must be given with save_folder"),
+    ("save_interval", "1ep", "save_interval must be given together with save_folder"),
+    ("save_num_checkpoints_to_keep", 2, "save_num_checkpoints_to_keep must be given together with save_folder"),
     ("load_path", 5, "load_path must be a path"),
     ("load_path", "", "load_path must be a path"),
     ("load_path", "nowhere.pt", r"nowhere\.pt"),
@@ -174,6 +179,30 @@ WRONG: list[tuple[str, Any, str]] = [
     ("autoresume", "latest", "autoresume must be True or False"),
     ("num_samples", 4, "num_samples must be a function"),
     ("num_tokens", "input_ids", "num_tokens must be a function"),
+]
+
+
+# With `save_folder`.
+WRONG_SAVING: list[tuple[str, Any, str]] = [
+    ("save_interval", "often", "save_interval must be a time"),
+    ("save_interval", "0ba", "save_interval must be above 0"),
+    ("save_num_checkpoints_to_keep", 0, "save_num_checkpoints_to_keep must be -1 for all, or at least 1"),
+    ("save_num_checkpoints_to_keep", True, "save_num_checkpoints_to_keep must be"),
+]
+WRONG_EVALUATOR: list[tuple[str, Any, str]] = [
+    ("label", "", "the label of an evaluator must be a string"),
+    ("metric_names", "accuracy", "metric_names must be a list of strings"),
+    ("metric_names", [1], "metric_names must be a list of strings"),
+    ("subset_num_batches", 1.5, "subset_num_batches must be a whole number"),
+    ("eval_interval", "often", "eval_interval must be a time"),
+    ("dataloader", generator(), "the dataloader of x must be .*only once"),
+]
+WRONG_CALL: list[tuple[Callable[[Trainer], object], str]] = [
+    (lambda trainer: trainer.fit(duration="soon"), "duration must be a time"),
+    (lambda trainer: trainer.fit(duration="4tok"), "duration must be .*num_tokens"),
+    (lambda trainer: trainer.fit(generator()), "train_dataloader must be .*only once"),
+    (lambda trainer: trainer.eval("test"), "eval_dataloader must be"),
+    (lambda trainer: trainer.eval([loops.dataset()]), "eval_dataloader must be .*DataLoader"),
 ]
 
 
@@ -191,6 +220,11 @@ def build(**options: Any) -> Trainer:
     return Trainer(model, **(given | options))
 
 
+def at(folder: Path, given: Any) -> Any:
+    """Return what is given, in a folder if it is a file."""
+    return given(folder) if given is text_file or given is weights_file else given
+
+
 @pytest.mark.parametrize(
     ("argument", "given", "words"), WRONG, ids=[f"{argument} {number}" for number, (argument, _, _) in enumerate(WRONG)]
 )
@@ -199,10 +233,9 @@ def test_a_wrong_argument_is_one_error_by_name_before_the_first_batch(argument, 
     calls: list[Any] = []
     hook = nn.modules.module.register_module_forward_pre_hook(lambda *inputs: calls.append(inputs))
     rng = torch.get_rng_state()
-    value = given(tmp_path) if given is text_file or given is weights_file else given
     try:
         with pytest.raises(PolyakError, match=words):
-            build(**{argument: value})
+            build(**{argument: at(tmp_path, given)})
     finally:
         hook.remove()
     assert calls == []
@@ -216,49 +249,19 @@ def test_a_scheduler_that_needs_a_metric_is_refused():
         build(model=model, optimizers=scheduler.optimizer, schedulers=scheduler)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"save_interval": "often"}, "save_interval must be a time"),
-        ({"save_interval": "0ba"}, "save_interval must be above 0"),
-        ({"save_num_checkpoints_to_keep": 0}, "save_num_checkpoints_to_keep must be -1 for all, or at least 1"),
-        ({"save_num_checkpoints_to_keep": True}, "save_num_checkpoints_to_keep must be"),
-    ],
-    ids=loops.label,
-)
-def test_a_wrong_way_of_saving_is_refused(options, words, tmp_path):
+@pytest.mark.parametrize(("argument", "given", "words"), WRONG_SAVING)
+def test_a_wrong_way_of_saving_is_refused(argument, given, words, tmp_path):
     with pytest.raises(PolyakError, match=words):
-        build(save_folder=tmp_path, **options)
+        build(save_folder=tmp_path, **{argument: given})
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"label": ""}, "label must be a string"),
-        ({"metric_names": "accuracy"}, "metric_names must be a list of strings"),
-        ({"metric_names": [1]}, "metric_names must be a list of strings"),
-        ({"subset_num_batches": 1.5}, "subset_num_batches must be a whole number"),
-        ({"eval_interval": "often"}, "eval_interval must be a time"),
-        ({"dataloader": generator()}, "the dataloader of x must be .*only once"),
-    ],
-    ids=["label", "names", "name", "number", "interval", "loader"],
-)
-def test_a_wrong_evaluator_is_refused(options, words):
+@pytest.mark.parametrize(("argument", "given", "words"), WRONG_EVALUATOR)
+def test_a_wrong_evaluator_is_refused(argument, given, words):
     with pytest.raises(PolyakError, match=words):
-        Evaluator(**({"label": "x", "dataloader": DATA} | options))
+        Evaluator(**({"label": "x", "dataloader": DATA} | {argument: given}))
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda trainer: trainer.fit(duration="soon"), "duration must be a time"),
-        (lambda trainer: trainer.fit(duration="4tok"), "num_tokens"),
-        (lambda trainer: trainer.fit(generator()), "train_dataloader must be .*only once"),
-        (lambda trainer: trainer.eval("test"), "eval_dataloader must be"),
-        (lambda trainer: trainer.eval([loops.dataset()]), "eval_dataloader must be .*DataLoader"),
-    ],
-    ids=["time", "unit", "loader", "eval string", "eval data set"],
-)
+@pytest.mark.parametrize(("call", "words"), WRONG_CALL, ids=["time", "unit", "loader", "eval string", "eval data set"])
 def test_a_wrong_argument_of_fit_and_eval_is_refused(call: Callable[[Trainer], object], words):
     trainer = build()
     with pytest.raises(PolyakError, match=words):
@@ -266,10 +269,12 @@ def test_a_wrong_argument_of_fit_and_eval_is_refused(call: Callable[[Trainer], o
     assert trainer.state.timestamp.batch == 0
 
 
-def test_composers_class_of_the_same_name_is_refused_with_the_right_import():
+@pytest.mark.parametrize(("name", "arguments"), [("EMA", ()), ("Recorder", ("record",))])
+def test_an_algorithm_for_composers_trainer_is_refused_with_the_right_import(name, arguments, tmp_path, monkeypatch):
     pytest.importorskip("composer")
-    hosted = importlib.import_module("polyak.hosts.composer").EMA()
-    with pytest.raises(PolyakError, match=r"that EMA is for Composer's trainer: import polyak\.EMA"):
+    monkeypatch.chdir(tmp_path)
+    hosted = getattr(importlib.import_module("polyak.hosts.composer"), name)(*arguments)
+    with pytest.raises(PolyakError, match=rf"this {name} is for Composer's trainer: `from polyak import {name}`"):
         build(algorithms=hosted)
 
 

@@ -93,7 +93,7 @@ def test_the_events_of_a_run_come_in_composers_order(tmp_path):
     trainer.fit()
     batch = ["batch_start", "batch_end", "batch_checkpoint"]
     epoch = ["epoch_start", *batch, *batch, "epoch_end", *EVAL, "epoch_checkpoint", *SAVE]
-    assert trace.events == [*INIT, "fit_start", *epoch, *epoch, "fit_end"]
+    assert trace.events == [*INIT, "fit_start", "iteration_start", *epoch, *epoch, "fit_end"]
 
 
 def test_evaluation_and_saving_by_the_batch_come_between_the_end_and_the_checkpoint_of_one(tmp_path):
@@ -103,7 +103,7 @@ def test_evaluation_and_saving_by_the_batch_come_between_the_end_and_the_checkpo
     one = ["batch_start", "batch_end", "batch_checkpoint"]
     due = ["batch_start", "batch_end", *EVAL, "batch_checkpoint", *SAVE]
     want = ["epoch_start", *one, *due, *one, "epoch_end", "epoch_checkpoint", "epoch_start", *due]
-    assert trace.events == [*INIT, "fit_start", *want, "fit_end"]
+    assert trace.events == [*INIT, "fit_start", "iteration_start", *want, "fit_end"]
 
 
 def test_each_data_set_of_an_evaluation_has_its_own_start_and_end():
@@ -147,7 +147,8 @@ def test_loading_fires_its_events_between_set_up_and_fit(tmp_path):
     assert trace.events == ["init", "before_load", "after_load"]
 
 
-NEVER_IN_FIT = (Event.INIT, Event.BEFORE_LOAD, Event.AFTER_LOAD, Event.EXCEPTION)
+BEFORE_FIT = (Event.INIT, Event.BEFORE_LOAD, Event.AFTER_LOAD)
+NEVER_IN_FIT = (*BEFORE_FIT, Event.ITERATION_END, Event.ITERATION_CHECKPOINT, Event.EXCEPTION)
 
 
 @pytest.mark.parametrize("at", [event for event in Event if event not in NEVER_IN_FIT])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from polyak.algorithm import Algorithm, MetricLogger, NoLogger, check_pickles
+from polyak.algorithm import Algorithm, MetricLogger, NoLogger, check_event, check_pickles
 from polyak.averaging.offload import Offload
 from polyak.averaging.plan import Plan, plan
 from polyak.averaging.schedule import Schedule
@@ -431,7 +431,7 @@ class EMA(Algorithm):
 
     def match(self, event: Event, state: State) -> bool:
         """Return whether to act: at set-up, where an update is due, where the average is swapped in or out."""
-        _check_event(event)
+        check_event(event, "EMA")
         if event in (Event.INIT, Event.FIT_START, Event.FIT_END):
             return True
         if event is (Event.EPOCH_END if self.update_interval.unit is TimeUnit.EPOCH else Event.BATCH_END):
@@ -453,7 +453,7 @@ class EMA(Algorithm):
             TimeError: If an update is to be made and no time has passed since the last.
             LoanError: If an update is to be made and the model does not hold its training weights.
         """
-        _check_event(event)
+        check_event(event, "EMA")
         if event in (Event.INIT, Event.FIT_START) or self._model is None:
             self._bind(state.model)
         if event is Event.FIT_START:
@@ -788,14 +788,6 @@ class EMA(Algorithm):
         self._updated_at = Timestamp.from_state_dict(state["updated_at"]) if state["updated"] else None
         self._decay = state["decay"]
         self._quarantine_warned = shadow.num_quarantined
-
-
-def _check_event(event: object) -> None:
-    if not isinstance(event, Event):
-        raise ArgumentError(
-            f"the event must be one of polyak's (got {event!r} of {type(event).__module__}); in MosaicML Composer's "
-            "trainer, use the EMA made for it: `from polyak.hosts.composer import EMA`"
-        )
 
 
 def _check_options(**given: Any) -> None:

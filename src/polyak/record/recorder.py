@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from polyak.algorithm import Algorithm, MetricLogger, check_pickles
+from polyak.algorithm import Algorithm, MetricLogger, check_event, check_pickles
 from polyak.errors import CheckpointError, CopyError, MismatchError, RecordError
 from polyak.events import Event, State, refuse_uncounted
 from polyak.record.recording import Recording
@@ -111,6 +111,7 @@ class Recorder(Algorithm):
     def match(self, event: Event, state: State) -> bool:
         """Return whether to act: at set-up, after each batch, and at the end of the run."""
         del state
+        check_event(event, "Recorder")
         return event in {Event.INIT, Event.FIT_START, Event.BATCH_END, Event.FIT_END, Event.EXCEPTION}
 
     def apply(self, event: Event, state: State, logger: MetricLogger) -> None:

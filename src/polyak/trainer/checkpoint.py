@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -279,14 +280,17 @@ def _read_rest(path: Path, *, verify: bool) -> dict[str, Any]:
     except PermissionError as error:
         raise CheckpointError(f"{file} must be readable to be loaded ({error}): change its permissions") from error
     except Exception as error:  # what torch raises for a file that is cut off or damaged is not specified
+        # What torch says of a file that it cannot unpickle is a page of advice, to load it unsafely.
+        reason = "torch.load cannot read it" if isinstance(error, UnpicklingError) else error
         raise DamagedCheckpointError(
-            f"{file} must be a checkpoint of polyak.Trainer; it cannot be read: {error}"
+            f"{file} must be a checkpoint of polyak.Trainer ({reason}); it is damaged, or a file of another kind"
         ) from error
     found = checkpoint.get("polyak_checkpoint") if isinstance(checkpoint, dict) else None
     if found not in (_FORMAT, _WITHOUT_CHECKSUMS):
         raise CheckpointError(
-            f"{file} must be a checkpoint of polyak.Trainer in format {_FORMAT}; to begin from other weights, load "
-            "them into the model before"
+            f"{file} must be a checkpoint of polyak.Trainer in format {_FORMAT} (got "
+            f"{'a file of another kind' if found is None else f'format {found!r}'}); to start from other weights, use "
+            "model.load_state_dict before Trainer(...)"
         )
     if found == _FORMAT and not has_checksum:
         raise DamagedCheckpointError(f"{file} must end with its SHA-256, and does not: it is damaged")

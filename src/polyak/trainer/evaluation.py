@@ -55,7 +55,7 @@ class Evaluator:
         eval_interval: "str | Time | int | Question | None" = None,
     ) -> None:
         if not isinstance(label, str) or not label:
-            raise ArgumentError(f"label must be a string that is not empty (got {described(label)})")
+            raise ArgumentError(f"the label of an evaluator must be a string, and not empty (got {described(label)})")
         if isinstance(metric_names, str) or not all(isinstance(name, str) for name in metric_names or ()):
             raise ArgumentError(f"metric_names must be a list of strings (got {metric_names!r})")
         if subset_num_batches is not None and (type(subset_num_batches) is not int or subset_num_batches < -1):
@@ -102,12 +102,12 @@ def evaluators_of(given: Any) -> list[Evaluator]:
         unlabelled = [described(one) for one in given if not isinstance(one, Evaluator)]
         if unlabelled:
             raise ArgumentError(
-                f"several loaders must have labels (got {', '.join(unlabelled)} in a list); give a mapping of labels "
-                "to loaders, or a list of Evaluator(label=, dataloader=)"
+                f"several loaders in eval_dataloader must have labels (got {', '.join(unlabelled)} in a list); give a "
+                "mapping of labels to loaders, or a list of Evaluator(label=, dataloader=)"
             )
         labels = [one.label for one in given]
         if len(set(labels)) < len(labels):
-            raise ArgumentError(f"the labels of evaluators must differ (got {', '.join(labels)})")
+            raise ArgumentError(f"the labels in eval_dataloader must differ (got {', '.join(map(repr, labels))})")
         return list(given)
     return [Evaluator(label="eval", dataloader=check_loader("eval_dataloader", given))]
 

@@ -85,6 +85,8 @@ class Fitting:
         state, fire = self._state, self._engine.fire
         rollback.begin()
         if self._epochs.completed == 0:
+            if state.timestamp.epoch_in_iteration == 0:
+                fire(Event.ITERATION_START)
             fire(Event.EPOCH_START)
         began = time.perf_counter()
         for batch in self._epochs.rest():

@@ -27,6 +27,8 @@ from polyak.trainer.state import Scheduler, countable
 T = TypeVar("T")
 
 _EVAL_WEIGHTS = ("averaged", "both")
+_OPTIMIZER = "a torch.optim.Optimizer"
+_SCHEDULER = "a scheduler of torch.optim.lr_scheduler"
 
 
 def described(given: object) -> str:
@@ -41,9 +43,10 @@ def described(given: object) -> str:
         return "a generator"
     if inspect.isroutine(given):
         return f"the function {given.__name__}"
-    if given is None or isinstance(given, (str, int, float, Path)):
-        return f"{given!r}, a {type(given).__name__}"
-    return f"a {type(given).__name__}"
+    kind = f"{'an' if type(given).__name__[0] in 'aeiouAEIOU' else 'a'} {type(given).__name__}"
+    if given is None or isinstance(given, bool):
+        return repr(given)
+    return f"{given!r}, {kind}" if isinstance(given, (str, int, float, Path)) else kind
 
 
 def require(holds: object, name: str, must: str, given: object, advice: str = "") -> None:
@@ -63,11 +66,21 @@ def require(holds: object, name: str, must: str, given: object, advice: str = ""
         raise ArgumentError(f"{name} must be {must} (got {described(given)}){'; ' if advice else ''}{advice}")
 
 
-def listed(name: str, given: T | Sequence[T] | None) -> list[T]:
+def instance_of(given: object) -> str:
+    """Return the advice for a class that was given in the place of an instance; nothing for anything else.
+
+    Args:
+        given: Anything.
+    """
+    return f"create an instance with parentheses: {given.__name__}(...)" if isinstance(given, type) else ""
+
+
+def listed(name: str, kind: str, given: T | Sequence[T] | None) -> list[T]:
     """Return one or several as a list.
 
     Args:
         name: Of the argument.
+        kind: What one is, for errors.
         given: One, a sequence of several, or None.
 
     Raises:
@@ -78,7 +91,8 @@ def listed(name: str, given: T | Sequence[T] | None) -> list[T]:
     several = not isinstance(given, (str, bytes)) and isinstance(given, Sequence)
     if not several:
         unordered = isinstance(given, (str, bytes, set, frozenset, dict)) or hasattr(given, "__next__")
-        require(not unordered, name, "one or a list of several", given)
+        advice = "make a list of it with list(...)" if hasattr(given, "__next__") else ""
+        require(not unordered, name, f"{kind} or a list of them", given, advice)
     return list(given) if several else [given]
 
 
@@ -118,11 +132,11 @@ class Workers:
             ArgumentError: If one is not what it must be.
         """
         workers = cls(
-            listed("algorithms", algorithms),
-            listed("optimizers", optimizers),
-            listed("schedulers", schedulers),
-            listed("callbacks", callbacks),
-            listed("loggers", loggers),
+            listed("algorithms", "a polyak.Algorithm", algorithms),
+            listed("optimizers", _OPTIMIZER, optimizers),
+            listed("schedulers", _SCHEDULER, schedulers),
+            listed("callbacks", "a polyak.Callback", callbacks),
+            listed("loggers", "a polyak.Destination", loggers),
         )
         check_algorithms(workers.algorithms)
         check_optimizers(workers.optimizers, model)
@@ -141,7 +155,7 @@ def check_model(model: object, loss: object) -> None:
     Raises:
         ArgumentError: If it cannot.
     """
-    advice = "make one of it with parentheses" if isinstance(model, type) else "wrap what you have in one"
+    advice = instance_of(model) or ("wrap it in one" if callable(model) else "build the model first")
     require(isinstance(model, nn.Module), "model", "a torch.nn.Module", model, advice)
     assert isinstance(model, nn.Module)
     own = getattr(unwrap(model), "loss", None)
@@ -149,12 +163,12 @@ def check_model(model: object, loss: object) -> None:
     uses_given = loss is not None and (own is None or isinstance(own, nn.Module))  # which may be only its parts
     if not uses_own and not uses_given:
         raise ArgumentError(
-            "give loss=, a function of (outputs, targets), for a plain module; a model with a method loss(outputs, "
-            f"batch) needs none (got loss={loss!r} and a {type(model).__name__} whose loss is {own!r})"
+            "the trainer must have one loss: give loss=, a function of (outputs, targets), or a model with a method "
+            f"loss(outputs, batch), which needs none (got loss={described(loss)}; the loss of the "
+            f"{type(model).__name__} is {described(own)})"
         )
-    advice = "make one of it with parentheses" if isinstance(loss, type) else ""
     fits = loss is None or (callable(loss) and not isinstance(loss, type))
-    require(fits, "loss", "a function of (outputs, targets)", loss, advice)
+    require(fits, "loss", "a function of (outputs, targets)", loss, instance_of(loss))
     require(not uses_own or callable(own), "the model's loss", "a method loss(outputs, batch)", own)
 
 
@@ -174,8 +188,8 @@ def check_loader(name: str, given: Any) -> Any:
     if hasattr(given, "__next__"):
         require(False, name, must, given, "it gives its batches only once; use a list, or a class with __iter__")
     odd = isinstance(given, (str, bytes, Path, torch.Tensor, Mapping, nn.Module, type))
-    advice = "make one of it with parentheses" if isinstance(given, type) else ""
-    require(not odd and (hasattr(given, "__iter__") or hasattr(given, "__getitem__")), name, must, given, advice)
+    fits = not odd and (hasattr(given, "__iter__") or hasattr(given, "__getitem__"))
+    require(fits, name, must, given, instance_of(given))
     return given
 
 
@@ -190,16 +204,16 @@ def check_algorithms(algorithms: list[Any]) -> None:
     """
     for one in algorithms:
         composers = any(cls.__module__.partition(".")[0] == "composer" for cls in type(one).__mro__)
-        advice = "make one of it with parentheses" if isinstance(one, type) else "derive from polyak.Algorithm"
+        advice = instance_of(one) or "derive its class from polyak.Algorithm"
         if composers:
-            advice = (
-                f"that {type(one).__name__} is for Composer's trainer: import polyak.{type(one).__name__} for this one"
-            )
+            name = type(one).__name__
+            advice = f"this {name} is for Composer's trainer: `from polyak import {name}` for this one"
         require(isinstance(one, Algorithm), "algorithms", "instances of polyak.Algorithm", one, advice)
     if sum(algorithm.lends for algorithm in algorithms) > 1:
         raise ArgumentError(
-            "a model can hold one average at a time, so of the algorithms that swap one in there can be one (got "
-            f"{[algorithm for algorithm in algorithms if algorithm.lends]}); attach them separately to compare"
+            "algorithms must swap in at most one average: a model can hold one at a time, so there can be one such "
+            f"algorithm (got {[algorithm for algorithm in algorithms if algorithm.lends]}); train once for each, or "
+            "use a Recorder and choose afterwards"
         )
 
 
@@ -218,7 +232,7 @@ def check_optimizers(optimizers: list[Any], model: nn.Module) -> None:
     for one in optimizers:
         whole = all(callable(getattr(one, name, None)) for name in ("step", "zero_grad", "state_dict"))
         fits = whole and hasattr(one, "param_groups") and not isinstance(one, type)
-        require(fits, "optimizers", "a torch.optim.Optimizer or a list of them", one, advice)
+        require(fits, "optimizers", f"{_OPTIMIZER} or a list of them", one, advice)
         held = [parameter for group in one.param_groups for parameter in group["params"]]
         if own and held and not any(id(parameter) in own for parameter in held):
             raise ArgumentError(
@@ -240,15 +254,15 @@ def check_schedulers(schedulers: list[Any], optimizers: Sequence[Optimizer]) -> 
     """
     for one in schedulers:
         fits = all(callable(getattr(one, name, None)) for name in ("step", "state_dict", "load_state_dict"))
-        must = "a scheduler of torch.optim.lr_scheduler or a list of them"
-        require(fits and not isinstance(one, (type, Optimizer)), "schedulers", must, one)
+        must = f"{_SCHEDULER} or a list of them"
+        require(fits and not isinstance(one, (type, Optimizer)), "schedulers", must, one, instance_of(one))
         if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau):
             require(False, "schedulers", "ones that need no metric", one, "step it in a callback's eval_end instead")
         theirs = getattr(one, "optimizer", None)
         if theirs is not None and not any(theirs is optimizer for optimizer in optimizers):
             raise ArgumentError(
-                f"schedulers must be of the optimizers that are given (got a {type(one).__name__} of another "
-                f"{type(theirs).__name__}); make it over the optimizer in optimizers="
+                f"schedulers must be over the trainer's optimizers (got a {type(one).__name__} over another "
+                f"{type(theirs).__name__}); make it over the optimizer that optimizers= gets"
             )
 
 
@@ -265,9 +279,11 @@ def check_followers(callbacks: list[Any], loggers: list[Any]) -> None:
     parts = (("callbacks", callbacks, Callback), ("loggers", loggers, Destination))
     for name, given, kind in parts:
         for one in given:
-            advice = "make one of it with parentheses" if isinstance(one, type) else ""
+            advice = instance_of(one) or f"derive its class from polyak.{kind.__name__}"
             if isinstance(one, Algorithm):
-                advice = "give it as one of algorithms"
+                advice = "give it in algorithms="
+            elif isinstance(one, Callback):
+                advice = "give it in callbacks="
             require(isinstance(one, kind), name, f"instances of polyak.{kind.__name__}", one, advice)
 
 
@@ -289,9 +305,8 @@ def check_metrics(metrics: Any, name: str = "metrics") -> dict[str, Any]:
     for key, one in found.items():
         require(isinstance(key, str), name, "named by strings", key)
         fits = all(callable(getattr(one, method, None)) for method in ("update", "compute", "reset"))
-        advice = "make one of it with parentheses" if isinstance(one, type) else ""
         must = "an object with update(outputs, targets), compute() and reset()"
-        require(fits and not isinstance(one, type), f"the metric {key!r}", must, one, advice)
+        require(fits and not isinstance(one, type), f"the metric {key!r}", must, one, instance_of(one))
     return found
 
 
@@ -339,7 +354,7 @@ def duration_of(name: str, given: str | Time | float, counted: frozenset[TimeUni
         ArgumentError: If it has no end.
     """
     span = as_span(name, given, above=0, whole=True, unit=TimeUnit.EPOCH)
-    duration = countable(span, tokens=TimeUnit.TOKEN in counted)
+    duration = countable(name, span, tokens=TimeUnit.TOKEN in counted)
     if math.isinf(duration.value) or duration.unit is TimeUnit.DURATION:
         raise ArgumentError(f"{name} must be finite, and in another unit than dur (got {duration})")
     return duration
@@ -360,7 +375,7 @@ def savers_of(folder: Any, interval: Any, keep: Any) -> Callable[[str], list[Cal
     check_path("save_folder", folder)
     if folder is None:
         for name, given in (("save_interval", interval), ("save_num_checkpoints_to_keep", keep)):
-            require(given is None, name, "given with save_folder", given, "say where to save")
+            require(given is None, name, "given together with save_folder", given, "give save_folder")
         return lambda run_name: []
     fits = keep is None or (_is_whole(keep) and (keep == -1 or keep >= 1))
     require(fits, "save_num_checkpoints_to_keep", "-1 for all, or at least 1", keep)
@@ -387,8 +402,9 @@ def check_device(given: Any) -> None:
     try:
         torch.empty(0, device=torch.device(given))
     except (RuntimeError, TypeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ArgumentError(f"device must be one of this machine's (got {given!r}: {reason}); leave it out") from None
+        raise ArgumentError(
+            f"device must be a device of this machine (got {described(given)}); leave it out for the default"
+        ) from error
 
 
 def check_path(name: str, given: Any) -> None:
@@ -402,7 +418,7 @@ def check_path(name: str, given: Any) -> None:
         ArgumentError: If it is not.
     """
     fits = given is None or (isinstance(given, (str, os.PathLike)) and str(given))
-    require(fits, name, "a path", given)
+    require(fits, name, "a path, and not empty", given)
 
 
 def check_ignored_keys(given: Any) -> None:

@@ -117,10 +117,11 @@ class TrainerState:
 Question = Callable[[TrainerState, Event], Any]
 
 
-def countable(time: Time, *, tokens: bool = True) -> Time:
+def countable(name: str, time: Time, *, tokens: bool = True) -> Time:
     """Return a time that a trainer can count up to.
 
     Args:
+        name: Of the argument, for errors.
         time: In any unit.
         tokens: Whether tokens are counted.
 
@@ -128,9 +129,9 @@ def countable(time: Time, *, tokens: bool = True) -> Time:
         TimeError: If it is in a unit that is not counted.
     """
     if time.unit is TimeUnit.ITERATION:
-        raise TimeError(f"a trainer counts ep, ba, sp, tok and sec, and no iterations (got {time})")
+        raise TimeError(f"{name} must be in ep, ba, sp, tok or sec (got {time}): a trainer counts no iterations")
     if time.unit is TimeUnit.TOKEN and not tokens:
-        raise TimeError(f"times in tok need tokens to be counted: give Trainer num_tokens= (got {time})")
+        raise TimeError(f"{name} must be in a unit that is counted (got {time}); give Trainer num_tokens= for tok")
     return time
 
 
@@ -149,7 +150,7 @@ def question(
         TimeError: If it is no such time.
     """
     span = as_span(name, interval, above=0, whole=True, unit=TimeUnit.EPOCH)
-    return every(countable(span, tokens=counted is None or TimeUnit.TOKEN in counted), at=at)
+    return every(countable(name, span, tokens=counted is None or TimeUnit.TOKEN in counted), at=at)
 
 
 def every(interval: Time, *, at: tuple[Event, Event]) -> Callable[[TrainerState, Event], bool]:
@@ -160,7 +161,7 @@ def every(interval: Time, *, at: tuple[Event, Event]) -> Callable[[TrainerState,
         at: The event for intervals in other units than ``ep``, and the one for those in ``ep``.
     """
     on_batch, on_epoch = at
-    countable(interval)
+    countable("the interval", interval)
 
     def due(state: TrainerState, event: Event) -> bool:
         before, now = state.previous_timestamp, state.timestamp
@@ -168,7 +169,7 @@ def every(interval: Time, *, at: tuple[Event, Event]) -> Callable[[TrainerState,
             return event is on_epoch and now.epoch.value // interval.value > before.epoch.value // interval.value
         if event is not on_batch:
             return False
-        countable(interval, tokens=now.token.value > 0 or now.batch.value == 0)
+        countable("the interval", interval, tokens=now.token.value > 0 or now.batch.value == 0)
         return now.intervals(interval, state.max_duration) > before.intervals(interval, state.max_duration)
 
     return due
