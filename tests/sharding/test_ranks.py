@@ -82,7 +82,7 @@ def test_a_record_refuses_experts_that_are_equal_at_first_and_differ_later(ranks
         assert "sum of the bits of experts: rank 0: " in said[3]
 
 
-def test_experts_in_another_order_are_told_apart(ranks) -> None:
+def test_experts_in_another_order_are_distinguished(ranks) -> None:
     for said in ranks.run(2, jobs.hold_the_same_rows_in_another_order):
         assert "sum of the bits of experts: rank 0: " in said
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
+import polyak.record.together
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint  # once, before forking
@@ -20,7 +21,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-import polyak.record.together
 from polyak.record import Edge, Record, Writer
 from polyak.sharding import Ranks
 from polyak.storage.safetensors import TensorInfo
@@ -72,11 +72,11 @@ def stands(folder: Path) -> tuple[object, ...] | None:
     record = Record(folder)
     record.verify()
     found: list[object] = [{name: len(pin.files) for name, pin in pins.items()}]
-    for stretch in record.stretches:
-        with record.open(stretch) as file:
+    for segment in record.segments:
+        with record.open(segment) as file:
             values = [file.read(name).double().sum().item() for name in record.tensors]
-        found.append((stretch.start.updates, stretch.end.updates, stretch.level, values))
-    return repr(found), len(record.stretches)
+        found.append((segment.start.updates, segment.end.updates, segment.level, values))
+    return repr(found), len(record.segments)
 
 
 def write(folder: Path, meeting: Path, rank: int, size: int, done: int, pipe: int) -> None:

@@ -218,7 +218,7 @@ def writes_again(folder: str) -> None:
         append(0)
         state = writer.state_dict()
         append(1)
-        there = Path(folder) / writer.stretches[1].file
+        there = Path(folder) / writer.segments[1].file
         writer.pin("kept")
         for damaged in (False, True):
             writer.rewind(state)
@@ -233,11 +233,11 @@ def writes_again(folder: str) -> None:
             assert not list(Path(folder).glob("*.tmp"))
 
 
-def loaded_by_dcp(kind: str, folder: str, stretch: str) -> dict[str, torch.Tensor]:
-    """Read a stretch into the shards of this number of ranks by DCP's own reader."""
+def loaded_by_dcp(kind: str, folder: str, segment: str) -> dict[str, torch.Tensor]:
+    """Read a segment into the shards of this number of ranks by DCP's own reader."""
     from sharded import full
 
     model = unwrap(spread(kind))
     tensors = {slot.name: slot.tensor.detach() for slot in slots(model)}
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(Path(folder) / stretch)))
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(Path(folder) / segment)))
     return {name: full(tensor) for name, tensor in tensors.items()}
