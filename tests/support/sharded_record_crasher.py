@@ -13,7 +13,6 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-import polyak.record.together
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint  # once, before forking
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+import polyak.record.shards
 from polyak.record import Edge, Record, Writer
 from polyak.sharding import Ranks
 from polyak.storage.safetensors import TensorInfo

@@ -8,8 +8,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import polyak.record.store
-import polyak.record.together
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -18,6 +16,8 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+import polyak.record.output
+import polyak.record.shards
 from polyak import Event, Record, Recorder, attach
 from polyak.record import Edge, Writer
 from polyak.sharding import Ranks
@@ -123,7 +123,7 @@ def fails_on(rank: int, kind: str, folder: str, how: str = "full") -> str:
     run = Run(kind, folder, per_level=4)
     run.train(range(3))
     run.recorder._recording.queue.wait()
-    module = polyak.record.store if kind == "ddp" else polyak.record.together
+    module = polyak.record.output if kind == "ddp" else polyak.record.shards
     real = module.write_tensors
 
     def fails(path: Path, *args: Any) -> Any:

@@ -1,6 +1,7 @@
 """The lock of a record: one process writes to a folder, and only while the folder is in its place."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 from polyak.errors import RecordError
@@ -23,7 +24,7 @@ class RecordLock:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._lock = Lock(folder / LOCK, self._busy, self._foreign)
+        self._lock = Lock(folder / LOCK, partial(_busy, folder), partial(_foreign, folder))
         self.check()  # the folder may have been moved since the file was opened
 
     def check(self) -> None:
@@ -49,14 +50,16 @@ class RecordLock:
         """Let the next writer in. In a forked process, do nothing."""
         self._lock.release()
 
-    def _busy(self, owner: str) -> RecordError:
-        return RecordError(
-            f"a record must have one writer at a time, and {owner} is writing {self._folder}: wait until it has ended, "
-            "or record to another folder"
-        )
 
-    def _foreign(self, found: str) -> RecordError:
-        return RecordError(
-            f"{self._folder / LOCK} must be the lock file of a record (got {found}), and its content would be lost: "
-            "delete it, or record to another folder"
-        )
+def _busy(folder: Path, owner: str) -> RecordError:
+    return RecordError(
+        f"a record must have one writer at a time, and {owner} is writing {folder}: wait until it has ended, or record "
+        "to another folder"
+    )
+
+
+def _foreign(folder: Path, found: str) -> RecordError:
+    return RecordError(
+        f"{folder / LOCK} must be the lock file of a record (got {found}), and its content would be lost: delete it, or "
+        "record to another folder"
+    )
