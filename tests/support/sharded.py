@@ -438,15 +438,15 @@ def exports(kind: str, folder: str, max_file_bytes: float) -> dict[str, Tensor]:
         return weights(model)
 
 
-def is_apart(times: int) -> list[int]:
-    """Make a group apart, use it and let it go, again and again; return the sums of the ranks in each."""
+def makes_separate_groups(times: int) -> list[int]:
+    """Make a separate group, use it and close it, several times; return the sums of the ranks in each."""
     from polyak.sharding import Ranks
 
     ranks = Ranks.of(spread("fsdp"))
     assert ranks is not None
     found = []
     for _ in range(times):
-        apart = ranks.apart()
-        found.append(sum(apart.sums(dist.get_rank())))
-        apart.disband()
+        separate = ranks.separate()
+        found.append(sum(separate.sums(dist.get_rank())))
+        separate.close()
     return found

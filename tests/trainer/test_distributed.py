@@ -190,7 +190,7 @@ def test_a_checkpoint_that_the_first_rank_cannot_write_is_an_error_on_all(ranks,
     path = tmp_path / "file" / "x"
     (first, back), (other, also_back) = ranks.run(2, partial(runs.fails_to_save, kind, path, tmp_path / "run"))
     assert first.startswith(("FileExistsError", "NotADirectoryError"))
-    assert other.startswith("ShardingError: the first rank could not write")
+    assert other.startswith("ShardingError: rank 0 must succeed for all ranks, and it failed to write")
     assert "file" in other
     assert back
     assert also_back

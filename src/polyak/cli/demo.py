@@ -24,13 +24,14 @@ from torch import nn
 import polyak
 from polyak.averaging.ema import EMA
 from polyak.cli.command import REFUSED, UsageError, require, span, whole
-from polyak.cli.folder import RunFolder, replacing
+from polyak.cli.folder import RunFolder
 from polyak.cli.recipe import NUM_VALIDATION, RECORD_INTERVAL, Digits, build_trainer, load_data, measure
 from polyak.errors import PlanWarning, ProfileError, QuarantineWarning, ShardingError
 from polyak.profiles import HalfLife
 from polyak.record import Record
 from polyak.report.series import Curve, read_curves, update_shares
 from polyak.report.swept import swept
+from polyak.storage.atomic import replacing
 from polyak.storage.safetensors import TensorInfo, write_tensors
 from polyak.sweeping import best, sweep
 from polyak.time import Time, TimeUnit
@@ -114,14 +115,14 @@ def run(arguments: Namespace) -> int:
     folder = RunFolder(arguments.out)
     with ExitStack() as held:
         try:
-            group.once("begin", lambda: _begin(digits, folder, held))
+            group.ranks.on_rank_0(lambda: _begin(digits, folder, held), "begin")
         except ShardingError:
             return REFUSED
         console.print(
             f"Digits, {digits.flipped:.0%} of the training labels wrong. A small network, SGD at a constant learning "
             f"rate, EMA with half-life {digits.half_life}, seed {digits.seed}."
         )
-        if group.first(folder.complete):
+        if group.ranks.from_rank_0(folder.complete):
             console.print(f"{digits.steps} steps are done already; nothing was trained.")
         else:
             _train(digits, folder, console, group, parallelism)
@@ -166,9 +167,9 @@ def _train(
     # Threads cost more than they bring in a network of this size, and their number could change the last bits.
     torch.set_num_threads(1)
     saver = CheckpointSaver(folder.checkpoints, "100ba", keep=2)
-    if group.first(saver.latest() is None and folder.record.exists()):
+    if group.ranks.from_rank_0(saver.latest() is None and folder.record.exists()):
         # Of a run that was killed before it could be gone on with.
-        group.once("remove the record of a run that was killed", lambda: shutil.rmtree(folder.record))
+        group.ranks.on_rank_0(lambda: shutil.rmtree(folder.record), "remove the record of a run that was killed")
     trainer, ema = build_trainer(
         digits,
         callbacks=[saver],
@@ -205,7 +206,7 @@ def _write(digits: Digits, folder: RunFolder, ema: EMA) -> None:
 def _export(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     state = model.state_dict()
     infos = {name: TensorInfo.of(tensor, averaged=True) for name, tensor in state.items()}
-    with replacing(path) as draft:
+    with replacing(path, exclusive=True) as draft:
         write_tensors(draft, infos, state.__getitem__, metadata)
 
 
@@ -263,7 +264,7 @@ def _draw(digits: Digits, folder: RunFolder) -> None:
         half_life=str(digits.half_life),
     )
     for path in (folder.png, folder.svg):
-        with replacing(path) as draft:
+        with replacing(path, exclusive=True) as draft:
             draft.write_bytes(render(figure, path.suffix[1:]))
 
 

@@ -1,6 +1,5 @@
 """The folder of a run of the demo: what is where, for which arguments, and one run at a time."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -10,24 +9,8 @@ from typing import Any
 
 import polyak
 from polyak.cli.command import UsageError
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes the place of ``path`` when the ``with`` block ends without an error.
-
-    Args:
-        path: What will be complete, or as it was.
-    """
-    # One name: what a killed process left is overwritten. The folder's lock keeps others away.
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+from polyak.storage.atomic import replacing
+from polyak.storage.lock import Lock
 
 
 class RunFolder:
@@ -66,16 +49,16 @@ class RunFolder:
             ) from None
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise UsageError(f"--out must be a folder that can be written to, and {self.path} is not; choose another")
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        lock = Lock(self.path, self._busy)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
-        except BlockingIOError:
-            raise UsageError(
-                f"another polyak demo is running in {self.path}; wait until it has ended, or choose another --out"
-            ) from None
         finally:
-            os.close(descriptor)
+            lock.release()
+
+    def _busy(self, owner: str) -> UsageError:
+        return UsageError(
+            f"another polyak demo is running in {self.path} ({owner}); wait until it has ended, or choose another --out"
+        )
 
     def begin(self, arguments: Mapping[str, str | int], recipe: str, *, may_grow: str | None) -> None:
         """See that what is in the folder came from the same arguments, and note them.
@@ -141,8 +124,8 @@ class RunFolder:
             "recipe": recipe,
             "complete": complete,
         }
-        with replacing(self._arguments) as draft:
-            draft.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+        with replacing(self._arguments, exclusive=True) as temporary:
+            temporary.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
 
     def _read(self) -> dict[str, Any] | None:
         try:

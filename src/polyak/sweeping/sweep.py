@@ -22,6 +22,7 @@ from polyak.averaging.batchnorm import update_bn
 from polyak.errors import PlanWarning, ProfileError, RecordError
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Window
 from polyak.record import Record, fit
+from polyak.storage.atomic import replacing, temporary_path
 from polyak.storage.safetensors import TensorInfo, disk_errors, write_tensors
 from polyak.sweeping.grid import grid, narrowed, newest
 from polyak.sweeping.results import EvaluationError, Kept, Result, value_of
@@ -168,18 +169,17 @@ def export(record: Record, profile: Profile, path: str | Path, batchnorm: Batchn
         record.export(profile, path)
         return
     path = Path(path)
-    passing = path.with_name(f"{path.name}.{os.getpid()}.draft")
+    without = temporary_path(path.with_name(f"{path.name}.averaged"), process=os.getpid())
     try:
-        record.export(profile, passing)
-        with safe_open(passing, framework="pt") as file:
+        record.export(profile, without)
+        with safe_open(without, framework="pt") as file:
             metadata = {**file.metadata(), "polyak.batchnorm": "recomputed"}
-        state = _recomputed(load_file(passing), batchnorm)
-        infos = {name: TensorInfo(one.dtype, tuple(one.shape), averaged=False) for name, one in state.items()}
-        with disk_errors(f"exporting to {path}"):
-            write_tensors(passing, infos, state.__getitem__, metadata)
-            passing.replace(path)
+        state = _recomputed(load_file(without), batchnorm)
     finally:
-        passing.unlink(missing_ok=True)
+        without.unlink(missing_ok=True)
+    infos = {name: TensorInfo(one.dtype, tuple(one.shape), averaged=False) for name, one in state.items()}
+    with disk_errors(f"exporting to {path}"), replacing(path) as temporary:
+        write_tensors(temporary, infos, state.__getitem__, metadata)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,7 @@
 """Checkpoints of the trainer: one file each, or a folder where tensors are in shards; written whole or not at all."""
 
 import hashlib
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,8 @@ from polyak.algorithm import MetricLogger
 from polyak.averaging.swap import swap_of
 from polyak.errors import CheckpointError, PlanWarning
 from polyak.events import Event
-from polyak.sharding import is_spread
+from polyak.sharding import OneProcess, is_sharded
+from polyak.storage.atomic import TEMPORARY, new_folder, put, remove, remove_whole, temporary_path
 from polyak.tensors.slots import slots, unwrap
 from polyak.time import Time
 from polyak.trainer import checksums
@@ -124,7 +123,7 @@ def _as_saved(saved: Any, loaded: Any) -> Any:
 
 def _fitted(saved: Mapping[str, Any], ours: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what was saved, with its tensors divided as ours of the same names and shapes are."""
-    if not any(isinstance(value, Tensor) and is_spread(value) for value in (*saved.values(), *ours.values())):
+    if not any(isinstance(value, Tensor) and is_sharded(value) for value in (*saved.values(), *ours.values())):
         return saved
 
     def fits(name: str, value: Any) -> bool:
@@ -162,86 +161,40 @@ def write(checkpoint: Mapping[str, Any], path: Path, group: Group) -> None:
     sharded = dict[str, Tensor]()
     without = _without_sharded(checkpoint, "", sharded)
     rest = {"polyak_checkpoint": _FORMAT, **(without if sharded else checkpoint)}
-    draft = _draft_of(path)
+    temporary = temporary_path(path)
     try:
         if sharded:
-            group.once(f"write {path}", lambda: _begin_folder(draft))
-            _write_shards(sharded, draft)
-            rest[_FILES] = _hashes_of_new(draft, group)
-        group.once(f"write {path}", lambda: _finish(rest, draft, path, folder=bool(sharded)))
+            group.ranks.on_rank_0(lambda: new_folder(temporary), f"write {path}")
+            _write_shards(sharded, temporary)
+            rest[_FILES] = _hashes_of_new(temporary, group)
+        group.ranks.on_rank_0(lambda: _finish(rest, temporary, path, folder=bool(sharded)), f"write {path}")
     except BaseException:
         if group.rank == 0:
-            _discard(draft)
+            remove(temporary)
         raise
 
 
-def _draft_of(path: Path) -> Path:
-    return path.with_name(f".{path.name}.draft")
-
-
-def _begin_folder(draft: Path) -> None:
-    _discard(draft)
-    draft.mkdir(parents=True)
-
-
 def _write_shards(sharded: dict[str, Tensor], folder: Path) -> None:
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415  half a second
+    from polyak.sharding import dcp  # noqa: PLC0415  half a second
 
-    # Copies are the first rank's, as all else.
-    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    dcp.save(sharded, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
+    dcp.save(sharded, folder)
 
 
-def _finish(rest: Mapping[str, Any], draft: Path, path: Path, *, folder: bool) -> None:
-    """Write all but the shards, and give the draft its name."""
+def _finish(rest: Mapping[str, Any], temporary: Path, path: Path, *, folder: bool) -> None:
+    """Write all but the shards, and give the checkpoint its final name."""
     if not folder:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _discard(draft)
-    with (draft / _REST if folder else draft).open("w+b") as file:
+        remove(temporary)
+    with (temporary / _REST if folder else temporary).open("w+b") as file:
         torch.save(rest, file)
         checksums.append(file)
-        file.flush()
-        os.fsync(file.fileno())
-    if folder:
-        _sync(draft)
-    aside = _draft_of(path.with_name(f"{path.name}.old"))
-    if path.is_dir() or (folder and path.exists()):  # which it cannot take the place of in one step
-        _discard(aside)
-        path.replace(aside)
-    draft.replace(path)
-    _sync(path.parent)
-    _discard(aside)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _discard(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint such that no part of it is left under its name, whatever happens meanwhile."""
-    if path.is_dir():
-        draft = _draft_of(path)
-        _discard(draft)
-        path = path.replace(draft)
-    _discard(path)
+    put(temporary, path, over_folder=True)
 
 
 def _without_sharded(value: Any, name: str, sharded: dict[str, Tensor]) -> Any:
     """Return a nested container with what is said of its sharded tensors in their places, and note those by name."""
     if isinstance(value, Tensor):
-        if not is_spread(value):
+        if not is_sharded(value):
             return value
         sharded[name] = value
         return {_SHARDED: name, "shape": tuple(value.shape), "dtype": value.dtype}
@@ -280,7 +233,7 @@ def read(path: Path, group: Group | None = None) -> dict[str, Any]:
         checkpoint = _read_rest(path, verify=group is None or group.rank == 0)
     except CheckpointError as raised:
         error = raised
-    errors = [error] if group is None else group.each(None if error is None else type(error)(str(error)))
+    errors = [error] if group is None else group.ranks.gather(None if error is None else type(error)(str(error)))
     if error is not None:
         raise error
     for other in filter(None, errors):
@@ -350,13 +303,13 @@ def _names(folder: Path) -> list[str]:
 
 def _hashes(folder: Path, names: Sequence[str], group: Group | None) -> dict[str, str]:
     """Return the hashes of files in a folder; each is read by one rank. Of one that cannot be read, return why."""
-    rank, size = (0, 1) if group is None else (group.rank, group.size)
-    own = {name: _hash(folder / name) for name in names[rank::size]}
-    return {name: found for of_rank in ([own] if group is None else group.each(own)) for name, found in of_rank.items()}
+    ranks = OneProcess() if group is None else group.ranks
+    own = {name: _hash(folder / name) for name in names[ranks.rank :: ranks.world_size]}
+    return {name: found for of_rank in ranks.gather(own) for name, found in of_rank.items()}
 
 
 def _hashes_of_new(folder: Path, group: Group) -> dict[str, str]:
-    found = _hashes(folder, group.first(_names(folder) if group.rank == 0 else []), group)
+    found = _hashes(folder, group.ranks.from_rank_0(_names(folder) if group.rank == 0 else []), group)
     unreadable = {name: why for name, why in found.items() if why.startswith(_UNREADABLE)}
     if unreadable:
         raise CheckpointError(f"all ranks must see the files that are written to {folder} (got {unreadable})")
@@ -384,8 +337,9 @@ def _check_files(checkpoint: dict[str, Any], folder: Path, group: Group | None) 
 
 
 def _read_shards(checkpoint: dict[str, Any], folder: Path, group: Group | None) -> dict[str, Any]:
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415  half a second
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+
+    from polyak.sharding import dcp  # noqa: PLC0415  half a second
 
     made = dict[str, Tensor]()
     if group is None or group.kind is None:
@@ -393,12 +347,10 @@ def _read_shards(checkpoint: dict[str, Any], folder: Path, group: Group | None) 
     else:
         mesh = init_device_mesh(group.device.type, (group.size,))
         whole = _with_sharded(checkpoint, lambda shape, dtype: sharding.empty(shape, dtype, mesh), made)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-        try:
-            dcp.load(made, storage_reader=dcp.FileSystemReader(folder), no_dist=group is None or group.kind is None)
-        except (Exception, dcp.CheckpointException) as error:  # the second is no Exception
-            raise DamagedCheckpointError(f"the shards in {folder} cannot be read: {error}") from error
+    try:
+        dcp.load(made, folder, alone=group is None or group.kind is None)
+    except Exception as error:  # what torch raises for a damaged file is not specified
+        raise DamagedCheckpointError(f"the shards in {folder} cannot be read: {error}") from error
     return whole
 
 
@@ -450,8 +402,9 @@ class CheckpointSaver(Callback):
         del logger
         if event is Event.FIT_START and state.rank == 0:
             # What a process left that was killed while it wrote.
-            for draft in self.folder.glob(".ep*-ba*.draft"):
-                _discard(draft)
+            for suffix in (TEMPORARY, ".draft"):  # the second is that of earlier versions
+                for temporary in self.folder.glob(f".ep*-ba*{suffix}"):
+                    remove(temporary)
         # Asked by its truth: it may answer with another library's bool.
         if event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and (
             self.save_interval(state, event) or ends_run(state, event)
@@ -466,7 +419,7 @@ class CheckpointSaver(Callback):
             # What lies ahead is of a run that went further before this one was resumed from an earlier moment.
             passed = [(moment, path) for moment, path in self._saved() if moment <= (now.batch.value, now.epoch.value)]
             for _, path in passed[: -self.keep]:
-                _remove(path)
+                remove_whole(path)
 
     def _saved(self) -> list[tuple[tuple[int, int], Path]]:
         """Return the checkpoints in the folder with their batches and epochs, oldest first."""

@@ -115,8 +115,8 @@ class Epochs:
 
     def _compare(self, batch: Any) -> None:
         """Warn if the ranks, which must draw the same batches, do not."""
-        if self._group.ranks and not self.own_batches:
-            sums = self._group.each(batches.checksum(batch))
+        if self._group.size > 1 and not self.own_batches:
+            sums = self._group.ranks.gather(batches.checksum(batch))
             if len(set(sums)) > 1:
                 warnings.warn(
                     "all ranks must draw the same batches, of which each takes its part, and the first of this epoch "

@@ -288,11 +288,11 @@ class Evaluation:
                     samples += number
                 metrics.update(self._forward.inner, state.batch, state.outputs, counts=counts)
                 fire(Event.EVAL_BATCH_END)
-        total, samples = self._group.totals(total, samples)
+        total, samples = self._group.ranks.totals(total, samples)
         if samples == 0:
             raise ValueError(f"an evaluation needs at least one batch (the data loader of {label!r} gave none)")
         # What follows from the figures must follow on all ranks.
-        figures = self._group.first({"loss": total / samples, **metrics.compute()})
+        figures = self._group.ranks.from_rank_0({"loss": total / samples, **metrics.compute()})
         return {f"{label}/{name}": value for name, value in figures.items()}
 
     def _own_part(self, batch: Any, loader: Iterable[Any]) -> tuple[Any, bool]:
@@ -330,5 +330,5 @@ def drawing_alike(loader: object, group: Group) -> Iterator[None]:
     generators = rng.generators_of(loader)
     with rng.preserved(generators):
         if group.size > 1:
-            rng.set_state(group.first(rng.get_state(generators, gpu=False)), generators)
+            rng.set_state(group.ranks.from_rank_0(rng.get_state(generators, gpu=False)), generators)
         yield

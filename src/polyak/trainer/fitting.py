@@ -113,10 +113,10 @@ class Fitting:
         samples = self._num_samples(batch)
         tokens = self._num_tokens(batch) if self._num_tokens else 0
         seconds = time.perf_counter() - began
-        if self._group.ranks:
+        if self._group.size > 1:
             first = self._group.rank == 0
             own = (samples, tokens) if first or self._epochs.own_batches else (0, 0)
-            samples, tokens, seconds = self._group.totals(*own, seconds if first else 0.0)
+            samples, tokens, seconds = self._group.ranks.totals(*own, seconds if first else 0.0)
         state = self._state
         state.previous_timestamp = state.timestamp
         state.timestamp = state.timestamp.to_next_batch(int(samples), int(tokens), seconds=seconds, steps=int(stepped))

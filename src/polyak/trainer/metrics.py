@@ -91,7 +91,7 @@ class Metrics:
             return
         # What is sent from one GPU would arrive on that GPU.
         sent = batches.to_device((batch, outputs), torch.device("cpu")) if counts else None
-        for seen in self._group.each(sent):
+        for seen in self._group.ranks.gather(sent):
             if seen is not None:
                 for metric in gathered:
                     _update(metric, model, *batches.to_device(seen, self._group.device))

@@ -5,12 +5,12 @@ import os
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from polyak import sharding
 from polyak.errors import PlanWarning, ShardingError
-from polyak.sharding import Ranks, is_fsdp, is_spread, local
+from polyak.sharding import Communicator, OneProcess, Ranks, is_fsdp, is_spread, local
 from polyak.tensors.slots import slots, unwrap
 
 if TYPE_CHECKING:
     from torch.distributed import Store
-
-T = TypeVar("T")
 
 KINDS = ("ddp", "fsdp2")
 # How long a rank waits for the first, as torch's own process groups do.
@@ -35,112 +33,30 @@ _PATIENCE_S = 1800
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train together. All of them must call each of its methods, in one order.
+    """The processes that train together. All of them must call the same methods in the same order.
 
     Args:
         kind: ``"ddp"``, ``"fsdp2"``, or None for a process by itself.
         device: Where this one trains.
-        ranks: What they talk through; None for one process.
+        ranks: How they communicate.
     """
 
     kind: str | None
     device: torch.device
-    ranks: Ranks | None = None
+    ranks: Communicator = field(default_factory=OneProcess)
 
     @property
     def rank(self) -> int:
         """The number of this process among them."""
-        return self.ranks.rank if self.ranks else 0
+        return self.ranks.rank
 
     @property
     def size(self) -> int:
-        """How many they are."""
-        return self.ranks.group.size() if self.ranks else 1
-
-    def first(self, value: T) -> T:
-        """Return what the first one gives.
-
-        Args:
-            value: Anything that can be pickled; only the first one's counts.
-        """
-        if not self.ranks:
-            return value
-        said = [value]
-        torch.distributed.broadcast_object_list(said, group=self.ranks.group, group_src=0)
-        return said[0]
-
-    def each(self, value: T) -> list[T]:
-        """Return what each gives, by rank.
-
-        Args:
-            value: Anything that can be pickled.
-        """
-        if not self.ranks:
-            return [value]
-        said: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(said, value, self.ranks.group)
-        return said
-
-    def to_first(self, value: T) -> list[T]:
-        """Return what each gives, by rank, on the first; an empty list on the others.
-
-        Args:
-            value: Anything that can be pickled.
-        """
-        if not self.ranks:
-            return [value]
-        said: list[Any] = [None] * self.size if self.rank == 0 else []
-        torch.distributed.gather_object(value, said or None, group=self.ranks.group, group_dst=0)
-        return said
-
-    def totals(self, *numbers: float) -> list[float]:
-        """Return the sum of each of some numbers over the ranks; whole ones are exact below 2 ** 53.
-
-        Args:
-            numbers: As many on each rank.
-        """
-        if not self.ranks:
-            return list(numbers)
-        sums = torch.tensor(numbers, dtype=torch.float64, device=self.ranks.device)
-        torch.distributed.all_reduce(sums, group=self.ranks.group)
-        return sums.tolist()
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean of a tensor over the ranks. No device is waited for.
-
-        Args:
-            tensor: Of one shape on all.
-        """
-        if not self.ranks:
-            return tensor
-        mean = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
-        torch.distributed.all_reduce(mean, group=self.ranks.group)
-        return mean / self.size
-
-    def once(self, what: str, act: Callable[[], object]) -> None:
-        """Let the first one act and the others wait; where it raises, all do.
-
-        Args:
-            what: It does, for the error of the others.
-            act: Called on the first.
-
-        Raises:
-            ShardingError: On the others, if the first one's ``act`` raised.
-        """
-        error: BaseException | None = None
-        if self.rank == 0:
-            try:
-                act()
-            except BaseException as raised:
-                error = raised
-        said = self.first(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        if said is not None:
-            raise ShardingError(f"the first rank could not {what} ({said})")
+        """How many processes train together."""
+        return self.ranks.world_size
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give all ranks the first one's buffers: which each has updated from what it has seen.
+        """Give all ranks the buffers of rank 0: each rank has updated them from its own batches.
 
         Args:
             model: Wrapped or not.
@@ -148,13 +64,12 @@ class Group:
         self.share(slot.tensor for slot in slots(model) if not slot.is_parameter and not is_spread(slot.tensor))
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Overwrite tensors with those of the first one.
+        """Overwrite tensors with those of rank 0.
 
         Args:
             tensors: On the group's device, of the same shapes on all.
         """
-        if self.ranks:
-            replace(self.ranks, device=self.device).broadcast(tensors)
+        self.ranks.broadcast(tensors, self.device)
 
 
 def start(parallelism: str | None, model: nn.Module, device: str | torch.device | None) -> Group:
@@ -215,7 +130,7 @@ def join(kind: str | None, device: str | torch.device | None) -> Group:
     assert world is not None
     only_gpu = torch.distributed.get_backend() == torch.distributed.Backend.NCCL
     ranks = Ranks(world, own if only_gpu else torch.device("cpu"), replicas=kind == "ddp")
-    return Group(kind, own, ranks if world.size() > 1 else None)
+    return Group(kind, own, ranks if world.size() > 1 else OneProcess())
 
 
 def _begin(device: torch.device) -> None:

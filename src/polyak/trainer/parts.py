@@ -56,7 +56,7 @@ class Parts:
             options.model.to(self.group.device)
         model = parallel.spread(options.model, self.group, workers.optimizers)
         self._seed = torch.initial_seed()
-        name = self.group.first(checked.run_name)
+        name = self.group.ranks.from_rank_0(checked.run_name)
         callbacks = [*workers.callbacks, *checked.savers(name)]
         loggers = workers.loggers if self.group.rank == 0 else []
         self.stream = rng.Stream(data)
@@ -127,7 +127,7 @@ class Parts:
             evaluation=self.evaluation,
             draw_anew=self._draw_anew,
         )
-        if self.group.ranks:
+        if self.group.size > 1:
             self._agree()
             self._part_random_numbers()
 
@@ -169,7 +169,7 @@ class Parts:
             algorithm.refuse_uncounted(self.state, self.state.counted)
         self.engine.fire(Event.INIT)
         self.state.sharded = self._is_sharded()
-        found: list[Path] = self.group.first(self._saved_checkpoints() if options.autoresume else [])
+        found: list[Path] = self.group.ranks.from_rank_0(self._saved_checkpoints() if options.autoresume else [])
         self.state.found_no_checkpoint = options.autoresume and not found and options.load_path is None
         self.engine.fire(Event.BEFORE_LOAD)
         if found:
@@ -189,7 +189,6 @@ class Parts:
         )
 
     def _agree(self) -> None:
-        assert self.group.ranks is not None
         self.group.ranks.agree(
             "the run",
             {
@@ -203,8 +202,8 @@ class Parts:
 
     def _part_random_numbers(self) -> None:
         """Let all ranks draw one order of the data, and each other numbers in the model."""
-        self._seed = self.group.first(self._seed)
-        shared = self.group.first(self.stream.get_state())
+        self._seed = self.group.ranks.from_rank_0(self._seed)
+        shared = self.group.ranks.from_rank_0(self.stream.get_state())
         if not self.epochs.own_batches:
             self.stream.set_apart(shared)
         self._draw_anew()

@@ -101,9 +101,10 @@ class Checkpoints:
     def _random_states(self) -> dict[str, Any]:
         """Return the states of the ranks' generators, by rank; what all draw alike, once."""
         apart = self._stream.apart
+        ranks = self._group.ranks
         return {
-            "rng": self._group.to_first(rng.get_state(self._stream.generators)),
-            "epoch_rng": [self._epochs.epoch_rng] if apart else self._group.to_first(self._epochs.epoch_rng),
+            "rng": ranks.gather_to_rank_0(rng.get_state(self._stream.generators)),
+            "epoch_rng": [self._epochs.epoch_rng] if apart else ranks.gather_to_rank_0(self._epochs.epoch_rng),
             "data_rng": self._stream.get_state() if apart else None,
         }
 

@@ -81,7 +81,7 @@ class Step:
                 loss = self._run(part, factor)
             total = loss if total is None else total + loss
         assert total is not None
-        state.batch, state.loss = whole, self._group.mean(total)
+        state.batch, state.loss = whole, self._group.ranks.mean(total)
         if self.scaler.is_enabled():
             for optimizer in state.optimizers:
                 self.scaler.unscale_(optimizer)
