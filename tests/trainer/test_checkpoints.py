@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import EMA, CheckpointError, CheckpointSaver, PlanWarning, Trainer
-from polyak.trainer import checkpoint, checksums
+from polyak.trainer import checkpoint, checksums, states
 
 pytestmark = pytest.mark.filterwarnings("ignore:averaging never started:polyak.PlanWarning")
 
@@ -234,7 +234,7 @@ def stepped(cls: type, dtype: torch.dtype, options: dict, resume_at: int) -> tup
             model = model_for(cls, dtype)
             model.load_state_dict(saved["model"])
             optimizer = cls(model.parameters(), **options)
-            checkpoint.load_optimizer(optimizer, saved["optimizer"], checkpoint.saved_dtypes(model, saved["model"]))
+            states.load_optimizer(optimizer, saved["optimizer"], states.saved_dtypes(model, saved["model"]))
         if isinstance(model, nn.Embedding):
             inputs = torch.randint(10, (8,), generator=generator)
         else:
@@ -283,5 +283,5 @@ def test_an_optimizer_state_follows_a_model_that_has_changed_its_dtype() -> None
     old(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     other = torch.optim.Adam(new.parameters())
-    checkpoint.load_optimizer(other, optimizer.state_dict(), checkpoint.saved_dtypes(new, old.state_dict()))
+    states.load_optimizer(other, optimizer.state_dict(), states.saved_dtypes(new, old.state_dict()))
     assert other.state[new.weight]["exp_avg"].dtype is torch.bfloat16

@@ -17,7 +17,8 @@ from torch.utils.data import Subset
 import polyak
 from polyak import CheckpointError, CheckpointSaver, HalfLife, PlanWarning, Record
 from polyak.cli import main
-from polyak.trainer.parallel import _of_this_start, blocks
+from polyak.trainer.parallel import _of_this_start
+from polyak.trainer.wrapping import blocks
 
 
 @pytest.fixture(scope="module")

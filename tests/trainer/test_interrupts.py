@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from polyak import EMA, Callback, CheckpointSaver, Event, PlanWarning, Trainer
-from polyak.trainer.signals import signals_held
+from polyak.trainer.interrupts import signals_held
 
 INSIDE = [
     Event.BEFORE_DATALOADER,

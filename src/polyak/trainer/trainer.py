@@ -1,4 +1,4 @@
-"""The training loop's front door."""
+"""``Trainer``: the native training loop."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,15 +14,20 @@ from polyak.averaging.swap import swap_of
 from polyak.errors import LoanError, PlanWarning
 from polyak.events import Event
 from polyak.time import Time
-from polyak.trainer import batches, inputs, prediction
+from polyak.trainer import batches, inputs
 from polyak.trainer.callback import Callback
-from polyak.trainer.evaluation import Evaluator, evaluators_of
+from polyak.trainer.context import Context
+from polyak.trainer.epochs import Epochs
+from polyak.trainer.evaluation import Evaluation
+from polyak.trainer.evaluators import Evaluator, evaluators_of
+from polyak.trainer.fitting import Fitting
+from polyak.trainer.intervals import Question
 from polyak.trainer.loggers import Destination
 from polyak.trainer.metrics import Metric
 from polyak.trainer.options import Options
-from polyak.trainer.parts import Parts
-from polyak.trainer.state import Question, Scheduler
-from polyak.training import rng
+from polyak.trainer.saving import Checkpoints
+from polyak.trainer.state import Scheduler
+from polyak.trainer.step import Step
 
 
 class Trainer:
@@ -152,16 +157,16 @@ class Trainer:
         num_tokens: Callable[[Any], int] | None = None,
     ) -> None:
         # All arguments, by name.
-        options = Options(**{name: value for name, value in locals().items() if name != "self"})
-        checked = options.checked()
-        if deterministic_mode:
-            rng.use_deterministic_algorithms()
-        if seed is not None:
-            rng.seed_all(seed)
-        self._parts = Parts(options, checked)
+        checked = Options(**{name: value for name, value in locals().items() if name != "self"}).checked()
+        self._context = Context.of(checked)
+        self.state, self.logger = self._context.state, self._context.logger
+        self._epochs = Epochs(self._context, train_dataloader)
+        self._step = Step(self._context, self._epochs, checked)
+        self._evaluation = Evaluation(self._context, checked)
+        self._fitting = Fitting(self._context, self._epochs, self._step, self._evaluation, checked)
+        self._checkpoints = Checkpoints(self._context, self._epochs, self._step, self._evaluation)
         self._fitted = self._closed = False
-        self.state, self.logger = self._parts.state, self._parts.logger
-        self._parts.begin(options)
+        self._checkpoints.begin(checked.given)
 
     # Training
 
@@ -188,14 +193,14 @@ class Trainer:
             LoanError: If the model holds an average.
         """
         if train_dataloader is not None:
-            self._parts.use_data(inputs.check_loader("train_dataloader", train_dataloader))
+            self._epochs.use(inputs.check_loader("train_dataloader", train_dataloader))
         if reset_time:
-            self._parts.reset_time()
+            self._fitting.reset_time()
         if duration is not None:
             longer = inputs.duration_of("duration", duration, self.state.counted)
             self.state.max_duration = self.state.timestamp.get(longer.unit) + longer
         missing = {
-            "train_dataloader": self._parts.epochs.loader is None,
+            "train_dataloader": self._epochs.loader is None,
             "max_duration": self.state.max_duration is None,
             "optimizers": not self.state.optimizers,
         }
@@ -212,7 +217,7 @@ class Trainer:
                 stacklevel=2,
             )
         self._fitted = True
-        self._parts.fitting.run()
+        self._fitting.run()
 
     def eval(
         self,
@@ -231,11 +236,11 @@ class Trainer:
         if not evaluators:
             raise ValueError("an evaluation needs eval_dataloader, here or in Trainer(...)")
         try:
-            self._parts.engine.fire(Event.EVAL_STANDALONE_START)
-            metrics = self._parts.evaluation.run(evaluators)
-            self._parts.engine.fire(Event.EVAL_STANDALONE_END)
+            self._context.loop.fire(Event.EVAL_STANDALONE_START)
+            metrics = self._evaluation.run(evaluators)
+            self._context.loop.fire(Event.EVAL_STANDALONE_END)
         except BaseException:
-            self._parts.engine.fire(Event.EXCEPTION)
+            self._context.loop.fire(Event.EXCEPTION)
             raise
         return metrics
 
@@ -245,7 +250,7 @@ class Trainer:
         Args:
             dataloader: Batches as the model takes them; of a pair, a plain module gets the first, its inputs.
         """
-        return prediction.predict(self._parts, dataloader)
+        return self._evaluation.predict(dataloader)
 
     def close(self) -> None:
         """Let callbacks and loggers finish; the trainer is not used after that. A second call does nothing."""
@@ -268,4 +273,4 @@ class Trainer:
         Raises:
             ShardingError: On the other ranks, if rank 0 could not write; on rank 0, what went wrong.
         """
-        self._parts.checkpoints.save(path)
+        self._checkpoints.save(path)

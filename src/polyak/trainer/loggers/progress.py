@@ -5,7 +5,7 @@ from typing import Any
 
 from polyak.algorithm import MetricLogger
 from polyak.time import Time, Timestamp
-from polyak.trainer.loggers import Destination
+from polyak.trainer.loggers.base import Destination
 from polyak.trainer.state import TrainerState
 
 

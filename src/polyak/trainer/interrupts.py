@@ -1,5 +1,10 @@
-"""What a batch changes before its optimizer step, kept so that an interrupt inside the batch leaves no trace."""
+"""What an interrupt finds: a batch that is complete, or one that has not begun."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -79,3 +84,33 @@ class Rollback:
 
 def _is_unchanged(buffer: Tensor, version: int) -> bool:
     return buffer.numel() > _TRUSTED_ABOVE and buffer._version == version  # noqa: SLF001
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Let the handlers of an interrupt and of a termination run after the block instead of inside it.
+
+    Only the main thread runs handlers, so in other threads nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # One inside the other: where one handler is put back, the other signal is still held.
+    with _held(signal.SIGINT), _held(signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _held(number: int) -> Iterator[None]:
+    handler = signal.getsignal(number)
+    if not callable(handler):
+        yield
+        return
+    came: list[FrameType | None] = []
+    try:
+        signal.signal(number, lambda _, frame: came.append(frame))
+        yield
+    finally:
+        signal.signal(number, handler)
+        if came:
+            handler(number, came[0])
