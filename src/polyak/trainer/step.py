@@ -104,7 +104,7 @@ class Step:
         self.skipped_in_a_row = 0 if stepped else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == _MOST_SKIPPED:
             raise RuntimeError(
-                f"gradients must be finite (got NaN or inf in the last {_MOST_SKIPPED} batches, and skipped their steps); "
+                f"gradients must be finite (got NaN or inf in the last {_MOST_SKIPPED} batches, which made no step); "
                 "check the loss, or use precision='amp_bf16'"
             )
         if stepped and self._schedule_batches:
