@@ -47,13 +47,13 @@ class Algorithm(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "lends" in vars(cls):
-            warnings.warn(f"{cls.__name__}.lends is deprecated; name it swaps", DeprecationWarning, stacklevel=2)
+            warnings.warn(f"`lends` of {cls.__name__} is deprecated; name it `swaps`", DeprecationWarning, stacklevel=2)
             cls.swaps = vars(cls)["lends"]
 
     @property
     def lends(self) -> bool:
         """Deprecated name of ``swaps``."""
-        warnings.warn("Algorithm.lends is deprecated; read swaps", DeprecationWarning, stacklevel=2)
+        warnings.warn("`Algorithm.lends` is deprecated; read `swaps`", DeprecationWarning, stacklevel=2)
         return self.swaps
 
     @abstractmethod

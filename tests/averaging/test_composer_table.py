@@ -534,7 +534,7 @@ def test_half_life_zero_is_the_weights_and_an_infinite_one_never_moves(half_life
     ],
     ids=loops.label,
 )
-def test_what_cannot_be_meant_is_a_value_error(arguments, error, words):
+def test_arguments_that_make_no_sense_are_a_value_error(arguments, error, words):
     with pytest.raises(error, match=words) as caught:
         EMA(**arguments)
     assert isinstance(caught.value, ValueError)

@@ -464,7 +464,7 @@ class HostContract:
         assert not loops.differences(whole.ema.state_dict(), resumed.ema.state_dict())
         assert not loops.differences(whole.ema.batches[-(18 - step) :], resumed.ema.batches[-(18 - step) :])
 
-    def test_a_run_that_was_killed_goes_on_from_its_last_checkpoint(self, tmp_path) -> None:
+    def test_a_run_that_was_killed_resumes_from_its_last_checkpoint(self, tmp_path) -> None:
         self.needs("kill")
         plan = Plan(save_every=6)
         # The name by which another process can import it: pytest names a test's module by its file alone.

@@ -97,7 +97,7 @@ def attach(
         model: As ``accelerator.prepare`` returned it.
         optimizer: As ``accelerator.prepare`` returned it; of several, the one that steps last in a batch. None if you
             call ``step`` of what this returns, once after each batch.
-        max_duration: The length of the run, for times in ``dur`` and for warnings about the plan.
+        max_duration: The length of the run, for times in ``dur``.
         steps_per_epoch: Optimizer steps in an epoch, for times in ``ep``.
         samples_per_step: Samples in a step, of all processes, for times in ``sp``.
         tokens_per_step: Tokens in a step, of all processes, for times in ``tok``.
@@ -113,13 +113,7 @@ def attach(
             f"{accelerator.distributed_type.value} it does not; train with DDP, with FSDP2 "
             "(FullyShardedDataParallelPlugin(fsdp_version=2)) or on one device"
         )
-    options = LoopOptions(
-        max_duration=max_duration,
-        steps_per_epoch=steps_per_epoch,
-        samples_per_step=samples_per_step,
-        tokens_per_step=tokens_per_step,
-        logger=_Logger(accelerator),
-    )
+    options = LoopOptions(max_duration, steps_per_epoch, samples_per_step, tokens_per_step, _Logger(accelerator))
     attached = Attached(algorithms, model, optimizer, options)
     number = len(accelerator._custom_objects)  # noqa: SLF001  by which it names their files too
     checkpoints = _Checkpoints(attached.loop, model, number)

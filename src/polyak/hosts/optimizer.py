@@ -25,16 +25,14 @@ def attach(
     """Let algorithms follow a training loop of your own.
 
     One step of the optimizer is one batch. Steps that mixed precision skips, and steps without gradients, do not
-    count. Give the numbers below for the units that your half-life needs; batches need none.
+    count. Give the counts for the units that your half-life needs; batches need none.
 
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several.
-        model: The model in training. In its ``DistributedDataParallel``, or sharded by ``fully_shard`` or tensor
-            parallelism, all ranks must swap the average in at the same moments, and are compared then.
-        optimizer: The optimizer of its parameters; of several, the one that steps last in a batch, when all weights
-            have moved; of one that wraps another, as Lookahead, the wrapper. None if no step of one optimizer is a
-            batch, as where each parameter has its own that steps within the backward pass: then call ``step`` of what
-            this returns, once after each batch.
+        model: In training, wrapped or sharded or not. All ranks must swap the average in at the same moments.
+        optimizer: Of its parameters; of several, the one that steps last in a batch; of one that wraps another, as
+            Lookahead, the wrapper. None if no step of one optimizer is a batch, as where each parameter has its own
+            that steps in the backward pass: then call ``step`` of what this returns, once after each batch.
         max_duration: The length of the run, for times in ``dur`` and for warnings about the plan.
         steps_per_epoch: Steps in an epoch, for times in ``ep``.
         samples_per_step: Samples in a step, for times in ``sp``.
@@ -46,13 +44,11 @@ def attach(
         ProfileError: If a profile is in a unit that is not counted.
         OptimizerError: If the optimizer does not run torch's step hooks, as a list or a custom class may not, or steps
             float32 masters instead of the model's parameters, as DeepSpeed, Megatron and apex do.
-        ArgumentError: If more than one of the algorithms swaps an average in, or a number below is not one.
-        NotImplementedError: If this process does not hold the model's parameters as they are (DeepSpeed's ZeRO-3,
-            ``FullyShardedDataParallel``).
+        ArgumentError: If more than one of the algorithms swaps an average in, or a count is not a whole number.
+        NotImplementedError: Under DeepSpeed's ZeRO-3 and ``FullyShardedDataParallel``.
 
     Example:
-        >>> import torch
-        >>> from polyak import EMA, attach
+        >>> from polyak import EMA
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> ema = attach(EMA(half_life="10ba"), model, optimizer)
@@ -63,11 +59,5 @@ def attach(
         >>> with ema.applied():
         ...     loss = model(torch.ones(4, 2)).square().mean()
     """
-    options = LoopOptions(
-        max_duration=max_duration,
-        steps_per_epoch=steps_per_epoch,
-        samples_per_step=samples_per_step,
-        tokens_per_step=tokens_per_step,
-        logger=logger,
-    )
+    options = LoopOptions(max_duration, steps_per_epoch, samples_per_step, tokens_per_step, logger)
     return Attached(algorithms, model, optimizer, options)

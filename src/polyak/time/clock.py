@@ -108,7 +108,7 @@ class Timestamp:
         """Return a copy with other counters.
 
         Args:
-            changes: By name; None leaves a counter as it is. Numbers stand for times in the unit of the counter.
+            changes: By name; None leaves a counter as it is.
 
         Raises:
             TimeError: If a value is no time in the unit of its counter.
@@ -249,35 +249,27 @@ class Timestamp:
         return later
 
     def to_next_epoch(self, duration: timedelta | None = None) -> "Timestamp":
-        """Return the moment after the end of this epoch.
-
-        Args:
-            duration: Time since the last batch that counts as training.
-        """
-        later = self._at_epoch_start(duration)
-        later.__dict__["epoch"] += 1
-        later.__dict__["epoch_in_iteration"] += 1
-        return later
+        """Return the moment after the end of this epoch; ``duration`` is the training since its last batch."""
+        numbers = self.__dict__
+        return self._at_epoch_start(
+            duration, epoch=numbers["epoch"] + 1, epoch_in_iteration=numbers["epoch_in_iteration"] + 1
+        )
 
     def to_next_iteration(self, duration: timedelta | None = None) -> "Timestamp":
-        """Return the moment after the end of this iteration.
+        """Return the moment after the end of this iteration; ``duration`` is the training since its last batch."""
+        number = self.__dict__["iteration"] + 1
+        return self._at_epoch_start(
+            duration, iteration=number, epoch_in_iteration=0, token_in_iteration=0, iteration_wct=0
+        )
 
-        Args:
-            duration: Time since the last batch that counts as training.
-        """
-        later = self._at_epoch_start(duration)
-        later.__dict__["iteration"] += 1
-        later.__dict__.update(epoch_in_iteration=0, token_in_iteration=0, iteration_wct=0)
-        return later
-
-    def _at_epoch_start(self, duration: timedelta | None) -> "Timestamp":
+    def _at_epoch_start(self, duration: timedelta | None, **changes: float) -> "Timestamp":
         later = Timestamp.__new__(Timestamp)
         numbers = later.__dict__
         numbers.update(self.__dict__)
-        numbers.update(batch_in_epoch=0, sample_in_epoch=0, token_in_epoch=0, epoch_wct=0, batch_wct=0)
         if duration is not None:
             numbers["total_wct"] += duration.total_seconds()
             numbers["iteration_wct"] += duration.total_seconds()
+        numbers.update(batch_in_epoch=0, sample_in_epoch=0, token_in_epoch=0, epoch_wct=0, batch_wct=0, **changes)
         return later
 
     def state_dict(self, *, details: bool = False) -> dict[str, int | float | None]:
@@ -303,11 +295,10 @@ class Timestamp:
 
     def __setstate__(self, state: Any) -> None:
         """Take what was pickled: the numbers by name, or, by earlier versions, the times in the order of the fields."""
-        if isinstance(state, dict):
-            self.__dict__.update(state)
-        else:
+        if not isinstance(state, dict):
             names = [one.name for one in fields(Timestamp)]
-            self.__init__(**dict(zip(names, state, strict=True)))
+            state = vars(Timestamp(**dict(zip(names, state, strict=True))))
+        self.__dict__.update(state)
 
 
 _UNITS: dict[str, TimeUnit] = {one.name: one.default.unit for one in fields(Timestamp) if isinstance(one.default, Time)}

@@ -103,7 +103,7 @@ class Context:
         """Let all ranks draw the same order of the data, and different numbers in the model."""
         shared = self.group.ranks.from_rank_0(self.stream.get_state())
         if not self._own_batches:
-            self.stream.set_apart(shared)
+            self.stream.separate(shared)
         self.reseed()
 
     @property

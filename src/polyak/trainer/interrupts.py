@@ -56,7 +56,7 @@ class Rollback:
             torch._foreach_copy_([copy for copy, _ in stale], [buffer for _, buffer in stale])
         # A stream that is not apart is in the global generators and its own.
         everywhere = rng.get_state(self._stream.generators, plain=False)
-        self._random = (everywhere, self._stream.get_state() if self._stream.apart else None)
+        self._random = (everywhere, self._stream.get_state() if self._stream.is_separate else None)
 
     def done(self) -> None:
         """Note that the batch is counted: what it has changed stays."""

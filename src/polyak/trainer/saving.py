@@ -90,6 +90,7 @@ class Checkpoints:
             path: Where to write it.
 
         Raises:
+            CheckpointError: If an optimizer has a state for a parameter that was removed from it.
             ShardingError: On the other ranks, if rank 0 could not write. Rank 0 raises the error itself.
         """
         self._group.share_buffers(self._state.model)
@@ -100,7 +101,7 @@ class Checkpoints:
         state = self._state
         return {
             **states.model_entries(state.model),
-            "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
+            "optimizers": [states.optimizer_state(one, state.model) for one in state.optimizers],
             "schedulers": [scheduler.state_dict() for scheduler in state.schedulers],
             "scaler": self._step.scaler.state_dict(),
             **self._loop.state_dict(),
@@ -115,7 +116,7 @@ class Checkpoints:
 
     def _random_states(self) -> dict[str, Any]:
         """Return the states of the generators of all ranks, by rank; those of a shared stream once."""
-        shared = self._stream.apart
+        shared = self._stream.is_separate
         to_rank_0 = self._group.ranks.gather_to_rank_0
         return {
             "rng": to_rank_0(rng.get_state(self._stream.generators)),
@@ -199,9 +200,9 @@ class Checkpoints:
 
     def _load_random_states(self, saved: Mapping[str, Any], path: Path) -> None:
         own, of_epoch, of_data = saved["rng"], saved["epoch_rng"], saved["data_rng"]
-        if len(own) == self._group.size and (of_data is not None) == self._stream.apart:
+        if len(own) == self._group.size and (of_data is not None) == self._stream.is_separate:
             rng.set_state(own[self._group.rank], self._stream.generators)
-            self._epochs.epoch_rng = of_epoch[0 if self._stream.apart else self._group.rank]
+            self._epochs.epoch_rng = of_epoch[0 if self._stream.is_separate else self._group.rank]
             if of_data is not None:
                 self._stream.set_state(of_data)
             return

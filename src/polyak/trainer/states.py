@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from polyak import sharding
 from polyak.averaging.swap import swap_of
+from polyak.errors import CheckpointError
 from polyak.sharding import is_sharded
 from polyak.tensors.slots import slots, unwrap
 from polyak.trainer.wrapping import laid_out
@@ -45,6 +46,28 @@ def load_model(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     inner = unwrap(model)
     sharding.reshard(inner)
     inner.load_state_dict(_fitted(weights, inner.state_dict(keep_vars=True)))
+
+
+def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return an optimizer's state.
+
+    Args:
+        optimizer: Of the trainer.
+        model: Wrapped or not, to name its parameters.
+
+    Raises:
+        CheckpointError: If it has a state for a parameter that was removed from it, which torch cannot save.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    removed = [key for key in optimizer.state if isinstance(key, Tensor) and id(key) not in held]
+    if removed:
+        names = {id(parameter): name for name, parameter in unwrap(model).named_parameters()}
+        raise CheckpointError(
+            f"an optimizer must have the parameters that it has states for (removed from {type(optimizer).__name__}: "
+            f"{', '.join(names.get(id(one), 'a parameter without a name') for one in removed)}); to freeze "
+            "parameters, set requires_grad to False and grad to None, and leave them in their optimizer"
+        )
+    return optimizer.state_dict()
 
 
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], saved_dtypes: Mapping[int, torch.dtype]) -> None:

@@ -125,7 +125,7 @@ class CountedLoop(Loop):
             path: Where it will be saved, if that is known.
         """
         self.warn_of_uncounted()
-        with self.writing(path):
+        with self.state.writing(path):
             return self.state_dict()
 
     # Copies

@@ -134,21 +134,8 @@ class Loop:
         Args:
             path: Where it is written, if that is known.
         """
-        with self.writing(path), self.between(Event.SAVE_START, Event.SAVE_END):
+        with self.state.writing(path), self.between(Event.SAVE_START, Event.SAVE_END):
             yield
-
-    @contextmanager
-    def writing(self, path: str | Path | None) -> Iterator[None]:
-        """Name the checkpoint that is being written to the algorithms, without an event.
-
-        Args:
-            path: Where it is written, if that is known.
-        """
-        self.state.saving_to = None if path is None else Path(path)
-        try:
-            yield
-        finally:
-            self.state.saving_to = None
 
     # The clock
 

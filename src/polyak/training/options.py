@@ -1,4 +1,4 @@
-"""``LoopOptions``: what a training loop of your own has to say, checked once."""
+"""``LoopOptions``: the options of a training loop of your own, checked once."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from polyak.errors import ArgumentError
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LoopOptions:
     """The options that every ``attach`` has.
 

@@ -32,7 +32,7 @@ def save(loop: Loop, folder: Path, *, weights: bool) -> None:
     """
     from polyak.sharding import dcp  # noqa: PLC0415  takes half a second to import
 
-    with loop.writing(folder.parent):
+    with loop.state.writing(folder.parent):
         dcp.save(_state(loop, weights), folder)
 
 

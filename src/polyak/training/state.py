@@ -1,5 +1,7 @@
 """``LoopState``: what the algorithms of a loop read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +28,19 @@ class LoopState:
     max_duration: Time | None = None
     saving_to: Path | None = None
     previous_timestamp: Timestamp = field(default_factory=Timestamp)
+
+    @contextmanager
+    def writing(self, path: str | Path | None) -> Iterator[None]:
+        """Set ``saving_to`` for a ``with`` block.
+
+        Args:
+            path: Of the checkpoint that is written in it, if that is known.
+        """
+        self.saving_to = None if path is None else Path(path)
+        try:
+            yield
+        finally:
+            self.saving_to = None
 
     def get_elapsed_duration(self) -> Time | None:
         """Return the elapsed share of the run as ``dur``; None if ``max_duration`` is not known."""

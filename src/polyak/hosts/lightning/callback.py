@@ -94,24 +94,7 @@ class Averaging(Callback):
             self._evaluation.loop = self._loop
         if trainer is not self._trainer:
             self._trainer = trainer
-            self._surround_saving(trainer)
-
-    def _surround_saving(self, trainer: Any) -> None:
-        # Lightning's own hooks come too early to swap without a copy, and not at all if `save_weights_only`.
-        save = trainer.save_checkpoint
-
-        @wraps(save)
-        def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
-            if self._loop is None:
-                save(filepath, *args, **kwargs)
-                return
-            if _saves_folders(trainer):
-                filepath = trainer.strategy.broadcast(filepath)
-                sharded.save(self._loop, Path(filepath) / _KEY, weights=True)
-            with self._loop.saving(None if "://" in str(filepath) else filepath):
-                save(filepath, *args, **kwargs)
-
-        trainer.save_checkpoint = save_checkpoint
+            _surround_saving(trainer, lambda: self._loop)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics by the trainer's loggers.
@@ -153,13 +136,7 @@ class Averaging(Callback):
         known = pl_module.automatic_optimization and math.isfinite(batches)
         length = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
         self._loop.set_epoch_length(length)
-        state.max_duration = None
-        if trainer.max_epochs not in (None, -1):
-            state.max_duration = Time(trainer.max_epochs, TimeUnit.EPOCH)
-        if trainer.max_steps != -1 and (
-            state.max_duration is None or (length is not None and trainer.max_steps < trainer.max_epochs * length)
-        ):
-            state.max_duration = Time(trainer.max_steps, TimeUnit.BATCH)
+        state.max_duration = _duration(trainer, length)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin an epoch."""
@@ -301,6 +278,35 @@ class Averaging(Callback):
                 PlanWarning,
                 stacklevel=2,
             )
+
+
+def _surround_saving(trainer: Any, loop_now: Callable[[], Loop | None]) -> None:
+    """Fire events around each save: Lightning's hooks come too early to swap, and not if ``save_weights_only``."""
+    save = trainer.save_checkpoint
+
+    @wraps(save)
+    def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
+        loop = loop_now()
+        if loop is None:
+            save(filepath, *args, **kwargs)
+            return
+        if _saves_folders(trainer):
+            filepath = trainer.strategy.broadcast(filepath)
+            sharded.save(loop, Path(filepath) / _KEY, weights=True)
+        with loop.saving(None if "://" in str(filepath) else filepath):
+            save(filepath, *args, **kwargs)
+
+    trainer.save_checkpoint = save_checkpoint
+
+
+def _duration(trainer: Any, epoch_length: int | None) -> Time | None:
+    """Return the length of a run: of its two limits the one that comes first."""
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    if epochs in (None, -1):
+        return None if steps == -1 else Time(steps, TimeUnit.BATCH)
+    if steps != -1 and epoch_length is not None and steps < epochs * epoch_length:
+        return Time(steps, TimeUnit.BATCH)
+    return Time(epochs, TimeUnit.EPOCH)
 
 
 def _saves_folders(trainer: Any) -> bool:

@@ -66,11 +66,5 @@ def attach(
         )
     # Not its public `module`, which is inside of DDP.
     inner: Any = model._forward_module if is_wrapped(model) else model  # noqa: SLF001
-    options = LoopOptions(
-        max_duration=max_duration,
-        steps_per_epoch=steps_per_epoch,
-        samples_per_step=samples_per_step,
-        tokens_per_step=tokens_per_step,
-        logger=_Logger(fabric),
-    )
+    options = LoopOptions(max_duration, steps_per_epoch, samples_per_step, tokens_per_step, _Logger(fabric))
     return Attached(algorithms, inner, optimizer, options)
