@@ -7,24 +7,24 @@ from polyak.trainer.state import TrainerState
 
 
 class Destination(Callback):
-    """A callback that takes metrics. They run after all other callbacks."""
+    """A callback that receives metrics. Destinations run after all other callbacks."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take metrics.
+        """Log metrics.
 
         Args:
             metrics: Values by name.
-            step: Batches so far.
+            step: The number of batches so far.
         """
         raise NotImplementedError
 
 
 class Logger:
-    """Hands metrics to every destination.
+    """Passes metrics to all destinations.
 
     Args:
-        state: Of the trainer, for the step where none is given.
-        destinations: Who gets them.
+        state: Of the trainer, for the default of ``step``.
+        destinations: In order.
     """
 
     def __init__(self, state: TrainerState, destinations: Sequence[Destination] = ()) -> None:
@@ -36,7 +36,7 @@ class Logger:
 
         Args:
             metrics: Values by name.
-            step: Batches so far; the present by default.
+            step: Batches so far; the number now by default.
         """
         now = self._state.timestamp.batch.value if step is None else step
         for destination in self.destinations:

@@ -13,15 +13,15 @@ from polyak.trainer.state import TrainerState
 
 
 class MLflowLogger(Tracker):
-    """Log metrics to MLflow; it needs ``pip install polyak[mlflow]``.
+    """Logs metrics to MLflow; it needs ``pip install polyak[mlflow]``.
 
-    The MLflow run begins with the trainer. It is finished where ``fit`` or the trainer ends, and failed where an error
-    ends it. A trainer that resumes from a checkpoint continues the MLflow run of that checkpoint; the batches that it
+    The MLflow run starts with the trainer. Its status is finished after ``fit`` or ``Trainer.close``, and failed after
+    an error. A trainer that resumes from a checkpoint continues the MLflow run of that checkpoint; batches that it
     repeats are logged twice, with the same values.
 
     Args:
-        experiment_name: By default that of ``MLFLOW_EXPERIMENT_NAME`` in the environment, or ``"Default"``. It is made
-            if there is none.
+        experiment_name: By default that of ``MLFLOW_EXPERIMENT_NAME`` in the environment, or ``"Default"``. It is
+            created if it does not exist.
         run_name: By default the ``run_name`` of the trainer.
         tags: Of the run.
         tracking_uri: Where MLflow stores runs; its own default if None.
@@ -32,7 +32,7 @@ class MLflowLogger(Tracker):
         ArgumentError: If ``rank_zero_only`` is not True.
 
     Attributes:
-        run_id: MLflow's id of the run, for what else is to be logged; None before it begins.
+        run_id: MLflow's id of the run, to log other things to it; None before it starts.
 
     References:
         ``composer.loggers.MLFlowLogger``.
@@ -72,7 +72,7 @@ class MLflowLogger(Tracker):
             except mlflow.MlflowException as error:
                 raise CheckpointError(
                     f"the MLflow run of the checkpoint must be at {client.tracking_uri} to be continued (got "
-                    f"{self.run_id!r}: {error}); give its tracking_uri, or begin a new run with "
+                    f"{self.run_id!r}: {error}); give its tracking_uri, or start a new run with "
                     'load_ignore_keys=["callbacks"]'
                 ) from error
         self._client = client
@@ -82,7 +82,7 @@ class MLflowLogger(Tracker):
 
         Args:
             metrics: Values by name.
-            step: Batches so far.
+            step: The number of batches so far.
         """
         self._begin()
         metric = import_library("mlflow.entities", "MLflowLogger").Metric
@@ -108,7 +108,7 @@ class MLflowLogger(Tracker):
             self._status = status
 
     def fit_end(self, state: TrainerState, logger: MetricLogger) -> None:
-        """Mark the run as finished; what is logged later is still taken.
+        """Mark the run as finished; metrics can still be logged to it.
 
         Args:
             state: Not used.
@@ -128,7 +128,7 @@ class MLflowLogger(Tracker):
         self._end("FAILED")
 
     def close(self, state: TrainerState, logger: MetricLogger) -> None:
-        """End the run, if ``fit`` has not ended it.
+        """Mark the run as finished, if ``fit`` has not.
 
         Args:
             state: Not used.

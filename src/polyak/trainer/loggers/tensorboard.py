@@ -10,14 +10,14 @@ from polyak.trainer.state import TrainerState
 
 
 class TensorBoardLogger(Destination):
-    """Write metrics for TensorBoard; it needs ``pip install polyak[tensorboard]``.
+    """Writes metrics for TensorBoard; it needs ``pip install polyak[tensorboard]``.
 
     Args:
-        folder: Where the event files go.
+        folder: For the event files.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = folder if "://" in str(folder) else Path(folder).absolute()  # else it may be a bucket
+        self._folder = folder if "://" in str(folder) else Path(folder).absolute()  # a URL may be that of a bucket
         self._writer: Any = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -25,18 +25,18 @@ class TensorBoardLogger(Destination):
 
         Args:
             metrics: Values by name.
-            step: Batches so far.
+            step: The number of batches so far.
         """
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  an extra
 
-            # What an earlier run wrote after the checkpoint that this one resumed from is not shown.
+            # Steps that an earlier run wrote after the checkpoint that this run resumed from are not shown.
             self._writer = SummaryWriter(str(self._folder), purge_step=step)
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def fit_end(self, state: TrainerState, logger: MetricLogger) -> None:
-        """Write what is buffered.
+        """Flush the event file.
 
         Args:
             state: Not used.

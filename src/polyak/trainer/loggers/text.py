@@ -11,11 +11,11 @@ from polyak.trainer.loggers.base import Destination
 
 
 class ConsoleLogger(Destination):
-    """Print metrics, a line each time.
+    """Prints metrics, one line for each call.
 
     Args:
-        stream: Where to; standard output by default.
-        only: Print those whose name begins with this, such as ``"eval"``.
+        stream: To print to; standard output by default.
+        only: The prefix of the metrics to print, such as ``"eval"``; by default all.
     """
 
     def __init__(self, stream: TextIO | None = None, only: str = "") -> None:
@@ -27,7 +27,7 @@ class ConsoleLogger(Destination):
 
         Args:
             metrics: Values by name.
-            step: Batches so far.
+            step: The number of batches so far.
         """
         shown = [f"{name} {value:.4g}" for name, value in metrics.items() if name.startswith(self._only)]
         if shown:
@@ -35,16 +35,16 @@ class ConsoleLogger(Destination):
 
 
 class JSONLinesLogger(Destination):
-    """Append metrics to a file, one JSON object a line with the batch as ``"batch"``.
+    """Appends metrics to a file, one JSON object in a line with the batch as ``"batch"``.
 
-    A resumed run cuts the file back to the checkpoint, so that no line comes twice. A run from the start begins anew.
+    A resumed run truncates the file to its size at the checkpoint, so that no line comes twice. A new run empties it.
 
     Args:
-        path: The file; its folder is made if need be.
+        path: Of the file; its folder is created if it is missing.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()  # for good, also if the program changes its directory
+        self.path = Path(path).absolute()  # it stays the same if the program changes its directory
         self._size: int | None = None
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
@@ -52,7 +52,7 @@ class JSONLinesLogger(Destination):
 
         Args:
             metrics: Values by name.
-            step: Batches so far.
+            step: The number of batches so far.
         """
         if self._size is None:
             self._begin(0)
@@ -63,16 +63,16 @@ class JSONLinesLogger(Destination):
     def _begin(self, size: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        # A file that is shorter than the checkpoint says was moved or edited: keep what there is.
+        # A file shorter than the checkpoint says was moved or edited: keep its content.
         self._size = min(size, self.path.stat().st_size)
         os.truncate(self.path, self._size)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how long the file is."""
+        """Return the size of the file."""
         return {"size": self._size or 0}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Cut the file back to where it was.
+        """Truncate the file to its size when the state was saved.
 
         Args:
             state: As saved.

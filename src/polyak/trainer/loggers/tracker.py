@@ -61,7 +61,7 @@ class Tracker(Destination):
         raise NotImplementedError
 
     def init(self, state: TrainerState, logger: MetricLogger) -> None:
-        """Take the name of the run.
+        """Take the name of the trainer's run.
 
         Args:
             state: Has it.
@@ -82,7 +82,7 @@ class Tracker(Destination):
         self._begin()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which run it is."""
+        """Return the id and the name of the run."""
         return {"run_id": self.run_id, "name": self._name}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -9,11 +9,11 @@ from polyak.trainer.state import TrainerState
 
 
 class WandBLogger(Tracker):
-    """Log metrics to Weights & Biases; it needs ``pip install polyak[wandb]``.
+    """Logs metrics to Weights & Biases; it needs ``pip install polyak[wandb]``.
 
-    The W&B run begins with the trainer and ends in ``Trainer.close``, or with the process. A trainer that resumes from
-    a checkpoint continues the W&B run of that checkpoint. W&B keeps the first values of each step, so the batches that
-    a resumed run repeats are in it once. A run that you have begun by ``wandb.init`` is used, and left open.
+    The W&B run starts with the trainer and ends in ``Trainer.close``, or with the process. A trainer that resumes from
+    a checkpoint continues the W&B run of that checkpoint. W&B keeps the first values of each step, so batches that a
+    resumed run repeats are in it once. If ``wandb.init`` has started a run already, that run is used, and not ended.
 
     Args:
         project: Of W&B.
@@ -29,7 +29,7 @@ class WandBLogger(Tracker):
         ArgumentError: If ``rank_zero_only`` is not True.
 
     Attributes:
-        run: W&B's run, for what else is to be logged; None before it begins and after it ends.
+        run: W&B's run, to log other things to; None before it starts and after it ends.
         run_id: Its id.
 
     References:
@@ -71,13 +71,13 @@ class WandBLogger(Tracker):
 
         Args:
             metrics: Values by name.
-            step: Batches so far.
+            step: The number of batches so far.
         """
         self._begin()
         self.run.log(dict(metrics), step=step)
 
     def fit_start(self, state: TrainerState, logger: MetricLogger) -> None:
-        """Forget an error that an earlier ``fit`` ended with.
+        """Mark the run as not failed, also if an earlier ``fit`` failed.
 
         Args:
             state: Not used.
@@ -87,7 +87,7 @@ class WandBLogger(Tracker):
         self._failed = False
 
     def exception(self, state: TrainerState, logger: MetricLogger) -> None:
-        """Remember that the run has failed.
+        """Mark the run as failed.
 
         Args:
             state: Not used.
