@@ -213,8 +213,8 @@ class Checkpoints:
                 "from the end of an epoch"
             )
         warnings.warn(
-            f"{path} was saved by {len(own)} ranks, and {self._group.size} resume it: the order of the data stays the "
-            "same, and other random numbers, such as those of dropout, differ from those of the run that was saved",
+            f"{path} was saved with world size {len(own)} and is resumed with {self._group.size}: the order of the data "
+            "stays the same; other random numbers, such as those of dropout, differ from those of the saved run",
             PlanWarning,
             stacklevel=4,
         )
