@@ -214,7 +214,7 @@ class Checkpoints:
             )
         warnings.warn(
             f"{path} was saved with world size {len(own)} and is resumed with {self._group.size}: the order of the data "
-            "stays the same; other random numbers, such as those of dropout, differ from those of the saved run",
+            "is the same, and random numbers in the model, as in dropout, differ from those of the saved run",
             PlanWarning,
             stacklevel=4,
         )
