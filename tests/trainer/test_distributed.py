@@ -327,7 +327,7 @@ def test_the_demo_on_two_processes_prints_and_writes_everything_once(tmp_path) -
         assert done.stdout.count(said) == 1
     assert (
         done.stderr.count("polyak demo: note: ")
-        == done.stderr.count("was saved with world size 1 and is resumed with 2")
+        == done.stderr.count("was saved with world size 1 and resumed with 2")
         == 1
     )
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()

@@ -213,7 +213,7 @@ class Checkpoints:
                 "from the end of an epoch"
             )
         warnings.warn(
-            f"{path} was saved with world size {len(own)} and is resumed with {self._group.size}: the order of the data "
+            f"{path} was saved with world size {len(own)} and resumed with {self._group.size}: the order of the data "
             "is the same, and random numbers in the model, as in dropout, differ from those of the saved run",
             PlanWarning,
             stacklevel=4,
