@@ -269,7 +269,7 @@ def test_the_finest_half_life_is_not_that_of_a_last_segment_cut_short() -> None:
 
 
 def test_a_profile_that_the_record_tells_only_coarsely_is_warned_about_with_the_number() -> None:
-    with pytest.warns(PlanWarning, match=r"off by about 10.0% of its distance from the last weights"):
+    with pytest.warns(PlanWarning, match=r"the error of the average is about 10.0% of its distance"):
         coefficients(Window("1500ba"), segments(per_level=1))
 
 
@@ -278,7 +278,7 @@ def test_a_share_of_weights_before_the_record_is_warned_about_and_left_out() -> 
     with pytest.warns(PlanWarning, match=r"^6\.2% of the average under HalfLife.*unbiased=True"):
         weights = coefficients(HalfLife(f"{T // 4}ba"), parts)
     assert weights == pytest.approx(coefficients(HalfLife(f"{T // 4}ba", unbiased=True), parts), abs=1e-9)
-    with pytest.raises(ProfileError, match="all weight to what was before the record"):
+    with pytest.raises(ProfileError, match="must give weight to the record"):
         coefficients(HalfLife("infba"), parts)
 
 
@@ -390,7 +390,7 @@ def test_a_coarse_average_is_warned_about_by_what_the_record_shows(tmp_path) -> 
             writer.append({"w": steps[start : start + 2].mean(0)}, edge(start), edge(start + 2))
     profile = HalfLife("60ba", unbiased=True)
     coefficients(profile, parts)  # no warning from the lengths alone
-    with pytest.warns(PlanWarning, match=r"off by about [\d.]+%"):
+    with pytest.warns(PlanWarning, match=r"about [\d.]+%"):
         Record(tmp_path).average(profile)
 
 
@@ -472,3 +472,11 @@ def test_a_window_at_edges_reads_its_segments_alone(tmp_path, monkeypatch) -> No
     monkeypatch.setattr(SegmentFile, "read", lambda file, *a: opened.append(id(file)) or read(file, *a))
     found.average(Window(f"{last.num_updates}ba"))
     assert len(set(opened)) == 1
+
+
+def test_an_export_warns_once_of_weights_from_before_the_record(tmp_path) -> None:
+    found = recorded(tmp_path / "record")
+    with pytest.warns(PlanWarning, match="weights from before the record") as caught:
+        found.export(HalfLife("0.25dur"), tmp_path / "averaged.safetensors")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__

@@ -488,7 +488,7 @@ def test_a_truncated_file_is_reported(tmp_path, keep_bytes) -> None:
 def test_a_missing_file_is_reported(tmp_path) -> None:
     record(tmp_path, 2)
     (tmp_path / segment_files(tmp_path)[1]).unlink()
-    with pytest.raises(RecordError, match=r"open the record again. Otherwise restore"):
+    with pytest.raises(RecordError, match=r"open the record again; otherwise restore"):
         Record(tmp_path).average(Uniform())
 
 

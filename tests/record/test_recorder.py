@@ -103,7 +103,7 @@ def test_a_segment_is_a_512th_of_the_run_unless_said_otherwise(tmp_path) -> None
     with loop.attached:
         loop.run(20)
     assert [s.num_updates for s in Record(tmp_path).segments] == [2] * 10
-    with pytest.raises(TimeError, match="give Recorder an interval such as '100ba', or the host its max_duration"):
+    with pytest.raises(TimeError, match="give Recorder an interval such as '100ba', or the loop its max_duration"):
         Loop(Recorder(tmp_path / "other")).run(1)
 
 

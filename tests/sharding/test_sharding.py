@@ -21,8 +21,8 @@ def test_a_sharded_average_is_that_of_the_whole_model_bit_for_bit(ranks, kind, s
         assert found["lent"] == []
         assert found["kept"] == []
         assert found["held"] == []
-        assert found["given back"] == []
-        assert found["moved by the loan"] > 1e-4
+        assert found["restored"] == []
+        assert found["moved by the swap"] > 1e-4
         assert found["distance"] == pytest.approx(1, rel=1e-4)
 
 
@@ -107,6 +107,6 @@ def test_a_sharded_average_is_that_of_the_whole_model_over_nccl(tmp_path, kind) 
     made = Ranks(tmp_path, most=2, backend="nccl")
     try:
         for found in made.run(2, sharded.follows_the_whole, kind, None):
-            assert found["averages"] == found["lent"] == found["kept"] == found["held"] == found["given back"] == []
+            assert found["averages"] == found["lent"] == found["kept"] == found["held"] == found["restored"] == []
     finally:
         made.close()

@@ -29,7 +29,7 @@ from polyak.training.state import LoopState
 
 
 class Whole:
-    """A recorder in one process, of a whole copy of a sharded model; on the first rank alone."""
+    """A recorder in one process, of a full copy of a sharded model; on rank 0 alone."""
 
     def __init__(self, model: torch.nn.Module, recorder: Recorder) -> None:
         self.model = Reference(unwrap(model), None)._model

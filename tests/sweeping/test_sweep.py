@@ -71,7 +71,7 @@ def test_a_record_that_tells_no_half_life_is_refused(tmp_path) -> None:
         sweep(tmp_path / "run", validate)
     with Writer(tmp_path / "empty", {"w": TensorInfo(torch.float32, (1,), averaged=True)}):
         pass
-    with pytest.raises(ProfileError, match="at least one segment"):
+    with pytest.raises(ProfileError, match="at least one stretch"):
         sweep(tmp_path / "empty", validate)
     assert len(sweep(tmp_path / "run", validate, [])) == 1
 

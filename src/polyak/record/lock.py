@@ -60,6 +60,6 @@ def _busy(folder: Path, owner: str) -> RecordError:
 
 def _foreign(folder: Path, found: str) -> RecordError:
     return RecordError(
-        f"{folder / LOCK} must be the lock file of a record (got {found}), and its content would be lost: delete it, or "
-        "record to another folder"
+        f"{folder / LOCK} must be the lock file of a record (got {found}), and its content would be lost: delete it, "
+        "or record to another folder"
     )

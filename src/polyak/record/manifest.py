@@ -252,7 +252,7 @@ class Manifest:
         own_sha256 = plain.pop("sha256", None)
         entry = _fields(plain, "the manifest", names)
         per_level, max_duration, segments = entry["per_level"], entry["max_duration"], entry["stretches"]
-        _require(isinstance(segments, list), f"stretches must be a list (got {type(segments).__name__})")
+        _require(isinstance(segments, list), f"`stretches` must be a list (got {type(segments).__name__})")
         manifest = cls(
             tensors={
                 name: _tensor_info(info, f"tensors[{name!r}]") for name, info in _object(entry["tensors"], "tensors")

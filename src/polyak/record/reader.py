@@ -138,13 +138,7 @@ class Record:
             TimeError: As ``average``.
             RecordError: As ``average``.
         """
-        fitted = self._fit(profile, at)
-        products = self._new_products(fitted)
-        if products is not None:
-            with self._opened(fitted.segments) as files:
-                for name, info in self.tensors.items():
-                    products.add(files, name, info)
-        return error_estimate(fitted, self._keep(products))
+        return self._error_of(self._fit(profile, at))
 
     def export(
         self, profile: Profile, path: str | Path, at: Time | str | None = None, *, dtype: torch.dtype | None = None
@@ -165,7 +159,8 @@ class Record:
             RecordError: As ``average``, and if the disk refuses.
         """
         path = Path(path)
-        fitted, error = self._fit(profile, at), self.error(profile, at)
+        fitted = self._fit(profile, at)
+        error = self._error_of(fitted)
         warn_of_error(profile, error)
         end = fitted.segments[-1].end
         metadata = {
@@ -201,6 +196,14 @@ class Record:
 
     def _fit(self, profile: Profile, at: Time | str | None) -> Fit:
         return fit(profile, self.segments, at, max_duration=self.max_duration)
+
+    def _error_of(self, fitted: Fit) -> float:
+        products = self._new_products(fitted)
+        if products is not None:
+            with self._opened(fitted.segments) as files:
+                for name, info in self.tensors.items():
+                    products.add(files, name, info)
+        return error_estimate(fitted, self._keep(products))
 
     def _new_products(self, fitted: Fit) -> "Products | None":
         """Return an object to compute the products of the error in; None if they are known, or not needed."""
