@@ -18,14 +18,17 @@ class View:
     Attributes:
         composers: Composer's state.
         saving_to: The path of the checkpoint that is being written, if one is.
+        skipped: Batches whose step was skipped.
+        skipped_in_epoch: As ``skipped``, since the epoch began.
+        batch: Composer's counter of batches where it was seen last.
     """
 
     def __init__(self) -> None:
         self.composers: Any = None
         self.saving_to: Path | None = None
         self._epoch_length: int | None = None
-        self._skipped = self._skipped_in_epoch = 0
-        self._batch = 0  # of Composer, that was seen last
+        self.skipped = self.skipped_in_epoch = 0
+        self.batch = 0
 
     def learn(self, composers: Any) -> None:
         """Note what does not change within a fit.
@@ -39,13 +42,13 @@ class View:
     def begin_fit(self) -> None:
         """Forget the skipped batches if Composer's clock has been set back: it starts again without any."""
         now = int(self.composers.timestamp.batch)
-        if now < max(self._batch, self._skipped):
-            self._skipped = self._skipped_in_epoch = 0
-        self._batch = now
+        if now < max(self.batch, self.skipped):
+            self.skipped = self.skipped_in_epoch = 0
+        self.batch = now
 
     def begin_epoch(self) -> None:
         """Count the skipped batches of an epoch from 0."""
-        self._skipped_in_epoch = 0
+        self.skipped_in_epoch = 0
 
     def end_batch(self, *, stepped: bool) -> None:
         """Note a batch. Mixed precision may have skipped its step, and Composer's clock continues all the same.
@@ -53,14 +56,14 @@ class View:
         Args:
             stepped: Whether the optimizer has moved the weights.
         """
-        self._batch = int(self.composers.timestamp.batch)
+        self.batch = int(self.composers.timestamp.batch)
         if not stepped:
-            self._skipped += 1
-            self._skipped_in_epoch += 1
+            self.skipped += 1
+            self.skipped_in_epoch += 1
 
     def state(self) -> list[int]:
         """Return the batches that the clock leaves out, and where it is."""
-        return [self._skipped, self._skipped_in_epoch, self._batch]
+        return [self.skipped, self.skipped_in_epoch, self.batch]
 
     def load(self, state: list[int]) -> None:
         """Resume from what ``state`` returned.
@@ -68,7 +71,7 @@ class View:
         Args:
             state: As saved; its last entries may be absent.
         """
-        self._skipped, self._skipped_in_epoch, self._batch = (*state, 0, 0, 0)[:3]
+        self.skipped, self.skipped_in_epoch, self.batch = (*state, 0, 0, 0)[:3]
 
     @property
     def model(self) -> nn.Module:
@@ -83,8 +86,8 @@ class View:
         in_epoch = int(now.batch_in_epoch)
         return Timestamp(
             **{name: _time(getattr(now, name)) for name in _COUNTERS},
-            batch=int(now.batch) - self._skipped,
-            batch_in_epoch=in_epoch - (self._skipped_in_epoch if in_epoch else 0),
+            batch=int(now.batch) - self.skipped,
+            batch_in_epoch=in_epoch - (self.skipped_in_epoch if in_epoch else 0),
             epoch_length=self._epoch_length,
         )
 
