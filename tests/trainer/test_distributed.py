@@ -148,7 +148,7 @@ def test_with_a_distributed_sampler_a_batch_is_the_batches_of_all_ranks_together
 
 def test_only_the_same_ranks_resume_inside_an_epoch_of_a_distributed_sampler(ranks, tmp_path) -> None:
     for said in ranks.run(2, partial(runs.mixes_samplers, tmp_path / "inside.pt", at="3ba")):
-        assert said.startswith("CheckpointError: a checkpoint from inside an epoch that a DistributedSampler divides")
+        assert said.startswith("CheckpointError: a checkpoint from inside an epoch of a DistributedSampler")
     assert ranks.run(2, partial(runs.mixes_samplers, tmp_path / "end.pt", at="1ep")) == ["nothing", "nothing"]
 
 
