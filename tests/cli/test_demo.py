@@ -9,8 +9,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +17,7 @@ from safetensors.torch import load_file
 
 import polyak
 from polyak.cli import main
-from polyak.cli.folder import RunFolder, replacing
+from polyak.cli.folder import RunFolder
 from polyak.cli.recipe import Digits, build_model, load_data, measure
 from polyak.report.series import read_curves
 
@@ -352,12 +350,3 @@ def test_the_demo_saves_its_arguments_as_json(full) -> None:
     kept = json.loads((full[0] / "demo.json").read_text())
     assert kept["arguments"] == {"--seed": 0, "--half-life": "100ba", "--steps": 1000}
     assert kept["complete"] is True
-
-
-def test_replacing_leaves_no_temporary_file_when_writing_fails(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("old")
-    with suppress(RuntimeError), replacing(tmp_path / "file") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "old"

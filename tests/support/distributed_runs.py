@@ -87,7 +87,7 @@ def averages(trainer: Trainer) -> dict[str, Tensor]:
 
 def held(trainer: Trainer) -> dict[str, Tensor]:
     """Return the whole weights, of which the first rank's buffers count."""
-    trainer._parts.group.share_buffers(trainer.state.model)
+    trainer._context.group.share_buffers(trainer.state.model)
     return weights(trainer.state.model) if dist.is_initialized() else loops.bits(trainer.state.model)
 
 
@@ -134,7 +134,7 @@ def resumes(kind: str, folder: Path, **more: Any) -> dict[str, list[str]]:
     """Train once without a stop, again from each of its checkpoints, and return what differs."""
 
     def random(trainer: Trainer) -> Any:
-        return [rng.get_state(), trainer._parts.stream.get_state()]
+        return [rng.get_state(), trainer._context.stream.get_state()]
 
     whole = build(kind, folder / "whole", **more)
     whole.fit()

@@ -11,6 +11,7 @@ The model is looked at from inside its own ``forward`` (``Probe``) and the avera
 (``Watched``), so that all frameworks are looked at in the same way.
 """
 
+import inspect
 import os
 import signal
 import subprocess
@@ -466,7 +467,9 @@ class HostContract:
     def test_a_run_that_was_killed_resumes_from_its_last_checkpoint(self, tmp_path) -> None:
         self.needs("kill")
         plan = Plan(save_every=6)
-        call = f"import host_contract; host_contract.die({type(self).__module__!r}, {str(tmp_path)!r})"
+        # The name by which another process can import it: pytest names a test's module by its file alone.
+        module = ".".join(Path(inspect.getfile(type(self))).relative_to(ROOT).with_suffix("").parts)
+        call = f"import host_contract; host_contract.die({module!r}, {str(tmp_path)!r})"
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(
             [sys.executable, "-c", call],

@@ -285,10 +285,10 @@ def makes_groups(times: int) -> list[int]:
     ranks, found = Ranks.of(fully_shard(net(), mesh=mesh)), []
     assert ranks is not None
     for number in range(times):
-        apart = ranks.apart()
-        found.append(sum(apart.sums(dist.get_rank())))
+        separate = ranks.separate()
+        found.append(sum(separate.sums(dist.get_rank())))
         if number % 2:
-            apart.disband()
+            separate.close()
     del pair
     return found
 

@@ -104,14 +104,14 @@ def run(arguments: Namespace) -> int:
     folder = RunFolder(arguments.out)
     with ExitStack() as held:
         try:
-            group.once("begin", lambda: _begin(digits, folder, held))
+            group.ranks.on_rank_0(lambda: _begin(digits, folder, held), "begin")
         except ShardingError:
             return REFUSED
         console.print(
             f"Digits, {digits.flipped:.0%} of the training labels wrong. A small network, SGD at a constant learning "
             f"rate, EMA with half-life {digits.half_life}, seed {digits.seed}."
         )
-        if group.first(folder.complete):
+        if group.ranks.from_rank_0(folder.complete):
             console.print(f"All {digits.steps} steps are done; nothing was trained.")
         else:
             train(digits, folder, console, group, parallelism)

@@ -14,13 +14,14 @@ from torch import nn
 import polyak
 from polyak.averaging.ema import EMA
 from polyak.cli.command import UsageError
-from polyak.cli.folder import RunFolder, replacing
+from polyak.cli.folder import RunFolder
 from polyak.cli.recipe import Digits, build_trainer, load_data, measure
 from polyak.profiles import HalfLife
 from polyak.record import Record
 from polyak.report.series import Curve, read_curves, update_shares
 from polyak.report.swept import swept
 from polyak.storage.safetensors import TensorInfo, write_tensors
+from polyak.storage.atomic import replacing
 from polyak.sweeping import best, sweep
 from polyak.time import Time
 from polyak.trainer import CheckpointSaver, JSONLinesLogger, ProgressBar
@@ -69,9 +70,9 @@ def train(
     # More threads are slower for a network of this size, and their number could change the last bits.
     torch.set_num_threads(1)
     saver = CheckpointSaver(folder.checkpoints, "100ba", keep=2)
-    if group.first(saver.latest() is None and folder.record.exists()):
+    if group.ranks.from_rank_0(saver.latest() is None and folder.record.exists()):
         # A run was killed before its first checkpoint: its record has no run to belong to.
-        group.once("remove the record of a run that was killed", lambda: shutil.rmtree(folder.record))
+        group.ranks.on_rank_0(lambda: shutil.rmtree(folder.record), "remove the record of a run that was killed")
     trainer, ema = build_trainer(
         digits,
         callbacks=[saver],
@@ -108,7 +109,7 @@ def _write(digits: Digits, folder: RunFolder, ema: EMA) -> None:
 def _export(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     state = model.state_dict()
     infos = {name: TensorInfo.of(tensor, averaged=True) for name, tensor in state.items()}
-    with replacing(path) as temporary:
+    with replacing(path, exclusive=True) as temporary:
         write_tensors(temporary, infos, state.__getitem__, metadata)
 
 
@@ -182,5 +183,5 @@ def _draw(digits: Digits, folder: RunFolder) -> None:
         half_life=str(digits.half_life),
     )
     for path in (folder.png, folder.svg):
-        with replacing(path) as temporary:
+        with replacing(path, exclusive=True) as temporary:
             temporary.write_bytes(render(figure, path.suffix[1:]))

@@ -1,6 +1,5 @@
 """The folder of a demo run: its files, its arguments, and a lock."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -10,24 +9,8 @@ from typing import Any
 
 import polyak
 from polyak.cli.command import UsageError
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path; it replaces ``path`` when the ``with`` block ends without an error.
-
-    Args:
-        path: The final path.
-    """
-    # A fixed name: a later run overwrites the file of a killed process. The folder's lock excludes other processes.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from polyak.storage.atomic import replacing
+from polyak.storage.lock import Lock
 
 
 class RunFolder:
@@ -68,17 +51,17 @@ class RunFolder:
             raise UsageError(
                 f"--out must be a folder that can be written to ({self.path} is not); choose another --out"
             )
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        lock = Lock(self.path, self._busy)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
-        except BlockingIOError:
-            raise UsageError(
-                f"--out must not be in use (another polyak demo is running in {self.path}); wait until it ends, or "
-                "choose another --out"
-            ) from None
         finally:
-            os.close(descriptor)
+            lock.release()
+
+    def _busy(self, owner: str) -> UsageError:
+        return UsageError(
+            f"--out must not be in use (another polyak demo is running in {self.path}, {owner}); wait until it ends, or "
+            "choose another --out"
+        )
 
     def begin(self, arguments: Mapping[str, str | int], recipe: str, *, may_grow: str | None) -> None:
         """Check that the folder is new or has the same arguments, and save the arguments.
@@ -144,7 +127,7 @@ class RunFolder:
             "recipe": recipe,
             "complete": complete,
         }
-        with replacing(self._arguments) as temporary:
+        with replacing(self._arguments, exclusive=True) as temporary:
             temporary.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
     def _read(self) -> dict[str, Any] | None:

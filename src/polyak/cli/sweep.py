@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from polyak.cli.asking import add_record, half_lives, open_record, profiles
 from polyak.cli.command import UsageError, require, whole
-from polyak.cli.folder import replacing
 from polyak.cli.functions import load_function
 from polyak.compat.words import printable
 from polyak.report.swept import Swept, swept
 from polyak.report.words import compared, headline, measured, other_name, percent
+from polyak.storage.atomic import replacing
 from polyak.sweeping import Result, export, sweep
 
 if TYPE_CHECKING:
@@ -188,11 +188,11 @@ def write_report(numbers: Swept, out: Path) -> None:
     from polyak.report.page import page  # noqa: PLC0415
     from polyak.report.sweep_figure import sweep_figure  # noqa: PLC0415
 
-    with replacing(out / "report.html") as temporary:
+    with replacing(out / "report.html", exclusive=True) as temporary:
         temporary.write_text(page(numbers), encoding="utf-8")
     figure = sweep_figure(numbers)
     for kind in ("png", "svg"):
-        with replacing(out / f"sweep.{kind}") as temporary:
+        with replacing(out / f"sweep.{kind}", exclusive=True) as temporary:
             temporary.write_bytes(render(figure, kind))
 
 

@@ -1,9 +1,7 @@
 """The results of a sweep, the best of them, and the JSON Lines file that keeps them."""
 
-import fcntl
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any, BinaryIO, Self
 from polyak.errors import PolyakError
 from polyak.profiles import Profile, named
 from polyak.time import Time
+from polyak.storage.atomic import flush
+from polyak.storage.lock import Lock
 
 
 class EvaluationError(PolyakError, RuntimeError):
@@ -93,6 +93,7 @@ class Kept:
     path: Path | None
     _lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]], init=False)
     _file: BinaryIO | None = field(default=None, init=False)
+    _lock: Lock | None = field(default=None, init=False)
 
     def __enter__(self) -> Self:
         if self.path is not None:
@@ -101,21 +102,18 @@ class Kept:
             try:
                 self._open(self.path, self._file)
             except BaseException:
-                self._file.close()
+                self.__exit__()
                 raise
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def _open(self, path: Path, file: BinaryIO) -> None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise EvaluationError(
-                f"no other sweep may write {path} (one is writing it now); wait until it ends, or choose another folder"
-            ) from None
+        self._lock = Lock(path, lambda owner: EvaluationError(_busy(path, owner)))
         file.seek(0)
         content = file.read()
         complete = content[: content.rfind(b"\n") + 1]
@@ -162,8 +160,14 @@ class Kept:
         self._lines.append(line)
         if self._file is not None:
             self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            flush(self._file)
+
+
+def _busy(path: Path, owner: str) -> str:
+    return (
+        f"another sweep is writing {path}, which must have one writer at a time ({owner}); wait until it has ended, or "
+        "choose another folder"
+    )
 
 
 def _plain(value: float | None) -> float | None:

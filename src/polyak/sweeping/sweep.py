@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from polyak.errors import ProfileError
 from polyak.profiles import HalfLife, Profile, named
 from polyak.record import Record, fit
+from polyak.storage.atomic import replacing, temporary_path
 from polyak.storage.safetensors import TensorInfo, disk_errors, write_tensors
 from polyak.sweeping.evaluation import Batchnorm, Evaluate, Evaluator, recomputed
 from polyak.sweeping.grid import grid, narrowed, newest
@@ -131,15 +132,14 @@ def export(record: Record, profile: Profile, path: str | Path, batchnorm: Batchn
         record.export(profile, path)
         return
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    without = temporary_path(path.with_name(f"{path.name}.averaged"), process=os.getpid())
     try:
-        record.export(profile, temporary)
-        with safe_open(temporary, framework="pt") as file:
+        record.export(profile, without)
+        with safe_open(without, framework="pt") as file:
             metadata = {**file.metadata(), "polyak.batchnorm": "recomputed"}
-        state = recomputed(load_file(temporary), batchnorm)
-        infos = {name: TensorInfo(one.dtype, tuple(one.shape), averaged=False) for name, one in state.items()}
-        with disk_errors(f"exporting to {path}"):
-            write_tensors(temporary, infos, state.__getitem__, metadata)
-            temporary.replace(path)
+        state = recomputed(load_file(without), batchnorm)
     finally:
-        temporary.unlink(missing_ok=True)
+        without.unlink(missing_ok=True)
+    infos = {name: TensorInfo(one.dtype, tuple(one.shape), averaged=False) for name, one in state.items()}
+    with disk_errors(f"exporting to {path}"), replacing(path) as temporary:
+        write_tensors(temporary, infos, state.__getitem__, metadata)

@@ -30,12 +30,10 @@ def save(loop: Loop, folder: Path, *, weights: bool) -> None:
         folder: To be made, in that of the checkpoint that is being written.
         weights: Whether to save the model's weights too: where the rest of the checkpoint has averaged weights.
     """
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415  takes half a second to import
+    from polyak.sharding import dcp  # noqa: PLC0415  takes half a second to import
 
     with loop.state.writing(folder.parent):
-        # Of replicated tensors, such as buffers, those of rank 0 are saved.
-        planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-        dcp.save(_state(loop, weights), checkpoint_id=folder, planner=planner)
+        dcp.save(_state(loop, weights), folder)
 
 
 def load(loop: Loop, folder: Path, *, weights: bool) -> None:
@@ -49,10 +47,10 @@ def load(loop: Loop, folder: Path, *, weights: bool) -> None:
     Raises:
         CheckpointError: If it is the state of other algorithms.
     """
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415  takes half a second to import
+    from polyak.sharding import dcp  # noqa: PLC0415  takes half a second to import
 
     state = _state(loop, weights)
-    dcp.load(state, checkpoint_id=folder)
+    dcp.load(state, folder)
     loop.load_state_dict(state["loop"])
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 from polyak.algorithm import MetricLogger
 from polyak.time import Time, Timestamp
-from polyak.trainer.loggers import Destination
+from polyak.trainer.loggers.base import Destination
 from polyak.trainer.state import TrainerState
 
 
 class ProgressBar(Destination):
-    """Show how far training is, with the loss and the last evaluation; it needs ``pip install polyak[cli]``.
+    """Shows the progress of training, the loss and the last evaluation; it needs ``pip install polyak[cli]``.
 
     Args:
         console: A ``rich.console.Console``; standard error by default.
@@ -23,7 +23,7 @@ class ProgressBar(Destination):
         self._shown: dict[str, float] = {}
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Show the metrics beside the bar.
+        """Show the metrics next to the bar.
 
         Args:
             metrics: Values by name.
@@ -36,7 +36,7 @@ class ProgressBar(Destination):
         """Start the bar.
 
         Args:
-            state: What there is.
+            state: Of the trainer.
             logger: Not used.
         """
         del logger
@@ -65,7 +65,7 @@ class ProgressBar(Destination):
         """Move the bar.
 
         Args:
-            state: What there is.
+            state: Of the trainer.
             logger: Not used.
         """
         del logger
@@ -75,10 +75,10 @@ class ProgressBar(Destination):
     epoch_end = batch_end
 
     def fit_end(self, state: TrainerState, logger: MetricLogger) -> None:
-        """Stop the bar where it is.
+        """Stop the bar.
 
         Args:
-            state: What there is.
+            state: Of the trainer.
             logger: Not used.
         """
         self.batch_end(state, logger)

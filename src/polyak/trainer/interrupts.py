@@ -1,5 +1,10 @@
-"""What a batch changes before its optimizer step, kept so that an interrupt inside the batch leaves no trace."""
+"""What an interrupt finds: a batch that is complete, or one that has not begun."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -7,20 +12,20 @@ from torch import Tensor, nn
 
 from polyak.training import rng
 
-# BatchNorm's kernels change running statistics without a new version of the tensor. Only for buffers of more elements,
-# which are no statistics of channels, is an unchanged version taken to mean unchanged values.
+# BatchNorm's kernels change running statistics without changing the tensor's version. An unchanged version means
+# unchanged values only for larger buffers, which are no statistics of channels.
 _TRUSTED_ABOVE = 1 << 16
 
 
 class Rollback:
-    """Keeps buffers and random numbers as they are where a batch begins, and puts them back if it is left early.
+    """Copies buffers and random states at the start of a batch, and restores them if the batch is left early.
 
     A forward pass in train mode updates buffers, such as the statistics of BatchNorm, and draws random numbers; loading
-    a batch draws too. A run that is resumed repeats the batch, so both must be what they were before it.
+    a batch draws some too. A resumed run repeats the batch, so both must be what they were before it.
 
     Args:
         model: In training.
-        stream: What the data loader draws from.
+        stream: The random numbers that the data loader draws.
     """
 
     def __init__(self, model: nn.Module, stream: rng.Stream) -> None:
@@ -32,8 +37,8 @@ class Rollback:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Keep what there is now: no batch has begun."""
-        self._random = None  # while the copies are of two moments
+        """Copy buffers and random states: a batch begins."""
+        self._random = None  # while some copies are new and others old
         stale: list[tuple[Tensor, Tensor]] = []
         for index, (module, name) in enumerate(self._places):
             buffer = module._buffers.get(name)  # noqa: SLF001
@@ -49,17 +54,17 @@ class Rollback:
             stale.append((copy, buffer))
         if stale:
             torch._foreach_copy_([copy for copy, _ in stale], [buffer for _, buffer in stale])
-        # A stream that is not apart is in the global generators and its own.
+        # A stream that is not separate is drawn from the global generators and the loader's.
         everywhere = rng.get_state(self._stream.generators, plain=False)
         self._random = (everywhere, self._stream.get_state() if self._stream.is_separate else None)
 
     def done(self) -> None:
-        """Note that the batch is counted: what it has changed stays."""
+        """Keep the changes of the batch: it is counted."""
         self._random = None
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what ``begin`` kept, unless the batch is counted."""
+        """Restore what ``begin`` copied, unless the batch is counted."""
         if self._random is None:
             return
         (everywhere, of_data), self._random = self._random, None
@@ -79,3 +84,33 @@ class Rollback:
 
 def _is_unchanged(buffer: Tensor, version: int) -> bool:
     return buffer.numel() > _TRUSTED_ABOVE and buffer._version == version  # noqa: SLF001
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Delay the handlers of SIGINT and SIGTERM until the ``with`` block ends.
+
+    Only the main thread runs handlers, so in other threads this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Nested: while one handler is restored, the other signal is still held.
+    with _held(signal.SIGINT), _held(signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _held(number: int) -> Iterator[None]:
+    handler = signal.getsignal(number)
+    if not callable(handler):
+        yield
+        return
+    came: list[FrameType | None] = []
+    try:
+        signal.signal(number, lambda _, frame: came.append(frame))
+        yield
+    finally:
+        signal.signal(number, handler)
+        if came:
+            handler(number, came[0])
