@@ -48,7 +48,7 @@ sanitize: $(VENV)/dev.stamp ## Run the memory tests with the C kernel under Addr
 # Python and torch are built without the sanitizers, so LD_PRELOAD loads them first, and libstdc++, which asan needs early.
 SANITIZED = POLYAK_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libstdc++.so)"
-MEMORY := tests/tensors/test_memory.py tests/averaging/test_weights.py tests/tensors/test_slots.py tests/kernels/test_kernels.py
+MEMORY := tests/tensors/test_memory.py tests/tensors/test_fingerprint.py tests/averaging/test_weights.py tests/kernels/test_kernels.py
 
 format: $(VENV)/dev.stamp ## Format the code, and apply ruff's fixes
 	$(BIN)/ruff check --fix .

@@ -21,8 +21,8 @@ import torch
 from results_io import processor, row
 
 import polyak
-from polyak.cli.folder import replacing
 from polyak.cli.recipe import NUM_TRAIN, NUM_VALIDATION, Digits, build_trainer, cosine
+from polyak.storage.atomic import replacing
 
 RUNS = {
     "the demo": Digits(),

@@ -22,7 +22,6 @@ from update_time import PAIRS, gpt2, resnet50
 
 from polyak import kernels
 from polyak.averaging.weights import Shadow
-from polyak.kernels import foreach
 
 DEVICE = "cuda"
 COPY, COPY_BYTES = "a copy", 1 << 30
@@ -40,13 +39,11 @@ CASES = {
 Run = Callable[[], object]
 
 
-def averages_of(
-    model: nn.Module, average: torch.dtype
-) -> tuple[list[Tensor], list[Tensor], list[kernels.Place], Tensor]:
-    """Return averages of the model's parameters and what else a kernel is made with."""
+def averages_of(model: nn.Module, average: torch.dtype) -> tuple[list[kernels.Pair], Tensor]:
+    """Return averages of the model's parameters in pairs with these, and a counter: what a kernel takes."""
     online = [p.detach() for p in model.parameters()]
-    places = [kernels.Place(number) for number in range(len(online))]
-    return [x.to(average, copy=True) for x in online], online, places, torch.zeros((), dtype=torch.int64, device=DEVICE)
+    pairs = [kernels.Pair(x.to(average, copy=True), x, kernels.Place(number)) for number, x in enumerate(online)]
+    return pairs, torch.zeros((), dtype=torch.int64, device=DEVICE)
 
 
 def replayed(model: nn.Module, average: torch.dtype) -> Run:
@@ -74,8 +71,10 @@ def contenders(model: nn.Module, average: torch.dtype) -> Iterator[tuple[str, Ca
         return lambda: shadow.update_(1 - DECAY)
 
     def in_torch() -> Run:
-        lerp = foreach.Lerp(*averages_of(model, average))
-        return lambda: lerp(1 - DECAY, 1)
+        pairs, left_out = averages_of(model, average)
+        with kernels.only("torch"):
+            update = kernels.lerp(*zip(*pairs, strict=True), left_out)
+        return lambda: update(1 - DECAY, 1)
 
     def averaged_model(**functions: Callable) -> Run:
         averaged = AveragedModel(model, **functions)
@@ -84,7 +83,7 @@ def contenders(model: nn.Module, average: torch.dtype) -> Iterator[tuple[str, Ca
         return lambda: averaged.update_parameters(model)
 
     def bare() -> Run:
-        averages, online, *_ = averages_of(model, average)
+        averages, online, _ = zip(*averages_of(model, average)[0], strict=True)
         return lambda: torch._foreach_lerp_(averages, online, 1 - DECAY)
 
     def copy() -> Run:
@@ -146,10 +145,11 @@ def race(model: nn.Module, average: torch.dtype, repeats: int) -> tuple[dict[str
 def check(model_dtype: torch.dtype, average: torch.dtype) -> None:
     """Refuse to time a kernel that gives other numbers than torch's."""
     results = []
-    for by in (kernels.Lerp, foreach.Lerp):
+    for name in ("triton", "torch"):
         generator = torch.Generator(DEVICE).manual_seed(0)
         a, x = (torch.randn(1_000_003, generator=generator, device=DEVICE).to(d) for d in (average, model_dtype))
-        foreach.lerp_([a], [x], 1 - DECAY, [kernels.Place(1)], 5, by=by)
+        with kernels.only(name):
+            kernels.lerp_([a], [x], 1 - DECAY, [kernels.Place(1)], 5)
         results.append(a)
     if not torch.equal(*results):
         sys.exit(
@@ -223,7 +223,8 @@ def main() -> None:
     how = provenance("torch", "triton")
     how["hardware"] = f"{gpu()}; {how['hardware']}"
     wall_s = time.perf_counter() - began
-    kernel = type(kernels.Lerp(*averages_of(nn.Linear(1, 1, device=DEVICE), torch.float32))._parts[0][0]).__module__
+    one = torch.ones(1, device=DEVICE)
+    kernel = type(kernels.lerp([one], [one], [kernels.Place(0)], torch.zeros((), device=DEVICE))).__module__
     lines += item(f"polyak's kernel: {kernel}.")
     lines += [line for reason in missing for line in item(f"Not measured: {reason}.")]
     lines += ["", *measured(how, wall_s)]

@@ -74,7 +74,7 @@ def file_of(package: str, path: str, without: tuple[str, ...] = ()) -> ModuleTyp
 
 def polyak(model: nn.Module, average: torch.dtype) -> Average:
     shadow = Shadow(model, dtype=average)
-    return Average(lambda: shadow.update_(1 - DECAY), lambda: shadow.lend("the benchmark"), shadow.give_back)
+    return Average(lambda: shadow.update_(1 - DECAY), lambda: shadow.swap_in("the benchmark"), shadow.restore)
 
 
 def averaged_model(**functions: Callable[..., object]) -> Callable[[nn.Module, torch.dtype], Average]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from results_io import RESULTS, measured, paragraph, progress, provenance, table, write
 
-from polyak.record.store import due
+from polyak.record.writer import due
 
 PER_LEVEL = (2, 4, 8)
 STRETCHES = (128, 512, 1024, 4096, 16_384, 100_000)
@@ -74,7 +74,7 @@ def main() -> None:
         "# How many files a record keeps",
         "",
         *paragraph(
-            "Simulated with `polyak.record.store.due`, the rule that the writer merges by. Each file is as large as "
+            "Simulated with `polyak.record.writer.due`, the rule that the writer merges by. Each file is as large as "
             "the weights in the record's dtype."
         ),
         "",

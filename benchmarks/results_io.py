@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import polyak
-from polyak.cli.folder import replacing
+from polyak.storage.atomic import replacing
 
 RESULTS = Path(__file__).parent / "results"
 

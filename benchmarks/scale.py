@@ -32,10 +32,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from polyak.cli.folder import replacing
 from polyak.record import Edge, Writer
-from polyak.record.store import due
+from polyak.record.writer import due
 from polyak.report.figures import _STYLE, AVERAGED, GREY, INK, RAW, RULE, render
+from polyak.storage.atomic import replacing
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Timestamp
 

@@ -74,8 +74,8 @@ def _rank(rank: int, size: int, meeting: str, parameters: int, repeats: int, res
     update = _time_ms(repeats, lambda: shadow.update_(0.1))
 
     def loan() -> None:
-        shadow.lend("the benchmark")
-        shadow.give_back()
+        shadow.swap_in("the benchmark")
+        shadow.restore()
 
     found = {
         "ranks": size,

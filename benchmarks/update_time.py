@@ -1,9 +1,10 @@
-"""How long one update of an average takes, beside other libraries and beside the memory's own limit.
+"""How long one update of an average takes, next to other libraries and to the limit that memory sets.
 
     python benchmarks/update_time.py [--repeats 5] [--largest 300] [--out benchmarks/results/update_time.md]
 
-All contenders of a case take turns in one run, so that whatever else the machine does befalls them alike. Libraries
-that are not installed are left out; see `peers.py`. 300 million in the largest tensor take some 16 GiB of memory.
+All contenders of a case take turns in one run, so that everything else that the machine does affects them the same.
+Libraries that are not installed are left out; see `peers.py`. 300 million in the largest tensor take some 16 GiB of
+memory. `polyak, through attach` is a step of an optimizer that moves nothing, with its hooks, the clock and the update.
 """
 
 import argparse
@@ -24,14 +25,14 @@ from peers import DECAY, MAKERS, OURS, PACKAGES, QUICK, averages_of
 from results_io import RESULTS, item, measured, paragraph, progress, provenance, table, write
 from torch import nn
 
-from polyak import kernels
+from polyak import EMA, Time, Timestamp, attach, kernels
 from polyak.averaging.weights import Shadow
 
 MOST_FOR_ALL = 150_000_000  # elements; of larger models there are averages of the quicker contenders only
 BUILDS = 3
 SMALL = 1_000_000  # elements; such models get more rounds, and two calls in each turn
 LEAST, PATIENCE_S = 3, 1.0  # who takes twice our time, and has taken so long in so many turns, gets no more of them
-OURS_TORCH, LIMIT = "polyak, kernel in torch", "the limit"
+OURS_TORCH, OURS_ATTACHED, LIMIT = "polyak, kernel in torch", "polyak, through attach", "the limit"
 PAIRS = {
     "float32": (torch.float32, torch.float32),
     "bfloat16 model, float32 average": (torch.bfloat16, torch.float32),
@@ -95,17 +96,62 @@ def limit(num_elements: int, folder: Path, threads: int) -> Callable[[], None]:
 
 
 def contenders(model: nn.Module, average: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Return what updates an average of ``model``, each with an average of its own."""
+    """Return functions that update an average of ``model``, each its own average."""
     large = sum(p.numel() for p in model.parameters()) > MOST_FOR_ALL
     names = list(QUICK if large else MAKERS)
     random.shuffle(names)
     found = {name: made.update for name, made in averages_of(model, average, names).items()}
     other = Shadow(model, dtype=average)
-    averages, tensors = list(other.averages.values()), list(model.parameters())
-    places = [kernels.Place(i) for i in range(len(tensors))]
-    other._lerp = kernels.KERNELS["torch"](averages, tensors, places, torch.zeros((), dtype=torch.int64))
+    with kernels.only("torch"):
+        other.update_(1 - DECAY)  # a kernel is kept from the first update on
     found[OURS_TORCH] = lambda: other.update_(1 - DECAY)
+    found[OURS_ATTACHED] = attached_step(model, EMA(smoothing=DECAY, dtype=average))
     return found
+
+
+class Idle(torch.optim.Optimizer):
+    """Moves nothing, so that its step takes as long as its hooks."""
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Do nothing."""
+
+
+def attached_step(model: nn.Module, ema: EMA | None) -> Callable[[], object]:
+    """Return the step of an idle optimizer, to which ``ema`` is attached if it is given."""
+    parameters = list(model.parameters())
+    smallest = min(parameters, key=torch.Tensor.numel)
+    smallest.grad = torch.zeros_like(smallest)  # steps without gradients do not count
+    optimizer = Idle(parameters, {})
+    if ema is not None:
+        attached = attach(ema, model, optimizer)
+        optimizer.step()  # averaging begins
+
+        def step() -> object:
+            optimizer.step()
+            return attached  # keeps the average up
+
+        return step
+    return optimizer.step
+
+
+def shares(steps: int = 500, rounds: int = 40) -> dict[str, float]:
+    """Return what `attach` adds to a step in which no update is due, and what the clock takes of it, in microseconds.
+
+    The former is the difference between a step with an ``EMA`` that never begins and one without, of an idle optimizer.
+    They take turns; each is the quickest round, by the processor time of this thread, which other processes hardly
+    change.
+    """
+    never = attached_step(nn.Linear(4, 4), EMA(smoothing=DECAY, ema_start=Time(10**12, "ba")))
+    bare, now = attached_step(nn.Linear(4, 4), None), Timestamp(epoch_length=100)
+    runs = {"attached": never, "bare": bare, "clock": partial(now.to_next_batch, 8, 64)}
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            began = time.thread_time()
+            for _ in range(steps):
+                run()
+            best[name] = min(best[name], (time.thread_time() - began) / steps * 1e6)
+    return {"attach_us": best["attached"] - best["bare"], "clock_us": best["clock"]}
 
 
 def race(
@@ -113,9 +159,9 @@ def race(
 ) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     """Return the seconds of each contender, and of the limit, round by round, in each of which all take turns.
 
-    They are those of the first call of a turn, when caches hold what others have used, and those of a second call right
-    after it, which only small models get: the caches hold no others. All are made several times, in an order that
-    changes: memory is not equally fast everywhere.
+    The first list is of the first call of a turn, when caches hold the data of others; the second of a second call
+    right after it, which only small models get. All are made several times, in an order that changes: memory is not
+    equally fast everywhere.
     """
     rounds: list[dict[str, float]] = []
     again: list[dict[str, float]] = []
@@ -151,13 +197,13 @@ def race(
 def ratio(rounds: Sequence[Mapping[str, float]], above: str, below: str) -> float:
     """Return the median over all rounds of how much longer one took than the other in the same round.
 
-    What else the machine does changes from second to second, and so befalls both alike.
+    Everything else that the machine does changes from second to second, and so affects both.
     """
     return statistics.median(found[above] / found[below] for found in rounds if above in found and below in found)
 
 
 def figures(rounds: Sequence[Mapping[str, float]], size: int) -> dict[str, object]:
-    """Return what is said of a case: medians, and ratios.
+    """Return the figures of a case: medians, and ratios.
 
     Args:
         rounds: The seconds of all, round by round; the limit's are for 12 bytes an element.
@@ -204,7 +250,7 @@ def main() -> None:
                 size = dtype.itemsize + 2 * average.itemsize
                 measured_in = race(model, average, make_limit, arguments.repeats * (3 if count < SMALL else 1))
                 of_case = {"tensors": len(shapes), "elements": count, "pair": pair, "bytes_per_element": size}
-                for name, rounds in zip((case, f"{case}, at once again"), measured_in, strict=True):
+                for name, rounds in zip((case, f"{case}, second call"), measured_in, strict=True):
                     if any(rounds):
                         results.append({"case": name, **of_case, **figures(rounds, size)})
                 bar.advance(task)
@@ -215,8 +261,9 @@ def main() -> None:
             f"Milliseconds, medians of {BUILDS * arguments.repeats} or more (of {LEAST} or more for what takes "
             f"long); all contenders of a column took turns in one run, in changing order, each made {BUILDS} "
             "times, since memory is not equally fast everywhere. A ratio is the median of those within each round "
-            "of turns. Of the small tensors there is also the second of two calls in a turn, when caches hold what it "
-            "uses and not what the others have used. The "
+            "of turns. Of the small tensors there is also the second of two calls in a turn, when caches hold its own "
+            "data and not those of the others. *Through attach* is the step of an optimizer that moves nothing, with "
+            "its hooks, the clock and the update. The "
             "limit is `y += a * (x - y)` in C over one flat float32 pair of as many elements, on "
             "torch's threads, times the bytes that an update of these dtypes reads and writes, over 12. Ours is "
             "below it where that loop leaves speed unused, since it asks for memory ahead. A 16-bit average is "
@@ -237,15 +284,25 @@ def main() -> None:
         rows.append(("polyak over the limit", *(f"{found['over_limit']:.2f}" for found in of)))
         rows.append(("the best peer over polyak", *(f"{found['best_peer_over_ours']:.2f}" for found in of)))
         lines += [f"## {pair.capitalize()}", "", *table(("", *titles), rows), ""]
+    per_step = shares()
     how = provenance(*PACKAGES)
     wall_s = time.perf_counter() - began
+    kernel = kernels.serving_cpu()[0]
     lines += [
-        *item(f"polyak's kernel: {kernels.CHOSEN}. Load of the machine at the end: {os.getloadavg()[0]:.1f} processes.")
+        *item(f"polyak's kernel: {kernel}. Load of the machine at the end: {os.getloadavg()[0]:.1f} processes."),
+        *item(
+            f"A step in which no update is due takes {per_step['attach_us']:.1f} µs longer with `attach`, of which the "
+            f"clock takes {per_step['clock_us']:.1f} µs (processor time; the quickest of 40 rounds of 500)."
+        ),
     ]
     if missing:
         lines += item(f"Not measured in this run, which was cut short: {'; '.join(missing)}.")
     lines += ["", *measured(how, wall_s)]
-    write(arguments.out, lines, {"results": results, "kernel": kernels.CHOSEN, "how": how, "wall_s": round(wall_s, 1)})
+    write(
+        arguments.out,
+        lines,
+        {"results": results, **per_step, "kernel": kernel, "how": how, "wall_s": round(wall_s, 1)},
+    )
 
 
 if __name__ == "__main__":

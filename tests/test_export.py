@@ -12,28 +12,28 @@ from polyak import EMA, CheckpointError, LoanError, attach, export_averaged
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "size"), [(kind, max(sizes)) for kind, sizes in sharded.KINDS.items()], ids=str)
-def test_ranks_export_the_average_that_they_lend(ranks, tmp_path, kind, size) -> None:
-    lent = ranks.run(size, sharded.exports, kind, str(tmp_path / "averaged"), 5e9)[0]
+def test_ranks_export_the_average_that_they_swap_in(ranks, tmp_path, kind, size) -> None:
+    swapped = ranks.run(size, sharded.exports, kind, str(tmp_path / "averaged"), 5e9)[0]
     (file,) = (tmp_path / "averaged").glob("*.safetensors")
-    assert sharded.unequal(load_file(file), lent) == []
+    assert sharded.unequal(load_file(file), swapped) == []
     assert [path.name for path in tmp_path.iterdir()] == ["averaged"]
 
 
 @pytest.mark.slow
 def test_one_rank_of_a_sharded_model_exports_it(ranks, tmp_path) -> None:
-    lent = ranks.run(1, sharded.exports, "fsdp, blocks", str(tmp_path / "averaged"), 5e9)[0]
-    assert sharded.unequal(load_file(tmp_path / "averaged" / "model.safetensors"), lent) == []
+    swapped = ranks.run(1, sharded.exports, "fsdp, blocks", str(tmp_path / "averaged"), 5e9)[0]
+    assert sharded.unequal(load_file(tmp_path / "averaged" / "model.safetensors"), swapped) == []
 
 
 @pytest.mark.slow
 def test_a_large_model_is_exported_in_several_files_and_an_index(ranks, tmp_path) -> None:
-    lent = ranks.run(2, sharded.exports, "fsdp, blocks", str(tmp_path / "averaged"), 8000)[0]
+    swapped = ranks.run(2, sharded.exports, "fsdp, blocks", str(tmp_path / "averaged"), 8000)[0]
     names = sorted(path.name for path in (tmp_path / "averaged").glob("*.safetensors"))
     assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     parts = [load_file(tmp_path / "averaged" / name) for name in names]
-    assert sharded.unequal({n: t for part in parts for n, t in part.items()}, lent) == []
+    assert sharded.unequal({n: t for part in parts for n, t in part.items()}, swapped) == []
     index = json.loads((tmp_path / "averaged" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == lent.keys()
+    assert index["weight_map"].keys() == swapped.keys()
 
 
 def trained() -> tuple[nn.Module, EMA]:

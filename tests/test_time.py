@@ -1,4 +1,7 @@
+import copy
+import dataclasses
 import math
+import pickle
 from datetime import timedelta
 
 import numpy as np
@@ -48,7 +51,7 @@ def test_a_number_that_python_would_not_read_is_the_one_clear_error(string) -> N
 @pytest.mark.parametrize(
     "string", ["5", "", "nandur", "-3ba", "ba", "1.5.5ep", "5bananas", "5 b a", "1h30", "--5ba", "0x10ba", "h", "+-1ba"]
 )
-def test_what_is_no_time_string_is_one_clear_error_that_names_the_form(string) -> None:
+def test_a_string_that_is_no_time_string_is_one_clear_error_that_names_the_form(string) -> None:
     with pytest.raises(ValueError, match="a time string is a number that is not negative and a unit.*got"):
         Time.from_timestring(string)
 
@@ -154,7 +157,7 @@ def test_seconds_compare_and_add_with_timedeltas() -> None:
         Time(1, "ba").total_seconds()
 
 
-def test_a_span_is_checked_at_the_door() -> None:
+def test_a_span_is_checked_where_it_is_given() -> None:
     assert as_span("x", "3ba", above=0, whole=True) == Time(3, "ba")
     with pytest.raises(TimeError, match=r"x must be at least 0 \(got -1ba\)"):
         as_span("x", Time(-1, "ba"))
@@ -190,8 +193,8 @@ def test_the_clock_reads_the_same_at_the_last_batch_of_an_epoch_and_after_it() -
     assert now.elapsed("ep") == now.to_next_epoch().elapsed("ep") == 1.0
 
 
-def test_a_timestamp_names_what_it_cannot_tell() -> None:
-    with pytest.raises(TimeError, match="dur needs a run of known length"):
+def test_a_timestamp_names_the_units_that_it_does_not_know() -> None:
+    with pytest.raises(TimeError, match="dur needs a run whose max_duration is known"):
         Timestamp().elapsed("dur")
     with pytest.raises(TimeError, match="unit must be one of"):
         Timestamp().get("dur")
@@ -247,3 +250,37 @@ def test_reprs_of_times_and_timestamps_evaluate_to_what_they_are_of() -> None:
     names = {"Timestamp": Timestamp, "Time": Time}
     assert eval(repr(now), names) == now
     assert eval(repr(now.sample), names) == now.sample
+
+
+def test_a_timestamp_holds_plain_numbers() -> None:
+    began = Timestamp(epoch="2ep", epoch_length=4)
+    now = began.to_next_batch(samples=Time(8, "sp"), tokens=np.int64(3)).to_next_epoch()
+    assert {type(number) for number in vars(now).values()} <= {int, float}
+    assert (now.epoch, now.sample, now.token) == (Time(3, "ep"), Time(8, "sp"), Time(3, "tok"))
+    with pytest.raises(TimeError, match=r"sample must be in sp \(got 1ba\)"):
+        now.to_next_batch(samples=Time(1, "ba"))
+
+
+def test_counting_a_batch_makes_no_time_objects(monkeypatch) -> None:
+    now = Timestamp(epoch_length=4)
+    monkeypatch.setattr(Time, "__post_init__", lambda self: pytest.fail("a Time was made"))
+    later = now.to_next_batch(samples=8, tokens=16, seconds=0.5)
+    assert [later.elapsed(unit) for unit in ("ba", "sp", "tok", "sec", "ep")] == [1.0, 8.0, 16.0, 0.5, 0.25]
+    assert later.in_epoch
+    assert not later.ends_epoch
+
+
+def test_a_timestamp_can_be_pickled_and_copied_and_stays_as_it_is() -> None:
+    now = Timestamp(epoch_length=4).to_next_batch(samples=8, seconds=0.5)
+    for other in (pickle.loads(pickle.dumps(now)), copy.deepcopy(now), dataclasses.replace(now)):
+        assert other == now
+        assert vars(other) == vars(now)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        now.batch = Time(2, "ba")
+
+
+def test_a_pickle_of_a_timestamp_that_held_times_is_read() -> None:
+    now = Timestamp(epoch_length=4).to_next_batch(samples=8, seconds=0.5)
+    other = Timestamp.__new__(Timestamp)
+    other.__setstate__([getattr(now, field.name) for field in dataclasses.fields(Timestamp)])
+    assert other == now

@@ -1,9 +1,10 @@
-"""What acts on events: ``Algorithm``, and ``dispatch``, by which every host calls them."""
+"""``Algorithm``, which acts on events, and ``dispatch``, by which every training loop calls it."""
 
 import pickle
 import sys
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from polyak.errors import ArgumentError, CopyError
@@ -12,7 +13,7 @@ from polyak.time import TimeUnit
 
 
 class MetricLogger(Protocol):
-    """Where an algorithm may log numbers. Every host's logger has this one method."""
+    """Where an algorithm may log numbers. The logger of every integration has this one method."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log ``metrics`` by name, at ``step`` batches."""
@@ -20,7 +21,7 @@ class MetricLogger(Protocol):
 
 
 class NoLogger:
-    """A logger for hosts that have none."""
+    """A logger for loops that have none."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Drop the metrics."""
@@ -38,14 +39,26 @@ class Algorithm(ABC):
         ...         self.n += 1
 
     Attributes:
-        lends: Whether it puts other weights in the model for evaluation. A loop can have one that does.
+        swaps: Whether it swaps other weights into the model for evaluation. A loop can have one such algorithm.
     """
 
-    lends: ClassVar[bool] = False
+    swaps: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "lends" in vars(cls):
+            warnings.warn(f"`lends` of {cls.__name__} is deprecated; name it `swaps`", DeprecationWarning, stacklevel=2)
+            cls.swaps = vars(cls)["lends"]
+
+    @property
+    def lends(self) -> bool:
+        """Deprecated name of ``swaps``."""
+        warnings.warn("`Algorithm.lends` is deprecated; read `swaps`", DeprecationWarning, stacklevel=2)
+        return self.swaps
 
     @abstractmethod
     def match(self, event: Event, state: State) -> bool:
-        """Return whether this wants to act on ``event``, without changing anything."""
+        """Return whether to act on ``event``. Asking changes nothing."""
 
     @abstractmethod
     def apply(self, event: Event, state: State, logger: MetricLogger) -> None:
@@ -64,35 +77,76 @@ class Algorithm(ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that later decisions depend on, as tensors and plain containers."""
+        """Return everything that later decisions depend on, as tensors and plain containers."""
         return {"repr": repr(self)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  nothing to do unless there is state
-        """Go on from what ``state_dict`` returned.
+        """Resume from what ``state_dict`` returned.
 
         Args:
             state: As saved.
         """
 
 
-def dispatch(event: Event, state: State, algorithms: Sequence[Algorithm], logger: MetricLogger) -> None:
+# As in Composer, the last algorithm acts first where something has ended.
+_REVERSED = frozenset(event for event in Event if event.name.startswith("AFTER"))
+
+
+def dispatch(event: Event, state: State, algorithms: Iterable[Algorithm], logger: MetricLogger) -> None:
     """Ask all algorithms whether they act on ``event``, then let those act, in order.
 
-    Events that begin with ``AFTER`` run in reverse order, as in Composer.
+    At events that begin with ``AFTER`` they act in reverse order, as in Composer.
 
     Args:
-        event: What happened.
-        state: What there is.
-        algorithms: Who may act.
+        event: That has happened.
+        state: Of the loop.
+        algorithms: In order.
         logger: Where they may log.
     """
-    acting = [algorithm for algorithm in algorithms if algorithm.match(event, state)]
-    for algorithm in reversed(acting) if event.name.startswith("AFTER") else acting:
+    acting = []
+    for algorithm in algorithms:
+        if algorithm.match(event, state):
+            acting.append(algorithm)
+    if event in _REVERSED:
+        acting.reverse()
+    for algorithm in acting:
         algorithm.apply(event, state, logger)
 
 
+def as_algorithms(algorithms: Algorithm | Iterable[Algorithm]) -> list[Algorithm]:
+    """Return one or several algorithms as a list that one loop can run.
+
+    Args:
+        algorithms: One or several.
+
+    Raises:
+        ArgumentError: If one of them is not an algorithm, or is one of another trainer; if more than one of them swaps
+            an average into the model.
+    """
+    listed = list(algorithms) if isinstance(algorithms, Iterable) else [algorithms]
+    check_algorithms(listed)
+    check_one_swaps([algorithm for algorithm in listed if algorithm.swaps])
+    return listed
+
+
+def check_one_swaps(swapping: Sequence[object]) -> None:
+    """Check that of the algorithms of a loop at most one swaps an average into the model.
+
+    Args:
+        swapping: Those that do.
+
+    Raises:
+        ArgumentError: If there are several.
+    """
+    if len(swapping) > 1:
+        raise ArgumentError(
+            "a model can hold one average at a time, so there can be one algorithm that swaps one in (got "
+            f"{list(swapping)}); to compare averages, attach them to separate runs"
+        )
+
+
 def check_algorithms(algorithms: Sequence[object]) -> None:
-    """Check that what a loop was given are algorithms of ours.
+    """Check that all are algorithms of polyak.
 
     Args:
         algorithms: As given.
@@ -105,7 +159,7 @@ def check_algorithms(algorithms: Sequence[object]) -> None:
             continue
         kind, advice = type(one), "derive from polyak.Algorithm"
         if isinstance(one, type):
-            advice = "make one of it with parentheses"
+            advice = "call the class, with parentheses"
         elif any(cls.__module__.partition(".")[0] == "composer" for cls in kind.__mro__):
             advice = f"this one is for Composer's trainer: `from polyak import {kind.__name__}` for any other loop"
         raise ArgumentError(
@@ -115,7 +169,7 @@ def check_algorithms(algorithms: Sequence[object]) -> None:
 
 
 def check_event(event: object, name: str) -> None:
-    """Check that an event is one of ours, for algorithms of which Composer's trainer has a class of its own.
+    """Check that an event is one of polyak's, for algorithms of which there is another class for Composer's trainer.
 
     Args:
         event: As given.
@@ -131,7 +185,7 @@ def check_event(event: object, name: str) -> None:
         )
 
 
-# These copy functions without a name, too.
+# These also copy functions without a name.
 _BY_VALUE = {"copy", "cloudpickle", "dill"}
 
 

@@ -1,8 +1,8 @@
-"""A background thread that runs one job after the other, of which there is never a second, whatever interrupts it.
+"""A background thread that runs one job after the other. There is never a second thread, whatever interrupts it.
 
-``concurrent.futures`` and ``threading.Thread`` wait by locks that are written in Python: a Ctrl-C at the wrong
-moment leaves an executor with a thread that it does not know of, so that it starts a second one, or a lock that
-is never released. The locks here are written in C: a signal comes before they are taken or after.
+``concurrent.futures`` and ``threading.Thread`` wait by locks that are written in Python: a Ctrl-C at the wrong moment
+leaves an executor with a thread that it does not know, so that it starts a second one, or a lock that is never
+released. The locks of this module are written in C: a signal comes before they are taken or after.
 """
 
 import atexit
@@ -16,7 +16,7 @@ Job = Callable[[], object]
 
 
 class _Task:
-    """A job, and whether it was done."""
+    """A job, its error, and a lock that is held until it is done."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -34,7 +34,7 @@ class _Task:
 
 
 class _Thread:
-    """What the thread knows. It does not know its ``Worker``, and so ends when nobody has that any more."""
+    """What the thread refers to: not its ``Worker``, so that it ends when nothing refers to that any more."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -48,28 +48,28 @@ class _Thread:
         try:
             while (task := self.tasks.get()) is not None:
                 task.run()
-                del task  # before the next one is waited for, so that what it holds is freed
+                del task  # so that what it refers to is freed before the wait for the next one
         finally:
             _RUNNING.discard(self)
             self.over = True
             self._ended.release()
 
     def end(self) -> None:
-        """Wait until all is done. A forked process has no such thread."""
+        """Wait until all jobs are done. A forked process has no such thread."""
         if self.process == os.getpid():
             self.tasks.put(None)
             while not self.over:
-                self._ended.acquire(timeout=1.0)  # held by a second one who waits, or by one who was interrupted
+                self._ended.acquire(timeout=1.0)  # another caller may hold it, or one that was interrupted
 
 
 _RUNNING = set[_Thread]()
 
 
 class Worker:
-    """A thread that runs jobs in their order. It ends with this object, and the process waits for it.
+    """A thread that runs jobs in order. It ends with this object, and the process waits for it at exit.
 
     Args:
-        name: What it is for.
+        name: The name of the thread.
 
     Example:
         >>> worker, done = Worker("example"), []
@@ -85,24 +85,24 @@ class Worker:
         self._closed = False
         self._thread = _Thread(name)
         weakref.finalize(self, self._thread.tasks.put, None)
-        # Python does not wait for it at exit, but `_end_all` does once it has started. An interrupt before that leaves
-        # a thread that nobody has: it ends as it has nothing to do, or it never gets out of `Thread.start`.
+        # At exit Python does not wait for a daemon, but `_end_all` does once it has started. An interrupt before that
+        # leaves a thread that nothing refers to: it has no jobs and ends, or it never gets out of `Thread.start`.
         threading.Thread(target=self._thread.run, name=name, daemon=True).start()
         _RUNNING.add(self._thread)
 
     def submit(self, job: Job) -> None:
-        """Have a job run; return immediately. What it raises is lost.
+        """Have a job run; return immediately. An error in it is lost.
 
         Args:
-            job: What to do.
+            job: What to run.
         """
         self._put(_Task(job))
 
     def finish(self, job: Job) -> None:
-        """Run a job after all others, and wait for it; raise what it raises.
+        """Run a job after all others, and wait for it; raise its error.
 
         Args:
-            job: What to do.
+            job: What to run.
         """
         task = _Task(job)
         self._put(task)
@@ -111,7 +111,7 @@ class Worker:
             raise task.error
 
     def close(self) -> None:
-        """Wait until all jobs are done, and end the thread. If this was interrupted, it may be called again."""
+        """Wait until all jobs are done, and end the thread. After an interrupt, this may be called again."""
         self._closed = True
         self._thread.end()
 
@@ -121,7 +121,7 @@ class Worker:
 
 
 def running(name: str) -> int:
-    """Return how many threads of a name there are.
+    """Return how many threads of a name are running.
 
     Args:
         name: As given to ``Worker``.

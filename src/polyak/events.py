@@ -1,4 +1,4 @@
-"""What a training loop tells an algorithm: ``Event`` says where it is, ``State`` what there is."""
+"""What an algorithm learns of a training loop: the ``Event`` that has happened, and the ``State`` of the loop."""
 
 from collections.abc import Collection
 from enum import StrEnum
@@ -41,9 +41,9 @@ class Event(StrEnum):
     Integrations fire the events that their framework has; those inside a batch (``is_inner``) only ``Trainer`` fires.
 
     There is no EPOCH_END where the run ends inside an epoch. A run of ``Trainer`` is one iteration, as by default in
-    Composer: it begins before the first epoch and does not end. Three are ours. ``SAVE_START`` and ``SAVE_END``
-    surround the taking of any checkpoint, so that an algorithm need not guess whether a saver is due. ``EXCEPTION``
-    is fired when the loop is left by an exception of any kind: whoever has lent something takes it back.
+    Composer: it begins before the first epoch and does not end. Three events are not Composer's: ``SAVE_START`` and
+    ``SAVE_END`` surround the saving of any checkpoint, so that an algorithm need not guess whether a saver is due, and
+    ``EXCEPTION`` is fired when any exception ends the loop, so that algorithms restore the training weights.
     """
 
     INIT = "init"
@@ -117,7 +117,7 @@ class Event(StrEnum):
 
     @property
     def canonical_name(self) -> str:
-        """The name without what tells the beginning from the end: ``"batch"`` for ``BATCH_START``."""
+        """The name without ``before`` and ``after``, ``start`` and ``end``: ``"batch"`` for ``BATCH_START``."""
         name = self.value.replace("before_", "").replace("after_", "")
         return name.removesuffix("_start").removesuffix("_end")
 
@@ -147,7 +147,7 @@ _INNER = frozenset(
 
 
 class State(Protocol):
-    """The members of a host's state that an algorithm may read."""
+    """The members of a loop's state that an algorithm may read."""
 
     @property
     def model(self) -> nn.Module:
@@ -156,17 +156,17 @@ class State(Protocol):
 
     @property
     def timestamp(self) -> Timestamp:
-        """Where training stands."""
+        """The clock: what training has counted so far."""
         ...
 
     @property
     def max_duration(self) -> Time | None:
-        """How long it will go on, if that is known."""
+        """The length of the run, if it is known."""
         ...
 
     @property
     def saving_to(self) -> Path | None:
-        """Where a checkpoint is being written, if one is and that is known."""
+        """The path of the checkpoint that is being written, if one is and its path is known."""
         ...
 
     def get_elapsed_duration(self) -> Time | None:
@@ -175,11 +175,11 @@ class State(Protocol):
 
 
 def elapsed_duration(timestamp: Timestamp, max_duration: Time | None) -> Time | None:
-    """Return what a state's ``get_elapsed_duration`` should.
+    """Return the elapsed share of a run as ``dur``; None if its length is not known.
 
     Args:
-        timestamp: Where training stands.
-        max_duration: How long it will go on, if that is known.
+        timestamp: The clock.
+        max_duration: The length of the run, if it is known.
     """
     if max_duration is None:
         return None
@@ -189,7 +189,7 @@ def elapsed_duration(timestamp: Timestamp, max_duration: Time | None) -> Time | 
 _HOW_TO_COUNT = {
     TimeUnit.TOKEN: "say how many tokens a batch has (tokens_per_step= or num_tokens=)",
     TimeUnit.SAMPLE: "say how many samples a batch has (samples_per_step= or num_samples=)",
-    TimeUnit.EPOCH: "say how many batches an epoch has (steps_per_epoch=, or a loader of known length)",
+    TimeUnit.EPOCH: "say how many batches an epoch has (steps_per_epoch=, or a loader with a length)",
     TimeUnit.SECOND: "train in polyak.Trainer, which counts seconds",
     TimeUnit.ITERATION: "train in Composer, which counts iterations",
 }
@@ -201,9 +201,9 @@ def refuse_uncounted(
     """Refuse a unit of time that a loop does not count.
 
     Args:
-        argument: What is in this unit, as it was given, to name it in errors.
+        argument: The argument in this unit, as it was given, to name it in errors.
         unit: Any.
-        state: What is known of the run.
+        state: Of the run.
         counted: Units that the loop counts.
         fractions: Whether fractions of epochs matter.
 
@@ -213,7 +213,7 @@ def refuse_uncounted(
     if unit is TimeUnit.DURATION:
         if state.max_duration is None:
             raise TimeError(
-                "times in dur need a run of known length: give max_duration, or another unit than dur "
+                "times in dur need a run whose max_duration is known: give max_duration, or use another unit "
                 f"(got {argument}, max_duration=None)"
             )
         argument, unit = f"{argument}, max_duration='{state.max_duration}'", state.max_duration.unit

@@ -1,39 +1,43 @@
-"""The averaged weights alone, as safetensors that any tool reads: in one file, or in several with an index."""
+"""Export of the averaged weights to safetensors files, which any tool reads."""
 
 import json
-import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from polyak.averaging.agreement import agree_on_plain
 from polyak.averaging.ema import EMA
-from polyak.averaging.weights import agree_on_plain
 from polyak.errors import CheckpointError
-from polyak.sharding import Ranks, local, refuse_stage
+from polyak.sharding import Communicator, Ranks, communicator_of, local, refuse_stage
+from polyak.storage.atomic import new_folder, put, remove, temporary_path
 from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, write_tensors
 from polyak.tensors.slots import all_slots
 
 Read = Callable[[list[str]], dict[str, Tensor]]
+# In the temporary folder: what all ranks write, and rank 0 reads.
+_SHARDS = "shards"
 
 
 def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_bytes: float = 5e9) -> None:
-    """Write the model with its averaged weights to a folder of safetensors files, in the model's own dtypes.
+    """Write the model with its averaged weights to a folder of safetensors files, in the model's dtypes.
 
-    It holds what the model's state dict would: averaged, copied and left tensors, tied ones under each of their names,
-    as ``model.safetensors``, or in several files with an index, named as Hugging Face does. Where it comes from is in
-    their metadata. Of a sharded model each rank writes its shards by ``torch.distributed.checkpoint``, and the first
-    one puts them together from disk, a file at a time: no rank holds the whole. All ranks must call this.
+    The files hold what the model's state dict would: averaged, copied and left tensors, tied ones under each of their
+    names. They are named as those of Hugging Face: ``model.safetensors``, or several files with an index. Their
+    metadata says how the average was made. Of a sharded model each rank writes its shards by
+    ``torch.distributed.checkpoint``, and rank 0 puts them together from disk, a file at a time: no rank holds the full
+    model. All ranks must call this.
 
     Args:
-        ema: Whose average.
+        ema: The algorithm whose average is written.
         model: The one in training, as it was given to the loop. The average is swapped in while writing.
-        folder: A new or empty one. It is complete or not there.
-        max_file_bytes: How large a file may become, if it holds more than one tensor.
+        folder: A new or empty folder. It gets all files or none.
+        max_file_bytes: The largest size of a file that holds more than one tensor.
 
     Raises:
-        FileExistsError: If ``folder`` has something in it.
+        FileExistsError: If ``folder`` is not empty.
         CheckpointError: If the model's state dict has a tensor that safetensors cannot hold: sparse, nested, without
             values, or of a dtype such as complex128 or quantized ones.
         LoanError: If averaging has not begun, or the model holds an average.
@@ -55,48 +59,41 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
     """
     folder = Path(folder)
     refuse_stage(model, "an export")
-    ranks = Ranks.of(model)
-    _on_each(ranks, lambda: _check(folder, model))
-    temporary = folder.with_name(f".{folder.name}.temporary")
-    metadata = {"format": "pt", "polyak.algorithm": repr(ema), "polyak.updates": str(ema.num_updates)}
+    ranks = communicator_of(model)
+    ranks.on_every_rank("the export", lambda: _check(folder, model))
     try:
         ema.get_ema_model(model)
-        tensors = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
-        if ranks is not None:
-            agree_on_plain(ranks, {s.name: s.tensor for s in all_slots(model) if s.is_parameter})
-        _on_first(ranks, lambda: _make(temporary))
-        if ranks is not None and not ranks.replicas:
-            read = _shards(tensors, temporary / "shards", ranks)
-        else:
-            read = _whole(tensors)
-        _on_first(ranks, lambda: _write(tensors, temporary, max_file_bytes, metadata, read))
-        _on_first(ranks, lambda: _finish(temporary, folder))
-    except BaseException:
-        if ranks is None or ranks.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        _export(ema, model, folder, ranks, max_file_bytes)
     finally:
         ema.get_training_model(model)
 
 
-def _on_each(ranks: Ranks | None, act: Callable[[], None]) -> None:
-    """Run on every rank; raise the error of any on all."""
-    ranks.each("the export", act) if ranks is not None else act()
-
-
-def _on_first(ranks: Ranks | None, act: Callable[[], None]) -> None:
-    """Run on rank 0; raise its error on every rank."""
-    ranks.first(act) if ranks is not None else act()
+def _export(ema: EMA, model: nn.Module, folder: Path, ranks: Communicator, max_file_bytes: float) -> None:
+    temporary = temporary_path(folder)
+    metadata = {"format": "pt", "polyak.algorithm": repr(ema), "polyak.updates": str(ema.num_updates)}
+    try:
+        tensors = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
+        if isinstance(ranks, Ranks):
+            agree_on_plain(ranks, {s.name: s.tensor for s in all_slots(model) if s.is_parameter})
+        ranks.on_rank_0(lambda: new_folder(temporary), f"make {temporary}")
+        read = _full(tensors) if ranks.replicas else _shards(tensors, temporary / _SHARDS, ranks)
+        ranks.on_rank_0(lambda: _write(tensors, temporary, max_file_bytes, metadata, read), f"write {folder}")
+        ranks.on_rank_0(lambda: _finish(temporary, folder), f"write {folder}")
+    except BaseException:
+        if ranks.rank == 0:
+            with suppress(OSError):
+                remove(temporary)
+        raise
 
 
 def _check(folder: Path, model: nn.Module) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"an export needs a new or empty folder (got {folder}, which holds something)")
+        raise FileExistsError(f"an export needs a new or empty folder (got {folder}, which is not): choose another")
     _require_exportable(model)
 
 
 def _require_exportable(model: nn.Module) -> None:
-    """See that safetensors can hold the model's state dict."""
+    """Check that safetensors can hold the model's state dict."""
     slots = {slot.name: slot.tensor for slot in all_slots(model) if slot.persistent}
     other = [name for name, tensor in slots.items() if tensor.layout != torch.strided or tensor.is_nested]
     if other:
@@ -106,7 +103,7 @@ def _require_exportable(model: nn.Module) -> None:
         )
     if meta := [name for name, tensor in slots.items() if tensor.is_meta]:
         raise CheckpointError(
-            f"a model must have values to be exported (on the meta device are {meta}); load them before"
+            f"a model must have values to be exported (got {meta} on the meta device); load them first"
         )
     dtypes = {name: str(tensor.dtype) for name, tensor in slots.items() if tensor.dtype not in DTYPE_NAMES}
     if dtypes:
@@ -118,36 +115,27 @@ def _require_exportable(model: nn.Module) -> None:
         raise CheckpointError("a tensor must not be named '__metadata__' to be exported as safetensors; rename it")
 
 
-def _make(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-
-
 def _finish(temporary: Path, folder: Path) -> None:
-    """Give the complete folder its name."""
-    shutil.rmtree(temporary / "shards", ignore_errors=True)
-    if folder.exists():
-        folder.rmdir()
-    temporary.rename(folder)
+    """Give the complete folder its final name."""
+    remove(temporary / _SHARDS)
+    put(temporary, folder)
 
 
-def _whole(tensors: dict[str, Tensor]) -> Read:
-    # What is sharded is so over one rank.
+def _full(tensors: dict[str, Tensor]) -> Read:
+    # The local shard of what is sharded over one rank is the full tensor.
     return lambda names: {name: local(tensors[name]) for name in names}
 
 
-def _shards(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> Read:
-    """Write the shards of all ranks, and return what reads full tensors from them."""
-    import torch.distributed.checkpoint as dcp  # noqa: PLC0415  half a second that few need
+def _shards(tensors: dict[str, Tensor], folder: Path, ranks: Communicator) -> Read:
+    """Write the shards of all ranks; return a function that reads full tensors from them."""
+    from polyak.sharding import dcp  # noqa: PLC0415  half a second that few need
 
-    # Plain tensors, such as buffers, are the first rank's.
-    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    dcp.save(tensors, checkpoint_id=folder, planner=planner, process_group=ranks.group)
+    dcp.save(tensors, folder, ranks.group)
 
     def read(names: list[str]) -> dict[str, Tensor]:
-        whole = {name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype) for name in names}
-        dcp.load(whole, checkpoint_id=folder, no_dist=True)
-        return whole
+        full = {name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype) for name in names}
+        dcp.load(full, folder, alone=True)
+        return full
 
     return read
 
@@ -159,7 +147,7 @@ def _write(
     metadata: dict[str, str],
     read: Read,
 ) -> None:
-    """Write files of at most ``max_file_bytes``, each of which is read as a whole."""
+    """Write files of at most ``max_file_bytes``, reading the tensors of one file at a time."""
     files, size = [list[str]()], 0
     for name, tensor in tensors.items():
         size += tensor.nbytes

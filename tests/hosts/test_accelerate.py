@@ -160,7 +160,7 @@ def run(folder: Path, algorithms: Any = None, plan: Plan | None = None) -> Run:
     return Run(Host(), folder, plan or Plan())
 
 
-def test_a_state_for_going_on_is_neither_saved_nor_loaded_while_the_average_is_lent(tmp_path) -> None:
+def test_a_resumable_state_is_neither_saved_nor_loaded_while_the_average_is_swapped_in(tmp_path) -> None:
     lent = run(tmp_path, plan=Plan(save_every=9)).fit()
     accelerator = lent.session.accelerator
     with lent.session.attached.applied():
@@ -174,7 +174,7 @@ def test_a_state_for_going_on_is_neither_saved_nor_loaded_while_the_average_is_l
     lent.assert_training_weights()
 
 
-def test_a_state_has_training_weights_and_the_average_beside_them_without_pickled_code(tmp_path) -> None:
+def test_a_state_has_the_training_weights_and_the_average_without_pickled_code(tmp_path) -> None:
     saved = run(tmp_path, plan=Plan(save_every=9)).fit()
     weights, average = saved.ema.batches[8]
     assert not loops.differences(weights, of_net(load_file(tmp_path / "state-9" / "model.safetensors")))
@@ -182,7 +182,7 @@ def test_a_state_has_training_weights_and_the_average_beside_them_without_pickle
     assert not loops.differences(average, of_net(state["algorithms"][0][1]["ema_model"]))
 
 
-def test_passes_that_only_accumulate_gradients_move_no_time(tmp_path) -> None:
+def test_passes_that_only_accumulate_gradients_are_not_counted(tmp_path) -> None:
     assert run(tmp_path, plan=Plan(accumulate=3)).fit().session.attached.timestamp.batch.value == 18
 
 
@@ -200,7 +200,7 @@ def test_steps_that_a_gradient_scaler_skips_do_not_count(fused) -> None:
     assert attached.timestamp.batch.value == 3
 
 
-def test_a_record_is_kept_beside_the_average_and_gone_on_with(tmp_path) -> None:
+def test_a_record_is_kept_next_to_the_average_and_resumed(tmp_path) -> None:
     plan, profile = Plan(save_every=6), HalfLife("4ba", unbiased=True)
     run(tmp_path, [EMA("4ba"), Recorder(tmp_path / "record", "2ba")], plan).fit()
     want = Record(tmp_path / "record").average(profile)
@@ -223,7 +223,7 @@ def test_sharded_weights_are_refused(tmp_path, monkeypatch, kind) -> None:
         attach(EMA("4ba"), accelerate.Accelerator(cpu=True), net, Plan().optimizer(net))
 
 
-def test_an_algorithm_hears_where_the_state_is_saved(tmp_path) -> None:
+def test_an_algorithm_learns_where_the_state_is_saved(tmp_path) -> None:
     class Hears(EMA):
         def state_dict(self):
             heard.append(attached._loop.state.saving_to)

@@ -242,7 +242,7 @@ def test_a_state_that_composer_saved_under_ddp_fits(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_in_one(tmp_path):
+def test_a_run_of_two_processes_resumes_in_one(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -278,9 +278,9 @@ def one_process():
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_model_under_fsdp1_is_refused_at_once(tmp_path, monkeypatch):
+def test_a_model_under_fsdp1_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(NotImplementedError, match="FSDP1 keeps flat pieces"):
+    with pytest.raises(NotImplementedError, match="FSDP1 keeps flat parameters"):
         run(tmp_path, EMA("4ba"), parallelism_config={"fsdp": {}})
 
 
@@ -324,7 +324,7 @@ def test_fit_leaves_training_weights_and_predict_and_save_see_the_average(tmp_pa
 
 @pytest.mark.parametrize("error", [RuntimeError("planned"), KeyboardInterrupt()], ids=["error", "interrupt"])
 @pytest.mark.parametrize("event", ["eval_batch_start", "eval_end", "predict_batch_start", "batch_end", "epoch_end"])
-def test_an_exception_leaves_training_weights_and_the_run_goes_on(tmp_path, event, error):
+def test_an_exception_leaves_training_weights_and_the_run_continues(tmp_path, event, error):
     ema = EMA("4ba")
     made = run(tmp_path, ema, callbacks=Keeps({event: error}, at=6), save=None)
     with pytest.raises(type(error)):
@@ -350,7 +350,7 @@ def test_an_exception_while_saving_leaves_training_weights(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("start", "duration", "updates"), [("0.5dur", "2ep", 6), ("0.5dur", "12ba", 6), ("1ep", "2ep", 6)]
 )
-def test_averaging_starts_where_it_says(tmp_path, start, duration, updates):
+def test_averaging_starts_at_ema_start(tmp_path, start, duration, updates):
     ema = EMA("2ba", ema_start=start)
     run(tmp_path, ema, save=None, max_duration=duration).fit()
     assert ema.num_updates == updates
@@ -381,7 +381,7 @@ def test_every_documented_form_of_the_half_life_works(tmp_path, options):
 
 
 @pytest.mark.parametrize("options", [{"half_life": "-10ba"}, {"smoothing": 1.5}, {"smoothing": float("nan")}], ids=str)
-def test_what_cannot_be_meant_is_a_value_error(options):
+def test_arguments_that_make_no_sense_are_a_value_error(options):
     with pytest.raises(ValueError, match="got"):
         EMA(**options)
 
@@ -414,7 +414,7 @@ def test_the_average_counts_batches_as_the_model_does_and_keeps_a_nan_out(tmp_pa
 # Row 10
 
 
-def test_the_average_of_a_bfloat16_model_is_float32_and_gives_its_bits_back(tmp_path):
+def test_the_average_of_a_bfloat16_model_is_float32_and_the_swap_restores_its_bits(tmp_path):
     ema = EMA("4ba")
     net = loops.perceptron().bfloat16()
     data = torch.utils.data.TensorDataset(loops.dataset()[:][0].bfloat16(), loops.dataset()[:][1])
@@ -428,7 +428,7 @@ def test_the_average_of_a_bfloat16_model_is_float32_and_gives_its_bits_back(tmp_
 # Row 12
 
 
-def test_a_checkpoint_says_what_it_holds_and_another_half_life_warns(tmp_path):
+def test_a_checkpoint_names_the_weights_that_it_holds_and_another_half_life_warns(tmp_path):
     whole = run(tmp_path / "a", EMA("4ba"))
     whole.fit()
     path = saved(tmp_path / "a", 9)

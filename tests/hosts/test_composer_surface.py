@@ -230,7 +230,7 @@ def test_skipped_steps_are_forgotten_where_the_clock_is_set_back(tmp_path):
 
 
 @pytest.mark.parametrize("half_life", ["4ba", "1ep"])
-def test_composers_own_ema_takes_up_our_checkpoint(tmp_path, half_life):
+def test_composers_own_ema_resumes_from_our_checkpoint(tmp_path, half_life):
     made = run(tmp_path / "a", EMA(half_life), max_duration="2ep", save="1ep")
     made.fit()
     paths = sorted((tmp_path / "a").glob("ep1-*-rank0.pt"))
@@ -253,7 +253,7 @@ def test_composers_own_ema_takes_up_our_checkpoint(tmp_path, half_life):
 
 
 @pytest.mark.parametrize("taken_up", [True, False])
-def test_where_the_model_is_left_out_of_a_checkpoint(tmp_path, taken_up):
+def test_a_checkpoint_whose_model_is_ignored_sets_the_weights_only_with_its_average(tmp_path, taken_up):
     made = run(tmp_path / "a", EMA("4ba"), max_duration="6ba", save="6ba")
     made.fit()
     (path,) = (tmp_path / "a").glob("ep*-ba6-rank0.pt")
@@ -268,7 +268,7 @@ def test_where_the_model_is_left_out_of_a_checkpoint(tmp_path, taken_up):
         load_ignore_keys=["state/model/*"],
         load_strict_model_weights=False,
     )
-    # With the average come the training weights, which it belongs to; without, the model is left alone.
+    # The average brings the training weights that it belongs to; without it, the model is not changed.
     want = made.state.model if taken_up else loops.perceptron(7)
     assert loops.differences(bare(loops.bits(want)), bare(loops.bits(resumed.state.model))) == []
     resumed.fit()
@@ -283,7 +283,7 @@ def test_states_of_two_equal_runs_are_equal_to_the_last_entry(tmp_path):
     assert states[0] == states[1]
 
 
-def test_the_model_and_the_average_left_out_of_a_checkpoint_begin_anew(tmp_path):
+def test_the_model_and_the_average_left_out_of_a_checkpoint_start_again(tmp_path):
     made = run(tmp_path / "a", EMA("4ba"), max_duration="6ba", save="6ba")
     made.fit()
     (path,) = (tmp_path / "a").glob("ep*-ba6-rank0.pt")

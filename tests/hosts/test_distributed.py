@@ -48,7 +48,7 @@ def script_of(name: str):
 
 @pytest.fixture(scope="module", params=CELLS, ids=": ".join)
 def runs(request, ranks, tmp_path_factory):
-    """What each rank found in a run, and in one that went on from its first checkpoint; the cell; the folder."""
+    """What each rank found in a run, and in one that resumed from its first checkpoint; the cell; the folder."""
     name, kind = request.param
     script = script_of(name)
     folder = str(tmp_path_factory.mktemp(name))
@@ -59,14 +59,14 @@ def close(got, want) -> bool:
     return got.shape == want.shape and torch.allclose(got.double(), want, atol=1e-6, rtol=0)
 
 
-def test_the_average_is_that_of_the_whole_weights_and_the_same_on_every_rank(runs) -> None:
+def test_the_average_is_that_of_the_full_weights_and_the_same_on_every_rank(runs) -> None:
     first, second = runs[0]
     assert sharded.unequal(first.average, second.average) == []
     assert len(first.want) == hosts_in_ranks.EPOCHS * hosts_in_ranks.STEPS
     assert all(close(first.average[name], want) for name, want in first.want[-1].items())
 
 
-def test_the_average_is_that_of_the_whole_weights_bit_for_bit(runs) -> None:
+def test_the_average_is_that_of_the_full_weights_bit_for_bit(runs) -> None:
     for found in runs[0]:
         assert sharded.unequal({name: found.average[name] for name in found.exact}, found.exact) == []
 
@@ -79,7 +79,7 @@ def test_every_rank_evaluates_with_the_average(runs) -> None:
             assert close(seen, found.want[step]["0.weight"])
 
 
-def test_training_goes_on_with_training_weights_the_same_on_every_rank(runs) -> None:
+def test_training_continues_with_training_weights_the_same_on_every_rank(runs) -> None:
     first, second = runs[0]
     assert sharded.unequal(first.weights, second.weights) == []
     assert not any(close(first.weights[name], want) for name, want in first.want[-1].items())
@@ -109,7 +109,7 @@ def test_a_loaded_checkpoint_is_evaluated_with_the_average_before_training(runs)
         assert runs[1][0].distances[0] == runs[0][0].distances[0]
 
 
-def test_a_checkpoint_whose_average_no_one_takes_up_gives_back_the_training_weights(ranks, runs) -> None:
+def test_a_checkpoint_whose_average_no_algorithm_resumes_restores_the_training_weights(ranks, runs) -> None:
     if runs[2] != "composer":
         pytest.skip("Composer loads the model's weights before it asks anyone")
     without = ranks.run(2, hosts_in_ranks.composer, *runs[3:], True, False)
@@ -117,7 +117,7 @@ def test_a_checkpoint_whose_average_no_one_takes_up_gives_back_the_training_weig
         assert sharded.unequal(whole.weights, resumed.weights) == []
 
 
-def test_ranks_record_what_they_train_and_a_resumed_run_goes_on_with_the_record(runs) -> None:
+def test_ranks_record_what_they_train_and_a_resumed_run_continues_the_record(runs) -> None:
     if not runs[0][0].recorded:
         pytest.skip("no record here")
     first, resumed = runs[0][0], runs[1][0]
@@ -135,7 +135,7 @@ NAMES = ["lightning", "fabric", "accelerate", "transformers", "composer"]
 
 
 @pytest.mark.parametrize(("name", "kind"), [*((name, "ddp") for name in NAMES), ("composer", "fsdp")])
-def test_ranks_that_disagree_are_told_on_each(ranks, tmp_path, name, kind) -> None:
+def test_ranks_that_disagree_raise_on_each_rank(ranks, tmp_path, name, kind) -> None:
     for raised in ranks.attempt(2, script_of(name), f"{kind}, disagreeing", str(tmp_path)):
         assert "ShardingError: all ranks must agree on the average" in raised.text
 

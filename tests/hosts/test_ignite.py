@@ -145,7 +145,7 @@ def assert_training_weights(run: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["terminate", "terminate without COMPLETED", "interrupt", "swallowed"])
-def test_an_evaluator_that_does_not_complete_gives_the_training_weights_back(tmp_path: Path, how: str) -> None:
+def test_an_evaluator_that_does_not_complete_restores_the_training_weights(tmp_path: Path, how: str) -> None:
     run = session(tmp_path)
     run.fit()
     lent = []
@@ -168,7 +168,7 @@ def test_an_evaluator_that_does_not_complete_gives_the_training_weights_back(tmp
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
-def test_what_a_checkpoint_of_the_best_saves_is_what_was_scored(tmp_path: Path, before: bool) -> None:
+def test_the_checkpoint_of_the_best_score_has_the_weights_that_were_scored(tmp_path: Path, before: bool) -> None:
     run = session(tmp_path, plan=Plan(epochs=2, evaluate=True))
     scored: list[Any] = []
     handlers = [
@@ -184,7 +184,7 @@ def test_what_a_checkpoint_of_the_best_saves_is_what_was_scored(tmp_path: Path, 
     assert_training_weights(run)
 
 
-def test_a_run_that_was_interrupted_goes_on_and_counts_each_step_once(tmp_path: Path) -> None:
+def test_a_run_that_was_interrupted_continues_and_counts_each_step_once(tmp_path: Path) -> None:
     run = session(tmp_path)
     run.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=4), lambda engine: engine.interrupt())
     run.fit()
@@ -195,7 +195,7 @@ def test_a_run_that_was_interrupted_goes_on_and_counts_each_step_once(tmp_path: 
     assert not loops.differences(native(run.plan, "4ba").batches, run.ema.batches)
 
 
-def test_a_run_that_was_terminated_inside_an_epoch_begins_the_next_one_anew(tmp_path: Path) -> None:
+def test_a_run_that_was_terminated_inside_an_epoch_begins_a_new_one(tmp_path: Path) -> None:
     run = session(tmp_path, Watched("1ep"), Plan(epochs=3))
     run.trainer.add_event_handler(Events.ITERATION_COMPLETED(once=9), lambda engine: engine.terminate())
     ends: list[int] = []
@@ -221,7 +221,7 @@ def test_an_exception_that_a_handler_swallows_leaves_training_weights_and_ends_t
     assert len(run.ema.batches) - seen == 6
 
 
-def test_algorithms_hear_of_an_exception_that_ends_the_run(tmp_path: Path) -> None:
+def test_algorithms_get_an_event_for_an_exception_that_ends_the_run(tmp_path: Path) -> None:
     run = session(tmp_path)
     Probe(run.net).raises = ("train", 4, RuntimeError("as planned"))
     with pytest.raises(RuntimeError, match="as planned"):
@@ -229,7 +229,7 @@ def test_algorithms_hear_of_an_exception_that_ends_the_run(tmp_path: Path) -> No
     assert run.ema.events[-1] is Event.EXCEPTION
 
 
-def test_what_is_done_at_the_end_of_an_epoch_finds_it_ended_whoever_came_first(tmp_path: Path) -> None:
+def test_handlers_at_the_end_of_an_epoch_find_it_ended_in_whatever_order(tmp_path: Path) -> None:
     # IgniteSession evaluates at EPOCH_COMPLETED, and says so before there is an Averaging.
     run = session(tmp_path, Watched("1ep"), Plan(epochs=3, evaluate=True))
     probe = Probe(run.net)
@@ -237,7 +237,7 @@ def test_what_is_done_at_the_end_of_an_epoch_finds_it_ended_whoever_came_first(t
     assert not loops.differences([run.ema.average] * 2, probe.evaluated[-2:])
 
 
-def test_a_checkpoint_of_training_weights_goes_on_too(tmp_path: Path) -> None:
+def test_a_checkpoint_of_training_weights_is_resumed_too(tmp_path: Path) -> None:
     whole, first, second = (session(tmp_path, plan=Plan(epochs=epochs)) for epochs in (3, 2, 3))
     whole.fit()
     first.fit()

@@ -192,7 +192,7 @@ def test_a_checkpoint_of_weights_only_has_the_average(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weights_only", [False, True], ids=["full", "weights only"])
 @pytest.mark.parametrize("how", ["validate", "test", "predict"])
-def test_a_checkpoint_that_is_evaluated_is_what_is_evaluated_and_leaves_the_average(
+def test_a_checkpoint_that_is_evaluated_is_evaluated_with_its_weights_and_leaves_the_average(
     tmp_path: Path, how: str, weights_only: bool
 ) -> None:
     ema, plan = Watched("4ba"), Plan(epochs=2)
@@ -219,7 +219,7 @@ def test_the_checkpoint_of_an_exception_in_validation_has_each_set_of_weights_wh
     assert not loops.differences(training, of_net(loops.bits(module)))
 
 
-def test_a_checkpoint_saved_by_hand_in_validation_has_both_and_leaves_the_loan_as_it_is(tmp_path: Path) -> None:
+def test_a_checkpoint_saved_by_hand_in_validation_has_both_and_leaves_the_average_swapped_in(tmp_path: Path) -> None:
     ema, plan = Watched("4ba"), Plan(epochs=1, evaluate=True)
 
     class Saves(Module):
@@ -342,7 +342,7 @@ def test_a_checkpoint_saved_without_the_callback_begins_an_average_with_a_warnin
 
 
 class Resumable:
-    """A loader that can go on inside an epoch, as torchdata's do."""
+    """A loader that can resume inside an epoch, as torchdata's do."""
 
     def __init__(self, plan: Plan) -> None:
         self._batches, self._next = list(plan.loader), 0
@@ -382,7 +382,7 @@ def test_with_a_loader_that_has_a_state_resuming_inside_an_epoch_is_exact(tmp_pa
 
 
 @pytest.mark.parametrize("half_life", ["4ba", "1ep"])
-def test_a_checkpoint_of_the_last_batch_of_an_epoch_goes_on_bit_for_bit(tmp_path: Path, half_life: str) -> None:
+def test_a_checkpoint_of_the_last_batch_of_an_epoch_resumes_bit_for_bit(tmp_path: Path, half_life: str) -> None:
     plan = Plan(evaluate=True, shuffle=True)
 
     def run(ema: Watched, net: nn.Module, resume: Path | None = None) -> Module:
@@ -412,7 +412,7 @@ def test_a_checkpoint_of_a_validation_inside_an_epoch_has_both_sets_of_weights(t
             assert not loops.differences(training, of_net(saved["polyak"]["algorithms"][0][1]["training_model"]))
 
 
-def test_a_second_fit_goes_on_counting(tmp_path: Path) -> None:
+def test_a_second_fit_continues_counting(tmp_path: Path) -> None:
     ema, plan = Watched("0.5ep", update_interval="1ba"), Plan(epochs=4)
     trainer, module, averaging = fitted(tmp_path, ema)
     trainer.fit_loop.max_epochs = 4
@@ -464,7 +464,7 @@ def test_a_compiled_module_is_averaged_under_its_own_names(tmp_path: Path) -> No
     assert not loops.differences([*native(plan, "4ba").average.values()], [*ema.average.values()])
 
 
-def test_a_record_goes_on_from_a_checkpoint_and_is_that_of_a_run_that_did_not_stop(tmp_path: Path) -> None:
+def test_a_record_resumes_from_a_checkpoint_and_is_that_of_a_run_that_did_not_stop(tmp_path: Path) -> None:
     def run(folder: Path, resume: Path | None = None) -> None:
         plan = Plan()
         saver = ModelCheckpoint(tmp_path / folder.name / "saved", "{step}", save_top_k=-1)

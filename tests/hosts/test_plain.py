@@ -1,4 +1,4 @@
-"""Loops of one's own, held to the contract, and what their users do in them."""
+"""Custom training loops: the contract of integrations, and what their users do in them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -171,7 +171,7 @@ def adapted(seed: int = 0) -> Any:
         return peft.get_peft_model(net_of(), config)
 
 
-def test_adapters_alone_are_averaged_and_saved_as_adapters_and_gone_on_with(tmp_path: Path) -> None:
+def test_adapters_alone_are_averaged_and_saved_as_adapters_and_resumed(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     plan, model, ema = Plan(save_every=9), adapted(), EMA("4ba")
     session = PlainSession(model, ema, tmp_path, plan)

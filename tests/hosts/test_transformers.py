@@ -65,8 +65,8 @@ class TransformersSession:
                     "per_device_eval_batch_size": loops.BATCH,
                     "gradient_accumulation_steps": plan.accumulate,
                     "train_sampling_strategy": "random" if plan.shuffle else "sequential",
-                    # At steps, as saving: after an evaluation at the end of the epoch, what is drawn at random next
-                    # is not what the checkpoint of the epoch's last step goes on with, in the trainer itself.
+                    # At steps, as saving: an evaluation at the end of the epoch draws random numbers, so that the
+                    # trainer itself does not resume exactly from the checkpoint of the epoch's last step.
                     "eval_strategy": "steps" if plan.evaluate else "no",
                     "eval_steps": plan.steps,
                     "save_strategy": "steps" if plan.save_every else "no",
@@ -161,7 +161,7 @@ def worsening(run: Run, after: int) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["best", "steps"])
-def test_the_best_checkpoint_is_gone_back_to_with_its_training_weights_and_its_average(tmp_path, strategy) -> None:
+def test_the_best_checkpoint_is_loaded_with_its_training_weights_and_its_average(tmp_path, strategy) -> None:
     arguments = BEST | {
         "save_strategy": strategy,
         "save_steps": 3,
@@ -182,7 +182,7 @@ def test_the_best_checkpoint_is_gone_back_to_with_its_training_weights_and_its_a
     assert not loops.differences(weights, best.weights)
 
 
-def test_each_of_several_evaluation_sets_and_what_other_callbacks_ask_for_sees_the_average(tmp_path) -> None:
+def test_each_evaluation_set_and_each_evaluation_by_other_callbacks_sees_the_average(tmp_path) -> None:
     class Asks(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_evaluate = control.should_save = state.global_step == 4
@@ -196,7 +196,7 @@ def test_each_of_several_evaluation_sets_and_what_other_callbacks_ask_for_sees_t
     assert not loops.differences(average, of_net(HOST.loadable(tmp_path / "checkpoint-4")))
 
 
-def test_a_rotated_folder_of_checkpoints_can_be_gone_on_with(tmp_path) -> None:
+def test_a_rotated_folder_of_checkpoints_can_be_resumed(tmp_path) -> None:
     plan = Plan(save_every=3)
     whole = run(tmp_path / "whole", plan=plan, save_total_limit=2).fit()
     assert sorted(path.name for path in (tmp_path / "whole").glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-18"]
@@ -213,7 +213,7 @@ def test_an_evaluation_at_the_start_of_a_resumed_run_sees_the_average_of_the_che
     assert not loops.differences(whole.weights, resumed.weights)
 
 
-def test_a_checkpoint_from_before_polyak_can_be_gone_on_with(tmp_path) -> None:
+def test_a_checkpoint_from_before_polyak_can_be_resumed(tmp_path) -> None:
     whole = run(tmp_path, plan=Plan(save_every=6)).fit()
     (tmp_path / "checkpoint-6" / STATE_NAME).unlink()
     late = run(tmp_path / "late", [Watched("2ba", ema_start="8ba")])
@@ -250,7 +250,7 @@ def test_shares_of_the_run_are_of_its_steps_or_epochs_as_it_is_limited(tmp_path,
     assert limited.count(Event.EPOCH_END) == 1
 
 
-def test_a_record_is_kept_beside_the_average_and_gone_on_with(tmp_path) -> None:
+def test_a_record_is_kept_next_to_the_average_and_resumed(tmp_path) -> None:
     plan = Plan(save_every=6)
     algorithms = [Watched("4ba"), Recorder(tmp_path / "record", "2ba")]
     whole = run(tmp_path, algorithms, plan).fit()
@@ -262,7 +262,7 @@ def test_a_record_is_kept_beside_the_average_and_gone_on_with(tmp_path) -> None:
     assert not loops.differences(want, Record(tmp_path / "record").average(HalfLife("4ba", unbiased=True)))
 
 
-def test_a_record_is_whole_where_the_best_checkpoint_is_gone_back_to(tmp_path) -> None:
+def test_a_record_is_complete_where_the_best_checkpoint_is_loaded(tmp_path) -> None:
     plan = Plan(epochs=2)
     recorder = Recorder(tmp_path / "record", "2ba")
     best = run(tmp_path, [Watched("2ba"), recorder], plan, **BEST, load_best_model_at_end=True)
@@ -273,7 +273,7 @@ def test_a_record_is_whole_where_the_best_checkpoint_is_gone_back_to(tmp_path) -
 
 
 @pytest.mark.parametrize("what", ["save", "evaluate"])
-def test_a_save_or_an_evaluation_inside_an_evaluation_does_not_end_its_loan(tmp_path, what) -> None:
+def test_a_save_or_an_evaluation_inside_an_evaluation_does_not_end_its_swap(tmp_path, what) -> None:
     class Does(transformers.TrainerCallback):
         done = False
 
@@ -291,16 +291,16 @@ def test_a_save_or_an_evaluation_inside_an_evaluation_does_not_end_its_loan(tmp_
     nested.assert_training_weights()
 
 
-def test_nothing_is_evaluated_or_saved_with_the_average_of_someone_else(tmp_path) -> None:
+def test_nothing_is_evaluated_or_saved_with_the_average_of_another_owner(tmp_path) -> None:
     one = run(tmp_path).fit()
-    with Shadow(one.session.trainer.model).lent("someone else"):
+    with Shadow(one.session.trainer.model).swapped("someone else"):
         for refused in (one.session.evaluate, one.session.predict, one.session.save):
             with pytest.raises(LoanError, match="someone else has swapped its own in"):
                 refused()
     one.assert_training_weights()
 
 
-def test_epochs_are_counted_on_from_one_that_was_left(tmp_path) -> None:
+def test_an_epoch_that_was_left_is_counted_before_the_next(tmp_path) -> None:
     left = run(tmp_path, [Watched("1ep", update_interval="1ba")])
     left.probe.raises = ("train", 4, RuntimeError("as planned"))
     with pytest.raises(RuntimeError, match="as planned"):
@@ -313,7 +313,7 @@ def test_epochs_are_counted_on_from_one_that_was_left(tmp_path) -> None:
     ]
 
 
-def test_what_is_saved_for_use_has_no_training_state_and_a_recorder_hears_where_a_checkpoint_is(tmp_path) -> None:
+def test_an_exported_model_has_no_training_state_and_a_recorder_learns_where_a_checkpoint_is(tmp_path) -> None:
     class Hears(Watched):
         def state_dict(self):
             heard.append(attached._loop.state.saving_to)
@@ -330,14 +330,14 @@ def test_what_is_saved_for_use_has_no_training_state_and_a_recorder_hears_where_
     assert attached._loop.state.saving_to is None
 
 
-def test_what_cannot_work_is_refused_before_training(tmp_path) -> None:
+def test_arguments_that_cannot_work_are_refused_before_training(tmp_path) -> None:
     session = run(tmp_path).session
     with pytest.raises(ValueError, match="attach must be called once for a trainer"):
         attach(EMA("4ba"), session.trainer)
     with pytest.raises(ValueError, match="there can be one"):
         run(tmp_path, [EMA("4ba"), EMA("8ba")])
     session.trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
-    for flag, name in (("is_fsdp_enabled", "the first FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
+    for flag, name in (("is_fsdp_enabled", "FSDP1"), ("is_deepspeed_enabled", "DeepSpeed")):
         setattr(session.trainer, flag, True)
         with pytest.raises(NotImplementedError, match=f"under {name} it does not"):
             session.fit()
@@ -382,7 +382,7 @@ def test_evaluating_the_training_weights_too_does_not_change_what_training_draws
     assert not loops.differences(one.ema.batches, both.ema.batches)
 
 
-def test_after_training_steps_made_by_hand_do_not_count(tmp_path) -> None:
+def test_steps_made_by_hand_after_training_do_not_count(tmp_path) -> None:
     ended = run(tmp_path).fit()
     for parameter in ended.net.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -402,12 +402,12 @@ def train_in_a_process(folder: str, resume: str = "") -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_have_one_average_and_go_on_bit_for_bit(tmp_path) -> None:
+def test_two_processes_have_one_average_and_resume_bit_for_bit(tmp_path) -> None:
     def launch(*arguments: str) -> list[dict[str, Any]]:
-        call = f"import test_host_transformers as t; t.train_in_a_process(*{arguments!r})"
+        call = f"from tests.hosts import test_transformers as t; t.train_in_a_process(*{arguments!r})"
         (tmp_path / "script.py").write_text(call)
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(["tests", *filter(None, sys.path)]),
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(
@@ -464,7 +464,7 @@ def language_trainer(folder: Path, model: Any, ema: EMA, **arguments: Any) -> An
     return trainer
 
 
-def test_from_pretrained_finds_the_average_of_a_model_with_tied_weights(tmp_path) -> None:
+def test_from_pretrained_loads_the_average_of_a_model_with_tied_weights(tmp_path) -> None:
     model, ema = language_model(), EMA("2ba")
     language_trainer(tmp_path, model, ema).train()
     training = loops.bits(model)
@@ -483,7 +483,7 @@ def adapted() -> Any:
     return peft.get_peft_model(language_model(), config)
 
 
-def test_the_best_adapters_are_gone_back_to_with_their_training_weights_and_their_average(tmp_path) -> None:
+def test_the_best_adapters_are_loaded_with_their_training_weights_and_their_average(tmp_path) -> None:
     model, ema = adapted(), Watched("2ba")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     trainer = language_trainer(tmp_path, model, ema, eval_strategy="steps", eval_steps=4, **best)
@@ -525,7 +525,7 @@ def made_anew(folder: Path, algorithms: Any) -> Any:
     return trainer, attach(algorithms, trainer)
 
 
-def test_each_model_that_the_trainer_makes_gets_an_average_of_its_own(tmp_path) -> None:
+def test_each_model_that_the_trainer_makes_gets_its_own_average(tmp_path) -> None:
     trainer, attached = made_anew(tmp_path, lambda: Watched("4ba"))
     averages = []
     for _ in range(3):
@@ -537,7 +537,7 @@ def test_each_model_that_the_trainer_makes_gets_an_average_of_its_own(tmp_path) 
     assert len({id(ema) for ema in averages}) == 3
 
 
-def test_one_algorithm_for_several_models_is_refused_with_what_to_give(tmp_path) -> None:
+def test_one_algorithm_for_several_models_is_refused_with_the_remedy(tmp_path) -> None:
     trainer, _ = made_anew(tmp_path, EMA("4ba"))
     trainer.train()
     with pytest.raises(MismatchError, match=r"has made another.*model_init.*lambda: EMA\(\.\.\.\)"):

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from polyak.errors import PlanWarning, ProfileError, TimeError
 from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
-from polyak.record import Edge, Record, Stretch, Writer, coefficients, error_estimate, finest, fit, shares
-from polyak.record.store import due
+from polyak.record import Edge, Record, Segment, Writer, coefficients, error_estimate, finest, fit, shares
+from polyak.record.files import Box, SegmentFile
+from polyak.record.writer import due
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time, Timestamp
 
@@ -28,18 +29,18 @@ def edge(updates: int) -> Edge:
     return Edge(updates, Timestamp(epoch_length=100).to_next_batch(steps=updates, samples=3 * updates))
 
 
-def stretch(start: int, end: int, level: int = 0) -> Stretch:
-    return Stretch(edge(start), edge(end), level, 0, "0" * 64)
+def segment(start: int, end: int, level: int = 0) -> Segment:
+    return Segment(edge(start), edge(end), level, 0, "0" * 64)
 
 
-def stretches(updates: int = T, interval: int = INTERVAL, per_level: int | None = 4) -> list[Stretch]:
+def segments(updates: int = T, interval: int = INTERVAL, per_level: int | None = 4) -> list[Segment]:
     """What a record would consist of."""
-    result: list[Stretch] = []
+    result: list[Segment] = []
     for start in range(0, updates, interval):
-        result.append(stretch(start, min(updates, start + interval)))
+        result.append(segment(start, min(updates, start + interval)))
         level = 0
         while (i := due([one.level for one in result], level, per_level)) is not None:
-            result[i : i + 2] = [stretch(result[i].start.updates, result[i + 1].end.updates, level + 1)]
+            result[i : i + 2] = [segment(result[i].start.updates, result[i + 1].end.updates, level + 1)]
             level += 1
     return result
 
@@ -78,11 +79,11 @@ def truth(profile: Profile, history: Tensor, scale: float = 1.0) -> Tensor:
     return torch.tensor(cumulative, dtype=torch.float64).diff() @ history / (1 - cumulative[0])
 
 
-def means_of(parts: list[Stretch], history: Tensor) -> Tensor:
+def means_of(parts: list[Segment], history: Tensor) -> Tensor:
     return torch.stack([history[one.start.updates : one.end.updates].mean(0) for one in parts])
 
 
-def relative_error(weights: list[float], parts: list[Stretch], profile: Profile, history: Tensor) -> float:
+def relative_error(weights: list[float], parts: list[Segment], profile: Profile, history: Tensor) -> float:
     exact = truth(profile, history)
     given = torch.tensor(weights, dtype=torch.float64) @ means_of(parts, history)
     return float((given - exact).norm() / (history[-1] - exact).norm())
@@ -114,7 +115,7 @@ PROFILES = [*[profile for profile, _ in BOUNDS], PowerFunction(sigma_rel=0.25), 
 @pytest.mark.parametrize(("profile", "bound"), BOUNDS, ids=str)
 @pytest.mark.parametrize("history", ["walk", "sgd"])
 def test_the_error_is_what_was_measured(history, profile, bound) -> None:
-    parts = stretches()
+    parts = segments()
     assert len(parts) == 29
     assert 100 * relative_error(coefficients(profile, parts), parts, profile, HISTORIES[history]()) < bound
 
@@ -122,21 +123,21 @@ def test_the_error_is_what_was_measured(history, profile, bound) -> None:
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("profile", PROFILES, ids=str)
 def test_the_estimate_is_within_a_factor_of_three_of_the_error_and_the_solve_beats_the_shares(history, profile) -> None:
-    parts, steps = stretches(), HISTORIES[history]()
+    parts, steps = segments(), HISTORIES[history]()
     differences = means_of(parts, steps).diff(dim=0)
     fitted = fit(profile, parts)
     error = relative_error(fitted.coefficients, parts, profile, steps)
     estimate = error_estimate(fitted, (differences @ differences.T).tolist())
     assert error / 3 < estimate < 3 * error
     assert error < relative_error(shares(profile, parts), parts, profile, steps)
-    if history == "walk":  # what the solve assumes: then nothing but the stretches is needed
+    if history == "walk":  # what the solve assumes: then nothing but the segments is needed
         assert fitted.expected_error == pytest.approx(error, rel=0.2)
         assert estimate == pytest.approx(error, rel=0.2)
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=str)
 def test_coefficients_sum_to_one_and_do_not_amplify_rounding(profile) -> None:
-    weights = coefficients(profile, stretches())
+    weights = coefficients(profile, segments())
     assert math.fsum(weights) == pytest.approx(1, abs=1e-12)
     assert sum(abs(weight) for weight in weights) < 1.05
 
@@ -149,7 +150,7 @@ def test_coefficients_sum_to_one_and_do_not_amplify_rounding(profile) -> None:
 )
 def test_for_any_record_coefficients_sum_to_one_or_the_profile_is_refused(lengths, half_life, unit) -> None:
     ends = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    parts = [stretch(start, end) for start, end in pairwise(ends)]
+    parts = [segment(start, end) for start, end in pairwise(ends)]
     profile = HalfLife(f"{half_life:.6f}{unit}", unbiased=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PlanWarning)
@@ -163,7 +164,7 @@ def test_for_any_record_coefficients_sum_to_one_or_the_profile_is_refused(length
 
 @pytest.mark.parametrize("kept", [1, 2, 5, 12, 28])
 def test_a_window_or_tail_that_starts_at_an_edge_is_exact(kept) -> None:
-    parts = stretches()
+    parts = segments()
     start = parts[-kept].start.updates
     expected = [0.0] * (len(parts) - kept) + [one.num_updates / (T - start) for one in parts[-kept:]]
     for profile in (Window(f"{T - start}ba"), Uniform(f"{start}ba"), Window(f"{3 * (T - start)}sp")):
@@ -177,7 +178,7 @@ def test_a_window_or_tail_that_starts_at_an_edge_is_exact(kept) -> None:
 
 @pytest.mark.parametrize("profile", [HalfLife("2ba", unbiased=True), PowerFunction(gamma=3.0), Window("3ba")], ids=str)
 def test_with_every_step_kept_any_profile_is_exact(profile) -> None:
-    parts = stretches(64, interval=1, per_level=None)
+    parts = segments(64, interval=1, per_level=None)
     history = random_walk()[:64]
     assert relative_error(coefficients(profile, parts), parts, profile, history) < 1e-12
 
@@ -194,9 +195,9 @@ def test_with_every_step_kept_any_profile_is_exact(profile) -> None:
     ids=str,
 )
 def test_a_profile_is_the_same_in_each_unit(profile, same) -> None:
-    parts = [one for one in stretches() if one.end.updates]
+    parts = [one for one in segments() if one.end.updates]
     steady = [
-        Stretch(
+        Segment(
             *(
                 Edge(
                     e.updates,
@@ -221,8 +222,8 @@ def test_a_profile_is_the_same_in_each_unit(profile, same) -> None:
 
 
 def test_a_profile_counts_from_where_the_record_begins() -> None:
-    parts = stretches(512)
-    late = [Stretch(later(one.start), later(one.end), one.level, 0, one.sha256) for one in parts]
+    parts = segments(512)
+    late = [Segment(later(one.start), later(one.end), one.level, 0, one.sha256) for one in parts]
     for profile in (PowerFunction(sigma_rel=0.1), Uniform("100ba"), HalfLife("300ba", unbiased=True)):
         assert coefficients(profile, late) == pytest.approx(coefficients(profile, parts), abs=1e-12)
     # A moment is counted from where the run begins.
@@ -234,7 +235,7 @@ def later(one: Edge) -> Edge:
 
 
 def test_a_warm_up_takes_no_longer_than_the_run_is_long(monkeypatch) -> None:
-    parts = stretches(200_000, interval=400)
+    parts = segments(200_000, interval=400)
     profile = Warmup(Smoothing(0.9999), power=2 / 3)
     updates, decay = [], Warmup.decay
     with monkeypatch.context() as patches:
@@ -253,13 +254,13 @@ def test_a_warm_up_takes_no_longer_than_the_run_is_long(monkeypatch) -> None:
 )
 def test_a_profile_finer_than_the_record_is_refused_with_the_number(profile) -> None:
     with pytest.raises(
-        ProfileError, match=r"tells half-lives of 8 updates or more \(got .*, whose median age is [\d.]+"
+        ProfileError, match=r"resolves half-lives of 8 updates or more \(got .*, whose median age is [\d.]+"
     ):
-        coefficients(profile, stretches())
+        coefficients(profile, segments())
 
 
-def test_the_finest_half_life_is_not_that_of_a_last_stretch_cut_short() -> None:
-    parts = stretches(T + 3)
+def test_the_finest_half_life_is_not_that_of_a_last_segment_cut_short() -> None:
+    parts = segments(T + 3)
     assert parts[-1].num_updates == 3
     assert finest(parts) == 8
     with pytest.raises(ProfileError, match="8 updates"):
@@ -268,30 +269,30 @@ def test_the_finest_half_life_is_not_that_of_a_last_stretch_cut_short() -> None:
 
 
 def test_a_profile_that_the_record_tells_only_coarsely_is_warned_about_with_the_number() -> None:
-    with pytest.warns(PlanWarning, match=r"off by about 10.0% of its distance from the last weights"):
-        coefficients(Window("1500ba"), stretches(per_level=1))
+    with pytest.warns(PlanWarning, match=r"the error of the average is about 10.0% of its distance"):
+        coefficients(Window("1500ba"), segments(per_level=1))
 
 
 def test_a_share_of_weights_before_the_record_is_warned_about_and_left_out() -> None:
-    parts = stretches()
+    parts = segments()
     with pytest.warns(PlanWarning, match=r"^6\.2% of the average under HalfLife.*unbiased=True"):
         weights = coefficients(HalfLife(f"{T // 4}ba"), parts)
     assert weights == pytest.approx(coefficients(HalfLife(f"{T // 4}ba", unbiased=True), parts), abs=1e-9)
-    with pytest.raises(ProfileError, match="all weight to what was before the record"):
+    with pytest.raises(ProfileError, match="must give weight to the record"):
         coefficients(HalfLife("infba"), parts)
 
 
 def test_a_clock_that_stood_still_is_refused() -> None:
     with pytest.raises(ProfileError, match="stood still"):
-        coefficients(HalfLife("100tok"), stretches())
+        coefficients(HalfLife("100tok"), segments())
     with pytest.raises(TimeError, match="max_duration"):
-        coefficients(HalfLife("0.1dur"), stretches())
-    with pytest.raises(ProfileError, match="at least one stretch"):
+        coefficients(HalfLife("0.1dur"), segments())
+    with pytest.raises(ProfileError, match="at least one segment"):
         coefficients(HalfLife("100ba"), [])
 
 
-def test_an_average_ends_where_a_stretch_does() -> None:
-    parts = stretches()
+def test_an_average_ends_where_a_segment_does() -> None:
+    parts = segments()
     at = parts[-10].end.updates
     early = coefficients(HalfLife("600ba", unbiased=True), parts, at=f"{at}ba")
     assert len(early) == len(parts) - 9
@@ -299,7 +300,7 @@ def test_an_average_ends_where_a_stretch_does() -> None:
     near = f"near it are {parts[-11].end.updates}ba, {at}ba, {parts[-9].end.updates}ba"
     with pytest.raises(TimeError, match=near):
         coefficients(HalfLife("600ba"), parts, at=f"{at + 1}ba")
-    # Older stretches are longer, and so is the finest half-life there.
+    # Older segments are longer, and so is the finest half-life there.
     with pytest.raises(ProfileError, match=f"half-lives of {parts[5].num_updates} updates"):
         coefficients(HalfLife("8ba"), parts, at=f"{parts[5].end.updates}ba")
 
@@ -330,11 +331,11 @@ def recorded(folder: Path, dtype: torch.dtype = torch.float32) -> Record:
     return Record(folder)
 
 
-def test_an_average_is_the_stretches_means_under_the_coefficients(tmp_path) -> None:
+def test_an_average_is_the_segments_means_under_the_coefficients(tmp_path) -> None:
     record, steps = recorded(tmp_path), history()
-    for at, parts in ((None, record.stretches), (f"{record.stretches[-3].end.updates}ba", record.stretches[:-2])):
+    for at, parts in ((None, record.segments), (f"{record.segments[-3].end.updates}ba", record.segments[:-2])):
         profile = HalfLife("0.25dur", unbiased=True)
-        weights = coefficients(profile, record.stretches, at, max_duration=record.max_duration)
+        weights = coefficients(profile, record.segments, at, max_duration=record.max_duration)
         average = record.average(profile, at)
         assert list(average) == ["weight", "bias", "steps", "tied"]
         for name in ("weight", "bias"):
@@ -379,8 +380,8 @@ def test_the_error_is_that_of_all_tensors_together_whatever_their_chunks(tmp_pat
 
 
 def test_a_coarse_average_is_warned_about_by_what_the_record_shows(tmp_path) -> None:
-    """Steps that become smaller and smaller: then the old stretches matter more than the stretches' lengths say."""
-    parts = stretches(256, interval=2, per_level=2)
+    """Steps that become smaller and smaller: then the old segments matter more than the segments' lengths imply."""
+    parts = segments(256, interval=2, per_level=2)
     steps = (random_walk()[:256].diff(dim=0, prepend=torch.zeros(1, 200)) * torch.logspace(0, -3, 256)[:, None]).cumsum(
         0
     )
@@ -389,7 +390,7 @@ def test_a_coarse_average_is_warned_about_by_what_the_record_shows(tmp_path) -> 
             writer.append({"w": steps[start : start + 2].mean(0)}, edge(start), edge(start + 2))
     profile = HalfLife("60ba", unbiased=True)
     coefficients(profile, parts)  # no warning from the lengths alone
-    with pytest.warns(PlanWarning, match=r"off by about [\d.]+%"):
+    with pytest.warns(PlanWarning, match=r"about [\d.]+%"):
         Record(tmp_path).average(profile)
 
 
@@ -422,8 +423,8 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path) -> None:
     record = recorded(tmp_path / "record")
     path = tmp_path / "average.safetensors"
     path.write_text("old")
-    with record.open(record.stretches[0]):
-        (tmp_path / "record" / record.stretches[0].file).unlink()
+    with record.open(record.segments[0]):
+        (tmp_path / "record" / record.segments[0].file).unlink()
     with pytest.raises(OSError, match="cannot be opened"):
         record.export(HalfLife("8ba"), path)
     assert path.read_text() == "old"
@@ -432,7 +433,7 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path) -> None:
         recorded(tmp_path / "another").export(HalfLife("8ba"), tmp_path / "nowhere" / "average.safetensors")
 
 
-def test_a_single_stretch_gives_its_own_mean_and_nothing_else(tmp_path) -> None:
+def test_a_single_segment_gives_its_own_mean_and_nothing_else(tmp_path) -> None:
     with Writer(tmp_path, {"w": TensorInfo(torch.float32, (1,), averaged=True)}) as writer:
         writer.append({"w": torch.ones(1)}, edge(0), edge(10))
     record = Record(tmp_path)
@@ -440,3 +441,45 @@ def test_a_single_stretch_gives_its_own_mean_and_nothing_else(tmp_path) -> None:
     assert record.error(Uniform()) == 0
     with pytest.raises(ProfileError, match="10 updates or more"):
         record.average(HalfLife("5ba"))
+
+
+def test_an_average_and_its_warning_read_each_element_of_a_file_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("polyak.record.reader._CHUNK", 40)
+    found = recorded(tmp_path)
+    elements = dict.fromkeys(found.tensors, 0)
+    read = SegmentFile.read
+
+    def counted(file: SegmentFile, name: str, box: Box | None = None) -> Tensor:
+        tensor = read(file, name, box)
+        elements[name] += tensor.numel()
+        return tensor
+
+    monkeypatch.setattr(SegmentFile, "read", counted)
+    profile = HalfLife("0.25dur", unbiased=True)
+    found.average(profile)
+    once = {
+        name: math.prod(info.shape) * (len(found.segments) if info.averaged else 1)
+        for name, info in found.tensors.items()
+    }
+    assert elements == once
+    found.error(profile)
+    found.error(Uniform())
+    assert elements == once
+
+
+def test_a_window_at_edges_reads_its_segments_alone(tmp_path, monkeypatch) -> None:
+    found = recorded(tmp_path)
+    last = found.segments[-1]
+    opened = []
+    read = SegmentFile.read
+    monkeypatch.setattr(SegmentFile, "read", lambda file, *a: opened.append(id(file)) or read(file, *a))
+    found.average(Window(f"{last.num_updates}ba"))
+    assert len(set(opened)) == 1
+
+
+def test_an_export_warns_once_of_weights_from_before_the_record(tmp_path) -> None:
+    found = recorded(tmp_path / "record")
+    with pytest.warns(PlanWarning, match="weights from before the record") as caught:
+        found.export(HalfLife("0.25dur"), tmp_path / "averaged.safetensors")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__

@@ -19,7 +19,7 @@ import polyak.storage.lock
 from polyak.errors import MismatchError, RecordError
 from polyak.profiles import Uniform
 from polyak.record import Edge, Record, Writer, load_manifest
-from polyak.record.store import due
+from polyak.record.writer import due
 from polyak.storage.safetensors import TensorInfo, write_tensors
 from polyak.time import Time, Timestamp
 
@@ -59,7 +59,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
 
 
-def stretch_files(folder: Path) -> list[str]:
+def segment_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
@@ -91,7 +91,7 @@ def test_safetensors_own_loader_reads_what_is_written(tmp_path) -> None:
 
 
 def test_every_tensor_in_a_file_is_aligned(tmp_path) -> None:
-    path = tmp_path / record(tmp_path, 1).joinpath(stretch_files(tmp_path)[0])
+    path = tmp_path / record(tmp_path, 1).joinpath(segment_files(tmp_path)[0])
     raw = path.read_bytes()
     header_bytes = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + header_bytes])
@@ -109,22 +109,22 @@ def test_a_float16_record_refuses_values_that_would_become_infinite(tmp_path) ->
     tensors = {"w": TensorInfo(torch.float16, (2,), averaged=True)}
     with Writer(tmp_path, tensors) as writer, pytest.raises(RecordError, match=r"at most 65504 .*\(got 70000 in 'w'\)"):
         writer.append({"w": torch.tensor([1.0, 70000.0])}, edge(0), edge(1))
-    assert Record(tmp_path).stretches == ()
+    assert Record(tmp_path).segments == ()
 
 
 # Appending and merging.
 
 
-def test_a_record_gives_back_what_was_appended(tmp_path) -> None:
+def test_a_record_returns_what_was_appended(tmp_path) -> None:
     record(tmp_path, 3, max_duration=Time.from_input("2ep"), aliases={"tied": "layer.weight"})
     read = Record(tmp_path)
     assert read.tensors == TENSORS
     assert read.aliases == {"tied": "layer.weight"}
     assert read.max_duration == Time.from_input("2ep")
-    assert [(s.start, s.end, s.level, s.num_updates) for s in read.stretches] == [
+    assert [(s.start, s.end, s.level, s.num_updates) for s in read.segments] == [
         (edge(2 * i), edge(2 * i + 2), 0, 2) for i in range(3)
     ]
-    with read.open(read.stretches[1]) as file:
+    with read.open(read.segments[1]) as file:
         for name, tensor in weights(1).items():
             assert torch.equal(file.read(name), tensor.to(TENSORS[name].dtype))
     read.verify()
@@ -132,7 +132,7 @@ def test_a_record_gives_back_what_was_appended(tmp_path) -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=25), per_level=st.integers(1, 3))
-def test_merged_stretches_are_the_exact_means_weighted_by_updates(tmp_path_factory, lengths, per_level) -> None:
+def test_merged_segments_are_the_exact_means_weighted_by_updates(tmp_path_factory, lengths, per_level) -> None:
     folder = tmp_path_factory.mktemp("record")
     generator = torch.Generator().manual_seed(0)
     steps = torch.randn(sum(lengths), 4, generator=generator, dtype=torch.float64)
@@ -144,14 +144,14 @@ def test_merged_stretches_are_the_exact_means_weighted_by_updates(tmp_path_facto
             writer.append({"w": steps[at:end].mean(0), "n": torch.tensor(end)}, edge(at), edge(end))
             at = end
     read = Record(folder)
-    levels = [stretch.level for stretch in read.stretches]
+    levels = [segment.level for segment in read.segments]
     assert all(levels.count(level) <= per_level + 1 for level in levels)
-    assert read.stretches[-1].end == edge(sum(lengths))
-    for stretch in read.stretches:
-        with read.open(stretch) as file:
-            mean = steps[stretch.start.updates : stretch.end.updates].mean(0)
+    assert read.segments[-1].end == edge(sum(lengths))
+    for segment in read.segments:
+        with read.open(segment) as file:
+            mean = steps[segment.start.updates : segment.end.updates].mean(0)
             torch.testing.assert_close(file.read("w").double(), mean, rtol=0, atol=2e-6)
-            assert file.read("n") == stretch.end.updates
+            assert file.read("n") == segment.end.updates
 
 
 def test_a_merge_rounds_once(tmp_path) -> None:
@@ -161,7 +161,7 @@ def test_a_merge_rounds_once(tmp_path) -> None:
         for mean, start, end in zip(steps, (0, 1, 3, 4), (1, 3, 4, 5), strict=True):
             writer.append({"w": mean}, edge(start), edge(end))
     read = Record(tmp_path)
-    with read.open(read.stretches[0]) as file:
+    with read.open(read.segments[0]) as file:
         assert torch.equal(file.read("w"), ((steps[0].double() + 2 * steps[1].double()) / 3).float())
 
 
@@ -189,16 +189,16 @@ def test_the_number_of_files_is_that_of_the_table(per_level, appended, most, at_
     assert (largest, len(levels)) == (most, at_the_end)
 
 
-def test_a_folder_holds_no_more_files_than_the_record_has_stretches(tmp_path) -> None:
+def test_a_folder_holds_no_more_files_than_the_record_has_segments(tmp_path) -> None:
     with Writer(tmp_path, TENSORS, per_level=2) as writer:
         for n in range(40):
             append(writer, n)
-            assert stretch_files(tmp_path) == sorted(stretch.file for stretch in writer.stretches)
-    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "lock", *stretch_files(tmp_path)}
+            assert segment_files(tmp_path) == sorted(segment.file for segment in writer.segments)
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "lock", *segment_files(tmp_path)}
 
 
 def test_without_per_level_nothing_merges(tmp_path) -> None:
-    assert len(Record(record(tmp_path, 20, per_level=None)).stretches) == 20
+    assert len(Record(record(tmp_path, 20, per_level=None)).segments) == 20
 
 
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path, monkeypatch) -> None:
@@ -216,22 +216,22 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path, monkeypatch) -> None:
             nonlocal alive
             alive -= 1
 
-    original = polyak.record.files.StretchFile.read
+    original = polyak.record.files.SegmentFile.read
 
     def read(self, name, box=None):
         tensor = original(self, name, box).clone()
         tensor.counted = Counted()
         return tensor
 
-    monkeypatch.setattr(polyak.record.files.StretchFile, "read", read)
+    monkeypatch.setattr(polyak.record.files.SegmentFile, "read", read)
     with Writer(tmp_path, infos, per_level=1) as writer:
         for n in range(4):
             writer.append({name: torch.full((100,), float(n)) for name in infos}, edge(n), edge(n + 1))
-        assert len(writer.stretches) == 3
+        assert len(writer.segments) == 3
     assert (alive, most) == (0, 1)
     most = 0
     Record(tmp_path).export(Uniform(), tmp_path / "average")
-    assert (alive, most) == (0, 3)  # one of each stretch, for the error
+    assert (alive, most) == (0, 3)  # one of each segment, for the error
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path, monkeypatch) -> None:
         (edge(2), Edge(4, Timestamp()), "must not go back in time"),
     ],
 )
-def test_a_stretch_that_does_not_follow_is_refused_and_leaves_nothing(tmp_path, start, end, message) -> None:
+def test_a_segment_that_leaves_a_gap_is_refused_and_leaves_nothing(tmp_path, start, end, message) -> None:
     record(tmp_path, 1)
     before = content(tmp_path)
     with Writer(tmp_path, TENSORS) as writer, pytest.raises(RecordError, match=message):
@@ -251,13 +251,13 @@ def test_a_stretch_that_does_not_follow_is_refused_and_leaves_nothing(tmp_path, 
     assert content(tmp_path) == before
 
 
-def test_a_stretch_starts_where_the_last_ended_even_if_the_host_calls_it_the_next_epoch(tmp_path) -> None:
+def test_a_segment_starts_where_the_last_ended_even_if_the_loop_calls_it_the_next_epoch(tmp_path) -> None:
     ended = Edge(1, Timestamp(epoch_length=1).to_next_batch())
     with Writer(tmp_path, TENSORS) as writer:
         writer.append(weights(0), edge(0), ended)
         begun = Edge(1, ended.timestamp.to_next_epoch())
         writer.append(weights(1), begun, Edge(2, begun.timestamp.to_next_batch()))
-        assert writer.stretches[1].start == ended
+        assert writer.segments[1].start == ended
 
 
 def test_other_tensors_are_refused_by_name(tmp_path) -> None:
@@ -282,7 +282,7 @@ def test_other_tensors_are_refused_by_name(tmp_path) -> None:
 # Rewinding and pins.
 
 
-def test_a_rewound_record_goes_on_as_if_it_had_never_been_ahead(tmp_path) -> None:
+def test_a_rewound_record_continues_as_if_it_had_never_been_ahead(tmp_path) -> None:
     never_stopped = record(tmp_path / "a", 30, per_level=2)
     resumed = record(tmp_path / "b", 11, per_level=2)
     with Writer(resumed, TENSORS, per_level=2) as writer:
@@ -293,7 +293,7 @@ def test_a_rewound_record_goes_on_as_if_it_had_never_been_ahead(tmp_path) -> Non
     torch.save(state, tmp_path / "checkpoint.pt")
     with Writer(resumed, TENSORS, per_level=2) as writer:
         writer.rewind(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
-        assert len(stretch_files(resumed)) == len(writer.stretches)
+        assert len(segment_files(resumed)) == len(writer.segments)
         writer.unpin("checkpoint")
         for n in range(11, 30):
             append(writer, n)
@@ -304,15 +304,15 @@ def test_what_a_pin_refers_to_stays_until_it_is_let_go(tmp_path) -> None:
     with Writer(tmp_path, TENSORS, per_level=1) as writer:
         for n in range(5):
             append(writer, n)
-        pinned, state = stretch_files(tmp_path), writer.state_dict()
+        pinned, state = segment_files(tmp_path), writer.state_dict()
         writer.pin("checkpoint")
         for n in range(5, 20):
             append(writer, n)
-        assert set(pinned) < set(stretch_files(tmp_path))
+        assert set(pinned) < set(segment_files(tmp_path))
     with Writer(tmp_path, TENSORS, per_level=1) as writer:  # another one, later
-        assert set(pinned) < set(stretch_files(tmp_path))
+        assert set(pinned) < set(segment_files(tmp_path))
         writer.unpin("checkpoint")
-        assert stretch_files(tmp_path) == sorted(stretch.file for stretch in writer.stretches)
+        assert segment_files(tmp_path) == sorted(segment.file for segment in writer.segments)
         with pytest.raises(RecordError, match=r"pinned to \[\]: resume from one of these, or record to another folder"):
             writer.rewind(state)
 
@@ -425,7 +425,7 @@ def test_a_second_writer_is_refused_and_told_who_is_writing(tmp_path) -> None:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
         assert f"process {os.getpid()} is writing" in run.stderr
-        assert Record(tmp_path).stretches == ()  # reading needs no lock
+        assert Record(tmp_path).segments == ()  # reading needs no lock
     Writer(tmp_path, TENSORS).close()
 
 
@@ -456,7 +456,7 @@ def test_a_file_in_place_of_the_folder_is_reported(tmp_path) -> None:
         Writer(tmp_path / "file", TENSORS)
 
 
-def test_what_a_killed_writer_left_is_deleted_and_other_files_are_not(tmp_path) -> None:
+def test_files_of_a_killed_writer_are_deleted_and_other_files_are_not(tmp_path) -> None:
     record(tmp_path, 2)
     before = content(tmp_path)
     orphans = [f"{2:010d}-{4:010d}-{'0' * 16}.safetensors", "stretch.tmp", "manifest.json.tmp"]
@@ -466,12 +466,12 @@ def test_what_a_killed_writer_left_is_deleted_and_other_files_are_not(tmp_path) 
     assert content(tmp_path) == before | {"model.safetensors": b"", "notes.tmp": b""}
 
 
-def test_stretches_without_a_manifest_are_not_deleted(tmp_path) -> None:
+def test_segments_without_a_manifest_are_not_deleted(tmp_path) -> None:
     record(tmp_path, 2)
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(RecordError, match=r"must have a manifest.json for its 2 stretches"):
+    with pytest.raises(RecordError, match=r"must have a manifest.json for its 2 segments"):
         Writer(tmp_path, TENSORS)
-    assert len(stretch_files(tmp_path)) == 2
+    assert len(segment_files(tmp_path)) == 2
     with pytest.raises(RecordError, match="there is none in"):
         Record(tmp_path)
 
@@ -479,7 +479,7 @@ def test_stretches_without_a_manifest_are_not_deleted(tmp_path) -> None:
 @pytest.mark.parametrize("keep_bytes", [0, 7, 100, -1])
 def test_a_truncated_file_is_reported(tmp_path, keep_bytes) -> None:
     record(tmp_path, 2)
-    path = tmp_path / stretch_files(tmp_path)[1]
+    path = tmp_path / segment_files(tmp_path)[1]
     path.write_bytes(path.read_bytes()[:keep_bytes])
     with pytest.raises(RecordError, match=r"must have \d+ bytes \(got \d+\): it is damaged, restore it"):
         Record(tmp_path).average(Uniform())
@@ -487,17 +487,17 @@ def test_a_truncated_file_is_reported(tmp_path, keep_bytes) -> None:
 
 def test_a_missing_file_is_reported(tmp_path) -> None:
     record(tmp_path, 2)
-    (tmp_path / stretch_files(tmp_path)[1]).unlink()
-    with pytest.raises(RecordError, match=r"open the record again. Otherwise restore"):
+    (tmp_path / segment_files(tmp_path)[1]).unlink()
+    with pytest.raises(RecordError, match=r"open the record again; otherwise restore"):
         Record(tmp_path).average(Uniform())
 
 
 def test_a_foreign_file_of_the_same_size_is_reported(tmp_path) -> None:
     record(tmp_path, 2)
-    path = tmp_path / stretch_files(tmp_path)[1]
+    path = tmp_path / segment_files(tmp_path)[1]
     original = path.read_bytes()
     path.write_bytes(original.replace(b"layer.weight", b"other.weight"))
-    with pytest.raises(RecordError, match=r"\['layer.weight', 'other.weight'\]\): it is foreign"):
+    with pytest.raises(RecordError, match=r"\['layer.weight', 'other.weight'\]\): restore it"):
         Record(tmp_path).average(Uniform())
     path.write_bytes(b"x" * len(original))
     with pytest.raises(RecordError, match="must be a safetensors file"):

@@ -1,4 +1,4 @@
-"""The record where disks, folders and processes fail: nothing is lost, nothing of others is touched, all is told."""
+"""The record where disks, folders and processes fail: nothing is lost, and errors say what to do."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ from polyak.errors import DtypeError
 from polyak.record import Writer, load_manifest
 from polyak.record.manifest import Manifest
 from polyak.storage.safetensors import TensorInfo
-from tests.record.test_record import TENSORS, append, content, record, stretch_files
+from tests.record.test_record import TENSORS, append, content, record, segment_files
 from tests.record.test_recorder import Loop, short
 from tests.test_background import gone
 
@@ -43,7 +43,7 @@ torch.set_num_threads(1)
 def edges(folder: Path) -> list[int]:
     record = Record(folder)
     record.verify()
-    return [0, *(stretch.end.updates for stretch in record.stretches)]
+    return [0, *(segment.end.updates for segment in record.segments)]
 
 
 # Folders.
@@ -64,7 +64,7 @@ def test_a_recorder_keeps_to_its_folder_when_the_program_changes_directory(tmp_p
 
 
 @pytest.mark.parametrize("make", [Recorder, CheckpointSaver, Record, lambda name: Writer(name, TENSORS)])
-def test_all_that_keeps_a_folder_makes_it_absolute(tmp_path, monkeypatch, make) -> None:
+def test_every_object_with_a_folder_makes_it_absolute(tmp_path, monkeypatch, make) -> None:
     record(tmp_path / "run", 1)
     monkeypatch.chdir(tmp_path)
     made = make("run")
@@ -131,7 +131,7 @@ GONE = [delete, replace_by_another, delete_the_lock, replace_the_lock, move, poi
 
 @pytest.mark.parametrize("happen", GONE, ids=lambda happen: happen.__name__)
 @pytest.mark.parametrize("then", ["append", "pin", "rewind"])
-def test_a_writer_whose_folder_is_gone_says_so_and_touches_nothing(tmp_path, happen, then) -> None:
+def test_a_writer_whose_folder_was_moved_raises_and_changes_nothing(tmp_path, happen, then) -> None:
     folder = tmp_path / "record"
     if happen is point_elsewhere:
         (tmp_path / "real").mkdir()
@@ -205,7 +205,7 @@ def test_a_forked_process_does_not_hold_the_lock_of_a_run_that_ended(tmp_path) -
         with pytest.raises(RecordError, match=f"process {os.getpid()} is writing"):
             Writer(tmp_path / "a", TENSORS)  # the child has let go of nothing that is not its own
         for one in (writer, *others):
-            one._lock._close()  # as the end of a process does, which unlocks nothing by itself
+            one._files._lock._lock._close()  # as the end of a process does, which unlocks nothing by itself
         for name in "abc":
             Writer(tmp_path / name, TENSORS).close()
     finally:
@@ -233,7 +233,7 @@ def in_a_fork(act) -> str:
 
 def test_a_forked_process_writes_nothing_and_leaves_the_lock_to_the_run(tmp_path) -> None:
     loop = Loop(short(tmp_path / "record")).run(6)
-    writer = loop.recorder._appender.writer
+    writer = loop.recorder._recording.queue.appender.writer
     for act in (lambda: loop.run(4), loop.attached.state_dict, lambda: writer.pin("a")):
         assert "forked from it" in in_a_fork(act)
     for act in (writer.close, loop.attached.detach, loop.recorder.close, lambda: leave(loop.attached)):
@@ -314,7 +314,7 @@ ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno
 
 @pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("fails_for", [1, 4, 9])
-def test_what_a_disk_refuses_for_a_while_is_written_later(tmp_path, monkeypatch, error, fails_for) -> None:
+def test_segments_that_a_disk_refuses_for_a_while_are_written_later(tmp_path, monkeypatch, error, fails_for) -> None:
     disk, said = Disk(monkeypatch), []
     loop = Loop(short(tmp_path, per_level=None))
     for i in range(1, 31):
@@ -324,7 +324,8 @@ def test_what_a_disk_refuses_for_a_while_is_written_later(tmp_path, monkeypatch,
         except RecordError as refused:
             said.append((i, str(refused)))
             loop.history.append({name: t.detach().double() for name, t in loop.model.state_dict().items()})
-        loop.recorder._appender._thread.finish(int)  # what the thread has to do meets the disk of this update
+        # What the thread has to do meets the disk of this update.
+        loop.recorder._recording.queue.appender._thread.finish(int)
     loop.attached.detach()
     found = edges(tmp_path)
     assert found[-1] == 30
@@ -332,14 +333,14 @@ def test_what_a_disk_refuses_for_a_while_is_written_later(tmp_path, monkeypatch,
     assert max(i for i, _ in said) <= max(12, 8 + fails_for)
     assert all(os.strerror(error) in message and message.endswith("and continue") for _, message in said)
     record = Record(tmp_path)
-    for stretch in record.stretches:  # each has the mean of its updates, also the one that got longer
-        with record.open(stretch) as file:
-            want = loop.mean("0.weight", stretch.start.updates, stretch.end.updates)
+    for segment in record.segments:  # each has the mean of its updates, also the one that got longer
+        with record.open(segment) as file:
+            want = loop.mean("0.weight", segment.start.updates, segment.end.updates)
             torch.testing.assert_close(file.read("0.weight").double(), want, rtol=1e-5, atol=1e-6)
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_no_more_than_one_stretch_is_in_memory_while_the_disk_is_full(tmp_path, monkeypatch) -> None:
+def test_no_more_than_one_segment_is_in_memory_while_the_disk_is_full(tmp_path, monkeypatch) -> None:
     disk = Disk(monkeypatch)
     loop = Loop(short(tmp_path)).run(4)
     disk.error = errno.ENOSPC
@@ -347,11 +348,11 @@ def test_no_more_than_one_stretch_is_in_memory_while_the_disk_is_full(tmp_path, 
         loop.run(4)
     with pytest.raises(RecordError):
         loop.run(4)
-    kept = loop.recorder._open_stretch.before
+    kept = loop.recorder._recording.queue.open.before
     for _ in range(20):
         with pytest.raises(RecordError):
             loop.run(1)
-        assert loop.recorder._open_stretch.before is kept
+        assert loop.recorder._recording.queue.open.before is kept
     disk.error = None
     loop.run(1).attached.detach()
     assert edges(tmp_path)[-1] == loop.recorder.num_updates
@@ -360,7 +361,7 @@ def test_no_more_than_one_stretch_is_in_memory_while_the_disk_is_full(tmp_path, 
 def test_close_writes_what_the_end_of_a_run_could_not(tmp_path, monkeypatch) -> None:
     disk = Disk(monkeypatch)
     loop = Loop(short(tmp_path)).run(10)
-    loop.recorder._wait()
+    loop.recorder._recording.queue.wait()
     disk.error = errno.ENOSPC
     with pytest.raises(RecordError, match="No space"):
         loop.attached.detach()
@@ -395,10 +396,10 @@ def test_a_run_that_a_full_disk_ended_is_continued_by_fit(tmp_path, monkeypatch)
     assert edges(tmp_path)[-1] == 10
 
 
-def test_a_run_that_an_error_ends_says_that_its_last_stretch_is_still_in_memory(tmp_path, monkeypatch) -> None:
+def test_a_run_that_an_error_ends_says_that_its_last_segment_is_still_in_memory(tmp_path, monkeypatch) -> None:
     disk = Disk(monkeypatch)
     loop = Loop(short(tmp_path)).run(6)
-    loop.recorder._wait()
+    loop.recorder._recording.queue.wait()
     warned = pytest.warns(PlanWarning, match=r"kept in memory: close\(\) of the Recorder tries again")
     with warned, pytest.raises(KeyboardInterrupt), loop.attached:
         disk.error = errno.ENOSPC
@@ -427,7 +428,7 @@ print(refused)
 """
 
 
-def test_a_system_that_really_refuses_to_write_on_loses_nothing(tmp_path) -> None:
+def test_a_file_size_limit_of_the_system_loses_nothing(tmp_path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path / "record"), str(SUPPORT), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
     assert int(done.stdout) > 0
@@ -459,10 +460,10 @@ def interrupted(n: int, ends: tuple[str, ...]):
     return trace
 
 
-FILES = ("polyak/record/appender.py", "polyak/background.py", "polyak/record/lock.py")
+FILES = ("polyak/record/appender.py", "polyak/background.py", "polyak/record/lock.py", "polyak/storage/lock.py")
 
 
-def test_an_interrupt_at_any_line_of_the_recording_leaves_one_unbroken_row(tmp_path) -> None:
+def test_an_interrupt_at_any_line_of_the_recording_leaves_segments_without_gaps(tmp_path) -> None:
     for n in range(1, 400):
         folder = tmp_path / str(n)
         sys.settrace(interrupted(n, FILES))
@@ -487,26 +488,33 @@ def test_an_interrupt_at_any_line_of_the_recording_leaves_one_unbroken_row(tmp_p
     assert n > 20
 
 
-def test_a_hand_over_that_is_interrupted_anywhere_ends_the_stretch_once(tmp_path) -> None:
+ENDING = ("polyak/record/recording.py", "polyak/record/queue.py", "polyak/record/appender.py")
+
+
+def test_an_interrupt_at_any_line_of_the_end_of_a_segment_ends_it_once(tmp_path) -> None:
+    ended = 0
     for n in range(1, 400):
         loop = Loop(short(tmp_path / str(n), per_level=None)).run(3)
-        act = loop.recorder._hand_over
-        sys.settrace(interrupted(n, ("polyak/recorder.py", "polyak/record/appender.py")))
+        recording = loop.recorder._recording
+        before = recording.queue.open
+        sys.settrace(interrupted(n, ENDING))
         done = False
         try:
-            act(loop.attached._loop.state.timestamp) if hasattr(loop.attached, "_loop") else None
+            recording._end_segment(recording.state.timestamp)
             done = True
         except Interrupted:
             pass
         finally:
             sys.settrace(None)
+        ended += recording.queue.open is not before
         loop.run(9).attached.detach()
         found = edges(tmp_path / str(n))
         assert found == sorted(set(found)), n
         assert found[-1] == 12, n
         if done:
             break
-    assert n > 5
+    assert 10 < n < 399  # it was interrupted in each line, and in the end not any more
+    assert 1 < ended < n  # before the segment had ended, and after
 
 
 # Damage.
@@ -516,16 +524,16 @@ def flipped(content: bytes, at: int, bit: int = 0) -> bytes:
     return content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :]
 
 
-def test_verify_tells_a_flipped_bit_anywhere(tmp_path) -> None:
+def test_verify_finds_a_flipped_bit_anywhere(tmp_path) -> None:
     with Writer(tmp_path, TENSORS, per_level=1) as writer:
         for n in range(3):
             append(writer, n)
         writer.pin("state")
         for n in range(3, 6):
             append(writer, n)
-    assert load_manifest(tmp_path).files > {stretch.file for stretch in Record(tmp_path).stretches}
+    assert load_manifest(tmp_path).files > {segment.file for segment in Record(tmp_path).segments}
     Record(tmp_path).verify()
-    for name in [*stretch_files(tmp_path), "manifest.json"]:
+    for name in [*segment_files(tmp_path), "manifest.json"]:
         path = tmp_path / name
         whole = path.read_bytes()
         step = 1 if name == "manifest.json" else 7
@@ -540,7 +548,7 @@ def test_verify_tells_a_flipped_bit_anywhere(tmp_path) -> None:
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_damaged_file_is_merged_into_no_other(tmp_path, which) -> None:
     folder = record(tmp_path / "record", 5, per_level=1)
-    names = stretch_files(folder)
+    names = segment_files(folder)
     assert len(names) == 3
     path = folder / names[which]
     path.write_bytes(flipped(whole := path.read_bytes(), len(whole) - 1))
@@ -562,12 +570,12 @@ def test_a_damaged_file_is_merged_into_no_other(tmp_path, which) -> None:
 @pytest.mark.parametrize("read", ["average", "error", "export", "open"])
 def test_nothing_is_read_from_a_damaged_file(tmp_path, read) -> None:
     folder = record(tmp_path / "record", 4, per_level=None)
-    path = folder / stretch_files(folder)[1]
+    path = folder / segment_files(folder)[1]
     path.write_bytes(flipped(whole := path.read_bytes(), len(whole) - 9))
     found = Record(folder)
 
     def opened() -> None:
-        with found.open(found.stretches[1]) as file:
+        with found.open(found.segments[1]) as file:
             file.read("layer.bias")
 
     reads = {
@@ -665,7 +673,7 @@ def test_a_dtype_that_no_record_can_keep_is_refused_by_name(tmp_path) -> None:
         Writer(tmp_path, {"w": TensorInfo(torch.complex128, (2,), averaged=True)})
 
 
-# Runs that begin anew.
+# Runs that begin a new record.
 
 
 class Kill(Callback):
@@ -688,7 +696,7 @@ def stop_after(batches: int) -> Callback:
     return Stop()
 
 
-def test_a_run_stopped_before_its_first_checkpoint_begins_anew_and_keeps_the_old_record(tmp_path) -> None:
+def test_a_run_stopped_before_its_first_checkpoint_begins_a_new_record_and_keeps_the_old_one(tmp_path) -> None:
     folder = tmp_path / "record"
     for life in range(2):
         with pytest.raises(KeyboardInterrupt), warnings.catch_warnings():
@@ -702,30 +710,30 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_anew_and_keeps_the_old
     assert edges(folder)[-1] == 14
 
 
-def test_a_record_without_a_stretch_needs_no_backup(tmp_path) -> None:
+def test_a_record_without_a_segment_needs_no_backup(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt):
         autoresumed(tmp_path, callbacks=[Kill()], every="5ba").fit()
-    for path in stretch_files(tmp_path / "record"):
+    for path in segment_files(tmp_path / "record"):
         (tmp_path / "record" / path).unlink()
     autoresumed(tmp_path, per_level=2).fit()
     assert not list((tmp_path / "record").glob("backup-*"))
 
 
-def test_beginning_anew_moves_also_what_cannot_be_read_or_is_of_another_model(tmp_path) -> None:
+def test_a_new_record_also_backs_up_one_that_cannot_be_read_or_is_of_another_model(tmp_path) -> None:
     record(tmp_path / "record", 3)
     (tmp_path / "record" / "manifest.json").write_text("{")
     (tmp_path / "record" / "notes.txt").write_text("mine")
     with pytest.warns(PlanWarning, match="backup-1"):
         autoresumed(tmp_path).fit()
     assert edges(tmp_path / "record")[-1] == 10
-    assert len(stretch_files(tmp_path / "record" / "backup-1")) == 3
+    assert len(segment_files(tmp_path / "record" / "backup-1")) == 3
     assert (tmp_path / "record" / "notes.txt").read_text() == "mine"
 
 
 def test_a_backup_that_was_cut_off_is_completed(tmp_path) -> None:
     folder = record(tmp_path / "record", 3)
     (folder / "backup-1").mkdir()
-    (folder / stretch_files(folder)[0]).rename(folder / "backup-1" / stretch_files(folder)[0])
+    (folder / segment_files(folder)[0]).rename(folder / "backup-1" / segment_files(folder)[0])
     with pytest.warns(PlanWarning, match="backup-1"):
         autoresumed(tmp_path).fit()
     assert edges(folder / "backup-1") == [0, 2, 4, 6]
@@ -740,7 +748,7 @@ def test_a_record_that_another_run_is_writing_is_not_moved(tmp_path) -> None:
         assert content(tmp_path / "record") == before
 
 
-def test_without_autoresume_a_record_that_is_there_is_refused(tmp_path) -> None:
+def test_without_autoresume_an_existing_record_is_refused(tmp_path) -> None:
     trainer(algorithms=Recorder(tmp_path, "2ba")).fit()
     before = content(tmp_path)
     with pytest.raises(RecordError, match="has a record of 10 updates already"):

@@ -62,28 +62,28 @@ class Loop:
 
 
 def short(folder: Path, **options) -> Recorder:
-    """A recorder of short stretches."""
+    """A recorder of short segments."""
     return Recorder(folder, **{"interval": "4ba", **options})
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:training has waited:polyak.PlanWarning")  # disks differ
 
 
-def stretches(folder: Path) -> list[tuple[str, int, int]]:
-    return [(s.file, s.start.updates, s.end.updates) for s in Record(folder).stretches]
+def segments(folder: Path) -> list[tuple[str, int, int]]:
+    return [(s.file, s.start.updates, s.end.updates) for s in Record(folder).segments]
 
 
-def test_each_stretch_is_the_mean_of_its_weights_and_the_last_value_of_what_is_counted(tmp_path) -> None:
+def test_each_segment_is_the_mean_of_its_weights_and_the_last_value_of_what_is_counted(tmp_path) -> None:
     loop = Loop(short(tmp_path, per_level=2))
     with loop.attached:
         loop.run(50)
     record = Record(tmp_path)
-    assert record.stretches[-1].num_updates == 2  # the open stretch, written on detaching
-    assert record.stretches[-1].end.updates == 50
-    assert max(s.level for s in record.stretches) >= 1
-    for stretch in record.stretches:
-        start, end = stretch.start.updates, stretch.end.updates
-        with record.open(stretch) as file:
+    assert record.segments[-1].num_updates == 2  # the open segment, written on detaching
+    assert record.segments[-1].end.updates == 50
+    assert max(s.level for s in record.segments) >= 1
+    for segment in record.segments:
+        start, end = segment.start.updates, segment.end.updates
+        with record.open(segment) as file:
             for name in record.tensors:
                 want = loop.mean(name, start, end)
                 if name == "1.num_batches_tracked":
@@ -100,25 +100,25 @@ def test_the_average_from_the_record_is_that_of_all_weights_and_loads_in_the_mod
     assert str(loop.model.load_state_dict(averaged)) == "<All keys matched successfully>"
 
 
-def test_a_stretch_is_a_512th_of_the_run_unless_said_otherwise(tmp_path) -> None:
+def test_a_segment_is_a_512th_of_the_run_unless_said_otherwise(tmp_path) -> None:
     loop = Loop(Recorder(tmp_path, per_level=None), max_duration="1024ba")
     with loop.attached:
         loop.run(20)
-    assert [s.num_updates for s in Record(tmp_path).stretches] == [2] * 10
-    with pytest.raises(TimeError, match="give Recorder an interval such as '100ba', or the host its max_duration"):
+    assert [s.num_updates for s in Record(tmp_path).segments] == [2] * 10
+    with pytest.raises(TimeError, match="give Recorder an interval such as '100ba', or the loop its max_duration"):
         Loop(Recorder(tmp_path / "other")).run(1)
 
 
 @pytest.mark.parametrize(("interval", "lengths"), [("0.5ep", [5, 5, 5, 5]), ("24sp", [3, 3, 3, 3, 3, 3, 2])])
-def test_a_stretch_may_be_counted_in_any_unit(tmp_path, interval, lengths) -> None:
+def test_a_segment_may_be_counted_in_any_unit(tmp_path, interval, lengths) -> None:
     loop = Loop(Recorder(tmp_path, interval, per_level=None), steps_per_epoch=10, samples_per_step=8)
     with loop.attached:
         loop.run(20)
-    assert [s.num_updates for s in Record(tmp_path).stretches] == lengths
+    assert [s.num_updates for s in Record(tmp_path).segments] == lengths
 
 
 @pytest.mark.parametrize("stop", [21, 24, 3])
-def test_a_plain_loop_that_is_stopped_goes_on_with_the_same_record_bit_for_bit(tmp_path, stop) -> None:
+def test_a_plain_loop_that_is_stopped_and_resumed_writes_the_same_record_bit_for_bit(tmp_path, stop) -> None:
     whole = Loop(short(tmp_path / "whole", per_level=2))
     with whole.attached:
         whole.run(60)
@@ -144,7 +144,7 @@ def test_a_plain_loop_that_is_stopped_goes_on_with_the_same_record_bit_for_bit(t
     second.history = first.history[:stop]
     with second.attached:
         second.run(60 - stop)
-    assert stretches(tmp_path / "record") == stretches(tmp_path / "whole")  # names are hashes of what is in them
+    assert segments(tmp_path / "record") == segments(tmp_path / "whole")  # names are hashes of what is in them
     Record(tmp_path / "record").verify()
 
 
@@ -166,16 +166,16 @@ def trainer(folder: Path, *, duration="6ep", keep=None, callbacks=(), **options)
     )
 
 
-def test_in_the_trainer_it_records_beside_ema_and_goes_on_from_any_checkpoint(tmp_path) -> None:
+def test_in_the_trainer_a_recorder_works_next_to_ema_and_resumes_from_any_checkpoint(tmp_path) -> None:
     trainer(tmp_path / "whole").fit()
-    want = stretches(tmp_path / "whole" / "record")
+    want = segments(tmp_path / "whole" / "record")
     for checkpoint in sorted((tmp_path / "whole" / "checkpoints").iterdir()):
         resumed = trainer(tmp_path / "whole", load_path=checkpoint)
         resumed.fit()
-        assert stretches(tmp_path / "whole" / "record") == want, checkpoint.name
+        assert segments(tmp_path / "whole" / "record") == want, checkpoint.name
 
 
-def test_a_checkpoint_that_is_saved_by_hand_after_the_run_is_gone_on_from_too(tmp_path) -> None:
+def test_a_run_resumes_from_a_checkpoint_that_was_saved_by_hand_after_it(tmp_path) -> None:
     trainer(tmp_path / "whole", duration="6ep").fit()
     short = trainer(tmp_path / "run", duration="3ep")
     short.fit()
@@ -183,8 +183,8 @@ def test_a_checkpoint_that_is_saved_by_hand_after_the_run_is_gone_on_from_too(tm
     longer = trainer(tmp_path / "run", duration="6ep", load_path=tmp_path / "by-hand.pt")
     assert json.loads(longer.state.algorithms[1].state_dict()["record"])["stretches"]
     longer.fit()
-    ends = [s.end.updates for s in Record(tmp_path / "run" / "record").stretches]
-    assert ends[-1] == Record(tmp_path / "whole" / "record").stretches[-1].end.updates == 60
+    ends = [s.end.updates for s in Record(tmp_path / "run" / "record").segments]
+    assert ends[-1] == Record(tmp_path / "whole" / "record").segments[-1].end.updates == 60
     Record(tmp_path / "run" / "record").verify()
 
 
@@ -192,7 +192,7 @@ def test_files_stay_as_long_as_a_kept_checkpoint_refers_to_them_and_no_longer(tm
     trainer(tmp_path, keep=2).fit()
     record, folder = Record(tmp_path / "record"), tmp_path / "record"
     on_disk = {path.name for path in folder.glob("*.safetensors")}
-    needed = {s.file for s in record.stretches}
+    needed = {s.file for s in record.segments}
     for path in (tmp_path / "checkpoints").iterdir():
         states = [state for name, state in torch.load(path, weights_only=True)["algorithms"] if name == "Recorder"]
         needed |= {s["file"] for state in states for s in json.loads(state["record"])["stretches"]}
@@ -200,7 +200,7 @@ def test_files_stay_as_long_as_a_kept_checkpoint_refers_to_them_and_no_longer(tm
     pins = json.loads((folder / "manifest.json").read_text())["pins"]
     assert needed <= on_disk
     assert len(pins) <= 3
-    assert on_disk == {s.file for s in record.stretches}.union(*(pin["files"] for pin in pins.values()))
+    assert on_disk == {s.file for s in record.segments}.union(*(pin["files"] for pin in pins.values()))
 
 
 def test_without_paths_the_files_of_the_last_two_states_stay(tmp_path) -> None:
@@ -223,10 +223,10 @@ def test_without_paths_the_files_of_the_last_two_states_stay(tmp_path) -> None:
 def test_a_record_that_is_there_is_not_written_over(tmp_path) -> None:
     with (loop := Loop(short(tmp_path))).attached:
         loop.run(10)
-    before = stretches(tmp_path)
+    before = segments(tmp_path)
     with pytest.raises(RecordError, match=r"has a record of 10 updates already.*resume it from its checkpoint, delete"):
         Loop(short(tmp_path)).run(1)
-    assert stretches(tmp_path) == before
+    assert segments(tmp_path) == before
 
 
 def test_two_runs_cannot_record_to_one_folder(tmp_path) -> None:
@@ -236,7 +236,7 @@ def test_two_runs_cannot_record_to_one_folder(tmp_path) -> None:
     first.attached.detach()
 
 
-def test_training_goes_on_while_a_stretch_is_written_and_waits_if_the_next_one_ends(tmp_path, monkeypatch) -> None:
+def test_training_continues_while_a_segment_is_written_and_waits_if_the_next_one_ends(tmp_path, monkeypatch) -> None:
     release, real = threading.Event(), Writer.append
     threads = set()
 
@@ -252,21 +252,21 @@ def test_training_goes_on_while_a_stretch_is_written_and_waits_if_the_next_one_e
         return wait(self, ended)
 
     monkeypatch.setattr(Writer, "append", slow)
-    monkeypatch.setattr("polyak.record.recorder._PATIENCE_S", 0.2)
+    monkeypatch.setattr("polyak.record.queue._PATIENCE_S", 0.2)
     loop = Loop(Recorder(tmp_path, "4ba"))
-    loop.run(7)  # the first stretch is being written
+    loop.run(7)  # the first segment is being written
     assert not release.is_set()
     monkeypatch.setattr(Appender, "wait", release_later)
     began = time.perf_counter()
-    with pytest.warns(PlanWarning, match=r"training has waited \d+\.\d s for the disk: a stretch of 4ba"):
+    with pytest.warns(PlanWarning, match=r"training has waited \d+\.\d s for the disk: a segment of 4ba"):
         loop.run(1)
     assert time.perf_counter() - began > 0.5
     loop.run(12).attached.detach()
     assert threading.current_thread().name not in threads
-    assert [s.num_updates for s in Record(tmp_path).stretches] == [4] * 5
+    assert [s.num_updates for s in Record(tmp_path).segments] == [4] * 5
 
 
-def test_a_stretch_that_is_being_written_is_not_touched_by_the_next_steps(tmp_path, monkeypatch) -> None:
+def test_a_segment_that_is_being_written_is_not_touched_by_the_next_steps(tmp_path, monkeypatch) -> None:
     release, real = threading.Event(), Writer.append
 
     def slow(self, *args):
@@ -278,13 +278,13 @@ def test_a_stretch_that_is_being_written_is_not_touched_by_the_next_steps(tmp_pa
     release.set()
     loop.run(5).attached.detach()
     record = Record(tmp_path)
-    with record.open(record.stretches[0]) as file:
+    with record.open(record.segments[0]) as file:
         torch.testing.assert_close(file.read("0.weight").double(), loop.mean("0.weight", 0, 4), rtol=1e-5, atol=1e-6)
 
 
-def test_what_goes_wrong_in_the_thread_is_raised_at_the_next_call(tmp_path, monkeypatch) -> None:
+def test_an_error_in_the_thread_is_raised_at_the_next_call(tmp_path, monkeypatch) -> None:
     def full(*_: object):
-        raise RecordError("adding a stretch failed: no space left on device")
+        raise RecordError("adding a segment failed: no space left on device")
 
     loop = Loop(Recorder(tmp_path, "4ba")).run(3)
     monkeypatch.setattr(Writer, "append", full)
@@ -297,15 +297,15 @@ def test_an_exception_ends_the_run_but_not_what_was_recorded(tmp_path) -> None:
     with pytest.raises(KeyboardInterrupt), loop.attached:
         loop.run(10)
         raise KeyboardInterrupt
-    assert Record(tmp_path).stretches[-1].end.updates == 10
+    assert Record(tmp_path).segments[-1].end.updates == 10
 
 
-def test_a_non_finite_step_is_kept_out_of_the_stretch(tmp_path) -> None:
+def test_a_non_finite_step_is_kept_out_of_the_segment(tmp_path) -> None:
     loop = Loop(short(tmp_path, per_level=None)).run(6)
     kept = loop.model[0].weight.detach().clone()
     with torch.no_grad():
         loop.model[0].weight[0, 0] = float("nan")
-    with pytest.warns(UserWarning, match="tensors with inf or nan"):
+    with pytest.warns(UserWarning, match="tensors with NaN or inf"):
         loop.run(3)
         with torch.no_grad():
             for parameter in loop.model.parameters():
@@ -322,7 +322,7 @@ def test_a_parameter_that_joins_later_is_an_error_and_the_record_is_as_it_was(tm
     loop.model[0].bias.requires_grad_(True)
     with pytest.raises(MismatchError, match=r"unexpected: 0\.bias"):
         loop.run(8)
-    assert Record(tmp_path).stretches[-1].end.updates == 4
+    assert Record(tmp_path).segments[-1].end.updates == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -338,7 +338,7 @@ def test_the_running_mean_may_be_kept_elsewhere(tmp_path) -> None:
     for name, options in (("here", {}), ("there", {"device": "cpu"})):
         with (loop := Loop(short(tmp_path / name, **options))).attached:
             loop.run(20)
-    assert stretches(tmp_path / "here") == stretches(tmp_path / "there")
+    assert segments(tmp_path / "here") == segments(tmp_path / "there")
 
 
 def test_bad_arguments_and_foreign_states_are_refused_at_the_door(tmp_path) -> None:
@@ -363,7 +363,7 @@ trainer(Path(sys.argv[1]), duration="40ep", autoresume=True).fit()
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_goes_on_from_its_checkpoint_with_the_same_record(tmp_path) -> None:
+def test_a_run_that_is_killed_resumes_from_its_checkpoint_with_the_same_record(tmp_path) -> None:
     trainer(tmp_path / "whole", duration="40ep").fit()
     killed = tmp_path / "killed"
 
@@ -379,5 +379,5 @@ def test_a_run_that_is_killed_goes_on_from_its_checkpoint_with_the_same_record(t
         process.wait(END_S)
         assert process.returncode in (0, -signal.SIGKILL)
     trainer(killed, duration="40ep", autoresume=True).fit()
-    assert stretches(killed / "record") == stretches(tmp_path / "whole" / "record")
+    assert segments(killed / "record") == segments(tmp_path / "whole" / "record")
     assert Record(killed / "record").error(HalfLife("50ba")) > 0

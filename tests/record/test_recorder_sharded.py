@@ -29,10 +29,10 @@ def unequal(folder: Path) -> list[str]:
     one, other = Record(folder / "sharded" / "record"), Record(folder / "whole" / "record")
     one.verify()
     assert one.tensors == other.tensors
-    places = [[(s.start, s.end, s.level) for s in record.stretches] for record in (one, other)]
+    places = [[(s.start, s.end, s.level) for s in record.segments] for record in (one, other)]
     assert places[0] == places[1]
     different = []
-    for mine, theirs in zip(one.stretches, other.stretches, strict=True):
+    for mine, theirs in zip(one.segments, other.segments, strict=True):
         with one.open(mine) as a, other.open(theirs) as b:
             different += [(mine.file, n) for n in one.tensors if not torch.equal(a.read(n), b.read(n))]
     return different
@@ -46,10 +46,10 @@ def test_the_record_of_ranks_is_that_of_the_whole_model_bit_for_bit(ranks, tmp_p
     ranks.run(size, jobs.records, kind, str(tmp_path), 2, 15, {})
     assert unequal(tmp_path) == []
     record = Record(tmp_path / "sharded" / "record")
-    assert max(stretch.level for stretch in record.stretches) == 2
+    assert max(segment.level for segment in record.segments) == 2
     parts = 0 if size == 1 or kind.startswith("ddp") else 2 if kind == "hsdp" else size  # one copy of the model writes
-    for stretch in record.stretches:
-        assert len(list((record.folder / stretch.file).glob("*.safetensors"))) == parts
+    for segment in record.segments:
+        assert len(list((record.folder / segment.file).glob("*.safetensors"))) == parts
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -60,7 +60,7 @@ def test_the_files_of_ranks_may_have_16_bits(ranks, tmp_path, dtype) -> None:
 
 
 @pytest.mark.parametrize("before", [1, 2, 3, 4])
-def test_a_record_of_n_ranks_is_gone_on_with_by_m(ranks, tmp_path, before) -> None:
+def test_a_record_of_n_ranks_is_resumed_by_m(ranks, tmp_path, before) -> None:
     ranks.run(before, jobs.records, "fsdp, blocks", str(tmp_path / "1"), 7, 9, {})
     for after in (2, 3, 4):
         shutil.copytree(tmp_path / "1", tmp_path / str(after))
@@ -102,8 +102,8 @@ def test_what_reads_a_record_reads_that_of_ranks_in_one_process(ranks, tmp_path,
     assert [parts for *_, parts in in_parts] == [said[0]["stretches"], 0]
     assert main(["inspect", str(tmp_path / "sharded" / "record"), "--verify"]) == 0
     shown = capsys.readouterr().out
-    assert "all files are what was written" in shown
-    assert f"in {said[0]['stretches']} stretches, a file of each rank" in shown
+    assert "all files match their hashes" in shown
+    assert f"in {said[0]['stretches']} segments, one file per rank" in shown
     for kind in ("sharded", "whole"):
         results = sweep(
             tmp_path / kind / "record", lambda state: float(state["first.weight"].norm()), points=3, refine=1
@@ -115,7 +115,7 @@ def test_what_reads_a_record_reads_that_of_ranks_in_one_process(ranks, tmp_path,
 def test_a_part_that_is_not_what_was_written_is_found(ranks, tmp_path) -> None:
     ranks.run(2, jobs.records, "fsdp, blocks", str(tmp_path), 2, 3, {})
     record = Record(tmp_path / "sharded" / "record")
-    folder = record.folder / record.stretches[0].file
+    folder = record.folder / record.segments[0].file
     part = folder / "00001.safetensors"
     original = part.read_bytes()
 
@@ -144,19 +144,19 @@ def test_a_part_that_is_not_what_was_written_is_found(ranks, tmp_path) -> None:
             {name: {"size_bytes": (folder / "00000.safetensors").stat().st_size, "sha256": ""} for name in names}
         )
         (folder / "parts.json").write_text(text)
-        forged = replace(record.stretches[0], sha256=hashlib.sha256(text.encode()).hexdigest())
+        forged = replace(record.segments[0], sha256=hashlib.sha256(text.encode()).hexdigest())
         moved = record.folder / forged.file
         shutil.copytree(folder, moved)
         with pytest.raises(RecordError, match=message), record.open(forged):
             pass
 
 
-def test_dcp_itself_reads_a_stretch_onto_any_number_of_ranks(ranks, tmp_path) -> None:
+def test_dcp_reads_a_segment_onto_any_number_of_ranks(ranks, tmp_path) -> None:
     ranks.run(2, jobs.records, "fsdp, blocks", str(tmp_path), 2, 3, {})
     record = Record(tmp_path / "sharded" / "record")
-    with record.open(record.stretches[0]) as file:
+    with record.open(record.segments[0]) as file:
         want = {name: file.read(name) for name in record.tensors}
-    for got in ranks.run(3, jobs.loaded_by_dcp, "fsdp", str(record.folder), record.stretches[0].file):
+    for got in ranks.run(3, jobs.loaded_by_dcp, "fsdp", str(record.folder), record.segments[0].file):
         assert got.keys() == want.keys()
         assert all(torch.equal(got[name], want[name]) for name in want)
 
@@ -170,11 +170,11 @@ def test_a_folder_that_is_there_keeps_its_place_if_the_same_is_written_again(ran
 
 def test_ranks_whose_clocks_differ_have_the_same_record(ranks, tmp_path) -> None:
     first, *others = ranks.run(3, jobs.has_another_clock, str(tmp_path))
-    assert [stretch["end"]["total_wct"] for stretch in json.loads(first)["stretches"]] == [1.0, 1.0]
+    assert [segment["end"]["total_wct"] for segment in json.loads(first)["stretches"]] == [1.0, 1.0]
     assert all(other == first for other in others)
 
 
-def test_of_ranks_with_the_whole_model_the_first_records_alone(ranks, tmp_path) -> None:
+def test_of_ranks_with_the_full_model_rank_0_records_alone(ranks, tmp_path) -> None:
     first, other = ranks.run(2, jobs.keeps_a_mean, str(tmp_path))
     assert first == (True, True, ["ahead", "count", "mean", "num_updates", "record", "repr", "start"])
     assert other == (False, False, ["ahead", "count", "num_updates", "repr", "start"])
@@ -192,21 +192,21 @@ def test_what_the_disk_refuses_one_rank_ends_training_on_all_and_the_record_is_a
             assert f"failed on rank {rank}: writing" in message
             assert "make room on the disk and continue" in message
         elif where:
-            assert "the first rank must succeed for all" in message
+            assert "rank 0 must succeed for all ranks" in message
     record = Record(tmp_path / "sharded" / "record")
     record.verify()
-    assert record.stretches[0].end.updates == 2
+    assert record.segments[0].end.updates == 2
     assert {path.name for path in record.folder.iterdir()} == {
         "manifest.json",
         "lock",
-        *(s.file for s in record.stretches),
+        *(s.file for s in record.segments),
     }
 
 
-def test_parts_that_the_first_rank_does_not_see_are_no_stretch(ranks, tmp_path) -> None:
+def test_shards_that_rank_0_does_not_see_are_no_segment(ranks, tmp_path) -> None:
     for said in ranks.run(2, jobs.fails_on, 1, "fsdp", str(tmp_path), "elsewhere"):
-        assert re.search("the first does not see .*00001.safetensors: record to a disk that all machines share", said)
-    assert [s.end.updates for s in Record(tmp_path / "sharded" / "record").stretches] == [2]
+        assert re.search("rank 0 does not see .*00001.safetensors: record to a disk that all machines share", said)
+    assert [s.end.updates for s in Record(tmp_path / "sharded" / "record").segments] == [2]
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_ranks_that_do_not_agree_find_out(ranks, tmp_path, what, message) -> Non
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
-def test_a_record_that_is_there_is_refused_on_all_ranks(ranks, tmp_path, kind) -> None:
+def test_an_existing_record_is_refused_on_all_ranks(ranks, tmp_path, kind) -> None:
     ranks.run(2, jobs.records, kind, str(tmp_path), 2, 3, {})
     for said in ranks.run(2, jobs.is_refused, "there", kind, str(tmp_path)):
         assert "has a record of 3 updates already" in said
@@ -234,8 +234,8 @@ def test_a_record_that_is_there_is_refused_on_all_ranks(ranks, tmp_path, kind) -
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 def test_an_error_on_one_rank_waits_for_no_other_and_leaves_what_was_recorded(ranks, tmp_path, kind) -> None:
     for said in ranks.run(2, jobs.raises_on, 1, kind, str(tmp_path)):
-        assert any("the last stretch was not recorded" in one for one in said) == (kind == "fsdp")
-    assert Record(tmp_path / "sharded" / "record").stretches[-1].end.updates == (2 if kind == "fsdp" else 3)
+        assert any("the last segment was not recorded" in one for one in said) == (kind == "fsdp")
+    assert Record(tmp_path / "sharded" / "record").segments[-1].end.updates == (2 if kind == "fsdp" else 3)
 
 
 def test_a_writer_whose_ranks_are_killed_leaves_the_record_from_before_or_after(tmp_path) -> None:

@@ -11,12 +11,12 @@ PAGE = ROOT / "docs" / "distributed.md"
 BEGIN, END = "<!--- table of parallelism by feature -->", "<!--- end of the table -->"
 FEATURES = {
     "average of the whole, bit for bit": test_sharding.test_a_sharded_average_is_that_of_the_whole_model_bit_for_bit,
-    "no message in an update": test_sharding.test_an_update_sends_no_message_and_a_loan_does,
-    "loans leave training as it was": test_sharding.test_training_goes_on_after_loans_as_if_there_had_been_none,
+    "no message in an update": test_sharding.test_an_update_sends_no_message_and_a_swap_does,
+    "swaps leave training as it was": test_sharding.test_training_after_swaps_is_as_without_them,
     "so does a failed evaluation": test_sharding.test_an_evaluation_that_fails_leaves_training_as_it_was,
     "resumed by DCP, bit for bit": test_sharded_checkpoints.test_a_run_resumed_by_dcp_is_as_if_it_had_not_stopped,
     "recorded, bit for bit": test_recorder_sharded.test_the_record_of_ranks_is_that_of_the_whole_model_bit_for_bit,
-    "exported as safetensors": test_export.test_ranks_export_the_average_that_they_lend,
+    "exported as safetensors": test_export.test_ranks_export_the_average_that_they_swap_in,
 }
 
 

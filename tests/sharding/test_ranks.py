@@ -6,7 +6,7 @@ import pytest
 import torch
 import uneven_ranks as jobs
 
-from polyak.averaging.weights import _checksums
+from polyak.averaging.agreement import sums_of_bits
 from polyak.sharding import agreement
 
 pytestmark = pytest.mark.slow  # processes of several ranks
@@ -76,7 +76,7 @@ def test_a_record_refuses_experts_that_are_equal_at_first_and_differ_later(ranks
         assert "sum of the bits of experts: rank 0: " in said[3]
 
 
-def test_experts_in_another_order_are_told_apart(ranks) -> None:
+def test_experts_in_another_order_are_distinguished(ranks) -> None:
     for said in ranks.run(2, jobs.hold_the_same_rows_in_another_order):
         assert "sum of the bits of experts: rank 0: " in said
 
@@ -137,7 +137,7 @@ def test_a_stage_of_a_pipeline_swaps_and_saves_and_refuses_the_rest_on_all_ranks
 @pytest.mark.parametrize(
     ("what", "where", "on_others"),
     [
-        ("export to a folder", "FileExistsError: .* which holds something", "the export:\n  error: rank 1: FileExists"),
+        ("export to a folder", "FileExistsError: .* which is not", "the export:\n  error: rank 1: FileExists"),
         ("beginning", "", "averaging has begun: rank 1: False; ranks 0, 2: True"),
         (
             "a tensor",
@@ -158,7 +158,7 @@ def test_what_one_rank_refuses_all_ranks_refuse(ranks, tmp_path, kind, what, whe
 def test_an_export_that_the_disk_refuses_fails_on_all_ranks_and_can_be_tried_again(ranks, tmp_path, kind) -> None:
     for rank, (said, again, same) in enumerate(ranks.run(3, jobs.one_refuses, "a full disk", kind, str(tmp_path))):
         assert "No space left on device" in said
-        assert ("the first rank must succeed for all" in said) == (rank > 0)
+        assert ("rank 0 must succeed for all ranks" in said) == (rank > 0)
         assert again == "nothing"
         assert same
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
@@ -172,21 +172,21 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.com
 def test_checksums_follow_bits_and_their_order_and_change_nothing(dtype, shape) -> None:
     tensor = torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape).float().to(dtype)
     before = tensor.clone()
-    checksum = _checksums({"": tensor})[""]
+    checksum = sums_of_bits({"": tensor})[""]
     assert torch.equal(tensor.view(torch.uint8) if shape else tensor, before.view(torch.uint8) if shape else before)
-    assert _checksums({"": before})[""] == checksum
+    assert sums_of_bits({"": before})[""] == checksum
     if len(shape) > 1:
         laid_out_otherwise = tensor.transpose(0, -1).contiguous().transpose(0, -1)
-        assert _checksums({"": laid_out_otherwise})[""] == checksum
-        assert _checksums({"": tensor[[1, 0, *range(2, shape[0])]]})[""] != checksum
+        assert sums_of_bits({"": laid_out_otherwise})[""] == checksum
+        assert sums_of_bits({"": tensor[[1, 0, *range(2, shape[0])]]})[""] != checksum
     other = before.flatten()
     other[-1] = 9
-    assert _checksums({"": other.reshape(shape)})[""] != checksum
+    assert sums_of_bits({"": other.reshape(shape)})[""] != checksum
 
 
 def test_checksums_of_nothing_and_of_empty_tensors_are_zero() -> None:
-    assert _checksums({}) == {}
-    assert _checksums({"": torch.empty(0, 3)}) == {"": 0}
+    assert sums_of_bits({}) == {}
+    assert sums_of_bits({"": torch.empty(0, 3)}) == {"": 0}
 
 
 # Agreement.

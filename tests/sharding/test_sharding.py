@@ -16,23 +16,23 @@ def test_a_sharded_average_is_that_of_the_whole_model_bit_for_bit(ranks, kind, s
         assert found["lent"] == []
         assert found["kept"] == []
         assert found["held"] == []
-        assert found["given back"] == []
-        assert found["moved by the loan"] > 1e-4
+        assert found["restored"] == []
+        assert found["moved by the swap"] > 1e-4
         assert found["distance"] == pytest.approx(1, rel=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "size"), [cell for cell in CELLS if cell[1] == max(sharded.KINDS[cell[0]])], ids=str)
-def test_training_goes_on_after_loans_as_if_there_had_been_none(ranks, kind, size) -> None:
-    without, with_loans = (ranks.run(size, sharded.trains, kind, loans) for loans in (False, True))
-    for one, other in zip(without, with_loans, strict=True):
+def test_training_after_swaps_is_as_without_them(ranks, kind, size) -> None:
+    without, with_swaps = (ranks.run(size, sharded.trains, kind, swaps) for swaps in (False, True))
+    for one, other in zip(without, with_swaps, strict=True):
         assert sharded.unequal(one, other) == []
 
 
 @pytest.mark.parametrize(("kind", "size"), [cell for cell in CELLS if cell[1] == max(sharded.KINDS[cell[0]])], ids=str)
-def test_an_update_sends_no_message_and_a_loan_does(ranks, kind, size) -> None:
-    for update, loan in ranks.run(size, sharded.communicates, kind):
+def test_an_update_sends_no_message_and_a_swap_does(ranks, kind, size) -> None:
+    for update, swap in ranks.run(size, sharded.communicates, kind):
         assert update == 0
-        assert loan > 0
+        assert swap > 0
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -61,7 +61,7 @@ def test_a_rank_keeps_the_average_of_its_share_alone(ranks, kind, size) -> None:
         ("steps", "number of updates: rank 1: 1; ranks 0, 2: 2"),
         ("tensors", "tensors scale: rank 1: nothing; ranks 0, 2: (1,) of torch.float32"),
         ("profile", "algorithm: rank 1: EMA(profile=HalfLife(span=Time(3, 'ba')"),
-        ("nan", "tensors with inf or nan: rank 1: 1; ranks 0, 2: 0"),
+        ("nan", "tensors with NaN or inf: rank 1: 1; ranks 0, 2: 0"),
         ("values", "sum of the bits of second.weight: rank 1: "),
         ("beginning", "averaging has begun: rank 1: False; ranks 0, 2: True"),
     ],
@@ -72,9 +72,9 @@ def test_ranks_that_disagree_are_told_on_each_who_and_what(ranks, about, says) -
         assert says in raised.text
 
 
-def test_a_value_that_is_not_finite_in_one_shard_is_known_to_all_ranks(ranks) -> None:
+def test_nan_in_one_shard_is_known_to_all_ranks(ranks) -> None:
     for warning, saved in ranks.run(3, sharded.sees_a_nan_in_one_shard):
-        assert "1 tensors with inf or nan came in (by rank: [0, 1, 0])" in warning
+        assert "1 tensors with NaN or inf came in (by rank: [0, 1, 0])" in warning
         assert saved == "1"
 
 
@@ -91,8 +91,8 @@ def test_a_module_over_shards_is_refused(ranks, kind) -> None:
     assert all("full tensors" in text for text in ranks.run(2, sharded.refuses, kind))
 
 
-def test_a_group_apart_can_be_made_again(ranks) -> None:
-    assert ranks.run(3, sharded.is_apart, 20) == [[3] * 20] * 3
+def test_a_separate_group_can_be_made_again(ranks) -> None:
+    assert ranks.run(3, sharded.makes_separate_groups, 20) == [[3] * 20] * 3
 
 
 @pytest.mark.gpu
@@ -102,6 +102,6 @@ def test_a_sharded_average_is_that_of_the_whole_model_over_nccl(tmp_path, kind) 
     made = Ranks(tmp_path, most=2, backend="nccl")
     try:
         for found in made.run(2, sharded.follows_the_whole, kind, None):
-            assert found["averages"] == found["lent"] == found["kept"] == found["held"] == found["given back"] == []
+            assert found["averages"] == found["lent"] == found["kept"] == found["held"] == found["restored"] == []
     finally:
         made.close()

@@ -81,13 +81,13 @@ def broadcast(model: nn.Module) -> None:
 def averages(trainer: Trainer) -> dict[str, Tensor]:
     """Return the full averages, with the buffers of rank 0."""
     algorithm = trainer.state.algorithms[0]
-    algorithm._agree()
+    algorithm._average.agree()
     return {name: full(tensor) for name, tensor in algorithm._shadow.averaged_tensors().items()}
 
 
 def held(trainer: Trainer) -> dict[str, Tensor]:
     """Return the full weights, with the buffers of rank 0."""
-    trainer._parts.group.share_buffers(trainer.state.model)
+    trainer._context.group.share_buffers(trainer.state.model)
     return weights(trainer.state.model) if dist.is_initialized() else loops.bits(trainer.state.model)
 
 
@@ -134,7 +134,7 @@ def resumes(kind: str, folder: Path, **more: Any) -> dict[str, list[str]]:
     """Train once without a stop, resume from each of its checkpoints, and return the differences."""
 
     def random(trainer: Trainer) -> Any:
-        return [rng.get_state(), trainer._parts.stream.get_state()]
+        return [rng.get_state(), trainer._context.stream.get_state()]
 
     whole = build(kind, folder / "whole", **more)
     whole.fit()

@@ -136,7 +136,7 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the same with the first rank's buffers: each rank's are its own, and the first one's are saved."""
+    """Return the same with rank 0's buffers, which are saved: each rank has other ones."""
     found = own_weights(model)
     for slot in slots(model):
         if not slot.is_parameter:
@@ -204,7 +204,7 @@ def evaluated(model: nn.Module) -> Tensor:
 
 
 def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Train; compare the average, a loan and what comes after it to those of a whole copy of the model."""
+    """Train; compare the average, a swap and training after it to those of a full copy of the model."""
     model = spread(kind)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     algorithm = ema_of(kind, dtype=dtype)
@@ -220,23 +220,23 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
 
     evaluated(model)  # leaves the outermost module whole
     before = own_weights(model)
-    evaluated(model)  # and so it is when the average is lent
+    evaluated(model)  # and so it is when the average is swapped in
     with ema.applied():
         inside = own_weights(model)
         first = evaluated(model)
         inside_later = own_weights(model)
-        kept = {n: full(t) for n, t in algorithm._shadow._active.training().items()}
+        kept = {n: full(t) for n, t in algorithm._shadow._swapper.training().items()}
         held = {n: full(t) for n, t in algorithm._shadow.averaged_tensors().items()}
     after = own_weights(model)
     want = {n: t.to(before[n].dtype) for n, t in reference.averages.items()}
-    for name in buffers:  # those of the first rank count
+    for name in buffers:  # those of rank 0 count
         dist.broadcast(want[name], 0)
         dist.broadcast(reference.averages[name], 0)
     found["lent"] = unequal(inside, want) + unequal(inside_later, want)
     found["kept"] = unequal({n: kept[n] for n in kept}, {n: before[n].to(kept[n].dtype) for n in kept})
     found["held"] = unequal(held, reference.averages)
-    found["given back"] = unequal(before, after)
-    found["moved by the loan"] = float((evaluated(model) - first).abs().max())
+    found["restored"] = unequal(before, after)
+    found["moved by the swap"] = float((evaluated(model) - first).abs().max())
     train(model, optimizer, range(6, 8))
     before, averages = own_weights(model), {n: full(t) for n, t in algorithm._shadow.averages.items()}
     parameters = [slot.name for slot in slots(model) if slot.is_parameter]
@@ -269,7 +269,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> dict
 
 
 def _averages(algorithm: EMA) -> dict[str, Tensor]:
-    algorithm._agree()  # the first rank's averages of buffers count
+    algorithm._average.agree()  # rank 0's averages of buffers count
     return {name: full(tensor) for name, tensor in algorithm._shadow.averaged_tensors().items()}
 
 
@@ -320,7 +320,7 @@ def loads(kind: str, folder: str, dtype: torch.dtype | None, steps: int) -> Any:
 
 
 def communicates(kind: str) -> tuple[int, int]:
-    """Return how many messages an update takes, and how many a loan."""
+    """Return how many messages an update takes, and how many a swap."""
     from torch.distributed.tensor.debug import CommDebugMode
 
     model = spread(kind)
@@ -347,7 +347,7 @@ def shares(kind: str) -> tuple[int, int, int]:
 
 
 def disagrees(about: str) -> None:
-    """Lend an average about which one rank differs from the others."""
+    """Swap in an average about which one rank differs from the others."""
     odd = dist.get_rank() == 1
     model = spread("ddp")
     if about == "tensors" and odd:
@@ -371,7 +371,7 @@ def disagrees(about: str) -> None:
 
 
 def sees_a_nan_in_one_shard() -> list[str]:
-    """Return the warnings of a loan after one rank's shard was not finite."""
+    """Return the warnings of a swap after one rank's shard had NaN."""
     import warnings
 
     model = spread("fsdp, blocks")
@@ -426,7 +426,7 @@ def refuses(kind: str) -> str:
 
 
 def exports(kind: str, folder: str, max_file_bytes: float) -> dict[str, Tensor]:
-    """Export the average; return what the model holds while it is lent."""
+    """Export the average; return what the model holds while it is swapped in."""
     from polyak import export_averaged
 
     model, optimizer, algorithm, ema = _set_up(kind, 0)
@@ -438,15 +438,15 @@ def exports(kind: str, folder: str, max_file_bytes: float) -> dict[str, Tensor]:
         return weights(model)
 
 
-def is_apart(times: int) -> list[int]:
-    """Make a group apart, use it and let it go, again and again; return the sums of the ranks in each."""
+def makes_separate_groups(times: int) -> list[int]:
+    """Make a separate group, use it and close it, several times; return the sums of the ranks in each."""
     from polyak.sharding import Ranks
 
     ranks = Ranks.of(spread("fsdp"))
     assert ranks is not None
     found = []
     for _ in range(times):
-        apart = ranks.apart()
-        found.append(sum(apart.sums(dist.get_rank())))
-        apart.disband()
+        separate = ranks.separate()
+        found.append(sum(separate.sums(dist.get_rank())))
+        separate.close()
     return found

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from waiting import END_S
 
-import polyak.record.together
+import polyak.record.shards
 from polyak.record import Edge, Record, Writer
 from polyak.sharding import Ranks
 from polyak.storage.safetensors import TensorInfo
@@ -73,11 +73,11 @@ def stands(folder: Path) -> tuple[object, ...] | None:
     record = Record(folder)
     record.verify()
     found: list[object] = [{name: len(pin.files) for name, pin in pins.items()}]
-    for stretch in record.stretches:
-        with record.open(stretch) as file:
+    for segment in record.segments:
+        with record.open(segment) as file:
             values = [file.read(name).double().sum().item() for name in record.tensors]
-        found.append((stretch.start.updates, stretch.end.updates, stretch.level, values))
-    return repr(found), len(record.stretches)
+        found.append((segment.start.updates, segment.end.updates, segment.level, values))
+    return repr(found), len(record.segments)
 
 
 def write(folder: Path, meeting: Path, rank: int, size: int, done: int, pipe: int) -> None:
@@ -88,7 +88,7 @@ def write(folder: Path, meeting: Path, rank: int, size: int, done: int, pipe: in
         )
         mesh = init_device_mesh("cpu", (size,))
         assert dist.group.WORLD is not None
-        ranks = Ranks(dist.group.WORLD, torch.device("cpu"), replicas=False).apart()
+        ranks = Ranks(dist.group.WORLD, torch.device("cpu"), replicas=False).separate()
     os.write(pipe, b"r")  # killed before this, a rank would leave the others waiting for the timeout of the group
     with Writer(folder, TENSORS, per_level=1, ranks=ranks) as writer:
         for operation in operations(mesh)[done:]:

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from waiting import wait_until
 
-import polyak.record.store
-import polyak.record.together
+import polyak.record.output
+import polyak.record.shards
 from polyak import Event, Record, Recorder, attach
 from polyak.record import Edge, Writer
 from polyak.sharding import Ranks
@@ -25,14 +25,15 @@ from polyak.storage.safetensors import TensorInfo
 from polyak.tensors.slots import slots, unwrap
 from polyak.time import Timestamp
 from polyak.training.loop import Loop
+from polyak.training.state import LoopState
 
 
 class Whole:
-    """A recorder in one process, of a whole copy of a sharded model; on the first rank alone."""
+    """A recorder in one process, of a full copy of a sharded model; on rank 0 alone."""
 
     def __init__(self, model: torch.nn.Module, recorder: Recorder) -> None:
         self.model = Reference(unwrap(model), None)._model
-        self.loop = Loop([recorder], self.model)
+        self.loop = Loop([recorder], LoopState(self.model))
         self.begun = False
 
     @torch.no_grad()
@@ -109,7 +110,8 @@ def keeps_a_mean(folder: str) -> tuple[bool, bool, list[str]]:
     """Return whether this rank of DDP has a mean and a writer, and what is in its state."""
     run = Run("ddp", folder)
     run.train(range(3))
-    found = run.recorder._mean is not None, run.recorder._appender is not None
+    recording = run.recorder._recording
+    found = recording._mean is not None, recording.queue.appender is not None
     if dist.get_rank() == 0:
         run.recorder.state_dict()  # the first may take it alone
     state = run.recorder.state_dict()
@@ -121,8 +123,8 @@ def fails_on(rank: int, kind: str, folder: str, how: str = "full") -> str:
     """Let what one rank writes be refused by the disk, or go elsewhere; return the error of this rank."""
     run = Run(kind, folder, per_level=4)
     run.train(range(3))
-    run.recorder._wait()
-    module = polyak.record.store if kind == "ddp" else polyak.record.together
+    run.recorder._recording.queue.wait()
+    module = polyak.record.output if kind == "ddp" else polyak.record.shards
     real = module.write_tensors
 
     def fails(path: Path, *args: Any) -> Any:
@@ -166,8 +168,8 @@ def is_refused(what: str, kind: str, folder: str) -> str:
         run = Run(kind, folder, **options)
         train(run.model, run.optimizer, range(1))
         if what == "updates":
-            stretch = run.recorder._open_stretch
-            stretch.start = dataclasses.replace(stretch.start, updates=stretch.start.updates + odd)
+            segment = run.recorder._recording.queue.open
+            segment.start = dataclasses.replace(segment.start, updates=segment.start.updates + odd)
             train(run.model, run.optimizer, range(1, 4))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -206,7 +208,7 @@ def writes_again(folder: str) -> None:
     """Rewind a record and write the same once more, while a pin keeps it and after it was deleted in part."""
     assert dist.group.WORLD is not None
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    ranks = Ranks(dist.group.WORLD, torch.device("cpu"), replicas=False).apart()
+    ranks = Ranks(dist.group.WORLD, torch.device("cpu"), replicas=False).separate()
     with Writer(folder, {"weight": TensorInfo(torch.float32, (9, 4), averaged=True)}, ranks=ranks) as writer:
 
         def append(n: int) -> None:
@@ -217,7 +219,7 @@ def writes_again(folder: str) -> None:
         append(0)
         state = writer.state_dict()
         append(1)
-        there = Path(folder) / writer.stretches[1].file
+        there = Path(folder) / writer.segments[1].file
         writer.pin("kept")
         for damaged in (False, True):
             writer.rewind(state)
@@ -232,11 +234,11 @@ def writes_again(folder: str) -> None:
             assert not list(Path(folder).glob("*.tmp"))
 
 
-def loaded_by_dcp(kind: str, folder: str, stretch: str) -> dict[str, torch.Tensor]:
-    """Read a stretch into the shards of this number of ranks by DCP's own reader."""
+def loaded_by_dcp(kind: str, folder: str, segment: str) -> dict[str, torch.Tensor]:
+    """Read a segment into the shards of this number of ranks by DCP's own reader."""
     from sharded import full
 
     model = unwrap(spread(kind))
     tensors = {slot.name: slot.tensor.detach() for slot in slots(model)}
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(Path(folder) / stretch)))
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(Path(folder) / segment)))
     return {name: full(tensor) for name, tensor in tensors.items()}

@@ -285,10 +285,10 @@ def makes_groups(times: int) -> list[int]:
     ranks, found = Ranks.of(fully_shard(net(), mesh=mesh)), []
     assert ranks is not None
     for number in range(times):
-        apart = ranks.apart()
-        found.append(sum(apart.sums(dist.get_rank())))
+        separate = ranks.separate()
+        found.append(sum(separate.sums(dist.get_rank())))
         if number % 2:
-            apart.disband()
+            separate.close()
     del pair
     return found
 
@@ -404,7 +404,7 @@ def one_refuses(what: str, kind: str, folder: str) -> tuple[str, str, bool]:
         from polyak.averaging.weights import Shadow
 
         other = Shadow(inner)
-        other.lend("another")
+        other.swap_in("another")
     elif what == "a full disk" and dist.get_rank() == 0:
         import polyak.export
 
@@ -417,7 +417,7 @@ def one_refuses(what: str, kind: str, folder: str) -> tuple[str, str, bool]:
     if removed is not None:
         inner._modules["2"] = removed
     if what == "another average" and odd:
-        other.give_back()
+        other.restore()
     elif what == "a full disk" and dist.get_rank() == 0:
         polyak.export.write_tensors = original
     after = own(model) if what != "a tensor" else {}

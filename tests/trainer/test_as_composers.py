@@ -95,7 +95,7 @@ def test_the_events_inside_a_batch_come_in_composers_order():
     assert trace.events == ["predict_start", *inside, "predict_end"]
 
 
-def test_with_microbatches_the_events_of_each_come_between_those_of_the_batch():
+def test_the_events_of_each_microbatch_come_between_those_of_the_batch():
     trace = Trace()
     build("1ba", callbacks=trace, grad_accum=2).fit()
     at = trace.events.index("before_train_batch")
@@ -143,7 +143,7 @@ def test_the_page_has_a_row_for_each_of_composers_tests_of_time_that_differs():
     assert [name for name in units.DIFFERENT if f"| `{name}" not in text] == []
 
 
-def test_an_iteration_begins_with_the_clock_and_not_where_a_run_continues(tmp_path):
+def test_an_iteration_starts_with_the_clock_and_not_when_a_run_resumes(tmp_path):
     trace = Trace()
     trainer = build("1ep", n=2, callbacks=trace)
     trainer.fit()
@@ -156,7 +156,7 @@ def test_an_iteration_begins_with_the_clock_and_not_where_a_run_continues(tmp_pa
     assert "iteration_end" not in trace.events
 
 
-def test_events_know_what_they_are_as_composers_do():
+def test_events_have_the_properties_of_composers():
     assert Event.BATCH_START.is_before_event
     assert Event.BATCH_END.is_after_event
     assert Event.EVAL_BATCH_END.is_eval
@@ -180,7 +180,7 @@ class Doubles(Algorithm):
             state.loss = state.loss * 5
 
 
-def test_what_an_algorithm_changes_in_the_state_is_what_is_trained_on():
+def test_training_uses_what_an_algorithm_changes_in_the_state():
     model, by_hand = loops.perceptron(), loops.perceptron()
     seen: list[float] = []
 
@@ -202,7 +202,7 @@ def test_what_an_algorithm_changes_in_the_state_is_what_is_trained_on():
 
 @pytest.mark.parametrize("precision", ["fp32", "amp_fp16"])
 @pytest.mark.parametrize("grad_accum", [1, 2])
-def test_gradients_are_clipped_unscaled_and_complete_before_the_step(precision, grad_accum):
+def test_clipping_sees_complete_and_unscaled_gradients_before_the_step(precision, grad_accum):
     norms: list[tuple[float, float]] = []
 
     class Watch(Algorithm):
@@ -231,7 +231,7 @@ def test_gradients_are_clipped_unscaled_and_complete_before_the_step(precision, 
 
 
 @pytest.mark.parametrize(("kind", "threshold"), [("adaptive", 0.1), ("norm", 0), ("norm", -1), ("value", "1")])
-def test_a_clipping_that_is_not_one_is_refused(kind, threshold):
+def test_wrong_arguments_of_gradient_clipping_are_refused(kind, threshold):
     with pytest.raises(ArgumentError, match="clipping_t"):
         GradientClipping(kind, threshold)
 
@@ -239,7 +239,7 @@ def test_a_clipping_that_is_not_one_is_refused(kind, threshold):
 # The state
 
 
-def test_the_state_has_what_composers_has():
+def test_the_state_has_the_attributes_of_composers_state():
     seen: dict[str, Any] = {}
 
     class Look(Callback):
@@ -278,7 +278,7 @@ def test_the_state_has_what_composers_has():
     assert build().state.run_name != build().state.run_name
 
 
-def test_a_callback_that_joins_through_the_state_is_called():
+def test_a_callback_that_is_appended_to_the_state_is_called():
     trainer, trace = build("1ba"), Trace()
     trainer.state.callbacks.append(trace)
     trainer.fit()
@@ -310,7 +310,7 @@ def test_stop_training_ends_the_run_after_the_batch_and_a_later_fit_continues(at
 
 
 @pytest.mark.parametrize(("given", "want"), [(2, 6), ("5ba", 5), (Time(1, "ep"), 3)])
-def test_a_number_is_epochs_wherever_a_time_is_asked_for(given, want, tmp_path):
+def test_a_number_given_for_a_time_counts_epochs(given, want, tmp_path):
     log = Kept()
     trainer = build(
         given, eval_dataloader=batches(1), eval_interval=1, log_interval=1, loggers=log, save_folder=tmp_path
@@ -334,7 +334,7 @@ def test_fits_one_after_another_are_one_run():
     assert loops.differences(loops.bits(whole.state.model), loops.bits(parts.state.model)) == []
 
 
-def test_a_fit_from_a_clock_that_is_set_back_trains_for_the_duration_again():
+def test_a_fit_with_reset_time_trains_for_the_duration_again():
     trainer = build("1ep")
     trainer.fit()
     trainer.fit(reset_time=True)
@@ -343,7 +343,7 @@ def test_a_fit_from_a_clock_that_is_set_back_trains_for_the_duration_again():
     assert (trainer.state.timestamp.epoch, trainer.state.timestamp.batch) == (2, 6)
 
 
-def test_a_fit_on_other_data_begins_a_new_epoch_of_them():
+def test_a_fit_on_other_data_starts_a_new_epoch():
     trainer = build("4ba")
     trainer.fit()
     other = batches(5, seed=4)
@@ -434,14 +434,14 @@ def test_a_models_own_metrics_are_computed_in_training_and_evaluation(grad_accum
     assert trainer.state.train_metrics == {"train/Accuracy": pytest.approx(accuracies[-1])}
 
 
-def test_training_metrics_of_a_plain_module_are_of_the_batch_that_is_logged():
+def test_training_metrics_of_a_plain_module_are_those_of_the_logged_batch():
     log = Kept()
     build("4ba", loggers=log, log_interval="2ba", train_metrics={"accuracy": loops.Accuracy()}).fit()
     assert list(log.of("train/accuracy")) == [2, 4]
     assert all(0 <= value <= 1 for value in log.of("train/accuracy").values())
 
 
-def test_a_metric_that_computes_several_figures_has_each_and_one_of_no_number_is_refused():
+def test_each_figure_of_a_metric_is_logged_and_a_figure_that_is_no_number_is_refused():
     class Several(loops.Accuracy):
         def compute(self) -> Any:
             return {"one": 1.0, "two": torch.tensor(2.0)}
@@ -463,7 +463,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_save_folder_is_a_saver_among_the_callbacks(tmp_path):
+def test_save_folder_adds_a_checkpoint_saver_to_the_callbacks(tmp_path):
     folder = tmp_path / "{run_name}" / "checkpoints"
     trainer = build("7ba", save_folder=folder, save_interval="2ba", save_num_checkpoints_to_keep=2, run_name="mine")
     trainer.fit()
@@ -474,7 +474,7 @@ def test_a_save_folder_is_a_saver_among_the_callbacks(tmp_path):
     assert names(tmp_path / "all") == ["ep0-ba1.pt", "ep0-ba2.pt"]
 
 
-def test_a_savers_interval_answers_true_at_the_end_of_the_run_as_composers_does(tmp_path):
+def test_the_interval_of_a_saver_is_true_at_the_end_of_the_run_as_in_composer(tmp_path):
     answers: list[tuple[int, str]] = []
     saver = CheckpointSaver(tmp_path, "100ba")
 
@@ -503,7 +503,7 @@ def saved_run(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return loops.bits(trainer.state.model), loops.averaged(ema)
 
 
-def test_load_weights_only_takes_the_weights_for_use_and_nothing_else(tmp_path):
+def test_load_weights_only_loads_the_averaged_weights_and_nothing_else(tmp_path):
     _, average = saved_run(tmp_path)
     rng = torch.get_rng_state()
     trainer = build("4ba", model=loops.perceptron(seed=9), load_path=tmp_path / "x.pt", load_weights_only=True)
@@ -516,7 +516,7 @@ def test_load_weights_only_takes_the_weights_for_use_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "state/"])
-def test_ignored_keys_are_left_as_they_are(prefix, tmp_path):
+def test_ignored_keys_are_not_loaded(prefix, tmp_path):
     training, _ = saved_run(tmp_path)
 
     def load(*keys: str, **options: Any) -> Trainer:
@@ -551,7 +551,7 @@ def test_an_ignored_key_that_is_not_in_the_checkpoint_is_refused(key, tmp_path):
         build(load_path=tmp_path / "x.pt", load_ignore_keys=[key])
 
 
-def test_close_lets_callbacks_and_loggers_finish_once():
+def test_close_closes_callbacks_and_loggers_once():
     order: list[str] = []
 
     class Closes(Callback):
@@ -570,7 +570,7 @@ def test_close_lets_callbacks_and_loggers_finish_once():
     assert log.closed == 1
 
 
-def test_deterministic_mode_is_torchs():
+def test_deterministic_mode_sets_that_of_torch():
     before = torch.are_deterministic_algorithms_enabled()
     try:
         build("1ba", deterministic_mode=True).fit()

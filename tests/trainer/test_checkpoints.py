@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import EMA, CheckpointError, CheckpointSaver, PlanWarning, Trainer
-from polyak.trainer import checkpoint, checksums
+from polyak.trainer import checkpoint, checksums, states
 
 pytestmark = pytest.mark.filterwarnings("ignore:averaging never started:polyak.PlanWarning")
 
@@ -46,7 +46,7 @@ def test_a_checkpoint_with_a_flipped_bit_anywhere_is_refused_by_name(whole, tmp_
         assert outcome(path) == "refused", at
 
 
-def test_a_checkpoint_that_is_cut_off_anywhere_or_has_more_at_its_end_is_refused_by_name(whole, tmp_path) -> None:
+def test_a_truncated_or_extended_checkpoint_is_refused_by_name(whole, tmp_path) -> None:
     path = tmp_path / "bad.pt"
     lengths = {*range(40), *range(len(whole) - 200, len(whole)), *range(0, len(whole), 97)}
     for length in sorted(lengths):
@@ -58,7 +58,7 @@ def test_a_checkpoint_that_is_cut_off_anywhere_or_has_more_at_its_end_is_refused
 
 
 @pytest.mark.parametrize("change", ["zeros", "swapped blocks", "another checkpoint's end", "recompressed", "a folder"])
-def test_a_checkpoint_that_is_not_what_was_written_is_refused_by_name(whole, tmp_path, change) -> None:
+def test_a_damaged_checkpoint_is_refused_by_name(whole, tmp_path, change) -> None:
     path, half = tmp_path / "bad.pt", len(whole) // 2
     other = whole[:-1] + bytes([whole[-1] ^ 1])
     if change == "recompressed":
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_an_older_version_is_read_unless_its_archive_is_damaged(
     assert outcome(path) == "refused"
 
 
-def test_torch_and_unzip_read_a_checkpoint_as_if_it_had_no_hash(whole, tmp_path) -> None:
+def test_torch_and_unzip_read_a_checkpoint_with_a_hash(whole, tmp_path) -> None:
     (tmp_path / "x.pt").write_bytes(whole)
     assert checksums.verify(tmp_path / "x.pt")
     plain = torch.load(tmp_path / "x.pt", weights_only=True)
@@ -129,7 +129,7 @@ def damage(path: Path) -> None:
     path.write_bytes(content[: len(content) // 2] + b"?" + content[len(content) // 2 + 1 :])
 
 
-def test_autoresume_passes_damaged_checkpoints_with_a_warning_and_ends_as_if_none_was(tmp_path) -> None:
+def test_autoresume_skips_damaged_checkpoints_with_a_warning_and_resumes_bit_for_bit(tmp_path) -> None:
     (whole := runs(tmp_path / "whole", "8ba")).fit()
     runs(tmp_path / "parts").fit()
     damage(tmp_path / "parts" / "ep0-ba6.pt")
@@ -150,14 +150,14 @@ def test_autoresume_with_damaged_checkpoints_only_is_an_error_that_names_the_new
         runs(tmp_path)
 
 
-def test_autoresume_does_not_pass_a_checkpoint_of_another_setup(tmp_path) -> None:
+def test_autoresume_does_not_skip_a_checkpoint_of_another_model(tmp_path) -> None:
     runs(tmp_path).fit()
     torch.save({"model": {}}, tmp_path / "ep1-ba20.pt")
     with pytest.raises(CheckpointError, match=r"ep1-ba20.pt must be a checkpoint of polyak.Trainer in format"):
         runs(tmp_path)
 
 
-def test_load_path_takes_no_other_checkpoint_than_the_one_it_names(tmp_path) -> None:
+def test_load_path_loads_only_the_checkpoint_that_it_names(tmp_path) -> None:
     loops.train(tmp_path, ema=EMA("4ba")).fit()
     path = max((tmp_path / "checkpoints").iterdir())
     damage(path)
@@ -194,7 +194,7 @@ def test_a_folder_with_a_flipped_bit_in_any_file_is_refused_by_name(ungrouped, t
     assert outcome(folder) == "read"
 
 
-def test_autoresume_passes_a_damaged_folder(ungrouped, tmp_path) -> None:
+def test_autoresume_skips_a_damaged_folder(ungrouped, tmp_path) -> None:
     runs(tmp_path, parallelism="fsdp2").fit()
     damage(tmp_path / "ep0-ba6")
     with pytest.warns(PlanWarning, match=r"ep0-ba6.* SHA-256 .*resumes from .*ep0-ba4"):
@@ -234,7 +234,7 @@ def stepped(cls: type, dtype: torch.dtype, options: dict, resume_at: int) -> tup
             model = model_for(cls, dtype)
             model.load_state_dict(saved["model"])
             optimizer = cls(model.parameters(), **options)
-            checkpoint.load_optimizer(optimizer, saved["optimizer"], checkpoint.saved_dtypes(model, saved["model"]))
+            states.load_optimizer(optimizer, saved["optimizer"], states.saved_dtypes(model, saved["model"]))
         if isinstance(model, nn.Embedding):
             inputs = torch.randint(10, (8,), generator=generator)
         else:
@@ -262,7 +262,7 @@ def identical(one: object, other: object) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cls", optimizers(), ids=lambda cls: cls.__name__)
-def test_every_optimizer_resumes_bit_for_bit_whatever_the_dtypes_in_its_state(cls, dtype) -> None:
+def test_every_optimizer_resumes_bit_for_bit_with_any_dtypes_in_its_state(cls, dtype) -> None:
     options = inspect.signature(cls).parameters
     flags = [{}, *({name: True} for name in ("foreach", "fused", "capturable", "amsgrad") if name in options)]
     compared = 0
@@ -277,18 +277,18 @@ def test_every_optimizer_resumes_bit_for_bit_whatever_the_dtypes_in_its_state(cl
     assert compared
 
 
-def test_an_optimizer_state_follows_a_model_that_has_changed_its_dtype() -> None:
+def test_an_optimizer_state_is_cast_for_a_model_that_has_changed_its_dtype() -> None:
     old, new = nn.Linear(3, 2), nn.Linear(3, 2, dtype=torch.bfloat16)
     optimizer = torch.optim.Adam(old.parameters())
     old(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     other = torch.optim.Adam(new.parameters())
-    checkpoint.load_optimizer(other, optimizer.state_dict(), checkpoint.saved_dtypes(new, old.state_dict()))
+    states.load_optimizer(other, optimizer.state_dict(), states.saved_dtypes(new, old.state_dict()))
     assert other.state[new.weight]["exp_avg"].dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_a_checkpoint_names_the_parameters_that_were_taken_out_of_their_optimizer(optimizer, tmp_path) -> None:
+def test_a_checkpoint_names_the_parameters_that_were_removed_from_their_optimizer(optimizer, tmp_path) -> None:
     """As Composer's LayerFreezing takes them out."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     data = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(3)]

@@ -16,7 +16,8 @@ from waiting import END_S
 import polyak
 from polyak import CheckpointError, CheckpointSaver, HalfLife, PlanWarning, Record
 from polyak.cli import main
-from polyak.trainer.parallel import _of_this_start, blocks
+from polyak.trainer.parallel import _of_this_start
+from polyak.trainer.wrapping import blocks
 
 pytestmark = pytest.mark.slow  # processes of several ranks
 
@@ -35,7 +36,7 @@ CELLS = [*((kind, size) for kind in runs.KINDS for size in (2, 3)), ("sharded be
 
 
 @pytest.mark.parametrize(("kind", "size"), CELLS, ids=str)
-def test_a_run_of_several_ranks_is_that_of_one(ranks, alone, tmp_path, kind, size) -> None:
+def test_a_run_of_several_ranks_equals_a_run_of_one(ranks, alone, tmp_path, kind, size) -> None:
     found = ranks.run(size, partial(runs.trains, kind, tmp_path))
     assert len({tuple(one.pop("draws").tolist()) for one in found}) == size
     for one in found:
@@ -45,7 +46,7 @@ def test_a_run_of_several_ranks_is_that_of_one(ranks, alone, tmp_path, kind, siz
             close(one[what], alone[what])
     assert len({one["clock"]["total_wct"] for one in found}) == 1
     close(found[0]["log"], alone["log"])
-    assert not list(tmp_path.rglob("*.draft"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(("kind", "size"), [*((kind, 2) for kind in runs.KINDS), ("ddp", 3)], ids=str)
@@ -56,7 +57,7 @@ def test_a_resumed_run_of_several_ranks_equals_one_that_never_stopped(ranks, tmp
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_record_of_several_ranks_that_was_gone_on_with_is_that_of_one_run(ranks, tmp_path, kind) -> None:
+def test_a_resumed_record_of_several_ranks_is_that_of_one_run(ranks, tmp_path, kind) -> None:
     runs.records(None, tmp_path / "alone")
     ranks.run(2, partial(runs.records, kind, tmp_path / "whole"))
     began = [ranks.run(2, partial(runs.records, kind, tmp_path / "parts", (stop,))) for stop in (8, None)]
@@ -69,7 +70,7 @@ def test_a_record_of_several_ranks_that_was_gone_on_with_is_that_of_one_run(rank
     close(whole, alone)
 
 
-def test_an_average_under_fsdp2_is_that_of_the_whole_weights_bit_for_bit(ranks, tmp_path) -> None:
+def test_an_average_under_fsdp2_is_that_of_the_full_weights_bit_for_bit(ranks, tmp_path) -> None:
     assert ranks.run(3, partial(runs.follows_itself, tmp_path)) == [[], [], []]
 
 
@@ -86,9 +87,7 @@ MOVES = [
 
 
 @pytest.mark.parametrize(("kind", "size", "other", "other_size"), MOVES, ids=str)
-def test_a_run_goes_on_under_another_parallelism_and_number_of_ranks(
-    ranks, tmp_path, kind, size, other, other_size
-) -> None:
+def test_a_run_resumes_under_another_parallelism_and_world_size(ranks, tmp_path, kind, size, other, other_size) -> None:
     def run(size, job):
         return [job()] if size == 1 else ranks.run(size, job)
 
@@ -112,7 +111,7 @@ def test_a_batch_that_does_not_divide_counts_each_sample_once(ranks, tmp_path, k
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_figures_of_an_evaluation_are_those_of_all_samples_once(ranks, kind) -> None:
+def test_an_evaluation_counts_each_sample_once(ranks, kind) -> None:
     alone = runs.evaluates(None)
     assert len(alone) == 4
     assert alone["eval/ours"] == pytest.approx(3 / 7)
@@ -121,19 +120,19 @@ def test_figures_of_an_evaluation_are_those_of_all_samples_once(ranks, kind) -> 
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_training_weights_are_evaluated_with_the_first_ranks_buffers(ranks, tmp_path, kind) -> None:
+def test_training_weights_are_evaluated_with_the_buffers_of_rank_0(ranks, tmp_path, kind) -> None:
     want, got = ranks.run(2, partial(runs.raw_figures, kind, tmp_path))[0]
     assert got == pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_every_rank_predicts_all(ranks, kind) -> None:
+def test_every_rank_predicts_all_batches(ranks, kind) -> None:
     alone = runs.predicts(None)
     for found in ranks.run(2, partial(runs.predicts, kind)):
         close(found, alone)
 
 
-def test_with_a_distributed_sampler_the_batch_is_that_of_all_ranks_together(ranks, tmp_path) -> None:
+def test_with_a_distributed_sampler_a_batch_is_the_batches_of_all_ranks_together(ranks, tmp_path) -> None:
     alone = runs.with_own_batches(None, tmp_path, 2)
     for found in ranks.run(2, partial(runs.with_own_batches, "ddp", tmp_path, 2)):
         close(found["weights"], alone["weights"])
@@ -141,23 +140,21 @@ def test_with_a_distributed_sampler_the_batch_is_that_of_all_ranks_together(rank
         assert found["clock"] == (6, 24, 6 * (10 + 11), 6)
 
 
-def test_what_a_distributed_sampler_divides_is_gone_on_with_inside_an_epoch_only_by_the_same_ranks(
-    ranks, tmp_path
-) -> None:
+def test_only_the_same_ranks_resume_inside_an_epoch_of_a_distributed_sampler(ranks, tmp_path) -> None:
     for said in ranks.run(2, partial(runs.mixes_samplers, tmp_path / "inside.pt", at="3ba")):
-        assert said.startswith("CheckpointError: a checkpoint from inside an epoch that a DistributedSampler divides")
+        assert said.startswith("CheckpointError: a checkpoint from inside an epoch of a DistributedSampler")
     assert ranks.run(2, partial(runs.mixes_samplers, tmp_path / "end.pt", at="1ep")) == ["nothing", "nothing"]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_step_with_gradients_that_are_not_finite_on_one_rank_is_skipped_on_all(ranks, tmp_path, kind) -> None:
+def test_a_step_with_inf_gradients_on_one_rank_is_skipped_on_all(ranks, tmp_path, kind) -> None:
     one, other = ranks.run(2, partial(runs.skips, kind, tmp_path))
     assert (one["batches"], one["drawn"]) == (8, 10)
     assert loops.differences(one, other) == []
     assert all(tensor.isfinite().all() for tensor in one["weights"].values())
 
 
-def test_batches_that_each_rank_draws_in_its_own_order_are_warned_of(ranks, tmp_path) -> None:
+def test_ranks_that_draw_batches_in_different_orders_are_warned_of(ranks, tmp_path) -> None:
     for said in ranks.run(2, partial(runs.differing, tmp_path)):
         assert len([one for one in said if "all ranks must draw the same batches" in one]) == 1
 
@@ -179,12 +176,12 @@ def test_a_damaged_checkpoint_is_refused_by_name_on_all_ranks(ranks, tmp_path, k
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_a_checkpoint_that_the_first_rank_cannot_write_is_an_error_on_all(ranks, tmp_path, kind) -> None:
+def test_a_checkpoint_that_rank_0_cannot_write_is_an_error_on_all(ranks, tmp_path, kind) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / "file" / "x"
     (first, back), (other, also_back) = ranks.run(2, partial(runs.fails_to_save, kind, path, tmp_path / "run"))
     assert first.startswith(("FileExistsError", "NotADirectoryError"))
-    assert other.startswith("ShardingError: the first rank could not write")
+    assert other.startswith("ShardingError: rank 0 must succeed for all ranks, and it failed to write")
     assert "file" in other
     assert back
     assert also_back
@@ -193,14 +190,17 @@ def test_a_checkpoint_that_the_first_rank_cannot_write_is_an_error_on_all(ranks,
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("two kinds", "ValueError: a model that is under ddp already cannot be put under parallelism='fsdp2'"),
+        (
+            "two kinds",
+            "ValueError: parallelism must be 'ddp' or None for a model that is under ddp already (got 'fsdp2')",
+        ),
         ("tensor parallelism", "ValueError: a model of DTensors must be under fully_shard"),
-        ("not all ranks", "ValueError: each of the 2 processes must train on data of its own"),
-        ("a step before", "ValueError: optimizers must not have made a step"),
+        ("not all ranks", "ValueError: each of the 2 processes must train on its own data"),
+        ("a step before", "ValueError: optimizers must have made no step"),
         ("other arguments", "max_duration: rank 0: 3ep; rank 1: 4ep"),
     ],
 )
-def test_what_cannot_be_trained_together_is_refused_on_all_ranks(ranks, tmp_path, what, words) -> None:
+def test_a_model_that_cannot_be_trained_together_is_refused_on_all_ranks(ranks, tmp_path, what, words) -> None:
     for said in ranks.run(2, partial(runs.refused, what, tmp_path)):
         assert words in said
 
@@ -217,16 +217,17 @@ def ungrouped():
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_one_process_under_a_parallelism_trains_as_without_one_bit_for_bit(ungrouped, tmp_path, kind) -> None:
+def test_one_process_trains_with_a_parallelism_as_without_one_bit_for_bit(ungrouped, tmp_path, kind) -> None:
     plain = runs.trains(None, tmp_path / "plain", noisy=True)
     found = runs.trains(kind, tmp_path / "alone", noisy=True)
     assert torch.distributed.get_world_size() == 1
     assert loops.differences(plain, found) == []
 
 
-def test_a_saver_keeps_the_newest_folders_and_writes_over_one(ungrouped, tmp_path) -> None:
+def test_a_saver_keeps_the_newest_folders_and_replaces_an_existing_one(ungrouped, tmp_path) -> None:
     saver = CheckpointSaver(tmp_path, "1ba", keep=2)
-    (tmp_path / ".ep0-ba1.draft").mkdir()
+    for left in (".ep0-ba1.tmp", ".ep0-ba1.draft"):  # by a killed process, of this version and an earlier one
+        (tmp_path / left).mkdir()
     trainer = loops.train(tmp_path, saves=None, max_duration="4ba", parallelism="fsdp2", callbacks=(saver,))
     trainer.fit()
     assert sorted(path.name for path in tmp_path.glob("*ep*")) == ["ep0-ba3", "ep0-ba4"]
@@ -244,7 +245,7 @@ def test_a_parallelism_that_does_not_exist_is_refused() -> None:
         loops.train(Path(), parallelism="fsdp")
 
 
-def test_processes_of_torchrun_that_each_train_by_themselves_are_warned_of(monkeypatch, tmp_path) -> None:
+def test_processes_of_torchrun_that_train_separate_models_are_warned_of(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.warns(PlanWarning, match="each of the 2 processes"):
@@ -271,7 +272,7 @@ def test_the_blocks_of_a_model_are_its_children_and_those_of_its_lists() -> None
 # torchrun
 
 
-def test_processes_that_torchrun_starts_anew_meet_each_other_and_not_those_that_are_gone() -> None:
+def test_processes_that_torchrun_restarts_connect_to_each_other_and_not_to_ended_ones() -> None:
     store = torch.distributed.HashStore()
     store.set("polyak/start", "before")
     store.set("polyak/before/came", "another")
@@ -300,7 +301,7 @@ def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProce
     )
 
 
-def test_a_run_of_which_a_rank_is_killed_ends_as_one_of_which_none_was(ranks, tmp_path) -> None:
+def test_a_run_with_a_killed_rank_ends_as_one_without(ranks, tmp_path) -> None:
     done = torchrun(Path(runs.__file__).with_name("torchrun_script.py"), tmp_path, restarts=2)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "killed").read_text() == "ddp fsdp2 "
@@ -309,18 +310,18 @@ def test_a_run_of_which_a_rank_is_killed_ends_as_one_of_which_none_was(ranks, tm
         for rank in range(2):
             want, got = (torch.load(tmp_path / name / f"{kind}-{rank}.pt") for name in ("want", "results"))
             assert loops.differences(want, got) == []
-    assert not list(tmp_path.rglob("*.draft"))
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_the_demo_on_two_processes_says_and_writes_everything_once(tmp_path) -> None:
+def test_the_demo_on_two_processes_prints_and_writes_everything_once(tmp_path) -> None:
     assert main(["demo", "--steps", "110", "--out", str(tmp_path / "out")]) == 0
     done = torchrun("-m", "polyak", "demo", "--steps", 120, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    for said in ("Going on after 110 of 120 steps", "2 processes train together.", "cross-entropy (less is better)"):
+    for said in ("Resuming after 110 of 120 steps", "2 processes train together.", "cross-entropy (lower is better)"):
         assert done.stdout.count(said) == 1
     assert (
         done.stderr.count("polyak demo: note: ")
-        == done.stderr.count("was saved by other ranks (1) than go on (2)")
+        == done.stderr.count("was saved with world size 1 and resumed with 2")
         == 1
     )
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()

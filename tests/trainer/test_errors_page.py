@@ -81,7 +81,7 @@ def page(text: str) -> str:
     return text
 
 
-def test_the_page_has_each_wrong_argument_with_what_the_error_says() -> None:
+def test_the_page_has_each_wrong_argument_with_its_error() -> None:
     if not PAGE.exists():
         pytest.skip("the documentation is not here")
     text = PAGE.read_text(encoding="utf-8")

@@ -250,7 +250,7 @@ def test_a_scheduler_that_needs_a_metric_is_refused():
 
 
 @pytest.mark.parametrize(("argument", "given", "words"), WRONG_SAVING)
-def test_a_wrong_way_of_saving_is_refused(argument, given, words, tmp_path):
+def test_a_wrong_argument_for_saving_is_refused(argument, given, words, tmp_path):
     with pytest.raises(PolyakError, match=words):
         build(save_folder=tmp_path, **{argument: given})
 

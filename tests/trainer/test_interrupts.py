@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from polyak import EMA, Callback, CheckpointSaver, Event, PlanWarning, Trainer
-from polyak.trainer.signals import signals_held
+from polyak.trainer.interrupts import signals_held
 
 INSIDE = [
     Event.BEFORE_DATALOADER,
@@ -96,9 +96,7 @@ def continued(trainer: Trainer, folder: Path) -> tuple[Trainer, EMA]:
     [(at, batch) for at in [*INSIDE, *AFTER] for batch in (0, 5, 8) if (at, batch) != (Event.EPOCH_START, 8)],
     ids=str,
 )
-def test_a_run_interrupted_anywhere_saved_in_the_handler_and_resumed_is_the_run_that_never_stopped(
-    at, batch, whole, tmp_path
-):
+def test_a_run_interrupted_at_any_event_and_saved_there_resumes_as_if_it_had_not_stopped(at, batch, whole, tmp_path):
     trainer, _ = build(tmp_path, loops.Raises(at, KeyboardInterrupt(), batch=batch))
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
@@ -107,7 +105,7 @@ def test_a_run_interrupted_anywhere_saved_in_the_handler_and_resumed_is_the_run_
 
 
 @pytest.mark.parametrize("at", INSIDE, ids=str)
-def test_a_fit_after_one_that_was_interrupted_inside_a_batch_is_the_run_that_never_stopped(at, whole, tmp_path):
+def test_a_fit_after_one_interrupted_inside_a_batch_equals_a_run_that_never_stopped(at, whole, tmp_path):
     class Once(Callback):
         raised = False
 
@@ -204,7 +202,7 @@ def test_a_real_signal_at_any_line_of_a_batch_leaves_a_run_that_resumes_bit_for_
         assert loops.differences(whole, end(resumed, ema)) == [], f"after {after} lines"
 
 
-def test_a_signal_that_comes_in_the_optimizer_step_waits_until_the_step_is_counted_and_averaged(whole, tmp_path):
+def test_a_signal_in_the_optimizer_step_waits_until_the_step_is_counted_and_averaged(whole, tmp_path):
     trainer, ema = build(tmp_path)
 
     def interrupt(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -220,7 +218,7 @@ def test_a_signal_that_comes_in_the_optimizer_step_waits_until_the_step_is_count
     assert loops.differences(whole, end(resumed, again)) == []
 
 
-def test_held_signals_come_after_the_block_and_handlers_are_put_back():
+def test_delayed_signals_arrive_after_the_block_and_handlers_are_restored():
     came: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
     try:
@@ -275,7 +273,7 @@ class Replaced(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [0, 1, 4])
-def test_a_buffer_that_the_forward_pass_replaces_is_put_back_too(batch, tmp_path):
+def test_a_buffer_that_the_forward_pass_replaces_is_restored_too(batch, tmp_path):
     model = Replaced()
     trainer = loops.train(
         tmp_path, model=model, saves=None, callbacks=(loops.Raises(Event.AFTER_LOSS, KeyboardInterrupt(), batch=batch),)
@@ -299,7 +297,7 @@ def test_a_buffer_that_the_forward_pass_replaces_is_put_back_too(batch, tmp_path
         ("2ep", "1ep", ["ep1-ba3.pt", "ep2-ba6.pt"]),
     ],
 )
-def test_the_last_moment_of_a_run_is_saved_once(duration, interval, want, tmp_path):
+def test_the_end_of_a_run_is_saved_once(duration, interval, want, tmp_path):
     data = [(torch.randn(4, 6), torch.randint(3, (4,))) for _ in range(3)]
     model = loops.perceptron()
     saver = CheckpointSaver(tmp_path, interval)
@@ -309,7 +307,7 @@ def test_the_last_moment_of_a_run_is_saved_once(duration, interval, want, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == want
 
 
-def test_a_second_fit_that_has_nothing_to_do_says_so(tmp_path):
+def test_a_second_fit_with_nothing_to_train_warns(tmp_path):
     trainer, _ = build(tmp_path)
     trainer.fit()
     with pytest.warns(PlanWarning, match=r"nothing to train: the run has reached its max_duration, 2ep.*duration="):

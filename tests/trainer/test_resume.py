@@ -124,7 +124,7 @@ def test_a_run_resumed_twice_equals_one_that_never_stopped(tmp_path):
     assert loops.differences(want, got) == []
 
 
-def test_a_run_that_failed_goes_on_from_its_last_checkpoint(tmp_path):
+def test_a_failed_run_resumes_from_its_last_checkpoint(tmp_path):
     whole = loops.train(tmp_path / "whole", ema=EMA("4ba"), shuffle=True)
     whole.fit()
     failing = loops.Raises(Event.BATCH_START, RuntimeError("once"), batch=8)
@@ -139,7 +139,7 @@ def test_a_run_that_failed_goes_on_from_its_last_checkpoint(tmp_path):
     assert loops.differences(want, got) == []
 
 
-def test_a_run_killed_while_it_saves_is_resumed_bit_for_bit(tmp_path):
+def test_a_run_killed_while_it_saves_resumes_bit_for_bit(tmp_path):
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(loops.__file__).parent), str(Path(polyak.__file__).parents[1])])
     }
@@ -213,7 +213,7 @@ def trajectory(folder, **options):
     ],
     ids=loops.label,
 )
-def test_averaging_evaluating_and_saving_leave_the_trajectory_as_it_is(watched, tmp_path):
+def test_averaging_evaluating_and_saving_do_not_change_the_trajectory(watched, tmp_path):
     plain = trajectory(tmp_path / "plain")
     make = watched.get("ema")
     options = watched | {"ema": make() if make else None}
@@ -243,13 +243,13 @@ def test_a_run_resumed_with_another_half_life_warns_with_both(tmp_path):
         loops.train(tmp_path, ema=EMA("5ba"), load_path=tmp_path / "checkpoints" / MID_EPOCH)
 
 
-def test_a_run_resumed_with_another_dtype_of_the_average_says_so(tmp_path):
+def test_a_run_resumed_with_another_dtype_of_the_average_warns(tmp_path):
     loops.train(tmp_path, ema=EMA("4ba")).fit()
     with pytest.warns(PlanWarning, match="bfloat16"):
         loops.train(tmp_path, ema=EMA("4ba", dtype=torch.bfloat16), load_path=tmp_path / "checkpoints" / MID_EPOCH)
 
 
-def test_an_ema_that_joins_at_a_resumed_run_begins_there(tmp_path):
+def test_an_ema_that_is_added_to_a_resumed_run_starts_there(tmp_path):
     loops.train(tmp_path, saves=loops.often).fit()
     ema = EMA("4ba")
     trainer = loops.train(tmp_path, ema=ema, load_path=tmp_path / "checkpoints" / EPOCH_END)
@@ -261,7 +261,7 @@ def test_an_ema_that_joins_at_a_resumed_run_begins_there(tmp_path):
 # What a checkpoint holds
 
 
-def test_a_checkpoint_holds_averaged_and_training_weights_and_says_which_is_which(tmp_path):
+def test_a_checkpoint_has_averaged_and_training_weights_and_names_them(tmp_path):
     recorder, ema = loops.Recorder(), EMA("4ba", ema_start="3ba")
     trainer = loops.train(tmp_path, ema=ema, model=loops.noisy_perceptron(), callbacks=(recorder,))
     trainer.fit()
@@ -335,13 +335,13 @@ def resume_with(folder, at=MID_EPOCH, **options):
     ],
     ids=["model", "data", "generator"],
 )
-def test_a_checkpoint_of_another_setup_is_refused(options, words, tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(options, words, tmp_path):
     loops.train(tmp_path, ema=EMA("4ba")).fit()
     with pytest.raises(CheckpointError, match=words):
         resume_with(tmp_path, **options)
 
 
-def test_other_data_may_follow_a_checkpoint_from_the_end_of_an_epoch(tmp_path):
+def test_a_checkpoint_from_the_end_of_an_epoch_resumes_on_other_data(tmp_path):
     loops.train(tmp_path, ema=EMA("4ba")).fit()
     trainer = resume_with(tmp_path, EPOCH_END, data=loops.dataset(4))
     trainer.fit()

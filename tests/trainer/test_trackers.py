@@ -169,7 +169,7 @@ def test_an_error_in_training_makes_the_wandb_run_a_failed_one(tmp_path):
     assert Written(tmp_path).exits == [1]
 
 
-def test_a_wandb_run_that_the_user_has_begun_is_used_and_left_open(tmp_path):
+def test_a_wandb_run_that_the_user_has_started_is_used_and_not_ended(tmp_path):
     with wandb.init(project="mine", dir=tmp_path) as run:
         logger = WandBLogger()
         trainer = build(loggers=logger)
@@ -249,7 +249,7 @@ def test_a_second_fit_runs_in_the_same_mlflow_run(tmp_path):
     assert (run.info.status, [step for step, _ in history(client, run, "lr")]) == ("FINISHED", [1, 2])
 
 
-def test_a_checkpoint_of_an_mlflow_run_that_is_elsewhere_says_what_to_do(tmp_path):
+def test_a_checkpoint_of_an_mlflow_run_on_another_server_is_refused_with_a_remedy(tmp_path):
     trainer = build("1ba", loggers=MLflowLogger(tracking_uri=tmp_path / "runs"))
     trainer.save_checkpoint(tmp_path / "x.pt")
 
@@ -267,7 +267,7 @@ def test_a_checkpoint_of_an_mlflow_run_that_is_elsewhere_says_what_to_do(tmp_pat
 
 
 @pytest.mark.parametrize(("build_logger", "extra"), [(WandBLogger, "wandb"), (MLflowLogger, "mlflow")])
-def test_a_tracker_without_its_library_names_the_extra(build_logger, extra, monkeypatch):
+def test_a_logger_without_its_library_names_the_extra(build_logger, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, extra, None)
     with pytest.raises(PolyakError, match=rf"{build_logger.__name__} needs {extra}.*pip install 'polyak\[{extra}\]'"):
         build_logger()
@@ -276,7 +276,7 @@ def test_a_tracker_without_its_library_names_the_extra(build_logger, extra, monk
 
 
 @pytest.mark.parametrize("build_logger", [WandBLogger, MLflowLogger])
-def test_a_tracker_on_all_ranks_is_refused(build_logger):
+def test_a_tracker_that_logs_on_all_ranks_is_refused(build_logger):
     with pytest.raises(ArgumentError, match="rank_zero_only must be True .*leave it out"):
         build_logger(rank_zero_only=False)
 

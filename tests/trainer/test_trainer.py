@@ -96,7 +96,7 @@ def test_the_events_of_a_run_come_in_composers_order(tmp_path):
     assert trace.events == [*INIT, "fit_start", "iteration_start", *epoch, *epoch, "fit_end"]
 
 
-def test_evaluation_and_saving_by_the_batch_come_between_the_end_and_the_checkpoint_of_one(tmp_path):
+def test_evaluation_and_saving_in_batches_come_between_the_end_and_the_checkpoint_of_a_batch(tmp_path):
     trace = Trace()
     callbacks = [trace, CheckpointSaver(tmp_path, "2ba")]
     build("4ba", 3, eval_dataloader=batches(1), eval_interval="2ba", callbacks=callbacks).fit()
@@ -106,7 +106,7 @@ def test_evaluation_and_saving_by_the_batch_come_between_the_end_and_the_checkpo
     assert trace.events == [*INIT, "fit_start", "iteration_start", *want, "fit_end"]
 
 
-def test_each_data_set_of_an_evaluation_has_its_own_start_and_end():
+def test_each_data_set_of_an_evaluation_has_a_start_and_an_end():
     trace = Trace()
     loaders = {"one": batches(1), "two": batches(1)}
     trainer = build("1ba", eval_dataloader=loaders, callbacks=trace, eval_weights="both")
@@ -123,7 +123,7 @@ def test_each_data_set_of_an_evaluation_has_its_own_start_and_end():
     assert trace.events == ["predict_start", "predict_end"]
 
 
-def test_a_run_that_ends_inside_an_epoch_has_no_end_of_it():
+def test_a_run_that_ends_inside_an_epoch_fires_no_end_of_epoch():
     trace = Trace()
     trainer = build("3ba", callbacks=trace)
     trainer.fit()
@@ -206,7 +206,7 @@ def test_the_clock_counts_batches_samples_tokens_and_epochs():
 
 
 @pytest.mark.parametrize("duration", ["3ba", "12sp", "24tok", "9sp"])
-def test_a_run_ends_where_it_should_in_any_unit(duration):
+def test_a_run_ends_at_its_duration_in_any_unit(duration):
     trainer = build(duration, num_tokens=lambda batch: 8)
     trainer.fit()
     assert trainer.state.timestamp.batch.value == 3
@@ -224,13 +224,21 @@ def test_a_run_measured_in_seconds_ends():
 
 
 @pytest.mark.parametrize("duration", ["10tok", "1iter"])
-def test_a_duration_that_nothing_counts_is_refused(duration):
+def test_a_duration_in_an_uncounted_unit_is_refused(duration):
     with pytest.raises(ValueError, match=r"num_tokens|iter"):
         build(duration, callbacks=never_runs_away(20)).fit()
 
 
+def test_an_algorithm_that_is_appended_with_an_uncounted_unit_is_refused_before_the_first_batch(tmp_path) -> None:
+    trainer = loops.train(tmp_path)
+    trainer.state.algorithms[:] = [EMA("4ba", update_interval="8tok")]
+    with pytest.raises(TimeError, match="update_interval='8tok'"):
+        trainer.fit()
+    assert trainer.state.timestamp.batch == 0
+
+
 @pytest.mark.parametrize("option", ["eval_interval", "log_interval", "save_interval"])
-def test_an_interval_that_nothing_counts_is_refused(option, tmp_path):
+def test_an_interval_in_an_uncounted_unit_is_refused(option, tmp_path):
     options: dict[str, Any] = {"eval_dataloader": batches(1)}
     if option == "save_interval":
         options["callbacks"] = CheckpointSaver(tmp_path, "10tok")
@@ -250,7 +258,7 @@ def by_hand(weights: dict[str, Tensor], data: DataLoader) -> tuple[float, float]
     return cross_entropy(outputs, targets).item(), (outputs.argmax(1) == targets).float().mean().item()
 
 
-def test_raw_and_averaged_metrics_side_by_side_are_those_of_the_two_weights(tmp_path):
+def test_raw_and_averaged_metrics_are_those_of_the_training_and_averaged_weights(tmp_path):
     recorder, seen = loops.Recorder(), {}
     data = DataLoader(loops.dataset(3, seed=5), batch_size=5)  # the last batch is smaller
 
@@ -293,7 +301,7 @@ def test_raw_and_averaged_metrics_side_by_side_are_those_of_the_two_weights(tmp_
     }
 
 
-def test_evaluation_is_in_eval_mode_without_gradients_and_leaves_each_module_in_its_own():
+def test_evaluation_runs_in_eval_mode_without_gradients_and_restores_the_mode_of_each_module():
     modes = []
 
     class Watch(nn.Sequential):
@@ -322,7 +330,7 @@ def test_a_metric_of_torchmetrics_works():
     assert build(eval_dataloader=batches(3, seed=2), metrics=collection).eval()["eval/accuracy"] >= 0
 
 
-def test_eval_by_itself_takes_other_data_and_returns_metrics_by_name():
+def test_eval_takes_other_data_and_returns_metrics_by_name():
     trainer = build(algorithms=EMA("1ba"))
     trainer.fit()
     one, two = batches(1, seed=3), batches(1, seed=4)
@@ -333,7 +341,7 @@ def test_eval_by_itself_takes_other_data_and_returns_metrics_by_name():
     assert both["two/loss"] == pytest.approx(by_hand(average, two)[0], rel=1e-5)
 
 
-def test_eval_before_fit_evaluates_the_weights_as_they_are():
+def test_eval_before_fit_evaluates_the_initial_weights():
     model = loops.perceptron()
     data = batches(1, seed=3)
     assert build(model=model, algorithms=EMA("1ba")).eval(data)["eval/loss"] == pytest.approx(
@@ -341,7 +349,7 @@ def test_eval_before_fit_evaluates_the_weights_as_they_are():
     )
 
 
-def test_predict_takes_the_averaged_weights_and_gives_them_back():
+def test_predict_uses_the_averaged_weights_and_restores_the_training_weights():
     ema = EMA("2ba")
     trainer = build(algorithms=ema)
     trainer.fit()
@@ -404,7 +412,7 @@ def test_a_model_with_its_own_loss_trains_as_the_plain_one_does():
     assert loops.differences(plain.predict([loops.dataset(1).tensors[0]]), trainer.predict(mappings(batches(1)))) == []
 
 
-def test_the_example_of_the_mission_runs_as_it_stands():
+def test_the_example_of_the_mission_runs_unchanged():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -462,7 +470,7 @@ class Steps:
 
 
 @pytest.mark.parametrize("parts", [2, 3, 4, 100])
-def test_accumulating_gradients_is_training_on_the_whole_batch(parts):
+def test_gradient_accumulation_trains_as_on_the_full_batch(parts):
     def run(grad_accum: int) -> tuple[dict[str, Tensor], dict[str, Tensor], int, list[float]]:
         model, ema, recorder = loops.perceptron(), EMA("2ba"), loops.Recorder()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -529,13 +537,13 @@ def test_a_step_that_mixed_precision_skips_is_not_counted(skipped):
         torch.testing.assert_close(tensor.double(), average[name], rtol=1e-6, atol=1e-7)
 
 
-def test_a_run_whose_every_step_is_skipped_ends_with_an_error():
+def test_a_run_in_which_every_step_is_skipped_ends_with_an_error():
     with pytest.raises(RuntimeError, match="gradients must be finite"):
         build("5ba", precision="amp_fp16", loss=infinite_at(*range(1000)), callbacks=never_runs_away(500)).fit()
 
 
 @pytest.mark.parametrize("precision", ["amp_bf16", "amp_fp16"])
-def test_mixed_precision_reaches_training_evaluation_and_prediction_alike(precision):
+def test_training_evaluation_and_prediction_use_mixed_precision(precision):
     dtypes = []
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -580,7 +588,7 @@ def test_several_optimizers_and_schedulers_all_step():
     assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == [0.5, 0.5]
 
 
-def test_the_same_seed_is_the_same_run_and_another_is_another():
+def test_runs_with_the_same_seed_are_equal_and_with_another_differ():
     def run(seed: int) -> dict[str, Tensor]:
         data = DataLoader(loops.Noisy(), batch_size=4, shuffle=True)
         trainer = build("1ep", model=loops.noisy_perceptron(), train_dataloader=data, seed=seed)
@@ -617,7 +625,7 @@ def test_a_saver_saves_each_interval_and_at_the_end(interval, want, tmp_path):
     assert "ep2-ba6.pt" in names(tmp_path)
 
 
-def test_every_tenth_of_a_run_comes_ten_times(tmp_path):
+def test_an_interval_of_a_tenth_of_the_run_is_due_ten_times(tmp_path):
     trace, ema = Trace(), EMA("2ba", update_interval="0.1dur")
     trainer = build("10ba", n=5, eval_dataloader=batches(1), eval_interval="0.1dur", callbacks=trace, algorithms=ema)
     trainer.fit()
@@ -626,7 +634,7 @@ def test_every_tenth_of_a_run_comes_ten_times(tmp_path):
 
 
 @pytest.mark.parametrize("true", [True, np.bool_(True), 1], ids=repr)
-def test_a_function_says_when_to_save(true, tmp_path):
+def test_a_function_decides_when_to_save(true, tmp_path):
     asked = []
 
     def when(state: Any, event: Event) -> Any:
@@ -648,7 +656,7 @@ def test_a_saver_keeps_the_newest(keep, want, tmp_path):
     assert saver.latest() == tmp_path / "ep0-ba6.pt"
 
 
-def test_the_latest_checkpoint_is_that_of_most_batches_not_of_the_last_name(tmp_path):
+def test_the_latest_checkpoint_is_the_one_with_most_batches_not_the_last_by_name(tmp_path):
     build("11ba", n=20, callbacks=CheckpointSaver(tmp_path, "1ba")).fit()
     assert CheckpointSaver(tmp_path).latest() == tmp_path / "ep0-ba11.pt"
     assert CheckpointSaver(tmp_path / "none").latest() is None
@@ -675,14 +683,14 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(error, tmp
     assert loops.differences(training, loops.bits(trainer.state.model)) == []
 
 
-def test_a_checkpoint_may_be_read_by_whom_other_files_may(tmp_path):
+def test_a_checkpoint_has_the_permissions_of_other_files(tmp_path):
     (tmp_path / "plain").touch()
     build().save_checkpoint(tmp_path / "x.pt")
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "x.pt")]
     assert modes[0] == modes[1]
 
 
-def test_a_checkpoint_taken_inside_an_evaluation_has_both_weights(tmp_path):
+def test_a_checkpoint_saved_during_an_evaluation_has_both_weights(tmp_path):
     recorder = loops.Recorder()
 
     class Best(Callback):
@@ -706,7 +714,7 @@ def test_a_checkpoint_taken_inside_an_evaluation_has_both_weights(tmp_path):
 # Loggers
 
 
-def test_the_json_lines_are_one_object_a_line_with_the_batch(tmp_path):
+def test_each_json_line_is_one_object_with_the_batch(tmp_path):
     path = tmp_path / "deep" / "metrics.jsonl"
     path.parent.mkdir()
     path.write_text("of an earlier run\n")
@@ -724,13 +732,13 @@ def test_the_json_lines_are_one_object_a_line_with_the_batch(tmp_path):
     assert [line["batch"] for line in lines if "eval/loss" in line] == [2, 4]
 
 
-def test_the_training_loss_is_logged_by_the_epoch_where_asked(tmp_path):
+def test_log_interval_may_be_in_epochs(tmp_path):
     build(loggers=JSONLinesLogger(tmp_path / "log"), log_interval="1ep").fit()
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [line["batch"] for line in lines if "train/loss" in line] == [2, 4]
 
 
-def test_the_console_logger_prints_a_line_each_time(capsys):
+def test_the_console_logger_prints_one_line_for_each_call(capsys):
     stream = io.StringIO()
     build("2ba", eval_dataloader=batches(1), loggers=[ConsoleLogger(stream), ConsoleLogger(only="eval")]).fit()
     lines = stream.getvalue().splitlines()
@@ -749,7 +757,7 @@ def test_the_tensorboard_logger_writes_scalars(tmp_path):
     assert [event.step for event in events.Scalars("eval/loss")] == [2, 3]
 
 
-def test_the_progress_bar_shows_how_far_it_is_and_stops_on_an_exception():
+def test_the_progress_bar_shows_the_progress_and_stops_on_an_exception():
     for callbacks in ([], [loops.Raises(Event.BATCH_END, RuntimeError("here"), batch=4)]):
         console = Console(file=io.StringIO(), force_terminal=True, width=100)
         bar = ProgressBar(console)
@@ -764,7 +772,7 @@ def test_the_progress_bar_shows_how_far_it_is_and_stops_on_an_exception():
         assert "train/loss" in console.file.getvalue()
 
 
-def test_callbacks_and_algorithms_log_at_the_present_batch():
+def test_callbacks_and_algorithms_log_at_the_current_batch():
     seen = []
 
     class Keep(ConsoleLogger):
@@ -783,7 +791,7 @@ def test_callbacks_and_algorithms_log_at_the_present_batch():
 # Having the averaged model
 
 
-def test_the_average_is_had_in_a_copy_and_in_the_model_in_training():
+def test_the_average_is_available_as_a_copy_and_in_the_model_in_training():
     ema = EMA("2ba")
     trainer = build(algorithms=ema)
     apart = loops.perceptron(seed=7)
@@ -820,7 +828,7 @@ def test_the_average_is_had_in_a_copy_and_in_the_model_in_training():
     assert loops.differences(average, loops.averaged(ema)) == []
 
 
-def test_the_averaged_model_is_over_the_tensors_of_the_average():
+def test_the_averaged_model_has_the_tensors_of_the_average():
     ema = EMA("2ba")
     trainer = build(algorithms=ema)
     trainer.fit()
@@ -830,7 +838,7 @@ def test_the_averaged_model_is_over_the_tensors_of_the_average():
     assert not any(p.requires_grad for p in held.parameters())
     trainer = build("4ep", model=trainer.state.model, algorithms=ema)
     trainer.fit()
-    assert ema.ema_model is not held  # made anew, over the same tensors
+    assert ema.ema_model is not held  # made again, over the same tensors
     assert loops.differences(before, loops.bits(held))
 
 
@@ -860,7 +868,7 @@ def test_the_averaged_model_is_over_the_tensors_of_the_average():
     ],
     ids=loops.label,
 )
-def test_a_bad_argument_is_refused_at_the_door(options, words):
+def test_the_trainer_refuses_a_wrong_argument(options, words):
     with pytest.raises(ValueError, match=words):
         build(**{"max_duration": "1ep"} | options)
 
@@ -874,7 +882,7 @@ def test_a_bad_argument_is_refused_at_the_door(options, words):
     ],
     ids=loops.label,
 )
-def test_training_without_what_it_needs_is_refused_by_name(missing, words):
+def test_fit_names_the_missing_arguments(missing, words):
     trainer = build(**missing)
     with pytest.raises(ValueError, match=words):
         trainer.fit()
@@ -890,7 +898,7 @@ def test_training_without_what_it_needs_is_refused_by_name(missing, words):
     ],
     ids=loops.label,
 )
-def test_a_saver_that_cannot_be_meant_is_refused(arguments, error, words, tmp_path):
+def test_a_saver_with_a_wrong_argument_is_refused(arguments, error, words, tmp_path):
     with pytest.raises(error, match=words):
         CheckpointSaver(tmp_path, **arguments)
 
@@ -903,7 +911,7 @@ def test_data_without_batches_is_refused():
         build().eval()
 
 
-def test_batches_that_cannot_be_counted_say_how_to_help():
+def test_a_batch_whose_samples_cannot_be_counted_is_refused_with_a_remedy():
     class Strange:
         def to(self, device: Any, non_blocking: bool = False) -> "Strange":
             return self

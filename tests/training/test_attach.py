@@ -2,12 +2,16 @@
 
 import copy
 import math
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import reference
 import torch
 from torch import nn
 
+import polyak.training.steps
 from polyak import (
     EMA,
     Event,
@@ -26,6 +30,7 @@ from polyak import (
     attach,
 )
 from polyak.averaging.weights import Shadow
+from polyak.training.steps import StepHooks
 
 
 class Loop:
@@ -134,7 +139,7 @@ def test_averaging_starts_where_it_is_asked_to() -> None:
         assert torch.equal(ema.ema_model.weight, loop.weights[6])
 
 
-def test_a_uniform_average_counts_the_weights_since_the_start_alike() -> None:
+def test_a_uniform_average_counts_all_weights_since_the_start_the_same() -> None:
     loop = Loop(EMA(profile=Uniform(), ema_start="10ba")).run(30)
     want = torch.stack(loop.weights[10:]).double().mean(0)
     torch.testing.assert_close(loop.attached.algorithm.ema_model.weight.double(), want, rtol=1e-5, atol=1e-6)
@@ -160,7 +165,7 @@ def test_a_window_cannot_be_followed_online() -> None:
 
 
 @pytest.mark.parametrize("unit", ["sp", "tok", "iter"])
-def test_a_clock_that_the_loop_does_not_count_is_an_error_and_not_a_dead_average(unit) -> None:
+def test_a_clock_that_the_loop_does_not_count_is_an_error_and_not_an_average_that_never_moves(unit) -> None:
     with pytest.raises(ProfileError, match=f"the loop must count {unit}"):
         Loop(EMA(half_life=f"10{unit}")).run(1)
 
@@ -169,7 +174,7 @@ def test_epochs_and_shares_of_the_run_need_to_be_known() -> None:
     with pytest.raises(ProfileError, match="the loop must count ep"):
         Loop(EMA(half_life="2ep", update_interval="1ba")).run(1)
     for times in ({"half_life": "0.5dur"}, {"ema_start": "0.5dur"}, {"update_interval": "0.1dur"}):
-        with pytest.raises(TimeError, match="times in dur need a run of known length"):
+        with pytest.raises(TimeError, match="times in dur need a run whose max_duration is known"):
             Loop(EMA(**{"half_life": "1ba", **times})).run(1)
 
 
@@ -229,7 +234,7 @@ def test_a_step_that_calls_its_parents_step_counts_once_and_one_that_raises_not_
     assert attached.timestamp.batch.value == 2
 
 
-def test_the_average_is_lent_for_a_block_and_given_back_after_an_error() -> None:
+def test_the_average_is_swapped_in_for_a_block_and_restored_after_an_error() -> None:
     loop = Loop(EMA(half_life="5ba")).run(10)
     training, average = loop.weights[-1], loop.attached.algorithm.ema_model.weight.clone()
     with pytest.raises(KeyboardInterrupt), loop.attached.applied() as model:
@@ -249,7 +254,7 @@ def test_before_averaging_has_begun_the_model_keeps_its_weights() -> None:
         loop.attached.detach()
 
 
-def test_detached_it_no_longer_follows_but_keeps_what_it_has() -> None:
+def test_a_detached_average_no_longer_moves_but_is_kept() -> None:
     ema = EMA(half_life="5ba")
     loop = Loop(ema)
     with loop.attached:
@@ -263,7 +268,7 @@ def test_detached_it_no_longer_follows_but_keeps_what_it_has() -> None:
 
 @pytest.mark.parametrize("lent", [False, True])
 @pytest.mark.parametrize("profile", [HalfLife("5ba"), Uniform(), Smoothing(0.9), HalfLife("1.5ep")], ids=repr)
-def test_a_loop_that_was_stopped_goes_on_bit_for_bit(tmp_path, profile, lent) -> None:
+def test_a_loop_that_was_stopped_resumes_bit_for_bit(tmp_path, profile, lent) -> None:
     counts = {"steps_per_epoch": 4}
     whole = Loop(EMA(profile=profile, ema_start="2ba", update_interval="1ba"), **counts).run(25)
 
@@ -415,7 +420,7 @@ def test_decay_and_distance_are_logged_once_where_an_evaluation_begins() -> None
     assert log.lines == [(2, {"ema/distance": 0.0}), (10, pytest.approx(want, rel=1e-6))]
 
 
-def test_what_is_logged_after_a_stop_is_what_would_have_been() -> None:
+def test_a_resumed_run_logs_what_an_unstopped_run_logs() -> None:
     one, log = EMA(half_life="5ba"), Log()
     loop = Loop(one).run(4)
     other = Loop(EMA(half_life="5ba"), logger=log)
@@ -442,7 +447,7 @@ def test_the_distance_is_that_of_the_parameters_relative_to_their_average(dtype)
     apart = sum(float((after[name] - before[name]).square().sum()) for name in before)
     want = (apart / sum(float(tensor.square().sum()) for tensor in before.values())) ** 0.5
     assert shadow.distance() == pytest.approx(want, rel=1e-6)
-    with shadow.lent("the test"):
+    with shadow.swapped("the test"):
         assert shadow.distance() == pytest.approx(want, rel=1e-6)
         with pytest.raises(LoanError, match="the test has swapped its own in"):
             Shadow(model).distance()
@@ -457,7 +462,7 @@ def test_the_distance_from_an_average_of_nothing_but_zeros_is_none_or_infinite()
     assert shadow.distance() == math.inf
 
 
-def test_a_block_that_an_error_ends_says_so_and_ends_once() -> None:
+def test_an_error_in_a_block_fires_exception_and_fit_end_once() -> None:
     class Hears(EMA):
         def match(self, event, state):
             heard.append(event)
@@ -498,3 +503,39 @@ def test_torch_checkpoints_look_into_a_state() -> None:
     optimizer.step()
     flat, _ = flatten_state_dict({"ema": attached.state_dict()})
     assert torch.equal(flat["ema.algorithms.0.1.ema_model.weight"], model.weight)
+
+
+def test_a_step_takes_at_most_20_calls_between_the_optimizer_and_the_algorithm(monkeypatch) -> None:
+    monkeypatch.setattr(polyak.training.steps, "_OBSERVING", ())  # optimizers of other tests that still exist
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    attached = attach(EMA("10ba"), model, optimizer)
+    calls: list[str] = []
+    between = re.compile(r"polyak/(training|time|algorithm|events|tensors/optimizers)")
+
+    def note(frame, event, arg) -> None:
+        if event == "call" and between.search(file := Path(frame.f_code.co_filename).as_posix()):
+            calls.append(f"{file} {frame.f_code.co_name}")
+
+    for counted in [False] * 3 + [True]:
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        sys.setprofile(note if counted else None)
+        optimizer.step()
+        sys.setprofile(None)
+    assert attached.timestamp.batch == "4ba"
+    assert len([call for call in calls if "polyak/time/" not in call]) <= 20, calls
+    assert not [call for call in calls if call.endswith("span.py __post_init__")]
+
+
+def test_the_callers_of_a_step_are_not_walked_once_the_optimizer_has_a_state(monkeypatch) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    attached = attach(EMA("10ba"), model, optimizer)
+    for step in range(4):
+        if step == 1:
+            monkeypatch.setattr(StepHooks, "_callers", lambda *_: pytest.fail("the stack was walked"))
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert attached.timestamp.batch == "4ba"

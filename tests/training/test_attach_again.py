@@ -42,7 +42,7 @@ class Model(nn.Module):
 class Counts(Algorithm):
     """Averages nothing, but says that it does; has a state, and can be copied."""
 
-    lends = True
+    swaps = True
 
     def __init__(self) -> None:
         self.batches, self.model = 0, None
@@ -58,7 +58,7 @@ class Counts(Algorithm):
 class Notes(Counts):
     """The same, but with effects of its own."""
 
-    lends = False
+    swaps = False
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> list[torch.Tensor]:
@@ -101,7 +101,7 @@ def test_an_average_that_nobody_refers_to_is_released_when_a_cell_runs_again(mod
     assert len(optimizer._optimizer_step_post_hooks) == (4 if held else 2)
 
 
-def test_an_average_is_kept_up_while_the_algorithm_alone_is_referred_to(model, optimizer) -> None:
+def test_an_average_is_updated_while_only_the_algorithm_is_referred_to(model, optimizer) -> None:
     ema = EMA("5ba")
     attach(ema, model, optimizer)
     gc.collect()
@@ -109,7 +109,7 @@ def test_an_average_is_kept_up_while_the_algorithm_alone_is_referred_to(model, o
     assert ema.num_updates == 4
 
 
-def test_what_does_more_than_average_works_on_without_being_referred_to(model, optimizer, tmp_path) -> None:
+def test_an_algorithm_that_does_more_than_average_keeps_working_without_a_reference(model, optimizer, tmp_path) -> None:
     notes = weakref.ref(attach(Notes(), model, optimizer).algorithm)
     recorder = weakref.ref(attach(Recorder(tmp_path / "record", interval="2ba"), model, optimizer).algorithm)
     gc.collect()
@@ -150,7 +150,7 @@ PER_BATCH = {"ba": 1, "sp": 5, "ep": 1 / 8, "dur": 1 / 40}
 
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("profile", SPANS, ids=repr)
-def test_an_average_continues_from_a_clock_that_begins_anew(model, optimizer, profile, interval) -> None:
+def test_an_average_continues_where_the_clock_starts_again(model, optimizer, profile, interval) -> None:
     ema = EMA(profile=profile, update_interval=f"{interval}ba")
     with attach(ema, model, optimizer, **COUNTS):
         weights = train(model, optimizer, 20)
@@ -171,7 +171,7 @@ def test_an_average_continues_from_a_clock_that_begins_anew(model, optimizer, pr
     torch.testing.assert_close(ema.ema_model.inner.weight.double(), want, rtol=1e-5, atol=1e-6)
 
 
-def test_a_state_that_was_saved_after_a_clock_began_anew_is_resumed(model, optimizer) -> None:
+def test_a_state_that_was_saved_after_the_clock_started_again_is_resumed(model, optimizer) -> None:
     ema = EMA("4ba")
     with attach(ema, model, optimizer):
         train(model, optimizer, 20)
@@ -188,7 +188,7 @@ def test_a_state_that_was_saved_after_a_clock_began_anew_is_resumed(model, optim
     assert torch.equal(again.ema_model.inner.weight, ema.ema_model.inner.weight)
 
 
-def test_a_record_continues_from_a_clock_that_begins_anew(model, optimizer, tmp_path) -> None:
+def test_a_record_continues_where_the_clock_starts_again(model, optimizer, tmp_path) -> None:
     recorder = Recorder(tmp_path / "record", interval="5ba", per_level=None)
     for _ in range(2):
         with attach(recorder, model, optimizer, steps_per_epoch=8):
@@ -241,7 +241,7 @@ def test_a_copy_made_with_its_model_and_optimizer_follows_the_copied_ones(model,
 
 
 @pytest.mark.parametrize("by", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
-def test_a_copy_of_what_is_detached_or_counted_by_hand_stays_so(model, optimizer, by) -> None:
+def test_a_copy_of_a_loop_that_is_detached_or_counted_by_hand_stays_so(model, optimizer, by) -> None:
     detached, by_hand = attach(Counts(), model, optimizer), attach(Counts(), model, None)
     detached.detach()
     by_hand.step()
@@ -319,7 +319,7 @@ def test_a_unit_that_the_loop_does_not_count_is_an_error_before_the_first_batch(
     ],
     ids=str,
 )
-def test_attach_counts_no_more_than_it_is_told(model, optimizer, options, argument) -> None:
+def test_attach_counts_only_the_units_that_it_was_given(model, optimizer, options, argument) -> None:
     with pytest.raises(TimeError, match=f"the loop must count {argument}"):
         attach(EMA("4ba", **options), model, optimizer, max_duration="100sp")
 

@@ -1,4 +1,4 @@
-"""What hosts have in common, without any of their frameworks."""
+"""What integrations have in common, without any of their frameworks."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,19 @@ import pytest
 import torch
 from torch import nn
 
-from polyak import EMA, CheckpointError, Event, Recorder
+from polyak import EMA, Algorithm, ArgumentError, CheckpointError, Event, Recorder, Time, Timestamp, TimeUnit
+from polyak.algorithm import as_algorithms
 from polyak.averaging.swap import swap_of
-from polyak.training.loop import Loop, as_algorithms
+from polyak.training.loop import Loop
+from polyak.training.options import LoopOptions
+from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
+
+
+def joined(algorithms: list[Algorithm], model: nn.Module | None = None) -> Loop:
+    loop = Loop(algorithms, LoopState(model or loops.perceptron()))
+    loop.meet()
+    return loop
 
 
 def stepped(loop: Loop, steps: int) -> None:
@@ -31,9 +40,9 @@ def test_one_algorithm_or_several_are_taken_and_two_averages_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_lent_in_inference_mode_can_be_taken_back_outside_and_averaged_on(dtype: torch.dtype) -> None:
+def test_an_average_swapped_in_in_inference_mode_can_be_restored_outside_and_updated(dtype: torch.dtype) -> None:
     ema = EMA("2ba")
-    loop = Loop([ema], loops.perceptron().to(dtype))
+    loop = joined([ema], loops.perceptron().to(dtype))
     stepped(loop, 2)
     before = loops.bits(loop.state.model)
     with torch.inference_mode():
@@ -46,7 +55,7 @@ def test_what_is_lent_in_inference_mode_can_be_taken_back_outside_and_averaged_o
 
 
 def test_an_error_between_two_events_still_fires_the_second() -> None:
-    loop = Loop([EMA("2ba")], loops.perceptron())
+    loop = joined([EMA("2ba")])
     stepped(loop, 2)
     before = loops.bits(loop.state.model)
     with pytest.raises(RuntimeError, match="as planned"), loop.saving("somewhere"):
@@ -58,7 +67,7 @@ def test_an_error_between_two_events_still_fires_the_second() -> None:
 
 
 def test_an_epoch_that_was_left_counts_when_the_next_begins() -> None:
-    loop = Loop([EMA()], loops.perceptron())
+    loop = joined([EMA()])
     stepped(loop, 2)
     loop.begin_epoch()
     assert (loop.state.timestamp.epoch.value, loop.state.timestamp.batch_in_epoch.value) == (1, 0)
@@ -66,8 +75,8 @@ def test_an_epoch_that_was_left_counts_when_the_next_begins() -> None:
     assert loop.state.timestamp.epoch.value == 1
 
 
-def test_a_state_is_gone_on_with_and_that_of_other_algorithms_refused() -> None:
-    one, other = (Loop([EMA("2ba")], loops.perceptron()) for _ in range(2))
+def test_a_state_is_resumed_and_that_of_other_algorithms_refused() -> None:
+    one, other = (joined([EMA("2ba")]) for _ in range(2))
     stepped(one, 3)
     with one.saving():
         weights, state = loops.bits(one.state.model), one.state_dict()
@@ -79,17 +88,100 @@ def test_a_state_is_gone_on_with_and_that_of_other_algorithms_refused() -> None:
     assert not loops.differences(one.state_dict(), other.state_dict())
     assert other.state.timestamp.sample.value == 20
     with pytest.raises(CheckpointError, match=r"that of \['Recorder'\] \(got that of \['EMA'\]\)"):
-        Loop([Recorder("record")], loops.perceptron()).load_state_dict(state)
+        joined([Recorder("record")]).load_state_dict(state)
 
 
 def test_hooks_can_be_removed_once() -> None:
     model, seen = nn.Linear(1, 1), list[Any]()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    hooks = StepHooks(optimizer, lambda: seen.append("after"), lambda: seen.append("before"))
+    hooks = StepHooks(optimizer, lambda: seen.append("after"), lambda: seen.append("first"))
     optimizer.step()  # without gradients
     model(torch.ones(1, 1)).sum().backward()
     optimizer.step()
     assert hooks.remove()
     assert not hooks.remove()
     optimizer.step()
-    assert seen == ["before", "before", "after"]
+    assert seen == ["first", "after"]
+
+
+def test_an_algorithm_that_sets_the_old_name_of_swaps_is_read_with_a_warning() -> None:
+    class Never(Algorithm):
+        def match(self, event, state):
+            return False
+
+        def apply(self, event, state, logger) -> None: ...
+
+    with pytest.warns(DeprecationWarning, match="`lends` of Old is deprecated; name it `swaps`"):
+
+        class Old(Never):
+            lends = True
+
+    assert Old().swaps
+    assert not Never().swaps
+    with pytest.warns(DeprecationWarning, match="read `swaps`"):
+        assert not Never().lends
+    with pytest.raises(ValueError, match="one average at a time"):
+        as_algorithms([Old(), EMA()])
+
+
+def test_algorithms_act_before_callbacks_and_a_batch_is_counted_without_an_event() -> None:
+    seen = []
+
+    class Watches(Algorithm):
+        def match(self, event, state):
+            return True
+
+        def apply(self, event, state, logger) -> None:
+            seen.append((f"algorithm {event}", state.timestamp.batch.value))
+
+    class Callback:
+        def run_event(self, event, state, logger) -> None:
+            seen.append((f"callback {event}", state.timestamp.batch.value))
+
+    callbacks = [Callback()]
+    loop = Loop([Watches()], LoopState(loops.perceptron()), callbacks=callbacks)
+    loop.fire(Event.FIT_START)
+    loop.count_batch(samples=8, seconds=0.5, steps=0)
+    loop.count_batch(samples=8, seconds=0.5)
+    loop.dispatch(Event.BATCH_END)
+    loop.notify(Event.BATCH_END)
+    assert seen == [
+        ("algorithm init", 0),
+        ("callback init", 0),
+        ("algorithm fit_start", 0),
+        ("callback fit_start", 0),
+        ("algorithm batch_end", 1),
+        ("callback batch_end", 1),
+    ]
+    assert (loop.state.timestamp.sample, loop.state.timestamp.total_wct) == (16, 1)
+    assert loop.state.previous_timestamp.sample == 8
+
+
+def test_a_clock_that_is_set_back_starts_again_with_the_same_epoch_length() -> None:
+    loop = joined([EMA("2ba")])
+    loop.set_epoch_length(3)
+    stepped(loop, 2)
+    loop.leave_epoch()
+    assert loop.state.timestamp.epoch == "1ep"
+    loop.leave_epoch()
+    assert loop.state.timestamp.epoch == "1ep"
+    loop.reset_clock()
+    assert loop.state.timestamp == Timestamp(epoch_length=3)
+    assert loop.state.previous_timestamp == Timestamp(epoch_length=3)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"steps_per_epoch": 0}, {"steps_per_epoch": 1.5}, {"samples_per_step": -1}, {"tokens_per_step": "many"}],
+    ids=str,
+)
+def test_a_number_that_counts_nothing_is_refused_with_its_name(given) -> None:
+    with pytest.raises(ArgumentError, match=f"{next(iter(given))} must be a whole number"):
+        LoopOptions(**given)
+
+
+def test_whole_numbers_of_any_kind_are_options_of_a_loop() -> None:
+    options = LoopOptions(max_duration="10ba", steps_per_epoch=10.0, samples_per_step=torch.tensor(8).item())
+    assert (options.steps_per_epoch, options.samples_per_step, options.duration) == (10, 8, Time(10, "ba"))
+    assert TimeUnit.SAMPLE in options.counts
+    assert TimeUnit.TOKEN not in options.counts

@@ -212,7 +212,7 @@ def test_the_weights_after_a_wrapper_are_averaged(every) -> None:
     assert_averaged(ema, weights)
 
 
-def test_wrappers_that_only_call_another_optimizer_are_looked_into() -> None:
+def test_the_optimizer_in_a_wrapper_that_only_calls_it_is_counted() -> None:
     model, ema = linear(), EMA(smoothing=0.5)
     optimizer = DPOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     attached = attach(ema, model, optimizer)
@@ -239,9 +239,9 @@ class NoOptimizer:
             "must run torch's step hooks, and LookaheadWithoutInit",
         ),
     ],
-    ids=["a class of one's own", "a list", "no super().__init__()"],
+    ids=["a class that is no optimizer", "a list", "no super().__init__()"],
 )
-def test_an_optimizer_without_torchs_hooks_is_refused_with_what_to_do(make, why) -> None:
+def test_an_optimizer_without_torchs_hooks_is_refused_with_the_remedy(make, why) -> None:
     model = linear()
     with pytest.raises(OptimizerError, match=f"{why}.*{BY_HAND}") as caught:
         attach(EMA(), model, make(model.parameters()))
@@ -332,7 +332,7 @@ def test_an_optimizer_that_replaces_the_attached_one_is_noticed(gone) -> None:
     del kept
 
 
-def test_optimizers_of_other_parameters_are_none_of_its_business() -> None:
+def test_optimizers_of_other_parameters_are_ignored() -> None:
     model = nn.Sequential(linear(), nn.Linear(2, 2))
     first, last = (torch.optim.SGD(part.parameters(), lr=0.1) for part in model)
     attached = attach(EMA("3ba"), model, last)
@@ -445,7 +445,7 @@ def test_a_step_that_tries_its_parents_step_again_counts_once() -> None:
     assert attached.timestamp.batch == "4ba"
 
 
-def test_threads_that_train_models_of_their_own_count_their_own_steps() -> None:
+def test_threads_that_train_separate_models_count_their_own_steps() -> None:
     failures, gate = [], threading.Barrier(4)
 
     def work(number: int) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -12,6 +11,7 @@ from polyak.compat.found import Averaged
 from polyak.compat.saved import most_bytes
 from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
+from polyak.storage.atomic import replacing
 from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, write_tensors
 
 
@@ -38,17 +38,13 @@ def write(found: Averaged, path: Path, source: Path) -> None:
         with source.open("rb") as file:
             metadata["polyak.source_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     infos = {name: TensorInfo.of(tensor, averaged=False) for name, tensor in found.tensors.items()}
-    temporary = path.with_name(f".{os.getpid()}.tmp")
     try:
-        write_tensors(temporary, infos, found.tensors.__getitem__, metadata)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            write_tensors(temporary, infos, found.tensors.__getitem__, metadata)
     except OSError as error:
         raise OSError(f"{shown(path)} must be a file that can be written ({error.strerror}); choose another") from error
     except (MemoryError, RuntimeError):  # torch's allocator
         raise CheckpointError("there must be memory for each tensor in turn; use a machine with more") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def check_writable(tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -1,4 +1,4 @@
-"""The host for loops with Hugging Face Accelerate: its checkpoints hold the states of the algorithms."""
+"""``attach`` for loops with Hugging Face Accelerate, whose checkpoints then hold the states of the algorithms."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,10 @@ from polyak.algorithm import Algorithm
 from polyak.averaging.swap import swap_of
 from polyak.errors import LoanError
 from polyak.time import Time
-from polyak.training.attached import Attached, CountedLoop
+from polyak.training import sharded
+from polyak.training.attached import Attached
+from polyak.training.counted import CountedLoop
+from polyak.training.options import LoopOptions
 
 _FOREIGN = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
 
@@ -27,46 +30,46 @@ class _Logger:
 
 
 class _Checkpoints:
-    """What Accelerate saves and loads for what is attached; it calls all of this.
+    """The states of attached algorithms in Accelerate's checkpoints; it calls all of these methods.
 
-    It has nothing to save any more when nobody refers to the average.
+    There is nothing to save when no variable refers to the average any more.
     """
 
     def __init__(self, loop: CountedLoop, model: nn.Module, number: int) -> None:
         self._loop, self._model = loop, model
-        self._parts = f"polyak_{number}"
+        self._shards = f"polyak_{number}"
         self._folder: Path | None = None  # where a state is being saved, or loaded from
 
     def state_dict(self) -> dict[str, Any]:
-        if self._folder is not None and (self._folder / self._parts).exists():
-            return {"parts": self._parts}
+        if self._folder is not None and (self._folder / self._shards).exists():
+            return {"parts": self._shards}
         return self._loop.state_for(self._folder)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if "parts" in state:
             assert self._folder is not None
-            self._loop.load_parts(self._folder / state["parts"], weights=False)
+            sharded.load(self._loop, self._folder / state["parts"], weights=False)
         elif state["algorithms"] and len(self._loop.algorithms):
             self._loop.load_state_dict(state)
 
     def before_saving(self, models: object, weights: object, folder: str) -> None:
         del models, weights
         self._folder = Path(folder)
-        self._refuse_loan("saved")
-        # Accelerate lets the first process alone save what is registered.
-        if self._loop.in_parts:
-            self._loop.save_parts(self._folder / self._parts, weights=False)
+        self._refuse_swap("saved")
+        # What is registered for checkpointing is saved by rank 0 alone.
+        if sharded.is_sharded(self._loop):
+            sharded.save(self._loop, self._folder / self._shards, weights=False)
 
     def before_loading(self, models: object, folder: str) -> None:
         del models
         self._folder = Path(folder)
-        self._refuse_loan("loaded")
+        self._refuse_swap("loaded")
 
-    def _refuse_loan(self, what: str) -> None:
+    def _refuse_swap(self, what: str) -> None:
         if swap := swap_of(self._model):
             raise LoanError(
-                f"a state must be {what} with training weights in the model, and {swap.holder} has swapped its own in; "
-                "leave the block of applied() first (what is for use is saved inside it, by accelerator.save_model)"
+                f"a state must be {what} with training weights in the model, and {swap.owner} has swapped its own in; "
+                "leave the block of applied() first (inside it, export the model by accelerator.save_model)"
             )
 
 
@@ -83,26 +86,26 @@ def attach(
 ) -> Attached:
     """Let algorithms follow a loop with Accelerate, and go into its checkpoints.
 
-    Evaluate under ``applied()``, and save there what is for use (``accelerator.save_model``, ``save_pretrained``).
-    ``save_state`` and ``load_state`` are for going on, with training weights, the average beside them; they are refused
-    while the average is in the model. One step of the optimizer is one batch: passes that only accumulate gradients,
-    and steps that mixed precision skips, do not count.
+    Evaluate under ``applied()``, and export the model there (``accelerator.save_model``, ``save_pretrained``).
+    ``save_state`` and ``load_state`` are for resuming, with the training weights in the model and the average next to
+    them; they are refused while the average is in the model. One step of the optimizer is one batch: passes that only
+    accumulate gradients, and steps that mixed precision skips, do not count.
 
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several.
-        accelerator: What prepared the model.
+        accelerator: That prepared the model.
         model: As ``accelerator.prepare`` returned it.
         optimizer: As ``accelerator.prepare`` returned it; of several, the one that steps last in a batch. None if you
             call ``step`` of what this returns, once after each batch.
-        max_duration: How long the loop will go on, for times in ``dur`` and for warnings about the plan.
+        max_duration: The length of the run, for times in ``dur``.
         steps_per_epoch: Optimizer steps in an epoch, for times in ``ep``.
         samples_per_step: Samples in a step, of all processes, for times in ``sp``.
         tokens_per_step: Tokens in a step, of all processes, for times in ``tok``.
 
     Raises:
-        NotImplementedError: Under DeepSpeed, the first FSDP and Megatron-LM.
+        NotImplementedError: Under DeepSpeed, FSDP1 and Megatron-LM.
         TimeError: If ``max_duration`` is no time.
-        ValueError: If more than one of the algorithms lends an average.
+        ArgumentError: If more than one of the algorithms swaps an average in.
     """
     if accelerator.distributed_type in _FOREIGN and not accelerator.is_fsdp2:
         raise NotImplementedError(
@@ -110,16 +113,8 @@ def attach(
             f"{accelerator.distributed_type.value} it does not; train with DDP, with FSDP2 "
             "(FullyShardedDataParallelPlugin(fsdp_version=2)) or on one device"
         )
-    attached = Attached(
-        algorithms,
-        model,
-        optimizer,
-        max_duration=max_duration,
-        steps_per_epoch=steps_per_epoch,
-        samples_per_step=samples_per_step,
-        tokens_per_step=tokens_per_step,
-        logger=_Logger(accelerator),
-    )
+    options = LoopOptions(max_duration, steps_per_epoch, samples_per_step, tokens_per_step, _Logger(accelerator))
+    attached = Attached(algorithms, model, optimizer, options)
     number = len(accelerator._custom_objects)  # noqa: SLF001  by which it names their files too
     checkpoints = _Checkpoints(attached.loop, model, number)
     accelerator.register_for_checkpointing(checkpoints)

@@ -1,7 +1,6 @@
-"""The host for Ignite: algorithms at work in a trainer engine, lent to evaluators and checkpoints."""
+"""``Averaging`` for Ignite: the algorithms follow a trainer engine; evaluators and checkpoints get the average."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -10,11 +9,13 @@ from ignite.engine import Engine, Events
 from torch import nn
 from torch.optim import Optimizer
 
-from polyak.algorithm import Algorithm
+from polyak.algorithm import Algorithm, as_algorithms
 from polyak.events import Event
 from polyak.time import Time, TimeUnit
 from polyak.training import rng
-from polyak.training.loop import Loop, as_algorithms
+from polyak.training.loop import Loop
+from polyak.training.sizes import BatchSizes
+from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
 
 
@@ -32,10 +33,10 @@ class Averaging:
 
     An optimizer step that moved weights is one batch of their clock; half-lives may be in ``ba``, ``ep``, ``dur`` and,
     if they are counted, ``sp`` and ``tok``. What they log becomes metrics of the trainer's state, where Ignite's
-    loggers find it. Put this among a ``Checkpoint``'s objects ``to_save``, after the model.
+    loggers find them. Put this object among a ``Checkpoint``'s ``to_save``, after the model.
 
     Args:
-        algorithms: One or several; of those that lend an average there can be one.
+        algorithms: One or several; one of them at most may swap an average in.
         trainer: The engine whose process function trains.
         model: In training.
         optimizer: Of several optimizers, the one whose steps are to be counted.
@@ -46,7 +47,7 @@ class Averaging:
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
 
     Raises:
-        ValueError: If more than one algorithm lends an average.
+        ArgumentError: If more than one algorithm swaps an average in.
 
     Attributes:
         algorithms: As given.
@@ -66,22 +67,20 @@ class Averaging:
         num_tokens: Callable[[Any], int] | None = None,
     ) -> None:
         self.algorithms = as_algorithms(algorithms)
-        self._loop = Loop(self.algorithms, model, _Logger(trainer))
+        self._sizes = BatchSizes(num_samples, num_tokens)
+        self._loop = Loop(self.algorithms, LoopState(model), _Logger(trainer), counts=self._sizes.units)
+        self._loop.meet()
         self._optimizer = optimizer
         self._accumulates = gradient_accumulation_steps
-        self._count_samples, self._count_tokens = num_samples, num_tokens
-        units = {TimeUnit.SAMPLE: num_samples, TimeUnit.TOKEN: num_tokens}
-        self._loop.counts |= {unit for unit, count in units.items() if count is not None}
         self._hooks: StepHooks | None = None
-        self._samples = self._tokens = 0  # since the last step
         self._iteration: int | None = None  # in the epoch, if one has begun
         self._fitting = self._interrupted = False
         self._random: Mapping[str, Any] | None = None
         self._follow(trainer)
         for engine in evaluators:
-            self._lend(engine, Event.EVAL_START, Event.EVAL_END)
+            self._swap_in(engine, Event.EVAL_START, Event.EVAL_END)
         for engine in predictors:
-            self._lend(engine, Event.PREDICT_START, Event.PREDICT_END)
+            self._swap_in(engine, Event.PREDICT_START, Event.PREDICT_END)
 
     # Training
 
@@ -89,7 +88,7 @@ class Averaging:
         for event, handler in {
             Events.STARTED: self._on_started,
             Events.EPOCH_STARTED: self._on_epoch_started,
-            # Inside an epoch a loader that can be resumed draws until it has given its first batch.
+            # Inside an epoch a resumable loader draws random numbers until it has given its first batch.
             Events.GET_BATCH_COMPLETED: self._restore_random,
             Events.ITERATION_STARTED: self._on_iteration_started,
             Events.ITERATION_COMPLETED: self._on_iteration_completed,
@@ -103,7 +102,7 @@ class Averaging:
         @wraps(run)
         def run_and_count(*args: Any, **kwargs: Any) -> Any:
             if not self._interrupted:
-                # An engine that was terminated begins an epoch anew, whatever the number of its iteration.
+                # An engine that was terminated begins a new epoch, whatever the number of its iteration.
                 self._iteration = 0 if trainer.should_terminate else None
             self._interrupted = False
             self._hooks = self._loop.count(self._optimizer, self._after_step)
@@ -130,11 +129,11 @@ class Averaging:
             state.max_duration = Time(trainer.state.max_iters // self._accumulates, TimeUnit.BATCH)
         length = trainer.state.epoch_length
         steps = length // self._accumulates if length and length % self._accumulates == 0 else None
-        state.timestamp = replace(state.timestamp, epoch_length=steps)
+        self._loop.set_epoch_length(steps)
         if self._random is not None and hasattr(trainer.state, "rng_states"):
-            # A DeterministicEngine sets its own before the order of the data is drawn, which then is another.
+            # A DeterministicEngine sets its own before the order of the data is drawn, which changes that order.
             trainer.state.rng_states = None
-        self._samples = self._tokens = 0
+        self._sizes.take()
         self._fitting = True
         self._loop.fire(Event.FIT_START)
 
@@ -153,17 +152,13 @@ class Averaging:
         self._random = None
 
     def _on_iteration_started(self, trainer: Engine) -> None:
-        if self._count_samples is not None:
-            self._samples += self._count_samples(trainer.state.batch) * idist.get_world_size()
-        if self._count_tokens is not None:
-            self._tokens += self._count_tokens(trainer.state.batch) * idist.get_world_size()
+        self._sizes.add(trainer.state.batch, idist.get_world_size())
 
     def _after_step(self) -> None:
-        samples, tokens, self._samples, self._tokens = self._samples, self._tokens, 0, 0
-        self._loop.end_batch(samples=samples, tokens=tokens)
+        self._loop.end_batch(**self._sizes.take())
 
     def _on_iteration_completed(self, trainer: Engine) -> None:
-        # Not only at EPOCH_COMPLETED, so that what else is done then finds the epoch ended, in whatever order.
+        # Not only at EPOCH_COMPLETED: other handlers of that event find the epoch ended, whatever their order.
         self._iteration = (self._iteration or 0) + 1
         if self._iteration == trainer.state.epoch_length:
             self._end_epoch()
@@ -176,9 +171,9 @@ class Averaging:
     def _on_interrupt(self) -> None:
         self._interrupted = True
 
-    # Lending
+    # Swaps
 
-    def _lend(self, engine: Engine, start: Event, end: Event) -> None:
+    def _swap_in(self, engine: Engine, start: Event, end: Event) -> None:
         run = engine.run
 
         # Wrapped, because an engine that is terminated or interrupted may never complete.
@@ -190,9 +185,9 @@ class Averaging:
         engine.run = run_with_average
 
     def saves(self, checkpoint: Callable[[Engine], object]) -> Callable[[Engine], None]:
-        """Return a handler that saves with the average in the model: ``to_save``'s ``model`` has it then.
+        """Return a handler that saves with the average in the model: that of ``to_save``.
 
-        The training weights are in the state of this, from which ``Checkpoint.load_objects`` takes them to go on.
+        The training weights are in the state of this object, from which ``Checkpoint.load_objects`` resumes.
 
         Args:
             checkpoint: An Ignite ``Checkpoint``, or any handler that saves.
@@ -209,7 +204,7 @@ class Averaging:
         return {**self._loop.state_dict(), "rng": rng.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned, and, if the model had the average then, with its training weights.
+        """Resume from what ``state_dict`` returned, with the training weights if the model had the average then.
 
         Args:
             state: As saved.

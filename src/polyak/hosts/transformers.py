@@ -1,10 +1,9 @@
-"""The host for the ``Trainer`` of Hugging Face Transformers: hooks in, events out."""
+"""``attach`` for the ``Trainer`` of Hugging Face Transformers: it translates the trainer's hooks to events."""
 
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,17 +12,18 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint
 
-from polyak.algorithm import Algorithm
-from polyak.errors import MismatchError, PlanWarning
+from polyak.algorithm import Algorithm, as_algorithms
+from polyak.errors import ArgumentError, MismatchError, PlanWarning
 from polyak.events import Event
 from polyak.tensors.slots import unwrap
 from polyak.time import Time, TimeUnit
-from polyak.training import rng
-from polyak.training.loop import Loop, as_algorithms
+from polyak.training import rng, sharded
+from polyak.training.loop import Loop
+from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
 
 STATE_NAME = "polyak.pt"
-PARTS_NAME = "polyak"  # where the state is spread over processes
+SHARDS_NAME = "polyak"  # a folder, where the state is sharded over ranks
 
 _Algorithms = Algorithm | Sequence[Algorithm]
 
@@ -58,7 +58,7 @@ class Attached(TrainerCallback):
         self._hooks: StepHooks | None = None
         self._resuming: Path | None = None
         self._samples = self._tokens_before = 0
-        self._lending = False
+        self._swapping = False
         for name in ("train", "training_step", "evaluation_loop", "save_model"):
             setattr(trainer, name, functools.partial(getattr(self, f"_{name}"), getattr(trainer, name)))
         trainer.add_callback(self)
@@ -89,14 +89,14 @@ class Attached(TrainerCallback):
         self, run: Callable[..., Any], dataloader: Any, description: str, *args: Any, **kwargs: Any
     ) -> Any:
         if description == "Prediction":
-            with self._lent(Event.PREDICT_START, Event.PREDICT_END):
+            with self._swapped(Event.PREDICT_START, Event.PREDICT_END):
                 return run(dataloader, description, *args, **kwargs)
         raw: dict[str, float] = {}
         if self._eval_weights == "both":
             prefix = kwargs.get("metric_key_prefix", "eval")
             with rng.preserved():
                 raw = run(dataloader, description, *args, **kwargs | {"metric_key_prefix": f"{prefix}_raw"}).metrics
-        with nullcontext() if self._eval_weights == "training" else self._lent(Event.EVAL_START, Event.EVAL_END):
+        with nullcontext() if self._eval_weights == "training" else self._swapped(Event.EVAL_START, Event.EVAL_END):
             output = run(dataloader, description, *args, **kwargs)
         output.metrics.update(raw)
         return output
@@ -105,54 +105,52 @@ class Attached(TrainerCallback):
         self, save: Callable[..., Any], output_dir: str | None = None, _internal_call: bool = False
     ) -> None:
         folder = Path(output_dir or self._trainer.args.output_dir)
-        # Beside the averaged weights go the training weights; but only into checkpoints, not into what is for use.
+        # Checkpoints get the training weights next to the averaged ones; a model that is exported does not.
         loop = self._loop if _internal_call and output_dir else None
-        if loop and loop.in_parts:
-            # Under FSDP the trainer itself saves training weights to go on from.
-            loop.save_parts(folder / PARTS_NAME, weights=not self._trainer.is_fsdp_enabled)
+        if loop and sharded.is_sharded(loop):
+            # Under FSDP the trainer itself saves the training weights.
+            sharded.save(loop, folder / SHARDS_NAME, weights=not self._trainer.is_fsdp_enabled)
             loop = None
-        with self._lent(Event.SAVE_START, Event.SAVE_END, folder):
+        with self._swapped(Event.SAVE_START, Event.SAVE_END, folder):
             if loop and self._trainer.args.should_save:
                 folder.mkdir(parents=True, exist_ok=True)
-                # The states of what has lent the average have the training weights now.
+                # While the average is swapped in, the states of the algorithms have the training weights.
                 torch.save(loop.state_dict(), folder / STATE_NAME)
             save(output_dir, _internal_call=_internal_call)
 
     @contextmanager
-    def _lent(self, start: Event, end: Event, saving_to: Path | None = None) -> Iterator[None]:
-        if self._loop is None or self._lending:
-            # Nothing to lend yet; or an evaluation or a save inside another, with what that has lent.
+    def _swapped(self, start: Event, end: Event, saving_to: Path | None = None) -> Iterator[None]:
+        if self._loop is None or self._swapping:
+            # There is no average yet; or this is an evaluation or a save inside another, with the same weights.
             yield
             return
-        self._lending, self._loop.state.saving_to = True, saving_to
+        self._swapping, self._loop.state.saving_to = True, saving_to
         try:
             with self._loop.between(start, end):
                 yield
         finally:
-            self._lending, self._loop.state.saving_to = False, None
+            self._swapping, self._loop.state.saving_to = False, None
 
     # The trainer's events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin, or go on from the checkpoint whose averaged weights the trainer has loaded."""
+        """Begin, or resume from the checkpoint whose averaged weights the trainer has loaded."""
         model = self._trainer.model_wrapped
         if self._loop is None or unwrap(self._loop.state.model) is not unwrap(model):
             self.algorithms = self._make()
-            self._loop = Loop(self.algorithms, model, _Logger(self._trainer))
-            self._loop.counts.add(TimeUnit.SAMPLE)
+            counts = {TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE}
             if args.include_num_input_tokens_seen not in (False, "no"):
-                self._loop.counts.add(TimeUnit.TOKEN)
+                counts.add(TimeUnit.TOKEN)
+            self._loop = Loop(self.algorithms, LoopState(model), _Logger(self._trainer), counts=counts)
+            self._loop.meet()
         loop = self._loop
-        loop.state.model = model  # each `train` wraps it anew
-        if loop.state.timestamp.batch_in_epoch.value:
-            # A run before this one was left inside an epoch.
-            loop.state.timestamp = loop.state.timestamp.to_next_epoch()
+        loop.state.model = model  # each `train` wraps it again
+        loop.leave_epoch()
         if args.max_steps > 0:
             loop.state.max_duration = Time(args.max_steps, TimeUnit.BATCH)
         else:
             loop.state.max_duration = Time(args.num_train_epochs, TimeUnit.EPOCH)
-        length = _steps_per_epoch(self._trainer, kwargs["train_dataloader"])
-        loop.state.timestamp = replace(loop.state.timestamp, epoch_length=length)
+        loop.set_epoch_length(_steps_per_epoch(self._trainer, kwargs["train_dataloader"]))
         self._load(self._resuming, state)
         self._samples, self._tokens_before = 0, state.num_input_tokens_seen
         if self._hooks:
@@ -164,8 +162,8 @@ class Attached(TrainerCallback):
         if checkpoint is None or self._loop is None:
             return
         path = checkpoint / STATE_NAME
-        if (checkpoint / PARTS_NAME).exists():
-            self._loop.load_parts(checkpoint / PARTS_NAME, weights=not self._trainer.is_fsdp_enabled)
+        if (checkpoint / SHARDS_NAME).exists():
+            sharded.load(self._loop, checkpoint / SHARDS_NAME, weights=not self._trainer.is_fsdp_enabled)
             return
         if path.exists():
             self._loop.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -179,11 +177,11 @@ class Attached(TrainerCallback):
             self._loop.state.timestamp = self._loop.state.timestamp.with_counter(time)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say so."""
+        """Fire ``EPOCH_START``."""
         self._fire(Event.EPOCH_START)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Say so."""
+        """Fire ``BATCH_START``."""
         self._fire(Event.BATCH_START)
 
     def _end_batch(self) -> None:
@@ -191,20 +189,18 @@ class Attached(TrainerCallback):
         tokens = self._trainer.state.num_input_tokens_seen
         self._loop.end_batch(samples=self._samples, tokens=tokens - self._tokens_before)
         self._samples, self._tokens_before = 0, tokens
-        now = self._loop.state.timestamp
-        if now.epoch_length == now.batch_in_epoch.value:
-            # Here and not in on_epoch_end, since the checkpoint of this step is resumed in the next epoch.
-            self._loop.end_epoch()
+        # Not in on_epoch_end, since the checkpoint of this step is resumed in the next epoch.
+        self._loop.end_full_epoch()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End an epoch in which steps were skipped, or whose length was not known."""
         # Called also where the run stops inside an epoch, which then has not ended.
         ended = not control.should_training_stop or float(state.epoch).is_integer()
-        if self._loop and self._loop.state.timestamp.batch_in_epoch.value and ended:
+        if self._loop and self._loop.state.timestamp.in_epoch and ended:
             self._loop.end_epoch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End; where the best checkpoint was loaded, go back to its training weights and its average."""
+        """End; where the best checkpoint was loaded, load its training weights and its average."""
         self._fire(Event.FIT_END)
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._load(Path(state.best_model_checkpoint), state)
@@ -228,8 +224,8 @@ def _check(trainer: Any) -> None:
     if first_fsdp or trainer.is_deepspeed_enabled:
         raise NotImplementedError(
             "each process must hold a model's parameters as they are for them to be averaged, and under "
-            f"{'the first FSDP' if first_fsdp else 'DeepSpeed'} it does not (ZeRO-3 and FSDP keep them flat, ZeRO-1 "
-            "and 2 others of their own); train with FSDP2 (fsdp_config={'version': 2}), with DDP or on one device"
+            f"{'FSDP1' if first_fsdp else 'DeepSpeed'} it does not (ZeRO-3 and FSDP1 keep flat parameters, ZeRO-1 and "
+            "2 float32 masters); train with FSDP2 (fsdp_config={'version': 2}), with DDP or on one device"
         )
 
 
@@ -239,8 +235,8 @@ def _made_once(algorithms: _Algorithms) -> Callable[[], Sequence[Algorithm]]:
     def make() -> Sequence[Algorithm]:
         if not left:
             raise MismatchError(
-                f"an algorithm follows one model, and the trainer has made another for it (got {algorithms!r}), as "
-                "with model_init or a search of hyperparameters; give attach a function that makes the algorithms for "
+                f"an algorithm follows one model, and the trainer has made another model (got {algorithms!r}), by "
+                "model_init or in a search of hyperparameters; give attach a function that makes the algorithms for "
                 "each model, such as lambda: EMA(...)"
             )
         return left.pop()
@@ -256,11 +252,11 @@ def attach(
 ) -> Attached:
     """Average the weights that a ``Trainer`` trains; evaluate, predict and save with the average.
 
-    ``evaluate``, ``predict`` and ``save_model`` use the averaged weights, so ``from_pretrained`` finds them in what is
-    saved. Each checkpoint also has ``polyak.pt`` with the training weights, from which
-    ``train(resume_from_checkpoint=...)`` goes on bit for bit, as far as the trainer itself does. After ``train``, and
-    after any exception, the model has training weights: save it by ``trainer.save_model``. With
-    ``load_best_model_at_end`` weights and average are those of the best checkpoint.
+    ``evaluate``, ``predict`` and ``save_model`` use the averaged weights, so ``from_pretrained`` loads these. Each
+    checkpoint also has ``polyak.pt`` with the training weights, from which ``train(resume_from_checkpoint=...)``
+    resumes bit for bit, as far as the trainer itself does. After ``train``, and after any exception, the model has
+    training weights: save it by ``trainer.save_model``. With ``load_best_model_at_end`` weights and average are those
+    of the best checkpoint.
 
     Steps count for ``ba``, whatever the gradient accumulation; ``tok`` needs ``include_num_input_tokens_seen``.
 
@@ -268,18 +264,20 @@ def attach(
         algorithms: ``EMA``, ``Recorder`` or others, one or several; or a function that returns them, which is called
             for each model: where the trainer makes several, by ``model_init`` or in ``hyperparameter_search``.
         trainer: Before ``train`` is called.
-        eval_weights: With which ``evaluate`` does; of both, the training weights' metrics are named ``eval_raw_...``.
+        eval_weights: Those that ``evaluate`` uses; with both, the training weights' metrics are named ``eval_raw_...``.
 
     Raises:
-        NotImplementedError: Under DeepSpeed and the first FSDP.
-        ValueError: If the trainer has algorithms already, more than one of these lends an average, or ``eval_weights``
-            is none of its values.
+        NotImplementedError: Under DeepSpeed and FSDP1.
+        ArgumentError: If the trainer has algorithms already, more than one of these swaps an average in, or
+            ``eval_weights`` is none of its values.
     """
     if eval_weights not in ("averaged", "training", "both"):
-        raise ValueError(f"eval_weights must be 'averaged', 'training' or 'both' (got {eval_weights!r})")
+        raise ArgumentError(f"eval_weights must be 'averaged', 'training' or 'both' (got {eval_weights!r})")
     _check(trainer)
     if any(isinstance(callback, Attached) for callback in trainer.callback_handler.callbacks):
-        raise ValueError("attach must be called once for a trainer (it has algorithms already); give it a list of all")
+        raise ArgumentError(
+            "attach must be called once for a trainer (it has algorithms already); give it all in a list"
+        )
     if isinstance(algorithms, (Algorithm, Sequence)):
         return Attached(_made_once(algorithms), trainer, eval_weights)
     return Attached(lambda: as_algorithms(algorithms()), trainer, eval_weights)

@@ -5,13 +5,16 @@
 
 from polyak.errors import RecordError
 from polyak.record.appender import Appender, Ended
-from polyak.record.files import Box, StretchFile, check_content, check_size, hash_in, open_stretch, whole
+from polyak.record.files import Box, SegmentFile, check_content, check_size, full_box, hash_in, open_segment
 from polyak.record.fitting import Fit, coefficients, error_estimate, finest, fit, shares
-from polyak.record.manifest import Edge, Manifest, Pin, Stretch, load_manifest
+from polyak.record.manifest import Edge, Manifest, Pin, Segment, load_manifest
 from polyak.record.reader import Record
 from polyak.record.recorder import Recorder
-from polyak.record.store import Writer
+from polyak.record.writer import Writer
 from polyak.storage.safetensors import TensorInfo, cast, disk_errors, write_tensors
+
+# Earlier names.
+Stretch, StretchFile, open_stretch, whole = Segment, SegmentFile, open_segment, full_box
 
 __all__ = [
     "Appender",
@@ -24,6 +27,8 @@ __all__ = [
     "Record",
     "RecordError",
     "Recorder",
+    "Segment",
+    "SegmentFile",
     "Stretch",
     "StretchFile",
     "TensorInfo",
@@ -36,8 +41,10 @@ __all__ = [
     "error_estimate",
     "finest",
     "fit",
+    "full_box",
     "hash_in",
     "load_manifest",
+    "open_segment",
     "open_stretch",
     "shares",
     "whole",

@@ -1,4 +1,4 @@
-"""Writing stretches on a thread, one at a time."""
+"""Writing segments on a background thread, one at a time."""
 
 import os
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from torch import Tensor
 from polyak.background import Worker
 from polyak.errors import RecordError
 from polyak.record.manifest import Edge
-from polyak.record.store import Writer
+from polyak.record.writer import Writer
 
 
 @dataclass(slots=True)
 class Ended:
-    """A stretch that has ended, in memory until it is on disk.
+    """A segment that has ended, in memory until it is on disk.
 
     Args:
         tensors: As ``Writer.append`` takes them.
@@ -22,7 +22,7 @@ class Ended:
         end: Where it ends.
         written: Whether it is on disk.
         error: Why the last try to write it failed, until that was raised.
-        failed: Whether that ever was raised.
+        failed: Whether an error was ever raised.
     """
 
     tensors: Mapping[str, Tensor]
@@ -34,14 +34,14 @@ class Ended:
 
 
 class Appender:
-    """Appends to a record on a thread of its own. It keeps nothing: what is not written stays with the caller.
+    """Appends to a record on a background thread. It keeps nothing: the caller keeps what is not written.
 
     Args:
-        writer: Of the record; closed with this.
+        writer: The writer of the record; closed with this object.
 
     Attributes:
-        writer: As given. Only to be used while nothing is being written.
-        process: The one that may write. A forked process has neither this thread nor the lock.
+        writer: As given. Use it only while nothing is being written.
+        process: The id of the process that may write. A forked process has neither this thread nor the lock.
     """
 
     def __init__(self, writer: Writer) -> None:
@@ -55,32 +55,32 @@ class Appender:
         return self.process != os.getpid()
 
     def begin(self, ended: Ended) -> None:
-        """Have a stretch written; return immediately.
+        """Have a segment written; return immediately.
 
         Args:
-            ended: Which.
+            ended: The segment.
         """
         self._check_process()
         self._thread.submit(lambda: self._write(ended))
 
     def wait(self, ended: Ended) -> None:
-        """Wait until a stretch is on disk. If that has failed, raise why; the next call tries again.
+        """Wait until a segment is on disk. If it cannot be written, raise why; the next call tries again.
 
         Args:
-            ended: Which.
+            ended: The segment.
 
         Raises:
             RecordError: If it cannot be written.
         """
         self._check_process()
-        # In line behind the first try, and in its place if an interrupt came before that was handed over.
+        # After the first try, and instead of it if an interrupt came before that was submitted.
         self._thread.finish(lambda: self._write(ended))
         if ended.error is not None:
             error, ended.error, ended.failed = ended.error, None, True
             raise error
 
     def close(self) -> None:
-        """Wait for the thread, end it and let the next writer in. In a forked process there is nothing to do."""
+        """Wait for the thread, end it and let the next writer in. In a forked process, do nothing."""
         if not self.forked:
             self._thread.close()
             self.writer.close()

@@ -1,9 +1,6 @@
-"""The files of a record: safetensors, written and read one tensor at a time.
+"""The files of a record, read one tensor at a time, and compared with their hashes.
 
-The format is public: eight bytes with the length of a JSON header, the header, then the raw tensors. safetensors' own
-writers want all tensors in memory at once; its reader is used as it is.
-
-A stretch is one file, or, where several ranks have written it together, a folder with a file for the part of each.
+A segment is one safetensors file, or, where several ranks have written it together, a folder with a file of each rank.
 """
 
 import hashlib
@@ -21,45 +18,26 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polyak.errors import RecordError
-from polyak.record.manifest import Stretch
+from polyak.record.manifest import Segment
 from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo
 
-# What of a tensor: for each dimension a slice with a start and a stop, as it is indexed.
+# Some of the elements of a tensor: for each dimension a slice with a start and a stop.
 Box = tuple[slice, ...]
-# Gives a box of a tensor, or all of it for None; what is written comes from one, which is open meanwhile.
+# Returns a box of a tensor, or all of it for None. A source, while it is open, gives what is written.
 Read = Callable[[str, Box | None], Tensor]
 Source = AbstractContextManager[Read]
 
-# At the end of the names of what is not complete yet.
-PASSING = ".tmp"
-# In the folder of a stretch: its parts, with the size and hash of each.
+# In the folder of a segment: its files, with the size and hash of each.
 PARTS = "parts.json"
 _PART = re.compile(r"\d{5,}\.safetensors")
-# How torch.distributed.checkpoint says in a safetensors file where in the whole tensors its own begin.
+# Where torch.distributed.checkpoint notes, in a safetensors file, the offsets of shards in the full tensors.
 PLACES = "DCP_SHARDING_INFO"
 OFFSETS = "saved_offsets"
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """A stretch that is on disk under a passing name.
-
-    Args:
-        path: That name.
-        size_bytes: As in ``Stretch``.
-        sha256: As in ``Stretch``.
-        sharded: As in ``Stretch``.
-    """
-
-    path: Path
-    size_bytes: int
-    sha256: str
-    sharded: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """What one file holds of a tensor: all of it, or a box."""
+class _Stored:
+    """A box of a tensor that one file holds; it may be all of the tensor."""
 
     file: "_Open"
     box: Box
@@ -67,7 +45,7 @@ class _Piece:
 
 @dataclass(slots=True)
 class _Open:
-    """A file that is open for reading. It is compared with its hash before the first tensor is read from it."""
+    """A file that is open for reading. It is compared with its hash before the first read."""
 
     path: Path
     sha256: str
@@ -81,7 +59,7 @@ class _Open:
         return self.handle
 
 
-def whole(shape: Sequence[int]) -> Box:
+def full_box(shape: Sequence[int]) -> Box:
     """Return the box that is all of a tensor.
 
     Args:
@@ -90,44 +68,44 @@ def whole(shape: Sequence[int]) -> Box:
     return tuple(slice(0, size) for size in shape)
 
 
-class StretchFile:
-    """A stretch, open for reading. ``open_stretch`` makes it.
+class SegmentFile:
+    """A segment, open for reading. ``open_segment`` makes it.
 
     Args:
-        tensors: What is in it.
-        pieces: Where, by name.
+        tensors: What the segment holds, by name.
+        stored: Where each tensor is stored, by name.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], pieces: Mapping[str, Sequence[_Piece]]) -> None:
+    def __init__(self, tensors: Mapping[str, TensorInfo], stored: Mapping[str, Sequence[_Stored]]) -> None:
         self._tensors = tensors
-        self._pieces = pieces
+        self._stored = stored
 
     def read(self, name: str, box: Box | None = None) -> Tensor:
-        """Return a tensor, backed by the file if it lies in one: do not write to it.
+        """Return a tensor, backed by the file if it is in one file: do not write to it.
 
         Args:
-            name: Which.
-            box: What of it; None for all.
+            name: The tensor's name.
+            box: Which of its elements; None for all.
 
         Raises:
             RecordError: If a file that it is read from does not have the hash in the manifest.
         """
-        pieces = self._pieces[name]
-        if box is None and len(pieces) == 1:
-            return pieces[0].file.checked().get_tensor(name)
+        stored = self._stored[name]
+        if box is None and len(stored) == 1:
+            return stored[0].file.checked().get_tensor(name)
         info = self._tensors[name]
-        box = whole(info.shape) if box is None else box
-        found = [(piece, common) for piece in pieces if (common := _common(piece.box, box)) is not None]
+        box = full_box(info.shape) if box is None else box
+        found = [(one, common) for one in stored if (common := _common(one.box, box)) is not None]
         if len(found) == 1:
             return _slice(*found[0], name)
         result = torch.empty([side.stop - side.start for side in box], dtype=info.dtype)
-        for piece, common in found:
-            result[_seen_from(common, box)] = _slice(piece, common, name)
+        for one, common in found:
+            result[_seen_from(common, box)] = _slice(one, common, name)
         return result
 
 
-def _slice(piece: _Piece, box: Box, name: str) -> Tensor:
-    return piece.file.checked().get_slice(name)[_seen_from(box, piece.box)]
+def _slice(one: _Stored, box: Box, name: str) -> Tensor:
+    return one.file.checked().get_slice(name)[_seen_from(box, one.box)]
 
 
 def _seen_from(box: Box, outer: Box) -> Box:
@@ -140,22 +118,22 @@ def _common(a: Box, b: Box) -> Box | None:
 
 
 @contextmanager
-def open_stretch(
-    folder: Path, stretch: Stretch, tensors: Mapping[str, TensorInfo], verified: set[Path] | None = None
-) -> Iterator[StretchFile]:
-    """Open a stretch for the length of a ``with`` block, and see that it is what the manifest says.
+def open_segment(
+    folder: Path, segment: Segment, tensors: Mapping[str, TensorInfo], verified: set[Path] | None = None
+) -> Iterator[SegmentFile]:
+    """Open a segment for the length of a ``with`` block, and check it against the manifest.
 
     Args:
-        folder: Of the record.
-        stretch: Which.
-        tensors: What must be in it.
-        verified: Files that were compared with their hashes already; those that are now join them.
+        folder: The folder of the record.
+        segment: One of the record.
+        tensors: What it must hold.
+        verified: Files that were compared with their hashes already; new ones are added.
 
     Raises:
-        RecordError: If it is missing, truncated, or another one.
+        RecordError: If it is missing or truncated, or holds something else.
     """
-    path = folder / stretch.file
-    files = check_size(folder, stretch)
+    path = folder / segment.file
+    files = check_size(folder, segment)
     verified = set() if verified is None else verified
     try:
         with ExitStack() as stack:
@@ -163,38 +141,38 @@ def open_stretch(
                 _Open(file, sha256, stack.enter_context(safe_open(file, framework="pt")), verified)
                 for file, sha256 in files.items()
             ]
-            yield StretchFile(tensors, _pieces(path, opened, tensors))
+            yield SegmentFile(tensors, _where(path, opened, tensors))
     except SafetensorError as error:
         raise RecordError(f"{path} must be a safetensors file ({error}): restore it from a copy") from error
 
 
-def _pieces(path: Path, files: Sequence[_Open], tensors: Mapping[str, TensorInfo]) -> dict[str, list[_Piece]]:
-    """Return where each tensor lies; see that all of it is there."""
-    pieces: dict[str, list[_Piece]] = {name: [] for name in tensors}
+def _where(path: Path, files: Sequence[_Open], tensors: Mapping[str, TensorInfo]) -> dict[str, list[_Stored]]:
+    """Return where each tensor is stored; check that all its elements are."""
+    stored: dict[str, list[_Stored]] = {name: [] for name in tensors}
     wrong = set[str]()
     for file in files:
         handle = file.handle
         places = json.loads((handle.metadata() or {}).get(PLACES, "{}"))
         for name in handle.keys():  # noqa: SIM118 (a method, not a dict)
-            here, info = handle.get_slice(name), tensors.get(name)
-            box = whole(here.get_shape())
+            found, info = handle.get_slice(name), tensors.get(name)
+            box = full_box(found.get_shape())
             if name in places:
                 box = tuple(slice(at, at + b.stop) for at, b in zip(places[name][OFFSETS], box, strict=True))
-            if info is None or here.get_dtype() != DTYPE_NAMES[info.dtype] or not _within(box, info.shape):
+            if info is None or found.get_dtype() != DTYPE_NAMES[info.dtype] or not _within(box, info.shape):
                 wrong.add(name)
             else:
-                pieces[name].append(_Piece(file, box))
-    # What was written does not overlap: if there are as many numbers as there must be, all are there.
-    wrong |= {name for name, info in tensors.items() if sum(map(_size, pieces[name])) != prod(info.shape)}
+                stored[name].append(_Stored(file, box))
+    # Boxes do not overlap: if there are as many elements as there must be, none is missing.
+    wrong |= {name for name, info in tensors.items() if sum(map(_size, stored[name])) != prod(info.shape)}
     if wrong:
         raise RecordError(
-            f"{path} must hold the tensors of its manifest (other are {sorted(wrong)[:5]}): it is foreign"
+            f"{path} must hold the tensors of its manifest (got others for {sorted(wrong)[:5]}): restore it from a copy"
         )
-    return pieces
+    return stored
 
 
-def _size(piece: _Piece) -> int:
-    return prod(side.stop - side.start for side in piece.box)
+def _size(one: _Stored) -> int:
+    return prod(side.stop - side.start for side in one.box)
 
 
 def _within(box: Box, shape: tuple[int, ...]) -> bool:
@@ -202,7 +180,7 @@ def _within(box: Box, shape: tuple[int, ...]) -> bool:
 
 
 def _listed(folder: Path, name: str, sha256: str) -> dict[Path, tuple[int | None, str]]:
-    """Return the files of a stretch, and the size and the hash that each must have, as far as they are known."""
+    """Return the files of a segment, with the size, if it is known, and the hash of each."""
     path = folder / name
     if name.endswith(".safetensors"):
         return {path: (None, sha256)}
@@ -222,24 +200,24 @@ def _missing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RecordError(
-            f"{path} cannot be opened ({error.strerror}). If a run is writing this record it may just have merged the "
-            "file: open the record again. Otherwise restore the file from a copy"
+            f"{path} cannot be opened ({error.strerror}): if a run is writing this record and has just merged the "
+            "file, open the record again; otherwise restore the file from a copy"
         ) from error
 
 
-def check_size(folder: Path, stretch: Stretch) -> dict[Path, str]:
-    """See that the files of a stretch are there and have their full size; return them with their hashes.
+def check_size(folder: Path, segment: Segment) -> dict[Path, str]:
+    """Check that the files of a segment exist and have their full size; return them with their hashes.
 
     Args:
-        folder: Of the record.
-        stretch: Which.
+        folder: The folder of the record.
+        segment: One of the record.
 
     Raises:
-        RecordError: If not.
+        RecordError: If a file is missing or has another size.
     """
-    files = _listed(folder, stretch.file, stretch.sha256)
+    files = _listed(folder, segment.file, segment.sha256)
     for path, (size, _) in files.items():
-        expected = stretch.size_bytes if size is None else size
+        expected = segment.size_bytes if size is None else size
         with _missing(path):
             size_bytes = path.stat().st_size
         if size_bytes != expected:
@@ -250,7 +228,7 @@ def check_size(folder: Path, stretch: Stretch) -> dict[Path, str]:
 
 
 def hash_in(name: str) -> str:
-    """Return the digits of the hash that are in the name of a stretch's file or folder.
+    """Return the digits of the hash that the name of a segment's file or folder ends with.
 
     Args:
         name: As in the manifest.
@@ -263,15 +241,15 @@ def hash_in(name: str) -> str:
 
 
 def check_content(folder: Path, name: str, sha256: str) -> None:
-    """See that the files of a stretch hold what was written.
+    """Compare the files of a segment with their hashes.
 
     Args:
-        folder: Of the record.
-        name: Of the file or folder, as in the manifest.
-        sha256: Its hash, or the first digits of that.
+        folder: The folder of the record.
+        name: The name of the file or folder, as in the manifest.
+        sha256: Its hash, or the first digits of the hash.
 
     Raises:
-        RecordError: If not.
+        RecordError: If one differs.
     """
     for path, (_, expected) in _listed(folder, name, sha256).items():
         _check_hash(path, expected)

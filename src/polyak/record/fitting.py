@@ -1,10 +1,9 @@
-"""How much each stretch of a record counts in an average under any profile, and how far off that average is.
+"""Coefficients of the segments of a record in an average under any profile, and the error of that average.
 
-The stretches' means span what can be had: an average with coefficients ``x`` counts the moments of each stretch alike.
-Its cumulative profile is then a linear spline with knots at the stretches' edges. ``coefficients`` chooses the spline
-nearest to the profile asked for, which is the best linear prediction when the weights walk at random. One clock runs
-through all of it, the count of recorded updates; a profile's own clock is read off the edges, and runs evenly between
-two of them.
+A linear combination of the segments' means gives all updates in a segment the same weight. Its cumulative profile is a
+linear spline with knots at the segments' edges. ``coefficients`` chooses the spline nearest to the given profile, which
+is the best linear prediction if the weights are a random walk. The clock of all computations is the count of recorded
+updates; the clock of a profile is read at the edges, and interpolated between them.
 """
 
 import math
@@ -15,139 +14,149 @@ from itertools import pairwise
 
 from polyak.errors import PlanWarning, ProfileError, TimeError
 from polyak.profiles import Profile
-from polyak.record.manifest import Stretch
+from polyak.record.manifest import Segment
 from polyak.time import Time
 
-# Points per stretch at which the profile is looked at. Stretches of fewer updates are looked at in each of them.
+# Points per segment at which the profile is evaluated. Segments of fewer updates are evaluated at each of them.
 _POINTS = 64
-# Above these, what was asked for differs from what is given by so much that the user must know: a share of the average
-# that belongs to weights before the record, and an error relative to |last weights - average|.
+# Above these, an average is so far from what was asked for that there is a warning: the share of weights from before
+# the record, and the error relative to |last weights - average|.
 _MISSING_SHARE = 0.01
 _LARGE_ERROR = 0.05
-# Below this, the profile is one that the stretches give exactly.
+# Below this error, the segments give the profile exactly.
 _EXACT = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """An average put together from stretches, compared with the profile asked for.
+    """A linear combination of segments, compared with the profile that was asked for.
 
     Args:
-        stretches: Those up to the moment of the average, oldest first.
-        profile: For each stretch, the share of the average in what came up to each of evenly spaced points in it, its
-            edges included. What belongs to weights before the record is left out and the rest scaled up.
-        cumulative: At each edge, the share that the stretches before it have in what is given.
+        segments: Those up to the moment of the average, oldest first.
+        profile: The cumulative profile at evenly spaced points in each segment, edges included. The share of weights
+            from before the record is left out and the rest scaled up.
+        cumulative: The cumulative profile of the combination, at each edge.
         missing: The share that was left out.
     """
 
-    stretches: tuple[Stretch, ...]
+    segments: tuple[Segment, ...]
     profile: tuple[tuple[float, ...], ...]
     cumulative: tuple[float, ...]
     missing: float
 
     @property
+    def stretches(self) -> tuple[Segment, ...]:
+        """The earlier name of ``segments``."""
+        return self.segments
+
+    @property
     def coefficients(self) -> list[float]:
-        """How much each stretch counts. Their sum is 1."""
+        """The weight of each segment. Their sum is 1."""
         return [after - before for before, after in pairwise(self.cumulative)]
 
     @property
     def residuals(self) -> list[float]:
-        """For each stretch, the integral over it of the squared difference between the two cumulative profiles."""
+        """For each segment, the integral over it of the squared difference between the two cumulative profiles."""
         result: list[float] = []
-        for stretch, values, (start, end) in zip(self.stretches, self.profile, pairwise(self.cumulative), strict=True):
+        for segment, values, (start, end) in zip(self.segments, self.profile, pairwise(self.cumulative), strict=True):
             given = _line(start, end, len(values))
-            result.append(_integral(stretch, [(f - s) ** 2 for f, s in zip(values, given, strict=True)]))
+            result.append(_integral(segment, [(f - s) ** 2 for f, s in zip(values, given, strict=True)]))
         return result
 
     @property
     def expected_error(self) -> float:
-        """The error, relative to |last weights - average|, if the weights walked at random with even steps."""
+        """The error, relative to |last weights - average|, if the weights were a random walk with equal steps."""
         total = sum(
-            _integral(stretch, [f * f for f in values])
-            for stretch, values in zip(self.stretches, self.profile, strict=True)
+            _integral(segment, [f * f for f in values])
+            for segment, values in zip(self.segments, self.profile, strict=True)
         )
         return math.sqrt(sum(self.residuals) / total)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the combination is what was asked for, up to rounding."""
+        return self.expected_error < _EXACT
+
+    @property
     def median_age(self) -> float:
-        """How many updates ago the weights were of which half of the average is younger: a half-life's length."""
-        now = self.stretches[-1].end.updates
-        for stretch, values in zip(reversed(self.stretches), reversed(self.profile), strict=True):
-            step = stretch.num_updates / (len(values) - 1)
+        """The age in updates that half of the average is younger than; for a half-life this is the half-life."""
+        now = self.segments[-1].end.updates
+        for segment, values in zip(reversed(self.segments), reversed(self.profile), strict=True):
+            step = segment.num_updates / (len(values) - 1)
             for j in range(len(values) - 1, 0, -1):
                 low, high = values[j - 1], values[j]
                 if low <= 0.5:
                     within = j - 1 + (0.5 - low) / (high - low) if high > low else j
-                    return now - (stretch.start.updates + within * step)
+                    return now - (segment.start.updates + within * step)
         return float(now)
 
 
-def finest(stretches: Sequence[Stretch]) -> int:
-    """Return the shortest half-life, in recorded updates, that can be told at the end of ``stretches``.
+def finest(segments: Sequence[Segment]) -> int:
+    """Return the shortest half-life, in recorded updates, that ``segments`` resolve at their end.
 
     It is the length of the longer of the last two: the last alone may have been cut short by the end of the run.
 
     Args:
-        stretches: Oldest first. None tell nothing, which is 0.
+        segments: Oldest first. The result is 0 if there are none.
     """
-    return max((stretch.num_updates for stretch in stretches[-2:]), default=0)
+    return max((segment.num_updates for segment in segments[-2:]), default=0)
 
 
 def coefficients(
-    profile: Profile, stretches: Sequence[Stretch], at: Time | str | None = None, *, max_duration: Time | None = None
+    profile: Profile, segments: Sequence[Segment], at: Time | str | None = None, *, max_duration: Time | None = None
 ) -> list[float]:
-    """Return how much each stretch counts in an average under ``profile``.
+    """Return the coefficient of each segment in an average under ``profile``.
 
     A profile is measured by its median age, which for a half-life is the half-life. One that is younger than
-    ``finest`` is refused, except where the stretches give it exactly, as a window that starts at an edge. One whose
-    expected error is above 5 % of |last weights - average| is warned about.
+    ``finest`` is refused, except where the segments give it exactly, as a window that starts at an edge. There is a
+    warning if the expected error is above 5 % of |last weights - average|.
 
     Args:
         profile: Its clock starts where the record does.
-        stretches: Of the record, oldest first.
-        at: The moment of the average, which must be the end of a stretch; None for the last.
+        segments: Of the record, oldest first.
+        at: The moment of the average, which must be the end of a segment; None for the last.
         max_duration: The length of the run; needed for times in ``dur``.
 
     Returns:
-        A coefficient for each stretch that ends by then. Their sum is 1; single ones may be slightly negative.
+        A coefficient for each segment that ends by then. Their sum is 1; some may be slightly negative.
 
     Raises:
-        ProfileError: If the profile is finer than the stretches can tell, or has no share in them.
-        TimeError: If ``at`` is not the end of a stretch.
+        ProfileError: If the segments do not resolve the profile, or it has no share in them.
+        TimeError: If ``at`` is not the end of a segment.
     """
-    fitted = fit(profile, stretches, at, max_duration=max_duration)
+    fitted = fit(profile, segments, at, max_duration=max_duration)
     warn_of_error(profile, fitted.expected_error)
     return fitted.coefficients
 
 
 def shares(
-    profile: Profile, stretches: Sequence[Stretch], at: Time | str | None = None, *, max_duration: Time | None = None
+    profile: Profile, segments: Sequence[Segment], at: Time | str | None = None, *, max_duration: Time | None = None
 ) -> list[float]:
-    """Return the share of the profile that falls into each stretch: simpler than ``coefficients`` and less accurate.
+    """Return the share of the profile in each segment: simpler than ``coefficients`` and less accurate.
 
     Args:
         profile: As for ``coefficients``.
-        stretches: As for ``coefficients``.
+        segments: As for ``coefficients``.
         at: As for ``coefficients``.
         max_duration: As for ``coefficients``.
 
     Raises:
-        ProfileError: If the profile has no share in the stretches.
-        TimeError: If ``at`` is not the end of a stretch.
+        ProfileError: If the profile has no share in the segments.
+        TimeError: If ``at`` is not the end of a segment.
     """
-    up_to = _until(stretches, at, max_duration)
+    up_to = _until(segments, at, max_duration)
     curve, _ = _curve(profile, up_to, max_duration)
     return [values[-1] - values[0] for values in curve]
 
 
 def fit(
-    profile: Profile, stretches: Sequence[Stretch], at: Time | str | None = None, *, max_duration: Time | None = None
+    profile: Profile, segments: Sequence[Segment], at: Time | str | None = None, *, max_duration: Time | None = None
 ) -> Fit:
-    """Do the work of ``coefficients``, and return with them what tells how good they are: no warning of the error.
+    """Return the coefficients together with what their errors follow from; do not warn of the error.
 
     Args:
         profile: As for ``coefficients``.
-        stretches: As for ``coefficients``.
+        segments: As for ``coefficients``.
         at: As for ``coefficients``.
         max_duration: As for ``coefficients``.
 
@@ -155,15 +164,14 @@ def fit(
         ProfileError: As ``coefficients``.
         TimeError: As ``coefficients``.
     """
-    up_to = _until(stretches, at, max_duration)
+    up_to = _until(segments, at, max_duration)
     curve, missing = _curve(profile, up_to, max_duration)
     result = Fit(up_to, curve, tuple(_spline(up_to, curve)), missing)
-    error = result.expected_error
     limit = finest(up_to)
-    if error > _EXACT and result.median_age < limit * (1 - _EXACT):
+    if not result.is_exact and result.median_age < limit * (1 - _EXACT):
         raise ProfileError(
-            f"a profile must not be finer than the record, which at this moment tells half-lives of {limit} updates or "
-            f"more (got {profile}, whose median age is {result.median_age:.4g} updates): ask for a longer one, or "
+            f"a profile must not be finer than the record, which at this moment resolves half-lives of {limit} updates "
+            f"or more (got {profile}, whose median age is {result.median_age:.4g} updates): ask for a longer one, or "
             "record with a shorter interval"
         )
     if missing > _MISSING_SHARE:
@@ -177,7 +185,7 @@ def fit(
 
 
 def warn_of_error(profile: Profile, error: float) -> None:
-    """Warn if an average is so far off that the user must know.
+    """Warn if the error of an average is above 5 %.
 
     Args:
         profile: As asked for.
@@ -185,39 +193,42 @@ def warn_of_error(profile: Profile, error: float) -> None:
     """
     if not error <= _LARGE_ERROR:
         warnings.warn(
-            f"the record tells {profile} only coarsely: the average will be off by about {error:.1%} of its distance "
-            "from the last weights; a record with more per_level, or a shorter interval, tells it better",
+            f"the record resolves {profile} only coarsely: the error of the average is about {error:.1%} of its "
+            "distance from the last weights; record with a larger per_level or a shorter interval",
             PlanWarning,
             stacklevel=3,
         )
 
 
 def error_estimate(fitted: Fit, products: Sequence[Sequence[float]]) -> float:
-    """Estimate how far off an average is, in units of |last weights - average|, from the stretches alone.
+    """Estimate the error of an average, in units of |last weights - average|, from the segments alone.
 
     An estimate and not a bound: it was within a factor of 2.5 of the truth where the truth was known.
 
     Args:
         fitted: What ``fit`` returned.
-        products: For each two pairs of neighbouring stretches, the inner product of the differences of their means.
+        products: For each two pairs of neighboring segments, the inner product of the differences of their means; not
+            needed if the segments give the profile exactly.
 
     Returns:
-        The error; infinite if a single stretch must do for a profile that it does not give exactly.
+        The error; 0 if the segments give the profile exactly, else infinite if there is a single segment.
     """
-    stretches, residuals = fitted.stretches, fitted.residuals
-    if len(stretches) == 1:
-        return 0.0 if fitted.expected_error < _EXACT else math.inf
-    # Means of neighbours differ by a walk's steps weighed by a hat function, whose square has this integral.
-    hats = [(a.num_updates + b.num_updates) / 3 for a, b in pairwise(stretches)]
+    segments, residuals = fitted.segments, fitted.residuals
+    if fitted.is_exact:
+        return 0.0
+    if len(segments) == 1:
+        return math.inf
+    # The means of neighbours differ by the steps of a walk, weighted by a hat function whose square has this integral.
+    hats = [(a.num_updates + b.num_updates) / 3 for a, b in pairwise(segments)]
     walked = [products[i][i] / hat for i, hat in enumerate(hats)]
     around = [walked[:1], *([a, b] for a, b in pairwise(walked)), walked[-1:]]
     variances = [sum(pair) / len(pair) for pair in around]
     error = sum(variance * residual for variance, residual in zip(variances, residuals, strict=True))
-    # The average differs from the last mean by all the steps between means, weighed by the cumulative profile ...
+    # The average differs from the last mean by all steps between means, weighted by the cumulative profile ...
     inner = fitted.cumulative[1:-1]
     distance = sum(a * b * products[i][j] for i, a in enumerate(inner) for j, b in enumerate(inner))
-    # ... and the last weights from that mean by what was walked within the stretch.
-    last, values = stretches[-1], fitted.profile[-1]
+    # ... and the last weights from that mean by the steps within the segment.
+    last, values = segments[-1], fitted.profile[-1]
     rising = _line(0.0, 1.0, len(values))
     within = _integral(last, [2 * f * r - r * r for f, r in zip(values, rising, strict=True)])
     distance += variances[-1] * max(0.0, within)
@@ -226,48 +237,48 @@ def error_estimate(fitted: Fit, products: Sequence[Sequence[float]]) -> float:
     return math.sqrt(error / distance) if distance > 0 else math.inf
 
 
-def _until(stretches: Sequence[Stretch], at: Time | str | None, max_duration: Time | None) -> tuple[Stretch, ...]:
-    if not stretches:
-        raise ProfileError("an average needs a record with at least one stretch (got none)")
+def _until(segments: Sequence[Segment], at: Time | str | None, max_duration: Time | None) -> tuple[Segment, ...]:
+    if not segments:
+        raise ProfileError("an average needs a record with at least one segment (got none)")
     if at is None:
-        return tuple(stretches)
+        return tuple(segments)
     moment = Time.from_input(at)
-    ends = [stretch.end.clock(moment.unit, max_duration) for stretch in stretches]
+    ends = [segment.end.clock(moment.unit, max_duration) for segment in segments]
     nearest = min(range(len(ends)), key=lambda i: abs(ends[i] - moment.value))
     if not math.isclose(ends[nearest], moment.value, rel_tol=1e-9):
         around = sorted(set(ends[max(0, nearest - 1) : nearest + 2]))
         raise TimeError(
-            f"an average must end where a stretch does (got at={moment}): near it are "
+            f"an average must end where a segment does (got at={moment}): near it are "
             f"{', '.join(Time(end, moment.unit).to_timestring() for end in around)}"
         )
-    return tuple(stretches[: nearest + 1])
+    return tuple(segments[: nearest + 1])
 
 
 def _curve(
-    profile: Profile, stretches: Sequence[Stretch], max_duration: Time | None
+    profile: Profile, segments: Sequence[Segment], max_duration: Time | None
 ) -> tuple[tuple[tuple[float, ...], ...], float]:
     """Return ``Fit.profile`` and ``Fit.missing``."""
     unit = profile.unit
-    begin = stretches[0].start.clock(unit, max_duration)
-    now = stretches[-1].end.clock(unit, max_duration) - begin
+    begin = segments[0].start.clock(unit, max_duration)
+    now = segments[-1].end.clock(unit, max_duration) - begin
     if not now > 0:
-        raise ProfileError(f"{profile} needs a clock in {unit}, and that of the record stood still: use another unit")
+        raise ProfileError(f"{profile} needs a clock in {unit}, which stood still in this record: use another unit")
     curve: list[tuple[float, ...]] = []
     later, share = now, 1.0
     # From the newest point to the oldest, so that for recursive profiles each decay spans a single step: a warm-up is
     # a product over all its updates.
-    for stretch in reversed(stretches):
-        start, end = (edge.clock(unit, max_duration) - begin for edge in (stretch.start, stretch.end))
+    for segment in reversed(segments):
+        start, end = (edge.clock(unit, max_duration) - begin for edge in (segment.start, segment.end))
         values: list[float] = []
-        for clock in reversed(_line(start, end, 1 + min(_POINTS, stretch.num_updates))):
-            before = max(0.0, min(clock, later))  # a clock that was set back meanwhile stands still
+        for clock in reversed(_line(start, end, 1 + min(_POINTS, segment.num_updates))):
+            before = max(0.0, min(clock, later))  # a clock that was set back stands still
             share = share * profile.decay(before, later) if profile.recursive else profile.decay(before, now)
             later = before
             values.append(share)
         curve.append(tuple(reversed(values)))
     missing = curve[-1][0]
     if not missing < 1:
-        raise ProfileError(f"{profile} gives all weight to what was before the record: use a shorter one")
+        raise ProfileError(f"{profile} must give weight to the record (got all weight before it): use a shorter one")
     return tuple(tuple((f - missing) / (1 - missing) for f in values) for values in reversed(curve)), missing
 
 
@@ -275,38 +286,38 @@ def _line(start: float, end: float, points: int) -> list[float]:
     return [start + (end - start) * j / (points - 1) for j in range(points)]
 
 
-def _integral(stretch: Stretch, values: Sequence[float]) -> float:
-    """Integrate over a stretch by the trapezoid rule: the sum over its updates when they are all there."""
-    return (sum(values) - (values[0] + values[-1]) / 2) * stretch.num_updates / (len(values) - 1)
+def _integral(segment: Segment, values: Sequence[float]) -> float:
+    """Integrate over a segment by the trapezoid rule: the sum over its updates if there is a point for each."""
+    return (sum(values) - (values[0] + values[-1]) / 2) * segment.num_updates / (len(values) - 1)
 
 
-def _spline(stretches: Sequence[Stretch], curve: Sequence[Sequence[float]]) -> list[float]:
+def _spline(segments: Sequence[Segment], curve: Sequence[Sequence[float]]) -> list[float]:
     """Return the values at the edges of the linear spline from 0 to 1 that is nearest to ``curve``.
 
-    The sums on both sides of the equations are over the same points: a curve that is itself such a spline comes out
+    The sums on both sides of the equations are over the same points, so that a curve that is such a spline is returned
     exactly.
     """
-    size = len(stretches) + 1
-    diagonal, beside, right = [0.0] * size, [0.0] * size, [0.0] * size
-    for i, (stretch, values) in enumerate(zip(stretches, curve, strict=True)):
+    size = len(segments) + 1
+    diagonal, neighbor, right = [0.0] * size, [0.0] * size, [0.0] * size
+    for i, (segment, values) in enumerate(zip(segments, curve, strict=True)):
         rising = _line(0.0, 1.0, len(values))
         falling = rising[::-1]
-        square = _integral(stretch, [r * r for r in rising])
+        square = _integral(segment, [r * r for r in rising])
         diagonal[i] += square
         diagonal[i + 1] += square
-        beside[i] = _integral(stretch, [r * f for r, f in zip(rising, falling, strict=True)])
-        right[i] += _integral(stretch, [v * f for v, f in zip(values, falling, strict=True)])
-        right[i + 1] += _integral(stretch, [v * r for v, r in zip(values, rising, strict=True)])
+        neighbor[i] = _integral(segment, [r * f for r, f in zip(rising, falling, strict=True)])
+        right[i] += _integral(segment, [v * f for v, f in zip(values, falling, strict=True)])
+        right[i + 1] += _integral(segment, [v * r for v, r in zip(values, rising, strict=True)])
     knots = [0.0] * (size - 1) + [1.0]
     if size == 2:
         return knots
     # Gauss's elimination for the inner edges; the outer two are given.
-    right[-2] -= beside[-2]
+    right[-2] -= neighbor[-2]
     for i in range(2, size - 1):
-        factor = beside[i - 1] / diagonal[i - 1]
-        diagonal[i] -= factor * beside[i - 1]
+        factor = neighbor[i - 1] / diagonal[i - 1]
+        diagonal[i] -= factor * neighbor[i - 1]
         right[i] -= factor * right[i - 1]
     for i in range(size - 2, 0, -1):
-        onward = beside[i] * knots[i + 1] if i < size - 2 else 0.0
+        onward = neighbor[i] * knots[i + 1] if i < size - 2 else 0.0
         knots[i] = (right[i] - onward) / diagonal[i]
     return knots

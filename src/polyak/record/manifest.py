@@ -1,6 +1,6 @@
-"""The manifest of a record: which stretches there are. Everything in it is checked when it is read.
+"""The manifest of a record: which segments it has. Everything in it is checked when it is read.
 
-This file knows JSON and what must hold of a record; it does not open the files that the manifest names.
+This module does not open the files that the manifest names.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # How the text of a manifest ends: with the hash of the text without this line.
 _OWN_SHA256 = re.compile(r',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
-STRETCH_FILE = re.compile(r"\d{10,20}-\d{10,20}-[0-9a-f]{16}(\.safetensors)?")
+SEGMENT_FILE = re.compile(r"\d{10,20}-\d{10,20}-[0-9a-f]{16}(\.safetensors)?")
 _COUNTERS = (
     TimeUnit.ITERATION,
     TimeUnit.EPOCH,
@@ -41,11 +41,11 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """A moment at which one stretch ends and the next begins.
+    """A moment at which one segment ends and the next begins.
 
     Args:
         updates: Updates recorded up to here, from 0 where the record begins.
-        timestamp: What the clock of the run showed.
+        timestamp: The clock of the run.
     """
 
     updates: int
@@ -65,16 +65,16 @@ class Edge:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class Segment:
     """A stored interval: the mean of the weights over the updates after ``start``, up to and including ``end``.
 
     Args:
         start: Where it begins.
         end: Where it ends.
-        level: How often what is in it was merged.
-        size_bytes: Size of its file, or of its parts together.
-        sha256: Hash of its file, or of the list of its parts, in hexadecimal.
-        sharded: Whether it lies in parts, in a folder, as several ranks have written it together.
+        level: How often its updates were merged.
+        size_bytes: Size of its file, or of all files in its folder.
+        sha256: Hash of its file, or of the list of the files in its folder, in hexadecimal.
+        sharded: Whether it is a folder with a file of each rank, as several ranks have written it together.
     """
 
     start: Edge
@@ -91,7 +91,7 @@ class Stretch:
 
     @property
     def file(self) -> str:
-        """Name of its file or folder. It follows from the content: a name never stands for two contents."""
+        """The name of its file or folder, which depends on the content: one name never has two contents."""
         name = f"{self.start.updates:010d}-{self.end.updates:010d}-{self.sha256[:16]}"
         return name if self.sharded else f"{name}.safetensors"
 
@@ -111,14 +111,14 @@ class Stretch:
         """Read an entry of a manifest.
 
         Args:
-            plain: What ``to_plain`` returned, or what claims to be that.
-            where: Its place, to name it in errors.
+            plain: What ``to_plain`` returned, or any other object.
+            where: Its place in the manifest, for errors.
 
         Raises:
             RecordError: If a field is missing, unknown, of another type or out of range.
         """
         entry = _fields(plain, where, ("file", "start", "end", "level", "size_bytes", "sha256"))
-        stretch = cls(
+        segment = cls(
             _edge(entry["start"], f"{where}.start"),
             _edge(entry["end"], f"{where}.end"),
             _count(entry["level"], f"{where}.level"),
@@ -127,14 +127,14 @@ class Stretch:
             sharded=not _string(entry["file"], f"{where}.file").endswith(".safetensors"),
         )
         _require(
-            _SHA256.fullmatch(stretch.sha256) is not None,
-            f"{where}.sha256 must be 64 hexadecimal digits (got {stretch.sha256!r})",
+            _SHA256.fullmatch(segment.sha256) is not None,
+            f"{where}.sha256 must be 64 hexadecimal digits (got {segment.sha256!r})",
         )
         _require(
-            entry["file"] == stretch.file,
-            f"{where}.file must be {stretch.file!r}, as its edges and hash say (got {entry['file']!r})",
+            entry["file"] == segment.file,
+            f"{where}.file must be {segment.file!r}, as its edges and hash say (got {entry['file']!r})",
         )
-        return stretch
+        return segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ class Pin:
 
     Args:
         files: Their names.
-        path: Where that checkpoint is, seen from the record's folder; None if that is not known.
+        path: The checkpoint, relative to the record's folder; None if that is not known.
     """
 
     files: tuple[str, ...]
@@ -152,25 +152,26 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All that is known of a record without opening its other files.
+    """All that a record holds, but for the tensors.
 
     Args:
         tensors: What is kept, by name.
-        per_level: Stretches of one level that are kept beside the two that merge next, at least 1; None merges none.
-        max_duration: The length of the run, if known: it gives ``dur`` its meaning.
+        per_level: Segments of one level that are kept in addition to the two that merge next, at least 1; None merges
+            none.
+        max_duration: The length of the run, if known, which times in ``dur`` refer to.
         aliases: Further names of tied tensors, and the name that each is kept under.
-        stretches: Oldest first, without gaps.
+        segments: Oldest first, without gaps.
         pins: By name.
 
     Raises:
-        RecordError: If these do not fit together.
+        RecordError: If they contradict each other.
     """
 
     tensors: Mapping[str, TensorInfo]
     per_level: int | None = 4
     max_duration: Time | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
-    stretches: tuple[Stretch, ...] = ()
+    segments: tuple[Segment, ...] = ()
     pins: Mapping[str, Pin] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -189,15 +190,15 @@ class Manifest:
                 alias not in self.tensors and name in self.tensors,
                 f"an alias must be a new name of a tensor in the record (got {alias!r} for {name!r})",
             )
-        before: Stretch | None = None
-        for stretch in self.stretches:
-            _check_stretch(stretch, before)
-            before = stretch
+        before: Segment | None = None
+        for segment in self.segments:
+            _check_segment(segment, before)
+            before = segment
 
     @property
     def files(self) -> set[str]:
         """The names of all files that must stay on disk."""
-        return {stretch.file for stretch in self.stretches}.union(*(pin.files for pin in self.pins.values()))
+        return {segment.file for segment in self.segments}.union(*(pin.files for pin in self.pins.values()))
 
     def to_json(self) -> str:
         """Return the text of the manifest."""
@@ -211,22 +212,27 @@ class Manifest:
                 for name, info in self.tensors.items()
             },
             "aliases": dict(self.aliases),
-            "stretches": [stretch.to_plain() for stretch in self.stretches],
+            "stretches": [segment.to_plain() for segment in self.segments],
             "pins": {name: {"files": list(pin.files), "path": pin.path} for name, pin in self.pins.items()},
         }
         text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         return text.removesuffix("\n}\n") + f',\n "sha256": "{_sha256_of(text)}"\n}}\n'
+
+    @property
+    def stretches(self) -> tuple[Segment, ...]:
+        """The earlier name of ``segments``."""
+        return self.segments
 
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read the text of a manifest.
 
         Args:
-            text: What ``to_json`` returned, or what claims to be that.
+            text: What ``to_json`` returned, or any other text.
 
         Raises:
-            RecordError: If it is no manifest, one of a later version, anything in it is not as it must be, or it does
-                not have the hash that it ends with. Manifests of older versions of polyak end without one.
+            RecordError: If it is no manifest, or one of a later version, if a field is wrong, or if it does not have
+                the hash that it ends with. Manifests of older versions of polyak end without one.
         """
         try:
             plain = json.loads(text)
@@ -245,8 +251,8 @@ class Manifest:
         names = ("format", "version", "per_level", "max_duration", "tensors", "aliases", "stretches", "pins")
         own_sha256 = plain.pop("sha256", None)
         entry = _fields(plain, "the manifest", names)
-        per_level, max_duration, stretches = entry["per_level"], entry["max_duration"], entry["stretches"]
-        _require(isinstance(stretches, list), f"stretches must be a list (got {type(stretches).__name__})")
+        per_level, max_duration, segments = entry["per_level"], entry["max_duration"], entry["stretches"]
+        _require(isinstance(segments, list), f"`stretches` must be a list (got {type(segments).__name__})")
         manifest = cls(
             tensors={
                 name: _tensor_info(info, f"tensors[{name!r}]") for name, info in _object(entry["tensors"], "tensors")
@@ -256,7 +262,7 @@ class Manifest:
             aliases={
                 alias: _string(name, f"aliases[{alias!r}]") for alias, name in _object(entry["aliases"], "aliases")
             },
-            stretches=tuple(Stretch.from_plain(one, f"stretches[{i}]") for i, one in enumerate(stretches)),
+            segments=tuple(Segment.from_plain(one, f"stretches[{i}]") for i, one in enumerate(segments)),
             pins={name: _pin(pin, f"pins[{name!r}]") for name, pin in _object(entry["pins"], "pins")},
         )
         _require(
@@ -283,29 +289,29 @@ def load_manifest(folder: Path) -> Manifest:
         folder: Where the record is.
 
     Raises:
-        RecordError: If there is none, or it is not as it must be.
+        RecordError: If there is none, or something in it is wrong.
     """
     path = folder / MANIFEST
     try:
         return Manifest.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecordError(
-            f"a record must have a {MANIFEST}, and there is none in {folder}: is it the folder?"
+            f"a record must have a {MANIFEST}, and there is none in {folder}: give the folder of a record"
         ) from None
     except (RecordError, OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{path} cannot be read as the manifest of a record: {error}") from error
 
 
-def _check_stretch(stretch: Stretch, before: Stretch | None) -> None:
-    where = f"the stretch {stretch.file}"
-    _require(stretch.num_updates > 0, f"{where} must end after it starts")
+def _check_segment(segment: Segment, before: Segment | None) -> None:
+    where = f"the segment {segment.file}"
+    _require(segment.num_updates > 0, f"{where} must end after it starts")
     if before is None:
-        _require(stretch.start.updates == 0, f"{where} is the first and must start at update 0")
+        _require(segment.start.updates == 0, f"{where} is the first and must start at update 0")
     else:
-        _require(stretch.start == before.end, f"{where} must start where {before.file} ends")
-        _require(stretch.level <= before.level, f"{where} must not be merged more often than the older {before.file}")
+        _require(segment.start == before.end, f"{where} must start where {before.file} ends")
+        _require(segment.level <= before.level, f"{where} must not be merged more often than the older {before.file}")
     for unit in _COUNTERS:
-        start, end = stretch.start.timestamp.get(unit), stretch.end.timestamp.get(unit)
+        start, end = segment.start.timestamp.get(unit), segment.end.timestamp.get(unit)
         _require(start <= end, f"{where} must not go back in time (from {start} to {end})")
 
 
@@ -382,9 +388,12 @@ def _pin(plain: object, where: str) -> Pin:
     _require(isinstance(entry["files"], list), f"{where}.files must be a list (got {entry['files']!r})")
     for name in entry["files"]:
         _require(
-            STRETCH_FILE.fullmatch(_string(name, f"{where}.files")) is not None,
-            f"{where}.files must be names of stretch files (got {name!r})",
+            SEGMENT_FILE.fullmatch(_string(name, f"{where}.files")) is not None,
+            f"{where}.files must be names of segment files (got {name!r})",
         )
     path = None if entry["path"] is None else _string(entry["path"], f"{where}.path")
     _require(path is None or not PurePosixPath(path).is_absolute(), f"{where}.path must be relative (got {path!r})")
     return Pin(tuple(entry["files"]), path)
+
+
+Stretch = Segment  # its earlier name

@@ -16,14 +16,14 @@ from torch import Tensor
 # By the path of its names, the value of each fact as text.
 Facts = dict[tuple[str, ...], str]
 # For each fact that is sent, the digest of its value and the text that is shown.
-Said = dict[tuple[str, ...], tuple[int, str]]
+Sent = dict[tuple[str, ...], tuple[int, str]]
 
 MOST_FACTS = 8
 _MOST_VALUES = 4
 _MOST_RUNS = 12
 _HEAD, _TAIL = 140, 60
 _NOTHING = "nothing"
-# Buckets of facts with one name, which come first in an error, and of those in mappings.
+# The number of buckets for facts with one name, which come first in an error, and for those in mappings.
 _BUCKETS_OF_ONE, _BUCKETS = 64, 4096
 
 
@@ -52,7 +52,7 @@ def _digest(text: str) -> int:
 
 
 def digest(facts: Facts) -> int:
-    """Return a number that is the same for the same facts, in whatever order.
+    """Return a number that is the same for the same facts in any order.
 
     Args:
         facts: As of ``flat``.
@@ -77,7 +77,7 @@ def digests(facts: Facts) -> Tensor:
     return torch.tensor(sums, dtype=torch.int64)
 
 
-def in_buckets(facts: Facts, buckets: Sequence[int]) -> Said:
+def in_buckets(facts: Facts, buckets: Sequence[int]) -> Sent:
     """Return the facts in some buckets, to be sent, with long values shortened in the middle.
 
     Args:
@@ -92,11 +92,11 @@ def _shortened(value: str) -> str:
     return value if len(value) <= _HEAD + _TAIL else f"{value[:_HEAD]} ... {value[-_TAIL:]}"
 
 
-def differences(said: Sequence[Said], ranks: Sequence[int]) -> list[str]:
+def differences(sent: Sequence[Sent], ranks: Sequence[int]) -> list[str]:
     """Return a line for each fact in which ranks differ.
 
     Args:
-        said: What each rank sent.
+        sent: What each rank sent.
         ranks: The number of each rank, to be shown.
 
     Example:
@@ -104,9 +104,9 @@ def differences(said: Sequence[Said], ranks: Sequence[int]) -> list[str]:
         ['  a: rank 6: nothing; ranks 4, 5: x']
     """
     lines = list[str]()
-    for path in sorted({path for one in said for path in one}, key=lambda path: (len(path) > 1, path)):
+    for path in sorted({path for one in sent for path in one}, key=lambda path: (len(path) > 1, path)):
         who = dict[tuple[int, str] | None, list[int]]()
-        for rank, one in zip(ranks, said, strict=True):
+        for rank, one in zip(ranks, sent, strict=True):
             who.setdefault(one.get(path), []).append(rank)
         if len(who) > 1:
             lines.append(f"  {' '.join(path)}: {_by_value(who)}")

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from polyak.errors import ShardingError
-from polyak.sharding.tensors import is_fsdp, is_spread, reshard, reshard_after_an_error
+from polyak.sharding.tensors import is_fsdp, is_sharded, reshard, reshard_after_an_error
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-# The groups that were made here, by the ranks in them. They last as long as the group of all ranks.
+# The groups that this module made, by the ranks in them. They last as long as the group of all ranks.
 _MADE: "weakref.WeakKeyDictionary[ProcessGroup, dict[frozenset[int], ProcessGroup]]" = weakref.WeakKeyDictionary()
 
 
@@ -41,7 +41,7 @@ def meshes_of(model: nn.Module) -> list["DeviceMesh"]:
         model: With ``fully_shard`` or not; it holds its shards afterwards.
 
     Raises:
-        ShardingError: If it was left by an exception in its forward pass, and this version of torch cannot reshard it.
+        ShardingError: If an exception ended its forward pass, and this version of torch cannot reshard it.
     """
     reshard(model)
     found = _meshes(model)
@@ -53,12 +53,12 @@ def meshes_of(model: nn.Module) -> list["DeviceMesh"]:
 
 def _meshes(model: nn.Module) -> list["DeviceMesh"]:
     tensors = chain(model.parameters(), model.buffers())
-    by_id = {id(tensor.device_mesh): tensor.device_mesh for tensor in tensors if is_spread(tensor)}
+    by_id = {id(tensor.device_mesh): tensor.device_mesh for tensor in tensors if is_sharded(tensor)}
     return list(dict.fromkeys(by_id.values()))
 
 
 def group_of(ddp: nn.parallel.DistributedDataParallel | None, meshes: Sequence["DeviceMesh"]) -> "ProcessGroup | None":
-    """Return a group of the ranks that hold a model, and of no others; None if this rank holds nothing of it.
+    """Return a group of exactly the ranks that hold a model; None if this rank holds nothing of it.
 
     They are the ranks of its meshes and of its ``DistributedDataParallel``. All of them must call this, and no others.
     A group is made only where there is none; it lasts as long as the group of all ranks.
@@ -106,14 +106,14 @@ def _groups(mesh: "DeviceMesh") -> list["ProcessGroup"]:
 def _reached(members: frozenset[int], groups: Sequence["ProcessGroup"]) -> frozenset[int]:
     """Return the ranks of a model of which each rank sees only those in its own groups."""
     for group in groups:
-        said: list[Any] = [None] * group.size()
-        torch.distributed.all_gather_object(said, members, group)
-        members = members.union(*said)
+        found: list[Any] = [None] * group.size()
+        torch.distributed.all_gather_object(found, members, group)
+        members = members.union(*found)
     if math.prod(group.size() for group in groups) < len(members):
         raise ShardingError(
             "the meshes of a model must be connected by ranks that are in several of them (got meshes over the ranks "
             f"{sorted(members)}, and groups here of {[sorted(_ranks(group)) for group in groups]}): slice them from "
-            "one mesh, or attach an algorithm to each part of the model"
+            "one mesh, or attach an algorithm to each submodule"
         )
     return members
 
@@ -133,12 +133,12 @@ def new_group(members: Iterable[int], groups: Sequence["ProcessGroup"]) -> "Proc
 
     ``torch.distributed.new_group`` must be called by all ranks, of which some may not know of this model. With
     ``use_local_synchronization`` it names the group after the number of groups that a process has, which differs
-    between members that are in other groups too, and which comes again after a group was destroyed, and with it what
-    that one left in the store, such as addresses. So members agree on a name here.
+    between members that are in other groups too. The number also comes again after a group was destroyed, whose entries
+    in the store, such as addresses, are still there. So members agree on a name here.
 
     Args:
         members: Their numbers among all ranks.
-        groups: By which each of them can reach all others, along one after the other.
+        groups: Through which, one after the other, each of them can reach all others.
     """
     from torch.distributed import distributed_c10d as c10d  # noqa: PLC0415
 
@@ -149,7 +149,7 @@ def new_group(members: Iterable[int], groups: Sequence["ProcessGroup"]) -> "Proc
         number = int(largest)
     ranks = sorted(members)
     name: Any = f"polyak-{number:014x}"
-    made, _ = c10d._new_process_group_helper(  # noqa: SLF001  what new_group calls with a name of its own
+    made, _ = c10d._new_process_group_helper(  # noqa: SLF001  new_group calls it, with another name
         len(ranks),
         ranks.index(torch.distributed.get_rank()),
         ranks,
@@ -172,7 +172,7 @@ def refuse_stage(model: nn.Module, what: str) -> None:
         what: That cannot be done.
 
     Raises:
-        ShardingError: If ``torch.distributed.pipelining`` runs the model, or a part of it, as a stage of several ranks.
+        ShardingError: If ``torch.distributed.pipelining`` runs the model, or a submodule, as a stage of several ranks.
     """
     module = sys.modules.get("torch.distributed.pipelining.stage")
     if module is None:
@@ -183,7 +183,7 @@ def refuse_stage(model: nn.Module, what: str) -> None:
     for stage in stages:
         if getattr(stage, "group_size", 1) > 1 and not own.isdisjoint(map(id, stage.submod.modules())):
             raise ShardingError(
-                f"{what} needs a model that these ranks hold all of, and this is stage {stage.stage_index} of a "
-                f"pipeline of {stage.num_stages}: save the state by torch.distributed.checkpoint, which puts the "
+                f"{what} needs the full model on these ranks, and this is stage {stage.stage_index} of a pipeline of "
+                f"{stage.num_stages}: save the state by torch.distributed.checkpoint, which puts the "
                 "stages together, and load it in a process that has the full model"
             )

@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
 
-# Bytes that one broadcast takes together: what it needs beside the tensors.
+# Bytes that one broadcast sends together, which is the memory that it needs in addition to the tensors.
 _BUCKET_BYTES = 32 * 2**20
 
 
 def is_initialized() -> bool:
-    """Return whether this process is one of several, or may be."""
+    """Return whether ``torch.distributed`` has a process group: this process may be one of several."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def is_spread(tensor: Tensor) -> "TypeIs[DTensor]":
-    """Return whether a tensor is a ``DTensor``, of which each rank holds a part.
+def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
+    """Return whether a tensor is a ``DTensor``, of which each rank holds a local shard.
 
     Args:
         tensor: Any.
@@ -39,126 +39,129 @@ def is_spread(tensor: Tensor) -> "TypeIs[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def has_spread(state: Any) -> bool:
-    """Return whether there is a tensor in a state that is spread over ranks.
+def has_sharded(state: Any) -> bool:
+    """Return whether a state has a sharded tensor in it.
 
     Args:
         state: Tensors and other things, in mappings and sequences.
     """
     if isinstance(state, Mapping):
-        return any(map(has_spread, state.values()))
+        return any(map(has_sharded, state.values()))
     if isinstance(state, Sequence) and not isinstance(state, str | bytes):
-        return any(map(has_spread, state))
-    return isinstance(state, Tensor) and is_spread(state)
+        return any(map(has_sharded, state))
+    return isinstance(state, Tensor) and is_sharded(state)
 
 
-def whole(state: Any) -> Any:
+def full(state: Any) -> Any:
     """Return a state with full tensors on the CPU in place of sharded ones. All ranks that hold shards must call this.
 
     Args:
-        state: Tensors and other things, in mappings and sequences. Only the first rank of a tensor's mesh, which need
-            not have all ranks, gets the full one; the others get an empty one.
+        state: Tensors and other things, in mappings and sequences. Rank 0 of a tensor's mesh, which need not have all
+            ranks, gets the full one; the others get an empty one.
     """
     if isinstance(state, Mapping):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: full(value) for key, value in state.items()}
     if isinstance(state, Sequence) and not isinstance(state, str | bytes):
-        return [whole(value) for value in state]
-    if not isinstance(state, Tensor) or not is_spread(state):
+        return [full(value) for value in state]
+    if not isinstance(state, Tensor) or not is_sharded(state):
         return state
-    # Messages go between the mesh's devices; the part may be kept on another.
-    part = beside(state, local(state).to(state.device_mesh.device_type))
-    assert is_spread(part)
-    gathered = part.full_tensor()
+    # Messages go between the mesh's devices; the shard may be kept on another.
+    there = sharded_like(state, local(state).to(state.device_mesh.device_type))
+    assert is_sharded(there)
+    gathered = there.full_tensor()
     coordinate = state.device_mesh.get_coordinate()
     return torch.empty(0) if coordinate is None or any(coordinate) else gathered.cpu()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what of a tensor is in this process, without a copy: a shard, or the tensor itself.
+    """Return the local shard of a tensor, or the tensor itself if it is not sharded; copy nothing.
 
     Args:
         tensor: Any.
     """
-    return tensor._local_tensor if is_spread(tensor) else tensor  # noqa: SLF001  to_local() makes a node of autograd
+    return tensor._local_tensor if is_sharded(tensor) else tensor  # noqa: SLF001  to_local() makes a node of autograd
 
 
-def beside(tensor: Tensor, part: Tensor) -> Tensor:
-    """Return ``part`` as the local part of a tensor that lies over the ranks as ``tensor`` does.
+def sharded_like(tensor: Tensor, shard: Tensor) -> Tensor:
+    """Return ``shard`` as the local shard of a tensor that is sharded as ``tensor`` is.
 
     Args:
-        tensor: Spread over ranks or not.
-        part: Of the shape of its local part, in any dtype and on any device.
+        tensor: Sharded or not.
+        shard: Of the shape of its local shard, in any dtype and on any device.
     """
-    return _spread(part, tensor.device_mesh, tensor.placements, tensor) if is_spread(tensor) else part
+    return _sharded(shard, tensor.device_mesh, tensor.placements, tensor) if is_sharded(tensor) else shard
 
 
-def _spread(part: Tensor, mesh: "DeviceMesh", placements: Any, whole: Tensor) -> Tensor:
+def _sharded(shard: Tensor, mesh: "DeviceMesh", placements: Any, full: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor  # noqa: PLC0415  see above
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta  # noqa: PLC0415
 
-    # Not `from_local`, which would move a part that is kept on the CPU to the mesh's device.
-    meta = TensorMeta(whole.shape, whole.stride(), part.dtype)
-    return DTensor(part, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
+    # Not `from_local`, which would move a shard that is kept on the CPU to the mesh's device.
+    meta = TensorMeta(full.shape, full.stride(), shard.dtype)
+    return DTensor(shard, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 
 
 def offset(tensor: Tensor) -> tuple[int, ...] | None:
-    """Return where the local part of a tensor begins in the whole; None if it is the whole, or empty.
+    """Return where the local shard of a tensor begins in the full tensor; None if it is the full tensor, or empty.
 
     Args:
-        tensor: Spread over ranks or not.
+        tensor: Sharded or not.
 
     Raises:
-        ShardingError: If the part is no box: some ways of dividing a dimension twice leave gaps.
+        ShardingError: If the shard is no box: some ways of dividing a dimension twice leave gaps.
     """
-    if not is_spread(tensor) or not local(tensor).numel():
+    if not is_sharded(tensor) or not local(tensor).numel():
         return None
     chunks = tensor.__create_chunk_list__()
     if len(chunks) != 1 or tuple(chunks[0].sizes) != tuple(local(tensor).shape):
-        raise ShardingError(f"a rank's part of a tensor must have no gaps (got {tensor.placements} of {tensor.shape})")
+        raise ShardingError(
+            f"a local shard must be a box without gaps (got {tensor.placements} of {tensor.shape}): shard each "
+            "dimension over one dimension of the mesh"
+        )
     return tuple(chunks[0].offsets)
 
 
 @torch.no_grad()
 def copy_(target: Tensor, source: Tensor) -> None:
-    """Copy between tensors of one shape, of which either may be spread over ranks.
+    """Copy between tensors of one shape, of which either may be sharded.
 
     Args:
-        target: To be overwritten.
-        source: If it is spread otherwise than ``target``, all ranks must take part.
+        target: Overwritten.
+        source: If its placements differ from those of ``target``, all ranks must call this.
     """
-    if not is_spread(target):
-        target.copy_(source.full_tensor() if is_spread(source) else source)
-    elif not is_spread(source):
-        part, at = local(target), offset(target)
-        box = () if at is None else tuple(slice(a, a + n) for a, n in zip(at, part.shape, strict=True))
-        if part.numel():
-            part.copy_(source[box])
+    if not is_sharded(target):
+        target.copy_(source.full_tensor() if is_sharded(source) else source)
+    elif not is_sharded(source):
+        shard, at = local(target), offset(target)
+        box = () if at is None else tuple(slice(a, a + n) for a, n in zip(at, shard.shape, strict=True))
+        if shard.numel():
+            shard.copy_(source[box])
     elif source.placements == target.placements and source.device_mesh == target.device_mesh:
         local(target).copy_(local(source))
     else:
         local(target).copy_(local(source.redistribute(target.device_mesh, target.placements)))
 
 
-# A model that every rank has whole, and an average that is divided over the ranks by its first dimension.
+# A model that every rank has in full, and an average that is sharded over the ranks by its first dimension.
 
 
 def rows(tensor: Tensor, average: Tensor) -> Tensor:
-    """Return the part of the model's tensor that lies beside the local part of its average, without a copy.
+    """Return the elements of the model's tensor whose averages are in the local shard of its average; copy nothing.
 
     Args:
         tensor: The model's.
-        average: Its average; it may be divided where ``tensor`` is not.
+        average: Its average; it may be sharded where ``tensor`` is not.
     """
-    if is_spread(tensor) or not is_spread(average):
+    if is_sharded(tensor) or not is_sharded(average):
         return local(tensor)
     return _chunks(tensor, average.device_mesh.size())[average.device_mesh.get_local_rank()]
 
 
 def divided(tensor: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", device: torch.device | None) -> Tensor:
-    """Return a copy of a tensor, divided over the ranks by its first dimension.
+    """Return a copy of a tensor, sharded over the ranks by its first dimension.
 
     Args:
-        tensor: Whole on every rank, of one dimension or more.
+        tensor: Full on every rank, of one dimension or more.
         dtype: Of the copy.
         mesh: The ranks; of one dimension.
         device: Of the copy; None for the tensor's.
@@ -167,22 +170,22 @@ def divided(tensor: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", device: torc
 
     own = _chunks(tensor, mesh.size())[mesh.get_local_rank()]
     copy = torch.empty_like(own, dtype=dtype, device=device, requires_grad=False).copy_(own)
-    return _spread(copy, mesh, [Shard(0)], tensor)
+    return _sharded(copy, mesh, [Shard(0)], tensor)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, mesh: "DeviceMesh") -> Tensor:
-    """Return a tensor to be filled, on the CPU, divided over the ranks by its first dimension if it has one.
+    """Return an uninitialized tensor on the CPU, sharded over the ranks by its first dimension if it has one.
 
     Args:
-        shape: Of the whole.
+        shape: Of the full tensor.
         dtype: Of its values.
         mesh: The ranks; of one dimension.
     """
     from torch.distributed.tensor import Replicate, Shard  # noqa: PLC0415
 
-    whole = torch.empty(tuple(shape), dtype=dtype, device="meta")
-    own = _chunks(whole, mesh.size())[mesh.get_local_rank()] if shape else whole
-    return _spread(torch.empty_like(own, device="cpu"), mesh, [Shard(0) if shape else Replicate()], whole)
+    full = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    own = _chunks(full, mesh.size())[mesh.get_local_rank()] if shape else full
+    return _sharded(torch.empty_like(own, device="cpu"), mesh, [Shard(0) if shape else Replicate()], full)
 
 
 def _chunks(tensor: Tensor, number: int) -> list[Tensor]:
@@ -192,11 +195,11 @@ def _chunks(tensor: Tensor, number: int) -> list[Tensor]:
 
 @torch.no_grad()
 def gather(tensors: Sequence[Tensor], mesh: "DeviceMesh") -> None:
-    """Give every rank all rows of tensors of which each rank has its own rows right.
+    """All-gather the rows of tensors, in place: each rank's own rows are right before, and all rows afterwards.
 
     Args:
-        tensors: Whole on every rank, of one dimension or more.
-        mesh: Over which the rows are divided; of one dimension.
+        tensors: Full on every rank, of one dimension or more.
+        mesh: Over which the rows are sharded; of one dimension.
     """
     chunks = [_chunks(tensor, mesh.size()) for tensor in tensors]
     for rank in range(mesh.size()):
@@ -209,26 +212,26 @@ def broadcast(tensors: Iterable[Tensor], source: int, group: "ProcessGroup", dev
 
     Args:
         tensors: Of the same shapes on all ranks.
-        source: Whose; its number in the group.
+        source: The rank whose tensors are sent; its number in the group.
         group: The ranks.
-        device: Where the messages are; None for that of the tensors.
+        device: Where the messages are; None for the device of the tensors.
     """
     own = torch.distributed.get_rank(group) == source
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).to(device)
         torch.distributed.broadcast(flat, group=group, group_src=source)
         if not own:
-            for tensor, piece in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-                tensor.copy_(piece.view(tensor.shape))
+            for tensor, sent in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(sent.view(tensor.shape))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     kinds = dict[tuple[torch.dtype, torch.device], list[Tensor]]()
     for tensor in tensors:
         kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for alike in kinds.values():
+    for same_kind in kinds.values():
         bucket, size = list[Tensor](), 0
-        for tensor in alike:
+        for tensor in same_kind:
             if bucket and size + tensor.nbytes > _BUCKET_BYTES:
                 yield bucket
                 bucket, size = list[Tensor](), 0
@@ -255,9 +258,9 @@ def is_fsdp(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let the modules of the model hold their shards: after a forward pass the outermost ones hold whole tensors.
+    """Make the modules of the model hold their shards: after a forward pass the outermost ones hold full tensors.
 
-    What is copied into shards while whole tensors are held would not be seen by the next forward pass.
+    The next forward pass would not see what is copied into shards while full tensors are held.
 
     Args:
         model: With or without ``fully_shard``.
@@ -280,7 +283,7 @@ def reshard_after_an_error(model: nn.Module) -> None:
     for root in (unit for unit in units if id(unit) not in inner):
         if not hasattr(root, "reset_iter_state"):
             raise ShardingError(
-                "a model under fully_shard must be in shards again after an exception in its forward pass, which "
-                f"torch {torch.__version__} cannot do and 2.13 can; stop, and go on from a checkpoint"
+                "a model under fully_shard must be resharded after an exception in its forward pass (torch "
+                f"{torch.__version__} cannot do that, 2.13 can): stop, and resume from a checkpoint"
             )
         root.reset_iter_state()

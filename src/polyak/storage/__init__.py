@@ -1,1 +1,1 @@
-"""Files: safetensors, and a lock."""
+"""Files: safe writes, locks, and safetensors."""

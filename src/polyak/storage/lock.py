@@ -1,44 +1,64 @@
-"""One writer at a time: an advisory lock on a file in the record's folder.
+"""One writer at a time: a lock on a file or folder, held until it is released or the process ends.
 
-It is a ``flock``: it ends with its process, however that ends, and excludes a second writer in the same process too,
-which a POSIX lock (``lockf``) does not. But a forked process inherits it, and would hold it after its parent was
-killed. So a forked process closes its copy of the file immediately, which leaves the parent's lock as it is.
+The lock is a ``flock``: it ends with its process, however that ends, and excludes a second writer in the same process
+too, which a POSIX lock (``lockf``) does not. But a forked process inherits it, and would hold it after its parent was
+killed. So a forked process closes its copy of the descriptor immediately, which leaves the parent's lock as it is.
+
+Systems without ``flock`` get a file that exists while the lock is held. It excludes other writers just as well, but a
+killed process leaves it, and then a person must delete it. The error says so.
 """
 
-import fcntl
 import os
 import re
 import stat
 import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from polyak.errors import RecordError
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-LOCK = "lock"
 _CONTENT = re.compile(rb"\d{0,20}\n?")  # a process id, or nothing
 
 
 class Lock:
-    """Hold the lock of a record until ``release``, or until this process ends in any way.
+    """Hold the lock of a file or folder until ``release``, or until this process ends in any way.
 
     Args:
-        folder: Of the record.
+        path: What is locked: a folder or file that exists, or, with ``foreign``, a file for the lock alone. That is
+            made if it is absent, holds the id of the process, and stays: deleting it could let in two.
+        busy: Returns the error for when another writer holds the lock, from words for that writer: "process 1234", or
+            "another process" if its id is not known.
+        foreign: Returns the error for when ``path`` is not a lock file of polyak, from what it is. None locks a folder
+            or file that has other content.
 
     Raises:
-        RecordError: If another writer holds it (the message names its process), or the file is not one of polyak's.
-        OSError: If the folder cannot be written.
+        OSError: If ``path`` cannot be opened. And what ``busy`` and ``foreign`` return.
+
+    Example:
+        >>> _ = Path("results.jsonl").write_text("")
+        >>> lock = Lock(Path("results.jsonl"), busy=lambda who: BlockingIOError(f"{who} is writing it"))
+        >>> lock.is_own, lock.is_in_place
+        (True, True)
+        >>> lock.release()
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._path = folder / LOCK
-        self._process = os.getpid()
-        if self._path.is_symlink():
-            raise RecordError(_foreign(self._path, "a symbolic link"))
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        self._descriptor = os.open(self._path, flags, 0o666)
+    def __init__(
+        self, path: Path, busy: Callable[[str], Exception], foreign: Callable[[str], Exception] | None = None
+    ) -> None:
+        self.process = os.getpid()
+        self._path = path
+        self._busy = busy
+        self._foreign = foreign
+        if foreign is not None and path.is_symlink():
+            raise foreign("a symbolic link")
+        self._descriptor = os.open(path, _flags(create=foreign is not None, folder=path.is_dir()), 0o666)
         # Also where an interrupt comes before anybody has this object.
         self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._unmark = lambda: None
         _HELD.add(self)
         try:
             self._acquire()
@@ -47,59 +67,79 @@ class Lock:
             raise
 
     def _acquire(self) -> None:
+        content = b"" if self._foreign is None else self._checked_content(self._foreign)
+        if fcntl is None:
+            self._mark(content)
+        else:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise self._busy(_process_in(content)) from None
+        if self._foreign is not None and self.is_in_place:
+            os.ftruncate(self._descriptor, 0)
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+            os.write(self._descriptor, f"{self.process}\n".encode())
+
+    def _checked_content(self, foreign: Callable[[str], Exception]) -> bytes:
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            raise RecordError(_foreign(self._path, "a special file or a hard link"))
-        content = os.pread(self._descriptor, 32, 0)
+            raise foreign("a special file or a hard link")
+        content = os.read(self._descriptor, 32)
         if not _CONTENT.fullmatch(content):
-            raise RecordError(_foreign(self._path, "a file with other content"))
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = content.decode().strip() or "unknown"
-            raise RecordError(
-                f"a record must have one writer at a time, and process {owner} is writing {self._folder}: wait until "
-                "it has ended, or record to another folder"
-            ) from None
-        self.check()  # the folder may have been moved since the file was opened
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
+            raise foreign("a file with other content")
+        return content
 
-    def check(self) -> None:
-        """See that the locked file is still the one in the folder, and that this process locked it.
-
-        Raises:
-            RecordError: If not; then nothing may be written there.
-            OSError: If the folder cannot be read.
-        """
-        if self._process != os.getpid():
-            raise RecordError(
-                f"a record must be written by the process that opened it, {self._process} (got {os.getpid()}, forked "
-                f"from it): stop recording to {self._folder} in the forked process"
-            )
+    def _mark(self, content: bytes) -> None:
+        """Hold the lock without ``flock``: by a file that only one process can create."""
+        mark = self._path.absolute().with_name(f".{self._path.absolute().name}.held")
         try:
-            there = self._path.lstat()
+            os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            raise self._busy(f"{_process_in(content)} (if it was killed, delete {mark})") from None
+        self._unmark = weakref.finalize(self, _unmark, mark, self.process)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this process took the lock, and is not a fork of the one that did."""
+        return self.process == os.getpid()
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the locked file or folder is still what is at its path."""
+        try:
+            there = self._path.lstat() if self._foreign is not None else self._path.stat()
         except (FileNotFoundError, NotADirectoryError):
-            there = None
-        if there is None or not os.path.samestat(there, os.fstat(self._descriptor)):
-            raise RecordError(
-                f"{self._folder} must stay in its place while a run records to it, and it was deleted, moved or "
-                "replaced: nothing was written to what is there now; move it back, or resume the run from a checkpoint "
-                "with another folder"
-            )
+            return False
+        return os.path.samestat(there, os.fstat(self._descriptor))
 
     def release(self) -> None:
-        """Let the next writer in. The file stays: removing it could let in two."""
-        if self._process == os.getpid() and self._close.alive:
-            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+        """Let the next writer in. In a forked process, do nothing."""
+        if self.is_own and self._close.alive:
+            if fcntl is not None:
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self._unmark()
             self._close()
 
 
-def _foreign(path: Path, what: str) -> str:
-    return (
-        f"{path} must be the lock file of a record (got {what}), and what is in it would be lost: delete it, or record "
-        "to another folder"
-    )
+def _flags(*, create: bool, folder: bool) -> int:
+    wanted = ["O_CLOEXEC", "O_BINARY"]
+    if create:
+        wanted += ["O_CREAT", "O_NOFOLLOW", "O_NONBLOCK"]
+    flags = os.O_RDONLY if folder and not create else os.O_RDWR
+    for name in wanted:
+        flags |= getattr(os, name, 0)  # no system has all of them
+    return flags
+
+
+def _process_in(content: bytes) -> str:
+    process = content.decode().strip()
+    return f"process {process}" if process else "another process"
+
+
+def _unmark(mark: Path, process: int) -> None:
+    if process == os.getpid():
+        with suppress(OSError):
+            mark.unlink(missing_ok=True)
 
 
 _HELD = weakref.WeakSet[Lock]()
@@ -110,4 +150,5 @@ def _close_copies() -> None:
         lock._close()  # noqa: SLF001  of this module
 
 
-os.register_at_fork(after_in_child=_close_copies)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_copies)

@@ -1,4 +1,4 @@
-"""safetensors files, written one tensor at a time.
+"""Writes safetensors files, one tensor at a time.
 
 The format is public: eight bytes with the length of a JSON header, the header, then the raw tensors. The library's own
 writers want all tensors in memory at the same time.
@@ -8,7 +8,6 @@ import ctypes
 import errno
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import RecordError
+from polyak.storage.atomic import flush
 
 # The names that safetensors gives to dtypes.
 DTYPES = {
@@ -53,12 +53,12 @@ _ADVICE = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a record keeps of one tensor.
+    """How a file keeps a tensor.
 
     Args:
-        dtype: How it is stored.
-        shape: Its shape.
-        averaged: Whether a stretch holds its mean, or else its last value.
+        dtype: Of the file.
+        shape: Of the tensor, or of the local shard that the file has.
+        averaged: Whether a segment holds its mean, or its last value.
     """
 
     dtype: torch.dtype
@@ -67,11 +67,11 @@ class TensorInfo:
 
     @classmethod
     def of(cls, tensor: Tensor, *, averaged: bool, dtype: torch.dtype = torch.float32) -> Self:
-        """Describe how ``tensor`` is kept.
+        """Return how ``tensor`` is kept.
 
         Args:
-            tensor: Any that has the shape and dtype in question.
-            averaged: Whether a stretch holds its mean, or else its last value.
+            tensor: Any.
+            averaged: Whether a segment holds its mean, or its last value.
             dtype: For the means of floating-point tensors: float32, float16 or bfloat16.
 
         Example:
@@ -84,10 +84,10 @@ class TensorInfo:
 
 @contextmanager
 def disk_errors(doing: str) -> Iterator[None]:
-    """Turn what the disk refuses within a ``with`` block into a ``RecordError`` that says what to do.
+    """Turn an ``OSError`` in a ``with`` block into a ``RecordError`` that says what to do.
 
     Args:
-        doing: What was being done.
+        doing: What the block does: "writing a file".
 
     Raises:
         RecordError: In place of an ``OSError``.
@@ -97,14 +97,14 @@ def disk_errors(doing: str) -> Iterator[None]:
     except RecordError:
         raise
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, "see to the disk")
+        advice = _ADVICE.get(error.errno or 0, "repair the disk")
         raise RecordError(
-            f"{doing} failed: {error}. What was there before is unchanged: {advice} and continue"
+            f"{doing} failed: {error}. What was on disk before is unchanged: {advice} and continue"
         ) from error
 
 
 def _layout(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the names in the order of their data: the widest first, so that all are aligned."""
+    """Return the names in the order of their data: the widest first, so that all tensors are aligned."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
@@ -122,7 +122,7 @@ def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> b
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor without copying them. They are valid while the tensor lives."""
+    """Return the bytes of a contiguous CPU tensor without a copy. They are valid while the tensor exists."""
     size_bytes = tensor.numel() * tensor.element_size()
     if not size_bytes:
         return memoryview(b"")
@@ -132,17 +132,18 @@ def _raw(tensor: Tensor) -> memoryview:
 def write_tensors(
     path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> tuple[int, str]:
-    """Write a safetensors file and see that it is on disk; return its size in bytes and its SHA-256.
+    """Write a safetensors file and flush it to the disk; return its size in bytes and its SHA-256.
 
     Args:
-        path: Where. If writing fails, nothing stays there.
+        path: A temporary name. If writing fails, nothing stays there.
         tensors: What is written. The same tensors give the same bytes.
-        read: Gives each tensor by name when its turn comes; it is cast to the dtype in ``tensors``.
-        metadata: For the header.
+        read: Returns a tensor by name. It is called for one at a time, and the result is cast to its dtype in
+            ``tensors``.
+        metadata: For the header of the file.
 
     Raises:
         OSError: If the disk refuses.
-        RecordError: If a finite value is infinite in the dtype it is to have.
+        RecordError: If a finite value is infinite in the dtype of the file.
     """
     assert sys.byteorder == "little", "safetensors files are little-endian"
     digest = hashlib.sha256()
@@ -157,29 +158,12 @@ def write_tensors(
                 digest.update(raw)
                 file.write(raw)
                 del raw, tensor  # before the next one is read
-            file.flush()
-            os.fsync(file.fileno())
+            flush(file)
             return file.tell(), digest.hexdigest()
     except BaseException:
         with suppress(OSError):
             path.unlink(missing_ok=True)
         raise
-
-
-def flush_folder(folder: Path) -> None:
-    """See that the names in a folder are on disk.
-
-    Args:
-        folder: Which.
-
-    Raises:
-        OSError: If the disk refuses.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @torch.no_grad()
@@ -206,9 +190,9 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor on the CPU in another dtype.
 
     Args:
-        name: To name it in errors.
+        name: The tensor's name, for errors.
         tensor: Any.
-        dtype: Of the result.
+        dtype: The dtype of the result.
 
     Raises:
         RecordError: If a finite value is infinite in that dtype.

@@ -1,13 +1,20 @@
-"""The native host: a small training loop on events, and what goes with it."""
+"""The native trainer: a small training loop on events, its callbacks and loggers."""
 
 from polyak.trainer.callback import Callback
-from polyak.trainer.checkpoint import CheckpointSaver
 from polyak.trainer.clipping import GradientClipping
-from polyak.trainer.evaluation import Evaluator
-from polyak.trainer.loggers import ConsoleLogger, Destination, JSONLinesLogger, Logger, TensorBoardLogger
-from polyak.trainer.progress import ProgressBar
+from polyak.trainer.evaluators import Evaluator
+from polyak.trainer.loggers import (
+    ConsoleLogger,
+    Destination,
+    JSONLinesLogger,
+    Logger,
+    MLflowLogger,
+    ProgressBar,
+    TensorBoardLogger,
+    WandBLogger,
+)
+from polyak.trainer.saver import CheckpointSaver
 from polyak.trainer.state import TrainerState
-from polyak.trainer.trackers import MLflowLogger, WandBLogger
 from polyak.trainer.trainer import Trainer
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What is done with a batch of whatever shape: moved, counted, cut into microbatches."""
+"""Functions of a batch of any structure: move it to a device, count its samples, split it into microbatches."""
 
 import copy
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -12,14 +12,14 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on ``device``.
 
     Args:
-        batch: Tensors in tuples, lists and mappings, or an object with a ``to`` of its own.
-        device: Where to.
+        batch: Tensors in tuples, lists and mappings, or an object with a method ``to``.
+        device: To move them to.
     """
     if isinstance(batch, Mapping):
         moved = {key: to_device(value, device) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return moved
-        kept = copy.copy(batch)  # of its own class, which may give its values as attributes too
+        kept = copy.copy(batch)  # of its class, which may have its values as attributes too
         kept.update(moved)
         return kept
     if isinstance(batch, (tuple, list)):
@@ -49,7 +49,7 @@ def num_samples(batch: Any) -> int:
 
 
 def split(batch: Any, parts: int) -> list[Any]:
-    """Cut a batch into at most ``parts`` microbatches of nearly equal size.
+    """Split a batch into at most ``parts`` microbatches of nearly equal size.
 
     Args:
         batch: Tensors with one first dimension, in tuples, lists and mappings.
@@ -65,7 +65,7 @@ def split(batch: Any, parts: int) -> list[Any]:
     if isinstance(batch, (tuple, list)):
         return [list(row) for row in zip(*(split(value, parts) for value in batch), strict=True)]
     raise ValueError(
-        "to be cut for grad_accum or parallelism, batches must be tensors in tuples, lists or mappings (got a "
+        "for grad_accum or parallelism, batches must be tensors in tuples, lists or mappings (got a "
         f"{type(batch).__name__})"
     )
 
@@ -73,34 +73,34 @@ def split(batch: Any, parts: int) -> list[Any]:
 def shares(
     batch: Any, parts: int, count: Callable[[Any], int], *, rank: int = 0, size: int = 1
 ) -> list[tuple[Any, float]]:
-    """Return the microbatches of one rank's part of a batch, each with the factor of its loss.
+    """Return the microbatches of one rank's share of a batch, each with the factor of its loss.
 
     With these factors the mean over ranks of the sum over microbatches is the mean over the samples of the batch. All
-    ranks get the same number of microbatches, since they meet in each: one without samples left gets others' with a
-    factor of 0.
+    ranks get the same number of microbatches, since each forward pass may be a collective: a rank that has too few
+    samples gets other samples with a factor of 0.
 
     Args:
         batch: Tensors with one first dimension, in tuples, lists and mappings.
-        parts: In how many microbatches each rank runs its part, at most.
+        parts: The largest number of microbatches for each rank.
         count: Returns how many samples a batch has.
-        rank: Whose part.
-        size: How many ranks there are.
+        rank: Whose share.
+        size: The world size.
     """
     if parts == size == 1:
         return [(batch, 1.0)]
-    whole, of_ranks = count(batch), split(batch, size)
+    total, of_ranks = count(batch), split(batch, size)
     number = len(split(of_ranks[0], parts))  # the first is the largest
     if rank >= len(of_ranks):
         return [(part, 0.0) for part in split(of_ranks[0], parts)]
     own = split(of_ranks[rank], parts)
-    return [(part, size * count(part) / whole) for part in own] + [(own[-1], 0.0)] * (number - len(own))
+    return [(part, size * count(part) / total) for part in own] + [(own[-1], 0.0)] * (number - len(own))
 
 
 def checksum(batch: Any) -> int:
-    """Return a number that tells two batches apart, their order too.
+    """Return a checksum of a batch, which depends on the order of its samples.
 
     Args:
-        batch: Whose tensors, in tuples, lists and mappings, are looked at.
+        batch: Tensors in tuples, lists and mappings.
     """
     if isinstance(batch, Tensor):
         content = batch.detach().contiguous().view(-1).view(torch.uint8).to(torch.int64)

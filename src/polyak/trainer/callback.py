@@ -1,4 +1,4 @@
-"""What follows training without changing it."""
+"""``Callback``, which observes training without changing it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from polyak.trainer.state import TrainerState
 
 
 class Callback:
-    """Something that follows training: define a method named as an event, and it is called then.
+    """Observes training. A method that has the name of an event is called at that event.
 
     The methods take ``(state, logger)``. They run after the algorithms of the same event. ``close(state, logger)`` and
     ``post_close()`` are called by ``Trainer.close``.
@@ -24,8 +24,8 @@ class Callback:
         """Call the method named as the event, if there is one.
 
         Args:
-            event: What happened.
-            state: What there is.
+            event: That has happened.
+            state: Of the trainer.
             logger: Where to log.
         """
         method = getattr(self, event.value, None)
@@ -33,18 +33,18 @@ class Callback:
             method(state, logger)
 
     def close(self, state: TrainerState, logger: MetricLogger) -> None:
-        """Finish, when the trainer is closed: flush, and let go of what is held.
+        """Release resources, when the trainer is closed.
 
         Args:
-            state: What there is.
+            state: Of the trainer.
             logger: Where to log.
         """
 
     def post_close(self) -> None:
-        """Let go of what others may have used while they closed."""
+        """Release resources that other callbacks may have used in ``close``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run depends on, as tensors and plain containers."""
+        """Return everything that a resumed run depends on, as tensors and plain containers."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
-"""A hash at the end of a checkpoint file, in the comment of the zip archive that ``torch.save`` writes.
+"""The SHA-256 of a checkpoint file, in the comment at the end of the zip archive that ``torch.save`` writes.
 
-There it changes nothing for whoever reads the file: ``torch.load`` and ``unzip`` skip it. Every byte before it counts.
+``torch.load`` and ``unzip`` skip the comment. The hash is one of all bytes before it.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ def append(file: BinaryIO) -> None:
     """Append the hash to an archive.
 
     Args:
-        file: Open for reading and writing; all of the archive was written to it.
+        file: Open for reading and writing, with a complete archive.
 
     Raises:
         OSError: If the disk refuses.
@@ -34,15 +34,15 @@ def append(file: BinaryIO) -> None:
 
 
 def verify(path: Path) -> bool:
-    """See that a file has the hash that it ends with; return whether it ends with one.
+    """Check a file against the hash at its end; return whether it has one.
 
-    A file without one is compared with the archive's own checksums, which leave out what lies between the entries.
+    A file without one is checked against the checksums of the archive, which leave out the bytes between its entries.
 
     Args:
         path: Of the file.
 
     Raises:
-        ValueError: If it is not what was written.
+        ValueError: If the file differs from what was written.
         OSError: If it cannot be read.
     """
     with path.open("rb") as file:

@@ -1,76 +1,72 @@
-"""The batches of an epoch, from wherever in it the run stands."""
+"""``Epochs``: the batches of each epoch, from the batch at which the run stands."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from polyak.errors import CheckpointError, PlanWarning
 from polyak.events import Event
-from polyak.trainer import batches, parallel
-from polyak.trainer.parallel import Group
-from polyak.trainer.state import TrainerState
+from polyak.trainer import batches
+from polyak.trainer.wrapping import divides_itself
 from polyak.training import rng
+
+if TYPE_CHECKING:
+    from polyak.trainer.context import Context
 
 _END = object()
 
 
 class Epochs:
-    """Draws the batches of one epoch after the other.
+    """Draws the batches of one epoch after another.
 
     Args:
-        loader: Of training, or None for now.
-        state: For the clock.
-        stream: What the loader draws from.
-        group: Who trains together.
-        fire: Called with the events around the loader.
+        context: Of the trainer.
+        loader: The data to train on; None if ``fit`` will get it.
 
     Attributes:
-        loader: As given.
-        own_batches: Whether each rank draws batches of its own.
-        completed: Batches of this epoch that are trained on, with those whose step mixed precision skipped.
-        epoch_rng: The states of the generators where this epoch began.
+        loader: The data to train on, if it is known.
+        own_batches: Whether each rank draws its own batches.
+        completed: How many batches of this epoch have been trained on, skipped steps included.
+        epoch_rng: The states of the generators at the start of this epoch.
     """
 
-    def __init__(
-        self,
-        loader: Iterable[Any] | None,
-        state: TrainerState,
-        stream: rng.Stream,
-        group: Group,
-        fire: Callable[[Event], None],
-    ) -> None:
+    def __init__(self, context: "Context", loader: Iterable[Any] | None) -> None:
         self.loader = loader
-        self.own_batches = parallel.divides_itself(loader)
+        self.own_batches = divides_itself(loader)
         self.completed = 0
         self.epoch_rng: dict[str, Any] | None = None
-        self._state = state
-        self._stream = stream
-        self._group = group
-        self._fire = fire
+        self._state = context.state
+        self._loop = context.loop
+        self._stream = context.stream
+        self._group = context.group
 
     def use(self, loader: Iterable[Any]) -> None:
-        """Begin a new epoch of another loader.
+        """Train on another loader from now on, in a new epoch.
 
         Args:
-            loader: Of training.
+            loader: Checked.
         """
-        self.loader = loader
-        self.own_batches = parallel.divides_itself(loader)
+        if self.completed:
+            self._loop.count_epoch()
+        self.loader = self._state.train_dataloader = loader
+        self.own_batches = divides_itself(loader)
         self.completed = 0
+        self._stream.generators = rng.generators_of(loader)
+        self._loop.set_epoch_length(length_of(loader))
 
-    def rest(self) -> Iterator[Any]:
-        """Yield the batches of this epoch that are not completed yet, in the order in which they would have come.
+    def remaining(self) -> Iterator[Any]:
+        """Yield the batches of this epoch that are not completed, in the loader's order.
 
         Raises:
             CheckpointError: If the data are not those that the checkpoint was saved with.
             ValueError: If there are no batches.
         """
-        # Before the loader's iterator is made: what is drawn at this event must not change the order of the epoch.
-        self._fire(Event.BEFORE_DATALOADER)
+        # Before the loader's iterator is made: numbers drawn at this event must not change the order of the epoch.
+        self._loop.fire(Event.BEFORE_DATALOADER)
         skip, now = self.completed, self._stream.get_state()
         self._set_epoch()
         if skip:
-            # The order and the random transforms of an epoch follow from the generators' states at its beginning.
+            # The order and the random transforms of an epoch follow from the generators' states at its start.
             assert self.epoch_rng is not None
             self._stream.set_state(self.epoch_rng)
         else:
@@ -88,7 +84,7 @@ class Epochs:
                 self._compare(batch)
             empty = False
             yield batch
-            self._fire(Event.BEFORE_DATALOADER)
+            self._loop.fire(Event.BEFORE_DATALOADER)
         if empty:
             raise ValueError("train_dataloader must give at least one batch an epoch (it gave none)")
 
@@ -114,24 +110,24 @@ class Epochs:
         return iterator
 
     def _compare(self, batch: Any) -> None:
-        """Warn if the ranks, which must draw the same batches, do not."""
-        if self._group.ranks and not self.own_batches:
-            sums = self._group.each(batches.checksum(batch))
+        """Warn if ranks that must draw the same batches do not."""
+        if self._group.size > 1 and not self.own_batches:
+            sums = self._group.ranks.gather(batches.checksum(batch))
             if len(set(sums)) > 1:
                 warnings.warn(
-                    "all ranks must draw the same batches, of which each takes its part, and the first of this epoch "
-                    f"differs (checksums by rank: {sums}): if the order does, samples are left out; seed it alike on "
-                    "all ranks, or give the loader a DistributedSampler",
+                    "all ranks must draw the same batches, of which each trains on its share (got checksums "
+                    f"{sums} by rank for the first batch of this epoch); seed the loader the same on all ranks, or "
+                    "give it a DistributedSampler: samples are left out where the order differs",
                     PlanWarning,
                     stacklevel=2,
                 )
 
 
 def length_of(loader: Any) -> int | None:
-    """Return the number of batches in an epoch, if the loader knows it.
+    """Return the number of batches in an epoch; None if the loader does not know it.
 
     Args:
-        loader: Any.
+        loader: Any iterable.
     """
     try:
         return len(loader)

@@ -1,4 +1,4 @@
-"""A model on a batch: outputs and loss, of a plain module with a loss function and of a model with its own."""
+"""``Forward``: outputs and loss of a model for a batch, by a loss function or by methods of the model."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ class Forward:
         return unwrap(self._state.model)
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context of the precision."""
+        """Return the autocast context of the precision."""
         return torch.autocast(self._device.type, dtype=self._autocast_to) if self._autocast_to else nullcontext()
 
     def outputs(self, batch: Any) -> Any:
@@ -78,7 +78,7 @@ class Forward:
         return self.outputs(batch)
 
     def metric_outputs(self, batch: Any, outputs: Any) -> Any:
-        """Return what training metrics are updated with.
+        """Return the outputs that training metrics are updated with.
 
         Args:
             batch: On the device.
@@ -101,13 +101,13 @@ class Forward:
 
 
 def total_of(loss: Any) -> Tensor:
-    """Return the one loss to be minimized: of several, ``"total"`` if there is one of that name, else their sum.
+    """Return the loss to minimize: of several, the one named ``"total"``, otherwise their sum.
 
     Args:
         loss: A tensor of one element, or several in a mapping or a sequence.
 
     Raises:
-        ArgumentError: If it is none of these.
+        ArgumentError: If it is something else.
     """
     if isinstance(loss, Mapping):
         loss = loss["total"] if "total" in loss else list(loss.values())
@@ -124,6 +124,6 @@ def _pair(batch: Any) -> tuple[Any, Any]:
         got = f"{len(batch)} entries" if isinstance(batch, (tuple, list, Mapping)) else "no pair"
         raise ArgumentError(
             f"batches for a plain module must be pairs (inputs, targets) (got a {type(batch).__name__} with {got}); "
-            "give the model a method loss(outputs, batch) for batches of another form"
+            "give the model a method loss(outputs, batch) for other batches"
         )
     return batch[0], batch[1]

@@ -26,12 +26,12 @@ class Metric(Protocol):
 class Metrics:
     """Several metrics, updated together.
 
-    Metrics of torchmetrics combine by themselves what each rank has seen; all others are given every rank's outputs on
-    every rank.
+    Metrics of torchmetrics combine the states of all ranks themselves. Other metrics are updated on every rank with the
+    outputs of all ranks.
 
     Args:
         metrics: By name.
-        group: Who trains together.
+        group: The processes that train together.
     """
 
     def __init__(self, metrics: Mapping[str, Metric], group: Group) -> None:
@@ -42,7 +42,7 @@ class Metrics:
         return bool(self._metrics)
 
     def of_names(self, patterns: Sequence[str] | None) -> "Metrics":
-        """Return those whose names match one of some regular expressions; all if none are given.
+        """Return the metrics whose names match one of the regular expressions; all metrics for None.
 
         Args:
             patterns: Searched for in the names, in any case.
@@ -66,20 +66,20 @@ class Metrics:
         return Metrics(named, self._group)
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Discard the states of all metrics."""
         for metric in self._metrics.values():
             if isinstance(metric, nn.Module):
                 metric.to(self._group.device)
             metric.reset()
 
     def update(self, model: nn.Module, batch: Any, outputs: Any, *, counts: bool = True) -> None:
-        """Take in the outputs for a batch. All ranks must call this.
+        """Update all metrics with the outputs for a batch. A collective: all ranks must call it.
 
         Args:
             model: Unwrapped; its ``update_metric(batch, outputs, metric)`` is used if it has one.
             batch: On the device.
             outputs: For the batch.
-            counts: Whether they are part of the data, and do not only fill up what other ranks have more of.
+            counts: Whether the batch is part of this rank's data, not one that it runs because other ranks have more.
         """
         gathered = list[Metric]()
         for metric in self._metrics.values():
@@ -89,18 +89,18 @@ class Metrics:
                 _update(metric, model, batch, outputs)
         if not gathered:
             return
-        # What is sent from one GPU would arrive on that GPU.
+        # A tensor sent from a GPU would arrive on the GPU of that number.
         sent = batches.to_device((batch, outputs), torch.device("cpu")) if counts else None
-        for seen in self._group.each(sent):
+        for seen in self._group.ranks.gather(sent):
             if seen is not None:
                 for metric in gathered:
                     _update(metric, model, *batches.to_device(seen, self._group.device))
 
     def compute(self) -> dict[str, float]:
-        """Return the figures by name; a metric that computes several has each under its own name after a slash.
+        """Return the figures by name; of a metric with several figures, each as ``metric/figure``.
 
         Raises:
-            ArgumentError: If a metric computes what is no number.
+            ArgumentError: If a metric computes something else than numbers.
         """
         found: dict[str, float] = {}
         for name, metric in self._metrics.items():
@@ -122,7 +122,7 @@ def _number(name: str, value: Any) -> float:
 
 
 def _combines_itself(metric: Metric) -> bool:
-    """Return whether a metric gathers over the ranks what it has seen, as those of torchmetrics do."""
+    """Return whether a metric combines the states of all ranks itself, as those of torchmetrics do."""
     return all(callable(getattr(metric, name, None)) for name in ("sync", "unsync"))
 
 

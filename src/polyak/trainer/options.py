@@ -1,4 +1,4 @@
-"""The arguments of the trainer, and what is made of them before anything is changed."""
+"""The arguments of the trainer: ``Options`` as given, ``Checked`` as its parts read them."""
 
 import time
 import uuid
@@ -16,11 +16,13 @@ from polyak.events import Event
 from polyak.time import Time, TimeUnit
 from polyak.trainer import batches, inputs
 from polyak.trainer.callback import Callback
-from polyak.trainer.evaluation import Evaluator, evaluation_question, evaluators_of
-from polyak.trainer.loggers import Destination
+from polyak.trainer.evaluators import Evaluator, evaluation_question, evaluators_of
+from polyak.trainer.intervals import Question, question
+from polyak.trainer.loggers import Destination, ProgressBar
 from polyak.trainer.metrics import Metric
-from polyak.trainer.progress import ProgressBar
-from polyak.trainer.state import Question, Scheduler, question
+from polyak.trainer.saver import CheckpointSaver
+from polyak.trainer.state import Scheduler
+from polyak.trainer.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -62,34 +64,40 @@ class Options:
     num_tokens: Callable[[Any], int] | None = None
 
     def checked(self) -> "Checked":
-        """Return what is made of them.
+        """Check the arguments; return what is made of them.
 
         Raises:
-            ArgumentError: If one is not what it must be, or some contradict each other.
-            TimeError: If a time is not one.
+            ArgumentError: If one has a wrong type or value, or some contradict each other.
+            TimeError: If a time cannot be read, or its unit is not counted.
         """
         inputs.check_model(self.model, self.loss)
-        inputs.check_options(
-            precision=self.precision,
-            eval_weights=self.eval_weights,
-            parallelism=self.parallelism,
-            grad_accum=self.grad_accum,
-            seed=self.seed,
-            run_name=self.run_name,
-            switches={
-                "step_schedulers_every_batch": self.step_schedulers_every_batch,
-                "deterministic_mode": self.deterministic_mode,
-                "load_weights_only": self.load_weights_only,
-                "autoresume": self.autoresume,
-                "progress_bar": False if self.progress_bar is None else self.progress_bar,
-            },
-            functions={"num_samples": self.num_samples, "num_tokens": self.num_tokens},
-        )
+        for name, (holds, must) in inputs.PLAIN.items():
+            given = getattr(self, name)
+            inputs.require(holds(given), name, must, given)
         inputs.check_device(self.device)
-        inputs.check_path("load_path", self.load_path)
-        inputs.check_ignored_keys(self.load_ignore_keys)
-        inputs.check_batch_source(self.train_dataloader)
-        workers = inputs.Workers.of(
+        if self.train_dataloader is not None:
+            inputs.check_loader("train_dataloader", self.train_dataloader)
+        counted = inputs.counted_units(self.num_tokens)
+        at = (Event.BATCH_END, Event.EPOCH_END)
+        training, evaluation = inputs.metrics_of(self.model, self.metrics, self.train_metrics)
+        duration = self.max_duration
+        checked = Checked(
+            given=self,
+            workers=self._workers(),
+            counted=counted,
+            max_duration=None if duration is None else inputs.duration_of("max_duration", duration, counted),
+            evaluators=evaluators_of(self.eval_dataloader),
+            eval_due=evaluation_question(self.eval_interval, counted),
+            log_due=question("log_interval", self.log_interval, at=at, counted=counted),
+            train_metrics=training,
+            eval_metrics=evaluation,
+            run_name=self.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}",
+        )
+        checked.savers(checked.run_name)
+        return checked
+
+    def _workers(self) -> Workers:
+        workers = Workers.of(
             self.model,
             algorithms=self.algorithms,
             optimizers=self.optimizers,
@@ -99,42 +107,28 @@ class Options:
         )
         if _shows_progress(self.progress_bar):
             workers.loggers.append(ProgressBar())
-        counted = inputs.counted_units(self.num_tokens)
-        at = (Event.BATCH_END, Event.EPOCH_END)
-        training, evaluation = inputs.metrics_of(self.model, self.metrics, self.train_metrics)
-        duration = self.max_duration
-        return Checked(
-            workers=workers,
-            counted=counted,
-            max_duration=None if duration is None else inputs.duration_of("max_duration", duration, counted),
-            evaluators=evaluators_of(self.eval_dataloader),
-            eval_due=evaluation_question(self.eval_interval, counted),
-            log_due=question("log_interval", self.log_interval, at=at, counted=counted),
-            train_metrics=training,
-            eval_metrics=evaluation,
-            savers=inputs.savers_of(self.save_folder, self.save_interval, self.save_num_checkpoints_to_keep),
-            run_name=self.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}",
-        )
+        return workers
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What is made of the arguments.
+    """The arguments of ``Trainer``, checked, and what is made of them.
 
     Args:
-        workers: What works on the model and what follows it.
+        given: As given, for arguments that need no change.
+        workers: The objects that take part in training.
         counted: The units of time that are counted.
-        max_duration: How long to train, if that is known.
+        max_duration: How long to train; None if ``fit`` will get it.
         evaluators: What is evaluated.
-        eval_due: When, where an evaluator has no interval of its own.
+        eval_due: When evaluators without an interval run.
         log_due: When training is logged.
         train_metrics: By name.
         eval_metrics: By name.
-        savers: Makes the callback of ``save_folder``, given the name of the run.
-        run_name: As given, or made up.
+        run_name: As given, or made from the date.
     """
 
-    workers: inputs.Workers
+    given: Options
+    workers: Workers
     counted: frozenset[TimeUnit]
     max_duration: Time | None
     evaluators: list[Evaluator]
@@ -142,8 +136,26 @@ class Checked:
     log_due: Question
     train_metrics: dict[str, Any]
     eval_metrics: dict[str, Any]
-    savers: Callable[[str], list[Callback]]
     run_name: str
+
+    def savers(self, run_name: str) -> list[Callback]:
+        """Return the callback that saves to ``save_folder``, in a list; an empty list without ``save_folder``.
+
+        Args:
+            run_name: The same on all ranks; it replaces ``{run_name}`` in the folder.
+
+        Raises:
+            ArgumentError: If an argument for saving was given without ``save_folder``.
+            TimeError: If the interval is no time.
+        """
+        given = self.given
+        interval, keep = given.save_interval, given.save_num_checkpoints_to_keep
+        if given.save_folder is None:
+            for name, value in (("save_interval", interval), ("save_num_checkpoints_to_keep", keep)):
+                inputs.require(value is None, name, "given together with save_folder", value, "give save_folder")
+            return []
+        folder = str(given.save_folder).replace("{run_name}", run_name)
+        return [CheckpointSaver(folder, "1ep" if interval is None else interval, keep=None if keep == -1 else keep)]
 
 
 def _shows_progress(asked: bool | None) -> bool:

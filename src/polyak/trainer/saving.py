@@ -1,116 +1,131 @@
-"""Checkpoints of a run: what goes into one, and how a run resumes from one."""
+"""``Checkpoints``: the entries of a checkpoint, and how a run resumes from them."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from polyak.algorithm import Algorithm
 from polyak.errors import ArgumentError, CheckpointError, PlanWarning
 from polyak.events import Event
 from polyak.tensors.slots import unwrap
 from polyak.time import Timestamp
-from polyak.trainer import checkpoint
+from polyak.trainer import checkpoint, states
 from polyak.trainer.callback import Callback
+from polyak.trainer.context import Context
 from polyak.trainer.epochs import Epochs
 from polyak.trainer.evaluation import Evaluation
-from polyak.trainer.parallel import Group
-from polyak.trainer.state import TrainerState
+from polyak.trainer.options import Options
+from polyak.trainer.saver import CheckpointSaver
 from polyak.trainer.step import Step
 from polyak.training import rng
 
-# What goes together: an ignored clock begins a new epoch, ignored random numbers are all ignored.
+# Entries that are ignored together: without the clock a new epoch begins, random numbers are ignored as a whole.
 _WITH = {"timestamp": ("drawn", "evaluated_at"), "rng": ("epoch_rng", "data_rng"), "model": ("training_model",)}
 _ENTRIES = ("model", "optimizers", "schedulers", "scaler", "algorithms", "callbacks", "timestamp", "rng")
 
 
 class Checkpoints:
-    """Saves all that a resumed run depends on, and resumes from it.
+    """Saves everything that a resumed run depends on, and resumes from it.
 
     Args:
-        state: Of the trainer.
-        fire: Called with the events around saving.
-        group: Who trains together.
-        stream: What the data loader draws from.
-        epochs: Knows where in the epoch the run stands.
+        context: Of the trainer. The state's ``save_checkpoint`` is set.
+        epochs: Knows how many batches of the epoch are completed.
         step: Has the gradient scaler.
-        evaluation: Knows where the run was evaluated.
-        draw_anew: Gives each rank random numbers of its own.
+        evaluation: Knows when evaluators last ran.
     """
 
-    def __init__(
-        self,
-        state: TrainerState,
-        fire: Callable[[Event], None],
-        group: Group,
-        *,
-        stream: rng.Stream,
-        epochs: Epochs,
-        step: Step,
-        evaluation: Evaluation,
-        draw_anew: Callable[[], None],
-    ) -> None:
-        self._state = state
-        self._fire = fire
-        self._group = group
-        self._stream = stream
+    def __init__(self, context: Context, epochs: Epochs, step: Step, evaluation: Evaluation) -> None:
+        self._context = context
+        self._state = context.state
+        self._loop = context.loop
+        self._group = context.group
+        self._stream = context.stream
         self._epochs = epochs
         self._step = step
         self._evaluation = evaluation
-        self._draw_anew = draw_anew
+        self._state.save_checkpoint = self.save
 
-    def save(self, path: str | Path) -> None:
-        """Write a checkpoint of the run; it is complete or not there. All ranks must call this.
+    def begin(self, options: Options) -> None:
+        """Fire ``INIT``, then load the checkpoint to resume from, if there is one.
 
         Args:
-            path: Where.
+            options: As given to the trainer.
 
         Raises:
-            CheckpointError: If an optimizer has a state for a parameter that was taken out of it.
-            ShardingError: On the other ranks, if rank 0 could not write; on rank 0, what went wrong.
+            TimeError: If an algorithm has a time in a unit that is not counted.
+            CheckpointError: If the checkpoint cannot be loaded.
+            ArgumentError: If ``autoresume`` does not know where checkpoints are.
         """
-        self._state.saving_to = Path(path)
-        try:
-            self._group.share_buffers(self._state.model)
-            self._fire(Event.SAVE_START)
-            checkpoint.write(
-                {
-                    **checkpoint.model_entries(self._state.model),
-                    "optimizers": [_state_of(optimizer, self._state.model) for optimizer in self._state.optimizers],
-                    "schedulers": [scheduler.state_dict() for scheduler in self._state.schedulers],
-                    "scaler": self._step.scaler.state_dict(),
-                    "algorithms": [(type(a).__qualname__, a.state_dict()) for a in self._state.algorithms],
-                    "callbacks": [(type(c).__qualname__, c.state_dict()) for c in self._state.callbacks],
-                    "timestamp": self._state.timestamp.state_dict(details=True),
-                    "evaluated_at": self._evaluation.evaluated_at,
-                    "eval_metrics": self._state.eval_metrics,
-                    "drawn": self._epochs.completed,
-                    "skipped_in_a_row": self._step.skipped_in_a_row,
-                    **self._random_states(),
-                },
-                Path(path),
-                self._group,
-            )
-        finally:
-            self._fire(Event.SAVE_END)
-            self._state.saving_to = None
+        self._loop.refuse_uncounted()
+        self._loop.meet()
+        self._state.sharded = self._group.kind == "fsdp2" or (
+            self._group.kind is not None and checkpoint.has_shards(self._loop.state_dict())
+        )
+        found: list[Path] = self._group.ranks.from_rank_0(self._saved_checkpoints() if options.autoresume else [])
+        self._state.found_no_checkpoint = options.autoresume and not found and options.load_path is None
+        self._loop.fire(Event.BEFORE_LOAD)
+        if found:
+            self.load(*checkpoint.read_newest(found, self._group))
+        elif options.load_path is not None:
+            path = Path(options.load_path)
+            load = self.load_weights if options.load_weights_only else self.load
+            load(path, checkpoint.read(path, self._group), options.load_ignore_keys)
+        self._loop.fire(Event.AFTER_LOAD)
+
+    def _saved_checkpoints(self) -> list[Path]:
+        for callback in self._state.callbacks:
+            if isinstance(callback, CheckpointSaver):
+                return callback.newest_first()
+        raise ArgumentError("autoresume must know where checkpoints are: give save_folder, or a CheckpointSaver")
+
+    def save(self, path: str | Path) -> None:
+        """Write a checkpoint of the run; it is complete or absent. A collective: all ranks must call it.
+
+        Args:
+            path: Where to write it.
+
+        Raises:
+            CheckpointError: If an optimizer has a state for a parameter that was removed from it.
+            ShardingError: On the other ranks, if rank 0 could not write. Rank 0 raises the error itself.
+        """
+        self._group.share_buffers(self._state.model)
+        with self._loop.saving(path):
+            checkpoint.write(self._entries(), Path(path), self._group)
+
+    def _entries(self) -> dict[str, Any]:
+        state = self._state
+        return {
+            **states.model_entries(state.model),
+            "optimizers": [states.optimizer_state(one, state.model) for one in state.optimizers],
+            "schedulers": [scheduler.state_dict() for scheduler in state.schedulers],
+            "scaler": self._step.scaler.state_dict(),
+            **self._loop.state_dict(),
+            "callbacks": [(type(c).__qualname__, c.state_dict()) for c in state.callbacks],
+            "timestamp": state.timestamp.state_dict(details=True),
+            "evaluated_at": self._evaluation.evaluated_at,
+            "eval_metrics": state.eval_metrics,
+            "drawn": self._epochs.completed,
+            "skipped_in_a_row": self._step.skipped_in_a_row,
+            **self._random_states(),
+        }
 
     def _random_states(self) -> dict[str, Any]:
-        """Return the states of the ranks' generators, by rank; what all draw alike, once."""
-        apart = self._stream.apart
+        """Return the states of the generators of all ranks, by rank; those of a shared stream once."""
+        shared = self._stream.is_separate
+        to_rank_0 = self._group.ranks.gather_to_rank_0
         return {
-            "rng": self._group.to_first(rng.get_state(self._stream.generators)),
-            "epoch_rng": [self._epochs.epoch_rng] if apart else self._group.to_first(self._epochs.epoch_rng),
-            "data_rng": self._stream.get_state() if apart else None,
+            "rng": to_rank_0(rng.get_state(self._stream.generators)),
+            "epoch_rng": [self._epochs.epoch_rng] if shared else to_rank_0(self._epochs.epoch_rng),
+            "data_rng": self._stream.get_state() if shared else None,
         }
 
     def load_weights(self, path: Path, saved: Mapping[str, Any], ignored: Sequence[str] = ()) -> None:
-        """Load the weights for use, the averaged ones if there are any, and nothing else.
+        """Load only the weights: the averaged ones, if there is an average.
 
         Args:
             path: Of the checkpoint, for errors.
@@ -118,8 +133,8 @@ class Checkpoints:
             ignored: As for ``load``.
 
         Raises:
-            CheckpointError: If the model is another.
-            ArgumentError: If ``ignored`` names what is not there.
+            CheckpointError: If it is the checkpoint of another model.
+            ArgumentError: If ``ignored`` names something else.
         """
         self._load_model(path, _without(saved, ignored)["model"], ignored)
 
@@ -129,11 +144,11 @@ class Checkpoints:
         Args:
             path: Of the checkpoint, for errors.
             saved: What was read.
-            ignored: Entries that are left as they are: ``"optimizers"``, ``"timestamp"``, ``"model/head.*"``.
+            ignored: Entries that are not loaded: ``"optimizers"``, ``"timestamp"``, ``"model/head.*"``.
 
         Raises:
-            CheckpointError: If it is the checkpoint of another set-up.
-            ArgumentError: If ``ignored`` names what is not there.
+            CheckpointError: If it is the checkpoint of another model, or of other optimizers, schedulers or data.
+            ArgumentError: If ``ignored`` names something else.
         """
         saved = _without(saved, ignored)
         for name, ours in (("optimizers", self._state.optimizers), ("schedulers", self._state.schedulers)):
@@ -143,15 +158,15 @@ class Checkpoints:
                 )
         weights = saved["model"] if saved["training_model"] is None else saved["training_model"]
         self._load_model(path, weights, ignored)
-        dtypes = checkpoint.saved_dtypes(self._state.model, weights or {})
+        dtypes = states.saved_dtypes(self._state.model, weights or {})
         for optimizer, state in zip(self._state.optimizers, saved["optimizers"] or (), strict=False):
-            checkpoint.load_optimizer(optimizer, state, dtypes)
+            states.load_optimizer(optimizer, state, dtypes)
         for scheduler, state in zip(self._state.schedulers, saved["schedulers"] or (), strict=False):
             scheduler.load_state_dict(state)
         if saved["scaler"]:
             self._step.scaler.load_state_dict(saved["scaler"])
-        _hand_out("algorithm", saved["algorithms"] or (), self._state.algorithms, path)
-        _hand_out("callback", saved["callbacks"] or (), self._state.callbacks, path)
+        _load_by_class("algorithm", saved["algorithms"] or (), self._state.algorithms, path)
+        _load_by_class("callback", saved["callbacks"] or (), self._state.callbacks, path)
         if saved["timestamp"] is not None:
             self._load_clock(path, saved)
         if saved["rng"] is not None:
@@ -163,7 +178,7 @@ class Checkpoints:
         model = self._state.model
         own = unwrap(model).state_dict(keep_vars=True)
         try:
-            checkpoint.load_model(model, _filled(weights, own, ignored))
+            states.load_model(model, _filled(weights, own, ignored))
         except RuntimeError as error:
             raise CheckpointError(f"the model must be that of {path}: {error}") from error
 
@@ -173,9 +188,9 @@ class Checkpoints:
         had = len(generators) if saved["rng"] is None else len(saved["rng"][0]["generators"])
         if (saved["drawn"] and timestamp.epoch_length != length) or had != len(generators):
             raise CheckpointError(
-                f"the data must be those of {path}, saved inside an epoch of {timestamp.epoch_length} batches with "
-                f"{had} generators of the data loader's own (got {length} batches and "
-                f"{len(generators)}); to go on with other data, load a checkpoint from the end of an epoch"
+                f"the data must be those of {path}, saved inside an epoch of {timestamp.epoch_length} batches, with "
+                f"{had} generators of the data loader (got {length} batches and {len(generators)} generators); to "
+                "continue with other data, load a checkpoint from the end of an epoch"
             )
         self._state.timestamp = self._state.previous_timestamp = replace(timestamp, epoch_length=length)
         self._state.eval_metrics = saved["eval_metrics"]
@@ -185,53 +200,39 @@ class Checkpoints:
 
     def _load_random_states(self, saved: Mapping[str, Any], path: Path) -> None:
         own, of_epoch, of_data = saved["rng"], saved["epoch_rng"], saved["data_rng"]
-        if len(own) == self._group.size and (of_data is not None) == self._stream.apart:
+        if len(own) == self._group.size and (of_data is not None) == self._stream.is_separate:
             rng.set_state(own[self._group.rank], self._stream.generators)
-            self._epochs.epoch_rng = of_epoch[0 if self._stream.apart else self._group.rank]
+            self._epochs.epoch_rng = of_epoch[0 if self._stream.is_separate else self._group.rank]
             if of_data is not None:
                 self._stream.set_state(of_data)
             return
         if saved["drawn"] and (self._epochs.own_batches or (of_data is None and len(own) > 1)):
             raise CheckpointError(
-                "a checkpoint from inside an epoch that a DistributedSampler divides must be loaded by as many ranks, "
-                f"with one ({path} was saved by {len(own)} ranks, and {self._group.size} load it); load one from the "
-                "end of an epoch"
+                "a checkpoint from inside an epoch of a DistributedSampler must be loaded by as many ranks, with a "
+                f"DistributedSampler ({path} was saved by {len(own)} ranks, and {self._group.size} load it); load one "
+                "from the end of an epoch"
             )
         warnings.warn(
-            f"{path} was saved by other ranks ({len(own)}) than go on ({self._group.size}): the order of the data goes "
-            "on as it was, and what each rank draws at random besides, as in dropout, begins anew",
+            f"{path} was saved with world size {len(own)} and resumed with {self._group.size}: the order of the data "
+            "is the same, and random numbers in the model, as in dropout, differ from those of the saved run",
             PlanWarning,
             stacklevel=4,
         )
         if self._group.size > 1:
-            self._draw_anew()
+            self._context.reseed()
         self._stream.set_state(of_data or own[0])
         self._epochs.epoch_rng = of_epoch[0]
 
 
-def _state_of(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Return an optimizer's state dict, which torch makes only where each state belongs to one of its parameters."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    removed = [key for key in optimizer.state if isinstance(key, Tensor) and id(key) not in held]
-    if removed:
-        names = {id(parameter): name for name, parameter in unwrap(model).named_parameters()}
-        raise CheckpointError(
-            f"an optimizer must have the parameters that it has states for (of {type(optimizer).__name__} were taken "
-            f"out: {', '.join(names.get(id(one), 'a parameter without a name') for one in removed)}); to freeze "
-            "parameters, set requires_grad to False and grad to None, and leave them in their optimizer"
-        )
-    return optimizer.state_dict()
-
-
 def _filled(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], ignored: Sequence[str]) -> Mapping[str, Tensor]:
-    """Return weights with the model's own in the places of those that are ignored."""
+    """Return weights, with the model's own in place of those that are ignored."""
     patterns = [pattern.removeprefix("state/").removeprefix("model/") for pattern in ignored]
     kept = {name: tensor for name, tensor in own.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
     return {**weights, **kept} if kept else weights
 
 
 def _without(saved: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]:
-    """Return a checkpoint without what some patterns name; entries that are ignored are None."""
+    """Return a checkpoint without what the patterns name; entries that are ignored are None."""
     left = dict(saved)
     for pattern in ignored:
         entry, _, inner = pattern.removeprefix("state/").partition("/")
@@ -251,10 +252,10 @@ def _without(saved: Mapping[str, Any], ignored: Sequence[str]) -> dict[str, Any]
     return left
 
 
-def _hand_out(
+def _load_by_class(
     kind: str, saved: Sequence[tuple[str, dict[str, Any]]], ours: Sequence[Algorithm | Callback], path: Path
 ) -> None:
-    """Give each of ours the first saved state of its class that is left."""
+    """Load into each of ours the first saved state of its class that was not loaded yet."""
     left = list(saved)
     for one in ours:
         for entry in left:
@@ -264,8 +265,8 @@ def _hand_out(
                 break
     if kind == "algorithm" and left:
         warnings.warn(
-            f"{path} has the states of algorithms that this trainer has not: {', '.join(name for name, _ in left)}; "
-            "training goes on from the training weights, without them",
+            f"{path} has states of algorithms that this trainer does not have: {', '.join(name for name, _ in left)}; "
+            "training resumes from the training weights, without them",
             PlanWarning,
             stacklevel=5,
         )

@@ -1,6 +1,5 @@
-"""One batch: forward and backward passes of its microbatches, then the optimizer step."""
+"""``Step``: the forward and backward passes of a batch, and the optimizer step."""
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,11 +9,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from polyak.events import Event
 from polyak.trainer import batches
+from polyak.trainer.context import Context
 from polyak.trainer.epochs import Epochs
-from polyak.trainer.forward import Forward, total_of
+from polyak.trainer.forward import total_of
 from polyak.trainer.metrics import Metrics
-from polyak.trainer.parallel import Group
-from polyak.trainer.state import TrainerState
+from polyak.trainer.options import Checked
 
 _MOST_SKIPPED = 100
 
@@ -23,72 +22,54 @@ class Step:
     """Trains on one batch at a time, with Composer's events in between.
 
     Args:
-        state: Its ``batch`` is trained on; ``outputs`` and ``loss`` are set.
-        forward: Runs the model.
-        group: Who trains together.
-        fire: Called with each event.
-        metrics: Of training.
-        precision: As for ``Trainer``.
-        grad_accum: In how many microbatches a batch is run.
-        epochs: Knows whether each rank draws batches of its own.
-        num_samples: Returns how many samples a batch has.
-        schedule_batches: Whether schedulers step with batches.
+        context: Of the trainer. The state's ``batch`` is trained on; its ``outputs`` and ``loss`` are set.
+        epochs: Where the batches come from.
+        checked: The arguments of the trainer.
 
     Attributes:
-        scaler: Of gradients; does nothing unless the precision is ``amp_fp16``.
-        skipped_in_a_row: How many of the last steps mixed precision has skipped.
+        metrics: Of training.
+        scaler: Of gradients; it does nothing unless the precision is ``amp_fp16``.
+        skipped_in_a_row: How many steps mixed precision has skipped since the last step that it has not.
     """
 
-    def __init__(
-        self,
-        state: TrainerState,
-        forward: Forward,
-        group: Group,
-        fire: Callable[[Event], None],
-        *,
-        metrics: Metrics,
-        precision: str,
-        grad_accum: int,
-        epochs: Epochs,
-        num_samples: Callable[[Any], int],
-        schedule_batches: bool,
-    ) -> None:
-        self._state = state
-        self._forward = forward
-        self._group = group
-        self._fire = fire
-        self._metrics = metrics
-        self._grad_accum = grad_accum
+    def __init__(self, context: Context, epochs: Epochs, checked: Checked) -> None:
+        given = checked.given
+        self._state = context.state
+        self._forward = context.forward
+        self._group = context.group
+        self._fire = context.loop.fire
         self._epochs = epochs
-        self._count_samples = num_samples
-        self._schedule_batches = schedule_batches
-        self.scaler = torch.amp.GradScaler(group.device.type, enabled=precision == "amp_fp16")
+        self._grad_accum = given.grad_accum
+        self._num_samples = given.num_samples
+        self._schedule_batches = given.step_schedulers_every_batch
+        self.metrics = Metrics(checked.train_metrics, context.group)
+        self.scaler = torch.amp.GradScaler(context.group.device.type, enabled=given.precision == "amp_fp16")
         self.skipped_in_a_row = 0
 
     def compute_gradients(self) -> None:
-        """Run the state's batch forward and backward; its gradients are complete and unscaled afterwards."""
+        """Compute the gradients of the state's batch, complete and unscaled."""
         state = self._state
-        whole = state.batch
+        full = state.batch
         where = {} if self._epochs.own_batches else {"rank": self._group.rank, "size": self._group.size}
-        parts = batches.shares(whole, self._grad_accum, self._count_samples, **where)
+        parts = batches.shares(full, self._grad_accum, self._num_samples, **where)
         self._fire(Event.BEFORE_TRAIN_BATCH)
         for optimizer in state.optimizers:
             optimizer.zero_grad()
-        self._metrics.reset()
+        self.metrics.reset()
         total: Tensor | None = None
         for i, (part, factor) in enumerate(parts):
-            with self._gradients_kept_here(i + 1 < len(parts)):
+            with self._without_sync(i + 1 < len(parts)):
                 loss = self._run(part, factor)
             total = loss if total is None else total + loss
         assert total is not None
-        state.batch, state.loss = whole, self._group.mean(total)
+        state.batch, state.loss = full, self._group.ranks.mean(total)
         if self.scaler.is_enabled():
             for optimizer in state.optimizers:
                 self.scaler.unscale_(optimizer)
         self._fire(Event.AFTER_TRAIN_BATCH)
 
     def _run(self, part: Any, factor: float) -> Tensor:
-        """Run a microbatch forward and backward; return its share of the loss."""
+        """Add the gradients of a microbatch; return its share of the loss."""
         state, fire = self._state, self._fire
         state.batch = batches.to_device(part, self._group.device)
         fire(Event.BEFORE_FORWARD)
@@ -103,10 +84,10 @@ class Step:
             loss = loss * factor
         self.scaler.scale(loss).backward()
         fire(Event.AFTER_BACKWARD)
-        if self._metrics:
+        if self.metrics:
             with torch.no_grad():
                 outputs = self._forward.metric_outputs(state.batch, state.outputs)
-                self._metrics.update(self._forward.inner, state.batch, outputs, counts=factor != 0)
+                self.metrics.update(self._forward.inner, state.batch, outputs, counts=factor != 0)
         return loss.detach()
 
     def move(self) -> bool:
@@ -123,31 +104,31 @@ class Step:
         self.skipped_in_a_row = 0 if stepped else self.skipped_in_a_row + 1
         if self.skipped_in_a_row == _MOST_SKIPPED:
             raise RuntimeError(
-                f"gradients must be finite, and those of the last {_MOST_SKIPPED} batches were not: no step was made; "
-                "look at the loss, or use precision='amp_bf16'"
+                f"gradients must be finite (got NaN or inf in the last {_MOST_SKIPPED} batches, which made no step); "
+                "check the loss, or use precision='amp_bf16'"
             )
         if stepped and self._schedule_batches:
             self.step_schedulers()
         return stepped
 
     def end_epoch(self) -> None:
-        """Let schedulers that step with epochs do so."""
+        """Step the schedulers that step with epochs."""
         if not self._schedule_batches:
             self.step_schedulers()
 
     def step_schedulers(self) -> None:
-        """Let all schedulers step."""
+        """Step all schedulers."""
         for scheduler in self._state.schedulers:
             scheduler.step()
 
     def abandon(self) -> None:
-        """Forget gradients and scales of a batch that was left by an exception."""
+        """Discard the gradients and scales of a batch that an exception has left."""
         for optimizer in self._state.optimizers:
             optimizer.zero_grad()
         if self.scaler.is_enabled() and self.scaler._scale is not None:  # noqa: SLF001
-            self.scaler.update(self.scaler.get_scale())  # forgets which optimizers' gradients it has unscaled
+            self.scaler.update(self.scaler.get_scale())  # clears its list of optimizers with unscaled gradients
 
-    def _gradients_kept_here(self, kept: bool) -> AbstractContextManager[object]:
-        """Return a context in which no gradients are sent to other ranks, if they are to be kept."""
+    def _without_sync(self, without: bool) -> AbstractContextManager[object]:
+        """Return a context in which DDP sends no gradients to other ranks, if asked for."""
         model = self._state.model
-        return model.no_sync() if kept and isinstance(model, DistributedDataParallel) else nullcontext()
+        return model.no_sync() if without and isinstance(model, DistributedDataParallel) else nullcontext()

@@ -1,4 +1,4 @@
-"""The training loop's front door."""
+"""``Trainer``: the native training loop."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,87 +14,94 @@ from polyak.averaging.swap import swap_of
 from polyak.errors import LoanError, PlanWarning
 from polyak.events import Event
 from polyak.time import Time
-from polyak.trainer import batches, inputs, prediction
+from polyak.trainer import batches, inputs
 from polyak.trainer.callback import Callback
-from polyak.trainer.evaluation import Evaluator, evaluators_of
+from polyak.trainer.context import Context
+from polyak.trainer.epochs import Epochs
+from polyak.trainer.evaluation import Evaluation
+from polyak.trainer.evaluators import Evaluator, evaluators_of
+from polyak.trainer.fitting import Fitting
+from polyak.trainer.intervals import Question
 from polyak.trainer.loggers import Destination
 from polyak.trainer.metrics import Metric
 from polyak.trainer.options import Options
-from polyak.trainer.parts import Parts
-from polyak.trainer.state import Question, Scheduler
-from polyak.training import rng
+from polyak.trainer.saving import Checkpoints
+from polyak.trainer.state import Scheduler
+from polyak.trainer.step import Step
 
 
 class Trainer:
     """Train a model, with algorithms such as ``EMA`` at the events of MosaicML Composer's trainer.
 
-    One batch of the clock is one optimizer step: a step that mixed precision skips is not counted. Training resumes
-    from a checkpoint bit for bit as if it had not stopped: weights, average, optimizers, schedulers, random numbers
-    and the order of the data, also inside an epoch. (What persistent workers draw at random is excepted: they cannot be
-    asked for their states.) After ``fit``, and after any exception, the model has its training weights.
+    One batch of the clock is one optimizer step: a step that mixed precision skips is not counted. A run that resumes
+    from a checkpoint is bit for bit the run that did not stop: weights, average, optimizers, schedulers, random numbers
+    and the order of the data, also inside an epoch. (The random numbers of persistent workers are an exception, since
+    their states cannot be read.) After ``fit``, and after any exception, the model has its training weights.
 
     With ``parallelism`` the same script trains on one device or, started by ``torchrun``, on many. All ranks draw the
-    same batches and each takes its part, so that a batch is the same whatever the number of ranks; if the loader's
-    sampler is a ``DistributedSampler``, each rank's batch is its own and the batch of all is as many times as large.
+    same batches, and each trains on its share, so that a batch is the same for any number of ranks. If the loader's
+    sampler is a ``DistributedSampler``, each rank draws its own batches, which together are the batch of the step.
     The loss and its gradient are means over the samples of that batch; the clock and all figures are the same on all
-    ranks. The first rank logs and prints. Callbacks run on all ranks. See ``docs/distributed.md``.
+    ranks. Rank 0 logs and prints. Callbacks run on all ranks. See ``docs/distributed.md``.
 
     Args:
-        model: Either any module, with ``loss``; or one with a method ``loss(outputs, batch)``, whose ``forward``
-            takes the whole batch, and, as it likes, ``eval_forward(batch)`` and
-            ``update_metric(batch, outputs, metric)``: a ``ComposerModel``.
+        model: Either any module, with ``loss``; or a ``ComposerModel``: one with a method ``loss(outputs, batch)``,
+            whose ``forward`` takes the whole batch, and which may have ``eval_forward(batch)`` and
+            ``update_metric(batch, outputs, metric)``.
         train_dataloader: Batches; for a plain module, pairs of inputs and targets.
         max_duration: How long to train: ``"10ep"``, ``"5000ba"``, ``"30m"``, or epochs as a number.
         eval_dataloader: Batches for evaluation, several loaders by label, or ``Evaluator`` objects.
-        algorithms: Run at events, in order. Of those that lend an average there can be one.
+        algorithms: Run at events, in order. At most one may swap an average in.
         optimizers: One or several over the model's parameters.
         schedulers: Learning rate schedulers of torch.
         loss: Function of outputs and targets, for a plain module.
-        metrics: For evaluation, by name: torchmetrics, or whatever has ``update(outputs, targets)``, ``compute`` and
+        metrics: For evaluation, by name: torchmetrics, or objects with ``update(outputs, targets)``, ``compute`` and
             ``reset``; by default those of the model's ``get_metrics(is_train=False)``, if it has such a method.
         train_metrics: For training, computed on each batch that is logged; by default those of the model's
             ``get_metrics(is_train=True)``.
         callbacks: Run at events, after the algorithms.
         loggers: Where metrics go.
-        eval_interval: Time between evaluations, or epochs as a number; there is one at the end too. 0 is never. Or a
-            function of the state and the event (``BATCH_END``, ``EPOCH_END`` or ``FIT_END``) that says when.
-        eval_weights: ``"averaged"`` evaluates as the algorithms have it; ``"both"`` also evaluates the training
+        eval_interval: Time between evaluations, or epochs as a number; the model is evaluated at the end too, and
+            with 0 never. Or a function of the state and the event (``BATCH_END``, ``EPOCH_END`` or ``FIT_END``) that
+            returns whether to evaluate.
+        eval_weights: ``"averaged"`` evaluates the average, if there is one; ``"both"`` also evaluates the training
             weights, as ``eval_raw``.
         log_interval: Time between logs of the training loss.
         device: Where to train; by default the GPU if there is one, and with ``parallelism`` that of ``LOCAL_RANK``.
         precision: ``"fp32"``, or automatic mixed precision as ``"amp_bf16"`` or ``"amp_fp16"``.
-        parallelism: ``"ddp"``, each rank having the whole model, or ``"fsdp2"``, each having a shard of each tensor,
-            its gradient and its optimizer state. The process group is begun if there is none. A model that is in
-            ``DistributedDataParallel`` or under ``fully_shard`` already, in any way, is trained as it is.
-        grad_accum: In how many microbatches each batch, or each rank's part of it, is run.
+        parallelism: ``"ddp"``: each rank has the full model; or ``"fsdp2"``: each rank has a shard of each tensor, of
+            its gradient and of its optimizer state. The process group is initialized if it is not. A model that is in
+            ``DistributedDataParallel`` or under ``fully_shard`` already is trained as it is.
+        grad_accum: The number of microbatches of each batch, or of each rank's share of it.
         step_schedulers_every_batch: Whether schedulers step with batches instead of epochs.
         seed: For all global random number generators, set here.
-        deterministic_mode: Whether torch is to use deterministic algorithms alone, from now on in this process.
-        run_name: Of this run, as ``state.run_name``; one with the date by default.
-        progress_bar: Whether to show one; None shows it on a terminal where rich is installed.
+        deterministic_mode: Whether torch uses only deterministic algorithms, from now on in this process.
+        run_name: The name of this run, as ``state.run_name``; made from the date by default.
+        progress_bar: Whether to show one; None shows one on a terminal if rich is installed.
         save_folder: Where to save checkpoints, as by a ``CheckpointSaver`` among ``callbacks``; ``{run_name}`` in it
-            stands for the run's name.
+            is replaced by the run's name.
         save_interval: As for ``CheckpointSaver``; with ``save_folder``.
         save_num_checkpoints_to_keep: As its ``keep``, -1 for all; with ``save_folder``.
         load_path: A checkpoint to resume from.
-        load_weights_only: Whether to take only the weights from ``load_path``: the averaged ones, if there are any.
-        load_ignore_keys: What not to take from ``load_path``: entries such as ``"optimizers"``, ``"algorithms"`` and
+        load_weights_only: Whether to load only weights from ``load_path``: the averaged ones, if there is an average.
+        load_ignore_keys: What not to load from ``load_path``: entries such as ``"optimizers"``, ``"algorithms"`` and
             ``"timestamp"``, and tensors as ``"model/head.*"``; Composer's ``"state/"`` before them is allowed.
         autoresume: Whether to resume from the newest checkpoint of ``save_folder``, or of the ``CheckpointSaver`` among
-            ``callbacks``, if there is one. A damaged one is warned of, and the one before it is taken; if all are, that
-            is an error.
+            ``callbacks``, if there is one. If it is damaged, a warning says so and the one before it is loaded; if all
+            are damaged, an error is raised.
         num_samples: Function of a batch: how many samples it has; by default the first dimension of its first tensor.
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
 
     Raises:
-        ArgumentError: If an argument is not what it must be, or arguments contradict each other.
-        TimeError: If a time is not one.
-        ValueError: If an optimizer has a state already when the model is sharded.
-        ShardingError: If the ranks were given other arguments.
-        CheckpointError: If the checkpoint to load is not one, or is one of another set-up.
+        ArgumentError: If an argument has a wrong type or value, or arguments contradict each other.
+        TimeError: If a time cannot be read, or its unit is not counted.
+        ValueError: If an optimizer has a state when the model is sharded.
+        ShardingError: If the ranks were given different arguments.
+        CheckpointError: If the checkpoint to load is none, or is that of another model or other optimizers.
 
     Attributes:
         state: What algorithms and callbacks see.
+        logger: Where they log.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -152,16 +159,16 @@ class Trainer:
         num_tokens: Callable[[Any], int] | None = None,
     ) -> None:
         # All arguments, by name.
-        options = Options(**{name: value for name, value in locals().items() if name != "self"})
-        checked = options.checked()
-        if deterministic_mode:
-            rng.use_deterministic_algorithms()
-        if seed is not None:
-            rng.seed_all(seed)
-        self._parts = Parts(options, checked)
+        checked = Options(**{name: value for name, value in locals().items() if name != "self"}).checked()
+        self._context = Context.of(checked)
+        self.state, self.logger = self._context.state, self._context.logger
+        self._epochs = Epochs(self._context, train_dataloader)
+        self._step = Step(self._context, self._epochs, checked)
+        self._evaluation = Evaluation(self._context, checked)
+        self._fitting = Fitting(self._context, self._epochs, self._step, self._evaluation, checked)
+        self._checkpoints = Checkpoints(self._context, self._epochs, self._step, self._evaluation)
         self._fitted = self._closed = False
-        self.state, self.logger = self._parts.state, self._parts.logger
-        self._parts.begin(options)
+        self._checkpoints.begin(checked.given)
 
     # Training
 
@@ -174,45 +181,46 @@ class Trainer:
     ) -> None:
         """Train until ``max_duration``, or for ``duration`` from now, and evaluate at the end.
 
-        After an exception inside a batch, the trainer stands where the last batch ended: call ``fit`` or
-        ``save_checkpoint``, and nothing is lost.
+        An exception inside a batch leaves the trainer as it was at the end of the last batch: after it, ``fit``
+        continues and ``save_checkpoint`` saves from there.
 
         Args:
-            train_dataloader: Instead of the trainer's from now on; it begins a new epoch.
-            duration: How much longer to train; a number counts epochs.
+            train_dataloader: Replaces the trainer's; a new epoch begins.
+            duration: How much longer to train; a number is one of epochs.
             reset_time: Whether to set the clock back to the start. Weights, optimizers and schedulers stay.
 
         Raises:
-            ArgumentError: If an argument is not what it must be.
+            ArgumentError: If an argument has a wrong type or value.
+            TimeError: If ``duration`` cannot be read, or its unit is not counted.
             ValueError: If there is no ``train_dataloader``, ``max_duration`` or optimizer.
             LoanError: If the model holds an average.
         """
         if train_dataloader is not None:
-            self._parts.use_data(inputs.check_loader("train_dataloader", train_dataloader))
+            self._epochs.use(inputs.check_loader("train_dataloader", train_dataloader))
         if reset_time:
-            self._parts.reset_time()
+            self._fitting.reset_time()
         if duration is not None:
             longer = inputs.duration_of("duration", duration, self.state.counted)
             self.state.max_duration = self.state.timestamp.get(longer.unit) + longer
         missing = {
-            "train_dataloader": self._parts.epochs.loader is None,
+            "train_dataloader": self._epochs.loader is None,
             "max_duration": self.state.max_duration is None,
             "optimizers": not self.state.optimizers,
         }
         if any(missing.values()):
             raise ValueError(f"training needs {', '.join(name for name, absent in missing.items() if absent)}")
         if swap := swap_of(self.state.model):
-            raise LoanError(f"training must begin with training weights: {swap.holder} has swapped its average in")
+            raise LoanError(f"training must begin with training weights: {swap.owner} has swapped its average in")
         self.state.stopping = False
         if self._fitted and self.state.finished:
             warnings.warn(
                 f"fit() has nothing to train: the run has reached its max_duration, {self.state.max_duration}; give "
-                "fit(duration=) to train longer, or reset_time=True to train anew",
+                "fit(duration=) to train longer, or reset_time=True to start the clock again",
                 PlanWarning,
                 stacklevel=2,
             )
         self._fitted = True
-        self._parts.fitting.run()
+        self._fitting.run()
 
     def eval(
         self,
@@ -224,31 +232,31 @@ class Trainer:
             eval_dataloader: As for ``Trainer``; by default those of the trainer.
 
         Raises:
-            ArgumentError: If it is not what it must be.
+            ArgumentError: If it cannot be evaluated.
             ValueError: If there are no batches.
         """
         evaluators = self.state.evaluators if eval_dataloader is None else evaluators_of(eval_dataloader)
         if not evaluators:
             raise ValueError("an evaluation needs eval_dataloader, here or in Trainer(...)")
         try:
-            self._parts.engine.fire(Event.EVAL_STANDALONE_START)
-            metrics = self._parts.evaluation.run(evaluators)
-            self._parts.engine.fire(Event.EVAL_STANDALONE_END)
+            self._context.loop.fire(Event.EVAL_STANDALONE_START)
+            metrics = self._evaluation.run(evaluators)
+            self._context.loop.fire(Event.EVAL_STANDALONE_END)
         except BaseException:
-            self._parts.engine.fire(Event.EXCEPTION)
+            self._context.loop.fire(Event.EXCEPTION)
             raise
         return metrics
 
     def predict(self, dataloader: Iterable[Any]) -> list[Any]:
-        """Return the outputs for each batch, from the averaged weights if there are any. Each rank runs all batches.
+        """Return the outputs for each batch, by the averaged weights if there are any. Each rank runs all batches.
 
         Args:
             dataloader: Batches as the model takes them; of a pair, a plain module gets the first, its inputs.
         """
-        return prediction.predict(self._parts, dataloader)
+        return self._evaluation.predict(dataloader)
 
     def close(self) -> None:
-        """Let callbacks and loggers finish; the trainer is not used after that. A second call does nothing."""
+        """Close callbacks and loggers; do not use the trainer after that. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -258,14 +266,15 @@ class Trainer:
             callback.post_close()
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Write a checkpoint of the run; it is complete or not there. All ranks must call this.
+        """Write a checkpoint of the run; it is complete or absent. A collective: all ranks must call it.
 
-        It is a file, or a folder where the model or an average is divided over ranks.
+        It is a file, or a folder if the model or an average is sharded over ranks.
 
         Args:
-            path: Where.
+            path: Where to write it.
 
         Raises:
-            ShardingError: On the other ranks, if rank 0 could not write; on rank 0, what went wrong.
+            CheckpointError: If an optimizer has a state for a parameter that was removed from it.
+            ShardingError: On the other ranks, if rank 0 could not write. Rank 0 raises the error itself.
         """
-        self._parts.checkpoints.save(path)
+        self._checkpoints.save(path)

@@ -1,110 +1,207 @@
-"""What hosts have in common: the algorithms in a loop, where it stands, and its optimizer's steps."""
+"""``Loop``: the events, the clock and the state of the algorithms in any training loop."""
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from polyak.algorithm import Algorithm, MetricLogger, NoLogger, check_algorithms, dispatch
-from polyak.averaging.swap import swap_of
+from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
 from polyak.errors import CheckpointError
-from polyak.events import Event, elapsed_duration
-from polyak.sharding import has_spread, is_fsdp, is_initialized, reshard
-from polyak.tensors.slots import slots
-from polyak.time import Time, Timestamp, TimeUnit
-from polyak.training.steps import StepHooks, Unseen, counted_optimizer, refuse_masters
+from polyak.events import Event
+from polyak.time import Timestamp, TimeUnit
+from polyak.training.between import Between
+from polyak.training.optimizer import counted_optimizer, refuse_masters
+from polyak.training.state import LoopState
+from polyak.training.steps import StepHooks
+from polyak.training.uncounted import Uncounted
 
-# Where weights that nobody counted would be noticed too late.
-_CHECKED = {Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START, Event.FIT_END}
-
-
-@dataclass
-class LoopState:
-    """An ``events.State`` of plain values.
-
-    Args:
-        model: In training, wrapped or not.
-        timestamp: Now.
-        max_duration: How long the loop will go on, if that is known.
-        saving_to: Where a checkpoint is being written, if one is and that is known.
-    """
-
-    model: nn.Module
-    timestamp: Timestamp
-    max_duration: Time | None = None
-    saving_to: Path | None = None
-
-    def get_elapsed_duration(self) -> Time | None:
-        """Return the elapsed share of the run as ``dur``; None if ``max_duration`` is not known."""
-        return elapsed_duration(self.timestamp, self.max_duration)
+# Where a warning of weights that moved without a counted step is not too late.
+_CHECKED = frozenset({Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START, Event.FIT_END})
 
 
-def as_algorithms(algorithms: Algorithm | Sequence[Algorithm]) -> list[Algorithm]:
-    """Return what a host was given as a list.
+class Listener(Protocol):
+    """The member of a callback that a loop calls."""
 
-    Args:
-        algorithms: One or several.
-
-    Raises:
-        ArgumentError: If one of them is no algorithm, or one of another trainer.
-        ValueError: If more than one of them lends an average.
-    """
-    listed = list(algorithms) if isinstance(algorithms, Iterable) else [algorithms]
-    check_algorithms(listed)
-    if sum(algorithm.lends for algorithm in listed) > 1:
-        raise ValueError(
-            "a model can hold one average at a time, so of the algorithms that lend one there can be one (got "
-            f"{[algorithm for algorithm in listed if algorithm.lends]}); to compare averages, attach them apart"
-        )
-    return listed
+    def run_event(self, event: Event, state: Any, logger: Any) -> None:
+        """Act on ``event``, after the algorithms."""
+        ...
 
 
 class Loop:
-    """Algorithms at work in the loop of another framework, whose adapter says what happens there.
+    """Algorithms, and callbacks after them, in a training loop: fires events, counts batches, saves states.
+
+    Integrations translate the hooks of their framework to calls of its methods. The algorithms meet the model
+    (``INIT``) by ``meet``, or before the first other event.
 
     Args:
-        algorithms: At work.
-        model: In training, wrapped or not.
+        algorithms: In order. A list may grow later.
+        state: What they read; the loop counts on its clock, the integration sets the rest.
         logger: Where they may log.
+        callbacks: Called after the algorithms. A list may grow later.
+        counts: The units that are counted.
 
     Raises:
-        NotImplementedError: If the model's parameters are not whole in this process.
+        NotImplementedError: If this process does not hold the model's parameters as they are.
 
     Attributes:
         algorithms: As given.
-        state: What they see; the adapter sets what its framework knows.
-        counts: The units that the adapter counts; it adds samples and tokens where it does.
+        state: As given.
+        counts: The units that are counted.
     """
 
-    def __init__(self, algorithms: Sequence[Algorithm], model: nn.Module, logger: MetricLogger | None = None) -> None:
-        _refuse_parts(model)
+    def __init__(
+        self,
+        algorithms: Sequence[Algorithm],
+        state: LoopState,
+        logger: MetricLogger | None = None,
+        *,
+        callbacks: Sequence[Listener] = (),
+        counts: Iterable[TimeUnit] = (TimeUnit.BATCH, TimeUnit.EPOCH),
+    ) -> None:
+        _refuse_flat(state.model)
         self.algorithms = algorithms
-        self.state = LoopState(model, Timestamp())
-        self.counts = {TimeUnit.BATCH, TimeUnit.EPOCH}
+        self.state = state
+        self.counts = set(counts)
+        self._callbacks = callbacks
         self._logger = logger or NoLogger()
-        self._unseen: Unseen | None = None
+        self._met = False
+        self._uncounted: Uncounted | None = None
         self._counted = 0  # batches since steps are counted
-        self.fire(Event.INIT)
+
+    # Events
+
+    def meet(self) -> None:
+        """Let the algorithms meet the model, if they have not."""
+        if not self._met:
+            self._met = True
+            self.fire(Event.INIT)
 
     def fire(self, event: Event) -> None:
-        """Tell the algorithms what happened.
+        """Dispatch an event to the algorithms, then to the callbacks.
 
         Args:
-            event: What.
+            event: That has happened.
         """
+        self.dispatch(event)
+        if self._callbacks:
+            self.notify(event)
+
+    def dispatch(self, event: Event) -> None:
+        """Dispatch an event to the algorithms alone; ``notify`` follows when the loop is interruptible again.
+
+        Args:
+            event: That has happened.
+        """
+        if not self._met:
+            self.meet()
         if event is Event.FIT_START:
             self.refuse_uncounted()
         elif event in _CHECKED:
-            self.warn_of_unseen()
-        # A tensor made in inference mode cannot be changed outside it, where what is lent may have to be taken back.
-        with torch.inference_mode(mode=False):
+            self.warn_of_uncounted()
+        if torch.is_inference_mode_enabled():
+            # A tensor made in inference mode cannot be changed outside it, where training weights may be restored.
+            with torch.inference_mode(mode=False):
+                dispatch(event, self.state, self.algorithms, self._logger)
+        else:
             dispatch(event, self.state, self.algorithms, self._logger)
+
+    def notify(self, event: Event) -> None:
+        """Dispatch an event to the callbacks alone.
+
+        Args:
+            event: On which the algorithms have acted.
+        """
+        for callback in tuple(self._callbacks):
+            callback.run_event(event, self.state, self._logger)
+
+    def between(self, start: Event, end: Event) -> Between:
+        """Return a context that fires ``start`` before its block and ``end`` after it, also after an error.
+
+        Args:
+            start: Such as ``EVAL_START``.
+            end: Such as ``EVAL_END``.
+        """
+        return Between(self.fire, self.state, start, end)
+
+    @contextmanager
+    def saving(self, path: str | Path | None = None) -> Iterator[None]:
+        """Surround the writing of a checkpoint with ``SAVE_START`` and ``SAVE_END``.
+
+        Args:
+            path: Where it is written, if that is known.
+        """
+        with self.state.writing(path), self.between(Event.SAVE_START, Event.SAVE_END):
+            yield
+
+    # The clock
+
+    def end_batch(self, *, samples: int = 0, tokens: int = 0) -> None:
+        """Count an optimizer step, and fire ``BATCH_END``.
+
+        Args:
+            samples: Samples in it.
+            tokens: Tokens in it.
+        """
+        self.count_batch(samples, tokens)
+        self.fire(Event.BATCH_END)
+
+    def count_batch(self, samples: int = 0, tokens: int = 0, *, seconds: float = 0.0, steps: int = 1) -> None:
+        """Count a batch without an event.
+
+        Args:
+            samples: Samples in it.
+            tokens: Tokens in it.
+            seconds: How long it took.
+            steps: Optimizer steps in it: 0 where mixed precision skipped the step.
+        """
+        state = self.state
+        state.previous_timestamp = now = state.timestamp
+        state.timestamp = now.to_next_batch(samples, tokens, seconds=seconds, steps=steps)
+        self._counted += steps
+
+    def begin_epoch(self) -> None:
+        """Fire ``EPOCH_START``. An epoch that was left before its end counts as one."""
+        self.leave_epoch()
+        self.fire(Event.EPOCH_START)
+
+    def leave_epoch(self) -> None:
+        """Count the epoch that was left before its end, if one was, without an event."""
+        if self.state.timestamp.in_epoch:
+            self.count_epoch()
+
+    def end_epoch(self) -> None:
+        """Count an epoch, and fire ``EPOCH_END``."""
+        self.count_epoch()
+        self.fire(Event.EPOCH_END)
+
+    def end_full_epoch(self) -> None:
+        """End the epoch if its last batch has ended."""
+        if self.state.timestamp.ends_epoch:
+            self.end_epoch()
+
+    def count_epoch(self) -> None:
+        """Count an epoch without an event."""
+        self.state.previous_timestamp = self.state.timestamp
+        self.state.timestamp = self.state.timestamp.to_next_epoch()
+
+    def set_epoch_length(self, batches: int | None) -> None:
+        """Set how many batches an epoch has, for its fractions.
+
+        Args:
+            batches: None if that is not known.
+        """
+        self.state.timestamp = replace(self.state.timestamp, epoch_length=batches)
+
+    def reset_clock(self) -> None:
+        """Set the clock back to the start. At the next ``FIT_START`` an average continues from there."""
+        start = Timestamp(epoch_length=self.state.timestamp.epoch_length)
+        self.state.timestamp = self.state.previous_timestamp = start
+
+    # Checks
 
     def refuse_uncounted(self) -> None:
         """Refuse algorithms with times in a unit that the loop does not count.
@@ -117,21 +214,21 @@ class Loop:
             algorithm.refuse_uncounted(self.state, self.counts)
 
     def count(
-        self, optimizer: object, after: Callable[[], object], before: Callable[[], object] | None = None
+        self, optimizer: object, after: Callable[[], object], first: Callable[[], object] | None = None
     ) -> StepHooks:
-        """Count the steps of an optimizer until the hooks that are returned are removed.
+        """Call ``after`` after each step of an optimizer that counts, until the returned hooks are removed.
 
         Args:
             optimizer: Wrapped or not.
             after: Called after each step that counts.
-            before: Called before each step.
+            first: Called before the first step.
 
         Raises:
             OptimizerError: If its steps cannot be seen, or move other tensors than the model's.
         """
         counted = counted_optimizer(optimizer)
         refuse_masters(counted, self.state.model)
-        hooks = StepHooks(counted, after, before)
+        hooks = StepHooks(counted, after, first)
         self.watch(hooks)
         return hooks
 
@@ -141,68 +238,26 @@ class Loop:
         Args:
             hooks: On the optimizer whose steps are counted; None if they are counted by hand.
         """
-        self._unseen, self._counted = Unseen(self.state.model, hooks), 0
+        self._uncounted, self._counted = Uncounted(self.state.model, hooks), 0
 
-    def warn_of_unseen(self) -> None:
+    def warn_of_uncounted(self) -> None:
         """Warn, once, if weights have moved and no step was counted."""
-        if self._unseen is not None:
-            self._unseen.warn(self._counted)
+        if self._uncounted is not None:
+            self._uncounted.warn(self._counted)
 
-    def end_batch(self, *, samples: int = 0, tokens: int = 0) -> None:
-        """Count an optimizer step.
-
-        Args:
-            samples: Samples in it.
-            tokens: Tokens in it.
-        """
-        self.state.timestamp = self.state.timestamp.to_next_batch(samples=samples, tokens=tokens)
-        self._counted += 1
-        self.fire(Event.BATCH_END)
-
-    def begin_epoch(self) -> None:
-        """Begin an epoch. One that was left before its end counts as one."""
-        if self.state.timestamp.batch_in_epoch.value:
-            self.state.timestamp = self.state.timestamp.to_next_epoch()
-        self.fire(Event.EPOCH_START)
-
-    def end_epoch(self) -> None:
-        """Count the end of an epoch."""
-        self.state.timestamp = self.state.timestamp.to_next_epoch()
-        self.fire(Event.EPOCH_END)
-
-    def between(self, start: Event, end: Event) -> "Between":
-        """Return what fires ``start`` before a ``with`` block and ``end`` after it, however that ends.
-
-        Args:
-            start: Such as ``EVAL_START``.
-            end: Such as ``EVAL_END``.
-        """
-        return Between(self, start, end)
-
-    @contextmanager
-    def saving(self, path: str | Path | None = None) -> Iterator[None]:
-        """Surround the taking of a checkpoint.
-
-        Args:
-            path: Where it is being written, if that is known.
-        """
-        self.state.saving_to = None if path is None else Path(path)
-        try:
-            with self.between(Event.SAVE_START, Event.SAVE_END):
-                yield
-        finally:
-            self.state.saving_to = None
+    # State
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the algorithms, and where the loop stands."""
+        """Return the states of the algorithms and the clock."""
+        self.meet()
         return {
-            # Lists, not tuples, into which `torch.distributed.checkpoint` does not look.
+            # Lists, not tuples, which `torch.distributed.checkpoint` does not look into.
             "algorithms": [[type(a).__qualname__, a.state_dict()] for a in self.algorithms],
             "timestamp": self.state.timestamp.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` returned. Load the model's own state before.
+        """Resume from what ``state_dict`` returned. Load the model's own state first.
 
         Args:
             state: As saved.
@@ -211,6 +266,7 @@ class Loop:
             CheckpointError: If it is the state of other algorithms.
             MismatchError: If names or shapes differ from the model's.
         """
+        self.meet()
         saved, ours = state["algorithms"], [type(a).__qualname__ for a in self.algorithms]
         if [name for name, _ in saved] != ours:
             raise CheckpointError(f"the state must be that of {ours} (got that of {[name for name, _ in saved]})")
@@ -218,100 +274,12 @@ class Loop:
             algorithm.load_state_dict(own)
         length = self.state.timestamp.epoch_length
         self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)
-        if self._unseen is not None and not self._counted:
-            self._unseen.begin_anew()
-
-    @property
-    def in_parts(self) -> bool:
-        """Whether the state is spread over ranks, so that each must save its own part of it. All ranks must ask."""
-        model = self.state.model
-        return is_initialized() and (
-            is_fsdp(model)
-            or has_spread(list(model.parameters()))
-            or any(has_spread(algorithm.state_dict()) for algorithm in self.algorithms if algorithm.lends)
-        )
-
-    def save_parts(self, folder: Path, *, weights: bool) -> None:
-        """Save what ``state_dict`` returns by ``torch.distributed.checkpoint``. All ranks must call this.
-
-        Args:
-            folder: To be made, in that of the checkpoint that is being written.
-            weights: Whether to save the model's weights with it: where the rest of the checkpoint has averaged ones.
-        """
-        import torch.distributed.checkpoint as dcp  # noqa: PLC0415  half a second that few need
-
-        self.state.saving_to = folder.parent
-        try:
-            # Of what ranks have of their own, such as buffers, the first one's is saved.
-            planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-            dcp.save(self._parts(weights), checkpoint_id=folder, planner=planner)
-        finally:
-            self.state.saving_to = None
-
-    def load_parts(self, folder: Path, *, weights: bool) -> None:
-        """Go on from what ``save_parts`` saved, on the same ranks or others. All ranks must call this.
-
-        Args:
-            folder: As given to ``save_parts``.
-            weights: As given to ``save_parts``; the model gets them.
-
-        Raises:
-            CheckpointError: If it is the state of other algorithms.
-        """
-        import torch.distributed.checkpoint as dcp  # noqa: PLC0415  see above
-
-        state = self._parts(weights)
-        dcp.load(state, checkpoint_id=folder)
-        self.load_state_dict(state["loop"])
-
-    def _parts(self, weights: bool) -> dict[str, Any]:
-        parts: dict[str, Any] = {"loop": self.state_dict()}
-        if weights:
-            reshard(self.state.model)
-            parts["weights"] = {slot.name: slot.tensor.detach() for slot in slots(self.state.model) if slot.persistent}
-        return parts
+        if self._uncounted is not None and not self._counted:
+            self._uncounted.reset()
 
 
-class Between:
-    """Fires one event before a ``with`` block and another after it, however that ends.
-
-    An average that is swapped in by the first event belongs to the block: if an interrupt skips the second event, the
-    training weights are restored by whoever next asks for them, since nobody has this object any more.
-
-    Args:
-        loop: Where the events are fired.
-        start: Before the block.
-        end: After it.
-    """
-
-    def __init__(self, loop: Loop, start: Event, end: Event) -> None:
-        self._loop, self._start, self._end = loop, start, end
-
-    def __enter__(self) -> None:
-        """Fire the first event; after an error in it the second one too."""
-        try:
-            before = swap_of(self._loop.state.model)
-            self._loop.fire(self._start)
-            swap = swap_of(self._loop.state.model)
-            if swap is not None and swap is not before:
-                swap.scope = weakref.ref(self)
-        except BaseException:
-            self._loop.fire(self._end)
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Fire the second event; if that is interrupted, once more."""
-        try:
-            self._loop.fire(self._end)
-        except BaseException:
-            self._loop.fire(self._end)
-            raise
-
-
-def _refuse_parts(model: nn.Module) -> None:
-    """Refuse parameters that are elsewhere, or in one flat tensor: ZeRO-3's, which it marks, and the first FSDP's."""
+def _refuse_flat(model: nn.Module) -> None:
+    """Refuse parameters on other ranks (ZeRO-3 marks them), and parameters in one flat tensor (FSDP1)."""
     flat = any(cls.__name__ == "FullyShardedDataParallel" for m in model.modules() for cls in type(m).__mro__)
     if flat or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise NotImplementedError(

@@ -24,7 +24,7 @@ def seed_all(seed: int) -> None:
 
 
 def use_deterministic_algorithms() -> None:
-    """Let torch use deterministic algorithms alone, from now on in this process; slower, and some raise an error."""
+    """Make torch use only deterministic algorithms in this process; they are slower, and some raise errors."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
@@ -47,9 +47,9 @@ def get_state(generators: Sequence[torch.Generator] = (), *, gpu: bool = True, p
     """Return the states of the global generators, and of ``generators``, as tensors and plain containers.
 
     Args:
-        generators: Others that matter.
-        gpu: Whether those of GPUs do.
-        plain: Whether it will be saved; otherwise numpy's may stay an array, which is faster.
+        generators: Others to include.
+        gpu: Whether to include those of GPUs.
+        plain: Whether the state will be saved; otherwise numpy's may stay an array, which is faster.
     """
     state: dict[str, Any] = {
         "python": random.getstate(),
@@ -65,7 +65,7 @@ def get_state(generators: Sequence[torch.Generator] = (), *, gpu: bool = True, p
 
 
 def set_state(state: Mapping[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
-    """Go on from what ``get_state`` returned.
+    """Set the states that ``get_state`` returned.
 
     Args:
         state: As returned.
@@ -84,10 +84,10 @@ def set_state(state: Mapping[str, Any], generators: Sequence[torch.Generator] = 
 
 @contextmanager
 def preserved(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
-    """Let what is drawn in the block not change what is drawn after it.
+    """Restore the states after the block, so that numbers drawn in it change none that are drawn later.
 
     Args:
-        generators: Others than the global ones.
+        generators: Others to restore than the global ones.
     """
     state = get_state(generators)
     try:
@@ -101,10 +101,10 @@ def preserved(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
 
 
 class Stream:
-    """What a data loader draws from: the global generators, or states of their own, apart from what the model draws.
+    """The random numbers of a data loader: those of the global generators, or separate ones.
 
-    Ranks that take their shares of the same batches have it apart, from one beginning: they must draw one order and the
-    same transforms, and each other numbers in the model.
+    Ranks that divide the same batches have separate streams with one start: they must draw the same order and the same
+    transforms, while the model on each rank must draw other numbers.
 
     Args:
         loader: Its generators belong to the stream.
@@ -112,51 +112,51 @@ class Stream:
 
     def __init__(self, loader: object) -> None:
         self.generators = generators_of(loader)
-        self._apart: dict[str, Any] | None = None
+        self._separate: dict[str, Any] | None = None
 
     @property
-    def apart(self) -> bool:
-        """Whether it is apart from the global generators."""
-        return self._apart is not None
+    def is_separate(self) -> bool:
+        """Whether it is separate from the global generators."""
+        return self._separate is not None
 
-    def set_apart(self, state: dict[str, Any]) -> None:
-        """Keep it apart from now on, beginning with a state.
+    def separate(self, state: dict[str, Any]) -> None:
+        """Separate it from the global generators from now on.
 
         Args:
-            state: As ``get_state`` returned it.
+            state: Its first, as ``get_state`` returned it.
         """
-        self._apart = state
+        self._separate = state
         self.set_state(state)
 
     def get_state(self) -> dict[str, Any]:
         """Return its state, as tensors and plain containers."""
-        if self._apart is None:
+        if self._separate is None:
             return get_state(self.generators)
-        return {**self._apart, "generators": [generator.get_state() for generator in self.generators]}
+        return {**self._separate, "generators": [generator.get_state() for generator in self.generators]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what ``get_state`` returned.
+        """Set the state that ``get_state`` returned.
 
         Args:
             state: As returned.
         """
-        if self._apart is None:
+        if self._separate is None:
             set_state(state, self.generators)
             return
-        self._apart = state
+        self._separate = state
         for generator, own in zip(self.generators, state["generators"], strict=True):
             generator.set_state(own)
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """Let what is drawn in the block be drawn from it."""
-        if self._apart is None:
+        """Let the block draw from it."""
+        if self._separate is None:
             yield
             return
         own = get_state(gpu=False)
-        set_state({**self._apart, "generators": []})
+        set_state({**self._separate, "generators": []})
         try:
             yield
         finally:
-            self._apart = get_state(gpu=False)
+            self._separate = get_state(gpu=False)
             set_state(own)

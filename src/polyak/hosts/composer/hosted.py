@@ -1,0 +1,226 @@
+"""Algorithms of polyak as algorithms of Composer's trainer: ``Hosted``, ``EMA`` and ``Recorder``."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from composer.algorithms.ema import ema as composers
+from composer.core import Algorithm as ComposerAlgorithm
+
+import polyak.averaging.ema
+import polyak.record.recorder
+from polyak.algorithm import Algorithm, MetricLogger, check_one_swaps, dispatch
+from polyak.errors import ArgumentError
+from polyak.events import Event
+from polyak.hosts.composer.clock import View
+from polyak.sharding import whole
+from polyak.training.optimizer import counted_optimizer
+from polyak.training.steps import StepHooks
+
+_OURS: Mapping[str, Event] = {event.value: event for event in Event}
+# An evaluator whose label ends so evaluates the training weights.
+_RAW = "_raw"
+
+
+class Hosted(ComposerAlgorithm):
+    """An algorithm of polyak as one of Composer's. It has the attributes of the algorithm.
+
+    Evaluators whose label ends in ``_raw`` see the training weights, all others those that the algorithm swaps in.
+
+    Args:
+        algorithm: Any. For ``EMA`` and ``Recorder`` there are classes of these names, which read Composer's states.
+
+    Attributes:
+        algorithm: As given.
+    """
+
+    def __init__(self, algorithm: Algorithm) -> None:
+        super().__init__()
+        self.algorithm = algorithm
+        self._view = View()
+        self._hooks = list[StepHooks]()
+        self._stepped = False
+
+    def __repr__(self) -> str:
+        return repr(self.algorithm)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "algorithm":  # not set yet
+            raise AttributeError(name)
+        return getattr(self.algorithm, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # An attribute of the algorithm is set, or refused, there: set here it would have no effect.
+        known = vars(self).get("algorithm")
+        own = name in vars(self) or hasattr(type(self), name)
+        target = known if known is not None and not own and hasattr(known, name) else self
+        object.__setattr__(self, name, value) if target is self else setattr(target, name, value)
+
+    def match(self, event: Any, state: Any) -> bool:
+        """Return whether polyak has this event; ``apply`` asks the algorithm itself.
+
+        Args:
+            event: Composer's.
+            state: Composer's.
+        """
+        raw = event.is_eval and str(state.dataloader_label).endswith(_RAW)
+        return event.value in _OURS and not raw
+
+    def apply(self, event: Any, state: Any, logger: Any) -> None:
+        """Dispatch the event to the algorithm.
+
+        Args:
+            event: Composer's.
+            state: Composer's.
+            logger: Composer's.
+        """
+        ours = _OURS[event.value]
+        if ours is Event.INIT:
+            _check(self, state)
+        elif ours is Event.AFTER_LOAD and state.fsdp_enabled:
+            # The model is sharded by now, which must be known also where an evaluation comes before training.
+            self.fire(Event.INIT, state, logger)
+        elif ours is Event.FIT_START:
+            self._view.learn(state)
+            self._view.begin_fit()
+            self._count_steps(state)
+        elif ours is Event.EPOCH_START:
+            self._view.begin_epoch()
+        elif ours is Event.BATCH_START:
+            self._stepped = False
+        elif ours is Event.BATCH_END:
+            self._view.end_batch(stepped=self._stepped)
+            if not self._stepped:
+                return
+        self.fire(ours, state, logger)
+
+    def fire(self, event: Event, state: Any, logger: MetricLogger) -> None:
+        """Dispatch an event of polyak's to the algorithm.
+
+        Args:
+            event: Ours.
+            state: Composer's.
+            logger: Composer's, or another.
+        """
+        self._view.composers = state
+        dispatch(event, self._view, [self.algorithm], logger)
+
+    def saving_to(self, path: Path | None) -> None:
+        """Note the path of the checkpoint that is being written.
+
+        Args:
+            path: None if none is.
+        """
+        self._view.saving_to = path
+
+    def _count_steps(self, state: Any) -> None:
+        for hooks in self._hooks:
+            hooks.remove()
+        self._hooks = [StepHooks(counted_optimizer(optimizer), self._on_step) for optimizer in state.optimizers]
+
+    def _on_step(self) -> None:
+        self._stepped = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the algorithm's state, and the batches that its clock leaves out."""
+        # Composer calls this on all ranks and saves what rank 0 returns, in a folder of shards as in one file.
+        return {**whole(self.algorithm.state_dict()), "composer_skipped": self._view.state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from what ``state_dict`` returned.
+
+        Args:
+            state: As saved.
+        """
+        self._load_clock(state)
+        self.algorithm.load_state_dict(state)
+
+    def _load_clock(self, state: Mapping[str, Any]) -> None:
+        self._view.load(state.get("composer_skipped", []))
+
+
+class EMA(Hosted):
+    """``polyak.EMA`` for Composer's trainer: evaluates, predicts and saves with the average of the weights.
+
+    It loads the states of Composer's own ``EMA``, of releases up to 0.12 and since.
+
+    Args:
+        *args: As ``polyak.EMA``, whose first four are those of Composer's.
+        **options: As ``polyak.EMA``.
+    """
+
+    @functools.wraps(polyak.averaging.ema.EMA.__init__)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(polyak.averaging.ema.EMA(*args, **options))
+
+    def apply(self, event: Any, state: Any, logger: Any) -> None:
+        """Dispatch the event to the algorithm. An update by hand, outside of a fit, is made whether or not it is due.
+
+        Args:
+            event: Composer's.
+            state: Composer's.
+            logger: Composer's.
+        """
+        if self._hooks or _OURS.get(event.value) not in {Event.BATCH_END, Event.EPOCH_END}:
+            super().apply(event, state, logger)
+        else:
+            self._view.learn(state)
+            self.algorithm.apply(_OURS[event.value], self._view, logger)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, with the entry by which Composer's own ``EMA`` can resume from a checkpoint."""
+        state = super().state_dict()
+        return {**state, "ema_weights_active": state.get("lent", False)}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Resume from what ``state_dict`` returned, here or of Composer's own ``EMA``.
+
+        Args:
+            state: As saved.
+            strict: Whether all names must match the model's; see ``polyak.EMA.load_state_dict``.
+        """
+        self._load_clock(state)
+        assert isinstance(self.algorithm, polyak.averaging.ema.EMA)
+        self.algorithm.load_state_dict(state, strict)
+
+
+class Recorder(Hosted):
+    """``polyak.Recorder`` for Composer's trainer: keeps a record of the weights while training.
+
+    Args:
+        *args: As ``polyak.Recorder``.
+        **options: As ``polyak.Recorder``.
+    """
+
+    @functools.wraps(polyak.record.recorder.Recorder.__init__)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(polyak.record.recorder.Recorder(*args, **options))
+
+
+def hosted_in(state: Any) -> list[Hosted]:
+    """Return the algorithms of polyak among those of a trainer.
+
+    Args:
+        state: Composer's.
+    """
+    return [algorithm for algorithm in state.algorithms if isinstance(algorithm, Hosted)]
+
+
+def _check(hosted: Hosted, state: Any) -> None:
+    """Refuse what cannot work in Composer."""
+    if state.fsdp_config_version == 1 or state.tp_config is not None:
+        raise NotImplementedError(
+            "each process must hold the full model or its FSDP2 shards: FSDP1 keeps flat parameters, whose average "
+            "cannot be saved by name, and tensor parallelism is not supported in Composer; train with FSDP2 "
+            '(parallelism_config={"fsdp": FSDP2Config()}), with DDP, or in polyak.Trainer'
+        )
+    ours = hosted_in(state)
+    swapping = [a for a in ours if a.algorithm.swaps]
+    check_one_swaps([*swapping, *(a for a in state.algorithms if isinstance(a, composers.EMA))])
+    same = [a for a in ours if type(a) is type(hosted)]
+    if len(same) > 1:
+        raise ArgumentError(
+            f"Composer keeps one state for each class of algorithms, so there can be one {type(hosted).__qualname__} "
+            f"(got {same}); give the others subclasses"
+        )

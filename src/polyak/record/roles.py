@@ -1,0 +1,97 @@
+"""Which ranks record, and what they compare."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from polyak.averaging.weights import Shadow, refuse_unsynchronized
+from polyak.errors import RecordError
+from polyak.sharding import Communicator, Ranks, communicator_of
+from polyak.tensors.slots import PolicyRule
+from polyak.time import Time, TimeUnit
+
+
+class Roles:
+    """The ranks that train a model, and the part that this one has in recording it.
+
+    Args:
+        model: As it is trained. All ranks that hold it must make this together.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._ranks: Communicator = communicator_of(model)
+
+    @property
+    def several(self) -> Ranks | None:
+        """The ranks, if they are several."""
+        return self._ranks if isinstance(self._ranks, Ranks) else None
+
+    @property
+    def follows(self) -> bool:
+        """Whether rank 0, which has the same weights, records, and this rank only counts."""
+        return self._ranks.replicas and self._ranks.rank > 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank records its shards of the weights."""
+        return not self._ranks.replicas
+
+    def separate(self) -> Communicator | None:
+        """Return a communicator for the thread that writes shards, whose messages must not mix with training's."""
+        return self._ranks.separate() if self.sharded else None
+
+    def run(self, act: Callable[[], None]) -> None:
+        """Run on the ranks that record; raise an error of any of them on every rank.
+
+        Args:
+            act: Called on each rank of a sharded model, else on rank 0.
+        """
+        if self.sharded:
+            self._ranks.on_every_rank("what is recorded", act)
+        else:
+            self._ranks.on_rank_0(act)
+
+    def agree(self, mean: Shadow | None, facts: Mapping[str, Any]) -> None:
+        """Check that all ranks record the same; of a sharded model, also that what is not sharded is equal.
+
+        Args:
+            mean: The running mean, if there is one yet.
+            facts: What else must be the same.
+
+        Raises:
+            ShardingError: If something differs.
+        """
+        if mean is not None and self.sharded and self.several is not None:
+            mean.agree(self.several, facts)
+        else:
+            self._ranks.agree("what is recorded", facts)
+
+    def refuse_unsynchronized(self, model: nn.Module, policy: PolicyRule) -> None:
+        """Refuse a model with recorded parameters that may differ by rank.
+
+        Args:
+            model: As it is trained.
+            policy: Which tensors are recorded.
+
+        Raises:
+            ShardingError: If there are such parameters.
+        """
+        refuse_unsynchronized(self.several, model, policy)
+
+    def refuse_seconds(self, interval: Time, max_duration: Time | None) -> None:
+        """Refuse segments whose length the clock of each rank decides.
+
+        Args:
+            interval: The length of a segment.
+            max_duration: The length of the run.
+
+        Raises:
+            RecordError: If there are several ranks and the length is in seconds.
+        """
+        length = max_duration if interval.unit is TimeUnit.DURATION else interval
+        if self.several is not None and length is not None and length.unit is TimeUnit.SECOND:
+            raise RecordError(
+                "a segment must end at the same batch on all ranks, and their clocks differ (got an interval of "
+                f"{interval}, max_duration={max_duration}): use a unit other than seconds"
+            )

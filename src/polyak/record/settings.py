@@ -1,0 +1,118 @@
+"""What a ``Recorder`` was given, and what is made from it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyak.averaging.weights import Shadow
+from polyak.errors import TimeError
+from polyak.events import State
+from polyak.record.writer import Writer
+from polyak.sharding import Communicator
+from polyak.storage.safetensors import TensorInfo
+from polyak.tensors.slots import PolicyRule, all_slots, views_of
+from polyak.time import Time, TimeUnit
+
+# A checkpoint may be written over the last one of its path, and if that fails the last one is still needed.
+_PINS_PER_PATH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a ``Recorder`` was given.
+
+    Args:
+        folder: As for ``Recorder``, absolute.
+        interval: As for ``Recorder``.
+        per_level: As for ``Recorder``.
+        dtype: As for ``Recorder``.
+        device: As for ``Recorder``.
+        policy: As for ``Recorder``.
+        shown: The recorder as text, which ranks compare: without the paths of their disks.
+    """
+
+    folder: Path
+    interval: Time | None
+    per_level: int | None
+    dtype: torch.dtype
+    device: torch.device | str | None
+    policy: PolicyRule
+    shown: str
+
+    def interval_of(self, state: State) -> Time:
+        """Return the length of a segment.
+
+        Args:
+            state: Of the loop.
+
+        Raises:
+            TimeError: If it is a share of a run whose ``max_duration`` is not known.
+        """
+        interval = Time(1 / 512, TimeUnit.DURATION) if self.interval is None else self.interval
+        if interval.unit is TimeUnit.DURATION and state.max_duration is None:
+            raise TimeError(
+                "the length of a segment must be known: give Recorder an interval such as '100ba', or the loop its "
+                f"max_duration (got interval={self.interval})"
+            )
+        return interval
+
+    def new_mean(self, state: State) -> Shadow:
+        """Return a running mean of no updates.
+
+        Args:
+            state: Of the loop.
+        """
+        return Shadow(state.model, policy=self.policy, device=self.device, views=True)
+
+    def writer(self, mean: Shadow, state: State, ranks: Communicator | None, *, back_up: bool = False) -> Writer:
+        """Return a writer of the record.
+
+        Args:
+            mean: The running mean, whose tensors are recorded.
+            state: Of the loop.
+            ranks: As for ``Writer``.
+            back_up: As for ``Writer``.
+        """
+        tensors = {
+            name: TensorInfo.of(tensor, averaged=averaged, dtype=self.dtype)
+            for name, (tensor, averaged) in mean.kinds().items()
+        }
+        return Writer(
+            self.folder,
+            tensors,
+            per_level=self.per_level,
+            max_duration=state.max_duration,
+            aliases=_aliases(state.model, mean.averages),
+            ranks=ranks,
+            back_up=back_up,
+        )
+
+
+def pinned(writer: Writer, checkpoint: Path | None, num_updates: int) -> dict[str, Any]:
+    """Keep the files of a record for a checkpoint; return what ``Writer.rewind`` needs.
+
+    Args:
+        writer: Of the record.
+        checkpoint: Its path; None if that is not known.
+        num_updates: How many updates were recorded.
+
+    Raises:
+        RecordError: If the disk refuses.
+    """
+    writer.unpin_gone()
+    prefix = f"{checkpoint.name if checkpoint else 'state'}@"
+    writer.pin(f"{prefix}{num_updates}", checkpoint)
+    for name in [name for name in writer.pins if name.startswith(prefix)][:-_PINS_PER_PATH]:
+        writer.unpin(name)
+    return writer.state_dict()
+
+
+def _aliases(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the further names of tied tensors, and the name that each is kept under."""
+    persistent = {slot.name for slot in all_slots(model) if slot.persistent}
+    tied = views_of(model, tied=True)
+    return {name: own.name for name, (own, _) in tied.items() if own.name in kept and name in persistent}

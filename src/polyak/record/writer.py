@@ -1,0 +1,291 @@
+"""The writer of a record: append a segment, merge segments as they age, rewind, pin."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from polyak.errors import RecordError
+from polyak.record.files import Box, Read, Source, check_size, open_segment
+from polyak.record.folder import RecordFolder, check_tensors
+from polyak.record.manifest import MANIFEST, Edge, Manifest, Pin, Segment
+from polyak.record.output import OneFile, Output
+from polyak.sharding import Communicator, OneProcess, local
+from polyak.storage.safetensors import TensorInfo, disk_errors
+from polyak.time import Time
+
+
+class Writer:
+    """Writes the record in a folder. There is one writer at a time, used by one thread.
+
+    Ranks that write a record together each have a ``Writer`` and make the same calls. Each writes its shards of a
+    segment; rank 0 does the rest.
+
+    Args:
+        folder: Where the record is, or will be.
+        tensors: What is kept, by name. A record that exists must keep the same.
+        per_level: Segments of one level that are kept in addition to the two that merge next, at least 1; None merges
+            none.
+        max_duration: The length of the run, if known.
+        aliases: Further names of tied tensors, and the name that each is kept under.
+        ranks: Those that write it together, in a group that only this writer uses; None for one process.
+        back_up: Whether to begin an empty record. One that exists is moved to a folder inside this one, ``backup-1`` or
+            the next number that is free, where it can be read.
+
+    Raises:
+        RecordError: If another writer has it, the folder cannot be written, or holds a record that cannot be read, or
+            one with another ``per_level``.
+        MismatchError: If the record that exists keeps other tensors.
+        ShardingError: If another rank has failed, keeps other tensors or does not see the same folder.
+
+    Example:
+        >>> tensors = {"weight": TensorInfo(torch.float32, (2,), averaged=True)}
+        >>> from polyak.time import Timestamp
+        >>> start, end = Edge(0, Timestamp()), Edge(1, Timestamp().to_next_batch())
+        >>> with Writer("my-record", tensors) as writer:
+        ...     writer.append({"weight": torch.ones(2)}, start, end).num_updates
+        1
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tensors: Mapping[str, TensorInfo],
+        *,
+        per_level: int | None = 4,
+        max_duration: Time | None = None,
+        aliases: Mapping[str, str] | None = None,
+        ranks: Communicator | None = None,
+        back_up: bool = False,
+    ) -> None:
+        self.folder = Path(folder).absolute()  # the program may change its directory
+        self._files = RecordFolder(self.folder)
+        self._ranks = ranks or OneProcess()
+        self._output = _output(self._ranks)
+        try:
+            wanted = Manifest(dict(tensors), per_level, max_duration, dict(aliases or {}))
+            self._manifest = self._ranks.on_rank_0(lambda: self._files.open(wanted, back_up=back_up))
+            self._ranks.agree(f"the record in {self.folder}", self._facts(wanted))
+        except BaseException:
+            self.close()
+            raise
+
+    def _facts(self, wanted: Manifest) -> dict[str, Any]:
+        """Return what all ranks must agree on: what is to be kept, and what they see in the folder."""
+        path = self.folder / MANIFEST
+        return {
+            "sha256 of its manifest": hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None,
+            "per_level": wanted.per_level,
+            "tensors": {name: str(info) for name, info in wanted.tensors.items()},
+            "aliases": wanted.aliases,
+        }
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What the record holds, oldest first."""
+        return self._manifest.segments
+
+    stretches = segments  # its earlier name
+
+    @property
+    def pins(self) -> Mapping[str, Pin]:
+        """What is kept for checkpoints, by name."""
+        return self._manifest.pins
+
+    def append(self, tensors: Mapping[str, Tensor], start: Edge, end: Edge) -> Segment:
+        """Write a segment, and merge older ones. After an error the record is as before, and a new call may succeed.
+
+        Args:
+            tensors: The means over the updates after ``start``, up to and including ``end``; of the tensors that are
+                not averaged, their values at ``end``. On any device. Several ranks give sharded tensors.
+            start: Where the record ends so far; on an empty record, update 0.
+            end: Where the segment ends.
+
+        Raises:
+            RecordError: If the segment does not start where the record ends, or the disk refuses.
+            MismatchError: If the tensors are not those of the record.
+            ShardingError: If the ranks that write together give different segments.
+        """
+        manifest = self._manifest
+        check_tensors(manifest.tensors, tensors)
+        self._ranks.agree("the segment to be written", {"start": start.updates, "end": end.updates})
+        if manifest.segments:
+            last = manifest.segments[-1].end
+            if start.updates != last.updates:
+                raise RecordError(
+                    f"a segment must start where {self.folder} ends, after {last.updates} updates (got "
+                    f"{start.updates}): rewind the record to the checkpoint that the run resumed from, or record to "
+                    "another folder"
+                )
+            start = last  # the same moment, which a loop may by now call the start of the next epoch
+        with self._cleaning(f"adding a segment to {self.folder}"):
+            # What is merged is compared with its hash first, so that damage does not get into a file with a new hash.
+            segment = self._write(_given(tensors), tensors, start, end, level=0)
+            segments = self._merge([*manifest.segments, segment], tensors)
+            self._commit(replace(manifest, segments=tuple(segments)))
+        return segment
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what ``rewind`` needs, as plain containers. ``pin`` it, or later merges may delete the files."""
+        return {"stretches": [segment.to_plain() for segment in self.segments]}
+
+    def rewind(self, state: Mapping[str, Any]) -> None:
+        """Make the record what it was when ``state_dict`` was called.
+
+        Args:
+            state: What that returned.
+
+        Raises:
+            RecordError: If files that it refers to are gone, or the disk refuses.
+        """
+        entries = state["stretches"]
+        segments = tuple(Segment.from_plain(one, f"stretches[{i}]") for i, one in enumerate(entries))
+        if segments == self.segments:
+            return
+        self._ranks.on_rank_0(lambda: self._check_sizes(segments))
+        with self._cleaning(f"rewinding {self.folder}"):
+            self._commit(replace(self._manifest, segments=segments))
+
+    def _check_sizes(self, segments: Sequence[Segment]) -> None:
+        try:
+            for segment in segments:
+                check_size(self.folder, segment)
+        except RecordError as error:
+            raise RecordError(
+                f"{self.folder} can be rewound only to a checkpoint whose files it still has; it is pinned to "
+                f"{sorted(self.pins)}: resume from one of these, or record to another folder ({error})"
+            ) from error
+
+    def pin(self, name: str, path: str | Path | None = None) -> None:
+        """Keep the files that the record now consists of until ``unpin``.
+
+        Args:
+            name: The name of the pin; one of the same name is replaced.
+            path: The checkpoint that refers to these files, for ``unpin_gone``.
+
+        Raises:
+            RecordError: If the disk refuses.
+        """
+        relative = None if path is None else Path(os.path.relpath(path, self.folder)).as_posix()
+        pin = Pin(tuple(segment.file for segment in self.segments), relative)
+        self._set_pins({**self.pins, name: pin})
+
+    def unpin(self, name: str) -> None:
+        """Remove a pin, and delete the files that nothing else refers to.
+
+        Args:
+            name: The name of the pin; it is no error if there is none.
+
+        Raises:
+            RecordError: If the disk refuses.
+        """
+        self._set_pins({other: pin for other, pin in self.pins.items() if other != name})
+
+    def unpin_gone(self) -> None:
+        """Remove every pin whose checkpoint was deleted. Call this when no checkpoint is being written.
+
+        Raises:
+            RecordError: If the disk refuses.
+        """
+        kept = self._ranks.on_rank_0(
+            lambda: {n: pin for n, pin in self.pins.items() if pin.path is None or (self.folder / pin.path).exists()}
+        )
+        self._set_pins(kept)
+
+    def close(self) -> None:
+        """Let the next writer in. What was appended is already on disk."""
+        self._files.close()
+        self._ranks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _set_pins(self, pins: Mapping[str, Pin]) -> None:
+        if pins != self.pins:
+            with self._cleaning(f"changing the pins of {self.folder}"):
+                self._commit(replace(self._manifest, pins=dict(pins)))
+
+    def _merge(self, segments: list[Segment], like: Mapping[str, Tensor]) -> list[Segment]:
+        """Merge what is due, after one more segment of level 0."""
+        level = 0
+        while (i := due([segment.level for segment in segments], level, self._manifest.per_level)) is not None:
+            older, newer = segments[i], segments[i + 1]
+            merged = self._write(self._mean(older, newer), like, older.start, newer.end, level=older.level + 1)
+            segments = [*segments[:i], merged, *segments[i + 2 :]]
+            level += 1
+        return segments
+
+    @contextmanager
+    def _mean(self, older: Segment, newer: Segment) -> Iterator[Read]:
+        infos = self._manifest.tensors
+        with open_segment(self.folder, older, infos) as old, open_segment(self.folder, newer, infos) as new:
+
+            def read(name: str, box: Box | None) -> Tensor:
+                if not infos[name].averaged:
+                    return new.read(name, box)
+                exact = torch.complex128 if infos[name].dtype.is_complex else torch.float64
+                total = old.read(name, box).to(exact).mul_(older.num_updates)
+                total.add_(new.read(name, box), alpha=newer.num_updates)
+                return total.div_(older.num_updates + newer.num_updates)
+
+            yield read
+
+    def _write(self, source: Source, like: Mapping[str, Tensor], start: Edge, end: Edge, *, level: int) -> Segment:
+        metadata = {"format": "pt", "polyak.updates": f"{start.updates}-{end.updates}"}
+        written = self._output.write(self.folder, self._manifest.tensors, like, source, metadata)
+        segment = Segment(start, end, level, written.size_bytes, written.sha256, written.sharded)
+        return self._ranks.on_rank_0(lambda: self._files.name(written, segment))
+
+    def _commit(self, manifest: Manifest) -> None:
+        self._ranks.on_rank_0(lambda: self._files.commit(manifest))
+        self._manifest = manifest
+
+    @contextmanager
+    def _cleaning(self, doing: str) -> Iterator[None]:
+        """Check the lock before a ``with`` block, and delete what it has written if it ends with an error."""
+        try:
+            with disk_errors(doing):
+                self._ranks.on_rank_0(self._files.check_lock)
+                yield
+        except BaseException:
+            if self._ranks.rank == 0:
+                self._files.clean_after_an_error(self._manifest)
+            raise
+
+
+def due(levels: Sequence[int], level: int, per_level: int | None) -> int | None:
+    """Return which segment is to merge with the next: the oldest of a level that has more than ``per_level + 1``.
+
+    Args:
+        levels: The levels of all segments, oldest first.
+        level: The level in question.
+        per_level: As for ``Writer``.
+
+    Example:
+        >>> due([1, 0, 0, 0, 0], 0, per_level=2)
+        1
+    """
+    return levels.index(level) if per_level is not None and levels.count(level) > per_level + 1 else None
+
+
+def _output(ranks: Communicator) -> Output:
+    if isinstance(ranks, OneProcess):
+        return OneFile()
+    from polyak.record.shards import ShardFiles  # noqa: PLC0415  importing DCP takes as long as half of torch
+
+    return ShardFiles(ranks)
+
+
+@contextmanager
+def _given(tensors: Mapping[str, Tensor]) -> Iterator[Read]:
+    # The box that this rank is asked for is its local shard.
+    yield lambda name, _: local(tensors[name])

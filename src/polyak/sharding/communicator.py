@@ -1,0 +1,358 @@
+"""How the processes that hold one model communicate, and the object that stands for a single process.
+
+``Communicator`` is either: callers need not ask which. All ranks must call the same methods in the same order.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from polyak.errors import ShardingError
+from polyak.sharding import agreement
+from polyak.sharding.groups import ddp_of, device_of, group_of, meshes_of, new_group
+from polyak.sharding.tensors import broadcast, is_initialized, is_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """The communicator of a process that holds its model alone: it sends nothing."""
+
+    group: None = None
+    rank: int = 0
+    world_size: int = 1
+    replicas: bool = True
+
+    def on_rank_0(self, act: Callable[[], T], doing: str = "") -> T:
+        """Return what ``act`` returns.
+
+        Args:
+            act: Called here.
+            doing: Not used.
+        """
+        del doing
+        return act()
+
+    def on_every_rank(self, what: str, act: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
+        """Return what ``act`` returns.
+
+        Args:
+            what: Not used.
+            act: Called here.
+            facts: Not used.
+        """
+        del what, facts
+        return act()
+
+    def agree(self, what: str, facts: Mapping[str, Any], remedy: str = "") -> None:
+        """Do nothing: one process agrees with itself."""
+
+    def from_rank_0(self, value: T) -> T:
+        """Return ``value``.
+
+        Args:
+            value: Anything.
+        """
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Return ``value`` in a list.
+
+        Args:
+            value: Anything.
+        """
+        return [value]
+
+    def gather_to_rank_0(self, value: T) -> list[T]:
+        """Return ``value`` in a list.
+
+        Args:
+            value: Anything.
+        """
+        return [value]
+
+    def totals(self, *numbers: float) -> list[float]:
+        """Return ``numbers``.
+
+        Args:
+            *numbers: Any.
+        """
+        return list(numbers)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return ``tensor``.
+
+        Args:
+            tensor: Any.
+        """
+        return tensor
+
+    def broadcast(self, tensors: Iterable[Tensor], device: torch.device | None = None) -> None:
+        """Do nothing."""
+
+    def separate(self) -> "OneProcess":
+        """Return this object, which nothing can get in the way of."""
+        return self
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that hold one model together. Others of the same job may train other models, and take no part.
+
+    Args:
+        group: The group of these processes, and of no others.
+        device: Where tensors must be for a message in the group.
+        replicas: Whether each rank has the full model.
+        unsynchronized: Parameters that ``DistributedDataParallel`` was told to ignore, and so may differ by rank.
+    """
+
+    group: "ProcessGroup"
+    device: torch.device
+    replicas: bool
+    unsynchronized: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Ranks | None":
+        """Return the ranks that hold ``model``; None if that is one process, or the model does not show it.
+
+        Args:
+            model: As it is trained, in its ``DistributedDataParallel`` if it has one.
+
+        Raises:
+            ShardingError: If the ranks of some meshes of the model cannot communicate with those of the others.
+        """
+        if not is_initialized():
+            return None
+        ddp, meshes = ddp_of(model), meshes_of(model)
+        group = group_of(ddp, meshes) if ddp or meshes else None
+        if group is None or group.size() == 1:
+            return None
+        sharded = any(is_sharded(tensor) and _shards(tensor) > 1 for tensor in model.parameters())
+        return cls(group, device_of(group), ddp is not None and not sharded, _unsynchronized(ddp) if ddp else ())
+
+    @property
+    def rank(self) -> int:
+        """The number of this process in the group."""
+        return self.group.rank()
+
+    @property
+    def world_size(self) -> int:
+        """The number of processes in the group."""
+        return self.group.size()
+
+    def on_rank_0(self, act: Callable[[], T], doing: str = "") -> T:
+        """Run on rank 0, and return the result on every rank; raise its error on every rank.
+
+        Args:
+            act: Called on rank 0 only. Its result must be one that can be pickled.
+            doing: What ``act`` does, for the error of the other ranks: "write a file".
+
+        Raises:
+            ShardingError: On the other ranks, if ``act`` failed.
+        """
+        sent: list[Any] = [None, None]
+        failure: BaseException | None = None
+        if self.rank == 0:
+            try:
+                sent[0] = act()
+            except BaseException as error:  # Ctrl-C too: the other ranks must not wait forever
+                failure, sent[1] = error, f"{type(error).__name__}: {error}"
+        torch.distributed.broadcast_object_list(sent, group=self.group, group_src=0, device=self.device)
+        if failure is not None:
+            raise failure
+        if sent[1] is not None:
+            failed = f"failed to {doing}" if doing else "failed"
+            raise ShardingError(f"rank 0 must succeed for all ranks, and it {failed} ({sent[1]}): see its error")
+        return sent[0]
+
+    def on_every_rank(self, what: str, act: Callable[[], T], facts: Mapping[str, Any] | None = None) -> T:
+        """Run on every rank, and return the result of this one; if any rank fails, raise on all.
+
+        Args:
+            what: In what all must succeed, for the error.
+            act: Called on each. If it communicates, it must itself fail on all ranks where it does on one.
+            facts: What the ranks must also agree on, as for ``agree``; ranks with nothing to run may call that instead.
+
+        Raises:
+            ShardingError: On the ranks where ``act`` succeeded, if it failed on another, or if they do not agree.
+        """
+        results, failure = list[T](), None
+        try:
+            results.append(act())
+        except Exception as error:  # whatever it is, the other ranks must not wait forever
+            failure = error
+        errors = {} if failure is None else {"error": f"{type(failure).__name__}: {failure}"}
+        try:
+            self.agree(what, {**(facts or {}), **errors})
+        except ShardingError:
+            if failure is None:
+                raise
+        if failure is not None:
+            raise failure
+        return results[0]
+
+    each = on_every_rank
+
+    def agree(self, what: str, facts: Mapping[str, Any], remedy: str = "") -> None:
+        """Check that all ranks have the same facts, in one message of 16 bytes; raise on every rank if not.
+
+        Args:
+            what: What they must agree on, for the error.
+            facts: By name; a fact may itself be a mapping.
+            remedy: What to do if they do not, for the error.
+
+        Raises:
+            ShardingError: If they do not; it shows which rank has which value, for at most 8 facts.
+        """
+        own = agreement.flat(facts)
+        if self._differing(torch.tensor([agreement.digest(own)])).numel() == 0:
+            return
+        buckets = self._differing(agreement.digests(own)).tolist()
+        found = self.gather(agreement.in_buckets(own, buckets[: agreement.MOST_FACTS]))
+        lines = agreement.differences(found, torch.distributed.get_process_group_ranks(self.group))
+        if hidden := len(buckets[agreement.MOST_FACTS :]):
+            lines.append(f"  and at least {hidden} more")
+        raise ShardingError("\n".join([f"all ranks must agree on {what}:", *lines, *([remedy] if remedy else [])]))
+
+    def _differing(self, numbers: Tensor) -> Tensor:
+        """Return the places at which not all ranks have the same number."""
+        extremes = torch.stack([numbers, -numbers]).to(self.device)
+        torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, self.group)
+        return (extremes[0] != -extremes[1]).nonzero().flatten()
+
+    def from_rank_0(self, value: T) -> T:
+        """Return the value of rank 0.
+
+        Args:
+            value: Anything that can be pickled; that of other ranks is not used.
+        """
+        sent = [value]
+        torch.distributed.broadcast_object_list(sent, group=self.group, group_src=0, device=self.device)
+        return sent[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, by rank.
+
+        Args:
+            value: That of this rank: anything that can be pickled.
+        """
+        found: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(found, value, self.group)
+        return found
+
+    def gather_to_rank_0(self, value: T) -> list[T]:
+        """Return the values of all ranks, by rank, on rank 0, and an empty list on the others.
+
+        Args:
+            value: That of this rank: anything that can be pickled.
+        """
+        found: list[Any] = [None] * self.world_size if self.rank == 0 else []
+        torch.distributed.gather_object(value, found or None, group=self.group, group_dst=0)
+        return found
+
+    def totals(self, *numbers: float) -> list[float]:
+        """Return the sum over all ranks of each number; whole numbers are exact below 2 ** 53.
+
+        Args:
+            *numbers: As many on each rank.
+        """
+        return self.total(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return the mean of a tensor over all ranks. It waits for no device.
+
+        Args:
+            tensor: Of one shape on all ranks.
+        """
+        mean = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
+        torch.distributed.all_reduce(mean, group=self.group)
+        return mean / self.world_size
+
+    def share(self, tensor: Tensor) -> float:
+        """Return the factor of a local shard in a sum over all ranks in which each element is to count once.
+
+        Args:
+            tensor: Sharded over these ranks, or the same on each.
+        """
+        return (_shards(tensor) if is_sharded(tensor) else 1) / self.world_size
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """Return the sum of the tensors of all ranks.
+
+        Args:
+            tensor: That of this rank, of one shape on all.
+        """
+        total = tensor.to(self.device, copy=True)
+        torch.distributed.all_reduce(total, group=self.group)
+        return total
+
+    def sums(self, number: int) -> list[int]:
+        """Return the numbers of all ranks, by rank, in a message without pickles.
+
+        Args:
+            number: That of this rank.
+        """
+        found = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        own = torch.tensor([number], dtype=torch.int64, device=self.device)
+        torch.distributed.all_gather(list(found.split(1)), own, self.group)
+        return found.tolist()
+
+    def broadcast(self, tensors: Iterable[Tensor], device: torch.device | None = None) -> None:
+        """Overwrite tensors with those of rank 0.
+
+        Args:
+            tensors: Of the same shapes on all ranks.
+            device: Where the messages are; None for the device of the group's messages.
+        """
+        broadcast(tensors, 0, self.group, device or self.device)
+
+    def separate(self) -> "Ranks":
+        """Return the same ranks in a new group, for a thread that communicates while training does."""
+        members = torch.distributed.get_process_group_ranks(self.group)
+        return Ranks(new_group(members, [self.group]), torch.device("cpu"), self.replicas)
+
+    def close(self) -> None:
+        """Destroy a group that ``separate`` made."""
+        with suppress(ValueError):  # it ended when all groups did
+            torch.distributed.destroy_process_group(self.group)
+
+
+Communicator = OneProcess | Ranks
+
+
+def communicator_of(model: nn.Module) -> Communicator:
+    """Return the communicator of the ranks that hold ``model``. All of them must call this.
+
+    Args:
+        model: As it is trained, in its ``DistributedDataParallel`` if it has one.
+
+    Raises:
+        ShardingError: If the ranks of some meshes of the model cannot communicate with those of the others.
+    """
+    return Ranks.of(model) or OneProcess()
+
+
+def _shards(tensor: Any) -> int:
+    """Return into how many shards a ``DTensor`` is divided."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
+
+
+def _unsynchronized(ddp: nn.parallel.DistributedDataParallel) -> tuple[Tensor, ...]:
+    """Return the parameters that ``ddp`` ignores, except those that it reduces later."""
+    later = set(map(id, getattr(ddp, "_delay_all_reduce_params", ())))
+    ignored = ddp.parameters_to_ignore
+    named = ddp.module.named_parameters(remove_duplicate=False)
+    return tuple(p for name, p in named if name in ignored and id(p) not in later and not is_sharded(p))

@@ -1,0 +1,47 @@
+"""``Between``: a block between two events, in which the model may hold an average."""
+
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+
+from polyak.averaging.swap import swap_of
+from polyak.events import Event, State
+
+
+class Between:
+    """Fires one event before a ``with`` block and another after it, also after an error in it.
+
+    An average that the first event swaps in belongs to the block: if an interrupt skips the second event, the next
+    access to the weights restores the training weights, since this object no longer exists.
+
+    Args:
+        fire: Fires an event.
+        state: Of the loop.
+        start: Before the block.
+        end: After it.
+    """
+
+    def __init__(self, fire: Callable[[Event], None], state: State, start: Event, end: Event) -> None:
+        self._fire, self._state, self._start, self._end = fire, state, start, end
+
+    def __enter__(self) -> None:
+        """Fire the first event; after an error in it the second one too."""
+        try:
+            before = swap_of(self._state.model)
+            self._fire(self._start)
+            swap = swap_of(self._state.model)
+            if swap is not None and swap is not before:
+                swap.scope = weakref.ref(self)
+        except BaseException:
+            self._fire(self._end)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Fire the second event; if that is interrupted, once more."""
+        try:
+            self._fire(self._end)
+        except BaseException:
+            self._fire(self._end)
+            raise

@@ -1,0 +1,108 @@
+"""Which optimizer's steps can be counted."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from polyak.errors import OptimizerError
+
+# Wrappers whose `step` does nothing to the weights but call the step of the optimizer under this attribute: those of
+# Accelerate, Fabric and Opacus. Any other wrapper may move the weights after that step, as Lookahead does.
+_DELEGATES = {"AcceleratedOptimizer": "optimizer", "_FabricOptimizer": "optimizer", "DPOptimizer": "original_optimizer"}
+BY_HAND = "give attach(..., None) instead, and call step() of what it returns once after each batch"
+
+
+def counted_optimizer(optimizer: object) -> Optimizer:
+    """Return the optimizer whose steps are counted: the outermost one that runs torch's step hooks.
+
+    Of a wrapper that only calls another optimizer, as Accelerate's, the inner one is counted. Other wrappers, such as
+    Lookahead, are counted themselves, since they may move the weights after the optimizer that they wrap.
+
+    Args:
+        optimizer: Wrapped or not.
+
+    Raises:
+        OptimizerError: If it is not an optimizer of torch, or one that does not run torch's step hooks.
+
+    Example:
+        >>> sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        >>> counted_optimizer(sgd) is sgd
+        True
+    """
+    for cls in type(optimizer).__mro__:
+        inner = getattr(optimizer, _DELEGATES[cls.__name__], None) if cls.__name__ in _DELEGATES else None
+        if inner is not None:
+            return counted_optimizer(inner)
+    name = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise OptimizerError(
+            f"optimizer must be one torch.optim.Optimizer, and {name} is none; of several give the one that steps last "
+            f"in a batch; if there is no such optimizer, {BY_HAND}"
+        )
+    hooks = {"_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
+    if not hooks <= vars(optimizer).keys() or not getattr(type(optimizer).step, "hooked", False):
+        raise OptimizerError(
+            f"optimizer must run torch's step hooks, and {name} does not, since its __init__ does not call that of "
+            f"torch.optim.Optimizer; {BY_HAND}"
+        )
+    return optimizer
+
+
+def refuse_masters(optimizer: Optimizer, model: nn.Module) -> None:
+    """Refuse an optimizer that steps other tensors than the model's, from which the model gets its weights later.
+
+    Engines with float32 masters do so: DeepSpeed's ZeRO, Megatron, apex O2. After a step of such an optimizer the model
+    still has its old weights.
+
+    Args:
+        optimizer: Whose steps are to be counted.
+        model: In training, wrapped or not.
+
+    Raises:
+        OptimizerError: If none of its tensors is a parameter of the model, or it has float32 masters of the model's
+            trainable 16-bit parameters.
+    """
+    stepped = {id(tensor): tensor for tensor in tensors_of(optimizer)}
+    parameters = dict(model.named_parameters())
+    ours = {id(parameter) for parameter in parameters.values()}
+    foreign = [tensor for key, tensor in stepped.items() if key not in ours]
+    what = f"{type(optimizer).__name__} (with {len(foreign)} of its {len(stepped)} tensors elsewhere)"
+    if foreign and len(foreign) == len(stepped):
+        raise OptimizerError(
+            f"optimizer must step parameters of the model, and {what} has none of them; give it the optimizer of "
+            f"list(model.parameters()) as they are now. If it steps float32 masters, as DeepSpeed, Megatron and apex "
+            f"do, or another model, {BY_HAND}, when the weights of the model have moved"
+        )
+    halves = [name for name, p in parameters.items() if id(p) not in stepped and _is_half(p)]
+    masters = [tensor.numel() for tensor in foreign if tensor.dtype == torch.float32]
+    if halves and _covers(masters, (parameters[name].numel() for name in halves)):
+        raise OptimizerError(
+            f"optimizer must step the model's parameters themselves, and {what} steps float32 masters of "
+            f"'{halves[0]}' and {len(halves) - 1} others, which are copied to the model after its step; {BY_HAND}, "
+            "when that is done"
+        )
+
+
+def _is_half(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and not is_lazy(parameter) and parameter.dtype in {torch.float16, torch.bfloat16}
+
+
+def _covers(sizes: Iterable[int], wanted: Iterable[int]) -> bool:
+    left = list(sizes)
+    for size in wanted:
+        if size not in left:
+            return False
+        left.remove(size)
+    return True
+
+
+def tensors_of(optimizer: Optimizer) -> list[Tensor]:
+    """Return the tensors that an optimizer moves.
+
+    Args:
+        optimizer: Any of torch's.
+    """
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]

@@ -1,0 +1,65 @@
+"""``LoopOptions``: the options of a training loop of your own, checked once."""
+
+from dataclasses import dataclass
+
+from polyak.algorithm import MetricLogger
+from polyak.errors import ArgumentError
+from polyak.time import Time, Timestamp, TimeUnit, as_span
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """The options that every ``attach`` has.
+
+    Args:
+        max_duration: The length of the run, for times in ``dur`` and for warnings about the plan.
+        steps_per_epoch: Optimizer steps in an epoch, for times in ``ep``.
+        samples_per_step: Samples in a step, for times in ``sp``.
+        tokens_per_step: Tokens in a step, for times in ``tok``.
+        logger: Where the algorithms log.
+
+    Raises:
+        TimeError: If ``max_duration`` is no time above 0.
+        ArgumentError: If one of the numbers is not whole, or too small.
+    """
+
+    max_duration: Time | str | None = None
+    steps_per_epoch: int | None = None
+    samples_per_step: int = 0
+    tokens_per_step: int = 0
+    logger: MetricLogger | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_duration is not None:
+            object.__setattr__(self, "max_duration", as_span("max_duration", self.max_duration, above=0))
+        for name, least in (("steps_per_epoch", 1), ("samples_per_step", 0), ("tokens_per_step", 0)):
+            given = getattr(self, name)
+            if given is not None or name != "steps_per_epoch":
+                object.__setattr__(self, name, _whole(name, given, least))
+
+    @property
+    def start(self) -> Timestamp:
+        """The clock at the start of the run."""
+        return Timestamp(epoch_length=self.steps_per_epoch)
+
+    @property
+    def duration(self) -> Time | None:
+        """The length of the run, if it is known."""
+        assert not isinstance(self.max_duration, str)
+        return self.max_duration
+
+    @property
+    def counts(self) -> set[TimeUnit]:
+        """The units that are counted."""
+        per_step = {TimeUnit.SAMPLE: self.samples_per_step, TimeUnit.TOKEN: self.tokens_per_step}
+        return {TimeUnit.BATCH, TimeUnit.EPOCH, *(unit for unit, number in per_step.items() if number)}
+
+
+def _whole(name: str, given: object, least: int) -> int:
+    try:
+        number = int(given)  # pyrefly: ignore
+        if number == given and number >= least:
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ArgumentError(f"{name} must be a whole number of at least {least} (got {given!r}); leave it out if unknown")

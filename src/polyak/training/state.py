@@ -1,0 +1,47 @@
+"""``LoopState``: what the algorithms of a loop read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from polyak.events import elapsed_duration
+from polyak.time import Time, Timestamp
+
+
+@dataclass
+class LoopState:
+    """An ``events.State`` that a ``Loop`` keeps. A trainer with more to show derives from it.
+
+    Args:
+        model: In training, wrapped or not.
+        timestamp: Now.
+        max_duration: The length of the run, if it is known.
+        saving_to: The path of the checkpoint that is being written, if that is known.
+        previous_timestamp: Before the last batch or epoch ended.
+    """
+
+    model: nn.Module
+    timestamp: Timestamp = field(default_factory=Timestamp)
+    max_duration: Time | None = None
+    saving_to: Path | None = None
+    previous_timestamp: Timestamp = field(default_factory=Timestamp)
+
+    @contextmanager
+    def writing(self, path: str | Path | None) -> Iterator[None]:
+        """Set ``saving_to`` for a ``with`` block.
+
+        Args:
+            path: Of the checkpoint that is written in it, if that is known.
+        """
+        self.saving_to = None if path is None else Path(path)
+        try:
+            yield
+        finally:
+            self.saving_to = None
+
+    def get_elapsed_duration(self) -> Time | None:
+        """Return the elapsed share of the run as ``dur``; None if ``max_duration`` is not known."""
+        return elapsed_duration(self.timestamp, self.max_duration)
