@@ -21,7 +21,7 @@ test: $(VENV)/dev.stamp ## Check format, lint, types and imports, then run the t
 
 # Tests of what imports a torchvision run in interpreters of their own: other libraries must not take the stub for the real one.
 STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/compat/test_composer_files.py tests/hosts/test_composer_surface.py \
-	tests/compat/test_convert_timm.py
+	tests/hosts/test_golden_trace.py tests/compat/test_convert_timm.py
 
 SECONDS ?= 600
 fuzz: $(VENV)/dev.stamp ## Run random models, loops and events for SECONDS=600, with new seeds

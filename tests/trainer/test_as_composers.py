@@ -28,7 +28,7 @@ from polyak import (
     Trainer,
 )
 from polyak.trainer.loggers import Destination
-from tests import composer_suite
+from tests.composer_suite import units
 
 
 class Trace(Callback):
@@ -140,7 +140,7 @@ def test_the_page_has_a_row_for_each_of_composers_tests_of_time_that_differs():
     if not page.exists():
         pytest.skip("the documentation is not here")
     text = page.read_text(encoding="utf-8")
-    assert [name for name in composer_suite.DIFFERENT if f"| `{name}" not in text] == []
+    assert [name for name in units.DIFFERENT if f"| `{name}" not in text] == []
 
 
 def test_an_iteration_begins_with_the_clock_and_not_where_a_run_continues(tmp_path):

@@ -285,3 +285,21 @@ def test_an_optimizer_state_follows_a_model_that_has_changed_its_dtype() -> None
     other = torch.optim.Adam(new.parameters())
     checkpoint.load_optimizer(other, optimizer.state_dict(), checkpoint.saved_dtypes(new, old.state_dict()))
     assert other.state[new.weight]["exp_avg"].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_checkpoint_names_the_parameters_that_were_taken_out_of_their_optimizer(optimizer, tmp_path) -> None:
+    """As Composer's LayerFreezing takes them out."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    data = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(3)]
+    optimizers = optimizer(model.parameters(), lr=0.1, **({"momentum": 0.9} if optimizer is torch.optim.SGD else {}))
+    trainer = Trainer(model, data, "2ep", optimizers=optimizers, loss=nn.functional.cross_entropy)
+    trainer.fit(duration="1ep")
+    frozen = {id(parameter) for parameter in model[0].parameters()}
+    group = optimizers.param_groups[0]
+    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in frozen]
+    model[0].requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r"0\.weight, 0\.bias.*leave them in their optimizer"):
+        trainer.save_checkpoint(tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
+    trainer.fit(duration="1ep")

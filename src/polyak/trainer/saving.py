@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
 from polyak.errors import ArgumentError, CheckpointError, PlanWarning
@@ -70,6 +71,7 @@ class Checkpoints:
             path: Where.
 
         Raises:
+            CheckpointError: If an optimizer has a state for a parameter that was taken out of it.
             ShardingError: On the other ranks, if rank 0 could not write; on rank 0, what went wrong.
         """
         self._state.saving_to = Path(path)
@@ -79,7 +81,7 @@ class Checkpoints:
             checkpoint.write(
                 {
                     **checkpoint.model_entries(self._state.model),
-                    "optimizers": [optimizer.state_dict() for optimizer in self._state.optimizers],
+                    "optimizers": [_state_of(optimizer, self._state.model) for optimizer in self._state.optimizers],
                     "schedulers": [scheduler.state_dict() for scheduler in self._state.schedulers],
                     "scaler": self._step.scaler.state_dict(),
                     "algorithms": [(type(a).__qualname__, a.state_dict()) for a in self._state.algorithms],
@@ -205,6 +207,20 @@ class Checkpoints:
             self._draw_anew()
         self._stream.set_state(of_data or own[0])
         self._epochs.epoch_rng = of_epoch[0]
+
+
+def _state_of(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """Return an optimizer's state dict, which torch makes only where each state belongs to one of its parameters."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    removed = [key for key in optimizer.state if isinstance(key, Tensor) and id(key) not in held]
+    if removed:
+        names = {id(parameter): name for name, parameter in unwrap(model).named_parameters()}
+        raise CheckpointError(
+            f"an optimizer must have the parameters that it has states for (of {type(optimizer).__name__} were taken "
+            f"out: {', '.join(names.get(id(one), 'a parameter without a name') for one in removed)}); to freeze "
+            "parameters, set requires_grad to False and grad to None, and leave them in their optimizer"
+        )
+    return optimizer.state_dict()
 
 
 def _filled(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], ignored: Sequence[str]) -> Mapping[str, Tensor]:
