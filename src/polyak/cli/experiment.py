@@ -20,8 +20,8 @@ from polyak.profiles import HalfLife
 from polyak.record import Record
 from polyak.report.series import Curve, read_curves, update_shares
 from polyak.report.swept import swept
-from polyak.storage.safetensors import TensorInfo, write_tensors
 from polyak.storage.atomic import replacing
+from polyak.storage.safetensors import TensorInfo, write_tensors
 from polyak.sweeping import best, sweep
 from polyak.time import Time
 from polyak.trainer import CheckpointSaver, JSONLinesLogger, ProgressBar

@@ -59,8 +59,8 @@ class RunFolder:
 
     def _busy(self, owner: str) -> UsageError:
         return UsageError(
-            f"--out must not be in use (another polyak demo is running in {self.path}, {owner}); wait until it ends, or "
-            "choose another --out"
+            f"--out must not be in use (another polyak demo is running in {self.path}, {owner}); wait until it ends, "
+            "or choose another --out"
         )
 
     def begin(self, arguments: Mapping[str, str | int], recipe: str, *, may_grow: str | None) -> None:

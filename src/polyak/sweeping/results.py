@@ -9,9 +9,9 @@ from typing import Any, BinaryIO, Self
 
 from polyak.errors import PolyakError
 from polyak.profiles import Profile, named
-from polyak.time import Time
 from polyak.storage.atomic import flush
 from polyak.storage.lock import Lock
+from polyak.time import Time
 
 
 class EvaluationError(PolyakError, RuntimeError):
