@@ -241,9 +241,7 @@ def main() -> None:
     how = provenance(*PACKAGES)
     wall_s = time.perf_counter() - began
     kernel = kernels.serving_cpu()[0]
-    lines += [
-        *item(f"polyak's kernel: {kernel}. Load of the machine at the end: {os.getloadavg()[0]:.1f} processes.")
-    ]
+    lines += [*item(f"polyak's kernel: {kernel}. Load of the machine at the end: {os.getloadavg()[0]:.1f} processes.")]
     if missing:
         lines += item(f"Not measured in this run, which was cut short: {'; '.join(missing)}.")
     lines += ["", *measured(how, wall_s)]
