@@ -164,8 +164,8 @@ def run(
         elif outcome.kind == "refused":
             refused[outcome.cause] += 1
     took = time.monotonic() - began
-    total = kinds.total()
-    print(f"kernel {serving_cpu()[0]}: {total} cases in {took:.0f} s, {total / took:.0f}/s: {dict(kinds)}")
+    kernel = serving_cpu()[0]
+    print(f"kernel {kernel}: {kinds.total()} cases in {took:.0f} s, {kinds.total() / took:.0f}/s: {dict(kinds)}")
     for said, number in refused.most_common():
         print(f"  refused {number} x {said}")
     for n, (cause, examples) in enumerate(sorted(failed.items(), key=lambda item: -len(item[1]))):

@@ -122,7 +122,7 @@ class Offloader:
         if self._error is not None:
             raise OffloadError(
                 f"updates of an offloaded average must succeed, and one failed ({self._error!r}): some of its tensors "
-                "may have moved and others not; load an earlier state, or begin a new average"
+                "may have moved and others not; load a state from before, or begin a new average"
             ) from self._error
 
     def settle(self) -> None:

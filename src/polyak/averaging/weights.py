@@ -119,9 +119,9 @@ class Shadow:
 
     @property
     def num_quarantined(self) -> int:
-        """How many tensors came with NaN or inf so far. Reading it waits for the device.
+        """How many tensors came with NaN or inf so far, in shards of other ranks up to the last ``agree``.
 
-        What other ranks have counted in their shards is in it as of the last ``agree``.
+        Reading it waits for the device.
         """
         self._movement.wait()
         return self._movement.quarantine.total
@@ -151,7 +151,7 @@ class Shadow:
                 f"the model must hold its own weights (got the average of {swap.owner}); restore them first"
             )
         sharding.reshard(self._model)
-        names = [slot.name for slot, _ in self._movement.listing.averaged if slot.is_parameter]
+        names = (slot.name for slot, _ in self._movement.listing.averaged if slot.is_parameter)
         return relative_distance(names, self._swapper.averaged(), self._swapper.training(), ranks)
 
     def agree(self, ranks: Ranks, facts: Mapping[str, Any]) -> None:
@@ -258,8 +258,7 @@ class Shadow:
     def state_dict(self) -> dict[str, Any]:
         """Return the averages by name and the counters; while the average is in the model, the training weights too.
 
-        The tensors are over the averages' memory: they follow later updates, and as long as somebody holds them a swap
-        leaves the averages where they are.
+        The tensors are over the averages' memory and follow updates; while somebody holds them, no swap moves averages.
         """
         return tensors_state(self._movement, self._swapper)
 

@@ -39,11 +39,11 @@ script-src 'unsafe-inline'">
 <h1>{escape(headline(swept))}</h1>
 <p class="quiet">{escape(compared(swept))}</p>
 </header>
-<aside class="note" role="note">
+<div class="note" role="note">
 <p><strong>Choose on validation data.</strong> If the half-life is chosen on the test set, the test result is biased:
 the best of many values is partly luck. Report the metric of the chosen average on data that had no part in the choice.
 </p>
-</aside>
+</div>
 <noscript><p class="note">The charts need JavaScript. The table below has all numbers.</p></noscript>
 {_chooser(swept)}
 <div class="panels">

@@ -15,7 +15,7 @@ from polyak.storage.safetensors import TensorInfo, disk_errors, write_tensors
 from polyak.sweeping.evaluation import Batchnorm, Evaluate, Evaluator, recomputed
 from polyak.sweeping.grid import grid, narrowed, newest
 from polyak.sweeping.results import Kept, Result, value_of
-from polyak.time import Time
+from polyak.time import Time, TimeUnit
 
 
 def sweep(
@@ -102,17 +102,22 @@ def sweep(
         for profile in planned:
             measure(named(profile).describe(), profile)
         for _ in range(refine):
-            half_lives = {
-                float(one.half_life): value_of(one, metric)
-                for one in found
-                if one.half_life is not None and one.half_life.unit is unit
-            }
-            following = narrowed(half_lives, maximize=maximize)
-            if following is None or unit is None:
+            profile = None if unit is None else _next(found, unit, metric, maximize=maximize)
+            if profile is None:
                 break
-            profile = HalfLife(Time(following, unit), unbiased=True)
             measure(profile.describe(), profile)
         return found
+
+
+def _next(found: Sequence[Result], unit: TimeUnit, metric: str | None, *, maximize: bool) -> HalfLife | None:
+    """Return the half-life to evaluate after these results; None once the best is found."""
+    values = {
+        float(one.half_life): value_of(one, metric)
+        for one in found
+        if one.half_life is not None and one.half_life.unit is unit
+    }
+    following = narrowed(values, maximize=maximize)
+    return None if following is None else HalfLife(Time(following, unit), unbiased=True)
 
 
 def export(record: Record, profile: Profile, path: str | Path, batchnorm: Batchnorm | None = None) -> None:
