@@ -3,6 +3,7 @@
 Examples of one document share a namespace and a working directory of their own, and run in order (``--dist=loadfile``).
 """
 
+import gc
 import tempfile
 from contextlib import ExitStack, chdir
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
@@ -33,6 +34,12 @@ def _leave(namespace: dict[str, Any]) -> None:
     namespace.pop(_HERE).close()
     if torch.distributed.is_initialized():  # by an example of several ranks, here of one
         torch.distributed.destroy_process_group()
+
+
+def pytest_collection_finish() -> None:
+    """Hide all that is loaded now from the garbage collector: a full collection would take half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 _docstrings = Sybil(

@@ -47,5 +47,5 @@ def test_the_fuzzer_finds_training_weights_that_are_not_restored(monkeypatch: py
         with torch.no_grad():
             self._model.a.bias[0].add_(1e-6)
 
-    monkeypatch.setattr(Shadow, "give_back", leave_a_trace)
+    monkeypatch.setattr(Shadow, "restore", leave_a_trace)
     assert "a.bias differs" in judge(PLAIN).said

@@ -20,7 +20,7 @@ from polyak.cli import main
 from polyak.compat import load, read
 from polyak.compat.pickles import StandIn
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of nested and quantized tensors
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # torch's own, of nested and quantized tensors
 
 
 @pytest.fixture(scope="module")

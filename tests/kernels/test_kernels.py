@@ -251,6 +251,7 @@ def test_all_that_is_swapped_counts_as_changed_whatever_counters_it_shares(excha
     assert all(tensor._version > version for tensor, version in zip(counting, before, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "c", "cobol"])
 def test_the_environment_can_force_a_kernel(name) -> None:
     done = subprocess.run(
@@ -638,6 +639,7 @@ def small_pairs(dtype, online_dtype, scale) -> tuple[list[torch.Tensor], list[to
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("online_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -415,18 +415,19 @@ class HostContract:
         assert not loops.differences([run.ema.average] * 2, run.probe.evaluated)
         run.assert_training_weights()
 
-    @pytest.mark.parametrize("error", [RuntimeError("as planned"), KeyboardInterrupt()], ids=["error", "interrupt"])
+    @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt], ids=["error", "interrupt"])
     @pytest.mark.parametrize("during", ["training", "evaluation in fit", "evaluation", "prediction"])
-    def test_after_an_exception_the_model_has_its_training_weights(self, tmp_path, during, error) -> None:
+    def test_after_an_exception_the_model_has_its_training_weights(self, tmp_path, during, kind) -> None:
         self.needs("restored")
         if during != "training":
             self.needs("prediction" if during == "prediction" else "evaluation")
         run = Run(self.host, tmp_path, Plan(evaluate=during == "evaluation in fit"))
         if during in {"evaluation", "prediction"}:
             run.fit()
+        error = kind("as planned")  # a new one: polyak would search everything that an old traceback refers to
         run.probe.raises = ("train", 8, error) if during == "training" else ("eval", 0, error)
         # Some frameworks end an interrupted run without an exception, or exit the program.
-        with suppress(type(error), SystemExit):
+        with suppress(kind, SystemExit):
             {"evaluation": run.session.evaluate, "prediction": run.session.predict}.get(during, run.fit)()
         assert run.probe.raised == 1
         run.assert_training_weights()
