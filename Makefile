@@ -38,7 +38,7 @@ sanitize: $(VENV)/dev.stamp ## Run tests of memory with the C kernel under Addre
 # Python and torch are not built with the sanitizers, so their libraries come first. libstdc++: asan looks for it early.
 SANITIZED = POLYAK_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libstdc++.so)"
-MEMORY := tests/tensors/test_memory.py tests/averaging/test_weights.py tests/tensors/test_slots.py tests/kernels/test_kernels.py
+MEMORY := tests/tensors/test_memory.py tests/tensors/test_fingerprint.py tests/averaging/test_weights.py tests/kernels/test_kernels.py
 
 format: $(VENV)/dev.stamp ## Lay out the code, and repair what ruff can
 	$(BIN)/ruff check --fix .

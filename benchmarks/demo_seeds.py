@@ -1,8 +1,8 @@
-"""The demo's figures over seeds, and runs where averaging has less or nothing to give.
+"""The demo's metrics over several seeds, and runs in which averaging helps less or not at all.
 
     python benchmarks/demo_seeds.py [--seeds 5] [--out benchmarks/results/demo_seeds.md]
 
-The half-life is the demo's, fixed beforehand, in all of them. Nothing is chosen on the test set.
+All runs have the half-life of the demo, which was fixed beforehand. Nothing is chosen on the test set.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def measure(digits: Digits) -> Result:
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Write mean and standard deviation (of a sample: n - 1)."""
+    """Return the mean and the sample standard deviation as text."""
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form.lstrip('+')}}"
 
 
@@ -103,9 +103,10 @@ def page(found: dict[str, list[Result]]) -> str:
         "# The demo over seeds",
         "",
         f"`polyak demo`: scikit-learn's digits, {NUM_TRAIN} for training, {NUM_VALIDATION} for choosing and 500 for",
-        f"testing, {demo.flipped:.0%} of the training labels wrong; a network of 64-128-128-10; SGD at a constant",
+        f"testing, {demo.flipped:.0%} of the training labels are wrong; a network of 64-128-128-10; SGD at a constant",
         f"learning rate of {demo.lr}, batches of {demo.batch_size}, {demo.steps} steps.",
-        f"EMA with half-life {demo.half_life}, fixed beforehand. All is measured on the test digits, at the end.",
+        f"EMA with half-life {demo.half_life}, fixed beforehand. All metrics are on the test digits, after the last "
+        "step.",
         "Mean ± standard deviation; gains are of averaged over raw in the same run. In accuracy more is better, in",
         "cross-entropy less.",
         "",
@@ -114,7 +115,7 @@ def page(found: dict[str, list[Result]]) -> str:
         *each,
         row("all", *columns(results)),
         "",
-        f"## Where averaging gives less ({seeds})",
+        f"## Runs in which averaging helps less ({seeds})",
         "",
         row("run", *head),
         row(*rule),
@@ -133,11 +134,11 @@ def page(found: dict[str, list[Result]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="how many, at least 2 (default: 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="the number of seeds, at least 2 (default: 5)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo_seeds.md")
     arguments = parser.parse_args()
     if arguments.seeds < 2:
-        parser.error(f"--seeds must be at least 2 for a spread (got {arguments.seeds})")
+        parser.error(f"--seeds must be at least 2 for a standard deviation (got {arguments.seeds})")
     torch.set_num_threads(1)
     found = {
         name: [measure(replace(digits, seed=seed)) for seed in range(arguments.seeds)] for name, digits in RUNS.items()

@@ -1,8 +1,8 @@
-"""How long one update of an average takes on a GPU, beside torch's own and beside a copy.
+"""The time of one update of an average on a GPU, compared with torch's averages and with a copy.
 
     python benchmarks/gpu_update_time.py [--repeats 21] [--cases 4000,gpt2,resnet50,100m,1b] [--out FILE]
 
-It needs a GPU. All contenders of a case take turns in one run, and so does the copy that gives the device's bandwidth.
+Needs a GPU. All contenders of a case take turns in one run, as does the copy that measures the bandwidth.
 """
 
 import argparse
@@ -22,12 +22,11 @@ from update_time import PAIRS, gpt2, resnet50
 
 from polyak import kernels
 from polyak.averaging.weights import Shadow
-from polyak.kernels import foreach
 
 DEVICE = "cuda"
 COPY, COPY_BYTES = "a copy", 1 << 30
 OURS = "polyak"
-# Sleeping is counted in cycles of the GPU's clock, which no GPU so far has above this.
+# Sleeping is counted in cycles of the GPU's clock; no current GPU has a faster one.
 CYCLES_PER_S = 3e9
 CASES = {
     "4000": ("4,000 of 64", [(64,)] * 4000),
@@ -40,17 +39,15 @@ CASES = {
 Run = Callable[[], object]
 
 
-def averages_of(
-    model: nn.Module, average: torch.dtype
-) -> tuple[list[Tensor], list[Tensor], list[kernels.Place], Tensor]:
-    """Return averages of the model's parameters and what else a kernel is made with."""
+def averages_of(model: nn.Module, average: torch.dtype) -> tuple[list[kernels.Pair], Tensor]:
+    """Return averages of the model's parameters in pairs with these, and a counter: what a kernel takes."""
     online = [p.detach() for p in model.parameters()]
-    places = [kernels.Place(number) for number in range(len(online))]
-    return [x.to(average, copy=True) for x in online], online, places, torch.zeros((), dtype=torch.int64, device=DEVICE)
+    pairs = [kernels.Pair(x.to(average, copy=True), x, kernels.Place(number)) for number, x in enumerate(online)]
+    return pairs, torch.zeros((), dtype=torch.int64, device=DEVICE)
 
 
 def replayed(model: nn.Module, average: torch.dtype) -> Run:
-    """Return our update from a CUDA graph, with a weight of its own each time."""
+    """Return our update as a CUDA graph, with another weight at each replay."""
     from polyak.kernels import triton
 
     lerp = triton.Lerp(*averages_of(model, average))
@@ -67,15 +64,17 @@ def replayed(model: nn.Module, average: torch.dtype) -> Run:
 
 
 def contenders(model: nn.Module, average: torch.dtype) -> Iterator[tuple[str, Callable[[], Run]]]:
-    """Yield what makes each updater of an average of ``model``, with an average of its own."""
+    """Yield for each contender a function that makes an updater of a new average of ``model``."""
 
     def ours() -> Run:
         shadow = Shadow(model, dtype=average)
         return lambda: shadow.update_(1 - DECAY)
 
     def in_torch() -> Run:
-        lerp = foreach.Lerp(*averages_of(model, average))
-        return lambda: lerp(1 - DECAY, 1)
+        pairs, left_out = averages_of(model, average)
+        with kernels.only("torch"):
+            update = kernels.lerp(*zip(*pairs, strict=True), left_out)
+        return lambda: update(1 - DECAY, 1)
 
     def averaged_model(**functions: Callable) -> Run:
         averaged = AveragedModel(model, **functions)
@@ -84,7 +83,7 @@ def contenders(model: nn.Module, average: torch.dtype) -> Iterator[tuple[str, Ca
         return lambda: averaged.update_parameters(model)
 
     def bare() -> Run:
-        averages, online, *_ = averages_of(model, average)
+        averages, online, _ = zip(*averages_of(model, average)[0], strict=True)
         return lambda: torch._foreach_lerp_(averages, online, 1 - DECAY)
 
     def copy() -> Run:
@@ -101,7 +100,7 @@ def contenders(model: nn.Module, average: torch.dtype) -> Iterator[tuple[str, Ca
 
 
 def seconds_on_host(run: Run) -> float:
-    """Return how long it takes until the call returns."""
+    """Return the time until the call returns."""
     torch.cuda.synchronize()
     began = time.perf_counter()
     run()
@@ -109,7 +108,7 @@ def seconds_on_host(run: Run) -> float:
 
 
 def seconds_on_gpu(run: Run, ahead_s: float) -> float:
-    """Return how long the GPU takes. It sleeps first, for the host to be ahead: no gaps in which it waits for that."""
+    """Return the time on the GPU. The GPU sleeps first, so that it does not wait for the host during the update."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     torch.cuda._sleep(int(CYCLES_PER_S * ahead_s))
@@ -122,14 +121,14 @@ def seconds_on_gpu(run: Run, ahead_s: float) -> float:
 
 @torch.no_grad()
 def race(model: nn.Module, average: torch.dtype, repeats: int) -> tuple[dict[str, float], dict[str, float], list[str]]:
-    """Return the median seconds on the GPU and on the host, all in turns in an order that changes, and who refuses."""
+    """Return the median seconds on the GPU and on the host, measured in turns in changing order, and the refusals."""
     runs, refusals = dict[str, Run](), list[str]()
     for name, make in contenders(model, average):
         try:
             run = make()
             run()
             torch.cuda.synchronize()
-        except (ImportError, RuntimeError, TypeError) as error:  # memory that runs out is one too
+        except (ImportError, RuntimeError, TypeError) as error:  # also for lack of memory
             refusals.append(f"{name}: {str(error).splitlines()[0]}")
         else:
             runs[name] = run
@@ -144,16 +143,17 @@ def race(model: nn.Module, average: torch.dtype, repeats: int) -> tuple[dict[str
 
 
 def check(model_dtype: torch.dtype, average: torch.dtype) -> None:
-    """Refuse to time a kernel that gives other numbers than torch's."""
+    """Raise an error if a kernel does not give the same numbers as torch's."""
     results = []
-    for by in (kernels.Lerp, foreach.Lerp):
+    for name in ("triton", "torch"):
         generator = torch.Generator(DEVICE).manual_seed(0)
         a, x = (torch.randn(1_000_003, generator=generator, device=DEVICE).to(d) for d in (average, model_dtype))
-        foreach.lerp_([a], [x], 1 - DECAY, [kernels.Place(1)], 5, by=by)
+        with kernels.only(name):
+            kernels.lerp_([a], [x], 1 - DECAY, [kernels.Place(1)], 5)
         results.append(a)
     if not torch.equal(*results):
         sys.exit(
-            f"a {average} average of {model_dtype} must be the same by both kernels, and is not: nothing was timed"
+            f"a {average} average of {model_dtype} must be the same by both kernels (it is not); nothing was timed"
         )
 
 
@@ -164,15 +164,15 @@ def gpu() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=21, help="of each (default: 21)")
-    parser.add_argument("--cases", default=",".join(CASES), help=f"which (default: {','.join(CASES)})")
+    parser.add_argument("--repeats", type=int, default=21, help="repeats of each measurement (default: 21)")
+    parser.add_argument("--cases", default=",".join(CASES), help=f"the cases (default: {','.join(CASES)})")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu_update_time.md")
     arguments = parser.parse_args()
     cases = arguments.cases.split(",")
     if unknown := sorted(set(cases) - set(CASES)):
         parser.error(f"--cases must be among {','.join(CASES)} (got {','.join(unknown)})")
     if not torch.cuda.is_available():
-        sys.exit("gpu_update_time.py needs a GPU, and torch finds none: run it where torch.cuda.is_available()")
+        sys.exit("gpu_update_time.py needs a GPU (torch finds none); run it where torch.cuda.is_available()")
     began, results, missing = time.perf_counter(), [], list[str]()
     with progress() as bar:
         task = bar.add_task("cases", total=len(cases) * len(PAIRS))
@@ -205,15 +205,16 @@ def main() -> None:
                     }
                 )
     lines = [
-        "# How long one update takes on a GPU",
+        "# The time of one update on a GPU",
         "",
         *paragraph(
             f"Medians of {arguments.repeats}; all contenders of a column took turns in one run, in changing order. "
-            "First what the GPU took, in milliseconds by CUDA events, its queue filled beforehand; in parentheses the "
-            "bytes that an update of these dtypes reads and writes over that time, as a share of the bandwidth of "
-            f"`y.copy_(x)` over {COPY_BYTES >> 30} GiB, read and written, in the same run (what fits in its cache can "
-            "be above). Then the milliseconds until the call returned on the host. A 16-bit average is rounded "
-            "stochastically by polyak; the others round to nearest, which is quicker and stalls at long half-lives."
+            "First the time on the GPU in milliseconds, by CUDA events, with a queue filled beforehand; in "
+            "parentheses the bytes that an update of these dtypes reads and writes, divided by that time, relative "
+            "to the bandwidth of "
+            f"`y.copy_(x)` over {COPY_BYTES >> 30} GiB, read and written, in the same run (it can be higher for what "
+            "fits in the cache). Then the milliseconds until the call returned on the host. polyak rounds a 16-bit "
+            "average stochastically; the others round to nearest, which is faster and stalls at long half-lives."
         ),
         "",
     ]
@@ -223,7 +224,8 @@ def main() -> None:
     how = provenance("torch", "triton")
     how["hardware"] = f"{gpu()}; {how['hardware']}"
     wall_s = time.perf_counter() - began
-    kernel = type(kernels.Lerp(*averages_of(nn.Linear(1, 1, device=DEVICE), torch.float32))._parts[0][0]).__module__
+    one = torch.ones(1, device=DEVICE)
+    kernel = type(kernels.lerp([one], [one], [kernels.Place(0)], torch.zeros((), device=DEVICE))).__module__
     lines += item(f"polyak's kernel: {kernel}.")
     lines += [line for reason in missing for line in item(f"Not measured: {reason}.")]
     lines += ["", *measured(how, wall_s)]
@@ -235,7 +237,7 @@ def main() -> None:
 
 
 def section(pair: str, of: list[dict]) -> list[str]:
-    """Write the tables of one pair of dtypes."""
+    """Return the tables of one pair of dtypes."""
     names = list(dict.fromkeys(name for found in of for name in found["median_ms"]))
     titles = [f"{found['case']} ({found['tensors']:,} tensors, {found['elements'] / 1e6:,.1f} M)" for found in of]
 

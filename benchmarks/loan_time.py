@@ -1,8 +1,8 @@
-"""How long it takes to lend an average to the model and to give it back, and how much memory that takes.
+"""The time to swap an average into the model and to restore the weights, and the memory that a swap takes.
 
     python benchmarks/loan_time.py [--repeats 9] [--out benchmarks/results/loan_time.md]
 
-For the times all contenders take turns in one run; for the memory each has a process of its own (Linux only).
+Times: all libraries take turns in one run. Memory: each library has a separate process (Linux only).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from update_time import PAIRS, gpt2, resnet50
 Step = Callable[[], object]
 Shapes = Iterable[tuple[int, ...]]
 CASES: dict[str, Shapes] = {"ResNet-50": resnet50(), "GPT-2": gpt2(), "4,000 of 64": [(64,)] * 4000}
-SWAP = "tensor by tensor, through a clone of each"
+SWAP = "tensor by tensor, with a clone of each"
 NAMES = (OURS, "torch-ema", "diffusers EMAModel, foreach", SWAP)
 
 
@@ -32,7 +32,7 @@ def model_of(shapes: Shapes, dtype: torch.dtype) -> nn.Module:
 
 
 def contenders(model: nn.Module, average: torch.dtype, names: Iterable[str] = NAMES) -> dict[str, tuple[Step, Step]]:
-    """Return what lends and what gives back."""
+    """Return a function that swaps in and one that restores."""
     made = averages_of(model, average, [name for name in names if name != SWAP])
     if SWAP in names and all(p.dtype == average for p in model.parameters()):
         made[SWAP] = tensor_by_tensor(model, average)
@@ -40,7 +40,7 @@ def contenders(model: nn.Module, average: torch.dtype, names: Iterable[str] = NA
 
 
 def times_ms(runs: dict[str, tuple[Step, Step]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Return how long lending and giving back take each, the contenders in turns, in an order that changes."""
+    """Return the times of swapping in and of restoring; the libraries take turns in changing order."""
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in runs}
     for _ in range(repeats):
         for name in random.sample(list(runs), len(runs)):
@@ -52,9 +52,9 @@ def times_ms(runs: dict[str, tuple[Step, Step]], repeats: int) -> dict[str, tupl
 
 
 def memory(case: str, pair: str, name: str) -> dict[str, int]:
-    """Return the peak of a first and of a second loan, and what is kept after them, over what was there before."""
+    """Return the peak memory of a first and of a second swap and the memory kept after them, above that before."""
     dtype, average = PAIRS[pair]
-    # Code that is read from disk at its first call is no memory of the loan's.
+    # Code that is loaded at the first call does not belong to the memory of the swap.
     small = model_of([(300, 300), (300,)], dtype)
     for step in contenders(small, average, [name])[name]:
         step()
@@ -69,10 +69,13 @@ def memory(case: str, pair: str, name: str) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=9, help="of each (default: 9)")
+    parser.add_argument("--repeats", type=int, default=9, help="repeats of each measurement (default: 9)")
     parser.add_argument("--out", type=Path, default=RESULTS / "loan_time.md")
     parser.add_argument(
-        "--memory", nargs=3, metavar=("CASE", "DTYPES", "NAME"), help="only the memory of one, in this process"
+        "--memory",
+        nargs=3,
+        metavar=("CASE", "DTYPES", "NAME"),
+        help="measure only the memory of one library, in this process",
     )
     arguments = parser.parse_args()
     if arguments.memory:
@@ -99,23 +102,23 @@ def main() -> None:
                     rows.append((f"{case}, {pair}", name, *cells))
                 bar.advance(task)
     head = (
-        *("case", "who", "lend, ms", "give back, ms"),
-        *("memory of the first loan, MiB", "of the second, MiB", "kept, MiB", "the model, MiB"),
+        *("case", "who", "swap in, ms", "restore, ms"),
+        *("memory of the first swap, MiB", "of the second, MiB", "kept, MiB", "the model, MiB"),
     )
     how = provenance(*PACKAGES)
     wall_s = time.perf_counter() - began
     lines = [
-        "# Lending an average to the model, and giving it back",
+        "# Swapping an average into the model, and restoring the weights",
         "",
         *paragraph(
-            "Times are medians; the contenders of a case took turns in one run. Memory is what the process of one"
-            " contender has at most during its first loan and during its second, and what it keeps after them, over"
-            " what it had before the first, with allocators told to give back what is free. Where model and average"
-            " have one dtype polyak exchanges values in place. Where they differ it keeps the model's own bits aside,"
-            " as the others do. In models of thousands of small tensors the objects of Python count, not the values."
-            " torch-ema keeps its copy of the model after a loan, and makes the next before it drops that. The modules"
-            " of other libraries, which are evaluated in the model's stead, take no loan and hold a second model. CPU"
-            " only: nothing of this was measured on a GPU."
+            "Times are medians; the libraries of a case took turns in one run. Memory is that of a separate process "
+            "for each library: the peak of the first and of the second swap, and what remains after them, above the "
+            "memory before the first. Allocators return free memory to the system. If model and average have the same "
+            "dtype, polyak exchanges the values in place. If the dtypes differ, it keeps a backup of the model's "
+            "weights, as the others do. In models of thousands of small tensors, most of the memory is that of Python "
+            "objects. torch-ema keeps its backup after a swap, and makes the next one before it releases it. "
+            "Libraries whose average is a separate module need no swap, but hold a second model. Measured on a CPU "
+            "only, not on a GPU."
         ),
         "",
         *table(head, rows),

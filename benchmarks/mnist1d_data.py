@@ -1,4 +1,4 @@
-"""MNIST-1D, number for number as the package ``mnist1d`` generates it, without its other dependencies.
+"""MNIST-1D, the same numbers as the package ``mnist1d`` generates, without its dependencies.
 
 References:
     Greydanus and Kobak, 2024, https://arxiv.org/abs/2011.14439; https://github.com/greydanus/mnist1d
@@ -34,7 +34,7 @@ class Split:
 
 
 def mnist1d(num_samples: int = 5000, seed: int = 42) -> tuple[np.ndarray, np.ndarray]:
-    """Return signals, (samples, 40), and digits, in the order of the package's training set and then its test set."""
+    """Return signals of shape (samples, 40) and digits, in the order of the package: training set, then test set."""
     random = np.random.RandomState(seed)
     templates = np.asarray(_TEMPLATES, dtype=float)
     templates -= templates.mean(1, keepdims=True)
@@ -48,7 +48,7 @@ def mnist1d(num_samples: int = 5000, seed: int = 42) -> tuple[np.ndarray, np.nda
 
 
 def splits(*sizes: int, seed: int = 42) -> list[Split]:
-    """Return disjoint sets of these sizes."""
+    """Return disjoint sets of the given sizes."""
     x, y = mnist1d(sum(sizes), seed)
     tensors = torch.from_numpy(x).float(), torch.from_numpy(y).long()
     return [Split(*pair) for pair in zip(*(tensor.split(sizes) for tensor in tensors), strict=True)]

@@ -1,10 +1,10 @@
-"""What an average costs a training step: kept beside the model, kept in CPU memory, or not at all.
+"""What an average costs a training step: on the device of the model, in CPU memory, or no average.
 
     python benchmarks/offload.py [--steps 160] [--out benchmarks/results/offload.md]
     python benchmarks/offload.py --device cuda --layers 20 --width 2048 --batch 16 --context 1024
 
-The second has 1 B parameters in bfloat16. Copies of a small transformer train in turns, a block of steps each, so that
-whatever else the machine does befalls all of them alike. What is reported are ratios within a round.
+The second command trains 1 B parameters in bfloat16. Copies of a small transformer train in turns, a block of steps
+each, so that other load on the machine affects all of them equally. The results are ratios within a round.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Contender:
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
 
     def settle(self) -> None:
-        """Wait for all that this one has begun: then it is counted here, and not with the next."""
+        """Wait for all work of this model, so that it is not counted with the next one."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         if self.ema is not None:
@@ -89,7 +89,7 @@ class Contender:
 def contenders(arguments: argparse.Namespace) -> list[Contender]:
     made = {
         PLAIN: None,
-        "beside the model": EMA(HALF_LIFE),
+        "on the model's device": EMA(HALF_LIFE),
         "`Offload()`": EMA(HALF_LIFE, offload=Offload()),
     }
     if torch.device(arguments.device).type == "cuda":
@@ -100,12 +100,16 @@ def contenders(arguments: argparse.Namespace) -> list[Contender]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--width", type=int, default=256, help="of the layers, a multiple of 64 (default: 256)")
-    parser.add_argument("--layers", type=int, default=4, help="(default: 4)")
+    parser.add_argument(
+        "--width", type=int, default=256, help="the width of the layers, a multiple of 64 (default: 256)"
+    )
+    parser.add_argument("--layers", type=int, default=4, help="the number of layers (default: 4)")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a batch (default: 8)")
     parser.add_argument("--context", type=int, default=64, help="tokens in a sequence (default: 64)")
-    parser.add_argument("--steps", type=int, default=160, help=f"of each model, at least {2 * BLOCK} (default: 160)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument(
+        "--steps", type=int, default=160, help=f"steps of each model, at least {2 * BLOCK} (default: 160)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--out", type=Path, default=RESULTS / "offload.md")
     arguments = parser.parse_args()
     if arguments.steps < 2 * BLOCK:
@@ -140,15 +144,15 @@ def main() -> None:
         how["hardware"] += f"; {where}"
     wall_s = time.perf_counter() - began
     lines = [
-        "# What an average costs a training step, and what it costs when it is kept in CPU memory",
+        "# What an average costs a training step, on the device and in CPU memory",
         "",
         *paragraph(
             f"A transformer of {parameters:,} parameters ({arguments.layers} layers of width {arguments.width}) in "
-            f"{str(arguments.dtype).removeprefix('torch.')}, its average in float32 and updated after each step, AdamW,"
-            f" {arguments.batch} x {arguments.context} tokens a step, on {where}. As many copies train in turns, "
-            f"{BLOCK} steps each, in rotating order, {rounds} rounds. Time per step is that of a block, and at its end "
-            "all that was begun is waited for, so that one update in each block is hidden behind nothing. The ratio is "
-            "to the block without an average in the same round: median, and quartiles."
+            f"{str(arguments.dtype).removeprefix('torch.')}, a float32 average with an update after each step, AdamW,"
+            f" {arguments.batch} x {arguments.context} tokens per step, on {where}. The copies train in turns, "
+            f"{BLOCK} steps each, in rotating order, {rounds} rounds. The time per step is that of a block. A block "
+            "ends when all its work has ended, so that one update per block does not overlap with training. The "
+            "ratio is to the block without an average in the same round: median and quartiles."
         ),
         "",
         *table(
@@ -168,7 +172,7 @@ def main() -> None:
         *(
             []
             if on_gpu
-            else item("On a GPU, which offloading is for, this was not measured here: run it with `--device cuda`.")
+            else item("Offloading is for GPUs, which were not measured here: run the benchmark with `--device cuda`.")
         ),
         *([] if on_gpu else [""]),
         *measured(how, wall_s),

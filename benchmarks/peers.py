@@ -1,7 +1,7 @@
-"""Averages of other libraries behind one form, for benchmarks to run beside polyak's.
+"""Averages of other libraries with one interface, for benchmarks that compare them with polyak's.
 
-Libraries that are not installed are left out, and say so once: `pip install ema-pytorch torch-ema` and,
-without what they depend on, `diffusers` and `timm`.
+Libraries that are not installed are skipped, with one message: `pip install ema-pytorch torch-ema` and, without their
+dependencies, `diffusers` and `timm`.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ PACKAGES = ("torch", "diffusers", "ema-pytorch", "timm", "torch-ema")
 
 @dataclass
 class Average:
-    """An average of a model: how it is updated and, where it is not a module to evaluate, lent and given back."""
+    """An average of a model: its update and, unless it is a module, its swap and restore."""
 
     update: Callable[[], object]
     lend: Callable[[], object] | None = None
@@ -33,11 +33,11 @@ class Average:
 
 
 class MissingError(Exception):
-    """A library is not installed, or cannot do what is asked."""
+    """A library is not installed, or does not support the case."""
 
 
 class No:
-    """The answer of any function of ``Nothing``."""
+    """The result of any function of ``Nothing``."""
 
     def __init__(self, *_: object, **__: object) -> None:
         pass
@@ -47,7 +47,7 @@ class No:
 
 
 class Nothing(ModuleType):
-    """A module all of whose functions say no: in place of the parts of a package that its average does not need."""
+    """A module whose functions return False: a stub for the parts of a package that its average does not need."""
 
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
@@ -56,7 +56,7 @@ class Nothing(ModuleType):
 
 
 def file_of(package: str, path: str, without: tuple[str, ...] = ()) -> ModuleType:
-    """Import one file of a package without the package, which needs what is not installed."""
+    """Import one file of a package without the package, whose dependencies are not installed."""
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise MissingError(f"{package} is not installed")
@@ -74,7 +74,7 @@ def file_of(package: str, path: str, without: tuple[str, ...] = ()) -> ModuleTyp
 
 def polyak(model: nn.Module, average: torch.dtype) -> Average:
     shadow = Shadow(model, dtype=average)
-    return Average(lambda: shadow.update_(1 - DECAY), lambda: shadow.lend("the benchmark"), shadow.give_back)
+    return Average(lambda: shadow.update_(1 - DECAY), lambda: shadow.swap_in("the benchmark"), shadow.restore)
 
 
 def averaged_model(**functions: Callable[..., object]) -> Callable[[nn.Module, torch.dtype], Average]:
@@ -147,7 +147,7 @@ def diffusers(*, foreach: bool) -> Callable[[nn.Module, torch.dtype], Average]:
 
 
 def composer(model: nn.Module, average: torch.dtype) -> Average:
-    """Do what `composer.algorithms.ema.compute_ema` does, in its lines: it does not install beside a current torch."""
+    """Compute what `composer.algorithms.ema.compute_ema` does: Composer does not install with a current torch."""
     averages = {name: p.detach().to(average, copy=True) for name, p in model.named_parameters()}
 
     @torch.no_grad()
@@ -159,7 +159,7 @@ def composer(model: nn.Module, average: torch.dtype) -> Average:
 
 
 def tensor_by_tensor(model: nn.Module, average: torch.dtype) -> Average:
-    """Swap through a clone of each tensor, as the `swap` functions of several training scripts do."""
+    """Swap with a clone of each tensor, as the `swap` functions of several training scripts do."""
     own = [p.detach().to(average, copy=True) for p in model.parameters()]
 
     @torch.no_grad()
@@ -186,7 +186,7 @@ MAKERS: dict[str, Callable[[nn.Module, torch.dtype], Average]] = {
     "diffusers EMAModel, foreach": diffusers(foreach=True),
     "formula of Composer": composer,
 }
-# The quicker form of each, for models of which not so many averages fit in memory.
+# The faster form of each library, for models of which few averages fit in memory.
 QUICK = tuple(
     name
     for name in MAKERS
@@ -196,11 +196,11 @@ QUICK = tuple(
 
 
 def averages_of(model: nn.Module, average: torch.dtype, names: Iterable[str] = MAKERS) -> dict[str, Average]:
-    """Make the averages by name, without those that cannot be had."""
+    """Return the averages by name, without those that are not available."""
     made = {}
     for name in names:
         try:
             made[name] = MAKERS[name](model, average)
         except (MissingError, RuntimeError, TypeError) as error:
-            print(f"{name} is left out: {str(error).splitlines()[0]}")
+            print(f"{name} is skipped: {str(error).splitlines()[0]}")
     return made

@@ -1,9 +1,9 @@
-"""How near an average put together afterwards comes to the true one, for our record and for what others keep.
+"""How close a post-hoc average comes to the true average, for our record and for what other libraries keep.
 
     python benchmarks/posthoc_accuracy.py [--steps 16384] [--out benchmarks/results/posthoc_accuracy.md]
 
-A small network is trained on MNIST-1D and its weights after every step are kept: the truth. Then each store is given
-the same weights, step by step, and asked for averages under profiles that it did not know of.
+A small network trains on MNIST-1D, and its weights after every step are kept: the truth. Then each store receives the
+same weights, step by step, and gives averages under profiles that it did not know in advance.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from polyak.record import Edge, Record, Writer, shares
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time, Timestamp, TimeUnit
 
-# The most that the issue allows, in %, for our record at T/ell = 512 and a constant learning rate.
+# The required limits in %, for our record at T/ell = 512 and a constant learning rate.
 TARGETS = {"T/512": 3.5, "T/256": 1.2, "T/128": 0.6} | dict.fromkeys(("T/64", "T/32", "T/16", "T/8", "T/4", "T/2"), 0.4)
 MOST_FILES = 33
 FACTOR = 3.0
@@ -67,7 +67,7 @@ def network() -> nn.Sequential:
 
 
 def train(run: Run, data: Split, steps: int, path: Path, tick: Callable[[int], None]) -> np.ndarray:
-    """Train, and return the weights after every step as a memory-mapped array of (steps, parameters)."""
+    """Train; return the weights after every step as a memory-mapped array of shape (steps, parameters)."""
     torch.manual_seed(0)
     model = network()
     optimizer = run.optimizer(model)
@@ -94,19 +94,19 @@ def profiles(steps: int) -> dict[str, Profile]:
 
 
 def curve(profile: Profile, now: int, steps: int) -> np.ndarray:
-    """Return the share of the average at ``now`` in what came up to each of 0, 1, ... ``steps``; nothing came after."""
+    """Return the cumulative profile of the average at ``now``, at each of the steps 0, 1, ... ``steps``."""
     values = np.ones(steps + 1)
     if profile.recursive:  # each decay spans a single step
         for before in range(now - 1, -1, -1):
             values[before] = values[before + 1] * profile.decay(before, before + 1)
     else:
         values[: now + 1] = [profile.decay(before, now) for before in range(now + 1)]
-    assert abs(values[0]) < 1e-6, f"{profile} has a share in the weights before the first step"
+    assert abs(values[0]) < 1e-6, f"{profile} must have no share of the weights before the first step"
     return values
 
 
 def each_step(profile: Profile, now: int, steps: int) -> np.ndarray:
-    """Return how much the weights after each step count in the average at ``now``."""
+    """Return the share of the weights after each step in the average at ``now``."""
     return np.diff(curve(profile, now, steps))
 
 
@@ -124,7 +124,7 @@ def combine(counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return total
 
 
-# A store returns for each profile the average as it would give it, or None if it cannot.
+# A store returns its average for each profile, or None if it cannot give one.
 Averages = dict[str, np.ndarray | None]
 
 
@@ -139,7 +139,7 @@ class Stored:
 def polyak_record(
     folder: Path, weights: np.ndarray, wanted: Mapping[str, Profile], interval: int, per_level: int | None
 ) -> tuple[Stored, Stored]:
-    """Record, and return what the solve gives and what the plain shares give."""
+    """Record; return the averages of the solve and those of the plain shares."""
     names = {name: p.shape for name, p in network().named_parameters()}
     tensors = {name: TensorInfo(torch.float32, tuple(shape), averaged=True) for name, shape in names.items()}
     steps, most = len(weights), 0
@@ -164,7 +164,7 @@ def polyak_record(
             average = record.average(profile, dtype=torch.float64)
             solved[label] = np.concatenate([average[name].numpy().ravel() for name in names])
             estimates[label] = record.error(profile)
-        except ProfileError:  # finer than the record
+        except ProfileError:  # the record does not resolve it
             solved[label] = estimates[label] = None
     files = len(record.stretches)
     return Stored(files, most, solved, estimates=estimates), Stored(files, most, plain)
@@ -173,9 +173,9 @@ def polyak_record(
 def power_averages(
     weights: np.ndarray, wanted: Mapping[str, Profile], snapshots: int, sigmas: Sequence[float] = (0.05, 0.10)
 ) -> tuple[Stored, Stored]:
-    """Keep snapshots of two power-function averages, and return what the published solve gives, and what ours would.
+    """Keep snapshots of two power-function averages; return the averages of the published solve and of ours.
 
-    The published one is the best fit of the profile itself; ours that of the cumulative profile, with a sum of 1.
+    The published solve fits the profile; ours fits the cumulative profile, with a sum of 1.
     """
     steps = len(weights)
     moments = [steps * (i + 1) // snapshots for i in range(snapshots)]
@@ -188,7 +188,7 @@ def power_averages(
     for label, profile in wanted.items():
         target = each_step(profile, steps, steps)
         published[label] = np.linalg.lstsq(basis.T, target, rcond=None)[0] @ kept
-        # A sum of 1: the last coefficient is what the others leave.
+        # A sum of 1: the last coefficient is 1 minus the sum of the others.
         free = cumulative[:-1] - cumulative[-1]
         found = np.linalg.lstsq(free.T, target.cumsum() - cumulative[-1], rcond=None)[0]
         summed[label] = np.append(found, 1 - found.sum()) @ kept
@@ -196,7 +196,7 @@ def power_averages(
 
 
 def checkpoints(weights: np.ndarray, wanted: Mapping[str, Profile], files: int) -> tuple[Stored, Stored]:
-    """Keep the weights of some moments; count each for what is nearest to it, or draw a line from one to the next."""
+    """Keep the weights of some steps; use each for the steps nearest to it, or interpolate linearly."""
     steps = len(weights)
     moments = np.array([steps * (i + 1) // files for i in range(files)]) - 1
     kept = weights[moments].astype(np.float64)
@@ -211,7 +211,7 @@ def checkpoints(weights: np.ndarray, wanted: Mapping[str, Profile], files: int) 
 
 
 def nearest_gamma(profile: Profile, steps: int) -> float:
-    """Return the exponent of the power function whose cumulative profile is nearest."""
+    """Return the exponent of the power function with the nearest cumulative profile."""
     if isinstance(profile, PowerFunction):
         return profile.exponent
     target = curve(profile, steps, steps)
@@ -224,7 +224,7 @@ def nearest_gamma(profile: Profile, steps: int) -> float:
 
 
 def nearest_power_functions(weights: np.ndarray, wanted: Mapping[str, Profile]) -> Stored:
-    """Return the true averages under the power functions that ema-pytorch is asked for."""
+    """Return the true averages under the power functions that ema-pytorch gives."""
     steps = len(weights)
     counts = [each_step(PowerFunction(gamma=nearest_gamma(p, steps)), steps, steps) for p in wanted.values()]
     return Stored(0, 0, dict(zip(wanted, combine(np.stack(counts), weights), strict=True)))
@@ -238,10 +238,10 @@ def ema_pytorch(
     tick: Callable[[int], None],
     **options: object,
 ) -> Stored:
-    """Let ema-pytorch's own classes keep what they keep, and its own function put averages together."""
+    """Use ema-pytorch's classes to keep snapshots, and its function to compute averages."""
     steps = len(weights)
     model = network()
-    sigmas = options.pop("sigma_rels", (0.05, 0.28))  # those of its README: there is no default
+    sigmas = options.pop("sigma_rels", (0.05, 0.28))  # from its README: there is no default
     kept = PostHocEMA(
         model,
         sigma_rels=sigmas,
@@ -273,7 +273,7 @@ def evaluate(vector: np.ndarray, data: Split) -> tuple[float, float]:
 
 
 def measure(run: Run, sets: Sequence[Split], steps: int, folder: Path) -> dict:
-    """Train once, and compare all stores on that run."""
+    """Train once; compare all stores on that run."""
     training, validation, test = sets
     wanted = profiles(steps)
     interval = max(1, steps // 512)
@@ -295,12 +295,12 @@ def measure(run: Run, sets: Sequence[Split], steps: int, folder: Path) -> dict:
         tick(3)
         stores["polyak, solve, per_level 8"], _ = polyak_record(folder / "c8", weights, wanted, interval, 8)
         tick(3)
-        stores["uniform stretch means, our solve"], _ = polyak_record(
+        stores["uniform segment means, our solve"], _ = polyak_record(
             folder / "uniform", weights, wanted, max(1, steps // 32), None
         )
         tick(1)
         edm2 = power_averages(weights, wanted, 16)
-        stores["EDM2: power EMAs .05 and .10, as published"], stores["the same files, our kind of solve"] = edm2
+        stores["EDM2: power EMAs .05 and .10, as published"], stores["the same files, a solve like ours"] = edm2
         tick(1)
         raw = checkpoints(weights, wanted, 32)
         stores["raw checkpoints, shares"], stores["raw checkpoints, lines between them"] = raw
@@ -359,7 +359,7 @@ def scores(true: np.ndarray, reconstructed: np.ndarray, validation: Split, test:
 
 
 def number(value: float | None) -> str:
-    """Write a percentage with two digits that say something."""
+    """Return a percentage in two significant digits."""
     if value is None:
         return "refused"
     if value >= 10_000:
@@ -368,11 +368,11 @@ def number(value: float | None) -> str:
 
 
 def verdicts(found: dict) -> list[tuple[object, ...]]:
-    """Compare our row with what the issue asks; the limits on errors are for a constant learning rate."""
+    """Compare our row with the required limits; those on errors are for a constant learning rate."""
     store = found["stores"][f"{OURS}, per_level 4"]
     errors, estimates = store["error_percent"], store["estimate_percent"]
     most = store["most_files"]
-    rows = [("files, most on the way", MOST_FILES, most, most <= MOST_FILES)]
+    rows = [("files, at most", MOST_FILES, most, most <= MOST_FILES)]
     if "cosine" not in found["run"]:
         rows += [(f"error at {at}, %", most, number(errors[at]), errors[at] <= most) for at, most in TARGETS.items()]
     ratios = [estimates[at] / errors[at] for at in errors]
@@ -408,7 +408,7 @@ def section(found: dict) -> list[str]:
             ),
         ),
         "",
-        "Our estimate of the error, made without the truth (`per_level` 4):",
+        "Our estimate of the error, computed without the truth (`per_level` 4):",
         "",
         *table(
             ("", *labels),
@@ -422,11 +422,11 @@ def section(found: dict) -> list[str]:
             ),
         ),
         "",
-        "What was asked for:",
+        "The required limits:",
         "",
         *table(("", "asked", "found", ""), verdicts(found)),
         "",
-        f"Choosing the half-life afterwards, on the validation set: {best}.",
+        f"The half-life chosen afterwards, on the validation set: {best}.",
         "",
         *table(
             ("half-life", "validation loss", "test loss", "test accuracy, %", "the true average's loss", "accuracy, %"),
@@ -444,7 +444,7 @@ def section(found: dict) -> list[str]:
         ),
         "",
         *paragraph(
-            "Over all profiles, the test loss of what was put together differs from the true average's by at most "
+            "Over all profiles, the test loss of a post-hoc average differs from that of the true average by at most "
             f"{worst_loss:.5f}, the accuracy by at most {worst_accuracy:.2f} points."
         ),
         "",
@@ -454,12 +454,12 @@ def section(found: dict) -> list[str]:
 def page(results: Sequence[dict], sizes: Sequence[int], steps: int, how: Mapping[str, str], wall_s: float) -> list[str]:
     parameters = sum(p.numel() for p in network().parameters())
     return [
-        "# Averages put together after training, against the truth",
+        "# Post-hoc averages compared with the truth",
         "",
         *paragraph(
             f"A network of 40-128-64-10 ({parameters:,} parameters) on MNIST-1D (generated with seed 42: {sizes[0]:,} "
             f"samples to train, {sizes[1]:,} to validate, {sizes[2]:,} to test), {steps:,} steps with batches of "
-            f"{BATCH_SIZE}. The weights after every step are kept as the truth, which is summed in float64."
+            f"{BATCH_SIZE}. The truth is the sum of the weights after every step, in float64."
         ),
         "",
         *item(
@@ -469,20 +469,21 @@ def page(results: Sequence[dict], sizes: Sequence[int], steps: int, how: Mapping
         *item("Half-lives are unbiased: the weights before the first step have no share."),
         *item(
             "EDM2: two power-function EMAs, 16 snapshots each, float32, coefficients by least squares on the profile "
-            "as published. `our kind of solve` fits the cumulative profile instead, with coefficients that sum to 1."
+            "as published. `a solve like ours` fits the cumulative profile instead, with coefficients that sum to 1."
         ),
         *item(
-            "ema-pytorch: `PostHocEMA`, sigma_rel .05 and .28 as in its README, a checkpoint at every T/16 steps (in "
-            "place of every 1000, to have the same number of files and one at the end), float16 files as by default. "
-            "It can express power functions only: for other profiles it was asked for the one with the nearest "
-            "cumulative profile. How far that one is from what was wanted, without any error of a store, is the last "
+            "ema-pytorch: `PostHocEMA`, sigma_rel .05 and .28 as in its README, a checkpoint every T/16 steps "
+            "(instead of every 1000, to have the same number of files and one at the end), float16 files, its "
+            "default. It can express power functions only: for other profiles it gave the power function with the "
+            "nearest cumulative profile. The distance of that function from the profile, without any error of a "
+            "store, is the last "
             "row."
         ),
         *item(
-            "Raw checkpoints at every T/32 steps: each with the share of the steps nearest to it, or of straight lines "
-            "from one to the next."
+            "Raw checkpoints every T/32 steps: each has the share of the steps nearest to it, or linear interpolation "
+            "is used between them."
         ),
-        *item("`refused`: finer than that record can tell, and polyak says so in place of an answer."),
+        *item("`refused`: the record does not resolve the profile, and polyak raises an error."),
         "",
         *(line for found in results for line in section(found)),
         *measured(how, wall_s),
@@ -491,14 +492,16 @@ def page(results: Sequence[dict], sizes: Sequence[int], steps: int, how: Mapping
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=16_384, help="of each run, a multiple of 512 (default: 16384)")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="which (default: all)")
+    parser.add_argument(
+        "--steps", type=int, default=16_384, help="the steps of each run, a multiple of 512 (default: 16384)"
+    )
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="the runs (default: all)")
     parser.add_argument("--out", type=Path, default=RESULTS / "posthoc_accuracy.md")
     arguments = parser.parse_args()
     if arguments.steps < 512 or arguments.steps % 512:
         parser.error(f"--steps must be a multiple of 512 (got {arguments.steps})")
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore", PlanWarning)  # of large errors: they are what is measured
+    warnings.simplefilter("ignore", PlanWarning)  # large errors are what is measured
     began = time.perf_counter()
     sizes = (40_000, 4_000, 4_000)
     sets = splits(*sizes)

@@ -1,7 +1,7 @@
-"""The memory of a process, as Linux counts it, in a way that holds for any library.
+"""The memory of a process, as Linux counts it, for any library.
 
-Allocators keep what was freed, so that the second time nothing seems to be needed. What is measured here runs in a
-process of its own, in which whatever is freed goes back at once.
+Allocators keep freed memory, so that a second allocation seems to need none. Measurements here run in a separate
+process, in which freed memory is returned to the system immediately.
 """
 
 import ctypes
@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-# glibc: each block of 128 KiB or more is a mapping of its own, and what is free at the end of the heap goes back.
-# Python: no pools of its own.
+# glibc: each block of 128 KiB or more has its own mapping, and free memory at the end of the heap is returned.
+# Python: no memory pools.
 GIVES_BACK = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(128 * 1024),
@@ -24,33 +24,33 @@ GIVES_BACK = {
 
 
 def memory_bytes(field: str) -> int:
-    """Return what Linux says of this process: VmRSS, what it has, or VmHWM, the most that it had."""
+    """Return the memory of this process: VmRSS, the current size, or VmHWM, its peak."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def settled_bytes() -> int:
-    """Return what this process has once all that is free is given back, also in the middle of the heap."""
+    """Return the memory of this process after all free memory is returned, also in the middle of the heap."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim:
         trim(0)
     return memory_bytes("VmRSS")
 
 
 def peak_bytes(*steps: Callable[[], object]) -> int:
-    """Return the most that this process has while the steps are done."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the most is counted from here
+    """Return the peak memory of this process during the steps."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     for step in steps:
         step()
     return memory_bytes("VmHWM")
 
 
 def alone(*arguments: str) -> dict[str, int]:
-    """Run this program once more, with these arguments, and return what it prints last, as JSON.
+    """Run this program with these arguments; return its last line of output, parsed as JSON.
 
     Raises:
-        RuntimeError: If it fails; it says how.
+        RuntimeError: If the program fails.
     """
     command = [sys.executable, sys.argv[0], *arguments]
     done = subprocess.run(command, env=os.environ | GIVES_BACK, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""How many files a record keeps, by simulation of a run of a million steps with the rule that the writer merges by.
+"""The number of files of a record, by simulation of a run of a million steps with the writer's rule for merging.
 
 python benchmarks/record_files.py [--steps 1000000] [--out benchmarks/results/record_files.md]
 """
@@ -20,7 +20,7 @@ INTERVALS = (1, 10, 100, 1000)
 def simulate(
     stretches: int, per_level: int, wanted: tuple[int, ...], tick: Callable[[int], None]
 ) -> dict[int, dict[str, int]]:
-    """Append stretches and merge them; after each of the numbers in ``wanted``, tell what is and was there."""
+    """Append segments and merge them; return the numbers of files after each number of segments in ``wanted``."""
     levels: list[int] = []
     most = most_within = merges = most_merges = 0
     found: dict[int, dict[str, int]] = {}
@@ -33,7 +33,7 @@ def simulate(
         merges += level
         most_merges = max(most_merges, level)
         most = max(most, len(levels))
-        # Files are deleted only after the manifest that no longer names them is in place.
+        # Files are deleted after the new manifest, which does not name them, is in place.
         most_within = max(most_within, len(levels) + 2 * level)
         if appended in wanted:
             found[appended] = {
@@ -55,7 +55,7 @@ def count(number: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=1_000_000, help="length of the run (default: 1000000)")
+    parser.add_argument("--steps", type=int, default=1_000_000, help="the length of the run (default: 1000000)")
     parser.add_argument("--out", type=Path, default=RESULTS / "record_files.md")
     arguments = parser.parse_args()
     steps = arguments.steps
@@ -71,14 +71,14 @@ def main() -> None:
             task = bar.add_task(f"per_level {per_level}", total=wanted[-1])
             found[per_level] = simulate(wanted[-1], per_level, wanted, lambda n, task=task: bar.advance(task, n))
     lines = [
-        "# How many files a record keeps",
+        "# The number of files of a record",
         "",
         *paragraph(
-            "Simulated with `polyak.record.writer.due`, the rule that the writer merges by. Each file is as large as "
-            "the weights in the record's dtype."
+            "Simulated with `polyak.record.writer.due`, the writer's rule for merging. Each file has the size of the "
+            "weights in the record's dtype."
         ),
         "",
-        "## Most files after any append, by the number of stretches in the run",
+        "## Largest number of files after any append, by the number of segments in the run",
         "",
         *table(
             ("`per_level`", *(f"T/ell = {count(number)}" for number in STRETCHES)),
@@ -88,12 +88,11 @@ def main() -> None:
         f"## A run of {count(steps)} steps",
         "",
         *paragraph(
-            "`left` at the end; `most` after any append; `within` an append, for a moment, before what was merged is "
-            "deleted."
+            "`left`: at the end. `most`: after any append. `within`: during an append, before merged files are deleted."
         ),
         "",
         *table(
-            ("interval", "stretches", *(f"`per_level` {c}: left, most, within" for c in PER_LEVEL)),
+            ("interval", "segments", *(f"`per_level` {c}: left, most, within" for c in PER_LEVEL)),
             (
                 (
                     f"{count(interval)}{' (T/512)' if interval == default else ''}",
@@ -107,7 +106,7 @@ def main() -> None:
             ),
         ),
         "",
-        "Merges of two files, by the number of stretches, and the most that one append brings:",
+        "Merges of two files, by the number of segments, and the largest number in one append:",
         "",
         *table(
             ("`per_level`", *(f"T/ell = {count(number)}" for number in STRETCHES)),

@@ -1,8 +1,8 @@
-"""How fast an average is read from a record, beside reading its files and doing nothing with them.
+"""The speed of reading an average from a record, compared with reading its files only.
 
     python benchmarks/record_reading.py [--millions 20] [--files 30] [--out benchmarks/results/record_reading.md]
 
-Cold files have been dropped from the page cache, as far as the system does so when asked (Linux only).
+Cold files are dropped from the page cache, as far as the system complies (Linux only).
 """
 
 import argparse
@@ -26,7 +26,7 @@ FILES, MEAN = "reading the files", "polyak"
 
 
 def write_record(folder: Path, millions: float, files: int) -> int:
-    """Write a record whose older stretches are longer, and return the bytes of its files."""
+    """Write a record whose older segments are longer; return the bytes of its files."""
     scale = (millions / 124.4) ** 0.5
     shapes = {f"layer{i}": tuple(max(1, round(n * scale)) for n in shape) for i, shape in enumerate(gpt2())}
     infos = {name: TensorInfo(torch.float32, shape, averaged=True) for name, shape in shapes.items()}
@@ -68,9 +68,11 @@ def seconds(run: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--millions", type=float, default=20, help="parameters, in millions (default: 20)")
-    parser.add_argument("--files", type=int, default=30, help="in the record (default: 30)")
-    parser.add_argument("--repeats", type=int, default=5, help="of each (default: 5)")
+    parser.add_argument(
+        "--millions", type=float, default=20, help="the parameters of the model, in millions (default: 20)"
+    )
+    parser.add_argument("--files", type=int, default=30, help="the number of files in the record (default: 30)")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each measurement (default: 5)")
     parser.add_argument("--out", type=Path, default=RESULTS / "record_reading.md")
     arguments = parser.parse_args()
     began = time.perf_counter()
@@ -80,7 +82,7 @@ def main() -> None:
         record = Record(folder)
         paths = [Path(folder) / stretch.file for stretch in record.stretches]
         profile = HalfLife(f"{record.stretches[-1].end.updates // 4}ba", unbiased=True)
-        first_s = seconds(lambda: record.average(profile))  # estimates the error too: reads once more
+        first_s = seconds(lambda: record.average(profile))  # also estimates the error, which reads the record again
         runs = {FILES: lambda: read_files(paths), MEAN: lambda: record.average(profile)}
         for state in ("warm", "cold"):
             for _ in range(arguments.repeats):
@@ -100,10 +102,10 @@ def main() -> None:
         "",
         *paragraph(
             f"`Record.average` over {arguments.files} files of {size / arguments.files / 1e6:.0f} MB, "
-            f"{size / 1e9:.2f} GB in all, beside reading them to a buffer and doing nothing with them, by one thread. "
+            f"{size / 1e9:.2f} GB in total, compared with reading them into a buffer, by one thread. "
             f"Medians of {arguments.repeats}. Warm: the files are in the page cache. The first average of a record, "
-            f"which also estimates the error and so reads it twice, took {first_s:.2f} s. CPU only: nothing of this was"
-            " measured on a GPU."
+            f"which also estimates the error and therefore reads it twice, took {first_s:.2f} s. Measured on a CPU "
+            "only, not on a GPU."
         ),
         "",
         *table(("what", "s", "MB/s", "over reading the files"), rows),

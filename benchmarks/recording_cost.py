@@ -1,9 +1,9 @@
-"""What recording costs while training: time per step without, with an EMA, with a Recorder and with both.
+"""What recording costs during training: the time per step without an average, with an EMA, a Recorder, and both.
 
     python benchmarks/recording_cost.py [--steps 320] [--out benchmarks/results/recording_cost.md]
 
-Four copies of a small GPT train in turns, a block of steps each, so that whatever else the machine does befalls all of
-them alike. What is reported are ratios within a round.
+Four copies of a small GPT train in turns, a block of steps each, so that other load on the machine affects all of them
+equally. The results are ratios within a round.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from polyak.record import Record
 VOCABULARY, CONTEXT, WIDTH, LAYERS, HEADS, BATCH = 4096, 64, 256, 6, 4, 8
 INTERVAL = 16
 PER_LEVEL = 4
-ENDING = INTERVAL // 2 - 1  # the step in each block that ends a stretch
+ENDING = INTERVAL // 2 - 1  # the step in each block that ends a segment
 PLAIN = "neither"
 
 
@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder with learned positions, and the head tied to the embedding."""
+    """A decoder with learned positions; its head is tied to the embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class GPT(nn.Module):
 
 
 def chain(generator: torch.Generator) -> Tensor:
-    """Return a batch of token chains: mostly a fixed successor of the last token, sometimes any."""
+    """Return a batch of token chains: mostly a fixed successor of the last token, sometimes a random one."""
     tokens = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1), generator=generator)
     strays = torch.rand(BATCH, CONTEXT + 1, generator=generator) < 0.2
     for i in range(1, CONTEXT + 1):
@@ -73,7 +73,7 @@ def chain(generator: torch.Generator) -> Tensor:
 
 @dataclass
 class Contender:
-    """One model in training, with what follows it."""
+    """One model in training, with its average or recorder."""
 
     name: str
     algorithms: Sequence[Algorithm]
@@ -114,7 +114,7 @@ class Contender:
 
 
 def compete(rounds: int, folder: Path) -> tuple[list[Contender], float]:
-    """Train all in turns, and return them and the seconds that ending the record took."""
+    """Train all models in turns; return them and the seconds to end the record."""
     duration = INTERVAL * 512
 
     def recorder(name: str) -> Recorder:
@@ -130,7 +130,7 @@ def compete(rounds: int, folder: Path) -> tuple[list[Contender], float]:
     with progress() as bar, ExitStack() as stack:
         total = len(contenders) * (rounds * INTERVAL + INTERVAL // 2)
         task = bar.add_task("training", total=total)
-        # Half a block first: then each later block has one end of a stretch in its middle, and its work within.
+        # Half a block first: each later block then has the end of one segment in its middle, and the work that follows.
         for contender in contenders:
             contender.train(INTERVAL // 2, lambda n: bar.advance(task, n), timed=False)
         for i in range(rounds):
@@ -145,8 +145,10 @@ def compete(rounds: int, folder: Path) -> tuple[list[Contender], float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=320, help="of each of the four models, at least 32 (default: 320)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument(
+        "--steps", type=int, default=320, help="the steps of each of the four models, at least 32 (default: 320)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
     parser.add_argument("--out", type=Path, default=RESULTS / "recording_cost.md")
     arguments = parser.parse_args()
     if arguments.steps < 2 * INTERVAL:
@@ -182,16 +184,16 @@ def main() -> None:
     how = provenance("torch", "safetensors")
     wall_s = time.perf_counter() - began
     lines = [
-        "# What recording costs while training",
+        "# What recording costs during training",
         "",
         *paragraph(
             f"A GPT of {parameters:,} parameters ({LAYERS} layers of width {WIDTH}, head tied to the embedding), "
-            f"AdamW, {BATCH} x {CONTEXT} tokens a step, float32, on the CPU. Four copies train in turns, {INTERVAL} "
-            f"steps each, in rotating order, {rounds} rounds. The record takes a stretch every {INTERVAL} steps, which "
-            f"is T/512 of a run of {INTERVAL * 512:,}: short, so that the cost of files shows; longer runs pay it as "
-            "much more rarely. Time per step is that of a block, files included; the ratio is to the block without, in "
-            "the same round: median, and quartiles. The three columns that follow are medians over single steps: the "
-            "one that ends a stretch, the one after, and all others."
+            f"AdamW, {BATCH} x {CONTEXT} tokens per step, float32, on the CPU. Four copies train in turns, {INTERVAL} "
+            f"steps each, in rotating order, {rounds} rounds. A segment of the record has {INTERVAL} steps, T/512 of "
+            f"a run of {INTERVAL * 512:,}: short, so that the cost of files is visible; longer runs have it less "
+            "often in proportion. The time per step is that of a block, files included; the ratio is to the block "
+            "without an average in the same round: median and quartiles. The next three columns are medians over "
+            "single steps: the one that ends a segment, the one after it, and all others."
         ),
         "",
         *table(
@@ -219,19 +221,19 @@ def main() -> None:
         ),
         "",
         *item(
-            f"On disk after {stretches} stretches: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, each "
+            f"On disk after {stretches} segments: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, each "
             f"{sizes[0] / 1e6:.1f} MB ({sizes[0] / (4 * parameters):.3f} x the float32 weights)."
         ),
         *item(
-            f"Written on the way, merges included: {written / 1e6:.0f} MB, {written / sizes[0] / stretches:.2f} files"
-            " a stretch."
+            f"Written in total, merges included: {written / 1e6:.0f} MB, {written / sizes[0] / stretches:.2f} files "
+            "per segment."
         ),
         *item(f"Ending a record at the end of training: {ending_s:.2f} s."),
-        *item(f"The finest half-life that this record tells: {record.finest} steps."),
+        *item(f"The finest half-life that this record resolves: {record.finest} steps."),
         *item(
             f"The loss after the last step is {plain.loss:.6f} in "
             + (
-                "all four: what follows does not touch training."
+                "all four: averaging does not affect training."
                 if len({contender.loss for contender in contenders}) == 1
                 else "the first, and differs in others: "
                 + ", ".join(f"{c.name} {c.loss:.6f}" for c in contenders)

@@ -1,4 +1,4 @@
-"""What benchmarks share: how results are written, and on which machine, with which versions and command."""
+"""Shared by the benchmarks: writing results, with the machine, the versions and the command."""
 
 import contextlib
 import json
@@ -23,12 +23,12 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def row(*cells: object) -> str:
-    """Write a row of a Markdown table."""
+    """Return a row of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Write a Markdown table, all columns but the first aligned to the right."""
+    """Return a Markdown table, with all columns but the first aligned to the right."""
     return [row(*head), row("---", *["---:"] * (len(head) - 1)), *(row(*cells) for cells in rows)]
 
 
@@ -68,7 +68,7 @@ def provenance(*packages: str) -> dict[str, str]:
 
 
 def measured(how: Mapping[str, str], wall_s: float | None = None) -> list[str]:
-    """Write the section that says how it was measured."""
+    """Return the section on how it was measured."""
     lines = [
         "## How it was measured",
         "",
@@ -80,7 +80,7 @@ def measured(how: Mapping[str, str], wall_s: float | None = None) -> list[str]:
 
 
 def write(path: Path, lines: Sequence[str], data: Mapping[str, Any] | None = None) -> None:
-    """Write a page, and beside it the numbers as JSON, each complete or not at all."""
+    """Write a page, and its numbers as JSON next to it, each by a safe write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "\n".join([*lines, ""])
     with replacing(path) as draft:
@@ -92,6 +92,6 @@ def write(path: Path, lines: Sequence[str], data: Mapping[str, Any] | None = Non
 
 
 def progress() -> Progress:
-    """Make a progress bar, on stderr."""
+    """Return a progress bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=Console(stderr=True))

@@ -1,9 +1,9 @@
-"""What averaging costs at scale, on paper: bytes, times and files for 1 B to 1 T parameters on 8 to 16,384 devices.
+"""A model of the cost of averaging at scale: bytes, times and files for 1 B to 1 T parameters on 8 to 16,384 devices.
 
     python benchmarks/scale.py [--measure] [--write]
 
-Prints the tables of docs/scale.md. ``--measure`` first takes the costs that no other benchmark has; ``--write`` puts
-tables and picture in their places. A record is simulated stretch by stretch; all else is arithmetic.
+Prints the tables of docs/scale.md. ``--measure`` first measures the costs that no other benchmark has; ``--write``
+writes the tables and the figure. A record is simulated segment by segment; the rest is arithmetic.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from polyak.record import Edge, Writer
 from polyak.record.writer import due
-from polyak.report.figures import _STYLE, AVERAGED, GREY, INK, RAW, RULE, render
+from polyak.report.figures import AVERAGED, GREY, INK, RAW, RULE, STYLE, render
 from polyak.storage.atomic import replacing
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Timestamp
@@ -44,12 +44,12 @@ PAGE, PICTURE, MEASURED = DOCS / "scale.md", DOCS / "images" / "scale.png", RESU
 DEVICES = (8, 64, 512, 4096, 16_384)
 STRETCHES, PER_LEVEL = 512, 4
 FLOAT, MIXED, HALF = "float32", "bfloat16 model, float32 average", "bfloat16"
-LARGE = ("GPT-2", "ResNet-50", "one of 50 M")  # where the time is that of the bytes
+LARGE = ("GPT-2", "ResNet-50", "one of 50 M")  # the time is that of the bytes
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """The shapes of a transformer of Llama's kind."""
+    """The shapes of a transformer like Llama."""
 
     name: str
     layers: int
@@ -72,59 +72,60 @@ class Decoder:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def fullest_shard(self, shards: int) -> int:
-        """Return the elements of the first rank, which has the most: each tensor is cut by rows, as FSDP2 does."""
+        """Return the elements of rank 0, which has the most: each tensor is split by rows, as FSDP2 does."""
         return sum(-(-shape[0] // shards) * math.prod(shape[1:]) for shape in self.shapes)
 
 
 MODELS = (
     Decoder("1 B", layers=16, width=2048, key_width=512, feed_forward=8192, tied=True),  # Llama 3.2 1B
     Decoder("70 B", layers=80, width=8192, key_width=1024, feed_forward=28_672),  # Llama 3 70B
-    Decoder("1 T", layers=136, width=24_576, key_width=1024, feed_forward=81_920),  # made up
+    Decoder("1 T", layers=136, width=24_576, key_width=1024, feed_forward=81_920),  # invented
 )
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What was not measured here; ``inputs`` names the sources."""
+    """Values that were not measured here; ``inputs`` names their sources."""
 
     flops: float = 989e12
     utilisation: float = 0.40
     memory: float = 80e9
-    copy: float = 3.35e12 * 4.3 / 4.8  # bytes/s, read and written together
+    copy: float = 3.35e12 * 4.3 / 4.8  # bytes/s, reads plus writes
     pcie: float = 64e9
     link: float = 50e9
     shared: float = 100e9
-    operations: float = 24_000  # of a file system's metadata, a second
+    operations: float = 24_000  # metadata operations of a file system per second
     hop_s: float = 20e-6
     launch_s: float = 10e-6
-    scratch: int = 131_072  # elements that a loan exchanges at a time
+    scratch: int = 131_072  # elements that a swap exchanges at a time
     group: int = 512  # devices that share one copy of the model
-    tokens: int = 2**24  # a step
+    tokens: int = 2**24  # per step
     run_tokens: float = 15e12
-    state: int = 16  # bytes a parameter: weights 4, gradients 4, Adam 8
-    saved: int = 12  # of these in a checkpoint
+    state: int = 16  # bytes per parameter: weights 4, gradients 4, Adam 8
+    saved: int = 12  # of these, in a checkpoint
 
 
 def moved(pair: str) -> tuple[int, int, int]:
-    """Return the bytes a parameter that an update, lending and giving back read and write."""
-    # In place both are read and written. Otherwise the model's own are kept aside (2 + 2), then overwritten (4 + 2).
+    """Return the bytes per parameter that an update, a swap and a restore read and write."""
+    # In place, both are read and written. Otherwise the model's weights are backed up (2 + 2), then overwritten (4 +
+    # 2).
     return {FLOAT: (12, 16, 16), MIXED: (10, 10, 4), HALF: (6, 8, 8)}[pair]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured on a CPU, read from the results of the benchmarks."""
+    """Values that were measured on a CPU, from the results of the benchmarks."""
 
     limit: float  # bytes/s of an update in place
-    update: dict[str, float]  # time over that of as many bytes at the limit, by dtypes
+    update: dict[str, float]  # its time relative to that of as many bytes at the limit, by dtypes
     lend: dict[str, float]
     back: dict[str, float]
-    write_s: float  # a byte of a stretch: cast, hashed and written by one thread, without the wait for the disk
-    merge_s: float  # a byte of what two merge to
-    plan_bytes: float  # of DCP, for one shard of one tensor
-    plan_memory: float  # of the objects that it becomes on rank 0
+    write_s: float  # per byte of a segment: cast, hash and write by one thread, without waiting for the disk
+    merge_s: float  # per byte of the merged file
+    plan_bytes: float  # of DCP, per shard of a tensor
+    plan_memory: float  # of its objects on rank 0
     metadata_bytes: float
-    plan_s: float  # of rank 0's time, until the metadata is written
+    plan_s: float  # time of rank 0 until the metadata is written
 
     @classmethod
     def load(cls) -> "Measured":
@@ -193,7 +194,7 @@ class Deployment:
 
     @property
     def offloaded_s(self) -> float:
-        """Return what the slower of the two takes: the weights on their way, or the update by two cores."""
+        """Return the time of the slower of the two: the transfer of the weights, or the update on two cores."""
         update = self.measured.update[FLOAT] * 12 * self.shard / self.measured.limit
         return max(4 * self.shard / self.assumed.pcie, update)
 
@@ -204,7 +205,7 @@ class Deployment:
 
     @property
     def loan_launches(self) -> int:
-        """Return the copies that a loan in place starts, both ways, three for each piece."""
+        """Return the number of copies that a swap in place and its restore start: three per block each."""
         return 2 * 3 * math.ceil(self.shard / self.assumed.scratch)
 
     @property
@@ -216,7 +217,7 @@ class Deployment:
     def plan_items(self, states: int) -> int:
         return self.devices * len(self.model.shapes) * states
 
-    # Records: one of the replicas writes, each of its ranks one part of each stretch.
+    # Records: one replica writes, and each of its ranks writes its shard of each segment.
 
     @property
     def stretch_bytes(self) -> int:
@@ -227,13 +228,14 @@ class Deployment:
         return self.assumed.run_tokens / self.assumed.tokens / STRETCHES * self.step_s
 
     def append_s(self, merges: int, shared: float | None = None) -> float:
-        """Return how long one stretch, and the merges that it brings, takes: the slower of threads and file system."""
+        """Return the time for one segment and its merges: that of the threads or of the file system, whichever is
+        slower."""
         threads = 4 * self.shard * (self.measured.write_s + merges * self.measured.merge_s)
         transfer = self.stretch_bytes * (1 + 3 * merges) / (shared or self.assumed.shared)
         return max(threads, transfer) + file_operations(self.shards, merges) / self.assumed.operations
 
     def waiting(self, run_s: float, shared: float | None = None) -> float:
-        """Return the share of a run's time in which training waits for the record."""
+        """Return the fraction of a run's time in which training waits for the record."""
         interval_s = run_s / STRETCHES
         waited_s = waits(interval_s, [self.append_s(one.merges, shared) for one in ageing(STRETCHES, PER_LEVEL)])
         return waited_s / (run_s + waited_s)
@@ -246,7 +248,7 @@ class Append:
 
 
 def ageing(stretches: int, per_level: int | None) -> Iterator[Append]:
-    """Append one stretch after the other by the rule of the writer, and tell what each brings."""
+    """Append segments by the writer's rule; yield the merges of each and the files that remain."""
     levels: list[int] = []
     for _ in range(stretches):
         levels.append(0)
@@ -258,26 +260,28 @@ def ageing(stretches: int, per_level: int | None) -> Iterator[Append]:
 
 
 def waits(interval_s: float, appends_s: Sequence[float]) -> float:
-    """Return how long training waits in all for a recorder's thread.
+    """Return the total time that training waits for a recorder's thread.
 
-    It hands a stretch over only when the one before is written, so that nothing piles up: each append makes it wait for
-    as long as it outlasts the next stretch. The last is waited for at the end of the run, and not counted here.
+    The recorder passes a segment to the thread only when the previous one is written, so that no queue forms: training
+    waits for as long as an append exceeds the next segment. The wait for the last append, at the end of the run, is not
+    counted.
     """
     return sum(max(0.0, append_s - interval_s) for append_s in appends_s[:-1])
 
 
 def file_operations(writers: int, merges: int) -> int:
-    """Return creations, openings and deletions: a file of each writer, and one of metadata, for a stretch."""
+    """Return the number of files created, opened and deleted for a segment, with one file per writer and one of
+    metadata."""
     return (writers + 1) * ((1 + merges) + 2 * merges + 2 * merges)
 
 
-# What no other benchmark measures
+# Measurements that no other benchmark has
 
 
 def measure_writer(elements: int = 16_000_000) -> dict[str, float]:
-    """Take the processor's time of appends without a merge and with one; a merge costs the difference.
+    """Measure the processor time of appends without a merge and with one; a merge costs the difference.
 
-    The wait for the disk is left out: how fast that is, is an assumption of its own.
+    The wait for the disk is not included: the speed of the file system is a separate assumption.
     """
     tensors = {"weight": TensorInfo(torch.float32, (elements,), averaged=True)}
     values = {"weight": torch.randn(elements, generator=torch.Generator().manual_seed(0))}
@@ -293,7 +297,7 @@ def measure_writer(elements: int = 16_000_000) -> dict[str, float]:
 
 
 def plan_of(rank: int, ranks: int, tensors: int) -> SavePlan:
-    """Return what a rank tells DCP's coordinator that it has: one shard of each tensor."""
+    """Return the plan that a rank sends to DCP's coordinator: one shard of each tensor."""
     rows, columns = 4, 4096
     items = []
     for layer in range(tensors):
@@ -307,7 +311,7 @@ def plan_of(rank: int, ranks: int, tensors: int) -> SavePlan:
 
 
 def coordinate(plans: Sequence[bytes], results: Sequence[bytes]) -> tuple[list[SavePlan], Metadata, bytes]:
-    """Do what DCP's coordinator does between the ranks' plans and the file of metadata."""
+    """Do the work of DCP's coordinator, from the plans of the ranks to the metadata file."""
     made, metadata = DefaultSavePlanner().create_global_plan([pickle.loads(plan) for plan in plans])
     sent = [pickle.dumps(plan) for plan in made]
     assert len(sent) == len(plans)
@@ -316,7 +320,7 @@ def coordinate(plans: Sequence[bytes], results: Sequence[bytes]) -> tuple[list[S
 
 
 def sent_by(ranks: int, tensors: int) -> tuple[list[bytes], list[bytes]]:
-    """Return what the ranks send: their plans, and what they have written."""
+    """Return the messages of the ranks: their plans, and their results."""
     plans = [pickle.dumps(plan_of(rank, ranks, tensors)) for rank in range(ranks)]
     made, _, _ = coordinate(plans, [])
     return plans, [
@@ -326,7 +330,7 @@ def sent_by(ranks: int, tensors: int) -> tuple[list[bytes], list[bytes]]:
 
 
 def measure_plan() -> dict[str, float]:
-    """Let one process coordinate many ranks; its own time, and the memory of its Python objects."""
+    """Measure one process that coordinates many ranks: its time, and the memory of its Python objects."""
     items, times = 256 * 256, []
     plans, results = sent_by(256, 256)
     for _ in range(3):
@@ -351,8 +355,8 @@ def measure() -> None:
     load = os.getloadavg()[0]
     costs = measure_writer() | measure_plan()
     data = {"costs": costs, "load": load, "how": provenance("torch", "safetensors")}
-    with replacing(MEASURED) as draft:
-        draft.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    with replacing(MEASURED) as temporary:
+        temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 # Tables
@@ -390,7 +394,7 @@ def percent(value: float) -> str:
 
 
 def prose(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Write a table of text, all of it aligned to the left."""
+    """Return a table of text, with all columns aligned to the left."""
     lines = table(head, rows)
     return [lines[0], lines[1].replace("---:", "---"), *lines[2:]]
 
@@ -405,31 +409,36 @@ def inputs(a: Assumed, m: Measured) -> list[str]:
     rows = [
         ("in-place limit of two CPU cores", rate(m.limit), "measured", by("update_time")),
         (f"update over the limit: {FLOAT}; {MIXED}; {HALF}", ratios, "measured", f"{by('update_time')}, large models"),
-        ("lending and giving back, over the limit, likewise", loans, "measured", f"{by('loan_time')}, GPT-2"),
-        ("writing a stretch, one thread, apart from the disk", rate(1 / m.write_s), "measured", by("scale")),
-        ("merging two, likewise, by what they become", rate(1 / m.merge_s), "measured", by("scale")),
-        ("DCP's plan, for a shard of a tensor, sent to one rank", f"{m.plan_bytes:.0f} B", "measured", by("scale")),
-        ("the same, what its objects take there, at most", size(m.plan_memory), "measured", by("scale")),
+        ("swap and restore over the limit: the same dtypes", loans, "measured", f"{by('loan_time')}, GPT-2"),
+        ("writing a segment, one thread, without the disk", rate(1 / m.write_s), "measured", by("scale")),
+        ("merging two, the same, per byte of the result", rate(1 / m.merge_s), "measured", by("scale")),
+        ("DCP's plan per shard of a tensor, sent to one rank", f"{m.plan_bytes:.0f} B", "measured", by("scale")),
+        ("the same, peak memory of its objects there", size(m.plan_memory), "measured", by("scale")),
         ("the same, time of that rank", duration(m.plan_s), "measured", by("scale")),
-        ("the same, in the file of metadata", size(m.metadata_bytes), "measured", by("scale")),
+        ("the same, in the metadata file", size(m.metadata_bytes), "measured", by("scale")),
         ("device: bf16 compute, memory", f"{a.flops / 1e12:g} TFLOP/s, {size(a.memory)}", "assumed", h100),
-        ("share of that compute in use", percent(a.utilisation), "assumed", f"{llama}: 38 to 43 %"),
+        ("fraction of that compute in use", percent(a.utilisation), "assumed", f"{llama}: 38 to 43 %"),
         (
             "device: copying, bytes read and written",
             rate(a.copy),
             "assumed",
-            "an H200 copies at 4.3 of its 4.8 TB/s; as much of 3.35",
+            "an H200 copies at 4.3 of its 4.8 TB/s; the same fraction of 3.35",
         ),
         ("to the host, one way", rate(a.pcie), "assumed", "PCIe 5.0 x16"),
-        ("network, a device", rate(a.link), "assumed", f"{llama}: 400 Gb/s"),
+        ("network, per device", rate(a.link), "assumed", f"{llama}: 400 Gb/s"),
         ("shared file system", rate(a.shared), "assumed", f"a twentieth of {llama}'s 2 TB/s"),
-        ("its creations, openings, deletions", f"{a.operations:,.0f}/s", "assumed", f"{lustre} sells 1,500 to 192,000"),
-        ("a hop of an `all_reduce` of some bytes", duration(a.hop_s), "assumed", "a guess, on the slow side"),
-        ("starting a copy on a device", duration(a.launch_s), "assumed", "a guess, with Python's share"),
-        ("a step, a run", f"{a.tokens:,} tokens, {a.run_tokens / 1e12:g} T tokens", "assumed", llama),
         (
-            "training state in memory, of it saved",
-            f"{a.state}, {a.saved} bytes a parameter",
+            "its file creations, openings and deletions",
+            f"{a.operations:,.0f}/s",
+            "assumed",
+            f"{lustre} sells 1,500 to 192,000",
+        ),
+        ("a hop of an `all_reduce` of some bytes", duration(a.hop_s), "assumed", "a conservative guess"),
+        ("starting a copy on a device", duration(a.launch_s), "assumed", "a guess, including Python"),
+        ("one step, one run", f"{a.tokens:,} tokens, {a.run_tokens / 1e12:g} T tokens", "assumed", llama),
+        (
+            "training state in memory, and saved",
+            f"{a.state}, {a.saved} bytes per parameter",
             "assumed",
             "float32, Adam",
         ),
@@ -441,14 +450,14 @@ def inputs(a: Assumed, m: Measured) -> list[str]:
 
 def machine(name: str) -> str:
     found = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    busy = f"; processor time, since the load was {found['load']:.1f}; rough" if "load" in found else ""
+    busy = f"; processor time, because the load was {found['load']:.1f}; rough" if "load" in found else ""
     return f"`{found['how']['command']}`: {found['how']['hardware']}{busy}"
 
 
 def byte_counts() -> list[str]:
     memory = {FLOAT: (4, 0), MIXED: (4, 2), HALF: (2, 0)}
     rows = [(pair, memory[pair][0], *moved(pair), memory[pair][1]) for pair in (FLOAT, MIXED, HALF)]
-    head = ("bytes a parameter", "average", "update", "lending", "giving back", "room for a loan")
+    head = ("bytes per parameter", "average", "update", "swap", "restore", "backup of a swap")
     return table(head, rows)
 
 
@@ -473,8 +482,8 @@ def training(of: Sequence[Deployment]) -> list[str]:
         )
         cut = f"{d.shards} x {d.devices // d.shards}"
         rows.append((d.model.name, f"{d.devices:,}", cut, size(d.state_bytes), size(d.average_bytes), *times))
-    head = ("model", "devices", "shards x replicas", "training state, a rank", "average, a rank", "a step", "update")
-    return table((*head, "of a step", "offloaded", "loan, both ways", "agreement"), rows)
+    head = ("model", "devices", "shards x replicas", "training state per rank", "average per rank", "step", "update")
+    return table((*head, "of a step", "offloaded", "swap and restore", "agreement"), rows)
 
 
 def checkpoints(of: Sequence[Deployment]) -> list[str]:
@@ -496,8 +505,8 @@ def checkpoints(of: Sequence[Deployment]) -> list[str]:
                 f"{duration(before * d.measured.plan_s)}, {duration(after * d.measured.plan_s)}",
             )
         )
-    head = ("model", "devices", "without", "the average adds", "which takes", "files", "shards to plan: without, with")
-    return table((*head, "sent to rank 0", "its time"), rows)
+    head = ("model", "devices", "without average", "average adds", "in", "files", "shards to plan: without, with")
+    return table((*head, "sent to rank 0", "time of rank 0"), rows)
 
 
 def records(of: Sequence[Deployment]) -> list[str]:
@@ -522,13 +531,13 @@ def records(of: Sequence[Deployment]) -> list[str]:
                 duration(STRETCHES * d.append_s(worst)),
             )
         )
-    head = ("model", "devices", "a rank's part", "on disk, at most", "in files", "files made in the run")
-    tail = ("a stretch lasts", "written, mean", "longest append", "shortest run that never waits")
+    head = ("model", "devices", "local shard", "on disk, at most", "in files", "files written in the run")
+    tail = ("length of a segment", "mean write rate", "longest append", "shortest run without waiting")
     return table((*head, *tail), rows)
 
 
 def breaks(a: Assumed, m: Measured) -> list[str]:
-    """Return what breaks, the first to break first."""
+    """Return the limits, the first to be reached first."""
     small, middle, large = MODELS
     small_all, middle_group, large_all = (
         Deployment(model, devices, a, m)
@@ -541,88 +550,90 @@ def breaks(a: Assumed, m: Measured) -> list[str]:
     fewer = max(one.kept for one in ageing(STRETCHES, 2))
     plan, replica = large_all.plan_items(4), a.group * len(large.shapes) * 4
     threads_s = 4 * large_all.shard * (m.write_s + worst * m.merge_s)
-    reading_s = last * stretch / (m.limit / 5)  # of 20 bytes, 4 are read from disk and 16 are the sum, in float64
+    reading_s = last * stretch / (m.limit / 5)  # of 20 bytes, 4 are read from disk and 16 are the sum in float64
     rows = [
         (
             "DCP plans a save on one rank",
             f"1 T on {devices:,}: {number(plan)} shards, {size(plan * m.plan_bytes)} sent to rank 0 (with NCCL to its "
             f"device), {size(plan * m.plan_memory)} of objects, {duration(plan * m.plan_s)}. 70 B on {a.group}: "
-            f"{duration(middle_group.plan_items(4) * m.plan_s)}. A quarter of it is the average's",
+            f"{duration(middle_group.plan_items(4) * m.plan_s)}. A quarter of this is for the average",
             "a gloo group for DCP; `enable_plan_caching`, which plans the first save only; one replica that plans and "
             f"saves: {number(replica)} shards, {duration(replica * m.plan_s)}",
         ),
         (
-            "every rank reads all of DCP's metadata when it loads",
+            "every rank reads all of DCP's metadata to load",
             f"1 T in {a.group} shards: {size(replica * m.metadata_bytes)}, on {devices:,} ranks "
-            f"{size(replica * m.metadata_bytes * devices)}, as many times unpickled",
-            "read once a host and sent on (a storage reader of one's own); a record's layout in its manifest, once",
+            f"{size(replica * m.metadata_bytes * devices)}, unpickled on each",
+            "read once per node and broadcast (a custom storage reader); the layout of a record once, in its manifest",
         ),
         (
-            "a record that plans each stretch",
+            "a record that plans each segment",
             f"1 T on {devices:,}: {number(large_all.plan_items(1))} shards, {STRETCHES} times",
-            f"the layout never changes: plan once, then send a size and a hash a rank, {size(100 * a.group)} a stretch",
+            f"the layout never changes: plan once, then send a size and a hash per rank, {size(100 * a.group)} per "
+            "segment",
         ),
         (
-            "a record's short stretches",
+            "short segments of a record",
             f"1 T: training waits in runs below {duration(STRETCHES * large_all.append_s(worst))}; 70 B on {a.group}: "
             f"below {duration(STRETCHES * middle_group.append_s(worst))}",
             "a longer interval; 16-bit files; a faster disk, up to "
-            f"{rate(stretch * (1 + 3 * worst) / threads_s)} for 1 T: beyond, more threads for merging",
+            f"{rate(stretch * (1 + 3 * worst) / threads_s)} for 1 T; beyond that, more threads for merging",
         ),
         (
-            "a record's files, where every rank writes",
+            "the files of a record to which every rank writes",
             f"{devices:,} ranks: {most * (devices + 1):,} files, "
-            f"{duration(file_operations(devices, worst) / a.operations)} of the file system's metadata in the longest "
+            f"{duration(file_operations(devices, worst) / a.operations)} of metadata operations in the longest "
             f"append; 1 B: {size(small_all.stretch_bytes / devices)} each",
-            f"one replica writes, as in the table above: {most * (a.group + 1):,}; then one rank of each host",
+            f"one replica writes, as in the table above: {most * (a.group + 1):,}; then one rank per node",
         ),
         (
-            "a record's size",
-            f"1 T: {size(most * stretch)}, for a moment {size(within * stretch)}",
-            f"16-bit files: half of it; `per_level=2`: {fewer} stretches in place of {most}",
+            "the size of a record",
+            f"1 T: {size(most * stretch)}, {size(within * stretch)} during a merge",
+            f"16-bit files: half; `per_level=2`: {fewer} segments instead of {most}",
         ),
         (
             "reading a record on one machine",
             f"1 T: {size(last * stretch)}, {duration(reading_s)} at the limit of two CPU cores",
-            f"each of 64 machines reads some of the tensors: {duration(reading_s / 64)}; several profiles in one pass",
+            f"each of 64 machines reads a part of the tensors: {duration(reading_s / 64)}; several profiles in one "
+            "pass",
         ),
         (
-            "DDP: the whole average on every rank",
-            f"1 B: {size(4 * small.parameters)}; 70 B: {size(4 * middle.parameters)}. In {size(a.memory)} fit "
-            f"{number(a.memory / (a.state + 4))} parameters, without activations",
-            f"sharded over the ranks: {number(a.memory / a.state)} fit; gathered when lent, 1 B in "
-            f"{duration(4 * small.parameters / a.link)}. Beyond, the model itself has to be sharded",
+            "DDP: the full average on every rank",
+            f"1 B: {size(4 * small.parameters)}; 70 B: {size(4 * middle.parameters)}. "
+            f"{number(a.memory / (a.state + 4))} parameters fit in {size(a.memory)}, without activations",
+            f"sharded over the ranks: {number(a.memory / a.state)} fit; gathered for a swap, 1 B in "
+            f"{duration(4 * small.parameters / a.link)}. Beyond that, the model must be sharded",
         ),
         (
-            f"a loan that starts three copies for every {a.scratch:,} elements",
-            f"1 T on {a.group}: {large_all.loan_launches:,} copies both ways, "
-            f"{duration(large_all.loan_launches * a.launch_s)}, where memory needs {duration(large_all.loan_s())}",
-            f"a scratch of {2**24:,} elements on a device: {6 * math.ceil(large_all.shard / 2**24):,} copies; or one "
-            "kernel for all",
+            f"a swap that starts three copies per {a.scratch:,} elements",
+            f"1 T on {a.group}: {large_all.loan_launches:,} copies for swap and restore, "
+            f"{duration(large_all.loan_launches * a.launch_s)}, where the memory needs {duration(large_all.loan_s())}",
+            f"a scratch buffer of {2**24:,} elements on a device: {6 * math.ceil(large_all.shard / 2**24):,} copies; "
+            "or one kernel",
         ),
         (
-            "room for loans between dtypes",
-            f"2 bytes a parameter: 1 T on {a.group} {size(2 * large_all.shard)} a rank, 1 B under DDP "
+            "the backup of swaps between dtypes",
+            f"2 bytes per parameter: 1 T on {a.group} {size(2 * large_all.shard)} per rank, 1 B under DDP "
             f"{size(2 * small.parameters)}",
-            "an average in the model's dtype; or float32 shards that compute in bfloat16 (FSDP2's mixed precision)",
+            "an average in the model's dtype; or float32 shards with bfloat16 compute (FSDP2's mixed precision)",
         ),
         (
             "more ranks than a tensor has rows",
-            f"70 B cut over all of {devices:,}: the fullest rank has "
+            f"70 B split over all {devices:,}: the fullest rank has "
             f"{middle.fullest_shard(devices) * devices / middle.parameters:.1f} times its share",
             f"groups of {a.group} (HSDP): {middle_group.shard * a.group / middle.parameters:.2f} times",
         ),
         (
-            "agreement among the ranks",
-            f"does not break: one `all_reduce` on {devices:,} takes {duration(large_all.agreement_s)}",
-            f"through one process's store, at 50 µs a rank (assumed), it would be {duration(devices * 50e-6)}",
+            "agreement of the ranks",
+            f"no limit: one `all_reduce` on {devices:,} takes {duration(large_all.agreement_s)}",
+            f"through a store in one process, at 50 µs per rank (assumed), it would take {duration(devices * 50e-6)}",
         ),
     ]
-    return prose(("what", "where it breaks", "what then"), rows)
+    return prose(("what", "limit", "remedy"), rows)
 
 
 def blocks(a: Assumed, m: Measured) -> dict[str, list[str]]:
-    """Return what goes between the markers of the page, by their names."""
+    """Return the tables of the page by the names of their markers."""
     of = deployments(a, m)
     return {
         "inputs": inputs(a, m),
@@ -635,7 +646,7 @@ def blocks(a: Assumed, m: Measured) -> dict[str, list[str]]:
 
 
 def put(page: str, found: dict[str, list[str]]) -> str:
-    """Put tables between their markers."""
+    """Return the page with the tables between their markers."""
     for name, lines in found.items():
         between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         page, times = between.subn(lambda match, lines=lines: "\n".join([match[1].rstrip(), *lines, match[2]]), page)
@@ -647,13 +658,13 @@ def put(page: str, found: dict[str, list[str]]) -> str:
 def picture(a: Assumed, m: Measured) -> Figure:
     hours = [10 ** (n / 40) for n in range(-28, 112)]
     speeds = ((10e9, RAW), (100e9, AVERAGED), (1e12, INK))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.9))
         sides = {"left": 0.06, "right": 0.98, "top": 0.76, "bottom": 0.14, "wspace": 0.08}
         panels = figure.subplots(1, 2, sharey=True, gridspec_kw=sides)
         figure.text(0.02, 0.945, "When training waits for the record", fontsize=15.5, fontweight="bold", va="center")
         subtitle = (
-            f"Share of the time. {STRETCHES} stretches in a run, written by {a.group} ranks to a shared file system"
+            f"Fraction of the time. {STRETCHES} segments in a run, written by {a.group} ranks to a shared file system"
         )
         figure.text(0.02, 0.875, subtitle, fontsize=9.5, color=GREY, va="center")
         for axes, model in zip(panels, MODELS[1:], strict=True):
@@ -675,7 +686,7 @@ def picture(a: Assumed, m: Measured) -> Figure:
             axes.set_xscale("log")
             axes.set_xlim(hours[0], hours[-1])
             axes.set_ylim(0, 1)
-            axes.set_xlabel("hours that the run takes without waiting")
+            axes.set_xlabel("hours of the run without waiting")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
             axes.grid(axis="y", color=RULE, linewidth=0.7)
@@ -685,8 +696,10 @@ def picture(a: Assumed, m: Measured) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--measure", action="store_true", help="first measure the writer's thread and DCP's plan here")
-    parser.add_argument("--write", action="store_true", help=f"put tables and picture in docs/{PAGE.name}")
+    parser.add_argument(
+        "--measure", action="store_true", help="first measure the writer's thread and DCP's plan on this machine"
+    )
+    parser.add_argument("--write", action="store_true", help=f"write the tables and the figure to docs/{PAGE.name}")
     arguments = parser.parse_args()
     if arguments.measure:
         measure()
@@ -696,10 +709,10 @@ def main() -> None:
         print(f"## {name}\n", *lines, "", sep="\n")
     if arguments.write:
         page = put(PAGE.read_text(encoding="utf-8"), found)
-        with replacing(PAGE) as draft:
-            draft.write_text(page, encoding="utf-8")
-        with replacing(PICTURE) as draft:
-            draft.write_bytes(render(picture(assumed, costs), "png"))
+        with replacing(PAGE) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+        with replacing(PICTURE) as temporary:
+            temporary.write_bytes(render(picture(assumed, costs), "png"))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the average of a sharded model costs each rank: time, messages and memory, against the number of ranks.
+"""What the average of a sharded model costs each rank in time, messages and memory, by the number of ranks.
 
     python benchmarks/sharded_update.py [--parameters 64] [--repeats 9] [--out benchmarks/results/sharded_update.md]
 
-Real processes of gloo on this machine, which share its cores and its memory's bandwidth: so the limit, an in-place
-`y += a * (x - y)` over as many bytes as a rank's update moves, is measured by all ranks at once, like everything here.
+The ranks are gloo processes on one machine, which share its cores and memory bandwidth. All ranks run each measurement
+at the same time, also the limit: an in-place `y += a * (x - y)` over as many bytes as a rank's update moves.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _LAYERS = 16
 
 
 def _time_ms(repeats: int, step: Callable[[], object]) -> float:
-    """Return the median over repeats of the slowest rank's time."""
+    """Return the median over repeats of the time of the slowest rank."""
     step()
     times = []
     for _ in range(repeats):
@@ -74,8 +74,8 @@ def _rank(rank: int, size: int, meeting: str, parameters: int, repeats: int, res
     update = _time_ms(repeats, lambda: shadow.update_(0.1))
 
     def loan() -> None:
-        shadow.lend("the benchmark")
-        shadow.give_back()
+        shadow.swap_in("the benchmark")
+        shadow.restore()
 
     found = {
         "ranks": size,
@@ -99,8 +99,10 @@ def _rank(rank: int, size: int, meeting: str, parameters: int, repeats: int, res
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--parameters", type=float, default=64, help="of the model, in millions (default: 64)")
-    parser.add_argument("--repeats", type=int, default=9, help="of each (default: 9)")
+    parser.add_argument(
+        "--parameters", type=float, default=64, help="the parameters of the model, in millions (default: 64)"
+    )
+    parser.add_argument("--repeats", type=int, default=9, help="repeats of each measurement (default: 9)")
     parser.add_argument("--out", type=Path, default=RESULTS / "sharded_update.md")
     arguments = parser.parse_args()
     began = time.perf_counter()
@@ -130,19 +132,19 @@ def main() -> None:
     ]
     head = (
         *("ranks", "a rank's shard, MiB", "limit, ms", "update, ms", "over the limit", "messages in an update"),
-        *("lend and give back, ms", "agree, ms", "the average, MiB", "more in an update, MiB", "more in a loan, MiB"),
+        *("swap in and restore, ms", "agree, ms", "the average, MiB", "more in an update, MiB", "more in a swap, MiB"),
     )
     how, wall_s = provenance("torch"), time.perf_counter() - began
     lines = [
         "# What the average of a sharded model costs each rank",
         "",
         *paragraph(
-            f"A model of {arguments.parameters:g} M float32 parameters under `fully_shard` (on one rank: whole), and"
-            " its float32 average. Times are medians of the slowest rank's; all ranks work at once and share the"
-            " machine's cores and memory bandwidth, which is why a rank's time does not fall as its shard does. The"
-            " limit is an in-place `y.lerp_(x, a)` over one flat pair of as many elements as the shard has, by all"
-            " ranks at once. Memory is the first rank's peak above what it had before. CPU and gloo only: nothing of"
-            " this was measured on a GPU or between machines."
+            f"A model of {arguments.parameters:g} M float32 parameters under `fully_shard` (unsharded on one rank), "
+            "and its float32 average. Times are medians of those of the slowest rank. All ranks work at the same "
+            "time and share the machine's cores and memory bandwidth, so that the time does not fall in proportion "
+            "to the shard. The limit is an in-place `y.lerp_(x, a)` over one flat pair of as many elements as the "
+            "shard has, on all ranks at the same time. Memory is the peak of rank 0 above its memory before. "
+            "Measured on a CPU with gloo only, not on a GPU or between machines."
         ),
         "",
         *table(head, rows),

@@ -1,8 +1,8 @@
-"""Which share of a training step an average costs, for a small ResNet and a small transformer.
+"""The cost of an average relative to a training step, for a small ResNet and a small transformer.
 
     python benchmarks/step_share.py [--rounds 40] [--out benchmarks/results/step_share.md]
 
-In each round the model takes a step, and then each contender, in changing order, updates its average of it.
+In each round the model takes a step, then each library, in changing order, updates its average.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Residual(nn.Module):
 
 
 def resnet() -> nn.Module:
-    """Make an 18-layer ResNet for images of 32 by 32."""
+    """Return an 18-layer ResNet for images of 32 by 32."""
     before, blocks = WIDTHS[0], []
     for width in WIDTHS:
         blocks += [Residual(before, width), Residual(width, width)]
@@ -81,7 +81,7 @@ def timed(run: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=40, help="steps of each model (default: 40)")
+    parser.add_argument("--rounds", type=int, default=40, help="the steps of each model (default: 40)")
     parser.add_argument("--out", type=Path, default=RESULTS / "step_share.md")
     arguments = parser.parse_args()
     began = time.perf_counter()
@@ -110,13 +110,13 @@ def main() -> None:
     how = provenance(*PACKAGES)
     wall_s = time.perf_counter() - began
     lines = [
-        "# The share of a training step that an average costs",
+        "# The cost of an average relative to a training step",
         "",
         *paragraph(
             f"The median of {arguments.rounds} updates over the median of the steps between them, float32. The ResNet "
-            f"has 18 layers and takes {IMAGES} images of 32 by 32 a step with SGD, the transformer 512 tokens "
-            "with AdamW. Each update begins with what the step and the other updates left in the caches. polyak also "
-            "averages the statistics of BatchNorm, most others do not. CPU only: nothing of this was measured on a GPU."
+            f"has 18 layers and takes {IMAGES} images of 32 by 32 per step with SGD, the transformer 512 tokens "
+            "with AdamW. Each update begins with the caches as the step and the other updates left them. polyak also "
+            "averages the statistics of BatchNorm; most others do not. Measured on a CPU only, not on a GPU."
         ),
         "",
         *table(("", *columns), [(name, *(f"{shares[name]:.2%}" for shares in columns.values())) for name in names]),

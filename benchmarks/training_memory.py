@@ -1,9 +1,9 @@
-"""The peak of memory of a training run with each library's average, and with none (Linux only).
+"""The peak memory of a training run with the average of each library, and without one (Linux only).
 
     python benchmarks/training_memory.py [--layers 8] [--out benchmarks/results/training_memory.md]
 
-Each run is a process of its own, in which what is freed goes back at once: a transformer, AdamW, a few steps each with
-an update, then an evaluation with the averaged weights where these are lent, and one more step.
+Each run is a separate process, in which freed memory is returned to the system immediately: a transformer, AdamW, a few
+steps with an update each, then an evaluation with the averaged weights swapped in, and one more step.
 """
 
 import argparse
@@ -23,7 +23,7 @@ NONE = "no average"
 
 
 def train(name: str, pair: str, layers: int) -> tuple[int, bool]:
-    """Train with this average, and return the bytes of the model, and whether the average could be had."""
+    """Train with this average; return the bytes of the model, and whether the library supports the case."""
     torch.manual_seed(0)
     dtype, average_dtype = PAIRS[pair]
     layer = nn.TransformerEncoderLayer(WIDTH, 8, 4 * WIDTH, dropout=0.0, batch_first=True)
@@ -53,7 +53,7 @@ def train(name: str, pair: str, layers: int) -> tuple[int, bool]:
 
 
 def memory(name: str, pair: str, layers: int) -> dict[str, int]:
-    """Return the peak of memory of a training run, over what the process had before it made the model."""
+    """Return the peak memory of a training run, above that of the process before it made the model."""
     before, found = settled_bytes(), list[tuple[int, bool]]()
     peak = peak_bytes(lambda: found.append(train(name, pair, layers)))
     ((size, was_had),) = found
@@ -62,9 +62,9 @@ def memory(name: str, pair: str, layers: int) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=8, help="of the transformer (default: 8)")
+    parser.add_argument("--layers", type=int, default=8, help="the number of layers (default: 8)")
     parser.add_argument("--out", type=Path, default=RESULTS / "training_memory.md")
-    parser.add_argument("--one", nargs=2, metavar=("NAME", "DTYPES"), help="only this run, in this process")
+    parser.add_argument("--one", nargs=2, metavar=("NAME", "DTYPES"), help="measure only this run, in this process")
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(memory(*arguments.one, arguments.layers)))
@@ -78,7 +78,7 @@ def main() -> None:
                 try:
                     found = alone("--layers", str(arguments.layers), "--one", name, pair)
                     size[pair] = found["model_bytes"]
-                except RuntimeError:  # some do not average these dtypes
+                except RuntimeError:  # some libraries do not average these dtypes
                     if name in (NONE, OURS):
                         raise
                     found = {"peak_bytes": 0}
@@ -95,17 +95,17 @@ def main() -> None:
     wall_s = time.perf_counter() - began
     heads = [f"{pair}, a model of {size[pair] / 2**20:.0f} MiB" for pair in PAIRS]
     lines = [
-        "# The peak of memory of a training run",
+        "# The peak memory of a training run",
         "",
         *paragraph(
-            f"MiB above what the process had before it made the model and, in parentheses, what is more than without "
-            f"an average, in units of the model's size. A transformer with AdamW, {STEPS + 1} steps of 64 tokens, an "
-            "update after each of the first; libraries that lend their average have done so once for an evaluation. "
-            "The least that an average can take is its own size: 1, or 2 for a float32 average of a bfloat16 model. "
-            "A loan between dtypes keeps the model's own weights aside, and counts by what these take more than the "
-            "optimizer's temporaries, which are part of each peak and gone when it begins. Averages that are modules "
-            "of their own are not lent, and were not evaluated. Allocators were told to give back what is free: else "
-            "peaks differ by a tenth of the model from run to run. CPU only: nothing of this was measured on a GPU."
+            "MiB above the memory of the process before it made the model and, in parentheses, the difference to a "
+            f"run without an average, in units of the model's size. A transformer with AdamW, {STEPS + 1} steps of 64 "
+            "tokens, an update after each but the last; libraries that swap in their average did so once for an "
+            "evaluation. An average needs at least its own size: 1, or 2 for a float32 average of a bfloat16 model. "
+            "A swap between dtypes keeps a backup of the model's weights; it adds to the peak only what exceeds the "
+            "optimizer's temporaries, which are part of each peak and released before the swap. Averages that are "
+            "separate modules are not swapped in, and were not evaluated. Allocators return free memory; otherwise "
+            "peaks differ by a tenth of the model between runs. Measured on a CPU only, not on a GPU."
         ),
         "",
         *table(("", *heads), [(name, *(cell(pair, name) for pair in PAIRS)) for name in (NONE, *names)]),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from polyak import kernels
 from polyak.averaging.weights import Shadow
-from polyak.kernels import KERNELS
 from tests.fuzz.cases import Case, draw
 from tests.fuzz.judge import judge
 
@@ -18,7 +18,7 @@ PLAIN = Case(seed=1, blocks=("batch_norm",), steps=4, events=((3, "applied"),))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", sorted(KERNELS))
+@pytest.mark.parametrize("kernel", kernels.serving_cpu())
 def test_random_models_loops_and_events_give_the_averages_of_the_reference(kernel: str) -> None:
     command = [sys.executable, "-m", "tests.fuzz", "--kernel", kernel, "--count", "500"]
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
@@ -40,7 +40,7 @@ def test_the_fuzzer_finds_an_average_that_moves_too_far(loop: str, monkeypatch: 
 
 
 def test_the_fuzzer_finds_training_weights_that_are_not_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    restore = Shadow.give_back
+    restore = Shadow.restore
 
     def leave_a_trace(self: Any) -> None:
         restore(self)

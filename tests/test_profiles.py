@@ -1,13 +1,14 @@
-"""Each profile against its definition, and the laws that hold for all of them."""
+"""Each profile against its definition, the laws that hold for all of them, and the registry."""
 
 import math
 
 import pytest
 import reference
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from polyak import HalfLife, PowerFunction, ProfileError, Smoothing, Time, TimeError, Uniform, Warmup, Window
+from polyak import EMA, HalfLife, PowerFunction, ProfileError, Smoothing, Time, TimeError, Uniform, Warmup, Window
+from polyak.profiles import NamedProfile, Profile, forms, named, options, parse
 
 PROFILES = [
     HalfLife("10ba"),
@@ -35,40 +36,45 @@ PROFILES = [
     Warmup(HalfLife("infba"), power=0.75, inv_gamma=20.0),
     Window("10ba"),
     Window("infba"),
+    *(parse(name, form.example) for name, form in forms().items()),  # a new profile is tested without a line here
 ]
 moments = st.floats(0, 200) | st.integers(0, 200).map(float)
 profiles = st.sampled_from(PROFILES)
 
 
+@settings(deadline=None)
 @given(profiles, moments)
-def test_all_of_the_average_is_in_it_now(profile, now) -> None:
+def test_the_decay_over_no_time_is_one(profile, now) -> None:
     assert profile.decay(now, now) == 1.0
 
 
+@settings(deadline=None)
 @given(profiles, moments, moments, moments)
-def test_a_decay_is_a_share_that_falls_as_time_goes_on_and_grows_with_the_start(profile, a, b, c) -> None:
+def test_a_decay_is_a_fraction_that_falls_with_time_and_rises_with_the_start(profile, a, b, c) -> None:
     a, b, c = sorted((a, b, c))
     assert 0 <= profile.decay(a, c) <= 1
     assert profile.decay(a, c) <= profile.decay(a, b) * (1 + 1e-12)
     assert profile.decay(a, c) <= profile.decay(b, c) * (1 + 1e-12)
 
 
+@settings(deadline=None)
 @given(profiles, moments, moments, moments)
 @example(Warmup(HalfLife("50ba")), 0.25, 0.75, 3.5)
-def test_what_one_buffer_can_follow_splits_at_any_moment(profile, a, b, c) -> None:
+def test_the_decay_of_a_recursive_profile_splits_at_any_moment(profile, a, b, c) -> None:
     assume(profile.recursive)
     a, b, c = sorted((a, b, c))
     assert profile.decay(a, c) == pytest.approx(profile.decay(a, b) * profile.decay(b, c), rel=1e-9, abs=1e-300)
 
 
-def test_a_window_does_not_split_which_is_why_it_is_not_recursive() -> None:
+def test_the_decay_of_a_window_does_not_split_so_it_is_not_recursive() -> None:
     window = Window("10ba")
     assert not window.recursive
     assert window.decay(5, 15) != window.decay(5, 10) * window.decay(10, 15)
 
 
+@settings(deadline=None)
 @given(profiles, st.floats(0, 100), st.floats(-100, -1e-6))
-def test_time_that_runs_backwards_is_refused(profile, now, step) -> None:
+def test_profiles_refuse_time_that_runs_backwards(profile, now, step) -> None:
     with pytest.raises(ProfileError, match="0 <= before <= now"):
         profile.decay(now, now + step)
     with pytest.raises(ProfileError, match="0 <= before <= now"):
@@ -90,7 +96,7 @@ NEWEST = [
 
 @pytest.mark.parametrize(("profile", "newest"), NEWEST, ids=[repr(profile) for profile, _ in NEWEST])
 @pytest.mark.parametrize("t", [1, 2, 3, 5, 6, 7, 100, 2000])
-def test_the_newest_weights_count_as_the_definition_says(profile, newest, t) -> None:
+def test_the_share_of_the_newest_weights_is_that_of_the_definition(profile, newest, t) -> None:
     assert 1 - profile.decay(t - 1, t) == pytest.approx(newest(t), rel=1e-9, abs=1e-12)
 
 
@@ -101,6 +107,7 @@ def test_sigma_rel_gives_the_published_gamma(sigma_rel, gamma) -> None:
     assert PowerFunction(sigma_rel=sigma_rel).exponent == pytest.approx(gamma, abs=0.005)
 
 
+@settings(deadline=None)
 @given(st.floats(0.005, 12**-0.5))
 def test_sigma_rel_is_the_standard_deviation_of_the_profile(sigma_rel) -> None:
     # Over the run the density is (g + 1) t^g: its mean and variance are those of a beta distribution.
@@ -109,8 +116,9 @@ def test_sigma_rel_is_the_standard_deviation_of_the_profile(sigma_rel) -> None:
     assert math.sqrt(variance) == pytest.approx(sigma_rel, rel=1e-9)
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, 1e6), st.floats(0, 1e6))
-def test_after_one_half_life_half_is_left(span, start) -> None:
+def test_half_of_the_average_is_left_after_one_half_life(span, start) -> None:
     assert HalfLife(Time(span, "ba")).decay(start, start + span) == pytest.approx(0.5, rel=1e-6)
 
 
@@ -120,12 +128,12 @@ def test_a_half_life_of_zero_keeps_nothing_and_an_infinite_one_everything() -> N
     assert HalfLife("infba", unbiased=True).decay(1, 2) == 0.5
 
 
-def test_a_batch_kappa_times_as_large_decays_as_kappa_small_ones() -> None:
+def test_a_batch_that_is_kappa_times_as_large_decays_like_kappa_small_ones() -> None:
     samples = HalfLife("640sp")
     assert samples.decay(0, 64 * 8) == pytest.approx(samples.decay(0, 8) ** 64)
 
 
-def test_a_window_counts_what_is_in_it_alike() -> None:
+def test_a_window_weights_its_moments_equally() -> None:
     assert [Window("4ba").decay(t, 10) for t in (5, 6, 7, 8, 9, 10)] == [0, 0, 0.25, 0.5, 0.75, 1]
     assert [Window("20ba").decay(t, 10) for t in (0, 5, 10)] == [0, 0.5, 1]
 
@@ -152,13 +160,80 @@ def test_a_window_counts_what_is_in_it_alike() -> None:
         (lambda: Warmup(Smoothing(0.9), power=1.0, inv_gamma=-1.0), "inv_gamma must be above 0"),
     ],
 )
-def test_a_parameter_out_of_range_is_a_clear_error(make, message) -> None:
+def test_an_argument_out_of_range_is_a_clear_error(make, message) -> None:
     with pytest.raises((ProfileError, TimeError), match=message):
         make()
 
 
-def test_a_profile_says_what_its_clock_counts() -> None:
+def test_a_profile_has_the_unit_of_its_clock() -> None:
     assert HalfLife("1ep").unit == "ep"
     assert Smoothing(0.9).unit is None
     assert Warmup(Smoothing(0.9)).unit is None
     assert PowerFunction(gamma=1.0, unit="sp").unit == "sp"
+
+
+@pytest.mark.parametrize("form", forms().values(), ids=list(forms()))
+def test_each_form_in_the_registry_parses_its_example(form) -> None:
+    profile = parse(form.name, form.example)
+    assert isinstance(profile, NamedProfile)
+    assert form.example in profile.describe()
+    assert not hasattr(profile, "__dict__")
+    assert all((form.metavar, form.help))
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=repr)
+def test_the_options_of_a_profile_parse_to_the_same_profile(profile) -> None:
+    if profile.options is None:
+        assert isinstance(profile, Warmup) or profile.sigma_rel is None
+        return
+    option, value, *unbiased = profile.options.split()
+    again = parse(option.removeprefix("--"), value)
+    assert (again.debiased() if unbiased else again) == profile
+
+
+def test_the_options_of_the_registry_are_the_first_forms_of_the_classes() -> None:
+    names = [form.name for form in options()]
+    assert names[:5] == ["half-life", "window", "uniform-from", "power", "smoothing"]
+    assert "unbiased" not in names
+    assert {*names, "unbiased"} <= forms().keys()
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=repr)
+@pytest.mark.parametrize("moment", [0.0, 1.0, 7.5])
+def test_the_decay_of_a_constant_profile_does_not_depend_on_the_start(profile, moment) -> None:
+    if profile.constant:
+        assert profile.decay(moment, moment + 3) == pytest.approx(profile.decay(0, 3), rel=1e-12)
+
+
+def test_only_a_half_life_has_a_half_life_and_an_unbiased_variant() -> None:
+    for profile in PROFILES:
+        assert (profile.half_life is not None) == (profile.debiased() is not None) == isinstance(profile, HalfLife)
+    assert HalfLife("infba").forgets_nothing
+    assert not HalfLife("10ba").forgets_nothing
+    assert HalfLife("10ba").argument == "half_life='10ba'"
+    assert Uniform().argument == "profile=Uniform(since=Time(0, 'ba'))"
+
+
+class Flat:
+    """A custom profile with the three members of ``Profile`` only."""
+
+    unit, recursive = None, True
+
+    def decay(self, before: float, now: float) -> float:
+        return 1.0 if now == before else before / now
+
+    def __repr__(self) -> str:
+        return "Flat()"
+
+
+def test_a_custom_profile_needs_three_members_only() -> None:
+    profile: Profile = Flat()
+    words = named(profile)
+    assert (words.unit, words.recursive, words.decay(1, 2)) == (None, True, 0.5)
+    assert (words.describe(), words.argument, words.options) == ("Flat()", "profile=Flat()", None)
+    assert (words.half_life, words.constant, words.forgets_nothing, words.debiased()) == (None, False, False, None)
+    assert named(HalfLife("1ba")) == HalfLife("1ba")
+    ema = EMA(profile=profile)
+    assert ema.profile is profile
+    assert ema.half_life is None
+    assert ema.smoothing is None

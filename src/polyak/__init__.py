@@ -2,7 +2,8 @@
 
 from polyak.algorithm import Algorithm, dispatch
 from polyak.averaging.batchnorm import update_bn
-from polyak.averaging.ema import EMA, compute_ema
+from polyak.averaging.ema import EMA
+from polyak.averaging.functional import compute_ema
 from polyak.averaging.offload import Offload
 from polyak.errors import (
     ArgumentError,
@@ -10,6 +11,7 @@ from polyak.errors import (
     CopyError,
     DtypeError,
     FixedError,
+    KernelError,
     LoanError,
     MemoryLayoutError,
     MismatchError,
@@ -70,6 +72,7 @@ __all__ = [
     "GradientClipping",
     "HalfLife",
     "JSONLinesLogger",
+    "KernelError",
     "LoanError",
     "Logger",
     "MLflowLogger",

@@ -2,7 +2,8 @@
 
 import warnings
 
-from polyak.averaging.ema import EMA, compute_ema
+from polyak.averaging.ema import EMA
+from polyak.averaging.functional import compute_ema
 
 __all__ = ["EMA", "compute_ema"]
 

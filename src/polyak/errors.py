@@ -108,3 +108,7 @@ class QuarantineWarning(UserWarning):
 
 class RecordError(PolyakError, OSError):
     """A record that cannot be read or written, or does not hold what it should."""
+
+
+class KernelError(PolyakError, ImportError):
+    """The kernel that ``POLYAK_KERNEL`` names cannot serve on this machine."""

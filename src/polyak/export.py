@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from polyak.averaging.agreement import agree_on_plain
 from polyak.averaging.ema import EMA
-from polyak.averaging.weights import agree_on_plain
 from polyak.errors import CheckpointError
 from polyak.sharding import Communicator, Ranks, communicator_of, local, refuse_stage
 from polyak.storage.atomic import new_folder, put, remove, temporary_path

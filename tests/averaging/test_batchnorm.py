@@ -58,7 +58,7 @@ def test_batches_may_be_tensors_and_go_where_the_model_is() -> None:
     assert same(ours, theirs)
 
 
-def test_modes_and_momenta_are_given_back() -> None:
+def test_modes_and_momenta_are_restored() -> None:
     model = used()
     before = kept(model)
     update_bn(model, batches())
@@ -81,7 +81,7 @@ def test_after_an_error_everything_is_as_it_was() -> None:
 
 def test_no_batch_is_refused_and_changes_nothing() -> None:
     model = used()
-    with pytest.raises(ValueError, match="gave none"):
+    with pytest.raises(ValueError, match="yielded none"):
         update_bn(model, [])
     assert same(model, used())
 

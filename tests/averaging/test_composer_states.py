@@ -121,7 +121,7 @@ def test_a_state_of_composer_gives_its_average_and_its_training_weights(form, bu
     want |= {name: tensor for name, tensor in training.state_dict().items() if name.endswith("num_batches_tracked")}
     assert loops.differences(want, dict(ema.ema_model.state_dict())) == []
 
-    # It goes on from there, at once, and in our own form.
+    # It resumes from there immediately, and in the form of polyak.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()
@@ -164,7 +164,7 @@ def test_a_state_that_is_no_state_of_an_ema_is_refused():
         EMA().load_state_dict({"weight": torch.ones(1)})
 
 
-def test_a_run_goes_on_from_a_state_of_composer_under_the_trainer(tmp_path):
+def test_a_run_resumes_from_a_state_of_composer_under_the_trainer(tmp_path):
     training, average = loops.perceptron(0), loops.perceptron(1)
     ema = EMA("4ba")
     ema.load_state_dict(late(average, training, active=True, prefix="module."))

@@ -174,7 +174,7 @@ def test_a_trainer_refuses_two_averages_before_it_touches_the_weights(tmp_path):
     trainer.fit()
 
 
-def test_two_attached_averages_are_lent_in_turn_and_never_at_once():
+def test_two_attached_averages_are_swapped_in_one_after_the_other_and_never_together():
     model = loops.perceptron()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     fast, slow = EMA("1ba"), EMA("20ba")
@@ -239,7 +239,7 @@ class Broken(loops.Accuracy):
 
 @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt("broken")], ids=repr)
 @pytest.mark.parametrize("where", ["metric", "eval_start", "eval_end", "save_start", "save_end", "predict_start"])
-def test_an_exception_while_the_average_is_lent_leaves_training_weights(where, error, tmp_path):
+def test_an_exception_while_the_average_is_swapped_in_leaves_training_weights(where, error, tmp_path):
     recorder, ema = loops.Recorder(), EMA("4ba")
     metrics = {"broken": Broken(error)} if where == "metric" else {}
     broken = [] if where == "metric" else [loops.Raises(Event(where), error, batch=5)]
@@ -309,7 +309,7 @@ def average_of_wide(dtype: torch.dtype) -> tuple[nn.Module, EMA, Attached, Optim
 
 @contextmanager
 def asked_for(ema: EMA, model: nn.Module):
-    """The loan that a person asks for, which no event ends."""
+    """The swap that a person asks for, which no event ends."""
     ema.get_ema_model(model)
     yield
     ema.get_training_model(model)
@@ -318,7 +318,7 @@ def asked_for(ema: EMA, model: nn.Module):
 @pytest.mark.parametrize("lender", ["applied", "get_ema_model"])
 @pytest.mark.parametrize("how", ["before", "after", "half-way"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_error_in_any_operation_of_a_loan_leaves_training_weights_and_average(dtype, how, lender):
+def test_an_error_in_any_operation_of_a_swap_leaves_training_weights_and_average(dtype, how, lender):
     model, ema, attached, optimizer = average_of_wide(dtype)
     training, average = loops.bits(model), loops.averaged(ema)
     assert any(not torch.equal(training[name], average[name].to(training[name].dtype)) for name in training)
@@ -365,9 +365,11 @@ def interrupted_at_line(n: int, files: tuple[str, ...]):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_interrupt_at_any_line_of_a_loan_leaves_training_weights(dtype):
+def test_an_interrupt_at_any_line_of_a_swap_leaves_training_weights(dtype):
     torch.set_num_threads(1)
-    files = ("shadow.py", "kernels/foreach.py", "kernels/cpu.py", "kernels/__init__.py", "polyak/ema.py")
+    of_average = ("ema", "online", "actions", "weights", "swapper", "states")
+    kernels = ("kernels/exchange.py", "kernels/c.py", "kernels/registry.py")
+    files = (*(f"averaging/{name}.py" for name in of_average), *kernels)
     model = nn.Linear(6, 3).to(dtype)
     ema = EMA("4ba")
     data = [(torch.ones(2, 6, dtype=dtype), torch.tensor([0, 1]))]
@@ -397,7 +399,7 @@ def test_an_interrupt_at_any_line_of_a_loan_leaves_training_weights(dtype):
             # As good as new for the next line.
             if ema.ema_weights_active:
                 ema.get_training_model(model)
-            ema._lent_until = None
+            ema._average.restore_at = None
             assert loops.differences((training, average), (loops.bits(model), loops.averaged(ema))) == [], wrong
         if not lines:
             break
@@ -629,11 +631,11 @@ def test_an_average_asked_for_in_bfloat16_moves_without_bias():
     error = average.double() - want
     assert motion == pytest.approx(0.005, rel=0.02)
     # Four standard errors of the mean, which are 4 % of the motion; plain rounding is wrong by 97 %.
-    spread = 4 * error.std().item() / len(error) ** 0.5
-    assert spread < 0.04 * motion
-    assert abs(error.mean().item()) < spread
+    margin = 4 * error.std().item() / len(error) ** 0.5
+    assert margin < 0.04 * motion
+    assert abs(error.mean().item()) < margin
     for sign in (begin > 0.1, begin < -0.1):  # rounding towards zero would cancel over both
-        assert abs(error[sign].mean().item()) < 2 * spread
+        assert abs(error[sign].mean().item()) < 2 * margin
 
 
 def test_a_bfloat16_average_resumes_with_the_same_roundings():
@@ -734,7 +736,7 @@ def test_an_averaged_tensor_that_changes_its_shape_is_refused():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
-def test_a_step_that_is_not_finite_is_kept_out_of_the_average_counted_and_reported(dtype, bad):
+def test_a_step_with_nan_or_inf_is_kept_out_of_the_average_counted_and_reported(dtype, bad):
     model = Constant(torch.ones(3), torch.ones(2))
     ema = EMA("1ba", dtype=dtype)
 
@@ -757,7 +759,7 @@ def test_a_step_that_is_not_finite_is_kept_out_of_the_average_counted_and_report
     assert ema.state_dict()["num_quarantined"] == 1
 
 
-def test_a_loss_that_is_not_finite_once_does_not_spoil_the_average_of_a_run(tmp_path):
+def test_a_loss_that_is_nan_once_does_not_spoil_the_average_of_a_run(tmp_path):
     class Spoil(polyak.Callback):
         # Algorithms come before callbacks, so the average sees what this one repairs.
         def batch_start(self, state, logger):
@@ -770,7 +772,7 @@ def test_a_loss_that_is_not_finite_once_does_not_spoil_the_average_of_a_run(tmp_
                 state.model.load_state_dict(self.kept)
 
     ema = EMA("4ba")
-    with pytest.warns(QuarantineWarning, match=r"\d tensors with inf or nan"):
+    with pytest.warns(QuarantineWarning, match=r"\d tensors with NaN or inf"):
         loops.train(tmp_path, ema=ema, callbacks=(Spoil(),), saves=None).fit()
     assert ema.num_quarantined >= 1
     assert all(tensor.isfinite().all() for tensor in loops.averaged(ema).values())
@@ -800,7 +802,7 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def test_compute_ema_makes_no_copies_of_what_it_averages():
+def test_compute_ema_does_not_copy_the_tensors_that_it_averages():
     # Composer's three temporaries a tensor are what makes it 18 times as slow; benchmarks/ has the times.
     model, average = (nn.ParameterList(torch.randn(400_000) for _ in range(4)) for _ in range(2))
     with Allocations() as composers:

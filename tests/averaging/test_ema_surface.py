@@ -30,7 +30,6 @@ from polyak import (
     compute_ema,
 )
 from polyak.algorithm import NoLogger
-from polyak.averaging.schedule import Schedule, convert
 from polyak.training.state import LoopState
 
 
@@ -112,7 +111,7 @@ def test_a_smoothing_of_another_numeric_type_becomes_a_plain_number():
 @pytest.mark.parametrize(
     ("one", "other"), [(None, filled(1)), (filled(1), {"weight": torch.ones(1)}), (filled(1), None)]
 )
-def test_compute_ema_of_what_is_no_module_says_so(one, other):
+def test_compute_ema_refuses_an_argument_that_is_not_a_module(one, other):
     with pytest.raises(ArgumentError, match=r"model must be a torch\.nn\.Module"):
         compute_ema(one, other)
 
@@ -135,7 +134,7 @@ def test_compute_ema_of_what_is_no_module_says_so(one, other):
         ("ema_started", True),
     ],
 )
-def test_what_cannot_change_is_not_assigned_and_the_error_names_it(name, given):
+def test_a_read_only_attribute_is_not_assigned_and_the_error_names_it(name, given):
     ema = EMA("4ba")
     before = repr(ema), getattr(ema, name)
     with pytest.raises(FixedError, match=rf"^{name} .*must"):
@@ -149,7 +148,7 @@ def test_ema_started_may_be_set_to_what_it_is():
     ema.ema_started = False
     ema.ema_model = filled(1)
     ema.ema_started = True
-    with pytest.raises(FixedError, match="begin anew"):
+    with pytest.raises(FixedError, match="begin again"):
         ema.ema_started = False
 
 
@@ -184,7 +183,7 @@ def test_an_average_that_was_set_is_updated_at_the_ends_of_epochs():
     assert value(ema.ema_model) == 2.0
 
 
-def test_an_interval_in_another_unit_than_the_half_life_is_converted_or_the_error_says_what_lacks():
+def test_an_interval_in_another_unit_than_the_half_life_is_converted_or_the_error_says_what_is_missing():
     model = filled(3.0)
     ema = EMA("1ep", update_interval="2ba")
     ema.ema_model = filled(1.0)
@@ -232,7 +231,7 @@ def test_an_average_of_another_model_is_refused_with_both_sides():
 
 
 @pytest.mark.parametrize("given", [None, 0.9, {"weight": torch.ones(1)}, nn.Linear, "model"])
-def test_what_has_no_parameters_is_no_average(given):
+def test_ema_model_refuses_an_object_without_parameters(given):
     with pytest.raises(ArgumentError, match=r"ema_model must be .*named_parameters"):
         EMA().ema_model = given
 
@@ -262,7 +261,7 @@ def test_an_event_of_another_trainer_names_the_right_import(event):
             call()
 
 
-def test_what_is_no_algorithm_cannot_be_attached_and_the_error_says_what_to_do():
+def test_attach_refuses_an_object_that_is_not_an_algorithm_and_says_what_to_do():
     model = filled(1.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     composers = type("EMA", (), {"__module__": "composer.algorithms.ema.ema"})
@@ -342,7 +341,7 @@ def test_without_strict_training_weights_that_are_missing_stay_and_the_others_co
 @pytest.mark.parametrize(
     "state", [None, 3, "ema.pt", [1], {"polyak": 1, "repr": "x", "ema_started": True}, {"ema_started": True}]
 )
-def test_what_is_no_full_state_is_one_error(state):
+def test_a_state_that_is_incomplete_or_not_a_state_is_one_error(state):
     with pytest.raises(CheckpointError, match="state"):
         EMA().load_state_dict(state)
 
@@ -406,54 +405,3 @@ def test_a_run_that_fails_while_averaging_waits_says_so_once():
             raise KeyError
     assert sum("finite" in str(w.message) for w in caught) == 1
     assert "7 updates" in str(caught[0].message)
-
-
-# The schedule on numbers
-
-
-def schedule(start: str, interval: str, half_life: str = "10ba") -> Schedule:
-    return Schedule.of(half_life=half_life, smoothing=None, profile=None, ema_start=start, update_interval=interval)
-
-
-@pytest.mark.parametrize(
-    ("start", "interval", "length", "run", "first"),
-    [
-        ("0ba", "1ba", None, None, 1),
-        ("5ba", "1ba", None, None, 5),
-        ("5ba", "4ba", None, None, 5),
-        ("1ep", "1ba", 10, None, 10),
-        ("1ep", "1ba", None, None, None),
-        ("0.5dur", "1ba", 10, "4ep", 20),
-        ("5ba", "1ep", 10, None, 10),
-        ("0ba", "1ep", 10, None, 10),
-        ("11ba", "1ep", 10, None, 20),
-        ("0.5ep", "1ba", 3, None, 2),
-        ("5sp", "1ba", 3, None, None),
-    ],
-)
-def test_the_first_update_is_the_first_event_at_or_past_the_start(start, interval, length, run, first):
-    state = at(filled(1), length=length, run=run)
-    assert schedule(start, interval).first_update(state) == first
-
-
-def test_moments_convert_where_what_is_known_allows():
-    state = at(filled(1), length=4, run="2ep")
-    assert convert(Time(2, "ep"), polyak.TimeUnit.BATCH, state) == 8
-    assert convert(Time(2, "ba"), polyak.TimeUnit.EPOCH, state) == 0.5
-    assert convert(Time(0.5, "dur"), polyak.TimeUnit.BATCH, state) == 4
-    assert convert(Time(4, "sp"), polyak.TimeUnit.BATCH, state) is None
-    assert convert(Time(0, "sp"), polyak.TimeUnit.BATCH, state) == 0
-    assert convert(None, polyak.TimeUnit.BATCH, state) is None
-
-
-def test_the_share_of_the_first_weights_is_what_no_update_has_replaced():
-    state = at(filled(1), length=10, run="2ep")
-    assert schedule("0ba", "1ba").share_of_first_weights(state, 1, 11) == pytest.approx(0.5)
-    assert schedule("0ba", "5ba").share_of_first_weights(state, 1, 14) == pytest.approx(0.5**0.9)
-    assert schedule("0ba", "1ba", "infba").share_of_first_weights(state, 1, 14) is None
-    assert schedule("0ba", "1ba", "10sp").share_of_first_weights(state, 1, 14) is None
-
-
-def test_the_last_interval_ended_where_its_counter_was_a_multiple():
-    assert schedule("0ba", "4ba").last_interval(at(filled(1), 11)).batch == 8
-    assert schedule("0ba", "2ep", "1ep").last_interval(at(filled(1), 11, 3)).epoch == 2

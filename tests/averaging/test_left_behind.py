@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind in a model, and what comes to a model between swaps, beside the weights."""
+"""Changes that an evaluation leaves in a model, and changes of a model between swaps, besides the weights."""
 
 import warnings
 
@@ -56,11 +56,11 @@ class Lora(nn.Module):
 
 
 @pytest.mark.parametrize("ask", ["applied", "ema_model"])
-def test_merged_adapters_are_refused_by_name_before_the_average_would_stand_beside_them(ask) -> None:
+def test_merged_adapters_are_refused_by_name_before_an_average_is_swapped_in(ask) -> None:
     model = nn.Sequential(nn.Linear(4, 4), Lora())
     _, attached = at_work(model)
     model.eval()
-    with pytest.raises(LoanError, match="'1' says that its own are: call train"):
+    with pytest.raises(LoanError, match="those of '1' are: call train"):
         attached.applied().__enter__() if ask == "applied" else attached.algorithm.ema_model
     model.train()
     with attached.applied():
@@ -140,7 +140,7 @@ def test_a_cache_of_keys_is_kept_and_a_larger_one_is_named_with_the_remedy(monke
     with attached.applied():
         model.keys[:4] = 1.0
     assert not model.keys.any()
-    monkeypatch.setattr("polyak.averaging.swap._KEPT_BYTES", 1 << 20)
+    monkeypatch.setattr("polyak.averaging.buffers._KEPT_BYTES", 1 << 20)
     with pytest.raises(LoanError, match="'keys' did.*let a policy copy such a buffer"), attached.applied():
         model.keys[:4] = 1.0
 
@@ -190,7 +190,7 @@ def test_torch_can_swap_the_tensors_of_a_model_that_was_trained_and_averaged() -
     train(model, optimizer)
 
 
-def test_a_float64_model_and_one_that_has_it_beside_float32_are_averaged_from_attach_on() -> None:
+def test_a_float64_model_and_one_that_mixes_it_with_float32_are_averaged_from_attach_on() -> None:
     both = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4).double())
     both[1].register_forward_pre_hook(lambda module, inputs: (inputs[0].double(),))
     for model in (nn.Linear(4, 4).double(), both):

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import polyak.averaging.movement
 import polyak.averaging.weights
 from polyak import EMA, MismatchError, Offload, OffloadError, attach
 from polyak.averaging.offload import Offloader, _Transfer
 from polyak.averaging.weights import Shadow
 from polyak.background import running
-from polyak.kernels import Lerp
+from polyak.kernels import lerp
 
 TIMEOUT_S = 20.0
 
@@ -42,7 +43,7 @@ class BrokenError(Exception):
 class Late:
     """Makes background updates as late as they can be: each stops half-way until somebody waits for it.
 
-    ``opened`` lets them go on, ``reached`` counts those that have come half-way.
+    ``opened`` lets them continue, ``reached`` counts those that have come half-way.
     """
 
     def __init__(self, monkeypatch) -> None:
@@ -53,7 +54,7 @@ class Late:
             def __init__(self, averages, online, places, left_out) -> None:
                 half = len(averages) // 2
                 self.parts = [
-                    Lerp(averages[part], online[part], places[part], left_out)
+                    lerp(averages[part], online[part], places[part], left_out)
                     for part in (slice(half), slice(half, None))
                 ]
 
@@ -73,7 +74,7 @@ class Late:
             finally:
                 late.opened.clear()
 
-        monkeypatch.setattr(polyak.averaging.weights, "Lerp", InTwo)
+        monkeypatch.setattr(polyak.averaging.movement, "lerp", InTwo)
         monkeypatch.setattr(Offloader, "settle", settle_and_close)
 
     def half_way(self) -> None:
@@ -97,13 +98,13 @@ def late():
         yield found
 
 
-def net(dtype=torch.float32, *, holes=True) -> nn.Module:
-    """A model with buffers of both kinds, and with ``holes`` a weight that is neither contiguous nor dense."""
+def net(dtype=torch.float32, *, gaps=True) -> nn.Module:
+    """A model with buffers of both kinds, and with ``gaps`` a weight that is neither contiguous nor dense."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-        if holes:
-            model.register_parameter("holes", nn.Parameter(torch.randn(6, 5).t()[:, ::2]))
+        if gaps:
+            model.register_parameter("gaps", nn.Parameter(torch.randn(6, 5).t()[:, ::2]))
     return model.to(dtype)
 
 
@@ -131,8 +132,8 @@ def same(one, other) -> bool:
 class Twins:
     """One run with an average in place and one with an offloaded average, both told the same."""
 
-    def __init__(self, dtype, average, holes) -> None:
-        self.models = [net(dtype, holes=holes), net(dtype, holes=holes)]
+    def __init__(self, dtype, average, gaps) -> None:
+        self.models = [net(dtype, gaps=gaps), net(dtype, gaps=gaps)]
         options = {"dtype": average}
         self.shadows = [Shadow(self.models[0], **options), Shadow(self.models[1], **options, offload=Offload())]
         self.states = []
@@ -155,12 +156,12 @@ class Twins:
         for shadow in self.shadows:
             shadow.update_(0.3)
 
-    def lend(self) -> None:
+    def evaluate(self) -> None:
         for shadow in self.shadows:
-            shadow.lend("a test")
+            shadow.swap_in("a test")
         self.compare()
         for shadow in self.shadows:
-            shadow.give_back()
+            shadow.restore()
 
     def save(self) -> None:
         self.states = [copy.deepcopy(shadow.state_dict()) for shadow in self.shadows]
@@ -222,9 +223,9 @@ WIDTHS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
     # An update and a step by themselves as often as all that reads the average.
     st.lists(st.sampled_from(["update", "train"]) | st.sampled_from(ACTS), min_size=4, max_size=20),
 )
-def test_the_average_in_the_background_is_that_in_place_bit_for_bit(dtype, average, holes, acts) -> None:
+def test_the_average_in_the_background_is_that_in_place_bit_for_bit(dtype, average, gaps, acts) -> None:
     with lateness():
-        twins = Twins(dtype, average, holes)
+        twins = Twins(dtype, average, gaps)
         for act in acts:
             getattr(twins, act)()
         twins.compare()
@@ -242,18 +243,18 @@ def test_an_update_takes_the_weights_as_they_are_and_does_not_wait_for_the_avera
     assert same(dict(shadow.averages), want)
 
 
-@pytest.mark.parametrize("make", [net, partial(net, holes=False)])
-def test_nobody_reads_a_half_moved_average(late, make) -> None:
-    model = make()  # of plain tensors only, a loan is kept to stand again
+@pytest.mark.parametrize("make", [net, partial(net, gaps=False)])
+def test_no_reader_gets_a_half_moved_average(late, make) -> None:
+    model = make()  # of plain tensors only, so that a swap can be repeated
     shadow = Shadow(model, offload=Offload())
 
     def evaluate() -> dict[str, torch.Tensor]:
-        with shadow.lent("a test"):
+        with shadow.swapped("a test"):
             return values(model)
 
     readers = {
-        "a loan": evaluate,
-        "a loan again": evaluate,
+        "a swap": evaluate,
+        "a second swap": evaluate,
         "a state": lambda: shadow.state_dict()["averages"],
         "averages": lambda: dict(shadow.averages),
         "averaged_tensors": shadow.averaged_tensors,
@@ -270,18 +271,18 @@ def test_nobody_reads_a_half_moved_average(late, make) -> None:
         assert same({name: tensor.clone() for name, tensor in read().items()}, want), reader
 
 
-def test_an_update_under_way_ends_before_a_state_is_loaded_or_tensors_are_listed_anew(late) -> None:
+def test_a_running_update_ends_before_a_state_is_loaded_or_tensors_are_listed_again(late) -> None:
     model = net()
     shadow = Shadow(model, offload=Offload())
     state = copy.deepcopy(shadow.state_dict())
     for change in (
         lambda: shadow.load_state_dict(state),
-        lambda: [model.double(), shadow.lend("a"), shadow.give_back()],
+        lambda: [model.double(), shadow.swap_in("a"), shadow.restore()],
     ):
         shift(model)
         shadow.update_(1.0)
         late.half_way()
-        under_way = shadow._offloader
+        under_way = shadow._movement.offloader
         change()
         now = exact(dict(shadow.averages))
         under_way.settle()
@@ -322,22 +323,25 @@ def test_no_graph_is_built_in_the_background() -> None:
     shift(model)
     shadow.update_(1.0)
     assert torch.equal(shadow.averages["1.running_mean"], model[1].running_mean.double())
-    assert not any(tensor.requires_grad for tensor in shadow._offloader.staged)
+    assert not any(tensor.requires_grad for tensor in shadow._movement.offloader.staged)
 
 
 def test_at_most_one_update_is_under_way(monkeypatch) -> None:
     going, running, most = threading.Event(), 0, 0
 
-    class Slow(Lerp):
+    class Slow:
+        def __init__(self, *arguments) -> None:
+            self.update = lerp(*arguments)
+
         def __call__(self, weight, num_updates) -> None:
             nonlocal running, most
             running += 1
             most = max(most, running)
             assert going.wait(TIMEOUT_S)
-            super().__call__(weight, num_updates)
+            self.update(weight, num_updates)
             running -= 1
 
-    monkeypatch.setattr(polyak.averaging.weights, "Lerp", Slow)
+    monkeypatch.setattr(polyak.averaging.movement, "lerp", Slow)
     model = net()
     shadow = Shadow(model, offload=Offload())
     shadow.update_(0.5)
@@ -362,17 +366,17 @@ def test_whoever_updates_does_nothing_but_copy_and_allocates_nothing() -> None:
     model = net()
     shadow = Shadow(model, offload=Offload())
     shadow.update_(0.5)
-    places = [tensor.data_ptr() for tensor in shadow._offloader.staged]
+    places = [tensor.data_ptr() for tensor in shadow._movement.offloader.staged]
     with Operations():
         for _ in range(3):
             shadow.update_(0.5)
     assert found == ["aten._foreach_copy_.default"] * 3
-    assert places == [tensor.data_ptr() for tensor in shadow._offloader.staged]
+    assert places == [tensor.data_ptr() for tensor in shadow._movement.offloader.staged]
 
 
 CALLS = {
     "update": lambda shadow: shadow.update_(0.5),
-    "lend": lambda shadow: shadow.lend("a test"),
+    "swap_in": lambda shadow: shadow.swap_in("a test"),
     "state": lambda shadow: shadow.state_dict(),
     "averages": lambda shadow: shadow.averages,
     "averaged_tensors": lambda shadow: shadow.averaged_tensors(),
@@ -383,7 +387,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_what_goes_wrong_in_the_background_is_raised_until_a_state_is_loaded(late, call) -> None:
+def test_an_error_in_the_background_is_raised_until_a_state_is_loaded(late, call) -> None:
     model = net()
     shadow = Shadow(model, offload=Offload())
     shift(model)
@@ -397,7 +401,7 @@ def test_what_goes_wrong_in_the_background_is_raised_until_a_state_is_loaded(lat
             CALLS[call](shadow)
         assert isinstance(caught.value.__cause__, BrokenError)
         assert same(values(model), training)
-        assert shadow.holder is None
+        assert shadow.owner is None
         assert shadow.num_updates == 2
     late.broken = False
     model.double()  # nor does a model that has changed hide it
@@ -410,8 +414,8 @@ def test_what_goes_wrong_in_the_background_is_raised_until_a_state_is_loaded(lat
         CALLS[call](shadow)
     shadow.load_state_dict(state)
     CALLS[call](shadow)
-    if shadow.holder:
-        shadow.give_back()
+    if shadow.owner:
+        shadow.restore()
     assert shadow.num_updates == state["num_updates"] + (call == "update")
 
 
@@ -440,7 +444,7 @@ def interrupted_at_line(n: int):
     def trace(frame, kind, argument):
         del argument
         nonlocal lines
-        if not frame.f_code.co_filename.endswith("polyak/offload.py"):
+        if not frame.f_code.co_filename.endswith("averaging/offload.py"):
             return None
         lines += kind == "line"
         if kind == "line" and lines == n:
@@ -470,7 +474,7 @@ def test_an_interrupt_at_any_line_of_an_update_leaves_a_whole_average(late) -> N
             with interrupted_at_line(n):
                 shadow.update_(1.0)
         except Interrupted:
-            due = shadow._offloader._job == (1.0, 3)
+            due = shadow._movement.offloader._job == (1.0, 3)
             shift(model)
             assert same(dict(shadow.averages), now if due else before), n
             shadow.update_(1.0)
@@ -491,10 +495,10 @@ def test_an_interrupt_at_any_line_of_waiting_leaves_the_update_to_be_waited_for(
         done = True
         with suppress(Interrupted), interrupted_at_line(n):
             done = False
-            shadow.lend("a test")
+            shadow.swap_in("a test")
             done = True
-            shadow.give_back()
-        assert shadow.holder is None
+            shadow.restore()
+        assert shadow.owner is None
         shift(model)
         assert same(dict(shadow.averages), want), n
         if done:
@@ -507,18 +511,22 @@ def run(program: str) -> None:
     start = """
 import os, threading, torch
 from torch import nn
+import polyak.averaging.movement
 import polyak.averaging.weights
 from polyak import Offload, OffloadError
-from polyak.kernels import Lerp
+from polyak.kernels import lerp
 
 go_on = threading.Event()
 
-class Slow(Lerp):
+class Slow:
+    def __init__(self, *arguments):
+        self.update = lerp(*arguments)
+
     def __call__(self, weight, num_updates):
         go_on.wait(60)
-        super().__call__(weight, num_updates)
+        self.update(weight, num_updates)
 
-polyak.averaging.weights.Lerp = Slow
+polyak.averaging.movement.lerp = Slow
 torch.set_num_threads(1)  # OpenMP does not survive a fork
 model = nn.Linear(100, 100)
 shadow = polyak.averaging.weights.Shadow(model, offload=Offload())
@@ -533,7 +541,7 @@ def test_a_process_ends_with_an_update_under_way() -> None:
     run("threading.Timer(0.3, go_on.set).start()")
 
 
-def test_a_forked_process_goes_on_with_a_thread_of_its_own() -> None:
+def test_a_forked_process_continues_with_its_own_thread() -> None:
     run("""
 go_on.set()
 shadow.averages
@@ -623,7 +631,7 @@ def test_a_run_with_an_offloaded_average_resumes_bit_for_bit(tmp_path, late, dty
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_copies_are_ordered_against_what_changes_the_weights(monkeypatch, overlap) -> None:
+def test_copies_are_ordered_against_changes_of_the_weights(monkeypatch, overlap) -> None:
     """Without a GPU: which stream is told what, in which order."""
     told = []
 
@@ -682,7 +690,7 @@ def test_copies_are_ordered_against_what_changes_the_weights(monkeypatch, overla
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_what_changes_weights_waits_before_for_copies_that_overlap(monkeypatch, overlap) -> None:
+def test_changes_of_the_weights_wait_for_copies_that_overlap(monkeypatch, overlap) -> None:
     held = []
     monkeypatch.setattr(_Transfer, "hold", lambda _: held.append(values(model)))
     model = net()
@@ -692,9 +700,9 @@ def test_what_changes_weights_waits_before_for_copies_that_overlap(monkeypatch, 
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    for change in (optimizer.step, lambda: other.lend("a test"), lambda: other.load_state_dict(state)):
-        if other.holder:
-            other.give_back()
+    for change in (optimizer.step, lambda: other.swap_in("a test"), lambda: other.load_state_dict(state)):
+        if other.owner:
+            other.restore()
         shadow.update_(0.5)
         before = values(model)
         held.clear()
@@ -736,10 +744,10 @@ def test_on_a_gpu_the_average_is_that_made_in_turns(dtype, average, overlap) -> 
         plain.update_(0.1)
         shadow.update_(0.1)
         if step % 5 == 0:
-            with shadow.lent("a test"):
+            with shadow.swapped("a test"):
                 pass
     assert same(shadow.state_dict(), plain.state_dict())
-    assert all(tensor.is_pinned() for tensor in shadow._offloader.staged)
+    assert all(tensor.is_pinned() for tensor in shadow._movement.offloader.staged)
 
 
 @gpu
@@ -754,7 +762,7 @@ def test_on_a_gpu_neither_the_next_step_nor_the_next_batch_is_seen_however_late_
         parameter.grad = torch.ones_like(parameter)
     torch.cuda.synchronize()
     want = {name: tensor.cpu() for name, tensor in values(model).items()}
-    with torch.cuda.stream(shadow._offloader._transfers[0]._stream or torch.cuda.current_stream()):
+    with torch.cuda.stream(shadow._movement.offloader._transfers[0]._stream or torch.cuda.current_stream()):
         torch.cuda._sleep(200_000_000)
     shadow.update_(1.0)
     model(torch.randn(8, 1024, device="cuda"))  # changes buffers
@@ -766,12 +774,12 @@ def test_on_a_gpu_neither_the_next_step_nor_the_next_batch_is_seen_however_late_
 @no_gpu
 @pytest.mark.parametrize("overlap", [False, True])
 def test_on_a_gpu_an_update_waits_for_nothing_and_takes_no_memory_there(overlap) -> None:
-    model = on_gpu(torch.bfloat16, odd=False)  # torch lays out odd ones anew, which takes memory
+    model = on_gpu(torch.bfloat16, odd=False)  # torch gives odd ones a new layout, which takes memory
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     shadow = Shadow(model, offload=Offload(overlap))
     shadow.update_(0.1)
-    shadow._wait()
+    shadow._movement.wait()
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -779,7 +787,7 @@ def test_on_a_gpu_an_update_waits_for_nothing_and_takes_no_memory_there(overlap)
             shadow.update_(0.1)
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         pass
     assert torch.cuda.memory_allocated() == before
     assert torch.cuda.max_memory_allocated() - before < 1 << 20

@@ -49,7 +49,7 @@ EXPECTED = {
 }
 
 
-def test_a_plan_says_what_averaging_then_does() -> None:
+def test_a_plan_says_what_averaging_does() -> None:
     model = Net()
     rows = {row.name: row.decision for row in plan(model)}
     assert {name: rows[name] for name in EXPECTED} == EXPECTED
@@ -60,14 +60,14 @@ def test_a_plan_says_what_averaging_then_does() -> None:
 
 def test_an_ema_prints_the_plan_of_the_model_that_it_has_met() -> None:
     ema, model = EMA("10ba"), Net()
-    with pytest.raises(LoanError, match="must have met a model"):
+    with pytest.raises(LoanError, match="must know a model"):
         ema.plan()
     attach(ema, model, torch.optim.SGD(model.parameters(), lr=0.1))
     assert str(ema.plan()) == str(plan(model))
     assert "its memory is that of a.weight" in str(ema.plan())
 
 
-def test_a_plan_follows_the_policy_and_names_what_will_be_refused() -> None:
+def test_a_plan_follows_the_policy_and_names_tensors_that_will_be_refused() -> None:
     rows = {row.name: row for row in EMA("10ba", policy=lambda _: Policy.AVERAGE).plan(Net())}
     assert rows["frozen"].decision == "average"
     assert rows["edges"].decision == "refused"
@@ -124,7 +124,7 @@ def test_the_command_prints_the_plan_of_a_function_of_the_user(tmp_path: Path, c
         ("x = 3", "there is no function 'build'"),
     ],
 )
-def test_the_command_refuses_what_makes_no_model(tmp_path: Path, capsys, code, said) -> None:
+def test_the_command_refuses_code_that_makes_no_model(tmp_path: Path, capsys, code, said) -> None:
     (tmp_path / "train.py").write_text(code)
     assert main(["plan", f"{tmp_path}/train.py:build"]) == 2
     assert re.search(said, capsys.readouterr().err)

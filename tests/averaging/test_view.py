@@ -546,7 +546,7 @@ def test_a_view_keeps_classes_attributes_and_ties() -> None:
     assert isinstance(view.head.weight, nn.Parameter)
 
 
-def test_a_view_shares_what_serves_the_training_and_what_cannot_be_copied() -> None:
+def test_a_view_shares_objects_that_serve_the_training_or_cannot_be_copied() -> None:
     model, inputs = Net(), torch.randn(8, 4)
     model.ema = EMA(smoothing=0.5)
     lock(model)
@@ -769,7 +769,7 @@ def test_views_leave_nothing_behind() -> None:
     assert gone() is None
 
 
-def test_references_tell_the_attribute_of_the_module_that_leads_somewhere() -> None:
+def test_references_name_the_attribute_of_the_module_that_leads_to_an_object() -> None:
     model = Net()
     model.body.helper = {"to": [lambda: model.head.weight]}
     found = References(model)
@@ -826,7 +826,7 @@ def test_an_ema_is_copied_with_its_model_and_both_train_on_as_the_originals_do(h
         else:
             other, _, twin = copy.deepcopy((model, optimizer, ema))
         assert twin is not ema
-        assert twin._model is other
+        assert twin._average.model is other
         assert not twin.ema_weights_active
         assert same(averages(twin), want)
         assert same(bits(other), bits(model))
@@ -940,7 +940,7 @@ def test_an_ema_whose_model_cannot_be_copied_says_so_and_its_state_can_be() -> N
     model, inputs = Net(), torch.randn(8, 4)
     lock(model)
     attached, _ = trained(model, inputs)
-    with pytest.raises(CopyError, match=r"this model cannot be .*copy ema.state_dict\(\)"):
+    with pytest.raises(CopyError, match=r"the model must be copyable.*copy ema.state_dict\(\)"):
         copy.deepcopy(attached.algorithm)
     assert same(pickled(attached.algorithm).state_dict()["ema_model"], averages(attached.algorithm))
 

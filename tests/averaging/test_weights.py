@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from polyak import LoanError, MismatchError, Policy, QuarantineWarning, default_policy
+from polyak import LoanError, MismatchError, Policy, QuarantineWarning, default_policy, kernels
 from polyak.averaging.swap import swap_of
 from polyak.averaging.weights import Shadow
-from polyak.kernels import EXCHANGES
 
 
 def net(dtype=torch.float32) -> nn.Module:
@@ -67,22 +66,22 @@ def test_the_average_is_its_own_and_begins_with_the_weights() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_loan_puts_the_average_in_the_model_and_gives_back_each_bit(dtype) -> None:
+def test_a_swap_puts_the_average_in_the_model_and_restores_each_bit(dtype) -> None:
     model = net(dtype)
     shadow = Shadow(model)
     first = values(model)
     shift(model, 0.1)
     training = values(model)
     pointers = [p.data_ptr() for p in model.parameters()]
-    with shadow.lent("a test") as lent:
-        assert lent is model
+    with shadow.swapped("a test") as held:
+        assert held is model
         assert equal(values(model), first)
-        assert shadow.holder == "a test"
+        assert shadow.owner == "a test"
         assert equal(shadow.averaged_tensors(), {n: t.to(shadow.averages[n].dtype) for n, t in first.items()})
     assert equal(values(model), training)
     assert equal({n: t.to(dtype) if t.is_floating_point() else t for n, t in shadow.averages.items()}, first)
     assert [p.data_ptr() for p in model.parameters()] == pointers
-    assert shadow.holder is None
+    assert shadow.owner is None
     assert swap_of(model) is None
 
 
@@ -93,12 +92,12 @@ def test_the_training_weights_come_back_after_an_exception_of_any_kind(dtype) ->
     shift(model)
     training = values(model)
     for kind in (RuntimeError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(kind), shadow.lent("a test"):
+        with pytest.raises(kind), shadow.swapped("a test"):
             raise kind
         assert equal(values(model), training)
 
 
-def test_while_lent_there_is_no_second_loan_no_update_no_step_and_no_loading() -> None:
+def test_while_swapped_in_there_is_no_second_swap_no_update_no_step_and_no_loading() -> None:
     model = net()
     shadow, other = Shadow(model), Shadow(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -107,11 +106,11 @@ def test_while_lent_there_is_no_second_loan_no_update_no_step_and_no_loading() -
     shift(model)
     training = values(model)
     state = shadow.state_dict()
-    with shadow.lent("the first"):
+    with shadow.swapped("the first"):
         averaged = values(model)
         for refused in (
-            lambda: shadow.lend("again"),
-            lambda: other.lend("another"),
+            lambda: shadow.swap_in("again"),
+            lambda: other.swap_in("another"),
             lambda: shadow.update_(0.5),
             lambda: other.update_(0.5),
             optimizer.step,
@@ -119,52 +118,52 @@ def test_while_lent_there_is_no_second_loan_no_update_no_step_and_no_loading() -
         ):
             with pytest.raises(LoanError, match="the first"):
                 refused()
-        with pytest.raises(LoanError, match="the first"), other.lent("another"):
+        with pytest.raises(LoanError, match="the first"), other.swapped("another"):
             pass
         assert equal(values(model), averaged)
     assert equal(values(model), training)
     optimizer.step()
     assert not equal(values(model), training)
     with pytest.raises(LoanError, match="must be in the model before"):
-        shadow.give_back()
+        shadow.restore()
 
 
-def test_a_step_of_another_model_goes_on_while_an_average_is_lent() -> None:
+def test_a_step_of_another_model_works_while_an_average_is_swapped_in() -> None:
     model, other = net(), net()
     optimizer = torch.optim.SGD(other.parameters(), lr=1.0)
     other[0].weight.grad = torch.ones_like(other[0].weight)
     before = values(other)
-    with Shadow(model).lent("a test"):
+    with Shadow(model).swapped("a test"):
         optimizer.step()
     assert not equal(values(other), before)
 
 
-def test_what_is_moved_or_replaced_during_a_loan_still_gets_its_training_weights() -> None:
+def test_a_tensor_that_is_moved_or_replaced_during_a_swap_still_gets_its_training_weights() -> None:
     model = net()
     shadow = Shadow(model)
     shift(model)
     training = values(model)
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         model[0].weight.data = model[0].weight.data.clone()
         model[1].running_mean = torch.zeros(4)
     assert equal(values(model), training)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_loan_after_the_model_has_moved_goes_to_where_it_is(dtype) -> None:
+def test_a_swap_after_the_model_has_moved_finds_its_tensors(dtype) -> None:
     model = net(dtype)
     shadow = Shadow(model)
     for move in (lambda: model.to(torch.float64), lambda: model.to(dtype), lambda: setattr(model[0], "extra", None)):
         shift(model)
         shadow.update_(0.25)
-        with shadow.lent("the test"):
+        with shadow.swapped("the test"):
             pass
         old = [parameter.data for parameter in model.parameters()]  # kept, so that the new ones are elsewhere
         move()
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
         training = values(model)
-        with shadow.lent("the test"):
+        with shadow.swapped("the test"):
             want = {name: tensor.to(training[name].dtype) for name, tensor in shadow.averaged_tensors().items()}
             assert equal(values(model), {name: want.get(name, tensor) for name, tensor in training.items()})
             assert not equal(values(model), training)
@@ -172,12 +171,11 @@ def test_a_loan_after_the_model_has_moved_goes_to_where_it_is(dtype) -> None:
         del old
 
 
-def test_a_loan_that_has_ended_keeps_no_memory_of_the_model(monkeypatch) -> None:
-    for exchange in EXCHANGES.values():
-        monkeypatch.setattr("polyak.averaging.swap.Exchange", exchange)
+def test_a_swap_that_has_ended_keeps_no_memory_of_the_model() -> None:
+    for name in kernels.serving_cpu():
         model = net()
         shadow = Shadow(model)
-        with shadow.lent("the test"):
+        with kernels.only(name), shadow.swapped("the test"):
             pass
         own = model[0].weight
         tensors = [found for found in gc.get_objects() if type(found) is torch.Tensor]
@@ -185,7 +183,7 @@ def test_a_loan_that_has_ended_keeps_no_memory_of_the_model(monkeypatch) -> None
         assert own.data_ptr() not in places
 
 
-LOANS = """
+SWAPS = """
 from pathlib import Path
 import torch
 from torch import nn
@@ -197,28 +195,28 @@ def kib(field):
 
 model = nn.ParameterList([torch.ones(4096, 8192), torch.ones(4096, 8192)])
 shadow = Shadow(model)
-# From here on laid out otherwise than its average. The old one goes first, so that no peak is there before the loan's.
+# From here on laid out otherwise than its average. The old one goes first, so that no peak is there before the swap's.
 model[1].data = torch.empty(0)
 model[1].data = torch.ones(8192, 4096).t()
 assert sum(p.nbytes for p in model.parameters()) == 256 << 20
 before = kib("VmRSS")
 for _ in range(2):
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         pass
 print(kib("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the most that a process had")
-@pytest.mark.parametrize("kernel", EXCHANGES)
-def test_a_loan_between_tensors_of_one_dtype_takes_less_than_64_mib_of_memory(kernel) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", LOANS]
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the most that a process had")
+@pytest.mark.parametrize("kernel", kernels.serving_cpu())
+def test_a_swap_between_tensors_of_one_dtype_takes_less_than_64_mib_of_memory(kernel) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", SWAPS]
     environment = os.environ | {"POLYAK_KERNEL": kernel}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
     assert int(done.stdout) < 64 * 1024
 
 
-def test_out_of_memory_at_the_beginning_of_a_loan_changes_nothing(monkeypatch) -> None:
+def test_out_of_memory_at_the_beginning_of_a_swap_changes_nothing(monkeypatch) -> None:
     model = net(torch.bfloat16)
     shadow = Shadow(model)
     shift(model)
@@ -229,7 +227,7 @@ def test_out_of_memory_at_the_beginning_of_a_loan_changes_nothing(monkeypatch) -
 
     monkeypatch.setattr(torch.Tensor, "to", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        shadow.lend("a test")
+        shadow.swap_in("a test")
     monkeypatch.undo()
     assert equal(values(model), training)
     assert swap_of(model) is None
@@ -273,7 +271,7 @@ def test_a_tensor_that_is_gone_or_has_another_shape_is_an_error() -> None:
         shadow.update_(0.5)
 
 
-def test_what_is_laid_out_anew_at_the_same_address_is_seen() -> None:
+def test_a_tensor_with_a_new_layout_at_the_same_address_is_noticed() -> None:
     model = nn.Linear(3, 3, bias=False)
     shadow = Shadow(model)
     shadow.update_(0.5)
@@ -328,9 +326,9 @@ def test_a_sparse_tensor_is_left() -> None:
     shadow = Shadow(model)
     shadow.update_(0.5)
     assert set(shadow.averages) == {"weight", "bias"}
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         assert torch.equal(model.edges.to_dense(), torch.eye(2))
-    with pytest.raises(ValueError, match=r"must leave 'edges' \(got <Policy.COPY: 'copy'> for one of torch.sparse_coo"):
+    with pytest.raises(ValueError, match=r"\(got <Policy.COPY: 'copy'> for 'edges', one of torch.sparse_coo"):
         Shadow(model, policy=lambda _: Policy.COPY)
 
 
@@ -344,7 +342,7 @@ def test_non_finite_weights_are_kept_out_counted_and_reported() -> None:
     shadow.update_(0.5)
     assert torch.equal(shadow.averages["0.weight"], before)
     assert shadow.num_quarantined == 2
-    with pytest.warns(QuarantineWarning, match="2 tensors with inf or nan"):
+    with pytest.warns(QuarantineWarning, match="2 tensors with NaN or inf"):
         assert shadow.warn_of_quarantine() == 2
     assert shadow.warn_of_quarantine(since=2) == 2
 
@@ -376,14 +374,14 @@ def test_a_tied_model_has_a_tied_average() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_while_lent_both_models_can_be_had(dtype) -> None:
+def test_while_swapped_in_both_models_can_be_read(dtype) -> None:
     model = net(dtype)
     shadow = Shadow(model)
     first = values(model)
     shift(model, 0.25)
     training = values(model)
     assert shadow.training_model() is model
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         assert shadow.averaged_model() is model
         assert equal(values(shadow.training_model()), training)
         assert equal(values(model), first)
@@ -401,7 +399,7 @@ def test_copying_to_another_model_needs_the_same_names_and_brings_frozen_weights
     assert equal(values(other), first | {"0.bias": model[0].bias.detach()})
     shadow.copy_to(other, training=True)
     assert equal(values(other), values(model))
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         training = net()
         shadow.copy_to(training, training=True)
     assert equal(values(training), values(model))
@@ -409,18 +407,18 @@ def test_copying_to_another_model_needs_the_same_names_and_brings_frozen_weights
         shadow.copy_to(nn.Sequential(*net(), nn.Linear(1, 1, bias=False)))
 
 
-@pytest.mark.parametrize("lent", [False, True])
+@pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_state_goes_on_where_it_was_also_if_it_was_taken_during_a_loan(tmp_path, lent, dtype) -> None:
+def test_a_state_resumes_also_if_it_was_taken_during_a_swap(tmp_path, swapped, dtype) -> None:
     model = net(dtype)
     shadow = Shadow(model)
     shift(model, 0.25)
     shadow.update_(0.5)
-    if lent:
-        shadow.lend("a test")
+    if swapped:
+        shadow.swap_in("a test")
     torch.save({"model": model.state_dict(), "shadow": shadow.state_dict()}, tmp_path / "state.pt")
-    if lent:
-        shadow.give_back()
+    if swapped:
+        shadow.restore()
     saved = torch.load(tmp_path / "state.pt", weights_only=True)
     other = net(dtype)
     other.load_state_dict(saved["model"])
@@ -466,19 +464,12 @@ def test_a_state_that_does_not_fit_lists_both_sides_and_changes_nothing() -> Non
     assert equal(shadow.averages, before)
 
 
-def test_the_averages_share_one_counter_of_changes() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    averages = Shadow(model).averages
-    averages["1.bias"].add_(1)
-    assert {average._version for average in averages.values()} == {1}
-
-
 def test_an_average_goes_with_its_model_and_is_freed_with_it() -> None:
     model = net()
     shadow = Shadow(model)
     model.to(torch.float64)
     shadow.update_(0.5)
-    with shadow.lent("a test"):
+    with shadow.swapped("a test"):
         pass
     assert model[0].weight.dtype == torch.float64
     alive = weakref.ref(model)
@@ -491,7 +482,7 @@ def test_a_parameter_joins_at_an_update_and_not_at_an_evaluation_or_a_state() ->
     model = nn.Sequential(nn.Linear(2, 2))
     shadow = Shadow(model)
     model.append(nn.Linear(2, 2))
-    with shadow.lent("the test"):
+    with shadow.swapped("the test"):
         pass
     assert set(shadow.state_dict()["averages"]) == {"0.weight", "0.bias"}
     nn.init.ones_(model[1].weight)

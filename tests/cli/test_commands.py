@@ -1,4 +1,4 @@
-"""``polyak inspect``, ``reconstruct`` and ``sweep`` as their users run them."""
+"""``polyak inspect``, ``reconstruct`` and ``sweep`` as users run them."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ import sys, time
 from pathlib import Path
 
 sys.path.insert(0, "{tests}")
-import helper_beside
+import neighbour
 from records import build, data, validate
 
 CALLS = Path(__file__).with_name("calls")
@@ -73,11 +73,11 @@ def script(tmp_path):
     path = tmp_path / "user code" / "evaluate.py"
     path.parent.mkdir()
     path.write_text(EVALUATE.format(tests=SUPPORT.as_posix()))
-    (path.parent / "helper_beside.py").write_text("")
+    (path.parent / "neighbour.py").write_text("")
     (path.parent / "calls").write_text("")
     yield path
     sys.modules.pop("polyak_user_evaluate", None)
-    sys.modules.pop("helper_beside", None)
+    sys.modules.pop("neighbour", None)
 
 
 def calls(script):
@@ -85,7 +85,7 @@ def calls(script):
 
 
 def refused(capsys, command, *arguments):
-    """Return the one line with which arguments are refused."""
+    """Return the error for arguments; check that it is one line."""
     try:
         code = main([command, *map(str, arguments)])
     except SystemExit as error:
@@ -103,7 +103,7 @@ def run(capsys, command, *arguments):
     return capsys.readouterr()
 
 
-def test_inspect_says_what_is_in_a_record(folder, capsys) -> None:
+def test_inspect_prints_the_contents_of_a_record(folder, capsys) -> None:
     out, said = run(capsys, "inspect", folder, "--verify")
     assert said == ""
     for words in (
@@ -111,14 +111,14 @@ def test_inspect_says_what_is_in_a_record(folder, capsys) -> None:
         "0 to 2,048",
         "0 to 5.12",
         "2 updates, 2ba",
-        "all files are what was written",
+        "all files match their hashes",
         "8 averaged, 1 with",
         "ep2 (../ep2.pt)",
     ):
         assert words in out, words
 
 
-def test_inspect_can_be_read_by_machines(folder, capsys) -> None:
+def test_inspect_prints_json(folder, capsys) -> None:
     out, _ = run(capsys, "inspect", folder, "--json")
     plain = json.loads(out)
     stretches = Record(folder).stretches
@@ -133,15 +133,15 @@ def test_inspect_can_be_read_by_machines(folder, capsys) -> None:
     assert plain["verified"] is False
 
 
-def test_inspect_shows_a_record_without_a_stretch(tmp_path, capsys) -> None:
+def test_inspect_accepts_a_record_without_a_segment(tmp_path, capsys) -> None:
     record(tmp_path / "run", updates=1)
     out, _ = run(capsys, "inspect", tmp_path / "run")
-    assert "No stretch has ended yet" in out
+    assert "No segment has ended yet" in out
     out, _ = run(capsys, "inspect", tmp_path / "run", "--json")
     assert json.loads(out)["finest"] is None
 
 
-def test_damage_is_found_and_is_one_line(folder, tmp_path, capsys) -> None:
+def test_damaged_and_missing_files_give_a_one_line_error(folder, tmp_path, capsys) -> None:
     shutil.copytree(folder, tmp_path / "run")
     path = next((tmp_path / "run").glob("*.safetensors"))
     content = bytearray(path.read_bytes())
@@ -157,7 +157,7 @@ def test_damage_is_found_and_is_one_line(folder, tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     "command", [["inspect"], ["reconstruct", "--power", "0.1", "-o", "f"], ["sweep", "--evaluate", "m:f"]]
 )
-def test_a_missing_record_is_one_line(tmp_path, capsys, command) -> None:
+def test_a_missing_record_gives_a_one_line_error(tmp_path, capsys, command) -> None:
     name, *rest = command
     assert "a record must have a manifest.json" in refused(capsys, name, tmp_path / "none", *rest)
 
@@ -176,7 +176,7 @@ def test_a_missing_record_is_one_line(tmp_path, capsys, command) -> None:
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore::polyak.errors.PlanWarning")
-def test_reconstruct_writes_what_the_library_gives(folder, tmp_path, capsys, arguments, profile, at) -> None:
+def test_reconstruct_writes_the_same_average_as_the_library(folder, tmp_path, capsys, arguments, profile, at) -> None:
     out, _ = run(capsys, "reconstruct", folder, *arguments, "-o", tmp_path / "model.safetensors")
     saved = load_file(tmp_path / "model.safetensors")
     averaged = Record(folder).average(profile, at)
@@ -190,7 +190,7 @@ def test_reconstruct_writes_what_the_library_gives(folder, tmp_path, capsys, arg
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_reconstruct_casts_what_is_averaged(folder, tmp_path, capsys) -> None:
+def test_reconstruct_casts_the_averaged_tensors(folder, tmp_path, capsys) -> None:
     run(capsys, "reconstruct", folder, "--half-life", "10ba", "--dtype", "bfloat16", "-o", tmp_path / "f")
     saved = load_file(tmp_path / "f")
     assert saved["0.weight"].dtype is torch.bfloat16
@@ -209,21 +209,21 @@ def test_reconstruct_casts_what_is_averaged(folder, tmp_path, capsys) -> None:
         (["--power", "0.5"], "sigma_rel must be above 0 and at most"),
         (["--power", "x"], "argument --power: it must be a number (got 'x')"),
         (["--smoothing", "1.5"], "smoothing must be in [0, 1]"),
-        (["--window", "64ba", "--unbiased"], "--unbiased goes with --half-life alone"),
+        (["--window", "64ba", "--unbiased"], "--unbiased needs a profile with an unbiased variant, --half-life"),
         (["--window", "64ba", "--power", "0.1"], "not allowed with"),
-        ([], "one of the arguments --half-life --window --uniform-from --power --smoothing is required"),
+        ([], "one of the arguments --half-life --window --uniform-from --power --smoothing"),
         (["--half-life", "10ba", "--dtype", "int8"], "invalid choice"),
     ],
     ids=str,
 )
-def test_what_cannot_be_reconstructed_is_one_line(folder, tmp_path, capsys, arguments, expected) -> None:
+def test_bad_profiles_and_moments_give_a_one_line_error(folder, tmp_path, capsys, arguments, expected) -> None:
     assert expected in refused(capsys, "reconstruct", folder, *arguments, "-o", tmp_path / "f")
     assert not list(tmp_path.iterdir())
 
 
-def test_bad_outputs_are_one_line(folder, tmp_path, capsys) -> None:
+def test_bad_outputs_give_a_one_line_error(folder, tmp_path, capsys) -> None:
     for output, expected in (
-        (tmp_path, "outside the record, and no folder"),
+        (tmp_path, "outside the record, not a folder"),
         (folder / "f.safetensors", "outside the record"),
         (tmp_path / "none" / "f", "exporting to"),
     ):
@@ -231,13 +231,13 @@ def test_bad_outputs_are_one_line(folder, tmp_path, capsys) -> None:
     assert "-o/--output" in refused(capsys, "reconstruct", folder, "--half-life", "10ba")
 
 
-def test_an_average_that_is_far_off_is_one_note(folder, tmp_path, capsys) -> None:
+def test_an_average_with_a_large_error_gives_one_note(folder, tmp_path, capsys) -> None:
     _, said = run(capsys, "reconstruct", folder, "--half-life", "200ba", "-o", tmp_path / "f")
     assert said.count("\n") == said.count("polyak reconstruct: note: ") == 1
     assert "weights from before the record" in said
 
 
-def test_sweep_writes_what_it_promises(folder, script, tmp_path, capsys) -> None:
+def test_sweep_writes_all_files_that_its_help_names(folder, script, tmp_path, capsys) -> None:
     raw = folder.parent / "raw.safetensors"
     arguments = [folder, "--evaluate", f"{script}:counted", "--points", 4, "--refine", 2, "--raw", raw, "--online", raw]
     out, said = run(capsys, "sweep", *arguments, "--out", tmp_path / "out")
@@ -248,7 +248,7 @@ def test_sweep_writes_what_it_promises(folder, script, tmp_path, capsys) -> None
     assert f"{chosen.name} (best)" in out
     assert "raw weights" in out
     assert "online EMA" in out
-    assert "no result" in out
+    assert "the result is biased" in out
     assert "note" not in said
     saved = load_file(tmp_path / "out" / "best.safetensors")
     averaged = Record(folder).average(chosen.profile)
@@ -267,7 +267,7 @@ def test_sweep_writes_what_it_promises(folder, script, tmp_path, capsys) -> None
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_sweep_goes_on_without_evaluating_again(folder, script, tmp_path, number) -> None:
+def test_a_stopped_sweep_resumes_without_evaluating_again(folder, script, tmp_path, number) -> None:
     command = [sys.executable, "-m", "polyak", "sweep", str(folder), "--evaluate", f"{script}:slow", "--points", "12"]
     command += ["--out", str(tmp_path / "out")]
     kept = tmp_path / "out" / "sweep.jsonl"
@@ -279,7 +279,7 @@ def test_a_stopped_sweep_goes_on_without_evaluating_again(folder, script, tmp_pa
     _, said = process.communicate(timeout=60)
     if number is signal.SIGINT:
         assert process.returncode == 130
-        assert said.splitlines()[-1] == "polyak sweep: interrupted; the same command goes on from where it was"
+        assert said.splitlines()[-1] == "polyak sweep: interrupted; run the same command again to resume"
         assert "Traceback" not in said
     measured, before = kept.read_bytes().count(b"\n"), calls(script)
     assert before <= measured + 1
@@ -290,7 +290,9 @@ def test_a_stopped_sweep_goes_on_without_evaluating_again(folder, script, tmp_pa
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == OUTPUTS
 
 
-def test_a_failing_function_is_one_line_and_the_rest_is_kept(folder, script, tmp_path, capsys) -> None:
+def test_a_failing_function_gives_a_one_line_error_and_earlier_results_are_kept(
+    folder, script, tmp_path, capsys
+) -> None:
     arguments = (folder, "--evaluate", f"{script}:failing", "--points", 4, "--out", tmp_path / "out")
     said = refused(capsys, "sweep", *arguments)
     assert "evaluating half-life 50.8ba failed: ZeroDivisionError: too bad (" in said
@@ -315,7 +317,9 @@ def test_a_failing_function_is_one_line_and_the_rest_is_kept(folder, script, tmp
         ("json:nothing", "there is no function 'nothing' in json; it has"),
     ],
 )
-def test_functions_that_cannot_be_had_are_one_line(folder, script, tmp_path, capsys, spec, expected) -> None:
+def test_functions_that_cannot_be_imported_give_a_one_line_error(
+    folder, script, tmp_path, capsys, spec, expected
+) -> None:
     broken = tmp_path / "broken.py"
     broken.write_text("raise ValueError('broken')")
     said = refused(capsys, "sweep", folder, "--evaluate", spec.format(script=script, broken=broken))
@@ -323,7 +327,7 @@ def test_functions_that_cannot_be_had_are_one_line(folder, script, tmp_path, cap
     assert "--evaluate" in said
 
 
-def test_a_function_may_be_in_a_module(folder, tmp_path, capsys, monkeypatch) -> None:
+def test_sweep_imports_a_function_from_a_module(folder, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "users_package").mkdir()
     (tmp_path / "users_package" / "judge.py").write_text("def size(state): return state['0.weight'].norm()")
@@ -347,18 +351,18 @@ def test_a_function_may_be_in_a_module(folder, tmp_path, capsys, monkeypatch) ->
     ],
     ids=str,
 )
-def test_bad_sweeps_are_one_line(folder, script, tmp_path, capsys, arguments, expected) -> None:
+def test_bad_arguments_of_sweep_give_a_one_line_error(folder, script, tmp_path, capsys, arguments, expected) -> None:
     joined = [f"{arguments[0]}={arguments[1]}", *arguments[2:]] if arguments[0] == "--refine" else arguments
     said = refused(capsys, "sweep", folder, "--evaluate", f"{script}:counted", "--out", tmp_path / "out", *joined)
     assert expected in said
 
 
-def test_a_sweep_stays_out_of_the_record(folder, script, capsys) -> None:
+def test_sweep_refuses_to_write_into_the_record(folder, script, capsys) -> None:
     said = refused(capsys, "sweep", folder, "--evaluate", f"{script}:counted", "--out", folder)
-    assert "must not be the record's own folder" in said
+    assert "must not be the folder of the record" in said
 
 
-def test_half_lives_profiles_and_the_sense_may_be_chosen(folder, script, tmp_path, capsys) -> None:
+def test_sweep_accepts_half_lives_profiles_and_maximize(folder, script, tmp_path, capsys) -> None:
     arguments = (folder, "--evaluate", f"{script}:counted", "--refine", 0)
     out, _ = run(capsys, "sweep", *arguments, "--half-lives", "4ba,0.5ep", "--out", tmp_path / "a")
     assert "half-life 4ba" in out
@@ -368,7 +372,7 @@ def test_half_lives_profiles_and_the_sense_may_be_chosen(folder, script, tmp_pat
     assert all(name in out for name in ("window 64ba", "power function 0.1", "half-life 20ba", "with accuracy 0."))
 
 
-def test_statistics_of_batchnorm_are_recomputed_for_what_is_written(folder, script, tmp_path, capsys) -> None:
+def test_sweep_recomputes_batchnorm_statistics_of_the_files_that_it_writes(folder, script, tmp_path, capsys) -> None:
     arguments = (folder, "--evaluate", f"{script}:counted", "--half-lives", "16ba", "--refine", 0)
     run(capsys, "sweep", *arguments, "--update-bn", f"{script}:batches", "--out", tmp_path / "out")
     with safe_open(tmp_path / "out" / "best.safetensors", "pt") as file:
@@ -379,8 +383,8 @@ def test_statistics_of_batchnorm_are_recomputed_for_what_is_written(folder, scri
     assert "must return a model and batches" in said
 
 
-@pytest.mark.parametrize(("command", "module"), [("inspect", "rich"), ("sweep", "matplotlib")])
-def test_a_missing_extra_is_one_line(folder, capsys, monkeypatch, command, module) -> None:
+@pytest.mark.parametrize(("command", "module"), [("inspect", "rich"), ("sweep", "matplotlib"), ("sweep", "plotly")])
+def test_a_missing_extra_gives_a_one_line_error(folder, capsys, monkeypatch, command, module) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     rest = ["--evaluate", "m:f"] if command == "sweep" else []
     assert "pip install 'polyak[cli]'" in refused(capsys, command, folder, *rest)
@@ -388,9 +392,9 @@ def test_a_missing_extra_is_one_line(folder, capsys, monkeypatch, command, modul
 
 @pytest.mark.parametrize(
     ("command", "expected"),
-    [("inspect", "--verify"), ("reconstruct", "from_pretrained"), ("sweep", "no result")],
+    [("inspect", "--verify"), ("reconstruct", "from_pretrained"), ("sweep", "is biased")],
 )
-def test_help_is_told(capsys, command, expected) -> None:
+def test_help_names_the_options_and_the_commands(capsys, command, expected) -> None:
     for arguments in ([command, "--help"], ["--help"]):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)

@@ -1,4 +1,4 @@
-"""``polyak demo`` as its users run it: as a process, interrupted, killed, run again."""
+"""``polyak demo`` as users run it: as a process, interrupted, killed, run again."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from polyak.cli.folder import RunFolder
 from polyak.cli.recipe import Digits, build_model, load_data, measure
 from polyak.report.series import read_curves
 
-STEPS = 410  # not where an epoch, a checkpoint or the half-life ends
+STEPS = 410  # not the end of an epoch, a checkpoint interval or a half-life
 OUTPUTS = ("averaged.safetensors", "metrics.jsonl", "demo.png", "demo.svg", "raw.safetensors", "demo.json")
 FOLDERS = ("checkpoints", "record", "sweep")
 
@@ -38,19 +38,19 @@ def start(out, *arguments):
 
 @pytest.fixture(scope="module", autouse=True)
 def _threads():
-    """The command runs torch on one thread, and so these tests do; the others need not."""
+    """Restore the number of torch's threads, which the command sets to 1."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
 
 
 def demo(out, *arguments):
-    """Run the demo in this process, which has everything imported already."""
+    """Run the demo in this process, where everything is imported."""
     assert main(["demo", "--out", str(out), *map(str, arguments)]) == 0
 
 
 def demo_process(out, *arguments):
-    """Run the demo; return what it printed to each of the two streams."""
+    """Run the demo as a process; return its stdout and stderr."""
     process = start(out, *arguments)
     printed, said = process.communicate(timeout=100)
     assert process.returncode == 0, said
@@ -58,10 +58,10 @@ def demo_process(out, *arguments):
 
 
 def stop(out, *arguments, number=signal.SIGKILL, once):
-    """Run the demo, and send it a signal once a condition holds."""
+    """Run the demo as a process, and send it a signal when a condition holds."""
     process = start(out, *arguments)
     while not once():
-        assert process.poll() is None, "it ended before it could be stopped"
+        assert process.poll() is None, "the demo ended before the signal"
         time.sleep(0.002)
     process.send_signal(number)
     _, said = process.communicate(timeout=100)
@@ -78,7 +78,7 @@ def contents(out):
 
 
 def refused(capsys, *arguments):
-    """Return the one line with which arguments are refused."""
+    """Return the error for arguments; check that it is one line."""
     try:
         code = main(["demo", *map(str, arguments)])
     except SystemExit as error:
@@ -93,7 +93,7 @@ def refused(capsys, *arguments):
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    """The demo as it is run without arguments."""
+    """The demo without arguments."""
     out = tmp_path_factory.mktemp("full") / "a" / "b"
     return out, *demo_process(out)
 
@@ -105,10 +105,10 @@ def uninterrupted(tmp_path_factory):
     return contents(out)
 
 
-def test_the_averaged_weights_are_better_than_the_raw_ones(full) -> None:
+def test_the_averaged_weights_are_better_than_the_raw_weights(full) -> None:
     out, printed, _ = full
     curves = read_curves(out / "metrics.jsonl")
-    # The raw weights' curve is jagged, and where it ends depends on the processor's last bits.
+    # The curve of the raw weights is jagged, and its end depends on the rounding of the processor.
     late = slice(-30, None)
     raw, averaged = curves["eval_raw/accuracy"].values[late], curves["eval/accuracy"].values[late]
     assert min(averaged) > statistics.mean(raw) + 0.01
@@ -119,7 +119,7 @@ def test_the_averaged_weights_are_better_than_the_raw_ones(full) -> None:
     assert f"{curves['eval_raw/accuracy'].last:.1%}" in printed
 
 
-def test_everything_that_is_promised_is_written(full) -> None:
+def test_the_demo_writes_all_files_that_its_help_names(full) -> None:
     out, printed, said = full
     assert sorted(p.name for p in out.iterdir()) == sorted([*OUTPUTS, *FOLDERS])
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["ep14-ba900.pt", "ep15-ba1000.pt"]
@@ -131,7 +131,7 @@ def test_everything_that_is_promised_is_written(full) -> None:
     assert "note" not in said
 
 
-def test_the_averaged_weights_load_into_a_plain_model_and_are_those_of_the_checkpoint(full) -> None:
+def test_the_averaged_weights_load_into_a_plain_model_and_equal_those_of_the_checkpoint(full) -> None:
     out, _, _ = full
     saved = load_file(out / "averaged.safetensors")
     model = build_model()
@@ -147,7 +147,7 @@ def test_the_averaged_weights_load_into_a_plain_model_and_are_those_of_the_check
     assert polyak.__version__ in metadata["made_by"]
 
 
-def test_a_complete_run_is_shown_again_and_left_as_it_is(full) -> None:
+def test_the_demo_prints_a_complete_run_again_and_changes_no_file(full) -> None:
     out, printed, _ = full
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     again, said = demo_process(out)
@@ -156,7 +156,7 @@ def test_a_complete_run_is_shown_again_and_left_as_it_is(full) -> None:
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_the_half_life_is_chosen_from_the_record_on_digits_that_no_one_else_uses(full) -> None:
+def test_the_half_life_is_chosen_from_the_record_on_separate_validation_digits(full) -> None:
     out, printed, _ = full
     digits = Digits()
     train, validation, test = load_data(digits)
@@ -171,10 +171,10 @@ def test_the_half_life_is_chosen_from_the_record_on_digits_that_no_one_else_uses
         == measure(state, validation)["loss"]
     )
     assert f"{measure(state, test)['loss']:.3f}" in printed
-    assert "<svg" in (out / "sweep" / "report.html").read_text()
+    assert "metric-chart" in (out / "sweep" / "report.html").read_text()
 
 
-def test_a_lost_output_is_written_again(full) -> None:
+def test_the_demo_writes_missing_outputs_again(full) -> None:
     before = contents(full[0])
     for name in ("averaged.safetensors", "demo.svg"):
         (full[0] / name).unlink()
@@ -183,29 +183,29 @@ def test_a_lost_output_is_written_again(full) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_run_ends_as_one_that_was_not_stopped(uninterrupted, tmp_path, capsys, number) -> None:
+def test_a_stopped_run_resumes_and_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, capsys, number) -> None:
     # Three lines every ten steps: after the second checkpoint.
     code, said = stop(tmp_path, "--steps", STEPS, number=number, once=lambda: lines(tmp_path) > 70)
     if number is signal.SIGINT:
         assert code == 130
-        assert said.splitlines()[-1] == "polyak demo: interrupted; the same command goes on from where it was"
+        assert said.splitlines()[-1] == "polyak demo: interrupted; run the same command again to resume"
         assert "Traceback" not in said
     else:
         assert code == -signal.SIGKILL
     assert not (tmp_path / "averaged.safetensors").exists()
     demo(tmp_path, "--steps", STEPS)
-    assert re.search("Going on after [234]00 of 410 steps", capsys.readouterr().out)
+    assert re.search("Resuming after [234]00 of 410 steps", capsys.readouterr().out)
     assert contents(tmp_path) == uninterrupted
 
 
-def test_a_run_that_grows_ends_as_one_that_was_that_long(uninterrupted, tmp_path) -> None:
+def test_a_run_that_grows_ends_as_one_that_was_that_long_from_the_start(uninterrupted, tmp_path) -> None:
     demo(tmp_path, "--steps", STEPS - 135)
     demo(tmp_path, "--steps", STEPS)
     assert contents(tmp_path) == uninterrupted
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(uninterrupted, tmp_path) -> None:
+def test_a_run_that_is_killed_repeatedly_ends_as_an_uninterrupted_one(uninterrupted, tmp_path) -> None:
     generator = random.Random(0)
     for _ in range(10):
         began = time.monotonic()
@@ -220,39 +220,39 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(uninterru
     assert not [path.name for path in tmp_path.rglob(".*")]
 
 
-def test_a_half_life_beyond_the_run_is_one_readable_note(tmp_path, capsys) -> None:
+def test_a_half_life_longer_than_the_run_gives_one_note(tmp_path, capsys) -> None:
     demo(tmp_path, "--steps", 20, "--half-life", "1000ba")
     printed, said = capsys.readouterr()
-    assert "Averaging does not win" in printed
+    assert "Averaging does not improve both metrics" in printed
     notes = [line for line in said.splitlines() if "note:" in line]
     assert len(notes) == 1
     assert notes[0].startswith("polyak demo: note: the first weights will still be 98.7% of the average")
 
 
 @pytest.mark.parametrize("half_life", ["0.5ep", "300sp", "0.2dur"])
-def test_every_unit_of_half_life_works(tmp_path, half_life) -> None:
+def test_the_demo_accepts_every_unit_of_half_life(tmp_path, half_life) -> None:
     demo(tmp_path, "--steps", 40, "--half-life", half_life)
     assert half_life in (tmp_path / "demo.json").read_text()
 
 
-def test_other_arguments_are_refused_with_what_differs(full, capsys) -> None:
+def test_the_error_for_other_arguments_names_what_differs(full, capsys) -> None:
     out, _, _ = full
     before = contents(out)
     said = refused(capsys, "--out", out, "--seed", 1, "--half-life", "50ba")
-    assert "was made with --seed 0 --half-life 100ba, and this asks for --seed 1 --half-life 50ba" in said
+    assert "has --seed 0 --half-life 100ba; this run has --seed 1 --half-life 50ba" in said
     assert "another --out" in said
-    assert "--steps 1000, and this asks for --steps 500" in refused(capsys, "--out", out, "--steps", 500)
+    assert "--steps 1000; this run has --steps 500" in refused(capsys, "--out", out, "--steps", 500)
     assert contents(out) == before
 
 
-def test_a_half_life_written_in_another_way_is_the_same(full) -> None:
+def test_another_spelling_of_the_half_life_is_the_same(full) -> None:
     demo(full[0], "--half-life", "1e2BA")
 
 
-def test_a_run_with_a_half_life_in_shares_of_it_cannot_grow(tmp_path) -> None:
+def test_a_run_whose_half_life_is_a_fraction_of_it_cannot_grow(tmp_path) -> None:
     folder = RunFolder(tmp_path)
     folder.begin({"--half-life": "0.1dur", "--steps": 100}, "", may_grow=None)
-    with pytest.raises(ValueError, match="made with --steps 100, and this asks for --steps 200"):
+    with pytest.raises(ValueError, match="has --steps 100; this run has --steps 200"):
         folder.begin({"--half-life": "0.1dur", "--steps": 200}, "", may_grow=None)
 
 
@@ -271,29 +271,29 @@ def test_a_run_with_a_half_life_in_shares_of_it_cannot_grow(tmp_path) -> None:
         (["--step", "5"], "unrecognized arguments: --step=5"),
     ],
 )
-def test_bad_arguments_are_refused_in_one_line(capsys, tmp_path, monkeypatch, arguments, expected) -> None:
+def test_bad_arguments_give_a_one_line_error(capsys, tmp_path, monkeypatch, arguments, expected) -> None:
     monkeypatch.chdir(tmp_path)
-    # argparse takes a value that begins with a dash for an option unless it is joined.
+    # argparse reads a value that begins with a dash as an option unless it is joined.
     joined = f"{arguments[0]}={arguments[1]}"
     assert expected in refused(capsys, joined)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_bad_out_is_refused_in_one_line(capsys, tmp_path) -> None:
+def test_a_bad_out_gives_a_one_line_error(capsys, tmp_path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "metrics.jsonl").write_text("mine too")
     assert "is a file" in refused(capsys, "--out", tmp_path / "file")
     assert "a folder that can be made" in refused(capsys, "--out", tmp_path / "file" / "below")
-    assert "has file, metrics.jsonl; choose another" in refused(capsys, "--out", tmp_path)
+    assert "has file, metrics.jsonl); choose another" in refused(capsys, "--out", tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == "mine too"
 
 
-def test_a_changed_note_of_the_arguments_is_refused_in_one_line(capsys, tmp_path) -> None:
+def test_a_changed_file_of_arguments_gives_a_one_line_error(capsys, tmp_path) -> None:
     (tmp_path / "demo.json").write_text("{")
     assert "demo.json must be as polyak demo wrote it" in refused(capsys, "--out", tmp_path)
 
 
-def test_changed_metrics_are_refused_in_one_line(full, capsys) -> None:
+def test_changed_metrics_give_a_one_line_error(full, capsys) -> None:
     path = full[0] / "metrics.jsonl"
     before = path.read_bytes()
     try:
@@ -308,30 +308,30 @@ def test_changed_metrics_are_refused_in_one_line(full, capsys) -> None:
         path.write_bytes(before)
 
 
-def test_a_second_run_in_the_same_folder_is_refused_in_one_line(capsys, tmp_path) -> None:
+def test_a_second_run_in_the_same_folder_gives_a_one_line_error(capsys, tmp_path) -> None:
     with RunFolder(tmp_path).locked():
         assert "another polyak demo is running" in refused(capsys, "--out", tmp_path)
 
 
-@pytest.mark.parametrize("module", ["sklearn", "rich", "matplotlib"])
-def test_a_missing_extra_is_refused_in_one_line(capsys, tmp_path, monkeypatch, module) -> None:
+@pytest.mark.parametrize("module", ["sklearn", "rich", "matplotlib", "plotly"])
+def test_a_missing_extra_gives_a_one_line_error(capsys, tmp_path, monkeypatch, module) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     assert "pip install 'polyak[cli]'" in refused(capsys, "--out", tmp_path / "out")
 
 
-def test_an_unknown_option_without_a_command_is_refused_in_one_line(capsys) -> None:
+def test_an_unknown_option_without_a_command_gives_a_one_line_error(capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(["--verison"])
     assert exit_.value.code == 2
     assert capsys.readouterr().err == "polyak: unrecognized arguments: --verison; see polyak --help\n"
 
 
-def test_without_arguments_the_commands_are_listed(capsys) -> None:
+def test_polyak_without_arguments_lists_the_commands(capsys) -> None:
     assert main([]) == 0
     assert "demo" in capsys.readouterr().out
 
 
-def test_help_and_version_are_told_in_80_columns(capsys, monkeypatch) -> None:
+def test_help_and_version_fit_into_80_columns(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     for arguments, expected in (
         (["--version"], f"polyak {polyak.__version__}"),
@@ -346,7 +346,7 @@ def test_help_and_version_are_told_in_80_columns(capsys, monkeypatch) -> None:
         assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_the_arguments_are_kept_as_json(full) -> None:
+def test_the_demo_saves_its_arguments_as_json(full) -> None:
     kept = json.loads((full[0] / "demo.json").read_text())
     assert kept["arguments"] == {"--seed": 0, "--half-life": "100ba", "--steps": 1000}
     assert kept["complete"] is True

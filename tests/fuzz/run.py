@@ -152,7 +152,7 @@ def run(
     shrink: bool,
 ) -> int:
     """Run cases, print what failed, and return 1 if something did."""
-    from polyak.kernels import CHOSEN
+    from polyak.kernels import serving_cpu
 
     began = time.monotonic()
     cases = iter([Case.parse(case)]) if case else _drawn(seed, count, seconds, loop)
@@ -164,7 +164,8 @@ def run(
         elif outcome.kind == "refused":
             refused[outcome.cause] += 1
     took = time.monotonic() - began
-    print(f"kernel {CHOSEN}: {kinds.total()} cases in {took:.0f} s, {kinds.total() / took:.0f}/s: {dict(kinds)}")
+    kernel = serving_cpu()[0]
+    print(f"kernel {kernel}: {kinds.total()} cases in {took:.0f} s, {kinds.total() / took:.0f}/s: {dict(kinds)}")
     for said, number in refused.most_common():
         print(f"  refused {number} x {said}")
     for n, (cause, examples) in enumerate(sorted(failed.items(), key=lambda item: -len(item[1]))):

@@ -293,7 +293,7 @@ def test_a_save_or_an_evaluation_inside_an_evaluation_does_not_end_its_swap(tmp_
 
 def test_nothing_is_evaluated_or_saved_with_the_average_of_another_owner(tmp_path) -> None:
     one = run(tmp_path).fit()
-    with Shadow(one.session.trainer.model).lent("someone else"):
+    with Shadow(one.session.trainer.model).swapped("someone else"):
         for refused in (one.session.evaluate, one.session.predict, one.session.save):
             with pytest.raises(LoanError, match="someone else has swapped its own in"):
                 refused()

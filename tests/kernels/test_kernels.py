@@ -14,35 +14,40 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from polyak.kernels import (
-    EXCHANGES,
-    KERNELS,
-    SCRATCH_ELEMENTS,
-    Lerp,
-    Place,
-    counting_with,
-    cpu,
-    foreach,
-    pieces,
-    rounding,
-)
-from polyak.kernels.rounding import Chances, RowChances, key, round_
-from polyak.kernels.scratch import Scratch
+from polyak import kernels
+from polyak.kernels import SCRATCH_ELEMENTS, Pair, Place, c, exchange, foreach, pieces, registry, rounding
+from polyak.kernels.pieces import Scratch
+from polyak.kernels.rounding import RandomBits, RowBits, key, round_
 
 SHAPES = [(3,), (4, 5), (2, 3, 4, 5), (), (0,), (SCRATCH_ELEMENTS + 1,), (700, 400)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
+def begin_with(name, function):
+    """Return a function of the kernels that begins with the kernel of this name."""
+
+    def call(*arguments):
+        with kernels.only(name):
+            return function(*arguments)
+
+    return call
+
+
+KERNELS = {name: begin_with(name, kernels.lerp) for name in kernels.serving_cpu()}
+EXCHANGES = {name: begin_with(name, kernels.swap) for name in KERNELS}
+needs_c = pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {c.WHY_NOT}")
+
+
 @pytest.fixture(params=["torch", "c"], scope="module")
 def kernel(request):
     if request.param not in KERNELS:
-        pytest.skip(f"no kernel in C: {cpu.WHY_NOT}")
+        pytest.skip(f"no kernel in C: {c.WHY_NOT}")
     return request.param
 
 
 @pytest.fixture
 def lerp_(kernel):
-    return partial(foreach.lerp_, by=KERNELS[kernel])
+    return partial(kernels.lerp_, by=KERNELS[kernel])
 
 
 def tensors(dtype, seed) -> list[torch.Tensor]:
@@ -88,7 +93,9 @@ def test_weight_one_gives_the_weights_themselves_and_zero_leaves_the_average(ler
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("online_dtype", [*DTYPES, torch.complex64])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64])
-def test_a_value_that_is_not_finite_leaves_its_average_and_no_other_as_it_was(lerp_, dtype, online_dtype, bad) -> None:
+def test_nan_or_inf_in_the_weights_leaves_its_element_of_the_average_unchanged_and_no_other(
+    lerp_, dtype, online_dtype, bad
+) -> None:
     if online_dtype.is_complex and not dtype.is_complex:
         pytest.skip("a complex weight has no real average")
     sizes = [SCRATCH_ELEMENTS + 5, 3, 1_000_003]
@@ -109,13 +116,13 @@ def test_large_finite_weights_are_no_infinity(lerp_) -> None:
         assert torch.equal(average, online.float())
 
 
-@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+@needs_c
 @pytest.mark.parametrize("scale", [1.0, 1e-38, 1e38])
 @pytest.mark.parametrize("online_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_kernels_give_the_same_bits(monkeypatch, dtype, online_dtype, scale) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(cpu, "_JOB", 1 << 12)  # enough of them for all threads
+    monkeypatch.setattr(c, "_JOB", 1 << 12)  # enough of them for all threads
     for weight in (0.0, 1e-4, 0.3, 0.5, 0.9, 1 - 2**-25, 1.0):
         ours, theirs = tensors(dtype, 0), tensors(dtype, 0)
         online = tensors(online_dtype, 1)
@@ -124,7 +131,7 @@ def test_the_kernels_give_the_same_bits(monkeypatch, dtype, online_dtype, scale)
         online[5][7] = float("nan")
         where = places(ours)
         counts = [
-            int(foreach.lerp_(averages, online, weight, where, 5, by=KERNELS[name]))
+            int(kernels.lerp_(averages, online, weight, where, 5, by=KERNELS[name]))
             for name, averages in (("c", ours), ("torch", theirs))
         ]
         assert counts[0] == counts[1]
@@ -132,38 +139,39 @@ def test_the_kernels_give_the_same_bits(monkeypatch, dtype, online_dtype, scale)
             assert torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (one, other)))
 
 
-@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+@needs_c
 @pytest.mark.parametrize("has_openmp", [True, False])
 def test_c_does_all_jobs_with_the_threads_of_torch_and_with_its_own(monkeypatch, has_openmp) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(cpu, "_JOB", 1 << 12)
-    monkeypatch.setattr(cpu, "_SWAP", 1 << 12)
+    monkeypatch.setattr(c, "_JOB", 1 << 12)
+    monkeypatch.setattr(c, "_SWAP", 1 << 12)
     if not has_openmp:
-        monkeypatch.setattr(cpu._team, "address", 0)
+        monkeypatch.setattr(c._team, "address", 0)
     average, other, online = torch.zeros(100_001), torch.zeros(100_001), torch.arange(100_001.0)
-    assert int(foreach.lerp_([average], [online], 0.5, [Place(0)], by=KERNELS["c"])) == 0
+    assert int(kernels.lerp_([average], [online], 0.5, [Place(0)], by=KERNELS["c"])) == 0
     assert torch.equal(average, online / 2)
     EXCHANGES["c"]([average], [other]).forward()
     assert torch.equal(other, online / 2)
     assert not average.any()
 
 
-@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+@needs_c
 def test_float16_is_read_exactly_by_c() -> None:
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
     average = torch.zeros(every.shape)
-    foreach.lerp_([average], [every], 1.0, [Place(0)], by=KERNELS["c"])
+    kernels.lerp_([average], [every], 1.0, [Place(0)], by=KERNELS["c"])
     want = torch.where(every.isfinite(), every.float(), 0)
     assert torch.equal(average.view(torch.int32), want.view(torch.int32))
 
 
-@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+@needs_c
 def test_a_forked_process_has_threads_of_its_own() -> None:
     program = """
 import os, torch
-from polyak.kernels import KERNELS, Place
+from polyak.kernels import Place, lerp, only
 torch.set_num_threads(2)
-lerp = KERNELS["c"]([torch.zeros(1_000_000)], [torch.ones(1_000_000)], [Place(0)], torch.zeros((), dtype=torch.int64))
+with only("c"):
+    lerp = lerp([torch.zeros(1_000_000)], [torch.ones(1_000_000)], [Place(0)], torch.zeros((), dtype=torch.int64))
 lerp(0.5, 1)
 child = os.fork()
 lerp(0.5, 2)
@@ -184,7 +192,7 @@ def test_a_backward_pass_through_an_average_that_has_moved_is_an_error(lerp_, dt
         loss.backward()
 
 
-def test_only_what_is_not_finite_now_is_counted(kernel) -> None:
+def test_an_update_counts_only_the_tensors_that_have_nan_or_inf_in_it(kernel) -> None:
     averages, online = [torch.ones(3) for _ in range(3)], [torch.ones(3) for _ in range(3)]
     left_out = torch.zeros((), dtype=torch.int64)
     update = KERNELS[kernel](averages, online, places(averages), left_out)
@@ -216,12 +224,10 @@ def test_a_shard_is_rounded_by_its_indices_however_it_is_laid_out(lerp_, shape) 
 
 
 def with_all_kinds_of_counters() -> list[torch.Tensor]:
-    """Return tensors of which some share the counter of their changes, with the first one or among themselves."""
-    one, other = torch.empty(0), torch.empty(0)
-    anchors = [one, torch.empty(0), other, one, other]
-    tensors = [counting_with(anchor, torch.ones(3)) for anchor in anchors]
+    """Return tensors of which two share the counter of their changes, and the last, an inference tensor, has none."""
     with torch.inference_mode():
-        return [*tensors, torch.ones(3)]  # the last has none
+        last = torch.ones(3)
+    return [torch.ones(3), *torch.ones(6).split(3), last]
 
 
 def test_each_average_counts_as_changed_whatever_counters_they_share(kernel) -> None:
@@ -248,7 +254,7 @@ def test_all_that_is_swapped_counts_as_changed_whatever_counters_it_shares(excha
 @pytest.mark.parametrize("name", ["torch", "c", "cobol"])
 def test_the_environment_can_force_a_kernel(name) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from polyak import kernels; print(kernels.CHOSEN)"],
+        [sys.executable, "-c", "from polyak.kernels import serving_cpu; print(serving_cpu()[0])"],
         env={**os.environ, "POLYAK_KERNEL": name},
         capture_output=True,
         text=True,
@@ -264,7 +270,7 @@ def test_a_16_bit_average_is_rounded_otherwise_in_each_update() -> None:
     assert len({key(seed, update) for seed in range(50) for update in range(50)}) == 2500
     average, online = torch.zeros(1000, dtype=torch.bfloat16), torch.ones(1000)
     for update in range(4000):
-        Lerp([average], [online], [Place(1)], torch.zeros((), dtype=torch.int64))(0.001, update)
+        kernels.lerp([average], [online], [Place(1)], torch.zeros((), dtype=torch.int64))(0.001, update)
     # 1 - 0.999 ** 4000 is 0.982; rounding to nearest would have stalled at 0.25.
     assert abs(average.double().mean() - 0.982) < 0.005
 
@@ -277,7 +283,7 @@ def test_stochastic_rounding_has_the_right_mean_and_goes_to_a_neighbour(dtype, s
 
     def rounded_with(seed) -> torch.Tensor:
         rounded = values.clone()
-        round_(rounded, dtype, Chances(Place(seed), values.shape, 0, scratch).of(values), scratch)
+        round_(rounded, dtype, RandomBits(Place(seed), values.shape, 0, scratch).of(values), scratch)
         assert torch.equal(rounded.to(dtype).float(), rounded)
         return rounded.double()
 
@@ -285,11 +291,11 @@ def test_stochastic_rounding_has_the_right_mean_and_goes_to_a_neighbour(dtype, s
     limits = torch.finfo(dtype)
     unit = (values.double().abs() * limits.eps).clamp(min=limits.tiny * limits.eps)
     assert ((rounded - values).abs() <= unit).all()
-    # The mean of 2000 roundings is off by a 2000 ** -0.5 of half a unit: six times that is not chance.
+    # The mean of 2000 roundings is off by a 2000 ** -0.5 of half a unit: six times that is no accident.
     assert ((rounded.mean(0) - values).abs() <= 6 * 0.5 * unit / 2000**0.5).all()
 
 
-def chances_of(indices, number) -> list[int]:
+def bits_of(indices, number) -> list[int]:
     """What C, Triton and torch are to draw for these indices in a whole, in arithmetic without a limit."""
 
     def mixed(x) -> int:
@@ -316,24 +322,24 @@ def chances_of(indices, number) -> list[int]:
         (Place(8, (2**40,), (7 * 2**33 + 5,)), (11,)),
     ],
 )
-def test_the_chances_are_those_of_the_formula_whatever_the_pieces(monkeypatch, place, shape, little_endian) -> None:
+def test_the_random_bits_are_those_of_the_formula_whatever_the_pieces(monkeypatch, place, shape, little_endian) -> None:
     monkeypatch.setattr(rounding, "_LITTLE_ENDIAN", little_endian and rounding._LITTLE_ENDIAN)
     box = place.box(shape)
     indices = [
         box.first + sum(i * step for i, step in zip(at, box.steps, strict=True))
         for at in itertools.product(*map(range, box.sizes))
     ]
-    chances = Chances(place, shape, 2**32 + 3, Scratch())
-    drawn = [chance for piece in torch.empty(len(indices)).split(9) for chance in chances.of(piece).tolist()]
-    assert drawn == chances_of(indices, key(place.seed, 3))
+    random = RandomBits(place, shape, 2**32 + 3, Scratch())
+    drawn = [bits for piece in torch.empty(len(indices)).split(9) for bits in random.of(piece).tolist()]
+    assert drawn == bits_of(indices, key(place.seed, 3))
 
 
-def test_the_chances_of_a_row_are_those_of_the_formula() -> None:
+def test_the_random_bits_of_a_row_are_those_of_the_formula() -> None:
     seeds, firsts = [0, 2**32 - 1, 2**31, 7], [0, 5, 2**32 + 1, 2**33 - 8]
     runs = [range(first, first + 7) for first in firsts]
-    rows = RowChances(seeds, runs, 4, Scratch()).draw(9).view(4, 8).tolist()
+    rows = RowBits(seeds, runs, 4, Scratch()).draw(9).view(4, 8).tolist()
     for row, run, seed in zip(rows, runs, seeds, strict=True):
-        assert row[run.start % 2 :][:7] == chances_of(run, key(seed, 9))
+        assert row[run.start % 2 :][:7] == bits_of(run, key(seed, 9))
 
 
 @st.composite
@@ -365,20 +371,20 @@ def test_updating_shards_that_tile_a_tensor_equals_updating_the_whole(
     cuts = [tuple(slice(*edges) for edges in box) for box in boxes]
     shards = [whole[cut].contiguous() for cut in cuts]
     shards[-1] = shards[-1].t().contiguous().t() if len(shape) == 2 else shards[-1]  # the layout in memory is no matter
-    foreach.lerp_([whole], [online], weight, [Place(seed)], 3, by=KERNELS[kernel])
+    kernels.lerp_([whole], [online], weight, [Place(seed)], 3, by=KERNELS[kernel])
     where = [Place(seed, shape, tuple(begin for begin, _ in box)) for box in boxes]
-    with mock.patch.object(cpu, "_JOB", 1 << job):
-        foreach.lerp_(shards, [online[cut].contiguous() for cut in cuts], weight, where, 3, by=KERNELS[kernel])
+    with mock.patch.object(c, "_JOB", 1 << job):
+        kernels.lerp_(shards, [online[cut].contiguous() for cut in cuts], weight, where, 3, by=KERNELS[kernel])
     for cut, shard in zip(cuts, shards, strict=True):
         assert torch.equal(shard, whole[cut])
 
 
-def test_a_shard_of_a_tensor_of_more_than_2_to_the_33_elements_is_rounded_alike_by_both_kernels() -> None:
-    # Where the counter of the chances overflows 32 bits.
+def test_a_shard_of_a_tensor_of_more_than_2_to_the_33_elements_has_the_same_bits_from_both_kernels() -> None:
+    # Where the counter of the random bits overflows 32 bits.
     for offset, rows in (((2**33 - 40,), 100), ((2**34 - 500_000,), 1_000_000), ((5 * 2**33 + 7,), 50)):
         averages = [torch.ones(rows, dtype=torch.bfloat16) for _ in KERNELS]
         for average, kernel in zip(averages, KERNELS.values(), strict=True):
-            foreach.lerp_([average], [average + 0.5], 1e-3, [Place(9, (2**40,), offset)], by=kernel)
+            kernels.lerp_([average], [average + 0.5], 1e-3, [Place(9, (2**40,), offset)], by=kernel)
         assert all(torch.equal(average, averages[0]) for average in averages)
 
 
@@ -404,9 +410,9 @@ def same(some, others) -> bool:
 @pytest.fixture
 def exchange_of(kernel, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(cpu, "_SWAP", 1 << 10)  # enough of them for all threads
-    monkeypatch.setattr(cpu, "_JOB", 1 << 12)
-    for module in (foreach, pieces):
+    monkeypatch.setattr(c, "_SWAP", 1 << 10)  # enough of them for all threads
+    monkeypatch.setattr(c, "_JOB", 1 << 12)
+    for module in (exchange, pieces):
         monkeypatch.setattr(module, "SCRATCH_ELEMENTS", 1000)
     return EXCHANGES[kernel]
 
@@ -443,7 +449,7 @@ class Stopping:
         sys.settrace(self.before)
 
     def enter(self, frame, event, argument):
-        return self.line if frame.f_code.co_filename in (cpu.__file__, foreach.__file__) else None
+        return self.line if frame.f_code.co_filename in (c.__file__, exchange.__file__, registry.__file__) else None
 
     def line(self, frame, event, argument):
         if event == "line":
@@ -453,7 +459,7 @@ class Stopping:
         return self.line
 
 
-def test_an_exchange_that_is_interrupted_anywhere_goes_back_even_if_that_is_interrupted_too(exchange_of) -> None:
+def test_an_exchange_that_is_interrupted_anywhere_is_undone_even_if_that_is_interrupted_too(exchange_of) -> None:
     left, right = pairs()
     old_left, old_right = [t.clone() for t in left], [t.clone() for t in right]
     with Stopping() as all_of_it:
@@ -476,7 +482,7 @@ def test_an_exchange_that_is_interrupted_anywhere_goes_back_even_if_that_is_inte
             assert same(right, old_right)
 
 
-def test_an_exchange_that_is_interrupted_may_go_on(exchange_of) -> None:
+def test_an_exchange_that_is_interrupted_may_be_completed(exchange_of) -> None:
     left, right = pairs()
     old_left, old_right = [t.clone() for t in left], [t.clone() for t in right]
     for first in range(1, 40, 3):
@@ -493,7 +499,7 @@ def test_an_exchange_that_is_interrupted_may_go_on(exchange_of) -> None:
 def test_an_exchange_needs_no_more_than_its_scratch() -> None:
     left = [torch.zeros(10 * SCRATCH_ELEMENTS), torch.zeros(1, 4, SCRATCH_ELEMENTS + 2)]
     right = [torch.ones(10 * SCRATCH_ELEMENTS), torch.ones(SCRATCH_ELEMENTS + 2, 4, 1).permute(2, 1, 0)]
-    exchange = foreach.Exchange(left, right)
+    exchange = foreach.Exchange(list(map(Pair, left, right)))
     assert sum(s.numel() for s in exchange._scratches.values()) <= SCRATCH_ELEMENTS
     with Allocations() as found:
         exchange.forward()
@@ -501,13 +507,13 @@ def test_an_exchange_needs_no_more_than_its_scratch() -> None:
     assert found.total <= 64  # the sums by which a change is seen
 
 
-@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+@needs_c
 def test_an_exchange_in_c_lists_no_more_pieces_the_larger_its_tensors_are(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "_SWAP", 64)
-    monkeypatch.setattr(cpu, "_MOST", 10)
+    monkeypatch.setattr(c, "_SWAP", 64)
+    monkeypatch.setattr(c, "_MOST", 10)
     for size in (10, 100, 1000, 10_000):
         left, right = [torch.zeros(size), torch.zeros(3)], [torch.ones(size), torch.ones(3)]
-        exchange = cpu.Exchange(left, right)
+        exchange = c.Exchange(list(map(Pair, left, right)))
         assert len(exchange._jobs.items) <= 10 + len(left)
         exchange.forward()
         assert all(bool(tensor.all()) for tensor in left)
@@ -521,7 +527,7 @@ def test_a_backward_pass_through_weights_that_were_swapped_is_an_error(exchange_
         loss.backward()
 
 
-def test_the_pieces_of_a_large_tensor_are_rounded_by_chances_of_their_own(lerp_) -> None:
+def test_the_pieces_of_a_large_tensor_are_rounded_by_different_random_bits(lerp_) -> None:
     average = torch.ones(2 * SCRATCH_ELEMENTS, dtype=torch.bfloat16)
     lerp_([average], [average + 0.5], 0.001, [Place(7)])
     first, second = average.chunk(2)
@@ -529,7 +535,7 @@ def test_the_pieces_of_a_large_tensor_are_rounded_by_chances_of_their_own(lerp_)
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the bytes of memory that operations give back and did not get."""
+    """Counts the bytes of memory that operations allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -561,11 +567,11 @@ def large_and_small(dtype) -> list[torch.Tensor]:
     return [torch.ones(size, dtype=dtype) for size in (3 * SCRATCH_ELEMENTS, 64, 64)]
 
 
-@pytest.mark.skipif("c" not in KERNELS, reason=f"no kernel in C: {cpu.WHY_NOT}")
+@needs_c
 @pytest.mark.parametrize("online_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_update_in_c_calls_no_operation_of_torch(dtype, online_dtype) -> None:
-    if (dtype, online_dtype) in cpu._PAIRS:
+    if (dtype, online_dtype) in c._PAIRS:
         assert allocations("c", large_and_small(dtype), large_and_small(online_dtype)).calls == 0
 
 
@@ -652,7 +658,7 @@ def test_small_16_bit_tensors_are_moved_together_as_each_alone_is_in_torch_and_i
             monkeypatch.setattr(foreach, "_SMALL", small)
             moved, run = [a.clone() for a in averages], []
             for number, weight in enumerate((0.3, 0.9, 1.0)):
-                count = int(foreach.lerp_(moved, online, weight, where, number, by=KERNELS[name]))
+                count = int(kernels.lerp_(moved, online, weight, where, number, by=KERNELS[name]))
                 assert count == (0 if bad is None else 2)
                 run.append([t.contiguous().view(torch.int16).tolist() for t in moved])
             runs.append(run)
@@ -669,25 +675,25 @@ def test_many_small_16_bit_tensors_take_few_operations_whatever_was_in_the_scrat
 def test_a_group_of_which_nothing_moves_as_it_should_is_moved_alone() -> None:
     averages = [torch.ones(6, dtype=torch.bfloat16) for _ in range(3)]
     online = [torch.full((6,), float("nan")) for _ in averages]
-    assert int(foreach.lerp_(averages, online, 0.5, places(averages), by=KERNELS["torch"])) == 3
+    assert int(kernels.lerp_(averages, online, 0.5, places(averages), by=KERNELS["torch"])) == 3
     assert all(torch.equal(average, torch.ones_like(average)) for average in averages)
 
 
-def test_a_large_tensor_with_holes_is_rounded_as_without() -> None:
+def test_a_large_tensor_that_is_not_dense_is_rounded_as_a_dense_one() -> None:
     for shape in ((3, 500, 900), (2, 2 * SCRATCH_ELEMENTS + 2)):
         average, online = (torch.rand(shape).bfloat16()[..., ::2] for _ in range(2))
         dense = average.contiguous()
-        foreach.lerp_([average, dense], [online, online.contiguous()], 0.3, [Place(1)] * 2, by=KERNELS["torch"])
+        kernels.lerp_([average, dense], [online, online.contiguous()], 0.3, [Place(1)] * 2, by=KERNELS["torch"])
         assert torch.equal(average, dense)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_update_of_what_is_laid_out_otherwise_allocates_at_most_pieces_at_a_time(kernel, dtype) -> None:
+def test_an_update_of_tensors_with_different_layouts_allocates_at_most_pieces(kernel, dtype) -> None:
     average, online = torch.ones(8, SCRATCH_ELEMENTS, dtype=dtype), torch.ones(SCRATCH_ELEMENTS, 8).t()
     for bad in (1.0, math.nan):
         online[3, 5] = bad
         with Allocations() as found:
-            foreach.lerp_([average], [online], 0.1, [Place(1)], by=KERNELS[kernel])
+            kernels.lerp_([average], [online], 0.1, [Place(1)], by=KERNELS[kernel])
         assert found.largest <= 8 * SCRATCH_ELEMENTS
 
 
@@ -697,9 +703,9 @@ def test_many_small_tensors_are_moved_as_each_alone_would_be(online_dtype) -> No
     dtype = torch.promote_types(online_dtype, torch.float32)
     online = [torch.randn(i % 7, i % 3 + 1, generator=generator).to(online_dtype) for i in range(600)]
     one, other = ([torch.ones(x.shape, dtype=dtype) for x in online] for _ in range(2))
-    assert int(foreach.lerp_(one, online, 0.3, places(one))) == 0
+    assert int(kernels.lerp_(one, online, 0.3, places(one))) == 0
     for average, tensor in zip(other, online, strict=True):
-        foreach.lerp_([average], [tensor], 0.3, [Place(0)])
+        kernels.lerp_([average], [tensor], 0.3, [Place(0)])
     assert same(one, other)
     online[577][0, 0] = float("nan")
-    assert int(foreach.lerp_(one, online, 0.3, places(one))) == 1
+    assert int(kernels.lerp_(one, online, 0.3, places(one))) == 1

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import nn
 
+from polyak import kernels
 from polyak.averaging.weights import Shadow
-from polyak.kernels import KERNELS, Place, choice, foreach
+from polyak.errors import KernelError
+from polyak.kernels import Pair, Place, foreach, registry
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -82,9 +84,27 @@ def interpreted(monkeypatch):
         yield module
 
 
+def in_torch(averages, online, weight, places, num_updates=0):
+    """Do what ``kernels.lerp_`` does, in torch."""
+    with kernels.only("torch"):
+        return kernels.lerp_(averages, online, weight, places, num_updates)
+
+
+def by(module):
+    """Return what stands for ``kernels.lerp``: Triton for the pairs that it accepts, torch for the others."""
+
+    def lerp(averages, online, places, left_out):
+        pairs = list(map(Pair, averages, online, places))
+        accepted, others = ([pair for pair in pairs if module.accepts(pair) is wanted] for wanted in (True, False))
+        parts = [module.lerp(accepted, left_out), foreach.lerp(others, left_out)]
+        return registry._Updates([(part, left_out) for part in parts], left_out)
+
+    return lerp
+
+
 @pytest.fixture
 def lerp_(interpreted):
-    return partial(foreach.lerp_, by=interpreted.Lerp)
+    return partial(kernels.lerp_, by=by(interpreted))
 
 
 def tensors(dtype, seed, *, device="cpu", shapes=((3,), (7, 19), (), (0,), (128,))):
@@ -111,7 +131,7 @@ def test_a_lerp_is_that_of_float64_and_bit_for_bit_that_of_torch(lerp_, dtype, o
         sizes = [a.double().abs() + x.double().abs() for a, x in zip(ours, online, strict=True)]
         want = [a.double() + weight * (x.double() - a.double()) for a, x in zip(ours, online, strict=True)]
         assert int(lerp_(ours, online, weight, places(ours), 5)) == 0
-        foreach.lerp_(theirs, online, weight, places(ours), 5)
+        in_torch(theirs, online, weight, places(ours), 5)
         assert same_bits(ours, theirs)
         for got, true, size in zip(ours, want, sizes, strict=True):
             unit = torch.finfo(dtype).eps * size + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
@@ -122,23 +142,23 @@ def test_a_lerp_is_that_of_float64_and_bit_for_bit_that_of_torch(lerp_, dtype, o
 @pytest.mark.parametrize(("dtype", "online_dtype"), [pair for pair in PAIRS if torch.float64 not in pair])
 def test_very_large_and_very_small_values_come_out_as_torch_has_them(lerp_, dtype, online_dtype, scale) -> None:
     ours, theirs, online = ([t * scale for t in tensors(d, i)] for d, i in ((dtype, 0), (dtype, 0), (online_dtype, 1)))
-    counts = [int(run(a, online, 0.5, places(a), 5)) for run, a in ((lerp_, ours), (foreach.lerp_, theirs))]
+    counts = [int(run(a, online, 0.5, places(a), 5)) for run, a in ((lerp_, ours), (in_torch, theirs))]
     assert counts[0] == counts[1]
     assert same_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_averages_that_are_not_finite_come_out_as_torch_has_them(lerp_, dtype) -> None:
+def test_averages_with_nan_or_inf_have_the_bits_that_torch_gives(lerp_, dtype) -> None:
     bad = [float("nan"), float("inf"), -float("inf"), -0.0]
     for weight in (0.0, 0.3, 0.9, 1 - 2**-25, 1.0):
         ours, theirs = (torch.tensor(bad * 33, dtype=dtype) for _ in range(2))
         online = torch.tensor(bad + [1.0] * 128, dtype=dtype)
         assert int(lerp_([ours], [online], weight, [Place(1)])) == 1
-        foreach.lerp_([theirs], [online], weight, [Place(1)])
+        in_torch([theirs], [online], weight, [Place(1)])
         assert same_bits([ours], [theirs])
 
 
-def test_a_value_that_is_not_finite_leaves_its_average_as_it_was_and_counts_its_tensor_once_an_update(
+def test_nan_or_inf_in_the_weights_leaves_the_average_unchanged_and_counts_its_tensor_once_an_update(
     interpreted,
 ) -> None:
     averages, online = [torch.ones(150), torch.ones(3), torch.ones(64)], [torch.full((n,), 2.0) for n in (150, 3, 64)]
@@ -146,7 +166,7 @@ def test_a_value_that_is_not_finite_leaves_its_average_as_it_was_and_counts_its_
         online[0][place] = bad
     online[2][5] = float("nan")
     left_out = torch.zeros((), dtype=torch.int64)
-    lerp = interpreted.Lerp(averages, online, places(averages), left_out)
+    lerp = by(interpreted)(averages, online, places(averages), left_out)
     lerp(0.5, 1)
     assert int(left_out) == 2
     for average, tensor in zip(averages, online, strict=True):
@@ -159,10 +179,10 @@ def test_a_value_that_is_not_finite_leaves_its_average_as_it_was_and_counts_its_
 
 
 @pytest.mark.parametrize("cut", [(5, 40), (8, 19), (0, 64)])
-def test_a_tensor_at_any_address_is_moved_alike(lerp_, cut) -> None:
+def test_a_tensor_at_any_address_has_the_bits_that_torch_gives(lerp_, cut) -> None:
     ours, theirs, online = (torch.linspace(0, end, 200).bfloat16()[slice(*cut)] for end in (3, 3, 5))
     lerp_([ours], [online], 0.3, [Place(3)])
-    foreach.lerp_([theirs], [online], 0.3, [Place(3)])
+    in_torch([theirs], [online], 0.3, [Place(3)])
     assert same_bits([ours], [theirs])
 
 
@@ -184,12 +204,12 @@ def test_updating_shards_that_tile_a_tensor_equals_updating_the_whole(lerp_, dty
 @pytest.mark.parametrize("offset", [2**33 - 96, 2**33 - 37, 5 * 2**33 + 64])
 def test_a_shard_beyond_2_to_the_33_elements_is_rounded_as_torch_does(lerp_, offset) -> None:
     ours, theirs = torch.ones(192, dtype=torch.bfloat16), torch.ones(192, dtype=torch.bfloat16)
-    for run, average in ((lerp_, ours), (foreach.lerp_, theirs)):
+    for run, average in ((lerp_, ours), (in_torch, theirs)):
         run([average], [average + 0.5], 1e-3, [Place(9, (2**40,), (offset,))])
     assert same_bits([ours], [theirs])
 
 
-def test_what_the_kernel_does_not_know_torch_does_and_launch_refuses(interpreted) -> None:
+def test_triton_accepts_dense_pairs_that_are_laid_out_in_the_same_way_and_torch_moves_the_others(interpreted) -> None:
     def made():
         return [
             torch.ones(6, 8)[:, ::2],
@@ -203,19 +223,17 @@ def test_what_the_kernel_does_not_know_torch_does_and_launch_refuses(interpreted
     averages, online = made(), [2 * t for t in made()]
     online[1] = online[1].contiguous()  # laid out otherwise
     left_out = torch.zeros((), dtype=torch.int64)
-    lerp = interpreted.Lerp(averages, online, places(averages), left_out)
-    assert sorted(len(part) for part in (lerp._triples, lerp._moved)) == [3, 3]
-    lerp(0.5, 1)
+    pairs = map(Pair, averages, online, places(averages))
+    assert [interpreted.accepts(pair) for pair in pairs] == [False, False, True, True, False, True]
+    by(interpreted)(averages, online, places(averages), left_out)(0.5, 1)
     assert all(torch.equal(a, torch.full_like(a, 1.5)) for a in averages)
-    with pytest.raises(RuntimeError, match="all averages and weights must be dense"):
-        lerp.launch()
 
 
 def test_a_launch_takes_the_weight_and_the_number_that_were_staged_last(interpreted) -> None:
     staged, called = torch.ones(130, dtype=torch.bfloat16), torch.ones(130, dtype=torch.bfloat16)
     online, left_out = torch.full((130,), 2.0), torch.zeros((), dtype=torch.int64)
-    ours = interpreted.Lerp([staged], [online], [Place(1)], left_out)
-    theirs = interpreted.Lerp([called], [online], [Place(1)], left_out)
+    ours = interpreted.lerp([Pair(staged, online, Place(1))], left_out)
+    theirs = interpreted.lerp([Pair(called, online, Place(1))], left_out)
     for weight, num_updates in ((0.01, 1), (0.02, 2**32 + 2), (0.75, 3)):
         ours.stage(weight, num_updates)
         ours.launch()
@@ -232,7 +250,7 @@ def test_a_launch_takes_the_weight_and_the_number_that_were_staged_last(interpre
 def test_the_default_device_is_no_matter(interpreted) -> None:
     average, online, left_out = torch.ones(70), torch.full((70,), 2.0), torch.zeros((), dtype=torch.int64)
     with torch.device("meta"):
-        interpreted.Lerp([average], [online], [Place(0)], left_out)(0.5, 1)
+        interpreted.lerp([Pair(average, online, Place(0))], left_out)(0.5, 1)
     assert torch.equal(average, torch.full((70,), 1.5))
 
 
@@ -279,7 +297,7 @@ def test_it_compiles_for_a_gpu_and_moves_whole_blocks_in_the_widest_instructions
             return lambda *args, **options: compiled.append(kernel.warmup(*args, grid=grid, **options))
 
     monkeypatch.setattr(module, "_lerp", Compile())
-    foreach.lerp_([torch.ones(10, dtype=dtype)], [torch.ones(10, dtype=online_dtype)], 0.5, [Place(0)], by=module.Lerp)
+    kernels.lerp_([torch.ones(10, dtype=dtype)], [torch.ones(10, dtype=online_dtype)], 0.5, [Place(0)], by=by(module))
     ptx = compiled[0].asm["ptx"]
     assert reads <= {found for found in re.findall(r"ld\.global\.(\S+)", ptx) if found.startswith("v")}
     assert f"st.global.{writes}" in ptx
@@ -290,50 +308,87 @@ def test_it_compiles_for_a_gpu_and_moves_whole_blocks_in_the_widest_instructions
 def test_triton_is_not_imported_where_only_the_cpu_is_used_even_if_it_is_asked_for() -> None:
     program = """
 import sys, torch
-from polyak.kernels import CHOSEN, KERNELS
+from polyak.kernels import serving_cpu
 from polyak.averaging.weights import Shadow
 Shadow(torch.nn.Linear(2, 2)).update_(0.5)
 assert "triton" not in sys.modules
-assert CHOSEN == min(KERNELS), CHOSEN
+assert serving_cpu()[-1] == "torch"
 """
     environment = {**os.environ, "POLYAK_KERNEL": "triton"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], env=environment, check=True, timeout=120)
 
 
-def test_each_tensor_goes_to_the_kernel_of_its_device(monkeypatch) -> None:
-    made = []
+class Recording:
+    """A kernel that accepts tensors of up to three elements, and notes what it is given."""
 
-    def kernel_for(device_type):
-        return lambda averages, online, places, counter: made.append(
-            (device_type, [a.device.type for a in averages], [p.seed for p in places], counter.device.type)
-        )
+    def __init__(self, reason=None) -> None:
+        self.reason, self.given = reason, []
 
-    monkeypatch.setattr(choice, "_kernel_for", kernel_for)
-    averages = [torch.ones(2, device=device) for device in ("cpu", "meta", "cpu")]
-    choice.Lerp(averages, averages, [Place(0), Place(1), Place(2)], torch.zeros((), dtype=torch.int64))
-    assert made == [("cpu", ["cpu", "cpu"], [0, 2], "cpu"), ("meta", ["meta"], [1], "meta")]
+    def why_not(self, device):
+        return self.reason
+
+    def accepts(self, pair):
+        return pair.left.numel() <= 3
+
+    def lerp(self, pairs, left_out):
+        self.given.append([(pair.left.device.type, pair.place.seed) for pair in pairs])
+        return lambda weight, num_updates: left_out.add_(1)
 
 
-def test_gpus_are_served_by_triton_or_torch_and_the_cpu_as_ever(monkeypatch) -> None:
+@pytest.fixture
+def listed(monkeypatch):
+    """Return a function that lists kernels in front of torch's: for each a name, the object and types of devices."""
+
+    def list_them(named=None, **lines):
+        found = {name: kernel for name, (kernel, _) in lines.items()} | {"torch": foreach}
+        listed = {name: registry._Line(name, devices) for name, (_, devices) in lines.items()}
+        monkeypatch.setattr(registry, "_LIST", listed | {"torch": registry._LIST["torch"]})
+        monkeypatch.setattr(registry, "_kernel", found.__getitem__)
+        monkeypatch.setattr(registry, "_first", named)
+        registry._serving.cache_clear()
+
+    yield list_them
+    registry._serving.cache_clear()
+
+
+def test_each_pair_goes_to_the_first_kernel_of_its_device_that_accepts_it(listed) -> None:
+    first, second = Recording(), Recording()
+    listed(first=(first, ("meta",)), second=(second, None))
+    averages = [torch.ones(size, device=device) for device, size in (("cpu", 2), ("meta", 2), ("cpu", 4), ("cpu", 3))]
+    left_out = torch.zeros((), dtype=torch.int64)
+    online = [2 * average for average in averages]
+    kernels.lerp(averages, online, places(averages), left_out)
+    assert first.given == [[("meta", 77)]]
+    assert second.given == [[("cpu", 0), ("cpu", 231)]]
+    kernels.lerp(averages[2:], online[2:], places(averages[2:]), left_out)(0.5, 1)
+    assert torch.equal(averages[2], torch.full((4,), 1.5))
+    assert int(left_out) == 1
+
+
+def test_a_kernel_that_cannot_serve_a_gpu_leaves_it_to_the_next_with_a_warning_unless_it_is_named(listed) -> None:
+    broken = Recording("0 active drivers")
+    listed(broken=(broken, ("cuda",)))
+    with pytest.warns(UserWarning, match="0 active drivers"):
+        assert list(registry._serving("cuda")) == ["torch"]
+    assert list(registry._serving("cpu")) == ["torch"]
+    listed("broken", broken=(broken, ("cuda",)))
+    with pytest.raises(KernelError, match="0 active drivers"):
+        registry._serving("cuda")
+    listed("torch", broken=(broken, ("cuda",)))
+    assert list(registry._serving("cuda")) == ["torch"]
+
+
+def test_triton_says_why_it_cannot_serve_where_there_is_no_gpu(monkeypatch) -> None:
     from polyak.kernels import triton as module
 
-    def refuse():
-        raise RuntimeError("0 active drivers")
+    class NoDriver:
+        def get_current_target(self):
+            raise RuntimeError("0 active drivers")
 
-    kernel_for = choice._kernel_for.__wrapped__
-    monkeypatch.setattr(choice, "_ASKED", None)
-    monkeypatch.setattr(module, "check", lambda: None)
-    assert kernel_for("cuda") is module.Lerp
-    assert kernel_for("cpu") is KERNELS[choice.CHOSEN]
-    monkeypatch.setattr(module, "check", refuse)
-    with pytest.warns(UserWarning, match="0 active drivers"):
-        assert kernel_for("cuda") is foreach.Lerp
-    monkeypatch.setattr(choice, "_ASKED", "triton")
-    with pytest.raises(RuntimeError, match="0 active drivers"):
-        kernel_for("cuda")
-    monkeypatch.setattr(choice, "_ASKED", "torch")
-    monkeypatch.setattr(choice, "CHOSEN", "torch")
-    assert kernel_for("cuda") is foreach.Lerp
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoDriver(), raising=False)
+    assert module.why_not(torch.device("cuda")) == "RuntimeError: 0 active drivers"
+    monkeypatch.setattr(triton.runtime.driver, "_active", _Driver(), raising=False)
+    assert module.why_not(torch.device("cuda")) is None
 
 
 # On a GPU.
@@ -345,7 +400,7 @@ def _on_the_device(dtype, online_dtype, *, shapes=SHAPES):
     averages, online = tensors(dtype, 0, shapes=shapes), tensors(online_dtype, 1, shapes=shapes)
     left_out = torch.zeros((), dtype=torch.int64, device="cuda")
     gpu = [t.cuda() for t in averages], [t.cuda() for t in online]
-    return averages, online, gpu, choice.Lerp(*gpu, places(averages), left_out), left_out
+    return averages, online, gpu, kernels.lerp(*gpu, places(averages), left_out), left_out
 
 
 @on_gpu
@@ -354,10 +409,10 @@ def test_a_gpu_gives_the_bits_of_the_cpu(dtype, online_dtype) -> None:
     averages, online, gpu, lerp, left_out = _on_the_device(dtype, online_dtype)
     for tensor in (online[1], gpu[1][1]):
         tensor[5, 6] = float("nan")
-    assert type(lerp._parts[0][0]).__module__.endswith("kernels.triton")
+    assert type(lerp).__module__.endswith("kernels.triton")
     for number, weight in enumerate((1e-4, 0.3, 0.9, 1.0)):
         lerp(weight, number)
-        assert int(foreach.lerp_(averages, online, weight, places(averages), number, by=KERNELS[choice.CHOSEN])) == 1
+        assert int(kernels.lerp_(averages, online, weight, places(averages), number)) == 1
         assert same_bits([t.cpu() for t in gpu[0]], averages)
     assert int(left_out) == 4
 
@@ -368,8 +423,8 @@ def test_a_gpu_moves_a_tensor_at_any_address(dtype) -> None:
     averages, online = tensors(dtype, 0, shapes=[(9000,)]), tensors(torch.float32, 1, shapes=[(9000,)])
     on_device = [[t.cuda() for t in side] for side in (averages, online)]
     for begin in (0, 1, 4, 8):
-        foreach.lerp_([on_device[0][0][begin:]], [on_device[1][0][begin:]], 0.3, [Place(1)], begin, by=choice.Lerp)
-        foreach.lerp_([averages[0][begin:]], [online[0][begin:]], 0.3, [Place(1)], begin)
+        kernels.lerp_([on_device[0][0][begin:]], [on_device[1][0][begin:]], 0.3, [Place(1)], begin)
+        kernels.lerp_([averages[0][begin:]], [online[0][begin:]], 0.3, [Place(1)], begin)
     assert same_bits([on_device[0][0].cpu()], averages)
 
 
@@ -377,16 +432,16 @@ def test_a_gpu_moves_a_tensor_at_any_address(dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_captured_graph_replays_with_a_decay_that_changes(dtype) -> None:
     averages, online, gpu, lerp, _ = _on_the_device(dtype, torch.float32)
-    inner = lerp._parts[0][0]
+    inner = lerp
     inner(0.5, 0)
-    foreach.lerp_(averages, online, 0.5, places(averages), 0)
+    kernels.lerp_(averages, online, 0.5, places(averages), 0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         inner.launch()
     for number, weight in enumerate((0.25, 0.01, 0.75), 1):
         inner.stage(weight, number)
         graph.replay()
-        foreach.lerp_(averages, online, weight, places(averages), number)
+        kernels.lerp_(averages, online, weight, places(averages), number)
     assert same_bits([t.cpu() for t in gpu[0]], averages)
 
 
@@ -413,7 +468,7 @@ def test_an_update_waits_for_nothing_and_allocates_nothing(dtype) -> None:
         for number in range(1, 20):
             lerp(1 / (number + 1), number)
         after = torch.cuda.memory_stats()["allocation.all.allocated"]
-        foreach.lerp_(*gpu, 0.5, places(gpu[0]), by=choice.Lerp)  # made anew, it does not wait either
+        kernels.lerp_(*gpu, 0.5, places(gpu[0]))  # a new one does not wait either
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert after == before
@@ -432,7 +487,7 @@ def test_an_update_runs_on_the_current_stream() -> None:
             lerp(1 / (number + 1), number)
     torch.cuda.current_stream().wait_stream(stream)
     for number in range(1, 4):
-        foreach.lerp_(averages, [2 * t for t in online], 1 / (number + 1), places(averages), number)
+        kernels.lerp_(averages, [2 * t for t in online], 1 / (number + 1), places(averages), number)
     assert same_bits([t.cpu() for t in gpu[0]], averages)
 
 
@@ -446,8 +501,8 @@ def test_a_hundred_million_parameters_come_out_as_torch_has_them(dtype, online_d
     online = [torch.randn(s, generator=generator, device="cuda").to(online_dtype) for s in shapes]
     theirs = [t.clone() for t in ours]
     counts = [
-        int(foreach.lerp_(averages, online, 0.3, places(ours), 7, by=by))
-        for averages, by in ((ours, choice.Lerp), (theirs, foreach.Lerp))
+        int(run(averages, online, 0.3, places(ours), 7))
+        for averages, run in ((ours, kernels.lerp_), (theirs, in_torch))
     ]
     assert counts == [0, 0]
     assert same_bits(ours, theirs)

@@ -298,7 +298,7 @@ def test_a_non_finite_step_is_kept_out_of_the_segment(tmp_path) -> None:
     kept = loop.model[0].weight.detach().clone()
     with torch.no_grad():
         loop.model[0].weight[0, 0] = float("nan")
-    with pytest.warns(UserWarning, match="tensors with inf or nan"):
+    with pytest.warns(UserWarning, match="tensors with NaN or inf"):
         loop.run(3)
         with torch.no_grad():
             for parameter in loop.model.parameters():

@@ -1,4 +1,4 @@
-"""The numbers and the pictures of reports."""
+"""The numbers and the matplotlib figure of the demo."""
 
 import math
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import matplotlib as mpl
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyak.profiles import HalfLife, PowerFunction, Smoothing, Uniform, Warmup
@@ -26,8 +26,9 @@ PROFILES = [
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=repr)
+@settings(deadline=None)
 @given(steps=st.lists(st.floats(0.1, 50), min_size=1, max_size=20), data=st.data())
-def test_the_shares_of_updates_make_the_online_average(profile, steps, data) -> None:
+def test_the_shares_of_the_updates_give_the_online_average(profile, steps, data) -> None:
     moments = [math.fsum(steps[: i + 1]) for i in range(len(steps))]
     weights = data.draw(st.lists(st.floats(-1, 1), min_size=len(steps), max_size=len(steps)))
     average = weights[0]
@@ -38,27 +39,28 @@ def test_the_shares_of_updates_make_the_online_average(profile, steps, data) -> 
     assert math.fsum(s * w for s, w in zip(shares, weights, strict=True)) == pytest.approx(average, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.01, 1), min_size=1, max_size=30))
-def test_half_of_the_average_is_newer_than_the_median_update(amounts) -> None:
+def test_half_of_the_average_is_at_least_as_new_as_the_median_update(amounts) -> None:
     shares = [amount / math.fsum(amounts) for amount in amounts]
     middle = median_update(shares)
     assert math.fsum(shares[middle:]) >= 0.5 - 1e-9
     assert math.fsum(shares[middle + 1 :]) < 0.5 + 1e-9
 
 
-def test_a_half_life_of_steps_has_half_of_the_average_in_as_many() -> None:
+def test_half_of_the_average_is_in_as_many_steps_as_the_half_life() -> None:
     shares = update_shares(HalfLife("100ba"), range(1, 1001))
     assert len(shares) - median_update(shares) == 100
 
 
-def test_curves_are_read_by_name_and_the_last_value_of_a_batch_counts(tmp_path) -> None:
+def test_read_curves_returns_curves_by_name_and_the_last_value_of_a_batch(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"batch": 2, "a": 1}\n{"batch": 1, "a": 2, "b": 3}\n{"batch": 2, "a": 4}\n')
     assert read_curves(path) == {"a": Curve((1, 2), (2.0, 4.0)), "b": Curve((1,), (3.0,))}
 
 
 @pytest.mark.parametrize("line", ['{"batch": 1, "a"', '{"a": 1}', "[1]", '{"batch": null}', ""])
-def test_a_line_that_holds_no_metrics_is_named(tmp_path, line) -> None:
+def test_read_curves_names_a_line_that_is_not_of_metrics(tmp_path, line) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"batch": 1, "a": 1}}\n{line}\n')
     with pytest.raises(ValueError, match=r"line 2 of .*metrics\.jsonl must be a JSON object"):
@@ -76,7 +78,7 @@ def draw(*, batches, raw, averaged, half_life="100ba", steps=None):
 CASES = {
     "a usual run": {"batches": range(10, 101, 10), "raw": [0.1 * i for i in range(10)], "averaged": [0.5] * 10},
     "one step": {"batches": [1], "raw": [0.1], "averaged": [0.1]},
-    "nothing but equal values": {"batches": [1, 2, 3, 4], "raw": [0.0] * 4, "averaged": [0.0] * 4},
+    "equal values only": {"batches": [1, 2, 3, 4], "raw": [0.0] * 4, "averaged": [0.0] * 4},
     "a far outlier": {"batches": [1, 2, 3, 4], "raw": [1e6, 0, 1, 2], "averaged": [1, 1, 1, 1]},
     "a half-life beyond the run": {"batches": [5, 10], "raw": [0, 1], "averaged": [1, 0], "half_life": "1e6ba"},
     "a half-life below a step": {"batches": [5, 10], "raw": [0, 1], "averaged": [1, 0], "half_life": "0.01ba"},
@@ -84,7 +86,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_any_run_can_be_drawn(name) -> None:
+def test_the_figure_can_be_drawn_for_any_run(name) -> None:
     assert render(draw(**CASES[name]), "png").startswith(b"\x89PNG")
 
 
@@ -95,24 +97,24 @@ def test_the_same_numbers_give_the_same_file(kind) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_text_leaves_the_picture_or_covers_another(name) -> None:
+def test_texts_stay_inside_the_figure_and_do_not_overlap(name) -> None:
     figure = draw(**CASES[name])
     figure.canvas.draw()
-    whole = figure.bbox
+    frame = figure.bbox
     for axes in figure.axes:
         boxes = [text.get_window_extent() for text in axes.texts]
         for i, box in enumerate(boxes):
-            assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
-            assert whole.y0 <= box.y0 <= box.y1 <= whole.y1
+            assert frame.x0 <= box.x0 <= box.x1 <= frame.x1
+            assert frame.y0 <= box.y0 <= box.y1 <= frame.y1
             assert not any(box.overlaps(other) for other in boxes[i + 1 :])
 
 
-def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
+def test_drawing_does_not_change_matplotlib_settings() -> None:
     before = dict(mpl.rcParams)
     render(draw(**CASES["one step"]), "svg")
     assert dict(mpl.rcParams) == before
 
 
-def test_drawing_needs_no_pyplot() -> None:
+def test_drawing_does_not_import_pyplot() -> None:
     code = "import sys, polyak.report.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

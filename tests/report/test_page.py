@@ -1,24 +1,25 @@
-"""The report of a sweep: its numbers, the page and the picture."""
+"""The report of a sweep: its numbers, the page and the matplotlib figure."""
 
 import json
 import math
 import re
 from html.parser import HTMLParser
-from xml.etree import ElementTree as ET
+from importlib.resources import files
 
+import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs
 from records import record, validate
 from safetensors.torch import save_file
 
 from polyak.profiles import HalfLife, PowerFunction, Smoothing, Uniform, Window
 from polyak.record import Record
+from polyak.report.charts import DARK, LIGHT, charts
 from polyak.report.figures import render
-from polyak.report.layout import levels, metric_scale
 from polyak.report.page import page
-from polyak.report.scale import Scale, number, side, span
 from polyak.report.sweep_figure import sweep_figure
 from polyak.report.swept import swept
-from polyak.report.words import compared, headline
+from polyak.report.words import compared, headline, level_label
 from polyak.sweeping import Result, sweep
 
 HOSTILE = 'x</script><script>alert(1)</script>"&'
@@ -38,7 +39,7 @@ def results(run):
 
 
 class Reader(HTMLParser):
-    """Check that elements are closed in order, and note what is in them."""
+    """Check that elements are closed in order, and collect them with their texts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -64,14 +65,26 @@ class Reader(HTMLParser):
     def ids(self):
         return [attributes["id"] for _, attributes in self.elements if "id" in attributes]
 
+    def data(self, identity):
+        """Return the JSON in the element with an id."""
+        scripts = [attributes for tag, attributes in self.elements if tag == "script"]
+        contents = [text for tag, text in self.texts if tag == "script"]
+        (content,) = [text for one, text in zip(scripts, contents, strict=True) if one.get("id") == identity]
+        return json.loads(content)
+
     @property
     def averages(self):
-        (data,) = [text for (tag, text) in self.texts if tag == "script" and text.startswith("[{")]
-        return json.loads(data)
+        return self.data("averages")
+
+
+def without_plotly(text):
+    """Return a page without plotly.js, which has addresses in its comments and messages."""
+    assert text.count(get_plotlyjs()) == 1
+    return text.replace(get_plotlyjs(), "0")
 
 
 def test_the_page_is_one_file_that_fetches_nothing(run, results) -> None:
-    text = page(swept(run, results))
+    text = without_plotly(page(swept(run, results)))
     assert "http:" not in text
     assert "https:" not in text
     assert "@import" not in text
@@ -85,7 +98,7 @@ def test_the_page_is_one_file_that_fetches_nothing(run, results) -> None:
 
 def test_the_page_holds_every_result(run, results) -> None:
     numbers = swept(run, results)
-    reader = Reader(page(numbers))
+    reader = Reader(without_plotly(page(numbers)))
     assert len(reader.averages) == len(numbers.points) == len(results) - 2
     words = " ".join(text for _, text in reader.texts)
     for result in results:
@@ -94,17 +107,19 @@ def test_the_page_holds_every_result(run, results) -> None:
     for one, point in zip(reader.averages, numbers.points, strict=True):
         assert one["texts"]["value-name"] == point.result.name
         assert one["spoken"].startswith(f"{point.result.name}, loss ")
-        assert set(one["texts"]) | set(one["paths"]) <= set(reader.ids())
+        assert set(one["texts"]) <= set(reader.ids())
+        assert one["x"] == point.half_life
+        assert one["heights"]["metric"] == point.result.metrics["loss"]
     assert [one["best"] for one in reader.averages].index(True) == numbers.best
     assert "raw weights" in words
     assert "online EMA" in words
     assert "Choose on validation data" in words
-    assert "no result" in words
+    assert "the test result is biased" in words
 
 
-def test_ids_are_there_once_and_the_slider_can_be_used_without_a_mouse(run, results) -> None:
+def test_ids_are_unique_and_the_slider_works_without_a_mouse(run, results) -> None:
     numbers = swept(run, results)
-    reader = Reader(page(numbers))
+    reader = Reader(without_plotly(page(numbers)))
     assert len(reader.ids()) == len(set(reader.ids()))
     (slider,) = [attributes for tag, attributes in reader.elements if tag == "input"]
     assert (slider["type"], slider["min"], slider["max"]) == ("range", "0", str(len(numbers.points) - 1))
@@ -116,24 +131,61 @@ def test_ids_are_there_once_and_the_slider_can_be_used_without_a_mouse(run, resu
     assert ("html", {"lang": "en"}) in reader.elements
 
 
-def test_every_plot_is_well_formed_svg(run, results) -> None:
-    text = page(swept(run, results))
-    plots = re.findall(r'<svg class="plot".*?</svg>.*?</svg>', text)
-    assert len(plots) == 4
-    for plot in plots:
-        assert "nan" not in re.sub(r'aria-label=".*?"', "", ET.tostring(ET.fromstring(plot), encoding="unicode"))
+def test_the_charts_on_the_page_are_plotly_figures_of_the_same_numbers(run, results) -> None:
+    numbers = swept(run, results)
+    drawn = Reader(without_plotly(page(numbers))).data("charts")
+    assert list(drawn) == ["metric", "profile", "error", "distance"]
+    for name, figure in charts(numbers).items():
+        assert go.Figure(drawn[name]) == figure
+    traces = {trace.get("name"): trace for trace in drawn["metric"]["data"]}
+    assert list(zip(traces["half-lives"]["x"], traces["half-lives"]["y"], strict=True)) == numbers.line
+    best = numbers.points[numbers.best]
+    assert (traces["best"]["x"], traces["best"]["y"]) == ([best.half_life], [best.result.metrics["loss"]])
+    assert {"raw weights 1.558 (off the scale)", "online EMA 1.558 (off the scale)"} <= traces.keys()
+    older, newer = (next(one for one in drawn["profile"]["data"] if one["uid"] == uid) for uid in ("older", "newer"))
+    assert max(older["x"]) == min(newer["x"]) == best.since
 
 
-def test_names_from_outside_are_only_letters(run) -> None:
+def test_the_script_finds_the_traces_and_elements_that_it_changes(run, results) -> None:
+    script = files("polyak.report").joinpath("page.js").read_text(encoding="utf-8")
+    drawn = charts(swept(run, results))
+    for name, figure in drawn.items():
+        uids = {trace.uid for trace in figure.data if trace.uid}
+        assert uids == ({"older", "newer", "asked"} if name == "profile" else {"chosen"})
+        assert all(f"{uid}: {{" in script for uid in uids)
+        assert len(figure.layout.shapes) == 1
+    ids = set(Reader(without_plotly(page(swept(run, results)))).ids())
+    assert set(re.findall(r'(?:by|read)\("([\w-]+)"\)', script)) <= ids
+    assert {f"{name}-chart" for name in drawn} <= ids
+
+
+def test_the_dark_page_replaces_every_colour(run, results) -> None:
+    text = json.dumps([figure.to_plotly_json() for figure in charts(swept(run, results)).values()])
+    assert DARK.keys() == LIGHT.keys()
+    for name, colour in LIGHT.items():
+        assert colour in text
+        text = text.replace(colour, DARK[name])
+    used = set(re.findall(r"#[0-9a-f]{6}|rgba?\([^)]*\)", text))
+    assert used <= {*DARK.values(), "rgba(0,0,0,0)"}
+    style = files("polyak.report").joinpath("page.css").read_text(encoding="utf-8")
+    for name in ("paper", "ink", "quiet", "rule", "averaged"):
+        assert f"--{name}: {LIGHT[name]}" in style
+        assert f"--{name}: {DARK[name]}" in style
+
+
+def test_names_from_outside_stay_text(run) -> None:
     results = sweep(run, lambda state: {HOSTILE: float(state["0.weight"].norm())}, points=3, refine=0)
     results.append(Result(HOSTILE, None, {HOSTILE: 1.0}))
-    text = page(swept(run, results))
+    text = without_plotly(page(swept(run, results)))
     assert "alert(1)</script>" not in text
-    assert len(re.findall("<script", text)) == 2
+    assert len(re.findall("<script", text)) == 6
     assert "my <run>" not in text
     reader = Reader(text)
     assert HOSTILE in " ".join(content for _, content in reader.texts)
     assert len(reader.averages) == 4
+    chart = reader.data("charts")["metric"]
+    assert chart["layout"]["yaxis"]["title"]["text"] == 'x&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;"&amp;'
+    assert "<" not in json.dumps(chart)
 
 
 @pytest.mark.parametrize("maximize", [False, True])
@@ -142,7 +194,7 @@ def test_names_from_outside_are_only_letters(run) -> None:
     [[1.0], [0.0], [-3.0, -2.0, 1e9], [math.nan, 2.0, 1.0], [1e-9, 3e-9, 2e-9], [5.0, math.inf]],
     ids=str,
 )
-def test_any_numbers_can_be_shown(run, values, maximize) -> None:
+def test_the_report_shows_any_numbers(run, values, maximize) -> None:
     left = iter(values)
     last = [values[-1]]
 
@@ -154,11 +206,13 @@ def test_any_numbers_can_be_shown(run, values, maximize) -> None:
     results += [Result("raw", None, {"value": 1e12}), Result("online", None, {"value": math.nan})]
     numbers = swept(run, results, maximize=maximize)
     text = page(numbers)
-    assert "NaN" not in Reader(text).averages
+    reader = Reader(without_plotly(text))
+    assert len(reader.averages) == len(numbers.points)
+    assert len(reader.data("charts")) == 4
     assert render(sweep_figure(numbers), "png").startswith(b"\x89PNG")
 
 
-def test_profiles_that_are_no_half_lives_can_be_shown_alone(run) -> None:
+def test_the_report_shows_profiles_without_a_half_life_alone(run) -> None:
     profiles = [Window("64ba"), PowerFunction(sigma_rel=0.1), Uniform("100ba"), Smoothing(0.95)]
     numbers = swept(run, sweep(run, validate, profiles))
     assert numbers.line == []
@@ -169,10 +223,12 @@ def test_profiles_that_are_no_half_lives_can_be_shown_alone(run) -> None:
     assert window.half_life == pytest.approx(32)
     assert window.since == pytest.approx(256 - 32)
     assert "Hollow" in page(numbers)
+    best = numbers.points[numbers.best].result
+    assert f"polyak reconstruct my &lt;run&gt; {best.profile.options} -o" in page(numbers)
     assert render(sweep_figure(numbers), "svg").rstrip().endswith(b"</svg>")
 
 
-def test_how_much_each_moment_counts_adds_up_to_one(run, results) -> None:
+def test_the_weights_of_all_moments_add_up_to_one(run, results) -> None:
     numbers = swept(run, results)
     lengths = [b - a for a, b in zip(numbers.edges[:-1], numbers.edges[1:], strict=True)]
     parts = [b - a for a, b in zip(numbers.moments[:-1], numbers.moments[1:], strict=True)]
@@ -192,14 +248,14 @@ def test_numbers_are_in_the_unit_of_the_half_lives(run) -> None:
     assert [point.half_life for point in numbers.points][1:] == [0.5, 2]
 
 
-def test_the_words_say_what_was_found(run) -> None:
+def test_the_words_name_the_best_average_and_compare_it(run) -> None:
     values = iter([5.0, 3.0, 2.0, 4.0])
     results = sweep(run, lambda _: next(values), [HalfLife(f"{n}ba") for n in (4, 8, 16)], refine=0)
     numbers = swept(run, [*results, Result("raw", None, {"value": 1.5}), Result("online", None, {"value": 2.5})])
     assert headline(numbers) == "Best: half-life 8ba, with value 2"
     assert compared(numbers) == (
-        "Lowest of 4 averages of the record my <run>. To compare: raw weights 1.5, online EMA 2.5. No average of the "
-        "record is better than the raw weights."
+        "Lowest of 4 averages of the record my <run>. For comparison: raw weights 1.5, online EMA 2.5. No average of "
+        "the record is better than the raw weights."
     )
     numbers = swept(run, results, maximize=True)
     assert headline(numbers) == "Best: newest mean, with value 5"
@@ -208,45 +264,24 @@ def test_the_words_say_what_was_found(run) -> None:
     assert "longer ones may be better still" in compared(swept(run, results))
 
 
-def test_a_line_far_from_all_averages_stays_at_the_edge(run, results) -> None:
-    near = swept(run, [one for one in results if one.profile is not None])
-    far = swept(run, [*results, Result("first", None, {"loss": 1e6})])
-    assert metric_scale(far).high < 10 * metric_scale(near).high
-    level = levels(far)[0]
-    assert level.label == "first 1e+06 (off the scale)"
-    assert (level.height, level.above) == (1, False)
+def test_a_level_far_from_all_averages_is_off_the_scale(run, results) -> None:
+    averages = [one for one in results if one.profile is not None]
+    near = swept(run, [*averages, Result("near", None, {"loss": averages[0].metrics["loss"]})])
+    far = swept(run, [*averages, Result("first", None, {"loss": 1e6})])
+    assert far.metric_range == swept(run, averages).metric_range
+    assert [level.on_scale for level in near.levels] == [True]
+    (level,) = far.levels
+    assert level_label(level) == "first 1e+06 (off the scale)"
+    low, high = far.metric_range
+    assert all(low < far.value(point) < high for point in far.points)
 
 
-def test_names_of_lines_keep_clear_of_the_averages() -> None:
-    assert side(0.5, [], width=0.5, line=0.1) == (True, True)
-    assert side(0.5, [(0.9, 0.6)], width=0.5, line=0.1) == (True, False)
-    assert side(0.5, [(0.9, 0.6), (0.8, 0.4)], width=0.5, line=0.1) == (False, True)
-    assert side(0.99, [], width=0.5, line=0.1) == (True, False)
-
-
-@pytest.mark.parametrize(
-    ("scale", "ticks"),
-    [
-        (Scale(0, 1), [0, 0.25, 0.5, 0.75, 1]),
-        (Scale(0.47, 0.61), [0.5, 0.55, 0.6]),
-        (Scale(-30, 70), [-25, 0, 25, 50]),
-        (Scale(1, 20_000, log=True), [1, 10, 100, 1000, 10_000]),
-        (Scale(2, 150, log=True), [3, 10, 30, 100]),
-        (Scale(2, 12, log=True), [2, 5, 10]),
-    ],
-    ids=str,
-)
-def test_ticks_are_round(scale, ticks) -> None:
-    assert scale.ticks == pytest.approx(ticks)
-
-
-def test_scales_hold_what_they_are_for() -> None:
-    scale = span([3.0, 4.0])
-    assert 0 < scale.at(3.0) < scale.at(4.0) < 1
-    assert span([0.0, 5.0], zero=True).at(0) == 0
-    assert span([2.0]).low < 2 < span([2.0]).high
-    assert Scale(1, 100, log=True).at(0) == 0
-    assert [number(value) for value in (0.001, 1234, 1e6, 3e9)] == ["0.001", "1,234", "1M", "3G"]
+def test_the_legend_of_the_figure_is_inside_the_figure(run, results) -> None:
+    figure = sweep_figure(swept(run, results))
+    figure.canvas.draw()
+    box = figure.axes[0].get_legend().get_window_extent()
+    assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
+    assert box.y1 < figure.axes[0].title.get_window_extent().y0 + 1
 
 
 def test_the_same_numbers_give_the_same_files(run, results) -> None:

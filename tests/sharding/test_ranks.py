@@ -7,7 +7,7 @@ import sharded_parts as jobs
 import torch
 from ranks import Ranks
 
-from polyak.averaging.weights import _checksums
+from polyak.averaging.agreement import sums_of_bits
 from polyak.sharding import agreement
 
 
@@ -178,21 +178,21 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.com
 def test_checksums_follow_bits_and_their_order_and_change_nothing(dtype, shape) -> None:
     tensor = torch.arange(1, 1 + torch.Size(shape).numel()).reshape(shape).float().to(dtype)
     before = tensor.clone()
-    checksum = _checksums({"": tensor})[""]
+    checksum = sums_of_bits({"": tensor})[""]
     assert torch.equal(tensor.view(torch.uint8) if shape else tensor, before.view(torch.uint8) if shape else before)
-    assert _checksums({"": before})[""] == checksum
+    assert sums_of_bits({"": before})[""] == checksum
     if len(shape) > 1:
         laid_out_otherwise = tensor.transpose(0, -1).contiguous().transpose(0, -1)
-        assert _checksums({"": laid_out_otherwise})[""] == checksum
-        assert _checksums({"": tensor[[1, 0, *range(2, shape[0])]]})[""] != checksum
+        assert sums_of_bits({"": laid_out_otherwise})[""] == checksum
+        assert sums_of_bits({"": tensor[[1, 0, *range(2, shape[0])]]})[""] != checksum
     other = before.flatten()
     other[-1] = 9
-    assert _checksums({"": other.reshape(shape)})[""] != checksum
+    assert sums_of_bits({"": other.reshape(shape)})[""] != checksum
 
 
 def test_checksums_of_nothing_and_of_empty_tensors_are_zero() -> None:
-    assert _checksums({}) == {}
-    assert _checksums({"": torch.empty(0, 3)}) == {"": 0}
+    assert sums_of_bits({}) == {}
+    assert sums_of_bits({"": torch.empty(0, 3)}) == {"": 0}
 
 
 # Agreement.

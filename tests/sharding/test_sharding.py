@@ -66,7 +66,7 @@ def test_a_rank_keeps_the_average_of_its_share_alone(ranks, kind, size) -> None:
         ("steps", "number of updates: rank 1: 1; ranks 0, 2: 2"),
         ("tensors", "tensors scale: rank 1: nothing; ranks 0, 2: (1,) of torch.float32"),
         ("profile", "algorithm: rank 1: EMA(profile=HalfLife(span=Time(3, 'ba')"),
-        ("nan", "tensors with inf or nan: rank 1: 1; ranks 0, 2: 0"),
+        ("nan", "tensors with NaN or inf: rank 1: 1; ranks 0, 2: 0"),
         ("values", "sum of the bits of second.weight: rank 1: "),
         ("beginning", "averaging has begun: rank 1: False; ranks 0, 2: True"),
     ],
@@ -79,7 +79,7 @@ def test_ranks_that_disagree_are_told_on_each_who_and_what(ranks, about, says) -
 
 def test_nan_in_one_shard_is_known_to_all_ranks(ranks) -> None:
     for warning, saved in ranks.run(3, sharded.sees_a_nan_in_one_shard):
-        assert "1 tensors with inf or nan came in (by rank: [0, 1, 0])" in warning
+        assert "1 tensors with NaN or inf came in (by rank: [0, 1, 0])" in warning
         assert saved == "1"
 
 

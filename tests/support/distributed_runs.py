@@ -81,7 +81,7 @@ def broadcast(model: nn.Module) -> None:
 def averages(trainer: Trainer) -> dict[str, Tensor]:
     """Return the whole averages, of which the first rank's buffers count."""
     algorithm = trainer.state.algorithms[0]
-    algorithm._agree()
+    algorithm._average.agree()
     return {name: full(tensor) for name, tensor in algorithm._shadow.averaged_tensors().items()}
 
 

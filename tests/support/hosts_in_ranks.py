@@ -104,7 +104,7 @@ class Found:
     def end(self, model: nn.Module, ema: EMA) -> "Found":
         reshard(model)
         self.weights = {name: full(tensor) for name, tensor in model.named_parameters()}
-        ema._agree()
+        ema._average.agree()
         self.average = _inner({name: full(tensor) for name, tensor in ema._shadow.averaged_tensors().items()})
         self.loadable = _inner(self.loadable)
         return self

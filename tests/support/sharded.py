@@ -225,7 +225,7 @@ def follows_the_whole(kind: str, dtype: torch.dtype | None) -> dict[str, Any]:
         inside = own_weights(model)
         first = evaluated(model)
         inside_later = own_weights(model)
-        kept = {n: full(t) for n, t in algorithm._shadow._active.training().items()}
+        kept = {n: full(t) for n, t in algorithm._shadow._swapper.training().items()}
         held = {n: full(t) for n, t in algorithm._shadow.averaged_tensors().items()}
     after = own_weights(model)
     want = {n: t.to(before[n].dtype) for n, t in reference.averages.items()}
@@ -269,7 +269,7 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer, ema: Any) -> dict
 
 
 def _averages(algorithm: EMA) -> dict[str, Tensor]:
-    algorithm._agree()  # rank 0's averages of buffers count
+    algorithm._average.agree()  # rank 0's averages of buffers count
     return {name: full(tensor) for name, tensor in algorithm._shadow.averaged_tensors().items()}
 
 

@@ -404,7 +404,7 @@ def one_refuses(what: str, kind: str, folder: str) -> tuple[str, str, bool]:
         from polyak.averaging.weights import Shadow
 
         other = Shadow(inner)
-        other.lend("another")
+        other.swap_in("another")
     elif what == "a full disk" and dist.get_rank() == 0:
         import polyak.export
 
@@ -417,7 +417,7 @@ def one_refuses(what: str, kind: str, folder: str) -> tuple[str, str, bool]:
     if removed is not None:
         inner._modules["2"] = removed
     if what == "another average" and odd:
-        other.give_back()
+        other.restore()
     elif what == "a full disk" and dist.get_rank() == 0:
         polyak.export.write_tensors = original
     after = own(model) if what != "a tensor" else {}

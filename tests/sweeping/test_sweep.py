@@ -1,4 +1,4 @@
-"""``sweep`` as a notebook calls it, and the numbers below it."""
+"""``sweep`` as a notebook calls it, and its parts."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 class Counting:
-    """An evaluation that counts."""
+    """An evaluation that counts its calls."""
 
     def __init__(self, function=validate) -> None:
         self.calls = 0
@@ -50,13 +50,13 @@ def test_the_grid_goes_from_the_finest_half_life_to_the_whole_run(folder) -> Non
     assert [float(profile.span) for profile in grid(Record(folder), 2)] == [2, 256]
 
 
-def test_a_grid_may_be_in_other_units(folder) -> None:
+def test_a_grid_can_be_in_any_unit(folder) -> None:
     profiles = grid(Record(folder), 3, TimeUnit.SAMPLE)
     assert [str(profile.span) for profile in profiles][::2] == ["16sp", "2048sp"]
     assert float(finest_half_life(Record(folder), TimeUnit.EPOCH).span) == pytest.approx(2 / 50)
 
 
-def test_a_short_record_begins_with_a_half_life_that_it_can_tell(tmp_path) -> None:
+def test_the_grid_of_a_short_record_starts_with_a_half_life_that_the_record_resolves(tmp_path) -> None:
     record(tmp_path / "run", updates=8)
     short = Record(tmp_path / "run")
     finest = finest_half_life(short)
@@ -65,13 +65,13 @@ def test_a_short_record_begins_with_a_half_life_that_it_can_tell(tmp_path) -> No
     assert len(sweep(short, lambda _: 1.0, points=3, refine=0)) == 4
 
 
-def test_a_record_that_tells_no_half_life_is_refused(tmp_path) -> None:
+def test_sweep_refuses_a_record_that_resolves_no_half_life(tmp_path) -> None:
     record(tmp_path / "run", updates=2)
-    with pytest.raises(ProfileError, match="tells no half-life yet"):
+    with pytest.raises(ProfileError, match="must resolve at least one half-life"):
         sweep(tmp_path / "run", validate)
     with Writer(tmp_path / "empty", {"w": TensorInfo(torch.float32, (1,), averaged=True)}):
         pass
-    with pytest.raises(ProfileError, match="at least one stretch"):
+    with pytest.raises(ProfileError, match="at least one segment for a sweep"):
         sweep(tmp_path / "empty", validate)
     assert len(sweep(tmp_path / "run", validate, [])) == 1
 
@@ -83,7 +83,7 @@ def test_a_record_that_tells_no_half_life_is_refused(tmp_path) -> None:
     maximize=st.booleans(),
 )
 @settings(deadline=None)
-def test_narrowing_ends_next_to_the_best_of_a_smooth_metric(optimum, curvature, points, maximize) -> None:
+def test_narrowed_ends_near_the_best_half_life_of_a_smooth_metric(optimum, curvature, points, maximize) -> None:
     def metric(half_life: float) -> float:
         value = curvature * (math.log(half_life) - optimum) ** 2
         return -value if maximize else value
@@ -100,14 +100,14 @@ def test_narrowing_ends_next_to_the_best_of_a_smooth_metric(optimum, curvature, 
     assert abs(math.log(found) - optimum) < 0.15
 
 
-def test_narrowing_has_nothing_to_do_with_one_number_or_none() -> None:
+def test_narrowed_returns_none_for_fewer_than_two_half_lives_and_for_nan_alone() -> None:
     assert narrowed({}) is None
     assert narrowed({1: 2.0}) is None
     assert narrowed({1: math.nan, 10: math.nan}) is None
     assert 10 < narrowed({1: math.nan, 10: 1.0, 100: 2.0}) < 100
 
 
-def test_a_sweep_measures_what_the_record_gives(folder) -> None:
+def test_sweep_evaluates_the_averages_that_the_record_gives(folder) -> None:
     results = sweep(folder, validate, points=4, refine=2, others={"raw": folder.parent / "raw.safetensors"})
     names = [result.name for result in results]
     assert names[:2] == ["raw", "newest mean"]
@@ -126,7 +126,7 @@ def test_a_sweep_measures_what_the_record_gives(folder) -> None:
     assert best(results, "accuracy", maximize=True) is chosen
 
 
-def test_given_profiles_are_measured_in_place_of_the_grid(folder) -> None:
+def test_sweep_evaluates_given_profiles_instead_of_the_grid(folder) -> None:
     profiles = [Window("64ba"), PowerFunction(sigma_rel=0.1), Uniform("1ep"), HalfLife("1ep", unbiased=True)]
     results = sweep(folder, validate, profiles)
     assert [result.name for result in results] == [
@@ -140,13 +140,13 @@ def test_given_profiles_are_measured_in_place_of_the_grid(folder) -> None:
         sweep(folder, Counting(), [HalfLife("16ba"), HalfLife("1ba")])
 
 
-def test_the_newest_mean_is_the_last_stretch(folder) -> None:
+def test_the_newest_mean_is_the_mean_of_the_last_segment(folder) -> None:
     one = Record(folder)
     with one.open(one.stretches[-1]) as file:
         assert torch.allclose(one.average(newest(one))["0.weight"], file.read("0.weight"))
 
 
-def test_what_was_measured_is_not_measured_again(folder, tmp_path) -> None:
+def test_sweep_does_not_repeat_the_evaluations_in_the_results_file(folder, tmp_path) -> None:
     evaluate, path = Counting(), tmp_path / "new" / "sweep.jsonl"
     options = {"points": 4, "refine": 2, "results": path, "others": {"raw": folder.parent / "raw.safetensors"}}
     first = sweep(folder, evaluate, **options)
@@ -163,7 +163,7 @@ def test_what_was_measured_is_not_measured_again(folder, tmp_path) -> None:
     assert len(path.read_text().splitlines()) == 11
 
 
-def test_a_line_that_was_being_written_is_measured_again(folder, tmp_path) -> None:
+def test_sweep_repeats_the_evaluation_of_an_incomplete_line(folder, tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
     sweep(folder, Counting(), points=3, refine=0, results=path)
     complete = path.read_bytes()
@@ -177,7 +177,7 @@ def test_a_line_that_was_being_written_is_measured_again(folder, tmp_path) -> No
         ]
 
 
-def test_a_record_that_went_on_is_measured_anew(tmp_path) -> None:
+def test_sweep_evaluates_again_after_the_record_has_grown(tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
     for updates in (64, 66):
         evaluate = Counting()
@@ -186,7 +186,7 @@ def test_a_record_that_went_on_is_measured_anew(tmp_path) -> None:
         assert evaluate.calls == 2
 
 
-def test_another_function_is_measured_anew_and_changed_code_is_noted(folder, tmp_path) -> None:
+def test_sweep_evaluates_again_for_another_function_and_warns_of_changed_code(folder, tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
     evaluate = Counting()
     sweep(folder, partial(validate), points=2, refine=0, results=path)
@@ -194,11 +194,11 @@ def test_another_function_is_measured_anew_and_changed_code_is_noted(folder, tmp
     assert evaluate.calls == 3
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line | {"code": "0123"}) + "\n" for line in lines))
-    with pytest.warns(PlanWarning, match="before the code of the evaluation was changed"):
+    with pytest.warns(PlanWarning, match="the evaluation should have the same code"):
         sweep(folder, validate, points=2, refine=0, results=path)
 
 
-def test_a_failing_evaluation_is_named_and_what_was_before_is_kept(folder, tmp_path) -> None:
+def test_the_error_of_a_failing_evaluation_names_the_average_and_earlier_results_are_kept(folder, tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
     fails = [True]
 
@@ -220,7 +220,7 @@ def test_an_evaluation_must_return_numbers(folder, returned) -> None:
         sweep(folder, lambda _: returned)
 
 
-def test_numbers_that_are_none_are_never_the_best(folder, tmp_path) -> None:
+def test_nan_and_inf_are_never_the_best(folder, tmp_path) -> None:
     values = iter([math.nan, 3.0, math.inf, 2.0])
     path = tmp_path / "sweep.jsonl"
     profiles = [HalfLife("4ba"), HalfLife("8ba"), HalfLife("16ba")]
@@ -228,11 +228,11 @@ def test_numbers_that_are_none_are_never_the_best(folder, tmp_path) -> None:
     assert best(results).name == "half-life 16ba"
     assert "NaN" not in path.read_text()
     assert "Infinity" not in path.read_text()
-    with pytest.raises(EvaluationError, match="at least one average must have a metric that is a number"):
+    with pytest.raises(EvaluationError, match="must be a number for at least one average"):
         best(sweep(folder, lambda _: math.nan, points=3))
 
 
-def test_a_metric_that_is_not_there_is_refused_at_once(folder) -> None:
+def test_sweep_refuses_a_missing_metric_after_the_first_evaluation(folder) -> None:
     evaluate = Counting()
     with pytest.raises(EvaluationError, match="got 'acc'.*loss, accuracy"):
         sweep(folder, evaluate, metric="acc")
@@ -240,44 +240,44 @@ def test_a_metric_that_is_not_there_is_refused_at_once(folder) -> None:
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"key": 1}', '{"metrics": {"a": "x"}}'])
-def test_a_foreign_file_of_results_is_refused(folder, tmp_path, line) -> None:
+def test_sweep_refuses_a_file_that_is_not_of_results(folder, tmp_path, line) -> None:
     (tmp_path / "sweep.jsonl").write_text(f"{line}\n")
     with pytest.raises(EvaluationError, match="line 1 of .* must be a result of a sweep"):
         sweep(folder, validate, results=tmp_path / "sweep.jsonl")
 
 
-def test_two_sweeps_do_not_write_one_file(folder, tmp_path) -> None:
+def test_sweep_refuses_a_results_file_that_another_sweep_is_writing(folder, tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
 
     def evaluate(_):
         sweep(folder, validate, results=path)
 
-    with pytest.raises(EvaluationError, match="another sweep is writing"):
+    with pytest.raises(EvaluationError, match="no other sweep may write"):
         sweep(folder, evaluate, results=path)
 
 
 @pytest.mark.parametrize("name", ["missing", "foreign"])
-def test_weights_to_compare_with_must_be_there(folder, tmp_path, name) -> None:
-    (tmp_path / "foreign").write_text("no weights")
+def test_sweep_refuses_missing_and_corrupt_files_of_other_weights(folder, tmp_path, name) -> None:
+    (tmp_path / "foreign").write_text("not safetensors")
     with pytest.raises(RecordError, match="raw weights must be a safetensors file"):
         sweep(folder, validate, others={"raw": tmp_path / name})
 
 
-def test_bad_numbers_are_refused(folder) -> None:
+def test_sweep_refuses_points_and_refine_that_are_out_of_range(folder) -> None:
     for options in ({"points": 1}, {"refine": -1}):
         with pytest.raises(PolyakError, match="at least"):
             sweep(folder, validate, **options)
 
 
-def test_progress_is_told(folder) -> None:
-    told = []
-    results = sweep(folder, validate, points=3, refine=2, progress=lambda *args: told.append(args))
-    assert [name for _, _, name in told] == [result.name for result in results]
-    assert [done for done, _, _ in told] == list(range(len(results)))
-    assert {total for _, total, _ in told} == {6}
+def test_progress_is_called_before_each_evaluation(folder) -> None:
+    seen = []
+    results = sweep(folder, validate, points=3, refine=2, progress=lambda *args: seen.append(args))
+    assert [name for _, _, name in seen] == [result.name for result in results]
+    assert [done for done, _, _ in seen] == list(range(len(results)))
+    assert {total for _, total, _ in seen} == {6}
 
 
-def test_statistics_of_batchnorm_are_recomputed_as_torch_does(folder, tmp_path) -> None:
+def test_sweep_recomputes_batchnorm_statistics_as_torch_does(folder, tmp_path) -> None:
     loader = data(batches=6)
     profile = HalfLife("16ba", unbiased=True)
     model = build()
@@ -301,18 +301,18 @@ def test_statistics_of_batchnorm_are_recomputed_as_torch_does(folder, tmp_path) 
     assert metadata["polyak.profile"] == repr(profile)
     assert metadata["polyak.batchnorm"] == "recomputed"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "best.safetensors"]
-    # With other statistics it is another measurement.
+    # Other statistics are another evaluation.
     again = Counting(lambda _: 1.0)
     sweep(folder, again, [profile], refine=0, results=tmp_path / "a.jsonl")
     assert again.calls == 2
 
 
-def test_a_loader_that_is_used_up_is_named(folder) -> None:
+def test_the_error_of_an_exhausted_loader_names_batchnorm(folder) -> None:
     with pytest.raises(EvaluationError, match="recomputing BatchNorm for newest mean failed: ValueError.*read before"):
         sweep(folder, validate, points=2, batchnorm=(build(), iter([])))
 
 
-def test_half_lives_keep_their_unit_when_narrowed(folder) -> None:
+def test_refined_half_lives_have_the_unit_of_the_given_ones(folder) -> None:
     results = sweep(folder, validate, [HalfLife(Time(n, TimeUnit.EPOCH), unbiased=True) for n in (0.2, 1, 5)], refine=2)
     assert all(one.profile.span.unit is TimeUnit.EPOCH for one in results[1:])
     assert len(results) == 6

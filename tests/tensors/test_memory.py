@@ -1,27 +1,26 @@
 """Tensors that share memory, that move, or have none of their own: averaged and swapped once, or refused by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from polyak import EMA, attach
+from polyak import EMA, attach, kernels
 from polyak.averaging.weights import Shadow
 from polyak.errors import MemoryLayoutError
-from polyak.kernels import EXCHANGES, KERNELS, checksums
+from polyak.kernels import checksums
 from polyak.tensors.memory import Place, compact, owners
 
 BASE = torch.arange(36.0).view(6, 6)
 VIEWS = ["transposed", "rows", "columns", "expanded"]
 
 
-@pytest.fixture(params=sorted(KERNELS), autouse=True)
-def kernel(request, monkeypatch) -> str:
-    monkeypatch.setattr("polyak.averaging.weights.Lerp", KERNELS[request.param])
-    monkeypatch.setattr("polyak.averaging.swap.Exchange", EXCHANGES[request.param])
-    return request.param
+@pytest.fixture(params=kernels.serving_cpu(), autouse=True)
+def kernel(request) -> Iterator[str]:
+    with kernels.only(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize(
@@ -205,7 +204,7 @@ def test_what_cannot_be_averaged_is_refused_by_name_when_averaging_begins(tensor
     net.b.weight.requires_grad_(requires_grad=False)
     shadow = Shadow(net)
     shadow.update_(0.5)
-    with shadow.lent("the test"):
+    with shadow.swapped("the test"):
         assert "b.weight" not in shadow.averages
 
 
@@ -219,7 +218,7 @@ def test_a_conjugate_or_negative_parameter_is_averaged_by_value(make) -> None:
         model[0].add_(1)
     second = model[0].detach().clone().resolve_conj().resolve_neg()
     shadow.update_(0.25)
-    with shadow.lent("the test"):
+    with shadow.swapped("the test"):
         assert torch.allclose(model[0].resolve_conj().resolve_neg(), first + 0.25 * (second - first))
     assert torch.equal(model[0].resolve_conj().resolve_neg(), second)
 
@@ -269,7 +268,7 @@ def test_an_average_stays_right_when_memory_moves(move, where) -> None:
             tensor = {"model": lambda: model.weight, "average": lambda: shadow.averages["weight"], **taken}[where]()
             with torch.no_grad():
                 MOVES[move](tensor)
-        with shadow.lent("the test"):
+        with shadow.swapped("the test"):
             assert torch.allclose(model.weight.double(), want, atol=1e-6)
             if step == 3 and where.endswith("swapped"):
                 with torch.no_grad():
@@ -316,7 +315,7 @@ def test_a_model_that_holds_its_own_average_is_averaged_without_it() -> None:
     assert not any(name.startswith("teacher") for name in shadow.averages)
     teacher = {name: tensor.clone() for name, tensor in model["teacher"].state_dict().items()}
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with shadow.lent("the test"):
+    with shadow.swapped("the test"):
         assert all(torch.equal(t, teacher[name]) for name, t in model["teacher"].state_dict().items())
         assert torch.equal(model["net"][0].weight, teacher["0.weight"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -330,11 +329,11 @@ def test_whoever_holds_the_average_reads_it_also_while_it_is_in_the_model() -> N
     average = shadow.averages["weight"].clone()
     for held in (shadow.averaged_model(), shadow.state_dict()["averages"]):
         tensor = held.weight if isinstance(held, nn.Module) else held["weight"]
-        with shadow.lent("the test"):
+        with shadow.swapped("the test"):
             assert torch.equal(tensor, average)
         assert torch.equal(shadow.averages["weight"], average)
     del held, tensor
-    assert not shadow._is_exposed()
+    assert not shadow._swapper.is_exposed()
 
 
 def test_a_default_device_does_not_move_the_average() -> None:
@@ -343,6 +342,6 @@ def test_a_default_device_does_not_move_the_average() -> None:
         shadow = Shadow(model)
         model.weight.data.add_(1)
         shadow.update_(0.5)
-        with shadow.lent("the test"):
+        with shadow.swapped("the test"):
             pass
     assert shadow.num_quarantined == 0

@@ -324,7 +324,7 @@ def test_the_demo_on_two_processes_prints_and_writes_everything_once(tmp_path) -
     assert main(["demo", "--steps", "110", "--out", str(tmp_path / "out")]) == 0
     done = torchrun("-m", "polyak", "demo", "--steps", 120, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    for said in ("Going on after 110 of 120 steps", "2 processes train together.", "cross-entropy (less is better)"):
+    for said in ("Resuming after 110 of 120 steps", "2 processes train together.", "cross-entropy (lower is better)"):
         assert done.stdout.count(said) == 1
     assert (
         done.stderr.count("polyak demo: note: ")

@@ -447,7 +447,7 @@ def test_the_distance_is_that_of_the_parameters_relative_to_their_average(dtype)
     apart = sum(float((after[name] - before[name]).square().sum()) for name in before)
     want = (apart / sum(float(tensor.square().sum()) for tensor in before.values())) ** 0.5
     assert shadow.distance() == pytest.approx(want, rel=1e-6)
-    with shadow.lent("the test"):
+    with shadow.swapped("the test"):
         assert shadow.distance() == pytest.approx(want, rel=1e-6)
         with pytest.raises(LoanError, match="the test has swapped its own in"):
             Shadow(model).distance()

@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm for averaged weights: those that were averaged along belong to no single set of weights."""
+"""Statistics of BatchNorm for averaged weights: averaged statistics belong to no single set of weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,16 +13,16 @@ def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | st
     """Replace the running statistics of every BatchNorm layer by their mean over all batches of ``loader``.
 
     As ``torch.optim.swa_utils.update_bn``, except that all other layers run in evaluation mode, so that dropout neither
-    draws random numbers nor shifts the statistics. Afterwards each layer has its own mode and momentum again; if
-    anything fails, its own statistics as well.
+    draws random numbers nor shifts the statistics. Afterwards each layer has its mode and momentum again, and if
+    anything fails its statistics too.
 
     Args:
-        model: Called with one batch at a time. Without BatchNorm layers nothing is read.
-        loader: Gives inputs, or tuples and lists that begin with them. At least one batch.
-        device: Where the model wants them; None leaves them where they are.
+        model: Called with one batch at a time. Without BatchNorm layers the loader is not read.
+        loader: Yields inputs, or tuples and lists that begin with them. At least one batch.
+        device: The device of the inputs; None leaves them where they are.
 
     Raises:
-        ValueError: If ``loader`` gives nothing.
+        ValueError: If ``loader`` yields nothing.
 
     Example:
         >>> layer = nn.BatchNorm1d(1)
@@ -40,7 +40,7 @@ def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | st
         model.eval()
         for layer in layers:
             layer.reset_running_stats()
-            layer.momentum = None  # torch's way to say: a plain mean over the batches
+            layer.momentum = None  # for torch: a plain mean over the batches
             layer.training = True
         _run(model, loader, device)
     except BaseException:
@@ -61,4 +61,4 @@ def _run(model: nn.Module, loader: Iterable[Any], device: torch.device | str | N
         model(inputs if device is None else inputs.to(device))
         batches += 1
     if not batches:
-        raise ValueError("statistics must come from at least one batch (the loader gave none): was it read before?")
+        raise ValueError("statistics must come from at least one batch (the loader yielded none): was it read before?")

@@ -1,4 +1,4 @@
-"""Gradients that a model has when an average is swapped in: those of an evaluation are no part of the training."""
+"""The gradients of a model during a swap: those of an evaluation must not get into the training."""
 
 from collections.abc import Mapping
 
@@ -8,10 +8,10 @@ from polyak.sharding import local
 
 
 class Gradients:
-    """The gradients of parameters as they were, to be put back.
+    """The gradients of parameters before a swap.
 
-    They are references and no copies: an evaluation that adds to them in place, since nobody has cleared them before,
-    cannot be undone.
+    They are references, not copies: an evaluation that adds to them in place, because they were not cleared, cannot be
+    undone.
 
     Args:
         parameters: By name.
@@ -20,8 +20,8 @@ class Gradients:
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._held = [(name, tensor, tensor.grad, _version(tensor.grad)) for name, tensor in parameters.items()]
 
-    def put_back(self) -> list[str]:
-        """Give each parameter the gradient that it had, and return the names of those whose gradient has changed."""
+    def restore(self) -> list[str]:
+        """Restore each parameter's gradient; return the names of those whose gradient has changed in place."""
         changed = list[str]()
         for name, tensor, grad, version in self._held:
             if tensor.grad is not grad and _fits(tensor, grad):
@@ -36,5 +36,5 @@ def _version(grad: Tensor | None) -> int:
 
 
 def _fits(tensor: Tensor, grad: Tensor | None) -> bool:
-    """Whether the parameter is where its gradient was: it may have been moved since."""
+    """Whether the parameter is on the device of its gradient: it may have been moved since."""
     return grad is None or (grad.device, grad.dtype, grad.shape) == (tensor.device, tensor.dtype, tensor.shape)

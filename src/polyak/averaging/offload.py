@@ -1,7 +1,7 @@
-"""An average in CPU memory that a thread updates while training goes on.
+"""Averages in CPU memory that a thread updates in the background.
 
-An update copies the weights to a place aside, which is all that training waits for; the thread then moves the average
-towards that copy. One update is under way at a time, and whoever wants to read the average waits for it.
+An update copies the weights to a staging buffer, and training waits for that copy only; the thread then moves the
+average towards the copy. At most one update runs at a time, and every reader of the average waits for it.
 """
 
 import os
@@ -22,21 +22,21 @@ from polyak.tensors.memory import is_expanded
 
 @dataclass(frozen=True, slots=True)
 class Offload:
-    """Keep an average in CPU memory, and update it there on a thread of its own while training goes on.
+    """Keep an average in CPU memory, and update it there in the background, on a separate thread.
 
-    It takes none of a GPU's memory, and of the CPU's the size of the weights beside that of the average: each update
-    copies the weights there, pinned, before the thread reads them. If the next update is due before the thread is
-    done, training waits. Evaluation, states and everything else that reads the average wait as well, so that the
-    numbers are those of an average updated in place, bit for bit. What goes wrong on the thread is raised by the next
-    call as an ``OffloadError``.
+    It takes no GPU memory, and CPU memory of the size of the weights in addition to the average: each update copies
+    the weights into a pinned buffer before the thread reads them. If the next update is due before the thread is
+    done, training waits. Evaluation, states and all other readers of the average wait too, so that the numbers are
+    those of an average updated in place, bit for bit. The next call raises an error of the thread as an
+    ``OffloadError``.
 
-    For a model on the CPU it works alike and gains nothing, since that copy takes about as long as an update.
+    For a model on the CPU it works the same way and gains nothing, since the copy takes about as long as an update.
 
     Args:
-        overlap: Whether a GPU goes on with the next batch while its weights are still being copied, on a stream of
-            their own. Steps of ``torch.optim`` optimizers, and loans, wait for the copy. Whatever else writes to
-            parameters does not, such as clipping them after a step, or a step replayed as a CUDA graph: where there is
-            such a thing leave this False, and the GPU copies before it goes on.
+        overlap: Whether a GPU continues with the next batch while its weights are still being copied, on a separate
+            stream. Steps of ``torch.optim`` optimizers, and swaps, wait for the copy. Other writes to parameters do
+            not, such as clipping them after a step, or a step replayed as a CUDA graph: if there are any, leave this
+            False, and the GPU copies before it continues.
 
     Example:
         >>> from polyak import EMA, attach
@@ -55,17 +55,17 @@ class Offload:
 
 
 class Offloader:
-    """Does the updates of averages in CPU memory, in the background, as a kernel does them at once.
+    """Updates averages in CPU memory in the background; called like the update of a kernel.
 
     Args:
-        offload: How.
-        kernel: Makes what moves the averages, given the copies that the weights will have in CPU memory.
-        online: The model's tensors to move averages towards, anywhere.
-        steady: For each of these whether only an optimizer's step changes it. Buffers change in a forward pass.
-        copied: Further averages, each with the model's tensor that it takes the value of.
+        offload: The options.
+        kernel: Returns the update of the averages, given the staging buffers for the weights in CPU memory.
+        online: The model's tensors to move averages towards, on any device.
+        steady: For each of these, whether only an optimizer's step changes it. Buffers change in a forward pass.
+        copied: Further averages, each with the model's tensor whose value it takes.
 
     Attributes:
-        staged: What is copied to in each update, for ``online`` and then for ``copied``.
+        staged: The staging buffers, for ``online`` and then for ``copied``.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class Offloader:
         self.staged = [_room_for(tensor) for tensor in tensors]
         self._kernel = kernel(self.staged[: len(online)])
         self._copied = list(zip((average for average, _ in copied), self.staged[len(online) :], strict=True))
-        aside = [offload.overlap and tensor.is_cuda and own for tensor, own in zip(online, steady, strict=True)]
-        rows = list(zip(self.staged, tensors, [*aside, *(False for _ in copied)], strict=True))
+        overlapping = [offload.overlap and tensor.is_cuda and own for tensor, own in zip(online, steady, strict=True)]
+        rows = list(zip(self.staged, tensors, [*overlapping, *(False for _ in copied)], strict=True))
         devices = dict.fromkeys(tensor.device for tensor in tensors)
         self._transfers = [_Transfer(device, [row for row in rows if row[1].device == device]) for device in devices]
         if offload.overlap:
             _OVERLAPPING.update(self._transfers)
             _hold_steps()
-        # What the thread is at or has to do, and what went wrong. Setting the first is all that makes an update due.
+        # The update that the thread is to make, and its error. Setting the first is all that makes an update due.
         self._job: tuple[float, int] | None = None
         self._error: BaseException | None = None
         self._start_thread()
@@ -97,14 +97,14 @@ class Offloader:
         self._process = os.getpid()
 
     def __call__(self, weight: float, num_updates: int) -> None:
-        """Copy the model's tensors, and leave the rest to the thread. Waits for the update before.
+        """Copy the model's tensors, and leave the rest to the thread. Waits for the previous update.
 
         Args:
-            weight: Share of the weights taken, from 0 to 1.
-            num_updates: How often this was done.
+            weight: ``1 - decay``, from 0 to 1.
+            num_updates: The number of this update.
 
         Raises:
-            OffloadError: If the update before failed.
+            OffloadError: If the previous update failed.
         """
         self.wait()
         for transfer in self._transfers:
@@ -122,18 +122,18 @@ class Offloader:
         if self._error is not None:
             raise OffloadError(
                 f"updates of an offloaded average must succeed, and one failed ({self._error!r}): some of its tensors "
-                "may have moved and others not; load a state that was saved before, or begin a new average"
+                "may have moved and others not; load a state from before, or begin a new average"
             ) from self._error
 
     def settle(self) -> None:
-        """Wait until the thread has nothing to do, whatever became of it."""
+        """Wait until the thread has nothing to do, also if an update failed."""
         if self._process != os.getpid():
-            # A fork takes no thread along, and what that was at stays half done.
+            # A forked process has no such thread, and the update that it was making stays half done.
             if self._job is not None:
                 self._error, self._job = RuntimeError("the process was forked during an update"), None
             self._start_thread()
         if self._job is not None:
-            # In line behind the work itself, and in its place if an interrupt came before that was handed over.
+            # Queued behind the update itself, or instead of it if an interrupt came before that was queued.
             self._thread.finish(self._work)
 
     @torch.no_grad()
@@ -152,15 +152,15 @@ class Offloader:
 
 
 def _room_for(tensor: Tensor) -> Tensor:
-    """Return room in CPU memory for a copy that a kernel cannot tell from ``tensor``, pinned for a GPU to write to.
+    """Return a staging buffer in CPU memory with the layout of ``tensor``, pinned if that is on a GPU.
 
-    The averages are not: pinned memory comes in powers of two, and cannot be swapped out.
+    Averages are not pinned: pinned memory is allocated in powers of two, and cannot be paged out.
     """
     if is_expanded(tensor) or tensor.is_conj() or tensor.is_neg():
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     if tensor.is_cuda and not tensor.permute(order).is_contiguous():
-        # One with holes goes through memory that is not pinned unless it has none here: who knows when that is done.
+        # A copy between tensors with gaps goes through memory that is not pinned, and would not be asynchronous.
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     strides = tensor.stride()
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
@@ -170,24 +170,24 @@ class _Transfer:
     """Copies tensors of one device to CPU memory.
 
     Args:
-        device: The tensors'.
-        rows: Where to, what, and whether on a stream of its own.
+        device: The device of the tensors.
+        rows: The buffer, the tensor, and whether to copy it on a separate stream.
     """
 
     def __init__(self, device: torch.device, rows: Sequence[tuple[Tensor, Tensor, bool]]) -> None:
         self._device = device
-        self._in_order = [to for to, _, aside in rows if not aside], [tensor for _, tensor, aside in rows if not aside]
-        self._aside = [to for to, _, aside in rows if aside], [tensor for _, tensor, aside in rows if aside]
-        # The thread sleeps until it happens, instead of keeping a core busy.
+        self._in_order = [to for to, _, own in rows if not own], [tensor for _, tensor, own in rows if not own]
+        self._overlapping = [to for to, _, own in rows if own], [tensor for _, tensor, own in rows if own]
+        # Blocking: the thread sleeps until the event, and does not keep a core busy.
         self._done = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
-        self._stream = torch.cuda.Stream(device) if self._aside[0] else None
+        self._stream = torch.cuda.Stream(device) if self._overlapping[0] else None
         if self._stream is not None:
-            for tensor in self._aside[1]:
-                tensor.record_stream(self._stream)  # the model may let it go while it is being copied
+            for tensor in self._overlapping[1]:
+                tensor.record_stream(self._stream)  # the model may free it while it is being copied
 
     @torch.no_grad()
     def start(self) -> None:
-        """Begin to copy. What is not copied aside is ordered against all that the device does next."""
+        """Begin to copy. Copies on the current stream come before everything that is queued on it later."""
         if self._done is None:
             torch._foreach_copy_(*self._in_order)
             return
@@ -197,7 +197,7 @@ class _Transfer:
         if self._stream is not None:
             self._stream.wait_event(self._done)
             with torch.cuda.stream(self._stream):
-                _copy_async(*self._aside)
+                _copy_async(*self._overlapping)
             self._done.record(self._stream)
 
     def wait(self) -> None:
@@ -206,7 +206,7 @@ class _Transfer:
             self._done.synchronize()
 
     def hold(self) -> None:
-        """Have the device wait until all is copied, before it does anything that it is told from now on."""
+        """Make the device finish the copy before everything that is queued on it from now on."""
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
 
@@ -220,12 +220,12 @@ _OVERLAPPING = WeakSet[_Transfer]()
 
 
 def hold_writes() -> None:
-    """Have devices wait until weights are copied, before what they are told from now on: it will change weights."""
+    """Make devices finish copies of weights before everything that is queued from now on: it will change weights."""
     for transfer in _OVERLAPPING:
         transfer.hold()
 
 
 @cache
 def _hold_steps() -> RemovableHandle:
-    """Do so before every step of every optimizer from now on. To ask whose weights it changes would cost more."""
+    """Do so before every step of every optimizer from now on. To check whose weights it changes would cost more."""
     return register_optimizer_step_pre_hook(lambda *_: hold_writes())

@@ -1,4 +1,4 @@
-"""What averaging would do with each tensor of a model, and why, before any training."""
+"""What averaging does with each tensor of a model, and why, before any training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from polyak.averaging.weights import check_layout
+from polyak.averaging.creation import check_layout
 from polyak.errors import PolyakError
 from polyak.tensors.slots import (
     Decision,
@@ -26,7 +26,7 @@ class Row:
     """What is done with one tensor.
 
     Args:
-        name: Canonical name.
+        name: Its canonical name.
         shape: Its shape.
         dtype: Its dtype.
         decision: ``"average"``, ``"copy"``, ``"leave"``, ``"shared"`` or ``"refused"``.
@@ -81,7 +81,7 @@ class Plan(Sequence[Row]):
 
 
 def plan(model: nn.Module, policy: PolicyRule = default_policy) -> Plan:
-    """Return what averaging a model would do with each of its tensors, and why.
+    """Return what averaging does with each tensor of a model, and why.
 
     Args:
         model: Wrapped or not.

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# What refers to nothing. Modules of Python are too many to walk; of those that code names, the named attributes are.
+# These refer to nothing. Python modules are too many to walk: only attributes that code names are followed.
 _ATOMIC: frozenset[type] = frozenset({
     NoneType, EllipsisType, bool, int, float, complex, str, bytes, range, CodeType, ModuleType, torch.Size,
     torch.device, torch.dtype, torch.layout, torch.memory_format,
 })  # fmt: skip
-# These serve the training: a view shares them, and nobody looks inside.
+# These serve the training: a view shares them, and they are not walked.
 _SERVING = (
     Optimizer, torch.optim.lr_scheduler.LRScheduler, DataLoader, Dataset, Sampler, logging.Logger, threading.Thread,
 )  # fmt: skip
@@ -48,7 +48,7 @@ def is_atomic(thing: object) -> bool:
 
 
 def serves_training(thing: object) -> bool:
-    """Return whether ``thing`` is an optimizer, a trainer, a loader, a thread, a logger or an object of polyak's.
+    """Return whether ``thing`` is an optimizer, a trainer, a loader, a thread, a logger or one of polyak's objects.
 
     Args:
         thing: Any.
@@ -64,7 +64,7 @@ def serves_training(thing: object) -> bool:
 
 @lru_cache(maxsize=4096)
 def _global_names(code: CodeType) -> frozenset[tuple[str, str | None]]:
-    """Return the globals that ``code`` reads, each with the attribute that it reads of it next."""
+    """Return the globals that ``code`` reads, each with the attribute that it reads next, if it does."""
     instructions = list(dis.get_instructions(code))
     found = set[tuple[str, str | None]]()
     for one, after in zip(instructions, [*instructions[1:], None], strict=True):
@@ -78,20 +78,20 @@ def _global_names(code: CodeType) -> frozenset[tuple[str, str | None]]:
 
 
 def _is_installed(namespace: dict[str, Any]) -> bool:
-    """Whether a module's code comes from a library, which was written and imported before any model was made."""
+    """Whether a module is part of a library, which was imported before any model was made."""
     file = namespace.get("__file__")
     return isinstance(file, str) and (file.startswith(_LIBRARIES) or "site-packages" in Path(file).parts)
 
 
 class References:
-    """All that is reached from a module, and what leads to what.
+    """All objects that are reached from a module, and the references between them.
 
     Args:
-        root: Where to begin.
-        stops: Ids of objects to go no further from.
+        root: The module to begin with.
+        stops: Ids of objects that are not walked.
 
     Attributes:
-        objects: What was reached, by id; this keeps it alive, so that ids stay unique.
+        objects: The objects by id. They stay alive, so that ids stay unique.
 
     Example:
         >>> inner = nn.Linear(1, 1)
@@ -108,7 +108,7 @@ class References:
         self.objects: dict[int, object] = {id(root): root}
         self._stops = frozenset(stops)
         self._parents: dict[int, list[int]] = {id(root): []}
-        self._attributes = dict[int, tuple[int, str]]()  # of which module and under which name a thing was found
+        self._attributes = dict[int, tuple[int, str]]()  # the module and the name of an attribute
         self._serving = dict[type, bool]()
         self._installed = dict[int, bool]()
         self._names = {id(module): name for name, module in root.named_modules()}
@@ -144,11 +144,11 @@ class References:
         return self._serving[kind]
 
     def leading_to(self, targets: Iterable[int], *, through: Iterable[int] = ()) -> set[int]:
-        """Return the ids of all from which one of the targets is reached, and the targets.
+        """Return the ids of all objects from which one of the targets is reached, and the targets.
 
         Args:
             targets: Ids.
-            through: Ids of objects that lead nowhere.
+            through: Ids of objects whose references are ignored.
         """
         closed = set(through)
         found = {key for key in targets if key in self._parents and key not in closed}
@@ -161,7 +161,7 @@ class References:
         return found
 
     def serving(self) -> set[int]:
-        """Return the ids of what serves the training: also of objects that hold an optimizer, as trainers do."""
+        """Return the ids of objects that serve the training, and of those that hold an optimizer, as trainers do."""
         served = {key for key, thing in self.objects.items() if self.serves(thing)}
         optimizers = [key for key in served if isinstance(self.objects[key], Optimizer)]
         if not optimizers:
@@ -171,7 +171,7 @@ class References:
         return served | self.leading_to(optimizers, through=computers)
 
     def where(self, key: int) -> str:
-        """Return the attribute under which an object was reached, with the name of its module, or the class.
+        """Return the attribute from which an object was reached, with the name of its module, or the class.
 
         Args:
             key: Its id.
@@ -192,17 +192,17 @@ class References:
         """Return the name of an attribute, with that of its module.
 
         Args:
-            module: Reached.
-            attribute: Of it.
+            module: A module that was reached.
+            attribute: The name of one of its attributes.
         """
         name = self._names.get(id(module), "")
         return f"{name}.{attribute}" if name else attribute
 
-    # What refers to what. Each child comes with its name where it is an attribute of a module.
+    # References. Each child comes with its name if it is an attribute of a module.
 
     def _children(self, thing: object) -> Iterator[tuple[str | None, object]]:
         kind = type(thing)
-        if kind in weakref.ProxyTypes:  # first: its `__class__` is that of what it stands for
+        if kind in weakref.ProxyTypes:  # first: its `__class__` is that of its referent
             yield None, referent(thing)
         elif isinstance(thing, nn.Module):
             yield from self._of_module(thing)
@@ -263,7 +263,7 @@ class References:
                 yield None, vars(module).get(attribute)
 
     def globals_of(self, function: FunctionType) -> dict[str, object]:
-        """Return the globals that a function of the model's author names; those of a library's know no model.
+        """Return the globals that a function names, unless it is a library's, which knows no model.
 
         Args:
             function: Any.
@@ -280,7 +280,7 @@ _NOT_RUN = {"__init__", "__new__", "__del__", "__init_subclass__", "__getstate__
 
 
 def referent(proxy: Any) -> object:
-    """Return what a weak proxy stands for, or None if that is gone.
+    """Return the referent of a weak proxy, or None if it is gone.
 
     Args:
         proxy: Made by ``weakref.proxy``.
@@ -298,7 +298,7 @@ def _function_of(value: object) -> FunctionType | None:
 
 
 def _is_patched(function: FunctionType) -> bool:
-    """Whether a library's method closes over a module, a tensor or a method: somebody has wrapped it since."""
+    """Whether a library's method closes over a module, a tensor or a method: it was wrapped after its import."""
     for cell in function.__closure__ or ():
         try:
             content = cell.cell_contents

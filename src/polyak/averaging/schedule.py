@@ -1,30 +1,74 @@
-"""When an average begins and is updated, and what can be said of that before a run."""
+"""When an average begins, when it is updated and how much of it each update keeps: plain numbers, without torch."""
 
 import math
-import warnings
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
 
-from polyak.errors import PlanWarning, ProfileError, TimeError
-from polyak.events import State, refuse_uncounted
-from polyak.profiles import HalfLife, Profile, Smoothing
+from polyak.errors import ProfileError, TimeError
+from polyak.profiles import HalfLife, Profile, Smoothing, named
 from polyak.time import Time, Timestamp, TimeUnit, as_span
+
+
+class Run(Protocol):
+    """What a schedule reads of a run: the clock and the length. Every ``State`` has both."""
+
+    @property
+    def timestamp(self) -> Timestamp:
+        """The current position in training."""
+        ...
+
+    @property
+    def max_duration(self) -> Time | None:
+        """The length of the run; None if it is not known."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """A unit of time that an argument needs the loop to count.
+
+    Args:
+        argument: The argument as it was given, for errors.
+        unit: The unit.
+        fractions: Whether fractions of an epoch matter.
+        of_profile: Whether the argument is the profile.
+    """
+
+    argument: str
+    unit: TimeUnit
+    fractions: bool = False
+    of_profile: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """When averaging begins, the time between updates, and how much of the average each of them keeps.
+    """When averaging begins, the time between updates, and how much of the average each update keeps.
 
     Args:
         start: How much training comes before averaging.
         interval: The time between updates.
-        profile: What decides on the decay.
+        profile: Decides on the decay.
+
+    Attributes:
+        unit: The unit of the profile's clock; None if it counts updates.
+        by_epoch: Whether updates are due at the ends of epochs, and not at the ends of batches.
+
+    Example:
+        >>> schedule = Schedule(Time(0, "ba"), Time(1, "ba"), HalfLife("10ba"))
+        >>> schedule.smoothing == 2 ** -0.1
+        True
     """
 
     start: Time
     interval: Time
     profile: Profile
+    unit: TimeUnit | None = field(init=False, repr=False)
+    by_epoch: bool = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unit", self.profile.unit)
+        object.__setattr__(self, "by_epoch", self.interval.unit is TimeUnit.EPOCH)
 
     @classmethod
     def of(
@@ -36,18 +80,18 @@ class Schedule:
         ema_start: str | Time,
         update_interval: str | Time | None,
     ) -> Self:
-        """Return the schedule that the arguments of ``EMA`` ask for.
+        """Return the schedule that the arguments of ``EMA`` describe.
 
         Args:
             half_life: One of the three that decide on the decay.
             smoothing: One of the three.
             profile: One of the three.
-            ema_start: As of ``EMA``.
-            update_interval: As of ``EMA``.
+            ema_start: As for ``EMA``.
+            update_interval: As for ``EMA``.
 
         Raises:
-            TimeError: If a time cannot be read, or has a value that makes no sense.
-            ProfileError: If not exactly one of the three is given, or it is none that can be followed online.
+            TimeError: If a time cannot be read or is out of range.
+            ProfileError: If not exactly one of the three is given, or one buffer cannot follow the profile.
         """
         given = {"half_life": half_life, "smoothing": smoothing, "profile": profile}
         if sum(value is not None for value in given.values()) != 1:
@@ -67,193 +111,168 @@ class Schedule:
 
     @property
     def smoothing(self) -> float | None:
-        """The share of the average that one update keeps, or None where it depends on what elapses."""
-        if isinstance(self.profile, Smoothing):
-            return self.profile.value
-        if isinstance(self.profile, HalfLife) and self.profile.unit is self.interval.unit:
-            return None if self.profile.unbiased else self.profile.decay(0, float(self.interval))
-        return None
+        """The share of the average that every update keeps; None if it depends on the elapsed time."""
+        if not named(self.profile).constant or self.unit not in {None, self.interval.unit}:
+            return None
+        return self.profile.decay(0, 1 if self.unit is None else float(self.interval))
 
     @property
     def units(self) -> set[TimeUnit]:
-        """The units that it depends on."""
-        units = {self.interval.unit, self.start.unit if self.start.value else None, self.profile.unit}
-        return {unit for unit in units if unit is not None}
+        """The units that the schedule depends on."""
+        return {requirement.unit for requirement in self.requirements()}
+
+    def requirements(self) -> Iterator[Requirement]:
+        """Yield the units that the loop must count, each with the argument that needs it."""
+        yield Requirement(f"update_interval='{self.interval}'", self.interval.unit)
+        # If updates are due at the ends of epochs, only full epochs matter.
+        if self.start.value:
+            fractions = not self.by_epoch and not isinstance(self.start.value, int)
+            yield Requirement(f"ema_start='{self.start}'", self.start.unit, fractions)
+        if self.unit is not None:
+            yield Requirement(named(self.profile).argument, self.unit, not self.by_epoch, of_profile=True)
 
     def counts_seconds(self, max_duration: Time | None) -> bool:
-        """Return whether it depends on wall clocks.
+        """Return whether the schedule depends on wall-clock time.
 
         Args:
             max_duration: The length of the run; None if it is not known.
         """
-        of_run = max_duration is None or max_duration.unit is TimeUnit.SECOND
-        return TimeUnit.SECOND in self.units or (TimeUnit.DURATION in self.units and of_run)
+        by_clock = max_duration is None or max_duration.unit is TimeUnit.SECOND
+        return TimeUnit.SECOND in self.units or (TimeUnit.DURATION in self.units and by_clock)
 
-    def refuse_uncounted(self, state: State, counted: Collection[TimeUnit]) -> None:
-        """Refuse times that the loop does not count; see ``Algorithm``.
-
-        Args:
-            state: What is known of the run.
-            counted: Units that the loop counts.
-
-        Raises:
-            TimeError: If there are any.
-            ProfileError: If they are those of the profile.
-        """
-        # Where updates are at the ends of epochs, only full ones matter.
-        parts = self.interval.unit is not TimeUnit.EPOCH
-        refuse_uncounted(f"update_interval='{self.interval}'", self.interval.unit, state, counted)
-        if self.start.value:
-            part = parts and not isinstance(self.start.value, int) and self.start.unit is TimeUnit.EPOCH
-            refuse_uncounted(f"ema_start='{self.start}'", self.start.unit, state, counted, fractions=part)
-        if self.profile.unit is None:
-            return
-        given = f"profile={self.profile!r}"
-        if isinstance(self.profile, HalfLife):
-            given = f"half_life='{self.profile.span}'"
-        try:
-            refuse_uncounted(given, self.profile.unit, state, counted, fractions=parts)
-        except TimeError as error:
-            if self.profile.unit is TimeUnit.DURATION and state.max_duration is None:
-                raise
-            raise ProfileError(str(error)) from None
-
-    def warn(self, state: State) -> None:
-        """Warn if, by what is known of the run, averaging never starts or never forgets the first weights.
+    def may_start(self, run: Run) -> bool:
+        """Return whether averaging may begin: a batch has been trained, and ``start`` has been reached.
 
         Args:
-            state: Where the run begins.
+            run: The run as it is now.
         """
-        end, first = convert(state.max_duration, TimeUnit.BATCH, state), self.first_update(state)
-        if end is None or first is None or end <= float(state.timestamp.batch):
-            return
-        if first >= end:
-            when = "never starts" if first > end else "starts only where the run ends"
-            warnings.warn(
-                f"averaging {when}: its first update is at {first:g}ba (ema_start='{self.start}', "
-                f"update_interval='{self.interval}') and the run ends at {end:g}ba",
-                PlanWarning,
-                stacklevel=3,
-            )
-            return
-        share = self.share_of_first_weights(state, first, end)
-        if share is not None and share > 0.5:
-            warnings.warn(
-                f"the first weights will still be {share:.1%} of the average at the end of the run (averaging from "
-                f"{first:g}ba to {end:g}ba by {self.profile!r}); take a shorter half-life, or "
-                "EMA(profile=HalfLife(..., unbiased=True)), which forgets them",
-                PlanWarning,
-                stacklevel=3,
-            )
+        timestamp, unit = run.timestamp, self.start.unit
+        if timestamp.batch.value == 0:
+            return False  # mixed precision has skipped every step so far
+        if unit is TimeUnit.DURATION and run.max_duration is None:
+            return not self.start.value
+        return timestamp.elapsed(unit, run.max_duration) >= self.start.value
 
-    def first_update(self, state: State) -> float | None:
-        """Return the batch of the first update event at or past the start; None if it cannot be known.
+    def is_due(self, updated_at: Timestamp | None, run: Run) -> bool:
+        """Return whether an interval has ended since the last update.
 
         Args:
-            state: What is known of the run.
+            updated_at: The last update. None if it is not known, as for an average that the user has set in a loop
+                without FIT_START; then an update is due at every multiple of the interval.
+            run: The run as it is now.
         """
-        start = convert(self.start, TimeUnit.BATCH, state)
-        if self.interval.unit is TimeUnit.EPOCH:
-            epoch = state.timestamp.epoch_length
-            return None if start is None or epoch is None else max(1, math.ceil(start / epoch - 1e-9)) * float(epoch)
-        return None if start is None else max(1.0, math.ceil(start - 1e-9))
-
-    def share_of_first_weights(self, state: State, first: float, end: float) -> float | None:
-        """Return how much of the average at the end the first weights are; None if it is not known, or as asked for.
-
-        Args:
-            state: What is known of the run.
-            first: The batch of the first update.
-            end: The last batch.
-        """
-        if isinstance(self.profile, HalfLife) and math.isinf(self.profile.span.value):
-            return None
-        interval = convert(self.interval, TimeUnit.BATCH, state)
-        if interval is None:
-            return None
-        updates = end // interval - first // interval
-        if self.profile.unit is None:
-            return self.profile.decay(0, updates)
-        origin = 0.0 if self.start.value == 0 else first
-        last = end // interval * interval if updates else first
-        moments = [convert(Time(t, TimeUnit.BATCH), self.profile.unit, state) for t in (origin, first, last)]
-        known = [moment for moment in moments if moment is not None]
-        if len(known) < len(moments):
-            return None
-        return self.profile.decay(known[1] - known[0], known[2] - known[0])
-
-    def share_kept(self, origin: Timestamp, updated_at: Timestamp | None, state: State) -> float:
-        """Return how much of the average an update keeps by what elapsed; without a moment before, one interval did.
-
-        Args:
-            origin: Where the profile's clock began.
-            updated_at: When the last update was, if that is known.
-            state: Now.
-
-        Raises:
-            TimeError: If no time has passed, or it cannot be known how much.
-        """
-        unit, run = self.profile.unit, state.max_duration
-        assert unit is not None
-        start, now = origin.elapsed(unit, run), state.timestamp.elapsed(unit, run)
+        interval, length, now = self.interval, run.max_duration, run.timestamp
         if updated_at is None:
-            interval = convert(self.interval, unit, state)
-            if interval is None:
-                raise TimeError(
-                    f"the length of an interval must be known in {unit} for an update whose last one is not known (got "
-                    f"update_interval='{self.interval}'); set state.max_duration and the timestamp's epoch_length"
-                )
+            return now.elapsed(interval.unit, length) % interval.value == 0
+        return now.intervals(interval, length) > updated_at.intervals(interval, length)
+
+    def origin(self, now: Timestamp) -> Timestamp:
+        """Return where the profile's clock begins if averaging begins now: at ``start``, which may be earlier.
+
+        So the first weights count for the time that they stand for.
+
+        Args:
+            now: The first update event at or after ``start``.
+        """
+        if self.start.value == 0:
+            return Timestamp()
+        return now if self.start.unit is TimeUnit.DURATION else now.with_counter(self.start)
+
+    def decay(self, origin: Timestamp, updated_at: Timestamp | None, run: Run) -> float:
+        """Return the share of the average that an update keeps, by the time since the last update.
+
+        Args:
+            origin: The start of the profile's clock.
+            updated_at: The last update. None if it is not known: then one interval has elapsed.
+            run: The run as it is now.
+
+        Raises:
+            TimeError: If no time has elapsed, or the elapsed time cannot be known.
+        """
+        unit, length, timestamp = self.unit, run.max_duration, run.timestamp
+        assert unit is not None
+        start, now = origin.elapsed(unit, length), timestamp.elapsed(unit, length)
+        if updated_at is None:
+            interval = self._interval_in(unit, run)
             now = max(now - start, interval)
             return self.profile.decay(now - interval, now)
-        last = updated_at.elapsed(unit, run)
-        if now <= last and state.timestamp.intervals(self.interval, run) <= updated_at.intervals(self.interval, run):
+        last = updated_at.elapsed(unit, length)
+        if now <= last and not self.is_due(updated_at, run):
             raise TimeError(
-                f"time must have passed since the last update (it was at {_moment(updated_at)}, and now it is "
-                f"{_moment(state.timestamp)}); set state.timestamp = state.timestamp.to_next_batch()"
+                f"time must have passed since the last update (it was at {_moment(updated_at)}, now is "
+                f"{_moment(timestamp)}); set state.timestamp = state.timestamp.to_next_batch()"
             )
         return self.profile.decay(max(0.0, last - start), max(0.0, now - start))
 
-    def last_interval(self, state: State) -> Timestamp:
-        """Return where an interval last ended.
+    def _interval_in(self, unit: TimeUnit, run: Run) -> float:
+        interval = convert(self.interval, unit, run)
+        if interval is None:
+            raise TimeError(
+                f"the interval must be known in {unit} for the first update of an average that was set (got "
+                f"update_interval='{self.interval}'); set state.max_duration and the timestamp's epoch_length"
+            )
+        return interval
+
+    def check_clock(self, run: Run) -> None:
+        """Check that the loop counts the profile's unit, at the first update.
 
         Args:
-            state: Now.
+            run: The run as it is now.
+
+        Raises:
+            ProfileError: If it does not.
+        """
+        unit, now = self.unit, run.timestamp
+        if unit is None:
+            return
+        epochs_only = not self.by_epoch and now.epoch_length is None
+        if now.elapsed(unit, run.max_duration) == 0 or (unit is TimeUnit.EPOCH and epochs_only):
+            raise ProfileError(
+                f"the loop must count {unit} for {self.profile!r} (after {now.batch} it has counted none); set it to "
+                "count them (epochs need the number of batches in one), or use a profile in ba"
+            )
+
+    def last_interval(self, now: Timestamp) -> Timestamp:
+        """Return where the last interval ended.
+
+        Args:
+            now: The current position in training.
         """
         unit, interval = self.interval.unit, self.interval.value
         if unit is TimeUnit.DURATION:
-            return state.timestamp
-        return state.timestamp.with_counter(Time(state.timestamp.get(unit).value // interval * interval, unit))
+            return now
+        return now.with_counter(Time(now.get(unit).value // interval * interval, unit))
 
 
 def _check_profile(profile: Any) -> None:
     if isinstance(profile, type) or not all(hasattr(profile, name) for name in ("decay", "recursive", "unit")):
         raise ProfileError(
-            f"profile must be an instance of a profile, such as HalfLife('1000ba') (got {profile!r}); half-lives and "
-            "smoothing have arguments of their own"
+            f"profile must be an instance of a profile, such as HalfLife('1000ba') (got {profile!r}); a half-life or a "
+            "smoothing goes into the argument of that name"
         )
     if not profile.recursive:
         raise ProfileError(
-            f"one buffer must be able to follow the profile, and {profile!r} it cannot: what leaves the window "
-            "would have to be forgotten; record the run and take this average from the record, or use HalfLife"
+            f"one buffer must be able to follow the profile (got {profile!r}, which forgets what leaves its window); "
+            "record the run and take this average from the record, or use HalfLife"
         )
 
 
-def convert(time: Time | None, unit: TimeUnit, state: State) -> float | None:
-    """Return a moment of the run in another unit; None if what is known of the run does not allow that.
+def convert(time: Time | None, unit: TimeUnit, run: Run) -> float | None:
+    """Return a time in another unit; None if the run does not say how.
 
     Args:
-        time: The moment.
-        unit: Any.
-        state: What is known of the run.
+        time: Any time.
+        unit: Any unit.
+        run: Has the length of an epoch and of the run, if they are known.
     """
     if time is None or time.unit is unit:
         return None if time is None else float(time)
     if time.value == 0:
         return 0.0
-    batches = _in_batches(time, state)
+    batches = _in_batches(time, run)
     if batches is None or unit is TimeUnit.BATCH:
         return batches
-    one = _in_batches(Time(1, unit), state)
+    one = _in_batches(Time(1, unit), run)
     return batches / one if one else None
 
 
@@ -261,12 +280,13 @@ def _moment(timestamp: Timestamp) -> str:
     return f"{timestamp.batch}, {timestamp.epoch}"
 
 
-def _in_batches(time: Time, state: State) -> float | None:
+def _in_batches(time: Time, run: Run) -> float | None:
+    length, whole = run.timestamp.epoch_length, run.max_duration
     if time.unit is TimeUnit.BATCH:
         return float(time)
-    if time.unit is TimeUnit.EPOCH and state.timestamp.epoch_length:
-        return time.value * state.timestamp.epoch_length
-    if time.unit is TimeUnit.DURATION and state.max_duration and state.max_duration.unit is not TimeUnit.DURATION:
-        run = _in_batches(state.max_duration, state)
-        return None if run is None else time.value * run
+    if time.unit is TimeUnit.EPOCH and length:
+        return time.value * length
+    if time.unit is TimeUnit.DURATION and whole and whole.unit is not TimeUnit.DURATION:
+        batches = _in_batches(whole, run)
+        return None if batches is None else time.value * batches
     return None

@@ -1,13 +1,90 @@
-"""The states of averages: checked, copied, and fitted to a model with other names."""
+"""The state of an ``EMA``: taken, checked, loaded, copied, and fitted to a model with other names."""
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from polyak.averaging.agreement import refuse_unsynchronized
+from polyak.compat.composer import from_composer
 from polyak.errors import CheckpointError, PlanWarning
+from polyak.sharding import is_initialized
 from polyak.tensors.slots import slots
+
+if TYPE_CHECKING:
+    from polyak.averaging.online import OnlineAverage
+
+# What the state of the averaged tensors has under the same names in the state of an EMA.
+_SAME = ("num_updates", "num_quarantined", "copied", "waiting", "dtype")
+
+
+def state_of(average: "OnlineAverage") -> dict[str, Any]:
+    """Return all that a resumed run depends on, as tensors, numbers, strings and dicts.
+
+    Args:
+        average: The average, begun or not.
+    """
+    if average.model is None and average.pending is not None:
+        return dict(average.pending[0])
+    active, shadow, model = average.active, average.shadow, average.model
+    state: dict[str, Any] = {"repr": average.name, "polyak": 1, "ema_started": average.started, "lent": active}
+    if shadow is None and model is not None and is_initialized():
+        shadow = average.new_shadow(model)  # `torch.distributed.checkpoint` loads into the entries that are there
+    if shadow is None or model is None:
+        return state
+    refuse_unsynchronized(average.ranks, model, average.settings.policy)
+    if average.ranks is not None and not average.ranks.replicas and not active:
+        average.agree(shadow)
+    saved = shadow.state_dict()
+    state |= {"ema_model": saved["averages"], **{name: saved[name] for name in _SAME}, **average.progress.state_dict()}
+    if active:
+        state["training_model"] = saved["training"]
+    return state
+
+
+def load(average: "OnlineAverage", state: Mapping[str, Any], strict: bool = True) -> None:
+    """Resume from a state of an EMA, of polyak or Composer; before the model is known, keep it until then.
+
+    Args:
+        average: The average, begun or not.
+        state: As saved.
+        strict: Whether all names must match the model's.
+
+    Raises:
+        CheckpointError: If it is not such a state.
+        MismatchError: If names or shapes differ from the model's.
+    """
+    check_state(state)
+    if average.model is None:
+        average.pending, average.given = (state, bool(strict)), None
+        return
+    average.given = None
+    if "polyak" not in state:
+        state = from_composer(state, average.model, average.settings.policy)
+    elif state["repr"] != average.name:
+        warnings.warn(
+            f"the run was averaged so far by {state['repr']} and continues with {average.name}",
+            PlanWarning,
+            stacklevel=3,
+        )
+    if not state["ema_started"]:
+        average.shadow = None
+        return
+    if state.get("lent") and "training_model" not in state:
+        raise CheckpointError(
+            "a state that was taken while the model held the average must have the training weights (it has no "
+            "training_model); save what state_dict() returns as it is"
+        )
+    shadow = average.shadow or average.new_shadow(average.model)
+    averages, training = state["ema_model"], state.get("training_model")
+    if not strict:
+        averages, training = fitted(average.model, shadow.averages, averages, training)
+    same = {name: state.get(name) for name in _SAME}
+    shadow.load_state_dict({"averages": averages, "training": training, **same})
+    average.shadow = shadow
+    average.progress.load_state_dict(state)
+    average.quarantine_warned = shadow.num_quarantined
 
 
 def check_state(state: Any) -> None:
@@ -17,7 +94,7 @@ def check_state(state: Any) -> None:
         state: Any object.
 
     Raises:
-        CheckpointError: If it is not, or not complete.
+        CheckpointError: If it is not, or is incomplete.
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(
@@ -38,11 +115,11 @@ def check_state(state: Any) -> None:
 
 
 def cloned(state: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:
-    """Return a state whose tensors have memory of their own.
+    """Return a copy of a state, with copies of its tensors.
 
     Args:
         state: Tensors, mappings of tensors, and plain values.
-        device: Of the copies; None stands for each tensor's own.
+        device: The device of the copies; None for each tensor's own.
     """
     copies = dict[str, Any]()
     for name, value in state.items():
@@ -59,13 +136,13 @@ def fitted(
     averages: Mapping[str, Tensor],
     training: Mapping[str, Tensor] | None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Return saved averages and training weights under the names of a model, with a warning that lists what differs.
+    """Return saved averages and training weights under a model's names; warn with a list of the differences.
 
     Args:
         model: The model in training.
-        held: The averages that it has so far, which stand for what is missing.
-        averages: As saved.
-        training: As saved, if they were.
+        held: The averages that it has so far, which replace what is missing.
+        averages: The saved averages.
+        training: The saved training weights, if there are any.
     """
     own = {slot.name: slot.tensor.detach() for slot in slots(model)}
     missing, unexpected = held.keys() - averages.keys(), averages.keys() - own.keys() - held.keys()
@@ -74,7 +151,7 @@ def fitted(
             "the saved average does not have the names of the model, and was loaded with strict=False: missing, and "
             f"left as it was: {sorted(missing)}; unexpected, and left out: {sorted(unexpected)}",
             PlanWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     fitting = {name: tensor for name, tensor in averages.items() if name not in unexpected}
     fitting |= {name: held[name] for name in missing}

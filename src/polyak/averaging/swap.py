@@ -1,38 +1,34 @@
-"""The average in the model, and the training weights until they are restored.
+"""A swap: the average in the model, and the training weights until they are restored.
 
-A swap that was begun ends, whatever happens: an exception, an interrupt at any line, a tensor that was moved. One flag
-says whether it is under way; what an interrupt has left half done is put right by whoever asks next. All tensors here
-are detached, in place of `torch.no_grad`: an interrupt in its exit would leave gradients switched off.
+A swap that was begun ends, whatever happens: an exception, an interrupt at any line, a tensor that was moved. One phase
+says how far it is; the next reader completes what an interrupt has left half done. All tensors here are detached,
+instead of `torch.no_grad`: an interrupt in its exit would leave gradients switched off.
 """
 
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from enum import Enum
-from itertools import accumulate, compress
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from polyak import sharding
+from polyak import kernels, sharding
+from polyak.averaging.buffers import Buffer, kept_names
+from polyak.averaging.changes import report_changed, warn_of_gradients
 from polyak.averaging.gradients import Gradients
 from polyak.averaging.offload import hold_writes
 from polyak.errors import LoanError, PlanWarning
-from polyak.kernels import Exchange, checksums
 from polyak.sharding import is_spread, local, rows
 from polyak.tensors import memory, optimizers
 from polyak.tensors.slots import Slot, all_slots, unwrap
 
-# Buffers that no average takes in, such as caches of keys and values, are kept during a swap, the smallest first, up to
-# this size in all. Larger ones must not change.
-_KEPT_BYTES = 1 << 26
-
 
 class Phase(Enum):
-    """Where the average is: only in OUT are all training weights in the model."""
+    """How far a swap is: only in OUT, all training weights are in the model."""
 
     OUT = "out"
     ENTERING = "entering"
@@ -40,52 +36,24 @@ class Phase(Enum):
     LEAVING = "leaving"
 
 
-@dataclass(slots=True)
-class _Buffer:
-    """A buffer of the model, and what it held before the swap, if that is kept."""
-
-    slot: Slot
-    tensor: Tensor
-    alias: Tensor
-    before: Tensor | None
-
-    def restore(self, *, moved: bool) -> None:
-        """Give the buffer its value again, also if an evaluation has replaced it by another tensor.
-
-        Args:
-            moved: Whether the model is on another device or of another dtype by now, and with it the buffer.
-        """
-        if self.before is not None and not _equal(self.alias, self.before):
-            memory.write_(self.alias, self.before)
-        held, name = self.slot.owner._buffers, self.slot.attribute  # noqa: SLF001
-        now = held[name] if name in held else None  # noqa: SIM401  a scripted module has no `get`
-        if now is self.tensor:
-            return
-        alike = now is not None and (now.device, now.dtype) == (self.tensor.device, self.tensor.dtype)
-        if now is None or not moved or alike or now.is_inference() or now.shape != self.tensor.shape:
-            held[name] = self.tensor
-        elif self.before is not None:
-            memory.write_(now, self.before)
-
-
 class Swap:
     """Puts averages into a model and restores the training weights, bit for bit.
 
-    Parameters of one dtype and device are exchanged with their averages in place, which takes no memory. Otherwise, and
-    if the averages must stay where they are, the model's own bits are copied to a backup. Buffers always have one,
-    since an evaluation may change them. Nothing else may change: that is checked by sums of bits.
+    Parameters with the dtype and device of their averages are exchanged with them in place, which takes no memory.
+    Otherwise, and if the averages must stay where they are, the model's own bits are copied to a backup. Buffers always
+    have a backup, since an evaluation may change them. Nothing else may change: sums of bits check that.
 
     Args:
-        model: Unwrapped.
-        slots: Where averages go.
-        averages: What goes there.
-        left: The other tensors of the model.
-        views: Buffers over the memory of others, which are swapped with them.
+        model: The model, unwrapped.
+        slots: The places in the model of the tensors that have an average.
+        averages: Their averages.
+        left: The places of the other tensors.
+        views: The places of buffers over the memory of others, which are swapped with them.
         keep_averages: Whether the averages must stay where they are, because somebody else reads them.
 
     Attributes:
-        holder: Who has swapped, to name it in errors.
-        scope: While this object is alive the swap is wanted; None if it ends by a call only.
+        owner: Who has swapped, to name it in errors.
+        scope: The swap ends when this object is gone; None if only a call ends it.
     """
 
     def __init__(
@@ -98,24 +66,26 @@ class Swap:
         *,
         keep_averages: bool,
     ) -> None:
-        self.holder = ""
+        self.owner = ""
         self.scope: Callable[[], object] | None = None
         self.phase = Phase.OUT
         self.model, self._slots, self._averages = model, slots, averages
         self._lock = threading.RLock()
         # Aliases, so that this memory stays where it is, whatever becomes of the model.
         self._tensors = [rows(slot.tensor, a).detach() for slot, a in zip(slots, averages, strict=True)]
-        self._parts = [local(a) for a in averages]
+        self._shards = [local(a) for a in averages]
         self._exchanged = [
             slot.is_parameter and not keep_averages and _exchangeable(t, a)
-            for slot, t, a in zip(slots, self._tensors, self._parts, strict=True)
+            for slot, t, a in zip(slots, self._tensors, self._shards, strict=True)
         ]
-        self._exchange = Exchange(*(list(compress(side, self._exchanged)) for side in (self._tensors, self._parts)))
+        self._exchange = kernels.swap(
+            *(list(compress(side, self._exchanged)) for side in (self._tensors, self._shards))
+        )
         self._backup = dict[int, Tensor]()  # by number of the slot
-        self._buffers = list[_Buffer]()
+        self._buffers = list[Buffer]()
         self._left = [slot for slot in left if not slot.is_parameter]
         self._views = views
-        self._kept = _kept(self._left)
+        self._kept = kept_names(self._left)
         watched = [slot for slot in left if slot.is_parameter or slot.name not in self._kept]
         self._watched = [(s.name, memory.compact(local(s.tensor).detach())) for s in watched if _has_bits(s.tensor)]
         self._sums: list[int] | None = None
@@ -124,47 +94,49 @@ class Swap:
         self.parameters = {id(slot.tensor) for slot, _, _ in self._places}
         self._gradients: Gradients | None = None
         self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
-        # Where the average is divided over ranks and the model is not.
-        self._divided = [slot for slot, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(slot.tensor)]
+        # Those whose average is sharded over ranks and which are not.
+        self._gathered = [
+            slot for slot, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(slot.tensor)
+        ]
         self._mesh = next((a.device_mesh for a in averages if is_spread(a)), None)
 
     @property
     def active(self) -> bool:
-        """Whether the model does not hold its training weights. What an interrupt has left half done ends now."""
+        """Whether the model does not hold its training weights. A swap that was left half done ends now."""
         self.settle()
         return self.phase is not Phase.OUT
 
-    def begin(self, holder: str) -> None:
+    def begin(self, owner: str) -> None:
         """Put the average in the model. After an error or an interrupt ``end`` restores what was changed.
 
         Args:
-            holder: Who swaps.
+            owner: Who swaps.
         """
         with self._lock:
             hold_writes()
-            self.holder = holder
-            # What can run out of memory comes before any change. An average that is on another device is there for
-            # want of room on this one.
-            for i, (slot, tensor, part) in enumerate(zip(self._slots, self._tensors, self._parts, strict=True)):
+            self.owner = owner
+            # All allocations come before any change. A backup is on the device of the average: if that is another
+            # one, the model's has no room for it.
+            for i, (slot, tensor, shard) in enumerate(zip(self._slots, self._tensors, self._shards, strict=True)):
                 if not slot.is_parameter:
-                    self._buffers.append(_Buffer(slot, slot.tensor, tensor, tensor.clone()))
+                    self._buffers.append(Buffer(slot, slot.tensor, tensor, tensor.clone()))
                 elif not self._exchanged[i]:
-                    self._backup[i] = tensor.to(part.device, copy=True)
+                    self._backup[i] = tensor.to(shard.device, copy=True)
             for slot in self._left:
                 alias = local(slot.tensor).detach()
                 before = alias.clone() if slot.name in self._kept else None
-                self._buffers.append(_Buffer(slot, slot.tensor, alias, before))
+                self._buffers.append(Buffer(slot, slot.tensor, alias, before))
             for slot in self._views:
-                self._buffers.append(_Buffer(slot, slot.tensor, local(slot.tensor).detach(), None))
+                self._buffers.append(Buffer(slot, slot.tensor, local(slot.tensor).detach(), None))
             self._gradients = Gradients({slot.name: slot.tensor for slot, _, _ in self._places})
             _SWAPS[id(self.model)] = self
             self.phase = Phase.ENTERING
             self._exchange.forward()
-            for i, (tensor, part) in enumerate(zip(self._tensors, self._parts, strict=True)):
+            for i, (tensor, shard) in enumerate(zip(self._tensors, self._shards, strict=True)):
                 if not self._exchanged[i]:
-                    memory.write_(tensor, part)
+                    memory.write_(tensor, shard)
             self._gather()
-            self._sums = checksums(self._all_watched())
+            self._sums = kernels.checksums(self._all_watched())
             self.phase = Phase.IN
 
     def end(self) -> None:
@@ -181,11 +153,11 @@ class Swap:
                 self._note_changes(self._sums)
                 self._sums = None
             self.phase = Phase.LEAVING
-            # Twice, since what fails for want of memory may succeed a moment later.
+            # Twice, since an allocation that fails may succeed a moment later.
             failures = self._restore() and self._restore()
             exchanged = (slot.name for slot in compress(self._slots, self._exchanged))
             changed = self._changed + list(compress(exchanged, self._exchange.changed))
-            graded = self._gradients.put_back() if self._gradients is not None else []
+            graded = self._gradients.restore() if self._gradients is not None else []
             self.phase = Phase.OUT
             _SWAPS.pop(id(self.model), None)
             self._backup.clear()
@@ -193,41 +165,41 @@ class Swap:
             self._changed.clear()
             self._gradients = None
         if graded:
-            warnings.warn(_about_gradients(graded, self.holder), PlanWarning, stacklevel=3)
+            warn_of_gradients(graded, self.owner)
         if failures:
             raise LoanError(
                 f"training weights must be restored after a swap, and {failures[0][0]!r} could not be "
                 f"({failures[0][1]}; {len(failures)} in all): load a checkpoint"
             ) from failures[0][1]
         if changed:
-            _report_changed(changed, self.holder)
+            report_changed(changed, self.owner)
 
     def _note_changes(self, before: Sequence[int]) -> None:
         names = [*self._backup_names(), *(name for name, _ in self._watched)]
         try:
-            sums = checksums(self._all_watched())
-        except Exception:  # to restore the weights matters more than to know whether they changed
+            sums = kernels.checksums(self._all_watched())
+        except Exception:  # restoring the weights matters more than knowing whether they changed
             return
         self._changed = [name for name, now, then in zip(names, sums, before, strict=True) if now != then]
 
     def settle(self) -> None:
-        """End the swap if an interrupt has left it half done, or if nobody wants it any more.
+        """End the swap if an interrupt has left it half done, or its scope is gone.
 
         Raises:
-            LoanError: If weights are being exchanged at this very moment, and a signal's handler asks.
+            LoanError: If a signal handler asks while weights are being exchanged.
         """
         if self.phase in (Phase.ENTERING, Phase.LEAVING):
             if self._is_running():
                 raise LoanError(
-                    f"weights are exchanged by {self.holder} at this moment: a signal's handler must only note that it "
-                    "was called; save or evaluate after the step"
+                    f"a signal handler must not use weights while {self.owner} exchanges them; only note in it that "
+                    "the signal came, and save or evaluate after the step"
                 )
             with self._lock:
                 if self.phase in (Phase.ENTERING, Phase.LEAVING):
                     self.end()
         elif self.phase is Phase.IN and self.scope is not None and self.scope() is None:
             warnings.warn(
-                f"the swap by {self.holder} was left without its end, by an interrupt perhaps: the training weights "
+                f"the swap by {self.owner} was left without its end, perhaps by an interrupt: the training weights "
                 "are restored now",
                 PlanWarning,
                 stacklevel=3,
@@ -244,7 +216,7 @@ class Swap:
         return False
 
     def averages(self) -> dict[str, Tensor]:
-        """Return by name where the average is now."""
+        """Return the averages by name, wherever they are now."""
         swapped = self.active
         found = zip(self._slots, self._averages, self._tensors, self._exchanged, strict=True)
         return {s.name: sharding.beside(a, t) if swapped and exchanged else a for s, a, t, exchanged in found}
@@ -266,13 +238,13 @@ class Swap:
         return [memory.compact(self._tensors[i]) for i in self._backup] + [tensor for _, tensor in self._watched]
 
     def _restore(self) -> list[tuple[str, Exception]]:
-        """Restore all that can be, and return what could not be, with its error."""
+        """Restore all tensors that can be; return those that cannot, each with its error."""
         failures = list[tuple[str, Exception]]()
 
         def attempt(name: str, act: Callable[[], object]) -> None:
             try:
                 act()
-            except Exception as error:  # whatever it is, the other tensors are to be restored
+            except Exception as error:  # the other tensors must be restored, whatever it is
                 failures.append((name, error))
 
         attempt("the exchanged parameters", self._exchange.back)
@@ -281,7 +253,7 @@ class Swap:
         attempt("the shards", self._reshard)
         for slot, tensor, average in zip(self._slots, self._tensors, self._averages, strict=True):
             if slot.is_parameter:
-                # It may have been moved, or replaced, while it held the average.
+                # It may have been moved or replaced while it held the average.
                 attempt(slot.name, lambda slot=slot, tensor=tensor, average=average: _follow(slot, tensor, average))
         modules = set(self.model.modules())
         for slot in self._slots:
@@ -293,12 +265,12 @@ class Swap:
         return failures
 
     def _gather(self) -> None:
-        """Let every rank have all rows where the average is divided and the model is not."""
-        if self._divided and self._mesh is not None:
-            sharding.gather([slot.tensor for slot in self._divided], self._mesh)
+        """Give every rank all rows of tensors whose average is sharded and which are not."""
+        if self._gathered and self._mesh is not None:
+            sharding.gather([slot.tensor for slot in self._gathered], self._mesh)
 
     def _reshard(self) -> None:
-        """Let no module hold full tensors that were gathered from averaged shards."""
+        """Reshard, so that no module holds full tensors that were gathered from averaged shards."""
         if self._sharded:
             sharding.reshard(self.model)
             if not all(is_spread(slot.tensor) for slot in self._sharded):
@@ -309,7 +281,7 @@ _SWAPS = dict[int, Swap]()  # by id of the model, which its swap keeps alive
 
 
 def swap_of(model: nn.Module) -> Swap | None:
-    """Return the swap that holds a model's training weights, if any. One that nobody wants any more ends now.
+    """Return the swap that keeps a model's training weights, if there is one. One whose scope is gone ends now.
 
     Args:
         model: Wrapped or not.
@@ -321,24 +293,34 @@ def swap_of(model: nn.Module) -> Swap | None:
     return swap if swap is not None and swap.active else None
 
 
+def refuse_second_swap(model: nn.Module, owner: str) -> None:
+    """Refuse to swap an average into a model that holds one already.
+
+    Args:
+        model: Wrapped or not.
+        owner: Who asks.
+
+    Raises:
+        LoanError: If the model holds an average.
+    """
+    if other := swap_of(model):
+        raise LoanError(
+            f"a model can hold one average at a time: {other.owner} has swapped its own in when {owner} would; restore "
+            "the training weights first"
+        )
+
+
 def _refuse_step(optimizer: Optimizer) -> None:
     for swap in list(_SWAPS.values()):
         moved = (id(p) for group in optimizer.param_groups for p in group["params"])
         if any(p in swap.parameters for p in moved) and swap.active:
             raise LoanError(
-                f"an optimizer step must not run on averaged weights: {swap.holder} has swapped its average in; "
+                f"an optimizer step must not run on averaged weights: {swap.owner} has swapped its average in; "
                 "restore the training weights first"
             )
 
 
 optimizers.guards.append(_refuse_step)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    try:
-        return torch.equal(one, other)
-    except (NotImplementedError, RuntimeError):  # torch cannot compare all dtypes
-        return False
 
 
 def _exchangeable(tensor: Tensor, average: Tensor) -> bool:
@@ -353,19 +335,6 @@ def _has_bits(tensor: Tensor) -> bool:
     return memory.has_memory(local(tensor)) and not tensor.is_quantized
 
 
-def _kept(left: Sequence[Slot]) -> set[str]:
-    """Return the names of the buffers that are not averaged and are kept during a swap: that can be, and are small."""
-    sizes = list[tuple[int, str]]()
-    for slot in left:
-        tensor = local(slot.tensor)
-        if memory.has_memory(tensor) and not tensor.is_quantized:
-            sizes.append((tensor.numel() * tensor.element_size(), slot.name))
-    sizes.sort()
-    return {
-        name for (_, name), total in zip(sizes, accumulate(n for n, _ in sizes), strict=True) if total <= _KEPT_BYTES
-    }
-
-
 def _is_moved(slot: Slot, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a parameter is on another device or of another dtype than it was."""
     held = slot.owner._parameters  # noqa: SLF001
@@ -374,13 +343,13 @@ def _is_moved(slot: Slot, device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _check_in(slot: Slot, modules: Collection[nn.Module]) -> None:
-    """Check that a restored tensor's module still is in the model: otherwise the model holds others' weights."""
+    """Check that the module of a restored tensor is still in the model: otherwise the model has other weights."""
     if slot.owner not in modules:
-        raise ValueError("its module was replaced in the model, which keeps what came in its place")
+        raise ValueError("its module was replaced in the model, which keeps the new one")
 
 
 def _follow(slot: Slot, tensor: Tensor, average: Tensor) -> None:
-    """Copy restored weights to where the model has that parameter now."""
+    """Copy restored weights to the parameter's present tensor."""
     here = rows(slot.tensor, average)
     if here.data_ptr() != tensor.data_ptr():
         if here.is_meta:
@@ -390,42 +359,18 @@ def _follow(slot: Slot, tensor: Tensor, average: Tensor) -> None:
         memory.write_(here, tensor)
 
 
-def _about_gradients(names: Sequence[str], holder: str) -> str:
-    return (
-        f"gradients must not change while the average is in the model, and {_shown(names)} did in the swap by "
-        f"{holder}, and keep the change; call zero_grad() before the evaluation, or after it before the next backward()"
-    )
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def refuse_merged(model: nn.Module) -> None:
     """Refuse a model whose adapters are merged into frozen weights, which would compute with the adapters in training.
 
     Args:
-        model: About to hold the average, or to be copied over it.
+        model: The model that is about to hold the average, or to be copied over it.
 
     Raises:
-        LoanError: If a module with frozen and trained parameters says ``merged``, as those of LoRA do.
+        LoanError: If a module with frozen and trained parameters has a true ``merged``, as those of LoRA have.
     """
     for name, module in model.named_modules():
         if getattr(module, "merged", False) is True and len({p.requires_grad for p in module.parameters()}) > 1:
             raise LoanError(
-                f"adapters must not be merged when the average is put in their place, and {name or 'the model'!r} says "
-                "that its own are: call train(), or unmerge them, before"
+                f"adapters must not be merged when the average replaces them, and those of {name or 'the model'!r} "
+                "are: call train(), or unmerge them, before"
             )
-
-
-def _report_changed(names: Sequence[str], holder: str) -> None:
-    message = (
-        f"parameters must not change while the average is in the model, and {_shown(names)} did in the swap by "
-        f"{holder} (merged adapters, or a step of some kind?): trained parameters are restored and their average has "
-        "the change, frozen ones, and buffers too large to be kept, have it too; load a checkpoint, and evaluate "
-        "without what changes them; let a policy copy such a buffer"
-    )
-    if sys.exception() is not None:
-        warnings.warn(message, PlanWarning, stacklevel=4)  # the exception that leaves the block is to be seen
-        return
-    raise LoanError(message)

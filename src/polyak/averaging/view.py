@@ -1,31 +1,20 @@
 """A model over other tensors: a copy of its structure that computes with the average, or one clear error.
 
 ``copy.deepcopy`` shares functions, and with them whatever they refer to: a patched ``forward`` would still compute with
-the model in training. Here functions, bound methods and weak references that lead to the model are made anew for the
+the model in training. Here functions, bound methods and weak references that lead to the model are copied for the
 copy, and in the end nothing that can be reached from the copy may be the model's own.
 """
 
-import copy
-import functools
-import sys
-import weakref
-from collections import ChainMap, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from itertools import chain
-from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from polyak.averaging.references import References, is_atomic, referent
+from polyak.averaging.evalmode import evaluate
+from polyak.averaging.references import References
+from polyak.averaging.structure import INSTEAD, Copies
 from polyak.errors import CopyError
-
-# Attributes that every module has, so that a wrapper can be made without its own set-up.
-_BARE = frozenset(vars(nn.Module()))
-_INSTEAD = "evaluate the model itself, in a block of `with attached.applied():`"
 
 
 def module_over(model: nn.Module, replacements: Mapping[int, Tensor]) -> nn.Module:
@@ -50,7 +39,7 @@ def module_over(model: nn.Module, replacements: Mapping[int, Tensor]) -> nn.Modu
         >>> view(torch.ones(1, 1)).item()
         2.0
     """
-    copies = _Copies(model, replacements)
+    copies = Copies(model, replacements)
     try:
         view = copies.of(model)
         copies.finish()
@@ -58,270 +47,17 @@ def module_over(model: nn.Module, replacements: Mapping[int, Tensor]) -> nn.Modu
         raise
     except Exception as error:
         raise CopyError(
-            f"ema_model must copy the model, and {copies.at} cannot be copied ({error}); {_INSTEAD}"
+            f"ema_model must copy the model, and {copies.at} cannot be copied ({error}); {INSTEAD}"
         ) from error
     assert isinstance(view, nn.Module)
     _check_tensors(model, copies)
-    _evaluate(view, copies.tensors())
+    evaluate(view, copies.tensors())
     _check_references(view, copies)
     return view
 
 
-class _Copies:
-    """The copies of what a model refers to, each made once.
-
-    Args:
-        model: To be copied.
-        replacements: As for ``module_over``.
-
-    Attributes:
-        at: Where in the model it was last at work, to say so in errors.
-        found: What the model refers to.
-        shared: Ids of what serves the training.
-        modules: The model's modules by id.
-        own: Its tensors by id, also those that others hold of their memory.
-        leading: Ids of what leads to one of these, and theirs.
-        memo: The copies by the id of the original, as ``copy.deepcopy`` keeps them, which may be called with it.
-    """
-
-    def __init__(self, model: nn.Module, replacements: Mapping[int, Tensor]) -> None:
-        self.at = "the model"
-        self.found = found = References(model)
-        self.shared = found.serving()
-        self.modules = {id(module): module for module in model.modules()}
-        self.own = {id(t): t for t in chain(model.parameters(), model.buffers())}
-        self._memory = _Memory((t, replacements[key]) for key, t in self.own.items() if key in replacements)
-        tensors = [thing for thing in found.objects.values() if isinstance(thing, Tensor)]
-        # Also what others hold of their memory, such as `weight.detach()`.
-        self.own |= {id(tensor): tensor for tensor in tensors if self._memory.holds(tensor)}
-        self.leading = found.leading_to([*self.modules, *self.own], through=self.shared)
-        self.memo = dict[int, Any]()
-        self._kept = list[object]()  # what is in the memo must live, or its id may become another's
-        self._late = list[Callable[[], object]]()
-        for key in self.own.keys() & replacements.keys():
-            self._remember(self.own[key], self._replaced(self.own[key], replacements[key]))
-        # Before others are deep-copied with what has a history, which cannot be.
-        for tensor in tensors:
-            if tensor.requires_grad and not isinstance(tensor, nn.Parameter):
-                self.of(tensor)
-
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors that the view shares: with the average, and with the model."""
-        return [self.memo[key] for key in self.own if key in self.memo]
-
-    def of(self, thing: Any) -> Any:
-        """Return the copy of ``thing``.
-
-        Args:
-            thing: Any.
-        """
-        if is_atomic(thing) or isinstance(thing, type | ModuleType):
-            return thing
-        key = id(thing)
-        if key in self.memo:
-            return self.memo[key]
-        if key in self.shared:
-            return thing
-        return self._remember(thing, self._copy(thing))
-
-    def finish(self) -> None:
-        """Fill in what had to wait until all modules were copied."""
-        while self._late:
-            self._late.pop()()
-        # A module may leave out what it shares when it is copied, as Lightning's do their trainer.
-        for key, module in self.modules.items() if self.shared else ():
-            shared = {name: value for name, value in vars(module).items() if id(value) in self.shared}
-            if key in self.memo:
-                vars(self.memo[key]).update(shared)
-
-    def _remember(self, thing: object, copied: Any) -> Any:
-        # A copy that was begun while this one was made is the one that others refer to.
-        copied = self.memo.setdefault(id(thing), copied)
-        self._kept.append(thing)
-        return copied
-
-    def _copy(self, thing: Any) -> Any:
-        kind = type(thing)  # a proxy's `__class__` is another
-        if issubclass(kind, Tensor):
-            return self._tensor(thing)
-        if issubclass(kind, nn.Module):
-            return self._module(thing)
-        if kind in _CONTAINERS:
-            return self._container(thing)
-        if isinstance(thing, MethodType):
-            return MethodType(self.of(thing.__func__), self.of(thing.__self__))
-        if id(thing) in self.leading:
-            return self._leading_one(thing)
-        return thing if isinstance(thing, _BY_REFERENCE) else self._without_model(thing)
-
-    def _leading_one(self, thing: Any) -> Any:
-        """Return the copy of what leads to the model and is no part of it."""
-        if isinstance(thing, FunctionType):
-            return self._function(thing)
-        if isinstance(thing, BuiltinFunctionType):
-            return getattr(self.of(thing.__self__), thing.__name__)
-        if type(thing) in weakref.ProxyTypes:
-            return weakref.proxy(self.of(referent(thing)))
-        if type(thing) is weakref.ref:
-            return weakref.ref(self.of(thing()))
-        return thing.__deepcopy__(self.memo) if hasattr(type(thing), "__deepcopy__") else self._rebuilt(thing)
-
-    # Tensors
-
-    def _replaced(self, tensor: Tensor, by: Tensor) -> Tensor:
-        attributes = vars(tensor)
-        if not isinstance(tensor, nn.Parameter) and not attributes:
-            return by
-        new = _alias(by, type(tensor))
-        if attributes:
-            # Such as muP's shapes and geoopt's manifolds, which may be modules.
-            self._late.append(lambda: vars(new).update({name: self.of(value) for name, value in attributes.items()}))
-        return new
-
-    def _tensor(self, tensor: Tensor) -> Tensor:
-        """Return what stands for a tensor that has no replacement."""
-        if self._memory.holds(tensor):
-            if (alias := self._memory.view(tensor)) is not None:
-                return nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
-            if self._memory.overlaps(tensor):
-                raise CopyError(
-                    f"ema_model must hold the average, and {self.found.where(id(tensor))} is other memory of an "
-                    f"averaged tensor than the copy can follow; {_INSTEAD}"
-                )
-        if isinstance(tensor, nn.Parameter) and not nn.parameter.is_lazy(tensor):
-            # An alias: what is done to the copy, such as .half(), must not be done to the model.
-            return self._replaced(tensor, tensor.detach())
-        plain = tensor.detach() if tensor.requires_grad else tensor
-        try:
-            return copy.deepcopy(plain, self.memo)
-        except (RuntimeError, NotImplementedError):  # as of tensors that only have a shape, in a graph
-            return plain
-
-    # Containers and objects
-
-    def _container(self, thing: Any) -> Any:
-        if type(thing) in {tuple, frozenset}:
-            return type(thing)([self.of(value) for value in thing])
-        new: Any = deque(maxlen=thing.maxlen) if isinstance(thing, deque) else type(thing)()
-        self._remember(thing, new)
-        if isinstance(thing, dict):
-            for key, value in thing.items():
-                new[self.of(key)] = self.of(value)
-            if isinstance(thing, defaultdict):
-                new.default_factory = self.of(thing.default_factory)
-        elif isinstance(thing, set):
-            new.update([self.of(value) for value in thing])
-        else:
-            new.extend([self.of(value) for value in thing])
-        return new
-
-    def _without_model(self, thing: Any) -> Any:
-        """Return a deep copy of what does not lead to the model, or itself where there can be none, as of a lock."""
-        trial = ChainMap(dict[int, Any](), self.memo)
-        self._kept.append(trial)
-        try:
-            copied = copy.deepcopy(thing, trial)  # type: ignore[arg-type]
-        except Exception:  # whatever it is, it holds nothing of the model
-            return thing
-        self.memo.update(trial.maps[0])
-        return copied
-
-    def _rebuilt(self, thing: Any) -> Any:
-        """Return a copy made as ``copy.deepcopy`` makes it, from what ``__reduce_ex__`` says."""
-        reduced = thing.__reduce_ex__(4)
-        if isinstance(reduced, str):
-            return thing
-        make, arguments, state, items, pairs, *_ = (*reduced, None, None, None)
-        new = self._remember(thing, make(*[self.of(argument) for argument in arguments]))
-        if state is not None:
-            self._kept.append(state)  # which may have been made for this call
-            _give_state(new, self.of(state))
-        for item in items or ():
-            new.append(self.of(item))
-        for key, value in pairs or ():
-            new[self.of(key)] = self.of(value)
-        return new
-
-    # Modules
-
-    def _module(self, module: nn.Module) -> nn.Module:
-        """Return a copy with the same attributes, whatever the module leaves out when it is deep-copied or pickled."""
-        if isinstance(module, torch.jit.ScriptModule):
-            if id(module) not in self.modules:
-                return module  # its weights are nobody's average
-            name = self.found.where(id(module))
-            raise CopyError(f"ema_model must copy the model, and {name} is scripted by torch.jit; {_INSTEAD}")
-        inner = _wrapped(module)
-        new = self._remember(module, object.__new__(type(module)))
-        held = vars(new)
-        for name, value in vars(module).items():
-            if inner is None or name in _BARE:
-                self.at = self.found.named(module, name)
-                held[name] = self.of(value)
-        if inner is not None:
-            # It does nothing but call what is in it: uncompiled, without communication.
-            held["_super_module_initialized"] = True
-            held["forward"] = held["_modules"][inner].__call__
-        return new
-
-    # Functions
-
-    def _function(self, function: FunctionType) -> Any:
-        compiled = getattr(function, "_torchdynamo_orig_callable", None)
-        if compiled is not None:
-            return self.of(compiled)
-        named = {n: v for n, v in self.found.globals_of(function).items() if id(v) in self.leading}
-        namespace = dict(function.__globals__) if named else function.__globals__
-        cells = tuple(map(self._cell, function.__closure__ or ()))
-        new = FunctionType(function.__code__, namespace, function.__name__, None, cells or None)
-        self._remember(function, new)
-        new.__qualname__, new.__module__, new.__doc__ = function.__qualname__, function.__module__, function.__doc__
-        new.__annotations__ = function.__annotations__
-
-        def fill() -> None:
-            namespace.update({name: self.of(value) for name, value in named.items()})
-            new.__defaults__ = self.of(function.__defaults__)
-            new.__kwdefaults__ = self.of(function.__kwdefaults__)
-            vars(new).update({name: self.of(value) for name, value in vars(function).items()})
-
-        self._late.append(fill)
-        return new
-
-    def _cell(self, cell: CellType) -> CellType:
-        """Return a cell for the copy of a function; one without the model in it stays common to both."""
-        if id(cell) not in self.leading:
-            return cell
-        if id(cell) not in self.memo:
-            new = self._remember(cell, CellType())
-
-            def fill() -> None:
-                new.cell_contents = self.of(cell.cell_contents)
-
-            self._late.append(fill)
-        return self.memo[id(cell)]
-
-
-def _alias(by: Tensor, cls: type[Tensor]) -> Tensor:
-    """Return an alias of ``by`` as the class of what it stands for, where it can be one."""
-    if type(by) not in {Tensor, nn.Parameter} or cls is nn.Parameter:
-        return nn.Parameter(by, requires_grad=False) if issubclass(cls, nn.Parameter) else by.detach()
-    return Tensor._make_subclass(cls, by.detach(), False)  # noqa: SLF001
-
-
-def _give_state(new: Any, state: Any) -> None:
-    """Set the state that ``__reduce_ex__`` returned on a copy."""
-    if hasattr(new, "__setstate__"):
-        new.__setstate__(state)
-        return
-    attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-    if attributes:
-        vars(new).update(attributes)
-    for name, value in (slots or {}).items():
-        setattr(new, name, value)
-
-
-def _check_tensors(model: nn.Module, copies: _Copies) -> None:
-    """Check that each module's copy holds in each place what stands for the tensor there: some copy themselves."""
+def _check_tensors(model: nn.Module, copies: Copies) -> None:
+    """Check that each module's copy holds the replacement of each tensor: some modules copy themselves."""
     for name, module in model.named_modules():
         twin = copies.memo.get(id(module))
         held: dict[str, Any] = {} if twin is None else {**twin._parameters, **twin._buffers}  # noqa: SLF001
@@ -330,13 +66,13 @@ def _check_tensors(model: nn.Module, copies: _Copies) -> None:
                 where = f"{name}.{attribute}" if name else attribute
                 raise CopyError(
                     f"ema_model must hold the average, and the copy of {type(module).__qualname__} replaces {where}; "
-                    f"{_INSTEAD}"
+                    f"{INSTEAD}"
                 )
 
 
-def _check_references(view: nn.Module, copies: _Copies) -> None:
-    """Check that the view refers to no module and no tensor of the model, but those that it shares."""
-    # What the model refers to without being led back to it was looked at before.
+def _check_references(view: nn.Module, copies: Copies) -> None:
+    """Check that the view refers to no module and no tensor of the model except those that it shares."""
+    # Objects that the model refers to and that do not lead to it were checked before.
     harmless = (key for key in copies.found.objects if key not in copies.leading)
     reached = References(view, stops=chain(copies.shared, harmless))
     kept = {key for key in copies.own if copies.memo.get(key) is copies.own[key]}
@@ -344,109 +80,5 @@ def _check_references(view: nn.Module, copies: _Copies) -> None:
         if key in reached.objects:
             raise CopyError(
                 f"ema_model must not compute with the model in training, and {reached.where(key)} refers to it in a "
-                f"way that cannot be copied; {_INSTEAD}"
+                f"way that cannot be copied; {INSTEAD}"
             )
-
-
-_CONTAINERS: frozenset[type] = frozenset({list, dict, tuple, set, frozenset, OrderedDict, defaultdict, deque})
-# What is shared where it does not lead to the model.
-_BY_REFERENCE = (FunctionType, BuiltinFunctionType, weakref.ref, *weakref.ProxyTypes, functools.partial)
-
-
-def _wrapped(module: nn.Module) -> str | None:
-    """Return the name of the module inside, if this is a wrapper that only adds how it runs."""
-    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-    if eval_frame is not None and isinstance(module, eval_frame.OptimizedModule):
-        return "_orig_mod"
-    return "module" if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else None
-
-
-def _storage(tensor: Tensor) -> int | None:
-    """Return the address of a tensor's storage, if it has memory of its own kind."""
-    if tensor.layout != torch.strided:
-        return None
-    try:
-        return tensor.untyped_storage().data_ptr() or None
-    except (RuntimeError, NotImplementedError):
-        return None
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Return the first byte of a tensor in its storage, and the one after the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = int(tensor.storage_offset())
-    return start * tensor.element_size(), (start + last + 1) * tensor.element_size()
-
-
-class _Memory:
-    """The memory of tensors that others stand for, to find what else lies in it.
-
-    Args:
-        replaced: Each of the tensors, and what stands for it.
-    """
-
-    def __init__(self, replaced: Iterable[tuple[Tensor, Tensor]]) -> None:
-        self._held = dict[int, list[tuple[Tensor, Tensor]]]()
-        for own, by in replaced:
-            if (storage := _storage(own)) is not None:
-                self._held.setdefault(storage, []).append((own, by))
-
-    def holds(self, tensor: Tensor) -> bool:
-        """Return whether a tensor has the same storage as one of them."""
-        return _storage(tensor) in self._held
-
-    def overlaps(self, tensor: Tensor) -> bool:
-        """Return whether a tensor may have an element in common with one of them."""
-        begin, stop = _extent(tensor)
-        extents = (_extent(own) for own, _ in self._held[_storage(tensor) or 0] if own.numel() and tensor.numel())
-        return any(start < stop and begin < end for start, end in extents)
-
-    def view(self, tensor: Tensor) -> Tensor | None:
-        """Return the view that a tensor is of one of them, of what stands for it; None if that has other strides."""
-        begin, stop = _extent(tensor)
-        for own, by in self._held[_storage(tensor) or 0]:
-            start, end = _extent(own)
-            alike = own.dtype == tensor.dtype and own.stride() == by.stride() and type(by) in {Tensor, nn.Parameter}
-            plain = tensor.numel() > 0 and not tensor.is_conj() and not tensor.is_neg()
-            if alike and plain and start <= begin and stop <= end:
-                offset = by.storage_offset() + tensor.storage_offset() - own.storage_offset()
-                return by.detach().as_strided(tensor.shape, tensor.stride(), offset)
-        return None
-
-
-def _evaluate(view: nn.Module, tensors: Iterable[Tensor]) -> None:
-    """Put a view in eval mode; refuse an ``eval`` of its own that writes to tensors, as some merge LoRA's weights."""
-    own = [m for m in view.modules() if _has_own_mode(m)]
-    with _ReadOnly(tensors) if own else nullcontext():
-        if own:
-            view.eval()
-        for module in view.modules():
-            module.training = False
-
-
-def _has_own_mode(module: nn.Module) -> bool:
-    methods = [getattr(module, name) for name in ("train", "eval")]
-    return not all(getattr(m, "__module__", "").startswith("torch.") for m in methods)
-
-
-class _ReadOnly(TorchDispatchMode):
-    """Refuses operations that write to the memory of given tensors."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._memory = {storage for storage in map(_storage, tensors) if storage is not None}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        kwargs = kwargs or {}
-        for place, argument in enumerate(func._schema.arguments):  # noqa: SLF001
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            for tensor in [value] if isinstance(value, Tensor) else value or ():
-                if isinstance(tensor, Tensor) and _storage(tensor) in self._memory:
-                    raise CopyError(
-                        f"ema_model must leave the weights as they are, and the model's eval() writes to one ({func}); "
-                        f"{_INSTEAD}"
-                    )
-        return func(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""The command ``polyak``: one file per command. They read, call and print; the work is done elsewhere."""
+"""The command ``polyak``: one file per command. A command reads arguments, calls the library and prints."""
 
 import argparse
 import io
@@ -6,6 +6,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import NoReturn, TextIO
 
 import polyak
@@ -16,11 +17,11 @@ from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
 
 COMMANDS: tuple[Command, ...] = (convert, demo, inspect, plan, reconstruct, sweep)
 
-_INTERRUPTED = 130  # 128 and the number of SIGINT, as shells have it
+_INTERRUPTED = 130  # 128 plus the number of SIGINT, as in shells
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that refuses in one line, and lays out its help as it is written."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(REFUSED, printable(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="polyak",
         description=textwrap.fill(polyak.__doc__ or "", 79),
-        epilog="To see it work on real data, in a minute and on any computer:\n  polyak demo",
+        epilog="To try it on real data, in a minute on any computer:\n  polyak demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -51,10 +52,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command, and return its exit code: 0; 2 if it was refused, with one line that says why; 130 on Ctrl-C.
+    """Run a command; return its exit code: 0, 2 after an error (printed as one line), 130 after Ctrl-C.
 
     Args:
-        argv: The arguments; those of the process by default.
+        argv: The arguments; None for those of the process.
     """
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
@@ -67,26 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.refuse(f"unrecognized arguments: {' '.join(unknown)}")
     name = f"polyak {arguments.command}"
 
-    def show(  # noqa: PLR0917  the signature of warnings.showwarning
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        del file
-        if issubclass(category, PlanWarning | QuarantineWarning):
-            _say(f"{name}: note: {message}")
-        else:
-            lines = warnings.formatwarning(message, category, filename, lineno, line).splitlines()
-            sys.stderr.write("".join(f"{printable(one)}\n" for one in lines))
-
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names may have what its encoding has not
+        if isinstance(stream, io.TextIOWrapper):  # names can have characters outside its encoding
             stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = partial(_show_warning, name)
         for category in (PlanWarning, QuarantineWarning):
             warnings.simplefilter("always", category)
         try:
@@ -96,15 +82,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             return REFUSED
         except (MemoryError, RecursionError) as error:
             limit = "needs more memory than there is" if isinstance(error, MemoryError) else "is nested too deeply"
-            _say(
-                f"{name}: a file must be of a size that can be read (one {limit}); see whether it is what it should be"
-            )
+            _say(f"{name}: a file must have a size that can be read (one {limit}); check that it is the right file")
             return REFUSED
         except KeyboardInterrupt:
-            _say(f"{name}: interrupted; the same command goes on from where it was")
+            _say(f"{name}: interrupted; run the same command again to resume")
             return _INTERRUPTED
 
 
 def _say(message: str) -> None:
-    """Write one line, whatever is in the message."""
+    """Write a message as one line."""
     sys.stderr.write(printable(" ".join(message.split())) + "\n")
+
+
+def _show_warning(  # noqa: PLR0917  the signature of warnings.showwarning
+    name: str,
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Write a warning to stderr, those of polyak as one line."""
+    del file
+    if issubclass(category, PlanWarning | QuarantineWarning):
+        _say(f"{name}: note: {message}")
+    else:
+        lines = warnings.formatwarning(message, category, filename, lineno, line).splitlines()
+        sys.stderr.write("".join(f"{printable(one)}\n" for one in lines))

@@ -1,39 +1,38 @@
-"""What every command has, and how it reads its arguments."""
+"""The members of a command, and the parsers of its arguments."""
 
 import importlib.util
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from polyak.compat.words import printable
 from polyak.errors import PolyakError, TimeError
 from polyak.time import Time, TimeUnit
 
 
 class Command(Protocol):
-    """The members of a command's module. To add a command, write one and put it in ``polyak.cli.COMMANDS``.
+    """The members of a command's module. To add a command, write a module and add it to ``polyak.cli.COMMANDS``.
 
-    The first line of its docstring is what ``polyak --help`` says of it.
+    The first line of the module's docstring is its line in ``polyak --help``.
     """
 
     @property
     def NAME(self) -> str:  # noqa: N802  a constant of the module
-        """What comes after ``polyak``."""
+        """The word after ``polyak``."""
         ...
 
     def configure(self, parser: ArgumentParser) -> None:
-        """Add the arguments, and the examples below them.
+        """Add the arguments and the examples to a parser.
 
         Args:
-            parser: Of this command.
+            parser: The parser of this command.
         """
         ...
 
     def run(self, arguments: Namespace) -> int:
-        """Do what was asked, and return the exit code.
+        """Run the command; return the exit code.
 
         Args:
-            arguments: As parsed.
+            arguments: The parsed arguments.
         """
         ...
 
@@ -42,24 +41,15 @@ REFUSED = 2  # the exit code
 
 
 class UsageError(PolyakError, ValueError):
-    """What was asked cannot be done; the message is one line."""
-
-
-def say(line: str) -> None:
-    """Write a line for people to stdout.
-
-    Args:
-        line: With names and values out of files, too: what a terminal would obey in it is escaped.
-    """
-    print(printable(line))
+    """The arguments do not allow the command to run; the message is one line."""
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """Return a reader of whole numbers, for ``type=``.
+    """Return a parser of whole numbers for ``type=`` of an argument.
 
     Args:
-        least: The smallest that is accepted.
-        most: The largest, if there is one.
+        least: The smallest valid number.
+        most: The largest valid number; None for no limit.
     """
     bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
 
@@ -76,10 +66,10 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def span(units: Mapping[TimeUnit, str]) -> Callable[[str], Time]:
-    """Return a reader of spans that are finite and above 0, for ``type=``.
+    """Return a parser of finite times above 0 for ``type=`` of an argument.
 
     Args:
-        units: Those that are accepted, each with an example.
+        units: The valid units, each with an example.
     """
 
     def read(text: str) -> Time:
@@ -96,18 +86,18 @@ def span(units: Mapping[TimeUnit, str]) -> Callable[[str], Time]:
 
 
 def require(extra: str, packages: Mapping[str, str]) -> None:
-    """See that the packages of an extra are installed.
+    """Check that the packages of an extra are installed.
 
     Args:
-        extra: What to install if they are not.
-        packages: What each is called on PyPI, by the name under which it is imported.
+        extra: The extra that installs them.
+        packages: Their names on PyPI, by the name of the module.
 
     Raises:
-        UsageError: If one is missing.
+        UsageError: If a package is missing.
     """
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise UsageError(
-            f"this command needs {', '.join(packages.values())} (missing: {', '.join(missing)}); install what it needs "
-            f"with: pip install 'polyak[{extra}]'"
+            f"this command needs {', '.join(packages.values())} (missing: {', '.join(missing)}); install with: "
+            f"pip install 'polyak[{extra}]'"
         )

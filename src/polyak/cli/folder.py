@@ -1,4 +1,4 @@
-"""The folder of a run of the demo: what is where, for which arguments, and one run at a time."""
+"""The folder of a demo run: its files, its arguments, and a lock."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from polyak.storage.lock import Lock
 
 
 class RunFolder:
-    """The files of a run.
+    """The files of a demo run.
 
     Args:
         path: The folder.
@@ -34,13 +34,13 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder if need be, and keep other runs out of it.
+        """Make the folder if it does not exist, and lock it.
 
         Raises:
-            UsageError: If it cannot be a folder of this command's, or another run is in it.
+            UsageError: If the folder cannot be made or written to, or another run has locked it.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"--out must be a folder, and {self.path} is a file; choose another --out")
+            raise UsageError(f"--out must be a folder ({self.path} is a file); choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -48,7 +48,9 @@ class RunFolder:
                 f"--out must be a folder that can be made ({self.path}: {error.strerror}); choose another --out"
             ) from None
         if not os.access(self.path, os.W_OK | os.X_OK):
-            raise UsageError(f"--out must be a folder that can be written to, and {self.path} is not; choose another")
+            raise UsageError(
+                f"--out must be a folder that can be written to ({self.path} is not); choose another --out"
+            )
         lock = Lock(self.path, self._busy)
         try:
             yield
@@ -57,26 +59,27 @@ class RunFolder:
 
     def _busy(self, owner: str) -> UsageError:
         return UsageError(
-            f"another polyak demo is running in {self.path} ({owner}); wait until it has ended, or choose another --out"
+            f"--out must not be in use (another polyak demo is running in {self.path}, {owner}); wait until it ends, "
+            "or choose another --out"
         )
 
     def begin(self, arguments: Mapping[str, str | int], recipe: str, *, may_grow: str | None) -> None:
-        """See that what is in the folder came from the same arguments, and note them.
+        """Check that the folder is new or has the same arguments, and save the arguments.
 
         Args:
-            arguments: By their names on the command line.
-            recipe: All else that decides on the outcome.
-            may_grow: The argument that may be larger than it was, if there is one.
+            arguments: The arguments by their names on the command line.
+            recipe: Everything else that determines the result.
+            may_grow: The argument that may be larger than before, if any.
 
         Raises:
-            UsageError: If it did not.
+            UsageError: If the folder has other files, other arguments or another recipe.
         """
         kept = self._read()
         if kept is None:
-            if foreign := sorted(p.name for p in self.path.iterdir() if not p.name.startswith(self._draft_prefix)):
+            if foreign := sorted(p.name for p in self.path.iterdir() if not p.name.startswith(self._temporary_prefix)):
                 raise UsageError(
-                    f"--out must be a new or empty folder, or one that polyak demo made, and {self.path} has "
-                    f"{', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}; choose another --out"
+                    f"--out must be a new or empty folder, or one of polyak demo ({self.path} has "
+                    f"{', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}); choose another --out"
                 )
         else:
             was = kept["arguments"]
@@ -89,43 +92,43 @@ class RunFolder:
                 made = " ".join(f"{name} {was.get(name)}" for name in differing)
                 asked = " ".join(f"{name} {arguments[name]}" for name in differing)
                 raise UsageError(
-                    f"{self.path} was made with {made}, and this asks for {asked}; choose another --out, or give the "
-                    f"same arguments{f' (only {may_grow} may grow)' if may_grow else ''}"
+                    f"--out must have the same arguments ({self.path} has {made}; this run has {asked}); choose "
+                    f"another --out, or give the same arguments{f' (only {may_grow} may grow)' if may_grow else ''}"
                 )
             if kept["recipe"] != recipe:
                 raise UsageError(
-                    f"{self.path} was made by polyak {kept['polyak']} with another recipe; choose another --out"
+                    f"--out must have the same recipe ({self.path} is of polyak {kept['polyak']}); choose another --out"
                 )
             if was == arguments:
                 return
-        self._note(arguments, recipe, complete=False)
+        self._save(arguments, recipe, complete=False)
 
     @property
-    def _draft_prefix(self) -> str:
+    def _temporary_prefix(self) -> str:
         return f".{self._arguments.name}"
 
     @property
     def complete(self) -> bool:
-        """Whether everything is written."""
+        """Whether all files are complete."""
         kept = self._read()
         files = (self.averaged, self.raw, self.metrics, self.png, self.svg)
         return kept is not None and kept["complete"] and all(file.is_file() for file in files)
 
     def finish(self) -> None:
-        """Note that everything is written."""
+        """Save that all files are complete."""
         kept = self._read()
         assert kept is not None
-        self._note(kept["arguments"], kept["recipe"], complete=True)
+        self._save(kept["arguments"], kept["recipe"], complete=True)
 
-    def _note(self, arguments: Mapping[str, str | int], recipe: str, *, complete: bool) -> None:
-        noted = {
+    def _save(self, arguments: Mapping[str, str | int], recipe: str, *, complete: bool) -> None:
+        saved = {
             "polyak": polyak.__version__,
             "arguments": dict(arguments),
             "recipe": recipe,
             "complete": complete,
         }
         with replacing(self._arguments, exclusive=True) as temporary:
-            temporary.write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
 
     def _read(self) -> dict[str, Any] | None:
         try:
@@ -135,5 +138,7 @@ class RunFolder:
         except ValueError:
             kept = None
         if not isinstance(kept, dict) or not {"polyak", "arguments", "recipe", "complete"} <= kept.keys():
-            raise UsageError(f"{self._arguments} must be as polyak demo wrote it, and is not; choose another --out")
+            raise UsageError(
+                f"{self._arguments} must be as polyak demo wrote it (it was changed); choose another --out"
+            )
         return kept

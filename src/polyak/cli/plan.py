@@ -1,7 +1,7 @@
-"""Show what averaging would do with each tensor of a model, and why, before any training.
+"""Show what averaging would do with each tensor of a model, and why.
 
-MODEL is a function of yours, or a class, that returns the model when it is called without arguments. Nothing is trained
-and nothing is written.
+MODEL is a function or a class that returns the model when it is called without arguments. Nothing is trained, and
+nothing is written.
 """
 
 import json
@@ -11,8 +11,9 @@ from argparse import ArgumentParser, Namespace
 from torch import nn
 
 from polyak.averaging.plan import plan
-from polyak.cli.asking import load_function
-from polyak.cli.command import UsageError, say
+from polyak.cli.command import UsageError
+from polyak.cli.functions import load_function
+from polyak.cli.output import say
 
 NAME = "plan"
 
@@ -31,7 +32,7 @@ def configure(parser: ArgumentParser) -> None:
     """Add the arguments.
 
     Args:
-        parser: Of this command.
+        parser: The parser of this command.
     """
     parser.epilog = _EPILOG
     parser.add_argument("model", metavar="MODEL", help="FILE.py:FUNCTION or package.module:FUNCTION")
@@ -39,19 +40,19 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> int:
-    """Show it.
+    """Print the plan.
 
     Args:
-        arguments: As parsed.
+        arguments: The parsed arguments.
 
     Raises:
-        UsageError: If the function cannot be called without arguments, or returns no module.
-        PolyakError: If two tensors of the model overlap in part.
+        UsageError: If the function cannot be called without arguments, or does not return a module.
+        PolyakError: If two tensors of the model overlap partly.
     """
     build = load_function(arguments.model, "MODEL")
     try:
         model = build()
-    except Exception as error:  # whatever the user's function does
+    except Exception as error:  # the function can raise anything
         last = traceback.format_exception_only(error)[-1].strip()
         raise UsageError(f"MODEL must return a model when it is called without arguments ({last})") from error
     if not isinstance(model, nn.Module):

@@ -1,4 +1,4 @@
-"""The task of ``polyak demo``: handwritten digits, with some of the training labels wrong."""
+"""The task of ``polyak demo``: handwritten digits, where some of the training labels are wrong."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -25,26 +25,26 @@ HALF_LIFE = Time(100, TimeUnit.BATCH)
 
 
 def cosine(elapsed: float) -> float:
-    """Return the share of the learning rate that a half cosine leaves.
+    """Return the learning rate of a half-cosine schedule, relative to its start.
 
     Args:
-        elapsed: The share of the run that is over.
+        elapsed: The elapsed fraction of the run.
     """
     return (1 + math.cos(math.pi * elapsed)) / 2
 
 
 @dataclass(frozen=True, slots=True)
 class Digits:
-    """What is trained, and how. The half-life was fixed before the test set was looked at.
+    """The options of a training run. The half-life was fixed before any evaluation on the test set.
 
     Args:
-        seed: Of everything drawn: which digits are for training, which labels are wrong, first weights, batches.
-        steps: How many steps of SGD, above 0.
-        half_life: Of the average, in ``ba``, ``ep``, ``sp`` or ``dur``.
-        flipped: The share of the training labels that are wrong throughout; those of the test set are right.
+        seed: The seed of all random numbers: the split, the wrong labels, the initial weights, the batches.
+        steps: The number of SGD steps, above 0.
+        half_life: The half-life of the average, in ``ba``, ``ep``, ``sp`` or ``dur``.
+        flipped: The fraction of the training labels that are wrong; the test labels are correct.
         lr: The learning rate.
-        batch_size: Digits in a batch.
-        schedule: Gives the share of ``lr`` to use from the share of the run that is over; None keeps it constant.
+        batch_size: The number of digits in a batch.
+        schedule: Returns the factor of ``lr`` for the elapsed fraction of the run; None for a constant rate.
     """
 
     seed: int = 0
@@ -56,10 +56,10 @@ class Digits:
     schedule: Callable[[float], float] | None = None
 
     def clock(self, batch: int) -> float:
-        """Read the half-life's clock.
+        """Return the clock after a batch, in the unit of the half-life.
 
         Args:
-            batch: When.
+            batch: The number of batches.
         """
         epoch_length = math.ceil(NUM_TRAIN / self.batch_size)
         epochs, rest = divmod(batch, epoch_length)
@@ -72,32 +72,32 @@ class Digits:
 
 
 class Accuracy:
-    """The share of inputs whose largest output is at the target."""
+    """The fraction of inputs whose largest output is that of the target."""
 
     def __init__(self) -> None:
         self.reset()
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
-            outputs: One row for each input.
-            targets: The right column of each.
+            outputs: One row per input.
+            targets: The correct column of each row.
         """
         self._right += int((outputs.argmax(dim=1) == targets).sum())
         self._seen += len(targets)
 
     def compute(self) -> float:
-        """Return the share so far."""
+        """Return the accuracy so far."""
         return self._right / self._seen
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Start again from no inputs."""
         self._right = self._seen = 0
 
 
 def load_data(digits: Digits) -> tuple[TensorDataset, TensorDataset, TensorDataset]:
-    """Return the digits for training, for choosing and for testing. Labels are wrong only among the first.
+    """Return the digits for training, validation and test. Only training labels are wrong.
 
     Args:
         digits: The task.
@@ -117,7 +117,7 @@ def load_data(digits: Digits) -> tuple[TensorDataset, TensorDataset, TensorDatas
 
 
 def build_model() -> nn.Module:
-    """Return the network, with first weights from torch's global generator."""
+    """Return the network, initialized by torch's global generator."""
     layers = list[nn.Module]()
     for inputs, outputs in pairwise(WIDTHS):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
@@ -126,11 +126,11 @@ def build_model() -> nn.Module:
 
 @torch.no_grad()
 def measure(state: Mapping[str, Tensor], data: TensorDataset) -> dict[str, float]:
-    """Return the cross-entropy and the accuracy of weights.
+    """Return the cross-entropy and the accuracy of a state of the network.
 
     Args:
-        state: Of the network.
-        data: To be measured on.
+        state: The state dict.
+        data: The digits to evaluate on.
     """
     model = build_model()
     model.load_state_dict(state)
@@ -151,14 +151,14 @@ def build_trainer(
     autoresume: bool = False,
     parallelism: Literal["ddp"] | None = None,
 ) -> tuple[Trainer, EMA]:
-    """Return what trains it, on the CPU, and the average that will be kept.
+    """Return a trainer on the CPU, and its average.
 
     Args:
         digits: The task.
         callbacks: As for ``Trainer``.
         loggers: As for ``Trainer``.
-        eval_interval: As for ``Trainer``. Both raw and averaged weights are evaluated.
-        record: Where to record the run, if at all.
+        eval_interval: As for ``Trainer``. Raw and averaged weights are evaluated.
+        record: The folder for a record of the run; None for no record.
         autoresume: As for ``Trainer``.
         parallelism: As for ``Trainer``.
     """

@@ -10,11 +10,10 @@ from polyak.compat.pickles import StandIn
 from polyak.compat.tensors import Unread
 from polyak.compat.words import shown
 from polyak.errors import CheckpointError
+from polyak.tensors.slots import WRAPPED_NAMES
 
 Content = Mapping[Any, Any]
 
-# What torch.compile and the wrappers of checkpointing and FSDP put into names; no module of a model's own has these.
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 # What DDP and DataParallel put in front of all names.
 MODULE = "module."
 
@@ -107,7 +106,7 @@ def canonical_name(name: str) -> str:
     Args:
         name: In a state dict.
     """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPED_NAMES)
 
 
 def named_under(prefix: str, names: Iterable[Any]) -> bool:

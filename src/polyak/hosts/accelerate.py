@@ -68,7 +68,7 @@ class _Checkpoints:
     def _refuse_swap(self, what: str) -> None:
         if swap := swap_of(self._model):
             raise LoanError(
-                f"a state must be {what} with training weights in the model, and {swap.holder} has swapped its own in; "
+                f"a state must be {what} with training weights in the model, and {swap.owner} has swapped its own in; "
                 "leave the block of applied() first (inside it, export the model by accelerator.save_model)"
             )
 

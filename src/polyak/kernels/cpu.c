@@ -1,7 +1,7 @@
-/* Many averages moved towards the weights of a model, by one weight, or swapped with them, in plain C over pointers.
+/* Moves many averages towards the weights of a model, or swaps them with these, in plain C over pointers.
  *
- * Called through ctypes, without the interpreter's lock. The numbers are those of the torch kernel, bit for bit: one
- * fused multiply-add an element, and rounding to 16 bits by chance from a counter.
+ * Called through ctypes, without the interpreter's lock. The results are those of the other kernels, bit for bit: one
+ * fused multiply-add an element, and stochastic rounding to 16 bits by a hash of a counter.
  */
 
 #include <pthread.h>
@@ -9,24 +9,24 @@
 #include <stdint.h>
 #include <string.h>
 
-/* A contiguous part of one tensor, as cpu.py lays it out: 64 bytes, which come from memory at once. */
+/* A contiguous part of one tensor, as c.py lays it out: 64 bytes, a cache line. */
 struct piece {
     int64_t average, online;   /* addresses */
-    int64_t rows, run;         /* runs that follow each other in memory, and the elements of each */
-    int64_t first, step;       /* the index of the first element in the whole, and from one run to the next */
-    uint32_t seed, pair;       /* of the rounding, and which pair of dtypes */
-    uint32_t tensor, left_out; /* its number, and whether any of its elements was not finite */
+    int64_t rows, run;         /* rows that follow each other in memory, and the elements of each */
+    int64_t first, step;       /* the first element's index in the full tensor, and from one row to the next */
+    uint32_t seed, pair;       /* of the rounding; the number of the pair of dtypes */
+    uint32_t tensor, left_out; /* its number, and whether any of its elements was NaN or inf */
 };
 
-/* Bytes at two addresses that change places. */
+/* Bytes at two addresses that are swapped. */
 struct pair {
     int64_t left, right, bytes;
-    int64_t swapped; /* whether they have. Written by who swaps them, together with the swap. */
-    uint64_t sum;    /* of the words that went to the left */
-    int64_t changed; /* whether what came back from there has another sum */
+    int64_t swapped; /* whether they are. The thread that swaps them writes it. */
+    uint64_t sum;    /* of the words that were put at `left` */
+    int64_t changed; /* whether the words that came back from there have another sum */
 };
 
-/* What is to be done, by as many threads as there are: job i is the pieces, or pairs, from starts[i] to starts[i + 1]. */
+/* Work for any number of threads: job i is the pieces, or pairs, from starts[i] to starts[i + 1]. */
 struct work {
     void *items;
     const int64_t *starts;
@@ -34,21 +34,21 @@ struct work {
     double weight;
     uint32_t round;
     int64_t swapped;
-    _Atomic int64_t next, any; /* the next job, and whether anyone has left a value out */
+    _Atomic int64_t next, any; /* the next job, and whether a value was left out */
 };
 
 typedef void worker(void *);
 
-/* GOMP_parallel of the OpenMP that torch has loaded: its threads are awake when others of torch's own have just run, and
- * any further ones would contend with them for the cores. */
+/* GOMP_parallel of the OpenMP that torch has loaded. Its threads wait for work on their cores after each of torch's
+ * operations; other threads would contend with them. */
 typedef void team(worker *, void *, unsigned, unsigned);
 
-#define BLOCK 32 /* elements that are done at once */
-#define CYCLE ((int64_t)1 << 33) /* elements after which these numbers come from another series */
-#define CHUNK 1024 /* elements that are looked at as a whole, to leave out what they do not need */
-#define AHEAD 2048 /* bytes to be asked for before they are needed: the hardware alone leaves a tenth of the speed */
-#define SOON 4     /* pieces ahead whose first bytes are asked for */
-#define FIRST 256
+#define BLOCK 32 /* elements of a loop that the compiler vectorizes */
+#define CYCLE ((int64_t)1 << 33) /* elements after which the random bits come from another series */
+#define CHUNK 1024 /* elements that are checked first, for whether the quicker way will do */
+#define AHEAD 2048 /* bytes to prefetch: without it a tenth of the speed is lost */
+#define SOON 4     /* pieces ahead whose first bytes are prefetched */
+#define FIRST 256  /* of these bytes */
 #define MOST_THREADS 256
 
 static inline uint32_t bits_of(float value) {
@@ -80,7 +80,7 @@ static inline float from_float(float value) { return value; }
 
 static inline float from_bfloat16(uint16_t bits) { return float_of((uint32_t)bits << 16); }
 
-/* Two neighbours of 16 bits, the first in the lower half: so all that this is compiled for counts. */
+/* Two neighbours of 16 bits, the first in the lower half: all targets are little-endian. */
 typedef uint32_t __attribute__((may_alias, aligned(2))) word;
 
 static inline float lower_of(const uint16_t *all, int64_t pair) { return float_of(((const word *)all)[pair] << 16); }
@@ -93,7 +93,7 @@ static inline float first_of(const float *all, int64_t pair) { return all[2 * pa
 
 static inline float second_of(const float *all, int64_t pair) { return all[2 * pair + 1]; }
 
-/* Exact. No multiplication of subnormal numbers, which processors are slow at. */
+/* Exact. It multiplies no subnormal numbers, at which processors are slow. */
 static inline float from_float16(uint16_t bits) {
     const uint32_t magnitude = bits & 0x7FFF;
     const uint32_t is_subnormal = -(uint32_t)(magnitude < 0x0400), is_infinite = -(uint32_t)(magnitude >= 0x7C00);
@@ -108,23 +108,23 @@ static inline int is_finite_double(double value) {
     return (bits_of_double(value) & 0x7FF0000000000000u) != 0x7FF0000000000000u;
 }
 
-/* `chance` is below 2 ** 16. A number too large for bfloat16 becomes its largest; nan stays. */
-static inline uint16_t to_bfloat16(float value, uint32_t chance) {
+/* `random` has 16 random bits. A number out of the range of bfloat16 becomes the largest in it; NaN stays. */
+static inline uint16_t to_bfloat16(float value, uint32_t random) {
     const uint32_t bits = bits_of(value), magnitude = bits & 0x7FFFFFFFu;
-    uint32_t rounded = magnitude + chance;
+    uint32_t rounded = magnitude + random;
     rounded = rounded > 0x7F7FFFFFu ? 0x7F7FFFFFu : rounded;
     rounded = magnitude > 0x7F800000u ? 0x7FC00000u : rounded;
     return (uint16_t)((rounded | (bits & 0x80000000u)) >> 16);
 }
 
-/* As floor(value / unit + chance) in units of the last place of float16, which below its smallest normal number no longer
- * shrinks. A number too large becomes the largest; nan stays. */
-static inline uint16_t to_float16(float value, uint32_t chance) {
+/* As floor(value / unit + random / 2 ** 16) * unit, where unit is that of the last place of float16, constant below its
+ * smallest normal number. A number out of range becomes the largest in it; NaN stays. */
+static inline uint16_t to_float16(float value, uint32_t random) {
     const uint32_t magnitude = bits_of(value) & 0x7FFFFFFFu;
     const uint32_t is_large = -(uint32_t)(magnitude >= 143u << 23), is_nan = -(uint32_t)(magnitude > 0x7F800000u);
     const float safe = float_of(bits_of(value) & ~is_large);
     const uint32_t exponent = magnitude >> 23, of_unit = exponent < 113 ? 113 : exponent;
-    const float units = safe * float_of((2 * 127 + 10 - of_unit) << 23) + (float)(int32_t)(chance >> 3) * 0x1p-13f;
+    const float units = safe * float_of((2 * 127 + 10 - of_unit) << 23) + (float)(int32_t)(random >> 3) * 0x1p-13f;
     const int32_t cut = (int32_t)units, floored = cut - ((float)cut > units);
     const uint32_t sum = ((of_unit - 113) << 10) + (uint32_t)(floored < 0 ? -floored : floored);
     const uint32_t rounded = ((sum > 0x7BFFu ? 0x7BFFu : sum) & ~is_large) | (0x7BFFu & is_large);
@@ -146,7 +146,7 @@ static inline uint16_t to_float16(float value, uint32_t chance) {
 #define TARGET
 #include "lerp.h"
 #else
-#error "no fused multiply-add is known to be there"
+#error "the processor must have a fused multiply-add"
 #endif
 
 typedef int64_t lerp(const struct piece *, double, uint32_t);
@@ -171,7 +171,7 @@ static lerp *chosen(void) { return lerp_piece_neon; }
 static swap *chosen_swap(void) { return swap_bytes_neon; }
 #endif
 
-/* From which sources this was compiled, or 0 if this processor cannot run it. */
+/* The id of the sources that this was compiled from; 0 if this processor cannot run it. */
 int64_t polyak_sources(void) { return chosen() ? SOURCES : 0; }
 
 static void *start(void *given) {
@@ -180,7 +180,7 @@ static void *start(void *given) {
     return 0;
 }
 
-/* Let a few threads work, and wait for them. Without a team they are made for it. */
+/* Run the worker on several threads, and wait for them. Without a team it makes threads. */
 static void together(team *team, worker *worker, struct work *work, int64_t num_threads) {
     if (num_threads > work->num_jobs)
         num_threads = work->num_jobs;
@@ -198,8 +198,8 @@ static void together(team *team, worker *worker, struct work *work, int64_t num_
     }
 }
 
-/* Small pieces are over before the processor has guessed where the next ones are. */
-static void ask_for(const struct piece *piece) {
+/* Small pieces are done before the hardware has prefetched the next ones. */
+static void prefetch(const struct piece *piece) {
     for (int64_t i = 0; i < FIRST; i += 64) {
         __builtin_prefetch((const char *)piece->average + i, 1);
         __builtin_prefetch((const char *)piece->online + i, 0);
@@ -213,11 +213,11 @@ static void lerp_all(void *given) {
     for (int64_t job; (job = atomic_fetch_add(&work->next, 1)) < work->num_jobs;)
         for (int64_t i = work->starts[job], end = work->starts[job + 1]; i < end; i++) {
             if (i + SOON < end)
-                ask_for(&pieces[i + SOON]);
+                prefetch(&pieces[i + SOON]);
             const uint32_t left_out = lerp_piece(&pieces[i], work->weight, work->round) != 0;
             if (left_out)
                 atomic_store(&work->any, 1);
-            if (pieces[i].left_out != left_out) /* so that most are only read */
+            if (pieces[i].left_out != left_out) /* so that most lines of the cache are only read */
                 pieces[i].left_out = left_out;
         }
 }
@@ -240,7 +240,7 @@ static void swap_all(void *given) {
         }
 }
 
-/* Returns whether any value was left out, which the pieces then say of themselves. */
+/* Returns whether any value was left out; `left_out` of the pieces says of which tensors. */
 int64_t polyak_lerp(team *team, int64_t num_threads, struct piece *pieces, const int64_t *starts, int64_t num_jobs,
                     double weight, uint32_t round) {
     struct work work = {pieces, starts, num_jobs, .weight = weight, .round = hash(round)};
@@ -248,7 +248,7 @@ int64_t polyak_lerp(team *team, int64_t num_threads, struct piece *pieces, const
     return work.any;
 }
 
-/* Swap the pairs that are not yet as they should be: `swapped` is 1 or, to put them back, 0. */
+/* Swap the pairs whose state is not `swapped`: 1, or 0 to swap them back. */
 void polyak_swap(team *team, int64_t num_threads, struct pair *pairs, const int64_t *starts, int64_t num_jobs,
                  int64_t swapped) {
     struct work work = {pairs, starts, num_jobs, .swapped = swapped};

@@ -1,20 +1,18 @@
-"""The kernels in plain torch: ``_foreach`` operations where they serve, a small scratch buffer where they do not."""
+"""The kernel in plain torch, which accepts all pairs: ``_foreach`` operations, or pieces and scratch memory."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from ctypes import c_float
 from itertools import compress
 
 import torch
 from torch import Tensor
 
-from polyak.kernels.checksum import checksums
-from polyak.kernels.pieces import num_pieces, order_of, piece_of, pieces_of, views_of
-from polyak.kernels.place import Place
-from polyak.kernels.rounding import SIXTEEN_BITS, Chances, RowChances, is_within, round_, run_of, store, words_of
-from polyak.kernels.scratch import SCRATCH_ELEMENTS, Scratch
+from polyak.kernels.exchange import Exchange
+from polyak.kernels.pairs import Pair, Place
+from polyak.kernels.pieces import SCRATCH_ELEMENTS, Scratch, order_of, pieces_of
+from polyak.kernels.rounding import SIXTEEN_BITS, RandomBits, RowBits, is_within, round_, run_of, store, words_of
 
-# Tensors up to here are taken together, so many that they fit in the scratch.
+# Elements up to which tensors are moved in groups that fit in the scratch.
 _SMALL = 1024
 
 # Weights from here on may be 1 in float32.
@@ -24,7 +22,7 @@ _Triple = tuple[Tensor, Tensor, Place]
 
 
 def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Group small contiguous tensors of one dtype, up to ``SCRATCH_ELEMENTS`` in all. Others come alone."""
+    """Group small contiguous tensors of one dtype, up to ``SCRATCH_ELEMENTS`` a group. Others have a group each."""
     kinds = dict[tuple[torch.dtype, torch.device], list[Tensor]]()
     for tensor in tensors:
         if tensor.numel() > _SMALL or not tensor.is_contiguous():
@@ -37,22 +35,22 @@ def _together(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _sum_is_finite(tensors: list[Tensor], scratch: Scratch) -> Tensor:
-    """Return a 0-dim bool: if it holds all of ``tensors`` is finite, and if not there is reason to look."""
-    # What is small is copied first: a call for each would cost more than the copies.
-    all_of_it = tensors[0]
+    """Return a 0-dim bool: True only if all of ``tensors`` are finite; False also if only their sum is not."""
+    # Small tensors are copied first: a call for each would cost more than the copies.
+    values = tensors[0]
     if len(tensors) > 1:
         flat = [tensor.view(-1) for tensor in tensors]
-        room = scratch.all(all_of_it.dtype, all_of_it.device, "seen")
-        all_of_it = torch.cat(flat, out=room[: sum(tensor.numel() for tensor in flat)])
-    if all_of_it.is_complex():
-        # Its conjugate is as finite, and one of the two is no lazy view.
-        all_of_it = torch.view_as_real(all_of_it.conj() if all_of_it.is_conj() else all_of_it)
-    wide = torch.float64 if all_of_it.dtype == torch.float64 else torch.float32
-    return all_of_it.sum(dtype=wide).isfinite()
+        buffer = scratch.all(values.dtype, values.device, "seen")
+        values = torch.cat(flat, out=buffer[: sum(tensor.numel() for tensor in flat)])
+    if values.is_complex():
+        # The conjugate of a lazily conjugated view is no lazy view, and is finite where that is.
+        values = torch.view_as_real(values.conj() if values.is_conj() else values)
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return values.sum(dtype=wide).isfinite()
 
 
 def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Group averages of one dtype, with their weights, up to ``SCRATCH_ELEMENTS`` in all."""
+    """Group averages of one dtype, with their weights, up to ``SCRATCH_ELEMENTS`` a group."""
     kinds = dict[tuple[torch.dtype, torch.dtype, torch.device], list[tuple[Tensor, Tensor]]]()
     for average, tensor in pairs:
         kinds.setdefault((average.dtype, tensor.dtype, average.device), []).append((average, tensor))
@@ -62,34 +60,63 @@ def _groups(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tenso
             yield [average for average, _ in group], [tensor for _, tensor in group]
 
 
-class Lerp:
-    """Do ``average += weight * (online - average)`` in place for many tensors, again and again.
-
-    The arithmetic is in the average's dtype, or in float32 for a 16-bit average, which is then rounded stochastically.
-    A value of ``online`` that is not finite leaves that element of the average as it was, whatever its neighbours are:
-    so the outcome depends on no split of the work, over threads, devices or shards, and takes one pass over memory.
-    Nothing here waits for a device.
+def why_not(device: torch.device) -> str | None:
+    """Return None: torch serves all devices.
 
     Args:
-        averages: Tensors to move.
-        online: Tensors to move them towards, of the same shapes and on the same devices.
-        places: For each tensor what its rounding depends on; used for 16-bit averages only.
-        left_out: A 0-dim int64 tensor on the first average's device, which counts the tensors that were not all finite.
+        device: Any.
+    """
+    del device
+    return None
+
+
+def accepts(pair: Pair) -> bool:
+    """Return that torch moves and swaps all tensors.
+
+    Args:
+        pair: Any.
+    """
+    del pair
+    return True
+
+
+def swap(pairs: Sequence[Pair]) -> Exchange:
+    """Return what swaps pairs through a scratch buffer.
+
+    Args:
+        pairs: On one device.
+    """
+    return Exchange(pairs)
+
+
+def lerp(pairs: Sequence[Pair], left_out: Tensor) -> "Lerp":
+    """Return a function that moves the left tensors of pairs towards the right ones.
+
+    Args:
+        pairs: On one device, with places.
+        left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
+    """
+    return Lerp(pairs, left_out)
+
+
+class Lerp:
+    """Move averages towards weights, as ``registry.lerp`` says. Nothing here waits for a device.
+
+    Args:
+        pairs: On one device, with places.
+        left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
     """
 
-    def __init__(
-        self, averages: Sequence[Tensor], online: Sequence[Tensor], places: Sequence[Place], left_out: Tensor
-    ) -> None:
-        self._triples = list(zip(averages, online, places, strict=True))
+    def __init__(self, pairs: Sequence[Pair], left_out: Tensor) -> None:
         self._left_out = left_out
         self._scratch = Scratch()
-        self._on_cpu = all(tensor.device.type == "cpu" for tensor in averages)
-        rounded = [triple for triple in self._triples if triple[0].dtype in SIXTEEN_BITS and triple[0].numel()]
-        self._rows, self._alone = _rows(rounded, self._scratch) if self._on_cpu else ([], rounded)
-        self._wide = [(a, x) for a, x, _ in self._triples if a.dtype not in SIXTEEN_BITS]
-        alike = [a.dtype == x.dtype for a, x in self._wide]
-        self._alike = [a for a, x in compress(self._wide, alike)], [x for a, x in compress(self._wide, alike)]
-        others = [pair for pair, same in zip(self._wide, alike, strict=True) if not same and self._on_cpu]
+        self._on_cpu = left_out.device.type == "cpu"
+        rounded = [_with_place(pair) for pair in pairs if pair.left.dtype in SIXTEEN_BITS and pair.left.numel()]
+        self._rows, self._single = _rows(rounded, self._scratch) if self._on_cpu else ([], rounded)
+        self._wide = [(a, x) for a, x, _ in pairs if a.dtype not in SIXTEEN_BITS]
+        same = [a.dtype == x.dtype for a, x in self._wide]
+        self._same_dtype = [a for a, x in compress(self._wide, same)], [x for a, x in compress(self._wide, same)]
+        others = [pair for pair, is_same in zip(self._wide, same, strict=True) if not is_same and self._on_cpu]
         self._others = [(a, x) for a, x in others if a.numel() > _SMALL]
         grouped = [(a, x) for a, x in others if a.numel() <= _SMALL]
         self._groups = [(*group, _parts(*group, self._scratch)) for group in _groups(grouped)]
@@ -100,27 +127,27 @@ class Lerp:
         """Move every average once.
 
         Args:
-            weight: Share of ``online`` taken, from 0 to 1.
-            num_updates: How often this was done. It is part of the seed.
+            weight: Share of the weights taken, from 0 to 1.
+            num_updates: The number of the update, a part of the seed.
         """
-        alone = self._alone
+        single = self._single
         for rows in self._rows:
-            alone = alone + rows.lerp_(weight, num_updates)
-        for average, tensor, place in alone:
-            chances = Chances(place, tuple(average.shape), num_updates, self._scratch)
-            finite = _lerp_rounded(average, tensor, weight, chances, self._scratch, in_order=place.shape is not None)
+            single = single + rows.lerp_(weight, num_updates)
+        for average, tensor, place in single:
+            random = RandomBits(place, tuple(average.shape), num_updates, self._scratch)
+            finite = _lerp_rounded(average, tensor, weight, random, self._scratch, in_order=place.shape is not None)
             self._count(finite)
         if self._wide:
             self._lerp_wide(weight)
 
     def _lerp_wide(self, weight: float) -> None:
-        """Move the averages that are not rounded."""
-        # Reading a flag costs nothing on the CPU and stalls the queue of any other device.
+        """Move the averages of 32 and 64 bits."""
+        # Reading a flag costs nothing on the CPU, and stalls the queue of any other device.
         if self._on_cpu and bool(torch.stack([_sum_is_finite(xs, self._scratch) for xs in self._online]).all()):
-            if self._alike[0] and weight < _NEARLY_ALL:
-                # The form with one product: `decay * a + (1 - decay) * x` loses a share at every update, because the
-                # two rounded factors do not sum to 1 (2e-3 against 1e-5 after 100,000 updates).
-                torch._foreach_lerp_(*self._alike, weight)
+            if self._same_dtype[0] and weight < _NEARLY_ALL:
+                # The form with one product: `decay * a + (1 - decay) * x` drifts, since the two rounded factors do not
+                # sum to 1 (by 2e-3 after 100,000 updates; this form by 1e-5).
+                torch._foreach_lerp_(*self._same_dtype, weight)
             if weight < _NEARLY_ALL:
                 for averages, tensors, parts in self._groups:
                     torch._foreach_copy_(parts, tensors)
@@ -133,35 +160,16 @@ class Lerp:
             self._count(_lerp_finite(average, tensor, weight, self._scratch))
 
     def _count(self, finite: Tensor) -> None:
-        self._left_out.add_(finite.logical_not_().to(self._left_out.device))
+        self._left_out.add_(finite.logical_not_())
 
 
-def lerp_(
-    averages: Sequence[Tensor],
-    online: Sequence[Tensor],
-    weight: float,
-    places: Sequence[Place],
-    num_updates: int = 0,
-    *,
-    by: type[Lerp] = Lerp,
-) -> Tensor:
-    """Do once what ``Lerp`` does, and return how many tensors were not all finite, as a 0-dim tensor.
-
-    Args:
-        averages: Tensors to move.
-        online: Tensors to move them towards, of the same shapes and on the same devices.
-        weight: Share of ``online`` taken, from 0 to 1.
-        places: For each tensor what its rounding depends on; used for 16-bit averages only.
-        num_updates: How often this was done. It is part of the seed.
-        by: Which kernel does it.
-    """
-    left_out = torch.zeros((), dtype=torch.int64, device=averages[0].device if averages else None)
-    by(averages, online, places, left_out)(weight, num_updates)
-    return left_out
+def _with_place(pair: Pair) -> _Triple:
+    assert pair.place is not None
+    return pair.left, pair.right, pair.place
 
 
 def _parts(averages: list[Tensor], online: list[Tensor], scratch: Scratch) -> list[Tensor]:
-    """Return a part of one scratch for each of ``online``, in the dtype of ``averages``."""
+    """Return a part of the scratch for each of ``online``, in the dtype of ``averages``."""
     sizes = [tensor.numel() for tensor in online]
     parts = scratch.all(averages[0].dtype, averages[0].device, "target")[: sum(sizes)].split(sizes)
     return [part.view(tensor.shape) for part, tensor in zip(parts, online, strict=True)]
@@ -172,7 +180,7 @@ def _as_wide(tensor: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
 
 
 def _lerp(average: Tensor, tensor: Tensor, weight: float) -> None:
-    # Torch's own gives -0.0 or 0.0 here, depending on the place in the tensor.
+    # Torch's own lerp gives -0.0 or 0.0 here, depending on the place in the tensor.
     if weight == 1 or (average.dtype == torch.float32 and c_float(weight).value == 1):
         average.copy_(tensor)
     else:
@@ -180,7 +188,7 @@ def _lerp(average: Tensor, tensor: Tensor, weight: float) -> None:
 
 
 def _finite_target(average: Tensor, tensor: Tensor, all_finite: Tensor, scratch: Scratch) -> Tensor:
-    """Return where a piece moves to: where ``tensor`` is not finite, towards itself. Note in a flag whether all is."""
+    """Return what a piece moves to, the average itself where ``tensor`` is NaN or inf; clear the flag if any is."""
     seen = scratch.like(tensor, torch.promote_types(tensor.dtype, torch.float32), "seen").copy_(tensor)
     finite = torch.eq(seen.sub_(seen), 0, out=scratch.like(tensor, torch.bool, "finite"))
     all_finite.logical_and_(torch.all(finite, out=scratch.flag(torch.bool, tensor.device, "piece")))
@@ -189,7 +197,7 @@ def _finite_target(average: Tensor, tensor: Tensor, all_finite: Tensor, scratch:
 
 
 def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, scratch: Scratch) -> Tensor:
-    """Move an average that is not rounded where ``tensor`` is finite, and return whether all of it is."""
+    """Move an average of 32 or 64 bits where ``tensor`` is finite; return whether all of it is."""
     all_finite = scratch.flag(torch.bool, average.device, "all").fill_(True)
     for a, x in pieces_of((average, tensor)) if average.numel() else ():
         _lerp(a, _finite_target(a, x, all_finite, scratch), weight)
@@ -197,40 +205,40 @@ def _lerp_finite(average: Tensor, tensor: Tensor, weight: float, scratch: Scratc
 
 
 def _lerp_rounded(
-    average: Tensor, tensor: Tensor, weight: float, chances: Chances, scratch: Scratch, *, in_order: bool
+    average: Tensor, tensor: Tensor, weight: float, random: RandomBits, scratch: Scratch, *, in_order: bool
 ) -> Tensor:
-    """Move a 16-bit average where ``tensor`` is finite, and return whether all of it is."""
+    """Move a 16-bit average where ``tensor`` is finite; return whether all of it is."""
     all_finite = scratch.flag(torch.bool, average.device, "all").fill_(True)
     for a, x in pieces_of((average, tensor), in_order=in_order):
         moved = scratch.like(a, torch.float32, "moved").copy_(a)
         within = False
-        if a.device.type == "cpu":  # any other would have to be awaited
-            # What is not finite makes what has moved so.
+        if a.device.type == "cpu":  # on another device the flag must be awaited
+            # NaN or inf in the weights gives NaN or inf in the result.
             _lerp(moved, _as_wide(x, torch.float32, scratch), weight)
             within = is_within(moved, a.dtype, scratch)
         if not within:
             moved.copy_(a)
             _lerp(moved, _finite_target(moved, x, all_finite, scratch), weight)
-        round_(moved, a.dtype, chances.of(a), scratch, within=within)
+        round_(moved, a.dtype, random.of(a), scratch, within=within)
         store(moved, a)
     return all_finite
 
 
 class _Rows:
-    """Small 16-bit averages on the CPU that are moved together: each has a row of the scratch.
+    """Small 16-bit averages on the CPU that are moved in one group: each has a row of the scratch.
 
     Args:
-        triples: Averages of one dtype, what they move towards, and their places.
+        triples: Averages of one dtype, their weights, and their places.
         runs: For each its ``run_of``.
-        width: Words of a row: the most that any of them has.
-        scratch: To work in.
+        width: Words of a row: the most that any of them needs.
+        scratch: Memory to work in.
     """
 
     def __init__(self, triples: list[_Triple], runs: list[range], width: int, scratch: Scratch) -> None:
         self._triples, self._scratch = triples, scratch
         self._averages, self._online = [a for a, _, _ in triples], [x for _, x, _ in triples]
         self._dtype = self._averages[0].dtype
-        self._chances = RowChances([place.seed for *_, place in triples], runs, width, scratch)
+        self._random = RowBits([place.seed for *_, place in triples], runs, width, scratch)
         self._moved, self._target = (
             scratch.all(torch.float32, self._averages[0].device, name)[: len(triples) * 2 * width]
             for name in ("moved", "target")
@@ -242,25 +250,25 @@ class _Rows:
         ]
 
     def lerp_(self, weight: float, num_updates: int) -> list[_Triple]:
-        """Move the averages, and return those that were left as they were: something is not finite, or very large."""
-        moved, parts, averages = self._moved.zero_(), self._parts, self._averages  # what is in no part is finite too
+        """Move the averages; return those that were not moved, since a value is NaN, inf or very large."""
+        moved, parts, averages = self._moved.zero_(), self._parts, self._averages  # the gaps are finite too
         torch._foreach_copy_(parts, self._online)
         self._target.copy_(moved)
         torch._foreach_copy_(parts, averages)
         _lerp(moved, self._target, weight)
-        left = list[_Triple]()
+        unmoved = list[_Triple]()
         if not is_within(moved, self._dtype, self._scratch):
             within = [is_within(part, self._dtype, self._scratch) for part in parts]
-            left = [triple for triple, moves in zip(self._triples, within, strict=True) if not moves]
+            unmoved = [triple for triple, moves in zip(self._triples, within, strict=True) if not moves]
             parts, averages = list(compress(parts, within)), list(compress(averages, within))
         if averages:
-            round_(moved, self._dtype, self._chances.draw(num_updates), self._scratch, within=True)
+            round_(moved, self._dtype, self._random.draw(num_updates), self._scratch, within=True)
             torch._foreach_copy_(averages, parts)
-        return left
+        return unmoved
 
 
 def _laid_out_as(triple: _Triple, part: Tensor) -> Tensor:
-    """Return a part of the scratch in the shape of an average, its elements in the order in which they are rounded."""
+    """Return a part of the scratch in the shape of an average, with its elements in the order of their random bits."""
     average, tensor, place = triple
     if order_of((average, tensor), in_order=place.shape is not None) is None:
         return part.view(average.shape)
@@ -268,13 +276,13 @@ def _laid_out_as(triple: _Triple, part: Tensor) -> Tensor:
 
 
 def _rows(triples: Sequence[_Triple], scratch: Scratch) -> tuple[list[_Rows], list[_Triple]]:
-    """Group small averages of one dtype and about one size; return also those that remain alone."""
-    kinds, alone = dict[tuple[torch.dtype, int], list[tuple[_Triple, range]]](), list[_Triple]()
+    """Group small averages of one dtype and about one size; return also the averages that are in no group."""
+    kinds, single = dict[tuple[torch.dtype, int], list[tuple[_Triple, range]]](), list[_Triple]()
     for triple in triples:
         average, _, place = triple
         run = run_of(place, tuple(average.shape))
         if run is None or len(run) > _SMALL:
-            alone.append(triple)
+            single.append(triple)
         else:
             width = 1 << (words_of(run) - 1).bit_length()  # a power of two, so that there are few kinds
             kinds.setdefault((average.dtype, width), []).append((triple, run))
@@ -284,108 +292,4 @@ def _rows(triples: Sequence[_Triple], scratch: Scratch) -> tuple[list[_Rows], li
         for i in range(0, len(kind), most):
             own, runs = zip(*kind[i : i + most], strict=True)
             grouped.append(_Rows(list(own), list(runs), width, scratch))
-    return grouped, alone
-
-
-class Exchange:
-    """Swap the values of two lists of tensors in place, all or nothing, through a scratch buffer of bounded size.
-
-    An exchange may be stopped anywhere, by an interrupt or an error of a device. It then goes on, or back, from where
-    it was: each of its steps gives the same when it is done again.
-
-    Args:
-        left: Tensors.
-        right: As many, of the same shapes, dtypes and devices.
-
-    """
-
-    def __init__(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
-        self._changed = [False] * len(left)
-        self._left = [tensor.detach() for tensor in left]
-        self._sums: list[int] | None = None
-        self._buckets = list(_buckets(left, right))
-        self._done = self._undone = 0
-        # Of the bucket that is being swapped, for its three steps.
-        self._here: tuple[int, list[Tensor], list[Tensor], list[Tensor]] = (-1, [], [], [])
-        largest = dict[tuple[torch.dtype, torch.device], int]()
-        for pairs, _ in self._buckets:
-            first = pairs[0][0]
-            size = min(SCRATCH_ELEMENTS, sum(a.numel() for a, _ in pairs))
-            largest[first.dtype, first.device] = max(size, largest.get((first.dtype, first.device), 0))
-        self._scratches = {
-            (dtype, device): torch.empty(size, dtype=dtype, device=device) for (dtype, device), size in largest.items()
-        }
-
-    @property
-    def changed(self) -> list[bool]:
-        """For each pair whether the left tensor changed between ``forward`` and ``back``, once that is done."""
-        return self._changed
-
-    def forward(self) -> None:
-        """Swap what has not been swapped yet."""
-        while self._done < 3 * len(self._buckets):
-            self._step(self._done)
-            self._done += 1
-        self._sums = checksums(self._left)
-
-    def back(self) -> None:
-        """Swap back what has been swapped, the last first."""
-        if self._sums is not None:
-            with suppress(Exception):  # to swap back matters more than to know whether they changed
-                sums = checksums(self._left)
-                self._changed = [now != before for now, before in zip(sums, self._sums, strict=True)]
-            self._sums = None
-        while self._done % 3:
-            self._step(self._done)
-            self._done += 1
-        while self._undone < self._done:
-            bucket, phase = divmod(self._undone, 3)
-            self._step(self._done - 3 * (bucket + 1) + phase)
-            self._undone += 1
-        self._done = self._undone = 0
-
-    def _step(self, step: int) -> None:
-        bucket, phase = divmod(step, 3)
-        if self._here[0] != bucket:
-            self._here = bucket, *self._pieces_of(bucket)
-        _, aside, left, right = self._here
-        into, source = ((aside, left), (left, right), (right, aside))[phase]
-        torch._foreach_copy_(into, source)
-
-    def _pieces_of(self, bucket: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Return room for the pieces in a bucket, and these, left and right."""
-        pairs, number = self._buckets[bucket]
-        left, right = ([piece_of(view, number) for view in side] for side in zip(*pairs, strict=True))
-        sizes = [a.numel() for a in left]
-        room = self._scratches[left[0].dtype, left[0].device][: sum(sizes)].split(sizes)
-        return [part.view(a.shape) for part, a in zip(room, left, strict=True)], left, right
-
-
-_Bucket = tuple[list[tuple[Tensor, Tensor]], int]
-
-
-def _buckets(left: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[_Bucket]:
-    """Group pairs of one dtype and device in buckets of at most ``SCRATCH_ELEMENTS``.
-
-    A bucket is pairs and the number of the piece of each that belongs there: a view of each piece would take a KiB.
-    """
-    kinds = dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]]()
-    for a, b in zip(left, right, strict=True):
-        # An alias swaps what was here, whatever becomes of the tensor. The right ones only have to be kept.
-        small = a.numel() <= SCRATCH_ELEMENTS and a.is_contiguous() and b.is_contiguous()
-        view, other = (a.detach(), b) if small else views_of((a.detach(), b))
-        kinds.setdefault((a.dtype, a.device), []).append((view, other))
-    for pairs in kinds.values():
-        bucket, size = list[tuple[Tensor, Tensor]](), 0
-        for a, b in pairs:
-            if bucket and size + a.numel() > SCRATCH_ELEMENTS:
-                yield bucket, 0
-                bucket, size = list[tuple[Tensor, Tensor]](), 0
-            if a.numel() > SCRATCH_ELEMENTS:
-                large = [(a, b)]
-                yield from ((large, number) for number in range(num_pieces(a.shape)))
-            else:
-                bucket.append((a, b))
-                size += a.numel()
-        if bucket:
-            yield bucket, 0
+    return grouped, single

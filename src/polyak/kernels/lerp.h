@@ -1,7 +1,7 @@
 /* The loops of cpu.c, once for each set of instructions: LEVEL names them, TARGET is their attribute. */
 
-/* average += weight * (online - average), or what is the same from the other end. What is not finite in `online` counts
- * as the average itself, which so keeps its bits. */
+/* average += weight * (online - average), or the same from the other end. NaN and inf in `online` count as the average
+ * itself, which so keeps its bits. */
 #define LERP_BLOCK(FROM, TO, WIDE, ONLINE_OF, AVERAGE_OF, FINITE, FMA, KEEP)                                           \
     for (int64_t j = (FROM); j < (TO); j++) {                                                                          \
         const WIDE a = AVERAGE_OF(average[i + j]), x = ONLINE_OF(online[i + j]);                                       \
@@ -12,8 +12,7 @@
         KEEP;                                                                                                          \
     }
 
-/* A run begins anywhere in a block of the whole: its first block may be a part of one, and its last. QUICK does a chunk
- * in a quicker way if it can. */
+/* A run may begin and end within a block of the full tensor. QUICK does a chunk in a quicker way if it can. */
 #define LERP(NAME, WIDE, AVERAGE, ONLINE, ONLINE_OF, AVERAGE_OF, FINITE, FMA, QUICK, BEFORE, KEEP)                     \
     TARGET static void LEVEL(NAME##_run)(AVERAGE *restrict const average, const ONLINE *restrict const online,         \
                                          int64_t count, int64_t first, uint32_t key, WIDE weight, uint32_t *bad) {     \
@@ -52,7 +51,7 @@
         AVERAGE *const average = (AVERAGE *)piece->average;                                                            \
         const ONLINE *const online = (const ONLINE *)piece->online;                                                    \
         const uint32_t key = hash(piece->seed ^ round);                                                                \
-        uint32_t bad[BLOCK] = {0}, any = 0; /* one for each place: no sum over a block within the loop */              \
+        uint32_t bad[BLOCK] = {0}, any = 0; /* one for each place: no sum across a block in the loop */              \
         for (int64_t row = 0; row < piece->rows; row++)                                                                \
             for (int64_t done = 0, count; done < piece->run; done += count) {                                          \
                 const int64_t first = piece->first + row * piece->step + done, left = piece->run - done;               \
@@ -66,18 +65,18 @@
         return any;                                                                                                    \
     }
 
-/* Each 32 bits of chance serve two neighbours, the first the lower half. */
+/* Each 32 random bits serve two neighbours, the first the lower half. */
 #define DRAW                                                                                                           \
-    uint32_t chance[BLOCK];                                                                                            \
+    uint32_t random[BLOCK];                                                                                            \
     for (int64_t j = 0; j < BLOCK / 2; j++) {                                                                          \
         const uint32_t drawn = hash((counter + (uint32_t)((i + before) / 2) + (uint32_t)j) ^ key);                     \
-        chance[2 * j] = drawn & 0xFFFF, chance[2 * j + 1] = drawn >> 16;                                               \
+        random[2 * j] = drawn & 0xFFFF, random[2 * j + 1] = drawn >> 16;                                               \
     }
 
-/* Do a chunk of whole blocks with a bfloat16 average, if all numbers are so far from infinity that neither their
- * difference nor the rounding gets there: nothing is left out then, nothing cut off, and half of the work falls away.
- * Two neighbours are one word of 32 bits: so they are read, drawn for and written together, and need not change places
- * for that. The memory's part of the work is asked for along with the arithmetic, not before it. */
+/* Do a chunk of full blocks with a bfloat16 average, if all numbers are so far from infinity that neither their
+ * difference nor the rounding reaches it: then nothing is left out or clamped, which saves half of the work. Two
+ * neighbours are one word of 32 bits: they are read, rounded and written in one, without shuffles. Prefetches come
+ * between the arithmetic, not before it. */
 #define ROUND_QUICKLY(NAME, ONLINE, BITS, LOWER, UPPER)                                                                \
     TARGET static int LEVEL(NAME)(uint16_t *restrict const average, const ONLINE *restrict const online, int64_t count,\
                                   uint32_t counter, uint32_t key, float weight) {                                      \
@@ -86,7 +85,7 @@
         const BITS magnitude = (BITS)-1 >> 1, to_sign = (BITS)0x180 << shift;                                          \
         uint16_t large = 0;                                                                                            \
         BITS large_online = 0;                                                                                         \
-        for (int64_t i = 0; i < count; i++) { /* from 0x7E80 on, which is near 1e38, the sign's bit gets set */        \
+        for (int64_t i = 0; i < count; i++) { /* from 0x7E80 on, near 1e38, the sum sets the sign's bit */        \
             large |= (uint16_t)((average[i] & 0x7FFF) + 0x180);                                                        \
             large_online |= (BITS)((bits[i] & magnitude) + to_sign);                                                   \
         }                                                                                                              \
@@ -129,13 +128,13 @@ LERP(float32_bfloat16, float, float, uint16_t, from_bfloat16, from_float, is_fin
 LERP(float32_float16, float, float, uint16_t, from_float16, from_float, is_finite, __builtin_fmaf, NEVER, ,
      average[i + j] = moved)
 LERP(bfloat16_bfloat16, float, uint16_t, uint16_t, from_bfloat16, from_bfloat16, is_finite, __builtin_fmaf,
-     LEVEL(quick_bfloat16), DRAW, average[i + j] = to_bfloat16(moved, chance[j]))
+     LEVEL(quick_bfloat16), DRAW, average[i + j] = to_bfloat16(moved, random[j]))
 LERP(bfloat16_float32, float, uint16_t, float, from_float, from_bfloat16, is_finite, __builtin_fmaf,
-     LEVEL(quick_float32), DRAW, average[i + j] = to_bfloat16(moved, chance[j]))
+     LEVEL(quick_float32), DRAW, average[i + j] = to_bfloat16(moved, random[j]))
 LERP(float16_float16, float, uint16_t, uint16_t, from_float16, from_float16, is_finite, __builtin_fmaf, NEVER, DRAW,
-     average[i + j] = to_float16(moved, chance[j]))
+     average[i + j] = to_float16(moved, random[j]))
 LERP(float16_float32, float, uint16_t, float, from_float, from_float16, is_finite, __builtin_fmaf, NEVER, DRAW,
-     average[i + j] = to_float16(moved, chance[j]))
+     average[i + j] = to_float16(moved, random[j]))
 LERP(float64_float64, double, double, double, , , is_finite_double, __builtin_fma, NEVER, , average[i + j] = moved)
 
 TARGET static int64_t LEVEL(lerp_piece)(const struct piece *piece, double weight, uint32_t round) {
@@ -146,7 +145,7 @@ TARGET static int64_t LEVEL(lerp_piece)(const struct piece *piece, double weight
     return of[piece->pair](piece, weight, round);
 }
 
-/* Swap, and return the sum of the words that were at `left`: a change of what lay there in between is seen by it. */
+/* Swap, and return the sum of the words that were at `left`: another sum later shows that they have changed. */
 TARGET static uint64_t LEVEL(swap_bytes)(char *restrict const left, char *restrict const right, int64_t bytes) {
     const int64_t whole = bytes - bytes % 64;
     uint64_t sums[8] = {0}, sum = 0;

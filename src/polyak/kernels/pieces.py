@@ -1,22 +1,77 @@
-"""Tensors of one shape cut in views of bounded size, all at the same places, for the kernels in torch."""
+"""Tensors in pieces of bounded size, and scratch memory for one piece at a time: what the kernel in torch works in."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from polyak.kernels.scratch import SCRATCH_ELEMENTS
+# Small enough to stay in a core's cache, large enough that the calls do not count.
+SCRATCH_ELEMENTS = 131_072
+
+
+class Scratch:
+    """Memory of at most ``SCRATCH_ELEMENTS`` for each purpose, dtype and device, kept from update to update."""
+
+    def __init__(self) -> None:
+        self._held = dict[tuple[str, torch.dtype, torch.device], Tensor]()
+
+    def all(self, dtype: torch.dtype, device: torch.device, purpose: str) -> Tensor:
+        """Return all ``SCRATCH_ELEMENTS`` of one scratch, with undefined values.
+
+        Args:
+            dtype: Of the result.
+            device: Of the result.
+            purpose: Two results that are used at the same time need two purposes.
+        """
+        return self._kept(purpose, dtype, device, torch.empty, SCRATCH_ELEMENTS)
+
+    def like(self, piece: Tensor, dtype: torch.dtype, purpose: str) -> Tensor:
+        """Return a tensor of the shape of ``piece``, with undefined values.
+
+        Args:
+            piece: A piece of at most ``SCRATCH_ELEMENTS``.
+            dtype: Of the result.
+            purpose: Two results that are used at the same time need two purposes.
+        """
+        return self.all(dtype, piece.device, purpose)[: piece.numel()].view(piece.shape)
+
+    def flag(self, dtype: torch.dtype, device: torch.device, purpose: str) -> Tensor:
+        """Return a 0-dim tensor, with an undefined value.
+
+        Args:
+            dtype: Of the result.
+            device: Of the result.
+            purpose: Two results that are used at the same time need two purposes.
+        """
+        return self._kept(purpose, dtype, device, torch.empty, ())
+
+    def numbers(self, count: int, device: torch.device) -> Tensor:
+        """Return the numbers from 0 to below ``count`` in int32, which the caller must not change.
+
+        Args:
+            count: How many, at most ``SCRATCH_ELEMENTS``.
+            device: Of the result.
+        """
+        return self._kept("numbers", torch.int32, device, torch.arange, SCRATCH_ELEMENTS)[:count]
+
+    def _kept(
+        self, purpose: str, dtype: torch.dtype, device: torch.device, make: Callable[..., Tensor], size: object
+    ) -> Tensor:
+        key = purpose, dtype, device
+        if key not in self._held:
+            self._held[key] = make(size, dtype=dtype, device=device)
+        return self._held[key]
 
 
 def order_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> list[int] | None:
-    """Return the dimensions as they follow each other in the memory of all these tensors of one shape.
+    """Return the order of dimensions in which all these tensors of one shape are contiguous.
 
-    None if they are not dense, or not laid out alike; with ``in_order`` if they are not contiguous.
+    None if they are not dense, or have different layouts; with ``in_order`` also if they are not contiguous.
 
     Args:
         tensors: Of any layouts.
-        in_order: Whether only the order of indices will do.
+        in_order: Whether the order must be that of the indices.
     """
     order = list(range(tensors[0].dim()))
     if not in_order:
@@ -25,22 +80,22 @@ def order_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> list[int] 
 
 
 def views_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> list[Tensor]:
-    """Return flat views of tensors for which ``order_of`` finds an order, and others as they are.
+    """Return flat views of tensors for which ``order_of`` finds an order, and the tensors themselves otherwise.
 
     Args:
         tensors: Of any layouts, and one shape.
-        in_order: Whether only the order of indices will do.
+        in_order: Whether the order must be that of the indices.
     """
     order = order_of(tensors, in_order=in_order)
     return list(tensors) if order is None else [tensor.permute(order).view(-1) for tensor in tensors]
 
 
 def pieces_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> Iterator[tuple[Tensor, ...]]:
-    """Cut tensors of one shape in views of at most ``SCRATCH_ELEMENTS``, all at the same places.
+    """Cut tensors of one shape in views of at most ``SCRATCH_ELEMENTS``, all at the same indices.
 
     Args:
         tensors: Of any layouts.
-        in_order: Whether the pieces must follow each other as the indices count, and not as they lie in memory.
+        in_order: Whether the pieces must come in the order of the indices, and not in that of memory.
     """
     views = views_of(tensors, in_order=in_order)
     for number in range(num_pieces(views[0].shape)):
@@ -48,7 +103,7 @@ def pieces_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> Iterator[
 
 
 def num_pieces(shape: torch.Size) -> int:
-    """Return in how many pieces a tensor of this shape is cut.
+    """Return the number of pieces in which a tensor of this shape is cut.
 
     Args:
         shape: Of any tensor.
@@ -60,9 +115,9 @@ def num_pieces(shape: torch.Size) -> int:
 
 
 def _cut(shape: torch.Size) -> tuple[int, int, int]:
-    """Return along which dimension a shape is cut, how many of its indices are a piece, and how many pieces they are.
+    """Return the dimension along which a shape is cut, the indices of it in a piece, and the number of pieces.
 
-    A piece takes in all of the dimensions behind it, and one index of each before.
+    A piece has all indices of the dimensions after it, and one index of each dimension before it.
     """
     dim = next(d for d in range(len(shape)) if math.prod(shape[d + 1 :]) <= SCRATCH_ELEMENTS)
     count = SCRATCH_ELEMENTS // math.prod(shape[dim + 1 :])
@@ -74,11 +129,11 @@ def piece_of(tensor: Tensor, number: int) -> Tensor:
 
     Args:
         tensor: Of any layout.
-        number: Of the piece, below ``num_pieces``. They follow each other as the indices count.
+        number: Of the piece, below ``num_pieces``, in the order of the indices.
     """
     if tensor.numel() <= SCRATCH_ELEMENTS:
         return tensor
-    if tensor.dim() == 1:  # most are, and this is quicker
+    if tensor.dim() == 1:  # most tensors have one by now, and this is quicker
         return tensor[number * SCRATCH_ELEMENTS : (number + 1) * SCRATCH_ELEMENTS]
     dim, count, pieces = _cut(tensor.shape)
     before, last = divmod(number, pieces)

@@ -1,10 +1,10 @@
 """The kernel in Triton for averages on a GPU: one launch for all tensors of a pair of dtypes, and nothing that waits.
 
-The arithmetic is that of the torch kernel, bit for bit. Only imported where it serves, since Triton takes a while.
+Only imported for averages on a GPU, since Triton takes a while.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import compress, product
+from itertools import product
 
 import torch
 import triton
@@ -12,19 +12,69 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from polyak.kernels import foreach
-from polyak.kernels.place import Place
-from polyak.kernels.versions import one_of_each
+from polyak.kernels.exchange import Exchange
+from polyak.kernels.pairs import Pair, Place
+from polyak.kernels.rounding import SIXTEEN_BITS
 
 BLOCK = 4096  # elements of a program, a power of two from 32 on
-PART = 512  # of those done at once where a block is not whole, or not aligned
+PART = 512  # elements in a step where a block is not full, or not aligned
 WARPS = 8
 _NAMES = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def check() -> None:
-    """Raise what keeps Triton from serving here: it needs a GPU, and most versions a C compiler."""
-    triton.runtime.driver.active.get_current_target()
+def why_not(device: torch.device) -> str | None:
+    """Return why Triton cannot serve a device; None if it can. It needs a GPU, and most versions a C compiler.
+
+    Args:
+        device: Of the type ``cuda``.
+    """
+    del device
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def accepts(pair: Pair) -> bool:
+    """Return whether a pair is of plain tensors, dense and laid out in the same way. Swaps are left to torch.
+
+    Args:
+        pair: On one device.
+    """
+    average, online, place = pair
+    if place is None:
+        return False
+    for tensor in (average, online):
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+            return False
+        if tensor.dtype not in _NAMES or tensor.device != average.device or tensor.shape != average.shape:
+            return False
+    if average.is_contiguous() and online.is_contiguous():
+        return True
+    if place.shape is not None and average.dtype in SIXTEEN_BITS:
+        return False
+    order = sorted(range(average.dim()), key=average.stride, reverse=True)
+    return all(tensor.permute(order).is_contiguous() for tensor in (average, online))
+
+
+def lerp(pairs: Sequence[Pair], left_out: Tensor) -> "Lerp":
+    """Return a function that moves the left tensors of pairs towards the right ones.
+
+    Args:
+        pairs: On one device, with places, and accepted.
+        left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
+    """
+    return Lerp(pairs, left_out)
+
+
+def swap(pairs: Sequence[Pair]) -> Exchange:
+    """Return what swaps pairs, in torch.
+
+    Args:
+        pairs: On one device.
+    """
+    return Exchange(pairs)
 
 
 @triton.jit
@@ -35,41 +85,41 @@ def _hash(x):
 
 
 @triton.jit
-def _round(x, chance, TO: tl.constexpr):
-    """Round float32 to 16 bits up or down by ``chance``, below 2 ** 16; what is too large becomes the largest."""
+def _round(x, random, TO: tl.constexpr):
+    """Round float32 to 16 bits up or down by 16 random bits. A value out of range becomes the largest in it."""
     if TO == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         magnitude = bits & 0x7FFFFFFF
-        rounded = tl.minimum(magnitude + chance, 0x7F7FFFFF)
+        rounded = tl.minimum(magnitude + random, 0x7F7FFFFF)
         rounded = tl.where(magnitude > 0x7F800000, 0x7FC00000, rounded)
         return ((rounded | (bits ^ magnitude)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
-        # In units of the last place, a power of two, which below the smallest normal number no longer shrinks.
+        # In units of the last place, a power of two, constant below the smallest normal number.
         exponent = tl.maximum((x.to(tl.uint32, bitcast=True) >> 23) & 0xFF, 113)
         unit = ((exponent - 10) << 23).to(tl.float32, bitcast=True)
         units = ((264 - exponent) << 23).to(tl.float32, bitcast=True)  # in 1
-        rounded = tl.floor(x * units + (chance >> 3).to(tl.float32) * 0.0001220703125) * unit
+        rounded = tl.floor(x * units + (random >> 3).to(tl.float32) * 0.0001220703125) * unit
         rounded = tl.where(rounded > 65504, 65504, tl.where(rounded < -65504, -65504, rounded))
         return rounded.to(tl.float16)
 
 
 @triton.jit
-def _chance(index, key):
-    """Return a chance below 2 ** 16 for each index in the whole."""
+def _random_bits(index, key):
+    """Return 16 random bits for each index in the full tensor."""
     counter = index >> 1
     drawn = _hash(counter.to(tl.uint32) ^ key ^ _hash((counter >> 32).to(tl.uint32)))
     return (drawn >> ((index & 1) << 4).to(tl.uint32)) & 0xFFFF
 
 
 @triton.jit
-def _move(average, a, x, mask, weight, chance):
-    """Move the values ``a`` at ``average`` towards ``x``. Return which of ``x`` are not finite."""
+def _move(average, a, x, mask, weight, random):
+    """Move the values ``a`` at ``average`` towards ``x``. Return which of ``x`` are NaN or inf."""
     TO: tl.constexpr = average.dtype.element_ty
     WIDE: tl.constexpr = weight.dtype
     exact = x.to(tl.float64 if x.dtype == tl.float64 else tl.float32)
     fine = tl.abs(exact) < float("inf")
     wide = a.to(WIDE)
-    # What is not finite counts as the average itself.
+    # NaN and inf count as the average itself.
     target = tl.where(fine, exact.to(WIDE), wide)
     if weight < 0.5:
         moved = tl.fma(weight, target - wide, wide)
@@ -77,29 +127,29 @@ def _move(average, a, x, mask, weight, chance):
         moved = tl.fma(weight - 1, target - wide, target)
     else:
         moved = target
-    tl.store(average, moved if TO == WIDE else _round(moved, chance, TO), mask)
+    tl.store(average, moved if TO == WIDE else _round(moved, random, TO), mask)
     return fine == 0 if mask is None else (fine == 0) & mask
 
 
 @triton.jit
 def _move_block(average, online, start, index, key, weight, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Move a block from ``start``: at multiples of 16 bytes, and of 2 in the whole. Return if any is not finite."""
-    # As many elements of each in an instruction: otherwise they would change threads on the way to each other.
+    """Move a block from ``start``: at a multiple of 16 bytes, and of 2 elements. Return whether any is NaN or inf."""
+    # As many elements of both in an instruction: otherwise they would move between threads.
     average = tl.multiple_of(average + start, WIDTH * average.dtype.element_ty.primitive_bitwidth // 8)
     online = tl.multiple_of(online + start, WIDTH * online.dtype.element_ty.primitive_bitwidth // 8)
     i, pair = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
-    # The 32 bits that are drawn serve two neighbours, which one thread has.
+    # The 32 bits of a draw serve two neighbours, which one thread has.
     counter = (index >> 1).to(tl.uint32) + pair.to(tl.uint32)
     drawn = _hash(counter ^ key ^ _hash((index >> 33).to(tl.uint32)))
-    chance = tl.reshape(tl.join(drawn & 0xFFFF, drawn >> 16), [BLOCK])
-    # All is read before any is written, so that it may be on its way at once.
-    bad = _move(average + i, tl.load(average + i), tl.load(online + i), None, weight, chance)
+    random = tl.reshape(tl.join(drawn & 0xFFFF, drawn >> 16), [BLOCK])
+    # All reads come before the first write, so that they can overlap.
+    bad = _move(average + i, tl.load(average + i), tl.load(online + i), None, weight, random)
     return tl.max(bad.to(tl.int32))
 
 
 @triton.jit
 def _move_part(average, online, start, end, first, run, jump, key, weight, PART: tl.constexpr):
-    """Move elements ``start`` to ``end`` of a piece, wherever they lie. Return if any is not finite."""
+    """Move elements ``start`` to ``end`` of a piece at any address. Return whether any is NaN or inf."""
     bad = tl.arange(0, PART) < 0
     for part in range(start, end, PART):
         i = part + tl.arange(0, PART)
@@ -107,7 +157,7 @@ def _move_part(average, online, start, end, first, run, jump, key, weight, PART:
         if jump != 0:
             index += i // run * jump
         values, weights = tl.load(average + i, i < end), tl.load(online + i, i < end)
-        bad |= _move(average + i, values, weights, i < end, weight, _chance(index, key))
+        bad |= _move(average + i, values, weights, i < end, weight, _random_bits(index, key))
     return tl.max(bad.to(tl.int32))
 
 
@@ -134,7 +184,7 @@ def _lerp(
     key = _hash(tl.load(row + 6).to(tl.uint32) ^ _hash(tl.load(numbers + 1).to(tl.int64).to(tl.uint32)))
     index = first + start
     fast = (start + BLOCK <= count) & ((tl.load(row) | tl.load(row + 1)) & 15 == 0)
-    if A == tl.bfloat16 or A == tl.float16:  # rounded by chance
+    if A == tl.bfloat16 or A == tl.float16:  # rounded stochastically
         fast &= (run == count) & (index & 1 == 0) & (index >> 33 == (index + BLOCK - 1) >> 33)
     if fast:
         bad = _move_block(average, online, start, index, key, weight, BLOCK, WIDTH)
@@ -146,24 +196,9 @@ def _lerp(
         tl.atomic_add(left_out, newly.to(tl.int64), sem="relaxed")
 
 
-def _known(average: Tensor, online: Tensor, place: Place, device: torch.device) -> bool:
-    """Return whether the two are plain, on ``device``, and laid out alike without holes, as ``place`` says."""
-    for tensor in (average, online):
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
-            return False
-        if tensor.dtype not in _NAMES or tensor.device != device or tensor.shape != average.shape:
-            return False
-    if average.is_contiguous() and online.is_contiguous():
-        return True
-    if place.shape is not None and average.dtype in foreach.SIXTEEN_BITS:
-        return False
-    order = sorted(range(average.dim()), key=average.stride, reverse=True)
-    return all(tensor.permute(order).is_contiguous() for tensor in (average, online))
-
-
 def _pieces(average: Tensor, place: Place) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield where in memory a piece begins, its elements, the first index, a run's length, the gap between runs."""
-    box = (place if average.dtype in foreach.SIXTEEN_BITS else Place(0)).box(tuple(average.shape))
+    """Yield of each piece the offset in memory, elements, first index, length of a run, and gap between runs."""
+    box = (place if average.dtype in SIXTEEN_BITS else Place(0)).box(tuple(average.shape))
     *sizes, run = box.sizes
     count, step = (sizes.pop() * run, box.steps[-2]) if sizes else (run, run)
     for number, outer in enumerate(product(*map(range, sizes))):
@@ -172,7 +207,7 @@ def _pieces(average: Tensor, place: Place) -> Iterator[tuple[int, int, int, int,
 
 
 def _launch_over(table: list[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the table as the kernel reads it, and for each program the row that it is about."""
+    """Return the table as the kernel reads it, and for each program the row that it works on."""
     columns = torch.tensor(table, dtype=torch.int64, device="cpu")
     programs = (columns[:, 2] + BLOCK - 1) // BLOCK
     rows = torch.repeat_interleave(torch.arange(len(table), dtype=torch.int32, device="cpu"), programs)
@@ -180,38 +215,31 @@ def _launch_over(table: list[tuple[int, ...]], device: torch.device) -> tuple[Te
     on_host = torch.cat([columns, first_program[:, None]], dim=1), rows
     if device.type == "cpu":
         return on_host
-    # Pinned memory goes over without a wait, and torch keeps it until it has.
+    # Pinned memory is copied without a wait, and torch keeps it until the copy is done.
     table_there, rows_there = (tensor.pin_memory().to(device, non_blocking=True) for tensor in on_host)
     return table_there, rows_there
 
 
-class Lerp(foreach.Lerp):
-    """Do what ``foreach.Lerp`` does, in Triton. It waits for nothing, and allocates nothing once it is made.
+class Lerp:
+    """Move averages towards weights. It waits for nothing, and allocates nothing once it is made.
 
     The weight and the number of the update are read from the device, so that a captured ``launch`` may be replayed with
     others: ``stage`` them before each replay, on the stream of the replay. Call it once before capture, which compiles,
-    and keep it as long as the graph. The addresses of the tensors are noted: where they may have moved, make a new one.
+    and keep it as long as the graph.
 
     Args:
-        averages: Tensors to move.
-        online: Tensors to move them towards, of the same shapes and on the same devices.
-        places: For each tensor what its rounding depends on; used for 16-bit averages only.
-        left_out: A 0-dim int64 tensor on the device of the averages, which counts the tensors that were not all finite.
+        pairs: On one device, with places, and accepted.
+        left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
     """
 
-    def __init__(
-        self, averages: Sequence[Tensor], online: Sequence[Tensor], places: Sequence[Place], left_out: Tensor
-    ) -> None:
+    def __init__(self, pairs: Sequence[Pair], left_out: Tensor) -> None:
         device = left_out.device
-        triples = list(zip(averages, online, places, strict=True))
-        known = [_known(*triple, device) for triple in triples]
-        rest = [triple for triple, ours in zip(triples, known, strict=True) if not ours]
-        super().__init__([a for a, _, _ in rest], [x for _, x, _ in rest], [place for _, _, place in rest], left_out)
-        triples = list(compress(triples, known))
-        self._moved = one_of_each([a for a, _, _ in triples])
-        self._held = [x for _, x, _ in triples]  # as long as their addresses are
+        self._left_out = left_out
+        self._counting = [average for average, _, _ in pairs if not average.is_inference()]
+        self._held = pairs  # as long as their addresses are used
         tables = dict[tuple[torch.dtype, torch.dtype], list[tuple[int, ...]]]()
-        for number, (a, x, place) in enumerate(triples):
+        for number, (a, x, place) in enumerate(pairs):
+            assert place is not None
             for at, *piece in _pieces(a, place) if a.numel() else ():
                 addresses = a.data_ptr() + at * a.element_size(), x.data_ptr() + at * x.element_size()
                 tables.setdefault((a.dtype, x.dtype), []).append((*addresses, *piece, place.seed, number))
@@ -219,8 +247,8 @@ class Lerp(foreach.Lerp):
             (*_launch_over(table, device), _NAMES[a], _NAMES[x], 16 // max(a.itemsize, x.itemsize))
             for (a, x), table in tables.items()
         ]
-        self._flags = torch.zeros(len(triples), dtype=torch.int32, device=device)
-        # One number in place of two, so that one call writes them: the weight, and the number of the update.
+        self._flags = torch.zeros(len(pairs), dtype=torch.int32, device=device)
+        # One complex number, so that one call writes both: the weight, and the number of the update.
         self._staged = torch.zeros((), dtype=torch.complex128, device=device)
         self._numbers = torch.view_as_real(self._staged)
 
@@ -228,56 +256,40 @@ class Lerp(foreach.Lerp):
         """Move every average once.
 
         Args:
-            weight: Share of ``online`` taken, from 0 to 1.
-            num_updates: How often this was done. It is part of the seed.
+            weight: Share of the weights taken, from 0 to 1.
+            num_updates: The number of the update, a part of the seed.
         """
-        if self._triples:
-            super().__call__(weight, num_updates)
         if self._launches:
             self.stage(weight, num_updates)
-            self._launch()
+            self.launch()
 
     def stage(self, weight: float, num_updates: int) -> None:
         """Write the numbers for the launches to come, in the order of the current stream.
 
         Args:
-            weight: Share of ``online`` taken, from 0 to 1.
-            num_updates: How often this was done. It is part of the seed.
+            weight: Share of the weights taken, from 0 to 1.
+            num_updates: The number of the update, a part of the seed.
 
         Raises:
             RuntimeError: If the stream is being captured: each replay would write what was written now.
         """
         if self._staged.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "a weight must be staged outside of a CUDA graph, which would keep it for ever (the stream is being "
+                "a weight must be staged outside of a CUDA graph, which would keep it forever (the stream is being "
                 "captured); capture launch(), and call stage() before each replay"
             )
-        # The numbers travel as arguments of a kernel: no memory of the host that a next call could overwrite.
+        # The numbers are arguments of a kernel launch: no host memory that a later call could overwrite.
         self._staged.fill_(complex(weight, num_updates & 0xFFFFFFFF))
 
     def launch(self) -> None:
-        """Move every average once, by the numbers staged last. It may be captured in a CUDA graph.
-
-        Raises:
-            RuntimeError: If a tensor is among the averages for which the torch kernel has to serve.
-        """
-        if self._triples:
-            a, x, _ = self._triples[0]
-            raise RuntimeError(
-                "all averages and weights must be dense, laid out alike and on one device, of 64, 32 or 16 bits, to be "
-                f"moved by launch() (got {tuple(a.shape)} of {a.dtype} on {a.device} towards {tuple(x.shape)} of "
-                f"{x.dtype} on {x.device}, and {len(self._triples) - 1} more); call the kernel itself"
-            )
-        self._launch()
-
-    def _launch(self) -> None:
-        # Who has kept an average for a backward pass is told that it is no longer what it was, as by torch's own.
-        increment_version(self._moved)
+        """Move every average once, by the numbers staged last. It may be captured in a CUDA graph."""
+        # Autograd then refuses a backward pass that needs an average as it was, as after torch's own operations.
+        increment_version(self._counting)
         self._flags.zero_()
         with torch.cuda.device_of(self._flags):
             for table, rows, average, online, width in self._launches:
                 tensors = table, rows, self._numbers, self._flags, self._left_out
-                # No fusing of its own: what is fused says so.
+                # Only the explicit fma is fused.
                 _lerp[rows.numel(),](
                     *tensors, average, online, BLOCK, PART, width, num_warps=WARPS, enable_fp_fusion=False
                 )

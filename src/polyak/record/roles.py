@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from polyak.averaging.weights import Shadow, refuse_unsynchronized
+from polyak.averaging.agreement import refuse_unsynchronized
+from polyak.averaging.weights import Shadow
 from polyak.errors import RecordError
 from polyak.sharding import Communicator, Ranks, communicator_of
 from polyak.tensors.slots import PolicyRule

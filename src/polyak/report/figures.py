@@ -1,4 +1,4 @@
-"""The pictures, and the only code that plots."""
+"""The matplotlib figure of the demo: two metrics over a run, and the weight of each step in the final average."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -12,20 +12,21 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from polyak.report.series import Curve, median_update
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; the raw curve is the quieter one.
+# Okabe and Ito's colours, which people with any colour vision can distinguish.
 AVERAGED, RAW = "#0072B2", "#D55E00"
 INK, GREY, RULE = "#1b1f24", "#5c6570", "#d9dee3"
 
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "axes.edgecolor": GREY,
     "axes.labelcolor": GREY,
     "axes.linewidth": 0.8,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that the picture is the same everywhere
+    "font.family": "DejaVu Sans",  # matplotlib ships it, so that the figure is the same everywhere
     "font.size": 10,
-    "svg.hashsalt": "polyak",  # the same numbers give the same file
+    "svg.hashsalt": "polyak",  # deterministic ids
     "text.color": INK,
+    "text.parse_math": False,  # names may have dollar signs
     "xtick.color": GREY,
     "ytick.color": GREY,
 }
@@ -36,11 +37,11 @@ class Comparison:
     """One metric of the raw and of the averaged weights.
 
     Args:
-        name: What it is.
-        raw: Of the weights in training.
-        averaged: Of their average.
-        label: Writes a value beside its line.
-        tick: Writes a value at the axis.
+        name: The heading of its panel.
+        raw: The metric of the weights in training.
+        averaged: The metric of their average.
+        label: Returns a value as text for the label of a curve.
+        tick: Returns a value as text for the axis.
     """
 
     name: str
@@ -53,17 +54,17 @@ class Comparison:
 def comparison(
     title: str, subtitle: str, above: Comparison, below: Comparison, *, shares: Sequence[float], half_life: str
 ) -> Figure:
-    """Draw two metrics against the steps, and below them how much each step counts in the final average.
+    """Return a figure of two metrics over the steps, and below them the share of each step in the final average.
 
     Args:
-        title: What is to be seen.
-        subtitle: How it came about.
+        title: The title.
+        subtitle: The line below the title.
         above: A metric that rises in training.
-        below: A metric that falls.
-        shares: Of each step's weights, from the first to the last, in the final average.
-        half_life: As text.
+        below: A metric that falls in training.
+        shares: The share of each step in the final average, from the first step to the last.
+        half_life: The half-life as text.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 6.4))
         panels = figure.subplots(
             3,
@@ -84,10 +85,10 @@ def comparison(
 
 
 def percent(value: float) -> str:
-    """Write a share with as many digits as it has.
+    """Return a fraction as a percentage, with all its digits.
 
     Args:
-        value: The share.
+        value: The fraction.
 
     Example:
         >>> percent(0.925), percent(0.9)
@@ -110,8 +111,8 @@ def _furnish(axes: Axes, heading: str, tick: Callable[[float], str], bins: int) 
     axes.spines["left"].set_visible(False)
 
 
-def _beside(axes: Axes, height: float, lines: Sequence[str], colour: str, **style: Any) -> None:
-    """Write right of the panel, around a height in its own units."""
+def _label_right(axes: Axes, height: float, lines: Sequence[str], colour: str, **style: Any) -> None:
+    """Write lines of text to the right of the panel, around a height in data units."""
     for number, line in enumerate(lines):
         axes.annotate(
             line,
@@ -128,31 +129,31 @@ def _beside(axes: Axes, height: float, lines: Sequence[str], colour: str, **styl
 
 def _draw_comparison(axes: Axes, metric: Comparison, *, rises: bool) -> None:
     _furnish(axes, metric.name, metric.tick, bins=5)
-    # Too few to make a line.
+    # Fewer than three points are drawn as dots, too.
     dots: dict[str, Any] = {"marker": "o", "clip_on": False} if len(metric.raw.batches) < 3 else {}
     axes.plot(metric.raw.batches, metric.raw.values, color=RAW, linewidth=1.1, alpha=0.9, **dots)
     axes.plot(metric.averaged.batches, metric.averaged.values, color=AVERAGED, linewidth=2.6, **dots)
     low, high = _window(metric, rises=rises)
     axes.set_ylim(low, high)
     ends = {"averaged": (metric.averaged.last, AVERAGED), "raw": (metric.raw.last, RAW)}
-    heights = _apart([value for value, _ in ends.values()], least=0.13 * (high - low), low=low, high=high)
+    heights = _separate([value for value, _ in ends.values()], least=0.13 * (high - low), low=low, high=high)
     for (name, (value, colour)), height in zip(ends.items(), heights, strict=True):
-        _beside(axes, height, [f"{name} {metric.label(value)}"], colour, fontsize=10.5, fontweight="bold")
+        _label_right(axes, height, [f"{name} {metric.label(value)}"], colour, fontsize=10.5, fontweight="bold")
 
 
 def _window(metric: Comparison, *, rises: bool) -> tuple[float, float]:
-    """Return limits that leave out the beginning, which would flatten all that follows."""
+    """Return limits that leave out the start of the run, which would flatten the rest."""
     curves = (metric.raw, metric.averaged)
     settled = sorted(value for curve in curves for value in curve.values[len(curve.values) // 5 :])
-    # Of the raw curve's single bad steps, the very worst may leave the picture too.
+    # Single outliers of the raw curve may be off the scale, too.
     trim = len(settled) // 100
     low, high = (settled[trim], settled[-1]) if rises else (settled[0], settled[-1 - trim])
     margin = 0.06 * (high - low) or 0.05
     return low - margin, high + margin
 
 
-def _apart(values: Sequence[float], *, least: float, low: float, high: float) -> tuple[float, float]:
-    """Return where to write two labels so that they neither touch nor leave the panel."""
+def _separate(values: Sequence[float], *, least: float, low: float, high: float) -> tuple[float, float]:
+    """Return heights for two labels at which they neither overlap nor leave the panel."""
     first, second = (min(max(value, low), high) for value in values)
     sign = 1 if first >= second else -1
     if (short := least - abs(first - second)) > 0:
@@ -162,7 +163,7 @@ def _apart(values: Sequence[float], *, least: float, low: float, high: float) ->
 
 
 def _draw_shares(axes: Axes, shares: Sequence[float], half_life: str) -> None:
-    _furnish(axes, "How much each step counts in the final average", percent, bins=2)
+    _furnish(axes, "The share of each step in the final average", percent, bins=2)
     end, middle = len(shares), median_update(shares)
     if middle > 0:
         dark, lines = slice(middle, end), [f"the last {end - middle} steps", "are half of it"]
@@ -173,22 +174,22 @@ def _draw_shares(axes: Axes, shares: Sequence[float], half_life: str) -> None:
     axes.stairs(
         shares[dark], edges[dark.start or 0 : dark.stop + 1], fill=True, color=AVERAGED, linewidth=0, snap=False
     )
-    # Where the first weights stand for all the past before them, they dwarf the rest, and are told in words.
+    # The share of the first weights can exceed all others by far; the label states it then.
     top = max(shares[1:], default=0.0) or shares[0]
     axes.set_ylim(0, 1.15 * top)
-    _beside(axes, 0.575 * top, [*lines, f"(half-life {half_life})"], AVERAGED, fontsize=10)
+    _label_right(axes, 0.575 * top, [*lines, f"(half-life {half_life})"], AVERAGED, fontsize=10)
 
 
 def render(figure: Figure, kind: str) -> bytes:
-    """Return the file of a picture.
+    """Return the bytes of an image file.
 
     Args:
-        figure: What to draw.
+        figure: The figure.
         kind: ``"png"`` or ``"svg"``.
     """
     buffer = io.BytesIO()
-    with mpl.rc_context(_STYLE):
-        # No date and no version: the same numbers give the same file.
+    with mpl.rc_context(STYLE):
+        # Without date and version, the same numbers give the same file.
         metadata: dict[str, None] = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(buffer, format=kind, dpi=200, facecolor="white", metadata=metadata)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""What a report shows, as plain numbers."""
+"""The numbers that the demo's figure draws. Nothing is drawn here."""
 
 import json
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from polyak.profiles import Profile
 
 
 class SeriesError(PolyakError, ValueError):
-    """A file that holds no numbers to be shown."""
+    """A file of metrics is not as ``JSONLinesLogger`` writes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A metric in the course of a run.
+    """A metric over a run.
 
     Args:
-        batches: When it was measured, rising.
-        values: What was measured, one for each.
+        batches: The batches at which it was measured, ascending.
+        values: The value at each of them.
     """
 
     batches: tuple[int, ...]
@@ -33,7 +33,7 @@ class Curve:
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    r"""Return the metrics that a ``JSONLinesLogger`` wrote, by name. Of several at one batch the last counts.
+    r"""Return the metrics that a ``JSONLinesLogger`` wrote, by name. Of several values at one batch, the last counts.
 
     Args:
         path: The file.
@@ -66,13 +66,13 @@ def read_curves(path: Path) -> dict[str, Curve]:
 
 
 def update_shares(profile: Profile, moments: Sequence[float]) -> list[float]:
-    """Return how much each update counts in the average after the last one. The shares add up to 1.
+    """Return the share of each update in the average after the last one. The shares add up to 1.
 
-    The first is the weights with which averaging began.
+    The first share is that of the weights with which averaging began.
 
     Args:
-        profile: One that is ``recursive``.
-        moments: When the updates were, by the profile's clock; rising. At least one.
+        profile: A ``recursive`` profile.
+        moments: The profile's clock at each update, ascending; at least one.
 
     Example:
         >>> from polyak.profiles import HalfLife
@@ -84,10 +84,10 @@ def update_shares(profile: Profile, moments: Sequence[float]) -> list[float]:
 
 
 def median_update(shares: Sequence[float]) -> int:
-    """Return the index of the update since which at least half of the average came.
+    """Return the index of the latest update from which on the shares add up to at least one half.
 
     Args:
-        shares: Of the updates, in order.
+        shares: The shares of the updates, in order.
 
     Example:
         >>> median_update([0.25, 0.25, 0.5])

@@ -1,4 +1,4 @@
-"""What the report of a sweep shows, as plain numbers."""
+"""The numbers that the page and the figure of a sweep draw. Nothing is drawn here."""
 
 import math
 import warnings
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from polyak.errors import PlanWarning
-from polyak.profiles import HalfLife, Profile
 from polyak.record import Fit, Record, fit
 from polyak.sweeping import Result, best
 from polyak.time import TimeUnit
 
-# Parts of a stretch between which a profile's curve is drawn.
-_PARTS = 16
+# Points per segment of the record at which the curve of a profile is computed.
+_POINTS = 16
+# A line of other weights is on the scale if it is this close to the averages, in units of their range.
+_ROOM = 1.5
 
 _WORDS = {
     TimeUnit.ITERATION: "iterations",
@@ -28,14 +29,15 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """An average that was measured.
+    """One evaluated average.
 
     Args:
-        result: What was measured.
-        half_life: Of the profile, or for other profiles the age of which half of the average is younger.
-        since: The moment after which half of the average came.
-        steps: How much each moment counts in what the record gives: for each stretch, its share over its length.
-        curve: The same in what was asked for, at ``Swept.moments``.
+        result: The result of its evaluation.
+        half_life: The half-life of the profile; for other profiles the median age of what is averaged.
+        since: The moment at that median: half of the average is of later weights.
+        steps: The weight of each moment in the average that the record gives: for each segment, its share of the
+            average, divided by its length.
+        curve: The weight of each moment in the profile itself, between ``Swept.moments``.
     """
 
     result: Result
@@ -44,22 +46,42 @@ class Point:
     steps: tuple[float, ...]
     curve: tuple[float, ...]
 
+    @property
+    def on_line(self) -> bool:
+        """Whether the profile is a half-life, so that a line connects it with the others."""
+        return self.result.half_life is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The metric of other weights, a level line in the drawings.
+
+    Args:
+        name: The name given to ``sweep``.
+        value: The metric.
+        on_scale: Whether the value lies on the scale of the averages.
+    """
+
+    name: str
+    value: float
+    on_scale: bool
+
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """A sweep, ready to be shown.
+    """The numbers of a sweep.
 
     Args:
-        record: Its folder's name.
-        unit: Of half-lives and moments, in words.
-        metric: Which counts.
-        maximize: Whether more is better.
-        points: The averages, the shortest half-life first.
-        best: Which of them is best.
-        others: Weights to compare with.
-        edges: When the stretches of the record end, with the start of the first.
-        moments: Between which moments each number of ``Point.curve`` holds.
-        batchnorm: Whether statistics of BatchNorm layers were recomputed.
+        record: The name of the record's folder.
+        unit: The unit of half-lives and moments, in words.
+        metric: The metric that decides.
+        maximize: Whether a higher value is better.
+        points: The averages, in the order of their half-lives.
+        best: The index of the best average.
+        others: The results of other weights.
+        edges: The start of the first segment of the record, then the end of each segment.
+        moments: The moments between which the numbers of ``Point.curve`` hold.
+        batchnorm: Whether the statistics of BatchNorm layers were recomputed.
     """
 
     record: str
@@ -75,12 +97,54 @@ class Swept:
 
     @property
     def line(self) -> list[tuple[float, float]]:
-        """The half-lives with a number for the metric, and that number: other profiles lie beside this line."""
-        return [
-            (point.half_life, point.result.metrics[self.metric])
-            for point in self.points
-            if isinstance(point.result.profile, HalfLife) and not math.isnan(point.result.metrics[self.metric])
-        ]
+        """The half-lives and their metric, without NaN. Other profiles are not on this line."""
+        return [(point.half_life, self.value(point)) for point in self.points if point.on_line and self.known(point)]
+
+    def value(self, point: Point) -> float:
+        """Return the metric of an average.
+
+        Args:
+            point: The average.
+        """
+        return point.result.metrics[self.metric]
+
+    def known(self, point: Point) -> bool:
+        """Return whether the metric of an average is a number.
+
+        Args:
+            point: The average.
+        """
+        return not math.isnan(self.value(point))
+
+    @property
+    def middles(self) -> list[float]:
+        """The middle between each two neighbouring ``moments``."""
+        return [(before + now) / 2 for before, now in pairwise(self.moments)]
+
+    @property
+    def levels(self) -> list[Level]:
+        """The metric of other weights, without NaN, the highest first."""
+        values = [(value, one.name) for one in self.others if not math.isnan(value := self._of(one))]
+        low, high = self._reach
+        return [Level(name, value, low <= value <= high) for value, name in sorted(values, reverse=True)]
+
+    @property
+    def metric_range(self) -> tuple[float, float]:
+        """The limits of the metric's axis: all averages, and the other weights that do not flatten them."""
+        values = [self.value(point) for point in self.points if self.known(point)]
+        values += [level.value for level in self.levels if level.on_scale]
+        low, high = min(values), max(values)
+        margin = 0.15 * (high - low) or 0.1 * abs(high) or 1.0
+        return low - margin, high + margin
+
+    @property
+    def _reach(self) -> tuple[float, float]:
+        values = [self.value(point) for point in self.points if self.known(point)]
+        room = _ROOM * (max(values) - min(values)) or math.inf
+        return min(values) - room, max(values) + room
+
+    def _of(self, result: Result) -> float:
+        return result.metrics.get(self.metric, math.nan)
 
 
 def swept(
@@ -91,31 +155,31 @@ def swept(
     maximize: bool = False,
     batchnorm: bool = False,
 ) -> Swept:
-    """Return what there is to show of a sweep.
+    """Return the numbers that the report of a sweep shows.
 
     Args:
-        record: That was swept.
-        results: As ``sweep`` returned them.
-        metric: Which counts; None for the first.
-        maximize: Whether more is better.
-        batchnorm: Whether statistics of BatchNorm layers were recomputed.
+        record: The record of the sweep.
+        results: The results, as ``sweep`` returned them.
+        metric: The metric that decides; None for the first.
+        maximize: Whether a higher value is better.
+        batchnorm: Whether the statistics of BatchNorm layers were recomputed.
 
     Raises:
-        EvaluationError: If no average has a number for the metric.
+        EvaluationError: If the metric is NaN for every average.
     """
     chosen = best(results, metric, maximize=maximize)
-    unit = next((one.profile.span.unit for one in results if isinstance(one.profile, HalfLife)), TimeUnit.BATCH)
-    edges = [record.stretches[0].start, *(stretch.end for stretch in record.stretches)]
+    unit = next((one.half_life.unit for one in results if one.half_life is not None), TimeUnit.BATCH)
+    edges = [record.stretches[0].start, *(segment.end for segment in record.stretches)]
     times = tuple(edge.clock(unit, record.max_duration) for edge in edges)
     points: list[Point] = []
     moments: tuple[float, ...] = ()
     for result in results:
         if result.profile is not None:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PlanWarning)  # the sweep has said it
+                warnings.simplefilter("ignore", PlanWarning)  # the sweep has warned already
                 fitted = fit(result.profile, record.stretches, max_duration=record.max_duration)
             moments, curve = _curve(fitted, times)
-            points.append(_point(result, result.profile, fitted, times, curve))
+            points.append(_point(result, fitted, times, curve))
     points.sort(key=lambda point: point.half_life)
     return Swept(
         record=record.folder.resolve().name,
@@ -131,9 +195,9 @@ def swept(
     )
 
 
-def _point(result: Result, profile: Profile, fitted: Fit, times: Sequence[float], curve: Sequence[float]) -> Point:
+def _point(result: Result, fitted: Fit, times: Sequence[float], curve: Sequence[float]) -> Point:
     since = _clock_at(fitted, times, fitted.stretches[-1].end.updates - fitted.median_age)
-    half_life = float(profile.span) if isinstance(profile, HalfLife) else times[-1] - since
+    half_life = times[-1] - since if result.half_life is None else float(result.half_life)
     steps = [
         share / (end - start) if end > start else 0.0
         for share, (start, end) in zip(fitted.coefficients, pairwise(times), strict=True)
@@ -142,19 +206,19 @@ def _point(result: Result, profile: Profile, fitted: Fit, times: Sequence[float]
 
 
 def _clock_at(fitted: Fit, times: Sequence[float], updates: float) -> float:
-    """Return the clock after a number of updates; between edges it runs evenly."""
-    for stretch, (start, end) in zip(fitted.stretches, pairwise(times), strict=True):
-        if updates <= stretch.end.updates:
-            return start + (end - start) * (updates - stretch.start.updates) / stretch.num_updates
+    """Return the clock after a number of updates, by linear interpolation within a segment."""
+    for segment, (start, end) in zip(fitted.stretches, pairwise(times), strict=True):
+        if updates <= segment.end.updates:
+            return start + (end - start) * (updates - segment.start.updates) / segment.num_updates
     return times[-1]
 
 
 def _curve(fitted: Fit, times: Sequence[float]) -> tuple[tuple[float, ...], list[float]]:
-    """Return moments, and between each two of them how much each moment counts in what was asked for."""
+    """Return moments, and the weight of each moment between two neighbours in the profile itself."""
     moments, curve = [times[0]], list[float]()
     for values, (start, end) in zip(fitted.profile, pairwise(times), strict=True):
         intervals = len(values) - 1
-        stops = sorted({round(intervals * i / _PARTS) for i in range(_PARTS + 1)})
+        stops = sorted({round(intervals * i / _POINTS) for i in range(_POINTS + 1)})
         for before, now in pairwise(stops):
             length = (end - start) * (now - before) / intervals
             moments.append(start + (end - start) * now / intervals)

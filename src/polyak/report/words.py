@@ -1,82 +1,118 @@
-"""What a sweep has found, in words."""
+"""The outcome of a sweep in words, and how numbers are written."""
 
 import math
 
-from polyak.profiles import HalfLife
-from polyak.report.swept import Swept
+from polyak.report.swept import Level, Point, Swept
 
 _NAMES = {"raw": "raw weights", "online": "online EMA"}
 
 
 def headline(swept: Swept) -> str:
-    """Say which average is best.
+    """Return a sentence that names the best average.
 
     Args:
-        swept: What is shown.
+        swept: The numbers of the sweep.
     """
     result = swept.points[swept.best].result
     return f"Best: {result.name}, with {swept.metric} {measured(result.metrics[swept.metric])}"
 
 
 def measured(value: float) -> str:
-    """Write a metric.
+    """Return a metric as text, in four significant digits.
 
     Args:
-        value: Any.
+        value: The metric.
 
     Example:
         >>> measured(0.60634), measured(1234.5678), measured(80.0), measured(float("nan"))
-        ('0.6063', '1235', '80', 'not a number')
+        ('0.6063', '1235', '80', 'NaN')
     """
-    return "not a number" if math.isnan(value) else f"{value:.4g}"
+    return "NaN" if math.isnan(value) else f"{value:.4g}"
+
+
+def number(value: float) -> str:
+    """Return a number as text for an axis.
+
+    Args:
+        value: The number.
+
+    Example:
+        >>> number(0.25), number(1000.0), number(16384), number(2_500_000)
+        ('0.25', '1,000', '16,384', '2.5M')
+    """
+    if abs(value) >= 1e9:
+        return f"{value / 1e9:g}G"
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
 def percent(share: float | None) -> str:
-    """Write an error or a distance in two digits.
+    """Return an error or a distance as text, in two significant digits.
 
     Args:
-        share: 1 is 100 %; None where it is not known.
+        share: The fraction, 1 for 100 %; None if unknown.
 
     Example:
         >>> percent(0.00234), percent(1.5), percent(None)
-        ('0.23 %', '150 %', 'not known')
+        ('0.23 %', '150 %', 'unknown')
     """
     if share is None or not math.isfinite(share):
-        return "not known"
+        return "unknown"
     if share < 1e-9:
-        return "0 %"  # what is exact is so up to rounding
+        return "0 %"  # an exact average has rounding errors
     return f"{100 * share:.2g} %" if share < 0.995 else f"{100 * share:.0f} %"
 
 
 def other_name(name: str) -> str:
-    """Return what people call weights to compare with.
+    """Return the name of other weights for people.
 
     Args:
-        name: As given to ``sweep``.
+        name: The name given to ``sweep``.
     """
     return _NAMES.get(name, name)
 
 
 def compared(swept: Swept) -> str:
-    """Say how the best compares with the other weights, and where it lies.
+    """Return sentences that compare the best average with the other weights and say whether it is at an end.
 
     Args:
-        swept: What is shown.
+        swept: The numbers of the sweep.
     """
     best = swept.points[swept.best]
-    value = best.result.metrics[swept.metric]
+    value = swept.value(best)
     others = [(other_name(one.name), one.metrics.get(swept.metric, math.nan)) for one in swept.others]
     parts = [
         f"{'Highest' if swept.maximize else 'Lowest'} of {len(swept.points)} averages of the record {swept.record}."
     ]
     if others:
-        parts.append("To compare: " + ", ".join(f"{name} {measured(other)}" for name, other in others) + ".")
+        parts.append("For comparison: " + ", ".join(f"{name} {measured(other)}" for name, other in others) + ".")
         better = [name for name, other in others if (other > value if swept.maximize else other < value)]
         if better:
             parts.append(f"No average of the record is better than the {' and the '.join(better)}.")
-    half_lives = [point for point in swept.points if isinstance(point.result.profile, HalfLife)]
+    half_lives = [point for point in swept.points if point.on_line]
     if half_lives and best is half_lives[-1]:
-        parts.append("It is the longest half-life that was measured: longer ones may be better still.")
+        parts.append("It is the longest half-life that was evaluated: longer ones may be better still.")
     if half_lives and best is half_lives[0]:
-        parts.append("It is the shortest half-life that was measured: shorter ones may be better still.")
+        parts.append("It is the shortest half-life that was evaluated: shorter ones may be better still.")
     return " ".join(parts)
+
+
+def level_label(level: Level) -> str:
+    """Return the name and the value of a level line.
+
+    Args:
+        level: The line.
+    """
+    return f"{other_name(level.name)} {measured(level.value)}{'' if level.on_scale else ' (off the scale)'}"
+
+
+def younger(swept: Swept, point: Point) -> str:
+    """Return the median age of an average, with its unit.
+
+    Args:
+        swept: The numbers of the sweep.
+        point: The average.
+    """
+    age = swept.edges[-1] - point.since
+    return f"{age:,.4g} {swept.unit}" if age < 10_000 else f"{age:,.0f} {swept.unit}"

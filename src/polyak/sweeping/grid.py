@@ -1,4 +1,4 @@
-"""Which half-lives are measured: evenly spaced in their logarithm, then ever closer to the best. Numbers only."""
+"""The half-lives that a sweep evaluates: an even grid on a log scale, then steps toward the best. Numbers only."""
 
 import math
 from collections.abc import Mapping
@@ -8,13 +8,13 @@ from polyak.profiles import HalfLife, Uniform
 from polyak.record import Record, fit
 from polyak.time import Time, TimeUnit
 
-# Half-lives closer than this ratio are not told apart by any metric.
+# No metric distinguishes half-lives with a smaller ratio than this.
 _CLOSE = 1.05
 _GOLDEN = (3 - math.sqrt(5)) / 2
 
 
 def tidy(value: float) -> float:
-    """Return ``value`` in three digits.
+    """Return ``value`` rounded to three significant digits.
 
     Args:
         value: Above 0.
@@ -27,35 +27,35 @@ def tidy(value: float) -> float:
 
 
 def newest(record: Record) -> Uniform:
-    """Return the profile of a record's newest stretch: the least averaged weights that it holds.
+    """Return the profile of the newest segment of a record: the least averaged weights that the record holds.
 
     Args:
-        record: With at least one stretch.
+        record: A record with at least one segment.
 
     Raises:
-        ProfileError: If it has none.
+        ProfileError: If the record has no segment.
     """
     if not record.stretches:
-        raise ProfileError("a sweep needs a record with at least one stretch (got none)")
+        raise ProfileError("a record must have at least one segment for a sweep (got none); record for longer")
     first, last = record.stretches[0], record.stretches[-1]
     return Uniform(Time(last.start.clock(TimeUnit.BATCH) - first.start.clock(TimeUnit.BATCH), TimeUnit.BATCH))
 
 
 def finest_half_life(record: Record, unit: TimeUnit = TimeUnit.BATCH) -> HalfLife:
-    """Return the shortest half-life that can be told at the end of a record.
+    """Return the shortest half-life that a record resolves at its end.
 
     Args:
-        record: Any.
-        unit: To give it in.
+        record: The record.
+        unit: The unit of the half-life.
 
     Raises:
-        ProfileError: If no half-life can be told.
+        ProfileError: If the record resolves no half-life.
     """
-    limit = max(record.stretches[-2:], key=lambda stretch: stretch.num_updates, default=None)
+    limit = max(record.stretches[-2:], key=lambda segment: segment.num_updates, default=None)
     if limit is not None:
         shortest = limit.end.clock(unit, record.max_duration) - limit.start.clock(unit, record.max_duration)
         longest = _length(record, unit)
-        # Within a short record half of an average is younger than a half-life: then it takes a little more.
+        # In a short record more than half of an average is younger than its half-life, so that a longer one is needed.
         while 0 < shortest < longest:
             profile = HalfLife(Time(shortest, unit), unbiased=True)
             try:
@@ -65,24 +65,24 @@ def finest_half_life(record: Record, unit: TimeUnit = TimeUnit.BATCH) -> HalfLif
             else:
                 return profile
     raise ProfileError(
-        f"the record tells no half-life yet (it has {len(record.stretches)} stretches): record for longer, or with a "
-        "shorter interval"
+        f"the record must resolve at least one half-life (it has {len(record.stretches)} segments); record for longer, "
+        "or with a shorter interval"
     )
 
 
 def grid(record: Record, points: int = 9, unit: TimeUnit = TimeUnit.BATCH) -> list[HalfLife]:
-    """Return half-lives from the shortest that a record can tell to the whole run.
+    """Return half-lives from the shortest that a record resolves to the length of the record.
 
     Args:
-        record: Any.
-        points: How many, at least 2.
-        unit: Of the half-lives.
+        record: The record.
+        points: The number of half-lives, at least 2.
+        unit: The unit of the half-lives.
 
     Raises:
-        ProfileError: If ``points`` is below 2, or the record tells no half-life.
+        ProfileError: If ``points`` is below 2, or the record resolves no half-life.
     """
     if points < 2:
-        raise ProfileError(f"a grid needs at least 2 points, the shortest half-life and the whole run (got {points})")
+        raise ProfileError(f"points must be at least 2, for the shortest half-life and the whole run (got {points})")
     shortest, longest = float(finest_half_life(record, unit).span), _length(record, unit)
     inner = [tidy(shortest * (longest / shortest) ** (i / (points - 1))) for i in range(1, points - 1)]
     values = sorted({shortest, longest, *(value for value in inner if shortest < value < longest)})
@@ -90,11 +90,11 @@ def grid(record: Record, points: int = 9, unit: TimeUnit = TimeUnit.BATCH) -> li
 
 
 def narrowed(values: Mapping[float, float], *, maximize: bool = False) -> float | None:
-    """Return the half-life to measure next, by golden section on the logarithm; None once the best is pinned down.
+    """Return the half-life to evaluate next, by golden-section search on a log scale; None once the best is found.
 
     Args:
-        values: What was measured, by half-life. NaN is worse than any number.
-        maximize: Whether more is better.
+        values: The metric by half-life. NaN is worse than any number.
+        maximize: Whether a higher value is better.
 
     Example:
         >>> narrowed({1: 3.0, 10: 1.0, 100: 2.0})
@@ -107,7 +107,7 @@ def narrowed(values: Mapping[float, float], *, maximize: bool = False) -> float 
     at = min(range(len(ordered)), key=lambda i: rank[ordered[i]])
     middle = ordered[at]
     neighbours = [ordered[i] for i in (at - 1, at + 1) if 0 <= i < len(ordered)]
-    # The wider gap first; of two alike, as on a grid, the side that is better.
+    # The wider gap first; of two equal gaps, as on a grid, the better side.
     other = max(neighbours, key=lambda x: (round(abs(math.log(x / middle)), 1), -rank[x]))
     following = tidy(middle * (other / middle) ** _GOLDEN)
     near = min(abs(math.log(following / x)) for x in ordered)

@@ -1,4 +1,4 @@
-"""What a sweep has measured: results, the best of them, and their file of JSON lines."""
+"""The results of a sweep, the best of them, and the JSON Lines file that keeps them."""
 
 import json
 import math
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from polyak.errors import PolyakError
-from polyak.profiles import Profile
+from polyak.profiles import Profile, named
 from polyak.storage.atomic import flush
 from polyak.storage.lock import Lock
+from polyak.time import Time
 
 
 class EvaluationError(PolyakError, RuntimeError):
-    """An evaluation that failed, or did not return what it must. What was measured before is kept."""
+    """An evaluation failed, or returned a wrong type. Earlier results are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +23,12 @@ class Result:
     """The metrics of one set of weights.
 
     Args:
-        name: What it is, for people.
-        profile: Of the average; None for weights that do not come from the record.
-        metrics: By name.
-        error: Estimate of how far off the average is, in units of |last weights - average|; None where not known.
-        distance: |average - newest mean of the record| / |newest mean|; None where not known.
-        seconds: How long the evaluation took.
+        name: A name for people.
+        profile: The profile of the average; None for weights that do not come from the record.
+        metrics: The metrics by name.
+        error: Estimated error of the average, relative to |last weights - average|; None if unknown.
+        distance: |average - newest mean of the record| / |newest mean|; None if unknown.
+        seconds: The duration of the evaluation.
     """
 
     name: str
@@ -37,20 +38,27 @@ class Result:
     distance: float | None = None
     seconds: float = 0.0
 
+    @property
+    def half_life(self) -> Time | None:
+        """The half-life of the average, or None for other profiles and other weights."""
+        return None if self.profile is None else named(self.profile).half_life
+
 
 def value_of(result: Result, metric: str | None = None) -> float:
-    """Return a metric.
+    """Return one metric of a result.
 
     Args:
-        result: Of a sweep.
-        metric: Its name; None for the first.
+        result: A result of a sweep.
+        metric: The name of the metric; None for the first.
 
     Raises:
-        EvaluationError: If there is none of that name.
+        EvaluationError: If the result has no metric of that name.
     """
     name = next(iter(result.metrics)) if metric is None else metric
     if name not in result.metrics:
-        raise EvaluationError(f"the metric must be one that was returned (got {name!r}): {', '.join(result.metrics)}")
+        raise EvaluationError(
+            f"the metric must be one that the evaluation returns (got {name!r}); use one of {', '.join(result.metrics)}"
+        )
     return result.metrics[name]
 
 
@@ -58,28 +66,28 @@ def best(results: Sequence[Result], metric: str | None = None, *, maximize: bool
     """Return the best average of the record.
 
     Args:
-        results: Of a sweep.
-        metric: Which counts; None for the first.
-        maximize: Whether more is better.
+        results: The results of a sweep.
+        metric: The metric to compare; None for the first.
+        maximize: Whether a higher value is better.
 
     Raises:
-        EvaluationError: If no average has a number for it.
+        EvaluationError: If the metric is NaN for every average.
     """
     found = [one for one in results if one.profile is not None and not math.isnan(value_of(one, metric))]
     if not found:
-        raise EvaluationError("at least one average must have a metric that is a number (got none)")
+        raise EvaluationError("the metric must be a number for at least one average (got none); check the evaluation")
     return (max if maximize else min)(found, key=lambda one: value_of(one, metric))
 
 
 @dataclass(slots=True)
 class Kept:
-    """Results on disk, for a ``with`` block: one JSON object in each line, added as soon as it is known.
+    """A file of results, open inside a ``with`` block: one JSON object per line, written after each evaluation.
 
     Args:
-        path: The file; None keeps nothing.
+        path: The file; None keeps the results in memory only.
 
     Raises:
-        EvaluationError: If it is no such file, or another sweep is writing it.
+        EvaluationError: If the file is not such a file, or another sweep is writing it.
     """
 
     path: Path | None
@@ -109,21 +117,23 @@ class Kept:
         file.seek(0)
         content = file.read()
         complete = content[: content.rfind(b"\n") + 1]
-        file.truncate(len(complete))  # what a killed sweep was writing
+        file.truncate(len(complete))  # an incomplete line of a killed sweep
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 plain = json.loads(line)
                 _from_plain(plain, None)
                 self._lines.append({"key": plain["key"], **plain})
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise EvaluationError(f"line {number} of {path} must be a result of a sweep; remove it") from None
+                raise EvaluationError(
+                    f"line {number} of {path} must be a result of a sweep (got {line[:60]!r}); remove the line"
+                ) from None
 
     def find(self, key: Mapping[str, Any], profile: Profile | None) -> tuple[Result, str | None] | None:
-        """Return a result and the hash of the code that measured it, if it is there.
+        """Return the latest result with this key and the hash of the code that measured it; None if there is none.
 
         Args:
-            key: What identifies it.
-            profile: Of the result.
+            key: Identifies the result.
+            profile: The profile of the result.
         """
         for line in reversed(self._lines):
             if line["key"] == key:
@@ -131,11 +141,11 @@ class Kept:
         return None
 
     def add(self, key: Mapping[str, Any], result: Result, code: str | None) -> None:
-        """Keep a result.
+        """Append a result to the file.
 
         Args:
-            key: What identifies it.
-            result: What was measured.
+            key: Identifies the result.
+            result: The result.
             code: The hash of the code that measured it.
         """
         line = {
@@ -161,7 +171,7 @@ def _busy(path: Path, owner: str) -> str:
 
 
 def _plain(value: float | None) -> float | None:
-    """Return what JSON can hold: infinity and NaN become null."""
+    """Return the value as JSON can hold it: infinity and NaN become null."""
     return value if value is not None and math.isfinite(value) else None
 
 

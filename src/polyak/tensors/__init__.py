@@ -1,1 +1,1 @@
-"""Which tensors a model has: slots and their names, memory that they share, what optimizers move."""
+"""The tensors of a model: slots and names, memory that they share, what optimizers move, whether they have changed."""

@@ -1,7 +1,7 @@
-"""Which tensors share memory: what overlaps is averaged and swapped once, whatever the objects.
+"""Which tensors share memory, so that it is averaged and swapped once.
 
 ``b.data = a.data``, ``nn.Parameter(a)``, a transposed alias or a buffer that views rows of a parameter are different
-tensors over the same bytes. Of each such group one tensor owns the memory; the others are views of it.
+tensors over the same bytes. In each such group one tensor owns the memory; the others are views of it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from polyak.errors import MemoryLayoutError
 
 
 def is_wrapper(tensor: Tensor) -> bool:
-    """Return whether a tensor is a subclass that has no memory of its own, but inner tensors that only it knows.
+    """Return whether a tensor is a subclass without its own memory, which keeps its values in inner tensors.
 
     Args:
         tensor: Any; a ``DTensor`` is one.
@@ -27,7 +27,7 @@ def is_wrapper(tensor: Tensor) -> bool:
 def has_memory(tensor: Tensor) -> bool:
     """Return whether a tensor has elements at an address.
 
-    It has none if it is on the meta device, not built yet, empty, sparse, or a wrapper of inner tensors.
+    It has none if it is on the meta device, lazily built, empty, sparse, or a wrapper of inner tensors.
 
     Args:
         tensor: Any.
@@ -59,7 +59,7 @@ def is_expanded(tensor: Tensor) -> bool:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Return whether several elements may share memory in another way than by stride 0, such as after ``unfold``.
+    """Return whether elements may share memory other than by stride 0, such as after ``unfold``.
 
     Args:
         tensor: Strided.
@@ -73,25 +73,29 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Return the address of the first byte and of the one behind the last."""
+def span(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of the first byte and that after the last byte.
+
+    Args:
+        tensor: Strided, with memory.
+    """
     last = sum(stride * (size - 1) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     begin = tensor.data_ptr()
     return begin, begin + (last + 1) * tensor.element_size()
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    begin, end = _span(tensor)
+    begin, end = span(tensor)
     return end - begin == tensor.numel() * tensor.element_size() and not overlaps_itself(tensor)
 
 
 def owners(tensors: Sequence[Tensor], names: Sequence[str], rank: Sequence[int]) -> list[int]:
-    """Return for each tensor the index of the one that owns its memory: its own, unless another contains it.
+    """Return for each tensor the index of the tensor that owns its memory: its own index, unless another contains it.
 
     Args:
-        tensors: Any. Those without memory own themselves.
+        tensors: Any. A tensor without memory owns itself.
         names: Of the tensors, for the error.
-        rank: Of two tensors over the same bytes, the one with the lower rank owns them, else the first.
+        rank: Of two tensors over the same bytes, the one with the lower rank owns them; of equal ranks, the first.
 
     Raises:
         MemoryLayoutError: If two tensors overlap and neither contains the other.
@@ -112,9 +116,9 @@ def owners(tensors: Sequence[Tensor], names: Sequence[str], rank: Sequence[int])
                     break
                 if shared == "some":
                     raise MemoryLayoutError(
-                        f"tensors that share memory must lie one inside of the other, and {names[owner]!r} and "
-                        f"{names[i]!r} overlap only in part: give one of them memory of its own (.clone()), or leave "
-                        "it out by a policy"
+                        f"of two tensors that share memory one must contain the other, and {names[owner]!r} and "
+                        f"{names[i]!r} overlap only in part: give one of them its own memory (.clone()), or leave it "
+                        "out by a policy"
                     )
             else:
                 kept.append(i)
@@ -122,8 +126,8 @@ def owners(tensors: Sequence[Tensor], names: Sequence[str], rank: Sequence[int])
 
 
 def _clusters(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Yield the indices of tensors whose spans of addresses overlap, where there is more than one."""
-    spans = [(str(t.device), *_span(t), i) for i, t in enumerate(tensors) if has_memory(t)]
+    """Yield groups of two or more tensors whose spans of addresses overlap, by their indices."""
+    spans = [(str(t.device), *span(t), i) for i, t in enumerate(tensors) if has_memory(t)]
     cluster, where, reach = list[int](), "", 0
     for device, begin, end, i in sorted(spans):
         if device == where and begin < reach:
@@ -147,13 +151,13 @@ def _same_place(one: Tensor, other: Tensor) -> bool:
 
 
 def _shared(owner: Tensor, tensor: Tensor) -> str:
-    """Return whether ``owner`` has "all" bytes of ``tensor``, "some" or "none"."""
-    (begin, end), (first, last) = _span(owner), _span(tensor)
+    """Return whether ``owner`` contains "all" bytes of ``tensor``, "some" or "none"."""
+    (begin, end), (first, last) = span(owner), span(tensor)
     if last <= begin or end <= first:
         return "none"
     if begin <= first and last <= end and _is_dense(owner):
         return "all"
-    # Mark what the owner has, in the largest unit that both are made of, and look at it through the other's strides.
+    # Mark the owner's bytes, in the largest common unit, and read the marks through the other's strides.
     unit = gcd(owner.element_size(), tensor.element_size(), abs(first - begin))
     low = min(begin, first)
     marks = torch.zeros((max(end, last) - low) // unit, dtype=torch.bool, device="cpu")
@@ -170,7 +174,7 @@ def _units(tensor: Tensor, marks: Tensor, low: int, unit: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a view lies in the tensor that owns its memory, so that the same view of another tensor can be had.
+    """Where a view lies in the tensor that owns its memory, to make the same view of another tensor.
 
     Args:
         owner_shape: Of the owner.
@@ -178,8 +182,8 @@ class Place:
         shape: Of the view.
         stride: Of the view.
         offset: From the owner's first element to the view's, in elements.
-        conj: Whether the view conjugates what the owner has.
-        neg: Whether it negates it.
+        conj: Whether the view conjugates the owner's values.
+        neg: Whether it negates them.
     """
 
     owner_shape: tuple[int, ...]
@@ -192,7 +196,7 @@ class Place:
 
     @classmethod
     def of(cls, owner: Tensor, tensor: Tensor) -> "Place | None":
-        """Return the place of ``tensor`` in ``owner``; None if it reads the same bytes as another dtype.
+        """Return the place of ``tensor`` in ``owner``; None if their dtypes differ.
 
         Args:
             owner: The tensor that owns the memory.
@@ -205,7 +209,7 @@ class Place:
         return cls(tuple(owner.shape), owner.stride(), tuple(tensor.shape), tensor.stride(), offset, conj, neg)
 
     def view(self, twin: Tensor) -> Tensor:
-        """Return what lies in ``twin`` as the view does in its owner: a view as well, or a copy where none is possible.
+        """Return the view of ``twin`` at this place; a copy where its layout allows no view.
 
         Args:
             twin: Of the owner's shape, and of any dtype.
@@ -213,7 +217,7 @@ class Place:
         if twin.stride() == self.owner_stride:
             view = twin.as_strided(self.shape, self.stride, twin.storage_offset() + self.offset)
         else:
-            # Where in the owner each element of the view lies, read through indices that are laid out as the owner.
+            # The index in the owner of each element of the view, read from indices in the owner's layout.
             numbers = torch.empty_strided(self.owner_shape, self.owner_stride, dtype=torch.int64, device="cpu")
             numbers.copy_(torch.arange(twin.numel(), device="cpu").view(self.owner_shape))
             view = twin.reshape(-1)[numbers.as_strided(self.shape, self.stride, self.offset).to(twin.device)]
@@ -222,10 +226,10 @@ class Place:
 
 
 def write_(target: Tensor, source: Tensor) -> None:
-    """Copy into a tensor of any kind: expanded ones, and those made in inference mode, which refuse a plain copy.
+    """Copy into a tensor of any kind, also expanded and inference tensors, which refuse a plain copy.
 
     Args:
-        target: To be overwritten.
+        target: The tensor to overwrite.
         source: Of the same shape.
     """
     target, source = target.detach(), source.detach()

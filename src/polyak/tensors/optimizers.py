@@ -1,7 +1,7 @@
-"""Which parameters optimizers move, seen by one permanent hook on the steps of all of torch's optimizers.
+"""Which parameters optimizers move: one permanent hook on the steps of all of torch's optimizers notes them.
 
-``requires_grad`` at some moment does not tell: adversarial training freezes one half of a model while the other half's
-optimizer steps, and each half is trained all the same.
+``requires_grad`` at one moment is not enough: adversarial training freezes one half of a model while the other half's
+optimizer steps, and yet both halves are trained.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,19 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-# Called with each optimizer that is about to step. Whoever must refuse a step is on this list.
+# Called with each optimizer before it steps. A guard raises to refuse the step.
 guards: list[Callable[[Optimizer], None]] = []
 
-# What each optimizer moves, by ids of both, as long as that lives. They are no weak references, since torch refuses to
-# swap a tensor that has one, as it does in `.to()` of some models.
+# The parameters that each optimizer moves, by ids of both, for the optimizer's lifetime. They are no weak references:
+# torch refuses to swap a tensor that has one, as in `.to()` of some models.
 _moved = dict[int, dict[int, Tensor]]()
-_notes = list[int]()  # one for each time that parameters were added there
-_seen = WeakKeyDictionary[Optimizer, tuple[int, list[Tensor]]]()  # how many parameters, and those frozen so far
+_notes = list[int]()  # one for each time that parameters were added to these
+_seen = WeakKeyDictionary[Optimizer, tuple[int, list[Tensor]]]()  # the number of parameters, and the frozen ones
 
 
 @cache
 def watch() -> RemovableHandle:
-    """Look at every optimizer that steps from now on. Only the first call does something."""
+    """Note what every optimizer moves from now on. Only the first call registers the hook."""
     return register_optimizer_step_pre_hook(_before_step)
 
 
@@ -36,10 +36,10 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
 
 
 def before_step(optimizer: Optimizer) -> None:
-    """Let guards refuse a step, and note what it moves. Hooks on one optimizer, which are never compiled, call it too.
+    """Call the guards, and note what the step will move. Hooks on one optimizer, which are never compiled, call it too.
 
     Args:
-        optimizer: About to step.
+        optimizer: Before its step.
     """
     for guard in guards:
         guard(optimizer)
@@ -66,15 +66,15 @@ def _is_trained(parameter: Tensor) -> bool:
 
 
 def is_moved(parameter: Tensor) -> bool:
-    """Return whether an optimizer that still lives has moved a parameter since ``watch`` was called.
+    """Return whether an optimizer that still exists has moved a parameter since ``watch`` was called.
 
     Args:
         parameter: Any tensor.
     """
-    # A list, since other threads may make optimizers.
+    # A copy, since other threads may add optimizers.
     return any(moved.get(id(parameter)) is parameter for moved in list(_moved.values()))
 
 
 def moves() -> int:
-    """Return how often ``is_moved`` has become true of a parameter."""
+    """Return how many times ``is_moved`` has become true of parameters."""
     return len(_notes)

@@ -1,26 +1,23 @@
 """Which tensors of a model are averaged, copied or left, and why.
 
-Names are canonical: what wrappers (``DataParallel``, ``DistributedDataParallel``, ``torch.compile``, activation
-checkpointing) put in front of a name is dropped, so that a state saved under one of them loads under another.
+Names are canonical, without the prefixes of wrappers (``DataParallel``, ``DistributedDataParallel``, ``torch.compile``,
+activation checkpointing), so that a state saved under one wrapper loads under another.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain
-from operator import attrgetter, is_
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from polyak.errors import MismatchError
-from polyak.kernels import unchanged
-from polyak.sharding import is_spread, local
+from polyak.sharding import local
 from polyak.tensors import memory, optimizers
 
-# The wrappers that keep the wrapped module under a name that no one else uses, and those that need a look at the type.
-_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+# Names under which wrappers keep the wrapped module; no other module uses them. The parallel wrappers keep theirs under
+# "module", which others use too.
+WRAPPED_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -34,7 +31,7 @@ class Policy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place in a model that holds a tensor. The tensor is looked up anew each time, since modules replace theirs.
+    """A place in a model that holds a tensor. The tensor is read each time, since modules replace theirs.
 
     Args:
         name: Canonical name.
@@ -52,7 +49,7 @@ class Slot:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor that is there now."""
+        """The tensor that the module holds now."""
         held = (self.owner._parameters if self.is_parameter else self.owner._buffers)[self.attribute]  # noqa: SLF001
         assert held is not None
         return held
@@ -87,7 +84,7 @@ def decide(slot: Slot) -> Decision:  # noqa: PLR0911  a table of rules
             return Decision(Policy.AVERAGE, "a parameter that is trained")
         return Decision(Policy.LEAVE, "a frozen parameter")
     if memory.is_wrapper(local(tensor)):
-        return Decision(Policy.LEAVE, f"only {type(local(tensor)).__name__} knows what it holds")
+        return Decision(Policy.LEAVE, f"a {type(local(tensor)).__name__} keeps its values in inner tensors")
     if not slot.persistent:
         return Decision(Policy.LEAVE, "a buffer that the state dict leaves out: a cache")
     if tensor.is_quantized:
@@ -98,7 +95,7 @@ def decide(slot: Slot) -> Decision:  # noqa: PLR0911  a table of rules
 
 
 def is_statistic(slot: Slot) -> bool:
-    """Return whether a buffer is a running statistic by its name, such as BatchNorm's, and no count.
+    """Return whether a buffer is a running statistic by its name, such as BatchNorm's, and not a count.
 
     Args:
         slot: Where the tensor is.
@@ -112,9 +109,9 @@ def default_policy(slot: Slot) -> Policy:
     """Average trained parameters and running statistics, copy all other buffers, leave the rest.
 
     A parameter is trained if it requires a gradient or an optimizer of torch's has moved it. A running statistic is a
-    floating-point buffer named ``running_...``, as in BatchNorm; to average any other buffer, such as a mask, a scale
-    or the vectors of a spectral norm, gives a value that no model ever had. The rest are frozen parameters, which are
-    their own average, buffers that the state dict leaves out, which are caches, and sparse and quantized tensors.
+    floating-point buffer named ``running_...``, as in BatchNorm; the average of another buffer, such as a mask, a scale
+    or the vectors of a spectral norm, would be a value that no model ever had. The rest are frozen parameters, which
+    equal their average, buffers outside the state dict, which are caches, and sparse and quantized tensors.
 
     Args:
         slot: Where the tensor is.
@@ -126,7 +123,7 @@ PolicyRule = Callable[[Slot], Policy]
 
 
 def _is_wrapped(parent: nn.Module, child: str) -> bool:
-    return child in _WRAPPED or (child == "module" and isinstance(parent, _PARALLEL))
+    return child in WRAPPED_NAMES or (child == "module" and isinstance(parent, _PARALLEL))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -164,14 +161,14 @@ def all_slots(model: nn.Module) -> Iterator[Slot]:
 
 
 def slots(model: nn.Module, *, views: bool = False, foreign: Sequence[Tensor] = ()) -> Iterator[Slot]:
-    """Yield every parameter and buffer once, and memory that several tensors share under the one that owns it.
+    """Yield every parameter and buffer once, and memory that several tensors share under the tensor that owns it.
 
-    Tied tensors come under the first of their names. A tensor inside the memory of another one does not come at all.
+    Tied tensors have the first of their names. A tensor inside the memory of another one is left out.
 
     Args:
         model: Wrapped or not.
-        views: Whether to yield what is laid out otherwise than its owner too: rows of it, or its transpose.
-        foreign: Local tensors whose memory is not the model's own: what shares it does not come.
+        views: Whether to yield also the tensors with another layout than their owner: rows of it, or its transpose.
+        foreign: Local tensors that are not the model's; tensors that share their memory are left out.
 
     Raises:
         MemoryLayoutError: If two tensors overlap in part.
@@ -187,11 +184,11 @@ def slots(model: nn.Module, *, views: bool = False, foreign: Sequence[Tensor] = 
 
 
 def views_of(model: nn.Module, *, tied: bool = False) -> dict[str, tuple[Slot, Slot]]:
-    """Return by name each slot that ``slots`` does not yield, and before it the one that owns its memory.
+    """Return by name the slots that ``slots`` does not yield, each after the slot that owns its memory.
 
     Args:
         model: Wrapped or not.
-        tied: Whether to return only those that are laid out as their owner.
+        tied: Whether to return only those with the layout of their owner.
     """
     listed, owner = _owned(model, ())
     by_id = {id(slot.tensor): own for slot, own in zip(listed, owner, strict=True)}
@@ -204,7 +201,7 @@ def views_of(model: nn.Module, *, tied: bool = False) -> dict[str, tuple[Slot, S
 
 
 def trained_through(views: Mapping[str, tuple[Slot, Slot]], policy: PolicyRule) -> set[str]:
-    """Return the names of tensors that are averaged because one that shares their memory is.
+    """Return the names of tensors that are averaged because a tensor that shares their memory is.
 
     Args:
         views: As ``views_of`` returns them.
@@ -214,7 +211,7 @@ def trained_through(views: Mapping[str, tuple[Slot, Slot]], policy: PolicyRule) 
 
 
 def _owned(model: nn.Module, foreign: Sequence[Tensor]) -> tuple[list[Slot], list[Slot | None]]:
-    """Return each tensor of a model once, and the slot that owns its memory; None where that is not the model's own."""
+    """Return each tensor of a model once, and the slot that owns its memory; None where that is foreign."""
     once = dict[int, Slot]()
     for slot in all_slots(model):
         once.setdefault(id(slot.tensor), slot)
@@ -251,71 +248,6 @@ def averaged_parameters(model: nn.Module, policy: PolicyRule) -> list[Slot]:
     through = trained_through(views_of(model), policy)
     found = (slot for slot in slots(model) if slot.is_parameter)
     return [slot for slot in found if slot.name in through or policy(slot) is Policy.AVERAGE]
-
-
-class Inventory:
-    """What a model holds, noted so that a check tells whether it still does, at 0.1 us a tensor (in C; else 2 us).
-
-    It no longer does when a module, parameter or buffer was added, removed or replaced, when a tensor has moved or has
-    another dtype or layout, and when a parameter that was frozen is trained.
-
-    Args:
-        model: Wrapped or not.
-        more: Further tensors that must stay where they are, such as averages.
-    """
-
-    def __init__(self, model: nn.Module, more: Sequence[Tensor] = ()) -> None:
-        # A scripted module has no dicts, and makes something like them for whoever asks.
-        modules = list(model.modules())
-        self._modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
-        self._scripted = [module for module in modules if isinstance(module, torch.jit.ScriptModule)]
-        self._dicts = self._held()
-        self._in_scripts = _tensors_of(self._scripted)
-        found = [tensor for dict_ in self._dicts for tensor in dict_.values() if isinstance(tensor, Tensor)]
-        found += self._in_scripts
-        self._spread = [tensor for tensor in found if is_spread(tensor)]
-        self._parts = list(map(local, self._spread))
-        here = [tensor for tensor in found if not is_spread(tensor)] + self._parts + list(map(local, more))
-        # What a wrapper of inner tensors holds has no address to ask for.
-        plain = [tensor for tensor in here if tensor.layout == torch.strided and not memory.is_wrapper(tensor)]
-        self._unchanged = unchanged(self._dicts, plain)
-        parameters = (tensor for tensor in found if isinstance(tensor, nn.Parameter))
-        self._moved = optimizers.moves()
-        self._frozen = [p for p in parameters if not (p.requires_grad or optimizers.is_moved(p))]
-
-    def holds(self) -> bool:
-        """Return whether the model still is as it was."""
-        return (
-            all(map(is_, self._held(), self._dicts))
-            and self._unchanged()
-            and _are_same(_tensors_of(self._scripted), self._in_scripts)
-            and all(map(is_, map(local, self._spread), self._parts))
-            and not any(map(_TRAINABLE, self._frozen))
-            and self._are_still_unmoved()
-        )
-
-    def _are_still_unmoved(self) -> bool:
-        if (moved := optimizers.moves()) != self._moved:
-            if any(map(optimizers.is_moved, self._frozen)):
-                return False
-            self._moved = moved  # only now, or the next question would have another answer
-        return True
-
-    def _held(self) -> list[dict[str, Any]]:
-        return list(chain.from_iterable(map(_HELD, self._modules)))
-
-
-def _tensors_of(scripted: Sequence[nn.Module]) -> list[Tensor]:
-    held = (tensor for module in scripted for _, tensor in chain(module._parameters.items(), module._buffers.items()))  # noqa: SLF001
-    return [tensor for tensor in held if tensor is not None]
-
-
-def _are_same(one: Sequence[object], other: Sequence[object]) -> bool:
-    return len(one) == len(other) and all(map(is_, one, other))
-
-
-_HELD = attrgetter("_modules", "_parameters", "_buffers")
-_TRAINABLE = attrgetter("requires_grad")
 
 
 def check_match(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ def model_entries(model: nn.Module) -> dict[str, Any]:
         kept: dict[int, Tensor] = {id(s.tensor): saved[s.name] for s in slots(inner) if s.name in saved}
         training = inner.state_dict(keep_vars=True)
         entries["training_model"] = {name: kept.get(id(t), entries["model"][name]) for name, t in training.items()}
-        entries["model_holds"] = f"averaged weights of {swap.holder}"
+        entries["model_holds"] = f"averaged weights of {swap.owner}"
     return entries
 
 

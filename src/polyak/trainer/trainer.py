@@ -210,7 +210,7 @@ class Trainer:
         if any(missing.values()):
             raise ValueError(f"training needs {', '.join(name for name, absent in missing.items() if absent)}")
         if swap := swap_of(self.state.model):
-            raise LoanError(f"training must begin with training weights: {swap.holder} has swapped its average in")
+            raise LoanError(f"training must begin with training weights: {swap.owner} has swapped its average in")
         self.state.stopping = False
         if self._fitted and self.state.finished:
             warnings.warn(

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm, as_algorithms
-from polyak.averaging.swap import swap_of
-from polyak.errors import CopyError, LoanError, PolyakError
+from polyak.averaging.swap import refuse_second_swap
+from polyak.errors import CopyError, PolyakError
 from polyak.events import Event
 from polyak.tensors.slots import unwrap
 from polyak.time import Timestamp
@@ -94,8 +94,7 @@ class Attached:
         Raises:
             LoanError: If the model holds an average already.
         """
-        if swap := swap_of(self._loop.state.model):
-            raise LoanError(f"a model can hold one average at a time, and {swap.holder} has swapped its own in already")
+        refuse_second_swap(self._loop.state.model, "applied()")
         with self._loop.between(Event.EVAL_START, Event.EVAL_END):
             yield unwrap(self._loop.state.model)
 

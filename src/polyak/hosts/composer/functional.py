@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import polyak.averaging.ema
+import polyak.averaging.functional
 from polyak.averaging.weights import Shadow
 from polyak.errors import MismatchError
 from polyak.profiles import Smoothing
@@ -73,10 +73,10 @@ class EMAParameters:
             LoanError: If it holds another average.
         """
         self._check(model)
-        if self.shadow.holder:
-            self.shadow.give_back()
+        if self.shadow.owner:
+            self.shadow.restore()
         else:
-            self.shadow.lend("EMAParameters.swap_params")
+            self.shadow.swap_in("EMAParameters.swap_params")
 
     def transfer_ema_params(self, model: nn.Module) -> None:
         """Copy the average into another model with the same names.
@@ -118,4 +118,4 @@ def compute_ema(model: nn.Module, ema_model: nn.Module | EMAParameters, smoothin
     if isinstance(ema_model, EMAParameters):
         ema_model.update_(model, smoothing)
     else:
-        polyak.averaging.ema.compute_ema(model, ema_model, smoothing)
+        polyak.averaging.functional.compute_ema(model, ema_model, smoothing)

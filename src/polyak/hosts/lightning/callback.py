@@ -249,7 +249,7 @@ class Averaging(Callback):
         """
         if self._loop is not None:
             swap = swap_of(pl_module)
-            holds = f"averaged weights of {swap.holder}" if swap else "training weights"
+            holds = f"averaged weights of {swap.owner}" if swap else "training weights"
             # In a folder it has been saved already; a file is written by rank 0.
             state = {} if _saves_folders(trainer) else whole(self._loop.state_dict())
             checkpoint[_KEY] = {**state, "state_dict_holds": holds, "rng": rng.get_state()}

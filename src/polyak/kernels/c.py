@@ -1,7 +1,4 @@
-"""The kernels in C for averages on the CPU, where they were compiled: all tensors in one call.
-
-The arithmetic is that of the torch kernels, bit for bit. Pairs of tensors that C does not know go to those.
-"""
+"""The kernel in C for averages on the CPU, where it was compiled: all tensors in one call, in ``cpu.c``."""
 
 import ctypes
 import os
@@ -15,10 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from polyak.errors import MemoryLayoutError
-from polyak.kernels import foreach
 from polyak.kernels.build import LIBRARY, sources_id
-from polyak.kernels.place import Box, Place
-from polyak.kernels.versions import one_of_each
+from polyak.kernels.pairs import Box, Pair, Place
+from polyak.kernels.rounding import SIXTEEN_BITS
 
 # The order is that of the functions in lerp.h.
 _PAIRS = {
@@ -36,18 +32,18 @@ _PAIRS = {
         ]
     )
 }
-# Elements that a thread does before it looks for more: 0.1 ms or so. To wake one takes half of that, and it is waited
-# for however busy the machine is: so what is less is done without.
+# Elements in a job; a thread takes one job after the other. A job takes about 0.1 ms, to wake a thread half of that, so
+# smaller work gets no further thread.
 _JOB = 1 << 18
 _SWAP = 1 << 18  # bytes in a piece that is swapped
-_MOST = 1 << 14  # pieces of a whole model, and one more a tensor: the list of them is to stay small
+_MOST = 1 << 14  # pieces of a model, plus one for each tensor: the list must stay small
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the library, or why there is none."""
     hint = "compile it with: python -m polyak.kernels"
     if not LIBRARY.exists():
-        return None, f"{LIBRARY} is not there: no C compiler was found when polyak was installed; {hint}"
+        return None, f"{LIBRARY} must exist: no C compiler was found when polyak was installed; {hint}"
     try:
         library = ctypes.CDLL(str(LIBRARY))
         sources = library.polyak_sources
@@ -72,16 +68,16 @@ _library, WHY_NOT = _load()
 
 
 def torch_library() -> ctypes.CDLL:
-    """Return torch's own library: its C functions, and those of what it has loaded.
+    """Return torch's own library, with its C functions and those of the libraries that it has loaded.
 
     Raises:
-        OSError: If it cannot be found.
+        OSError: If there is no such library.
     """
     return ctypes.CDLL(torch._C.__file__)  # noqa: SLF001
 
 
 class _Team:
-    """The threads of the OpenMP that torch has loaded, or 0: then C makes threads for each call."""
+    """The address of ``GOMP_parallel`` in the OpenMP that torch has loaded. With 0, C makes threads for each call."""
 
     def __init__(self) -> None:
         try:
@@ -91,20 +87,20 @@ class _Team:
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
-        self.address = 0  # a forked process has none of its threads, and would wait for them for ever
+        self.address = 0  # a forked process has none of its threads, and would wait for them forever
 
 
 _team = _Team()
 
 
 class _Jobs:
-    """Jobs for C, done again and again by as many threads as torch has. An interrupt comes before or after a run.
+    """Jobs for C, which as many threads as torch has may do any number of times. An interrupt comes before or after.
 
     Args:
-        call: What does them.
+        call: A function in C.
         items: Rows of integers, as ``call`` expects them.
         sizes: How much work each row is, in units of which a job has about ``_JOB``.
-        held: What the addresses in ``items`` point into.
+        held: Objects to keep: the addresses in ``items`` point into their memory.
     """
 
     def __init__(
@@ -117,7 +113,7 @@ class _Jobs:
                 size = 0
             size += more
         self.num_jobs = len(starts)
-        self.items = torch.tensor(items, dtype=torch.int64, device="cpu")  # torch lays it out by lines of the cache
+        self.items = torch.tensor(items, dtype=torch.int64, device="cpu")  # torch aligns it to cache lines
         self._starts = array("q", [*starts, len(items)])
         self._fixed = self.items.data_ptr(), self._starts.buffer_info()[0], self.num_jobs
         self._call, self._held = call, held
@@ -132,13 +128,56 @@ class _Jobs:
         return bool(self._call(_team.address, num_threads, *self._fixed, *arguments))
 
 
+def why_not(device: torch.device) -> str | None:
+    """Return why the library cannot be used; None if it can.
+
+    Args:
+        device: The CPU.
+    """
+    del device
+    return WHY_NOT or None
+
+
+def accepts(pair: Pair) -> bool:
+    """Return whether C knows the dtypes and the layout of a pair.
+
+    Args:
+        pair: On the CPU. Without a place, two tensors to swap.
+    """
+    a, b, place = pair
+    if place is None:
+        # Complex tensors may be lazily conjugated: their bits do not say what they hold.
+        return a.dtype == b.dtype and not a.is_complex() and _have_same_layout(a, b)
+    in_order = place.shape is not None and a.dtype in SIXTEEN_BITS
+    return (a.dtype, b.dtype) in _PAIRS and _have_same_layout(a, b, in_order=in_order)
+
+
+def lerp(pairs: Sequence[Pair], left_out: Tensor) -> "Lerp":
+    """Return a function that moves the left tensors of pairs towards the right ones.
+
+    Args:
+        pairs: With places, and accepted.
+        left_out: A 0-dim int64 tensor on the CPU, which counts the tensors that had NaN or inf.
+    """
+    return Lerp(pairs, left_out)
+
+
+def swap(pairs: Sequence[Pair]) -> "Exchange":
+    """Return what swaps pairs, in one pass over memory and without scratch.
+
+    Args:
+        pairs: Without places, and accepted.
+    """
+    return Exchange(pairs)
+
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _lie_alike(one: Tensor, other: Tensor, *, in_order: bool = False) -> bool:
-    """Return whether the two are plain, on the CPU, laid out alike and without holes.
+def _have_same_layout(one: Tensor, other: Tensor, *, in_order: bool = False) -> bool:
+    """Return whether two tensors of one shape are plain, dense and laid out in the same way.
 
-    They have one shape. With ``in_order`` they are also laid out as their indices count.
+    With ``in_order`` they must also be contiguous.
     """
     plain = type(one) in _PLAIN and type(other) in _PLAIN and one.is_cpu and other.is_cpu
     if not (plain and one.layout == other.layout == torch.strided):
@@ -152,28 +191,22 @@ def _lie_alike(one: Tensor, other: Tensor, *, in_order: bool = False) -> bool:
     return not in_order and all(tensor.permute(order).is_contiguous() for tensor in (one, other))
 
 
-def _known(average: Tensor, online: Tensor, place: Place) -> bool:
-    """Return whether the two are plain, known to C, and laid out as it takes for granted."""
-    in_order = place.shape is not None and average.dtype in foreach.SIXTEEN_BITS
-    return (average.dtype, online.dtype) in _PAIRS and _lie_alike(average, online, in_order=in_order)
-
-
 def _box(average: Tensor, place: Place) -> Box:
-    """Return where its elements are in the whole, in one run if that does not matter."""
-    return (place if average.dtype in foreach.SIXTEEN_BITS else Place(0)).box(tuple(average.shape))
+    """Return where the elements are in the full tensor; one run where the rounding does not need it."""
+    return (place if average.dtype in SIXTEEN_BITS else Place(0)).box(tuple(average.shape))
 
 
 def _cut(box: Box) -> Iterator[tuple[int, int, int, int, int]]:
-    """Cut a box in pieces of ``_JOB`` elements or so: where in its memory, rows, the run of each, first index, step."""
+    """Cut a box in pieces of about ``_JOB`` elements: offset in memory, rows, elements of a row, first index, step."""
     *sizes, run = box.sizes
     rows, step = (sizes.pop(), box.steps[-2]) if sizes else (1, 0)
     at = 0
     for outer in product(*map(range, sizes)):
         start = box.first + sum(i * s for i, s in zip(outer, box.steps, strict=False))
         if run <= _JOB:
-            together = _JOB // max(run, 1)
-            for row in range(0, rows, together):
-                count = min(together, rows - row)
+            most = _JOB // max(run, 1)
+            for row in range(0, rows, most):
+                count = min(most, rows - row)
                 yield at, count, run, start + row * step, step
                 at += count * run
         else:
@@ -185,28 +218,18 @@ def _cut(box: Box) -> Iterator[tuple[int, int, int, int, int]]:
                     at += end - begin
 
 
-class Lerp(foreach.Lerp):
-    """Do what ``foreach.Lerp`` does, in C on as many threads as torch has.
-
-    The addresses of the tensors are noted: where they may have moved, make a new one.
+class Lerp:
+    """Move averages towards weights on as many threads as torch has.
 
     Args:
-        averages: Tensors to move.
-        online: Tensors to move them towards, of the same shapes and on the same devices.
-        places: For each tensor what its rounding depends on; used for 16-bit averages only.
-        left_out: A 0-dim int64 tensor on the first average's device, which counts the tensors that were not all finite.
+        pairs: With places, and accepted.
+        left_out: A 0-dim int64 tensor on the CPU, which counts the tensors that had NaN or inf.
     """
 
-    def __init__(
-        self, averages: Sequence[Tensor], online: Sequence[Tensor], places: Sequence[Place], left_out: Tensor
-    ) -> None:
+    def __init__(self, pairs: Sequence[Pair], left_out: Tensor) -> None:
         assert _library is not None, WHY_NOT
-        triples = list(zip(averages, online, places, strict=True))
-        known = [_known(*triple) for triple in triples]
-        rest = [triple for triple, c in zip(triples, known, strict=True) if not c]
-        super().__init__([a for a, _, _ in rest], [x for _, x, _ in rest], [place for _, _, place in rest], left_out)
-        ours = list(compress(triples, known))
-        self._moved = one_of_each([a for a, _, _ in ours])
+        self._left_out = left_out
+        self._counting = _counting([average for average, _, _ in pairs])
         pieces = [
             (
                 a.data_ptr() + at * a.element_size(),
@@ -215,92 +238,84 @@ class Lerp(foreach.Lerp):
                 place.seed | _PAIRS[a.dtype, x.dtype] << 32,
                 number,
             )
-            for number, (a, x, place) in enumerate(ours)
+            for number, (a, x, place) in enumerate(pairs)
+            if place is not None
             for at, rows, run, first, step in _cut(_box(a, place))
         ]
-        self._jobs = _Jobs(_library.polyak_lerp, pieces, [piece[2] * piece[3] for piece in pieces], held=ours)
+        self._jobs = _Jobs(_library.polyak_lerp, pieces, [piece[2] * piece[3] for piece in pieces], held=pairs)
 
     def __call__(self, weight: float, num_updates: int) -> None:
         """Move every average once.
 
         Args:
-            weight: Share of ``online`` taken, from 0 to 1.
-            num_updates: How often this was done. It is part of the seed.
+            weight: Share of the weights taken, from 0 to 1.
+            num_updates: The number of the update, a part of the seed.
         """
-        if self._triples:
-            super().__call__(weight, num_updates)
-        if not self._jobs.num_jobs:
-            return
-        # Who has kept an average for a backward pass is told that it is no longer what it was, as by torch's own.
-        increment_version(self._moved)
+        # Autograd then refuses a backward pass that needs an average as it was, as after torch's own operations.
+        increment_version(self._counting)
         if self._jobs.run(weight, num_updates & 0xFFFFFFFF):
-            seen = self._jobs.items[:, 7]  # the number of each piece's tensor, and above it whether it was left out
+            seen = self._jobs.items[:, 7]  # each piece's tensor, and above it whether values were left out
             self._left_out.add_((seen[seen >> 32 != 0] & 0xFFFFFFFF).unique().numel())
 
 
-class Exchange(foreach.Exchange):
-    """Do what ``foreach.Exchange`` does, in C: one pass over memory, and no scratch.
+def _counting(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors whose changes autograd counts: all but inference tensors."""
+    return [tensor for tensor in tensors if not tensor.is_inference()]
+
+
+class Exchange:
+    """Swap pairs in one pass over memory, without scratch.
 
     Args:
-        left: Tensors.
-        right: As many, of the same shapes, dtypes and devices.
+        pairs: Without places, and accepted.
     """
 
-    def __init__(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+    def __init__(self, pairs: Sequence[Pair]) -> None:
         assert _library is not None, WHY_NOT
-        pairs = list(zip(left, right, strict=True))
-        # Complex tensors may be conjugated without having been touched: their bits do not say what they are.
-        known = [a.dtype == b.dtype and not a.is_complex() and _lie_alike(a, b) for a, b in pairs]
-        rest = [pair for pair, c in zip(pairs, known, strict=True) if not c]
-        super().__init__([a for a, _ in rest], [b for _, b in rest])
         # Aliases, so that this memory stays where it is, whatever becomes of the tensors.
-        self._ours = [(a.detach(), b.detach()) for a, b in compress(pairs, known)]
-        self._known = known
-        self._versions = one_of_each([a for a, _ in self._ours]) + one_of_each([b for _, b in self._ours])
-        most = _SWAP * max(1, -(-sum(a.nbytes for a, _ in self._ours) // (_SWAP * _MOST)))
+        self._pairs = [(a.detach(), b.detach()) for a, b, _ in pairs]
+        self._counting = _counting(list(chain.from_iterable(self._pairs)))
+        most = _SWAP * max(1, -(-sum(a.nbytes for a, _ in self._pairs) // (_SWAP * _MOST)))
         pieces = [
             (number, at, min(most, a.nbytes - at))
-            for number, (a, _) in enumerate(self._ours)
+            for number, (a, _) in enumerate(self._pairs)
             for at in range(0, a.nbytes, most)
         ]
         self._numbers = [number for number, _, _ in pieces]
         self._offsets = torch.tensor([at for _, at, _ in pieces], dtype=torch.int64, device="cpu")
         # Addresses are written in before each call; the sum of each piece and whether it has changed, by C.
         rows = [(0, 0, size, 0, 0, 0) for _, _, size in pieces]
-        self._jobs = _Jobs(_library.polyak_swap, rows, [size for _, _, size in pieces], held=self._ours)
+        self._jobs = _Jobs(_library.polyak_swap, rows, [size for _, _, size in pieces], held=self._pairs)
 
     @property
     def changed(self) -> list[bool]:
-        """For each pair whether the left tensor changed between ``forward`` and ``back``, once that is done."""
+        """For each pair whether the left tensor changed between ``forward`` and ``back``, once ``back`` is done."""
         flags = self._jobs.items[:, 5].tolist() if self._jobs.num_jobs else []
         changed = set(compress(self._numbers, flags))
-        ours, rest = iter([number in changed for number in range(len(self._ours))]), iter(self._changed)
-        return [next(ours) if known else next(rest) for known in self._known]
+        return [number in changed for number in range(len(self._pairs))]
 
     def forward(self) -> None:
         """Swap what has not been swapped yet."""
-        super().forward()
         self._swap(1)
 
     def back(self) -> None:
         """Swap back what has been swapped, and note what has changed in between."""
         self._swap(0)
-        super().back()
 
     def _swap(self, swapped: int) -> None:
-        # Each piece says of itself whether it is swapped, so this may be done again after an interrupt.
+        # C notes for each piece whether it is swapped, so this may be repeated after an interrupt.
         if self._jobs.num_jobs:
             self._locate()
-            increment_version(self._versions)
+            increment_version(self._counting)
             self._jobs.run(swapped)
 
     def _locate(self) -> None:
-        """Write the addresses of this moment: storage may have moved, to shared memory for example.
+        """Write the current addresses: storage may have moved, to shared memory for example.
 
         Raises:
             MemoryLayoutError: If a tensor's storage has become smaller than the tensor.
         """
-        for tensor in chain.from_iterable(self._ours):
+        for tensor in chain.from_iterable(self._pairs):
             end = (tensor.storage_offset() + tensor.numel()) * tensor.element_size()
             if tensor.untyped_storage().nbytes() < end:
                 raise MemoryLayoutError(
@@ -310,5 +325,5 @@ class Exchange(foreach.Exchange):
                 )
         numbers = torch.tensor(self._numbers, dtype=torch.int64, device="cpu")
         for side in (0, 1):
-            addresses = torch.tensor([pair[side].data_ptr() for pair in self._ours], dtype=torch.int64, device="cpu")
+            addresses = torch.tensor([pair[side].data_ptr() for pair in self._pairs], dtype=torch.int64, device="cpu")
             self._jobs.items[:, side] = addresses[numbers] + self._offsets

@@ -1,7 +1,8 @@
-/* Whether modules hold the tensors that they held, and whether these are where they were, all in one call.
+/* Whether modules hold the same tensors as before, and whether these have the same addresses, all in one call.
  *
- * Of a tensor it is torch's stable C interface that is asked, functions that the caller hands in, as is PyDict_Next for a
- * dict: nothing of torch or Python is compiled in. Called with the interpreter's lock held.
+ * Called with the interpreter's lock held. The caller passes PyDict_Next and functions of torch's stable C interface,
+ * so nothing of torch or Python is compiled in. It also keeps every dict, key and value alive, so that all reads are of
+ * live objects.
  */
 
 #include <stdint.h>
@@ -10,7 +11,7 @@
 /* PyDict_Next: gives the next key and value of a dict until there is none. */
 typedef int next_item(void *dict, intptr_t *position, void **key, void **value);
 
-/* Functions of torch/csrc/inductor/aoti_torch/c/shim.h. They return 0, or say that there is no answer. */
+/* Functions of torch/csrc/inductor/aoti_torch/c/shim.h. They return 0 if they have an answer. */
 struct questions {
     int (*data_ptr)(void *const *tensor, int64_t *answer);
     int (*dim)(void *const *tensor, int64_t *answer);
@@ -22,18 +23,19 @@ struct questions {
     int (*storage_size)(void *const *tensor, int64_t *answer); /* in bytes: a storage may shrink under its tensors */
 };
 
-/* What a dict holds. Zeros end a dict. */
+/* An entry of a dict. Zeros end a dict. `tensor` and `storage` are only compared and prefetched, never read: torch may
+ * have freed them since. Both are 0 for what is no tensor. */
 struct item {
     void *key;
     const char *value;
-    const char *tensor, *storage; /* where torch has what is known of a tensor, which is asked about; else 0 */
+    const char *tensor, *storage;
 };
 
-#define HEAD 4   /* integers noted of each tensor, before its shape and strides */
-#define SOON 12  /* items ahead that are asked for from memory: most of the time would be spent waiting for them */
-#define BYTES 192 /* of a tensor that are looked at, or a few more */
+#define HEAD 4    /* integers noted of each tensor, before its shape and strides */
+#define SOON 12   /* items ahead to prefetch: otherwise most of the time goes into waiting for memory */
+#define BYTES 192 /* of a tensor to prefetch */
 
-static void ask_for(const struct item *item, int64_t handle_at) {
+static void prefetch(const struct item *item, int64_t handle_at) {
     if (!item->tensor)
         return;
     __builtin_prefetch(item->value + handle_at);
@@ -42,9 +44,10 @@ static void ask_for(const struct item *item, int64_t handle_at) {
     __builtin_prefetch(item->storage);
 }
 
-/* Note where a tensor is, or compare. Returns what follows in the notes, or 0 if it is not there. */
-static int64_t *look_at(const struct questions *of, const struct item *item, int64_t handle_at, int64_t *notes,
-                        int64_t compare) {
+/* Note the address and layout of a tensor, or compare them with the notes. Returns the end of its notes; 0 if they
+ * differ or the Python object has another tensor now. */
+static int64_t *check_tensor(const struct questions *of, const struct item *item, int64_t handle_at, int64_t *notes,
+                             int64_t compare) {
     void *const *const handle = (void *const *)(item->value + handle_at);
     int64_t data, dim, bytes_held;
     const int64_t *sizes, *strides;
@@ -65,26 +68,28 @@ static int64_t *look_at(const struct questions *of, const struct item *item, int
     return notes + HEAD + 2 * dim;
 }
 
-/* Note where tensors are, or compare, and whether the dicts hold the same objects under the same keys in the same order.
- * What is in no dict comes after the last of them. Returns 1 for done or the same, 0 for not. */
-int64_t polyak_look(next_item *next, const struct questions *of, int64_t handle_at, void *const *dicts, int64_t num_dicts,
-                    const struct item *items, int64_t num_items, int64_t *notes, int64_t compare) {
+/* Note the tensors, or compare them with the notes; check that the dicts hold the same objects under the same keys in
+ * the same order. Tensors that are in no dict come after the last dict. Returns 1 for noted or the same, else 0. */
+int64_t polyak_fingerprint(next_item *next, const struct questions *of, int64_t handle_at, void *const *dicts,
+                           int64_t num_dicts, const struct item *items, int64_t num_items, int64_t *notes,
+                           int64_t compare) {
     const struct item *item = items, *const end = items + num_items;
     for (int64_t i = 0; i < num_dicts; i++, item++) {
         intptr_t position = 0;
         void *key, *value;
         for (; next(dicts[i], &position, &key, &value); item++) {
             if (end - item > SOON)
-                ask_for(item + SOON, handle_at);
+                prefetch(item + SOON, handle_at);
+            /* A longer dict ends here too: zeros are no key. */
             if (key != item->key || value != item->value ||
-                (item->tensor && !(notes = look_at(of, item, handle_at, notes, compare))))
+                (item->tensor && !(notes = check_tensor(of, item, handle_at, notes, compare))))
                 return 0;
         }
         if (item->value)
             return 0;
     }
     for (; item < end; item++)
-        if (!(notes = look_at(of, item, handle_at, notes, compare)))
+        if (!(notes = check_tensor(of, item, handle_at, notes, compare)))
             return 0;
     return 1;
 }

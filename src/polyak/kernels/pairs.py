@@ -1,20 +1,24 @@
-"""Where a tensor's elements lie in a whole of which it may be a shard: what their rounding depends on."""
+"""What kernels work on: pairs of tensors, and where in a full tensor the elements of a shard lie."""
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
+
+from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor's elements lie in the whole of which it may be a shard.
+    """Where a tensor's elements lie in the full tensor of which it may be a shard.
 
-    A 16-bit average is rounded by a hash of each element's index in the whole, so that shards get the bits that the
-    whole would get. Other averages do not look at it.
+    A 16-bit average is rounded by a hash of each element's index in the full tensor, so that shards get the bits that
+    the full tensor would get. Other averages do not use it.
 
     Args:
         seed: The seed of its rounding, from 0 to 2 ** 32 - 1.
-        shape: Of the whole, which is contiguous. None: the tensor is the whole, counted as it lies in memory.
-        offset: Where in the whole the tensor begins, an index for each dimension. None with ``shape``.
+        shape: Of the full tensor, which is contiguous. None: the tensor is not a shard; its elements are counted in the
+            order in which they lie in memory.
+        offset: Where in the full tensor the shard begins, an index for each dimension. None without ``shape``.
 
     Example:
         >>> Place(7, shape=(4, 6), offset=(2, 0)).box((2, 6))  # two rows: one run
@@ -28,10 +32,10 @@ class Place:
     offset: tuple[int, ...] | None = None
 
     def box(self, shape: tuple[int, ...]) -> "Box":
-        """Return the indices in the whole of a tensor of ``shape`` that is here.
+        """Return the indices in the full tensor of a shard of ``shape``.
 
         Args:
-            shape: The tensor's.
+            shape: The shard's.
         """
         if self.shape is None:
             return Box(0, (prod(shape),), (1,))
@@ -42,7 +46,7 @@ class Place:
         first, step, sizes, steps = 0, 1, list[int](), list[int]()
         for at, size, most in zip(reversed(self.offset), reversed(shape), reversed(self.shape), strict=True):
             first += at * step
-            if sizes and step == sizes[-1] * steps[-1]:  # goes on where the dimension inside of it ends
+            if sizes and step == sizes[-1] * steps[-1]:  # begins where the dimension inside of it ends
                 sizes[-1] *= size
             elif size != 1 or not sizes:
                 sizes.append(size)
@@ -53,14 +57,28 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Indices in a whole: ``first + sum(steps[d] * i[d])`` for all ``i`` below ``sizes``, the last changing first.
+    """Indices in a full tensor: ``first + sum(steps[d] * i[d])`` for ``i`` below ``sizes``, the last changing first.
 
     Args:
         first: The first of them.
-        sizes: How many there are in each dimension. Dimensions that go on where the one inside ends are one.
-        steps: How far it is from one to the next in each dimension.
+        sizes: How many there are in each dimension. Dimensions that follow each other without a gap are merged.
+        steps: The distance from one to the next in each dimension.
     """
 
     first: int
     sizes: tuple[int, ...]
     steps: tuple[int, ...]
+
+
+class Pair(NamedTuple):
+    """Two tensors of one shape on one device: an average and the weights that it moves towards, or two to be swapped.
+
+    Args:
+        left: The average, or the first of the two.
+        right: The weights, or the second of the two.
+        place: What the rounding of the average depends on. None for two that are swapped.
+    """
+
+    left: Tensor
+    right: Tensor
+    place: Place | None = None

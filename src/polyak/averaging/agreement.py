@@ -1,0 +1,81 @@
+"""What ranks that train together must have in common: equal averages of what is not sharded."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from polyak.errors import ShardingError
+from polyak.sharding import Ranks, is_spread
+from polyak.tensors.slots import Policy, PolicyRule, slots
+
+# Rows that a sum takes together: what it needs in memory next to the tensors.
+_CHUNK = 1 << 20
+_AS_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_REMEDY = (
+    "a parameter of which each rank holds a shard, such as experts, must be a DTensor (DTensor.from_local with Shard), "
+    "or be left out by policy; if all ranks should have the same, one of them is wrong: resume from a checkpoint"
+)
+
+
+@torch.no_grad()
+def agree_on_plain(ranks: Ranks, tensors: Mapping[str, Tensor]) -> None:
+    """Check that what is not sharded is equal on all ranks, bit for bit: it is saved as rank 0 has it.
+
+    Args:
+        ranks: All of which must call this.
+        tensors: By name, sharded or not; the same names on all ranks.
+
+    Raises:
+        ShardingError: If it is not; it names the tensors.
+    """
+    plain = {name: tensor.detach() for name, tensor in tensors.items() if not is_spread(tensor)}
+    ranks.agree("the average", {"sum of the bits of": sums_of_bits(plain)}, _REMEDY)
+
+
+def sums_of_bits(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return for each tensor the sum of its bits as integers: equal on each device, whatever its memory layout.
+
+    Rows are weighted by their index, so that the same rows in another order have another sum. Unlike the kernels'
+    ``checksums``, which add up memory as it lies, two tensors with other strides and the same values have one sum.
+
+    Args:
+        tensors: By name.
+    """
+    sums = list(map(_sum_of_bits, tensors.values()))
+    first = sums[0].device if sums else None
+    return dict(zip(tensors, torch.stack([one.to(first) for one in sums]).tolist() if sums else [], strict=True))
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    bits = real.view(_AS_INT[real.element_size()])
+    rows = (bits.sum(-1, dtype=torch.int64) if bits.dim() > 1 else bits).reshape(-1)
+    total = torch.zeros((), dtype=torch.int64, device=rows.device)
+    for at, chunk in enumerate(rows.split(_CHUNK)):
+        first = at * _CHUNK + 1
+        total += (chunk * torch.arange(first, first + len(chunk), device=rows.device)).sum()
+    return total
+
+
+def refuse_unsynchronized(ranks: Ranks | None, model: nn.Module, policy: PolicyRule) -> None:
+    """Refuse to save averages of parameters that ``DistributedDataParallel`` does not keep equal: rank 0's are saved.
+
+    Nothing is communicated, so that rank 0 can save the state alone if each rank has the full model.
+
+    Args:
+        ranks: The ranks that train the model together, if there are several.
+        model: Wrapped or not.
+        policy: Decides which tensors are averaged.
+
+    Raises:
+        ShardingError: If there are such parameters; it names them.
+    """
+    ignored = set(map(id, ranks.unsynchronized)) if ranks else set[int]()
+    names = [slot.name for slot in slots(model) if id(slot.tensor) in ignored and policy(slot) is not Policy.LEAVE]
+    if names:
+        raise ShardingError(
+            "a parameter must be the same on all ranks for one of them to save its average (got "
+            f"{names[:8]}{' and more' if len(names) > 8 else ''}, which DistributedDataParallel ignores): make each a "
+            "DTensor (DTensor.from_local with Shard), or leave it out by policy"
+        )

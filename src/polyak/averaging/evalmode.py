@@ -1,0 +1,58 @@
+"""Eval mode for a view, without changes to the weights that it shares."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from polyak.averaging.replaced import storage_of
+from polyak.averaging.structure import INSTEAD
+from polyak.errors import CopyError
+
+
+def evaluate(view: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Put a view in eval mode.
+
+    Args:
+        view: A module that shares tensors with others.
+        tensors: The tensors that it shares.
+
+    Raises:
+        CopyError: If the view's own ``eval`` writes to them, as some merge LoRA's weights.
+    """
+    own = [m for m in view.modules() if _has_own_mode(m)]
+    with _ReadOnly(tensors) if own else nullcontext():
+        if own:
+            view.eval()
+        for module in view.modules():
+            module.training = False
+
+
+def _has_own_mode(module: nn.Module) -> bool:
+    methods = [getattr(module, name) for name in ("train", "eval")]
+    return not all(getattr(m, "__module__", "").startswith("torch.") for m in methods)
+
+
+class _ReadOnly(TorchDispatchMode):
+    """Refuses operations that write to the memory of given tensors."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._memory = {storage for storage in map(storage_of, tensors) if storage is not None}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        for place, argument in enumerate(func._schema.arguments):  # noqa: SLF001
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            for tensor in [value] if isinstance(value, Tensor) else value or ():
+                if isinstance(tensor, Tensor) and storage_of(tensor) in self._memory:
+                    raise CopyError(
+                        f"ema_model must leave the weights as they are, and the model's eval() writes to one ({func}); "
+                        f"{INSTEAD}"
+                    )
+        return func(*args, **kwargs)

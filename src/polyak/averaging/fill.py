@@ -1,0 +1,52 @@
+"""A model filled with the average or the training weights: the model in training by a swap, another by a copy."""
+
+from torch import nn
+
+from polyak.averaging.online import OnlineAverage
+from polyak.errors import LoanError
+from polyak.tensors.slots import unwrap
+
+
+def fill_with_average(average: OnlineAverage, model: nn.Module) -> None:
+    """Swap the average into the model in training, or copy it into another model.
+
+    Args:
+        average: The average.
+        model: Any model with the names of the one in training, or that one itself.
+
+    Raises:
+        LoanError: If averaging has not begun, or the model holds another average.
+        MismatchError: If names or shapes differ.
+    """
+    in_training = unwrap(model) is average.model
+    if in_training and not average.active:
+        average.agree()  # first, so that what is refused on one rank is refused on all
+    if average.shadow is None:
+        raise LoanError(
+            f"averaging must have begun before there is an average (it begins at {average.schedule.start}); train "
+            "until then"
+        )
+    if not in_training:
+        average.shadow.copy_to(model)
+    elif not average.active:
+        average.shadow.swap_in(f"{average.name} (get_ema_model)")
+
+
+def fill_with_training_weights(average: OnlineAverage, model: nn.Module) -> None:
+    """Restore the training weights of the model in training, or copy them into another model.
+
+    Args:
+        average: The average.
+        model: Any model with the names of the one in training, or that one itself.
+
+    Raises:
+        LoanError: If the model in training is not known yet.
+        MismatchError: If names or shapes differ.
+    """
+    if average.model is None:
+        raise LoanError("the EMA must know the model in training before it can copy its weights; attach it first")
+    if unwrap(model) is average.model:
+        if average.shadow is not None:
+            average.restore()
+    else:
+        (average.shadow or average.new_shadow(average.model)).copy_to(model, training=True)

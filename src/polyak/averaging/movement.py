@@ -1,0 +1,155 @@
+"""Averages that move towards a model's tensors: the update itself, and what ranks compare of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyak import sharding
+from polyak.averaging.agreement import agree_on_plain
+from polyak.averaging.creation import place_of
+from polyak.averaging.listing import Listing
+from polyak.averaging.offload import Offloader
+from polyak.averaging.quarantine import Quarantine
+from polyak.averaging.settings import Settings
+from polyak.averaging.swap import swap_of
+from polyak.kernels import Update, lerp
+from polyak.sharding import Ranks, is_spread, local, rows
+
+
+class Movement:
+    """Averages of a model's tensors that move towards them, in place or in the background.
+
+    Args:
+        model: The model in training, unwrapped.
+        settings: How averages are kept.
+
+    Attributes:
+        model: As given.
+        settings: As given.
+        listing: The averages, and the tensor that belongs to each.
+        quarantine: Counts tensors with NaN or inf.
+        num_updates: How often the averages have moved.
+        offloader: What moves them in the background; None if nothing does, or it must be made again.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.listing, self.quarantine = Listing(model, settings), Quarantine()
+        self.num_updates = 0
+        self.offloader: Offloader | None = None
+        # What moves the averages, until something has moved in memory, and the copies to make after it.
+        self._update: Update | None = None
+        self._copies = list[tuple[Tensor, Tensor]]()
+        self.refresh(join=True)
+
+    def move(self, weight: float) -> None:
+        """Move every average by ``weight`` of the way to the model's tensors; copy what is copied.
+
+        Args:
+            weight: From 0 to 1.
+        """
+        fingerprint = self.listing.fingerprint
+        if fingerprint is None or not fingerprint.holds():
+            self.refresh(join=True)
+        update = self._update or self._new_update()
+        update(weight, self.num_updates + 1)
+        self.num_updates += 1
+        for copied, tensor in self._copies:
+            copied.copy_(tensor.detach())
+
+    @torch.no_grad()
+    def _new_update(self) -> Update:
+        """Return what moves the averages, and keep it if it serves more than one update."""
+        averaged, counter, offload = self.listing.averaged, self.quarantine.counter, self.settings.offload
+        averages = [local(average) for _, average in averaged]
+        # The model's own tensors, not aliases of them: an alias would keep memory that the model frees.
+        tensors = [rows(slot.tensor, average) for slot, average in averaged]
+        places = [place_of(slot.name, average) for slot, average in averaged]
+        copies = [(local(copied), local(slot.tensor)) for slot, copied in self.listing.copied]
+        self._copies = copies if offload is None else []
+        if offload is not None:
+            self._update = self.offloader = Offloader(
+                offload,
+                lambda staged: lerp(averages, staged, places, counter),
+                tensors,
+                [slot.is_parameter for slot, _ in averaged],
+                copies,
+            )
+            return self._update
+        online = [tensor.to(average.device) for tensor, average in zip(tensors, averages, strict=True)]
+        update = lerp(averages, online, places, counter)
+        # If the averages are on another device, `online` are copies for this update only.
+        if all(tensor is own for tensor, own in zip(online, tensors, strict=True)):
+            self._update = update
+        return update
+
+    def follow_model(self) -> None:
+        """List the tensors again if something has moved in memory. New tensors do not join: only updates let them."""
+        if not self.listing.holds():
+            self.refresh(join=not self.listing.slots)
+
+    @torch.no_grad()
+    def refresh(self, *, join: bool) -> None:
+        """List the tensors again, unless nothing has moved in memory.
+
+        Args:
+            join: Whether new tensors join.
+        """
+        sharding.reshard(self.model)
+        if self.listing.holds():
+            return
+        self.wait()
+        self.listing.fingerprint = self._update = self.offloader = None
+        self.listing.refresh(join=join)
+        self.quarantine.move_to(self.listing.device())
+
+    def wait(self) -> None:
+        """Wait for the update in the background, before an average is read."""
+        if self.offloader is not None:
+            self.offloader.wait()
+
+    def reset(self, num_updates: int, num_quarantined: int) -> None:
+        """Continue with other averages, which were loaded.
+
+        Args:
+            num_updates: How often they have moved.
+            num_quarantined: How many tensors with NaN or inf have come.
+        """
+        self.num_updates = num_updates
+        self.quarantine.reset(num_quarantined)
+        self.listing.fingerprint = self.offloader = None
+        self.follow_model()
+
+    @torch.no_grad()
+    def agree(self, ranks: Ranks, facts: Mapping[str, Any]) -> None:
+        """Check that all ranks average the same, and give all of them rank 0's averages of buffers.
+
+        Args:
+            ranks: All of which must call this.
+            facts: What else they must agree on.
+
+        Raises:
+            ShardingError: If they do not; it says which rank and what.
+        """
+        known = ranks.each("the average", self._facts, facts)
+        if ranks.replicas:
+            known["tensors with NaN or inf"] = self.quarantine.total
+        else:
+            self.quarantine.sum_over(ranks)
+        ranks.agree("the average", known)
+        averages, slots = self.listing.averages, self.listing.slots
+        agree_on_plain(ranks, {slot.name: averages[slot.name] for slot in slots if slot.is_parameter})
+        ranks.broadcast(averages[s.name] for s in slots if not s.is_parameter and not is_spread(s.tensor))
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what ranks must agree on besides values. An error here on one rank is raised on all."""
+        self.follow_model()
+        self.wait()
+        swap = swap_of(self.model)
+        return {
+            "swapped in": swap.owner if swap else None,
+            "number of updates": self.num_updates,
+            "tensors": {name: f"{tuple(a.shape)} of {a.dtype}" for name, a in self.listing.averages.items()},
+        }

@@ -1,0 +1,269 @@
+"""The average of one model while it trains, and the one decision that is made at each event."""
+
+import copy
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from torch import nn
+
+from polyak.algorithm import check_event
+from polyak.averaging import states
+from polyak.averaging.progress import Progress
+from polyak.averaging.schedule import Schedule
+from polyak.averaging.settings import Settings
+from polyak.averaging.weights import Shadow
+from polyak.errors import CopyError, MismatchError, PolyakError
+from polyak.events import Event, State
+from polyak.sharding import Ranks
+from polyak.tensors import optimizers
+from polyak.tensors.slots import unwrap
+
+
+class Action(StrEnum):
+    """What is done with an average at an event; ``actions.py`` does it."""
+
+    NOTHING = "nothing"
+    MEET = "meet"
+    START_RUN = "start_run"
+    END_RUN = "end_run"
+    BEGIN = "begin"
+    UPDATE = "update"
+    SWAP_IN = "swap_in"
+    RESTORE = "restore"
+    REPORT_WAITS = "report_waits"
+
+
+_UPDATES = {Event.BATCH_END, Event.EPOCH_END}
+_RUN = {Event.INIT: Action.MEET, Event.FIT_START: Action.START_RUN, Event.FIT_END: Action.END_RUN}
+# The event at which the average is swapped in, and the one at which the training weights are restored.
+SWAPS = {
+    Event.EVAL_START: Event.EVAL_END,
+    Event.PREDICT_START: Event.PREDICT_END,
+    Event.SAVE_START: Event.SAVE_END,
+}
+
+
+class OnlineAverage:
+    """The average of one model: when it begins and updates, when it is in the model, what is saved and copied.
+
+    Args:
+        schedule: When and how much it moves.
+        settings: How it is kept.
+        name: What it is called in errors and states.
+
+    Attributes:
+        model: The model in training, unwrapped; None until it is known.
+        ranks: The ranks that train the model together, if there are several.
+        progress: The moments that the decay depends on.
+        pending: A state that waits for the model, and whether its names must match.
+        given: What the user has set as the average, until the model is known.
+        quarantine_warned: How many tensors with NaN or inf the last warning has told of.
+        restore_at: The event at which the training weights are restored; None if no event has swapped the average in.
+    """
+
+    def __init__(self, schedule: Schedule, settings: Settings, name: str) -> None:
+        self.schedule, self.settings, self.name = schedule, settings, name
+        self.model: nn.Module | None = None
+        self.ranks: Ranks | None = None
+        self.progress = Progress(counts_seconds=schedule.counts_seconds(None))
+        self.pending: tuple[Mapping[str, Any], bool] | None = None
+        self.given: nn.Module | None = None
+        self.restore_at: Event | None = None
+        self._shadow: Shadow | None = None
+        self._copied: Mapping[str, Any] | None = None
+        self.quarantine_warned = 0
+
+    @property
+    def shadow(self) -> Shadow | None:
+        """The averaged tensors; None before averaging has begun.
+
+        Those of a copy are made when they are first needed: the model has no tensors while it is being copied.
+        """
+        if self._copied is not None:
+            state, self._copied = self._copied, None
+            try:
+                states.load(self, state)
+            except BaseException:
+                self._copied = state
+                raise
+        return self._shadow
+
+    @shadow.setter
+    def shadow(self, shadow: Shadow | None) -> None:
+        self._shadow, self._copied = shadow, None
+
+    @property
+    def started(self) -> bool:
+        """Whether averaging has begun, or will with the state that waits for the model."""
+        if self._shadow is not None or self._copied is not None:
+            return True
+        return self.pending is not None and bool(self.pending[0]["ema_started"])
+
+    @property
+    def active(self) -> bool:
+        """Whether the model holds the average now."""
+        return self.shadow is not None and self.shadow.owner is not None
+
+    def new_shadow(self, model: nn.Module) -> Shadow:
+        """Return averaged tensors that begin with a model's weights.
+
+        Args:
+            model: Wrapped or not.
+        """
+        own = self.settings
+        return Shadow(model, dtype=own.dtype, policy=own.policy, mesh=own.mesh, offload=own.offload)
+
+    # The decision
+
+    def decide(self, event: Event, state: State, *, by_hand: bool = False) -> Action:  # noqa: PLR0911  a table
+        """Return what to do at an event. Nothing changes.
+
+        Args:
+            event: The event.
+            state: The loop's state.
+            by_hand: Whether to update or swap even if that is not due: the caller has asked before, or wants it so.
+
+        Raises:
+            ArgumentError: If the event is another trainer's.
+        """
+        if not isinstance(event, Event):
+            check_event(event, "EMA")
+        schedule, started = self.schedule, self._shadow is not None or self.started
+        if event in _UPDATES:
+            if not by_hand:
+                if schedule.by_epoch is (event is Event.BATCH_END):
+                    return Action.NOTHING
+                updated_at = self.progress.updated_at
+                if not (schedule.is_due(updated_at, state) if started else schedule.may_start(state)):
+                    return Action.NOTHING
+            if self.restore_at is not None:
+                return Action.RESTORE  # the loop has left an evaluation without its end
+            return Action.UPDATE if started else Action.BEGIN
+        if event in SWAPS:
+            # Ranks that train together compare what they have, also if averaging has not begun.
+            wanted = by_hand or ((started or self.ranks is not None) and not self.active)
+            return Action.SWAP_IN if wanted else Action.NOTHING
+        if self.restore_at is not None and event in (self.restore_at, Event.EXCEPTION):
+            return Action.RESTORE
+        if event is Event.EXCEPTION and self.progress.waits:
+            return Action.REPORT_WAITS
+        return _RUN.get(event, Action.NOTHING)
+
+    def meet(self, model: nn.Module) -> None:
+        """Learn which model is averaged, and load the state that has waited for it.
+
+        Args:
+            model: Wrapped or not.
+
+        Raises:
+            MismatchError: If it is another model than before.
+        """
+        if self.model is not None and self.model is not unwrap(model):
+            raise MismatchError("an EMA averages one model, and this one has another already; make a new EMA")
+        self.model = unwrap(model)
+        self.ranks = Ranks.of(model)
+        optimizers.watch()  # before the first step
+        if self.pending is not None:
+            (state, strict), self.pending = self.pending, None
+            states.load(self, state, strict)
+
+    def restore(self) -> None:
+        """Restore the training weights, if the model holds the average."""
+        if self.shadow is not None and self.active:
+            self.shadow.restore()
+        self.restore_at = None
+
+    def warn_of_quarantine(self) -> None:
+        """Warn if weights with NaN or inf were kept out since the last call."""
+        if self.shadow is not None:
+            self.quarantine_warned = self.shadow.warn_of_quarantine(self.quarantine_warned)
+
+    def agree(self, shadow: Shadow | None = None) -> None:
+        """Check that the ranks that train together have the same average.
+
+        Args:
+            shadow: The average to compare, if it is not this one's.
+        """
+        if self.ranks is None:
+            return
+        facts = {"algorithm": self.name, "averaging has begun": self.started}
+        if shadow := shadow or self.shadow:
+            shadow.agree(self.ranks, facts)
+        else:
+            self.ranks.agree("the average", facts)
+
+    @property
+    def num_updates(self) -> int:
+        """How often the average has moved."""
+        return self.shadow.num_updates if self.shadow else 0
+
+    def metrics(self) -> dict[str, float]:
+        """Return the decay of the last update and the distance of the weights; nothing before averaging has begun."""
+        if self.shadow is None:
+            return {}
+        decay = {} if self.progress.decay is None else {"ema/decay": self.progress.decay}
+        return decay | {"ema/distance": self.shadow.distance(self.ranks)}
+
+    # Copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OnlineAverage":
+        """Return the same average with its own memory, bound to the copy of the model in ``memo`` or to a new one.
+
+        It is not swapped in: if this one is, the copy's model gets its training weights when it is attached.
+
+        Raises:
+            CopyError: If the average is sharded, or the model cannot be copied.
+        """
+        self.check_copyable()
+        new = memo[id(self)] = OnlineAverage(self.schedule, self.settings, self.name)
+        state = None if self.shadow is None else states.cloned(states.state_of(self))
+        new.progress, new.ranks = copy.copy(self.progress), self.ranks
+        new.quarantine_warned = self.quarantine_warned
+        new.given = copy.deepcopy(self.given, memo)
+        new.model = self._copied_model(memo)
+        if state is not None:
+            new._copied = {**state, "lent": False, "training_model": None}
+        if state is None or state["lent"]:
+            waiting = self.pending if state is None else (state, True)
+            new.pending = None if waiting is None else (states.cloned(waiting[0]), waiting[1])
+        return new
+
+    def detached(self) -> "OnlineAverage":
+        """Return this without its model, to be pickled: the average waits, on the CPU, for a model.
+
+        Raises:
+            CopyError: If the average is sharded.
+        """
+        self.check_copyable()
+        new = copy.copy(self)
+        waiting = self.pending
+        if waiting is None and self.shadow is not None:
+            waiting = states.state_of(self), True
+        new.pending = None if waiting is None else (states.cloned(waiting[0], "cpu"), waiting[1])
+        new.model = new.ranks = new.restore_at = new.shadow = None
+        new.progress = copy.copy(self.progress)
+        return new
+
+    def check_copyable(self) -> None:
+        """Check that this process has the full average.
+
+        Raises:
+            CopyError: If it does not.
+        """
+        if self.settings.mesh is not None or (self.ranks is not None and not self.ranks.replicas):
+            raise CopyError(
+                f"one process must have the full average to copy or pickle an EMA, and {self.name} is sharded; save "
+                "its state_dict() with torch.distributed.checkpoint"
+            )
+
+    def _copied_model(self, memo: dict[int, Any]) -> nn.Module | None:
+        try:
+            return copy.deepcopy(self.model, memo)
+        except PolyakError:
+            raise
+        except Exception as error:
+            raise CopyError(
+                f"the model must be copyable, since an EMA is copied with it (got {error}); copy ema.state_dict(), and "
+                "load it into another EMA"
+            ) from error

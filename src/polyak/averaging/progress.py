@@ -1,0 +1,86 @@
+"""Where an average is in a run: the start of its clock, its last update and decay. Plain numbers, without torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from polyak.averaging.schedule import Run, Schedule
+from polyak.time import Time, Timestamp, TimeUnit
+
+
+@dataclass(slots=True)
+class Progress:
+    """The moments that the decay of an average depends on, and what warnings at the end of a run depend on.
+
+    Attributes:
+        origin: The start of the profile's clock.
+        updated_at: The last update; None if there was none, or it is not known.
+        decay: The share of the average that the last update kept.
+        logged_at: The batch at which metrics were last logged.
+        counts_seconds: Whether the decay depends on wall-clock time.
+        fit_from: The batch and the number of updates at which this run began.
+        waits: How many updates found weights with NaN or inf, so that averaging could not begin.
+        waits_since: The first of these.
+    """
+
+    origin: Timestamp = field(default_factory=Timestamp)
+    updated_at: Timestamp | None = None
+    decay: float | None = None
+    logged_at: Time | None = None
+    counts_seconds: bool = True
+    fit_from: tuple[Time, int] | None = None
+    waits: int = 0
+    waits_since: Timestamp | None = None
+
+    def wait(self, now: Timestamp) -> None:
+        """Count an update that found weights with NaN or inf.
+
+        Args:
+            now: The current position in training.
+        """
+        self.waits, self.waits_since = self.waits + 1, self.waits_since or now
+
+    def resume(self, schedule: Schedule, run: Run) -> None:
+        """Continue at the begin of a run, on the clock of the run.
+
+        Args:
+            schedule: How the average updates.
+            run: The run at its begin.
+        """
+        # A state of Composer's does not have the last update; it was at the end of the last interval.
+        self.updated_at = self.updated_at or schedule.last_interval(run.timestamp)
+        if run.timestamp.batch < self.updated_at.batch:
+            self._follow_new_clock(self.updated_at, schedule.unit, run)
+
+    def _follow_new_clock(self, updated_at: Timestamp, unit: TimeUnit | None, run: Run) -> None:
+        """Continue on a clock that starts again at 0, as in a second loop, as if no time had passed."""
+        self.updated_at, now = run.timestamp, run.timestamp
+        if unit is None:
+            return
+        elapsed = updated_at.elapsed(unit, run.max_duration) - self.origin.elapsed(unit, run.max_duration)
+        if unit is TimeUnit.DURATION and run.max_duration is not None:
+            elapsed, unit = elapsed * float(run.max_duration), run.max_duration.unit
+        self.origin = now.with_counter(Time(now.elapsed(unit) - elapsed, unit))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the moments and the decay as plain numbers."""
+        return {
+            "origin": self._counters(self.origin),
+            "updated": self.updated_at is not None,
+            "updated_at": self._counters(self.updated_at or Timestamp()),
+            "decay": self.decay,
+        }
+
+    def _counters(self, moment: Timestamp) -> dict[str, int | float | None]:
+        """Return a moment as numbers. Wall clocks differ from run to run: 0 unless the decay depends on them."""
+        return moment.state_dict() | ({} if self.counts_seconds else {"total_wct": 0})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from what ``state_dict`` returned.
+
+        Args:
+            state: As saved.
+        """
+        self.origin = Timestamp.from_state_dict(state["origin"])
+        self.updated_at = Timestamp.from_state_dict(state["updated_at"]) if state["updated"] else None
+        self.decay = state["decay"]

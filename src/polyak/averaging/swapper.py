@@ -1,0 +1,105 @@
+"""An average that is swapped into its model, and where it is while that lasts."""
+
+import weakref
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from polyak import sharding
+from polyak.averaging.movement import Movement
+from polyak.averaging.swap import Swap, refuse_merged, refuse_second_swap
+from polyak.errors import LoanError
+from polyak.tensors.slots import all_slots
+
+
+class Swapper:
+    """Swaps averages into their model, one swap after the other.
+
+    Args:
+        movement: The averages and their model.
+    """
+
+    def __init__(self, movement: Movement) -> None:
+        self._movement = movement
+        self.swap: Swap | None = None
+        self._exposed = list[Callable[[], object]]()  # what others hold of the averages' memory, by weak references
+
+    @property
+    def active(self) -> Swap | None:
+        """The swap while the average is in the model. One that was left half done ends here."""
+        if self.swap is not None and not self.swap.active:
+            self.swap = None  # it keeps the model's memory
+        return self.swap
+
+    def swap_in(self, owner: str) -> None:
+        """Put the average in the model.
+
+        Args:
+            owner: Who asks, to name it in errors.
+
+        Raises:
+            LoanError: If the model holds an average already, or if adapters are merged in it.
+        """
+        model, listing = self._movement.model, self._movement.listing
+        refuse_second_swap(model, owner)
+        refuse_merged(model)
+        self._movement.follow_model()
+        self._movement.wait()
+        held = {slot.name for slot in listing.slots}
+        swap = Swap(
+            model,
+            listing.slots,
+            [listing.averages[slot.name] for slot in listing.slots],
+            [slot for slot in all_slots(model) if slot.name not in held and slot.name not in listing.views],
+            [slot for slot in listing.view_slots if not slot.is_parameter],
+            keep_averages=self.is_exposed(),
+        )
+        try:
+            self.swap = swap
+            swap.begin(owner)
+        except BaseException:
+            swap.end()
+            self.swap = None
+            raise
+
+    def restore(self) -> None:
+        """Restore the training weights in the model.
+
+        Raises:
+            LoanError: If the average is not in the model, or a parameter was changed while it was.
+        """
+        swap = self.active
+        if swap is None:
+            raise LoanError("the average must be in the model before the training weights can be restored (it is not)")
+        try:
+            swap.end()
+        finally:
+            swap.end()
+            self.swap = None
+
+    def expose(self, tensors: Iterable[Tensor]) -> None:
+        """Note tensors over the averages' memory that others hold: a swap must leave the averages where they are.
+
+        Args:
+            tensors: As long as they live.
+        """
+        self._exposed += map(weakref.ref, tensors)
+
+    def is_exposed(self) -> bool:
+        """Return whether somebody holds such a tensor, who would read the training weights in it."""
+        self._exposed = [alive for alive in self._exposed if alive() is not None]
+        return bool(self._exposed)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """Return the average by name, wherever it is now."""
+        swap = self.active
+        if swap is None:
+            self._movement.wait()
+            return dict(self._movement.listing.averages)
+        sharding.reshard(self._movement.model)
+        return swap.averages()
+
+    def training(self) -> dict[str, Tensor]:
+        """Return the training weights of the tensors that have an average by name, wherever they are now."""
+        swap = self.active
+        return self._movement.listing.online() if swap is None else swap.training()

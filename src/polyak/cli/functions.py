@@ -1,0 +1,69 @@
+"""Imports the custom functions that commands take."""
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from polyak.cli.command import UsageError
+
+
+def load_function(spec: str, option: str) -> Callable[..., Any]:
+    """Import a custom function.
+
+    Args:
+        spec: ``FILE.py:FUNCTION`` or ``package.module:FUNCTION``.
+        option: The option that gives it, for error messages.
+
+    Raises:
+        UsageError: If the module cannot be imported, or has no such function.
+    """
+    source, _, name = spec.rpartition(":")
+    if not source or not name:
+        raise UsageError(f"{option} must be FILE.py:FUNCTION or package.module:FUNCTION (got {spec!r})")
+    try:
+        module = _load_file(Path(source), option) if source.endswith(".py") else _load_module(source)
+    except UsageError:
+        raise
+    except Exception as error:  # the file can raise anything
+        last = traceback.format_exception_only(error)[-1].strip()
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise UsageError(
+            f"{option}: {source} cannot be imported: {last} ({frame.filename}, line {frame.lineno})"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = (one for one, value in vars(module).items() if callable(value) and not one.startswith("_"))
+        raise UsageError(
+            f"{option}: there is no function {name!r} in {source}; it has {', '.join(sorted(known)) or 'none'}"
+        )
+    return function
+
+
+def _load_file(path: Path, option: str) -> Any:
+    if not path.is_file():
+        raise UsageError(f"{option}: there is no file {path}")
+    path = path.resolve()
+    name = f"polyak_user_{path.stem}"
+    if name in sys.modules and sys.modules[name].__file__ == str(path):
+        return sys.modules[name]
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.path.insert(0, str(path.parent))  # the file can import its neighbours, as when it is run
+    sys.modules[name] = module
+    try:
+        specification.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _load_module(name: str) -> Any:
+    sys.path.insert(0, str(Path.cwd()))
+    return importlib.import_module(name)
