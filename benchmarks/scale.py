@@ -424,7 +424,7 @@ def inputs(a: Assumed, m: Measured) -> list[str]:
             "assumed",
             "an H200 copies at 4.3 of its 4.8 TB/s; the same fraction of 3.35",
         ),
-        ("to the host, one way", rate(a.pcie), "assumed", "PCIe 5.0 x16"),
+        ("to CPU memory, one way", rate(a.pcie), "assumed", "PCIe 5.0 x16"),
         ("network, per device", rate(a.link), "assumed", f"{llama}: 400 Gb/s"),
         ("shared file system", rate(a.shared), "assumed", f"a twentieth of {llama}'s 2 TB/s"),
         (

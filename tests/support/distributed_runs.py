@@ -173,7 +173,7 @@ def loads(kind: str | None, path: Path, folder: Path) -> dict[str, Any]:
         trainer = build(kind, folder, load_path=path, saves=None, model_seed=7)
     loaded = {"weights": held(trainer), "averages": averages(trainer), "moments": moments(trainer)}
     trainer.fit()
-    said = [str(one.message) for one in caught if "ranks" in str(one.message)]
+    said = [str(one.message) for one in caught if "world size" in str(one.message)]
     return {"loaded": loaded, "end": held(trainer), "said": said}
 
 
