@@ -365,6 +365,7 @@ def interrupted_at_line(n: int, files: tuple[str, ...]):
         sys.settrace(outer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_interrupt_at_any_line_of_a_swap_leaves_training_weights(dtype):
     torch.set_num_threads(1)

@@ -463,6 +463,7 @@ def interrupted(n: int, ends: tuple[str, ...]):
 FILES = ("polyak/record/appender.py", "polyak/background.py", "polyak/record/lock.py", "polyak/storage/lock.py")
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_of_the_recording_leaves_segments_without_gaps(tmp_path) -> None:
     for n in range(1, 400):
         folder = tmp_path / str(n)

@@ -14,6 +14,8 @@ import polyak
 from polyak import EMA, CheckpointError, Evaluator, Event, PlanWarning, Trainer
 from polyak.profiles import HalfLife
 
+pytestmark = pytest.mark.slow  # trains each run several times
+
 PLANS = {
     "default interval": {},
     "every 3 batches": {"update_interval": "3ba"},
