@@ -1,4 +1,4 @@
-"""Checkpoints that MosaicML Composer wrote, of its last release and of 0.12.1, each run for real: training goes on from
+"""Checkpoints that MosaicML Composer wrote, of its last release and of 0.12.1, each by a real run: training resumes from
 them with our ``EMA``, and ``polyak convert`` takes the average out."""
 
 import os
@@ -118,8 +118,8 @@ def weights_of(trainer: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("batch", [9, 12])
 @pytest.mark.parametrize("half_life", ["4ba", "1ep"])
-def test_a_run_of_composers_own_ema_goes_on_from_its_training_weights(tmp_path, runs, unaveraged, half_life, batch):
-    # On an epoch's last batch, 12, Composer itself goes on from wrong weights with a half-life in epochs.
+def test_a_run_of_composers_own_ema_resumes_from_its_training_weights(tmp_path, runs, unaveraged, half_life, batch):
+    # On an epoch's last batch, 12, Composer itself resumes from wrong weights with a half-life in epochs.
     path = runs[half_life].checkpoint(batch)
     model, state = contents(path)
     assert state["ema_weights_active"]
@@ -149,7 +149,7 @@ def test_a_checkpoint_saved_by_hand_goes_on_too(tmp_path, runs):
     assert ema.num_updates == 6
 
 
-def test_the_training_weights_are_the_models_where_0_12_1_has_not_set_any_aside(tmp_path, early):
+def test_the_training_weights_are_the_models_where_0_12_1_has_kept_no_others(tmp_path, early):
     path = early["4ba"].folder / "never-swapped.pt"
     model, state = contents(path)
     assert not state["ema_weights_active"]
