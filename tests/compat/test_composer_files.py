@@ -1,4 +1,4 @@
-"""Checkpoints that MosaicML Composer wrote, of its last release and of 0.12.1, each by a real run: training resumes from
+"""Checkpoints that Composer wrote, of its last release and of 0.12.1, each by a real run: training resumes from
 them with our ``EMA``, and ``polyak convert`` takes the average out."""
 
 import os
