@@ -252,7 +252,7 @@ def test_sweep_refuses_a_results_file_that_another_sweep_is_writing(folder, tmp_
     def evaluate(_):
         sweep(folder, validate, results=path)
 
-    with pytest.raises(EvaluationError, match="no other sweep may write"):
+    with pytest.raises(EvaluationError, match="another sweep is writing"):
         sweep(folder, evaluate, results=path)
 
 

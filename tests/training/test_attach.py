@@ -449,7 +449,7 @@ def test_the_distance_is_that_of_the_parameters_relative_to_their_average(dtype)
     assert shadow.distance() == pytest.approx(want, rel=1e-6)
     with shadow.swapped("the test"):
         assert shadow.distance() == pytest.approx(want, rel=1e-6)
-        with pytest.raises(LoanError, match="the test has swapped its own in"):
+        with pytest.raises(LoanError, match="got the average of the test"):
             Shadow(model).distance()
 
 

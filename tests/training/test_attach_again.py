@@ -343,7 +343,7 @@ def test_whole_epochs_may_be_counted_by_hand(model, optimizer, options) -> None:
 
 def test_a_run_without_an_update_ends_with_a_warning(model, optimizer) -> None:
     with (
-        pytest.warns(PlanWarning, match="was not updated in this run: it is that of 1ba.*from 0ba to 20ba"),
+        pytest.warns(PlanWarning, match="was not updated in this run: its last update was at 1ba.*from 0ba to 20ba"),
         attach(EMA("5ba", update_interval="50ba"), model, optimizer),
     ):
         train(model, optimizer, 20)

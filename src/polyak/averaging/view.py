@@ -32,6 +32,7 @@ def module_over(model: nn.Module, replacements: Mapping[int, Tensor]) -> nn.Modu
         CopyError: If part of the copy would still compute with the model's own tensors, or cannot be copied.
 
     Example:
+        >>> import torch
         >>> model = nn.Linear(1, 1, bias=False)
         >>> forward = model.forward
         >>> model.forward = lambda x: forward(x)

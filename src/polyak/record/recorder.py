@@ -55,6 +55,7 @@ class Recorder(Algorithm):
         folder: As given, made absolute: the program may change its directory.
 
     Example:
+        >>> from torch import nn
         >>> from polyak import HalfLife, Record, attach
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
