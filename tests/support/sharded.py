@@ -340,7 +340,7 @@ def shares(kind: str) -> tuple[int, int, int]:
     from polyak.sharding import local
 
     model = spread(kind)
-    shadow = Shadow(model, mesh=ema_of(kind)._mesh)
+    shadow = Shadow(model, mesh=ema_of(kind)._average.settings.mesh)
     own = sum(local(average).untyped_storage().nbytes() for average in shadow.averages.values())
     shards = sum(local(parameter).nbytes for parameter in model.parameters())
     return own, shards, sum(parameter.numel() * 4 for parameter in model.parameters())
