@@ -142,4 +142,4 @@ def test_ranks_that_disagree_raise_on_each_rank(ranks, tmp_path, name, kind) -> 
 
 def test_tensor_parallelism_is_refused_in_composer(ranks, tmp_path) -> None:
     for raised in ranks.attempt(2, script_of("composer"), "tp", str(tmp_path)):
-        assert "NotImplementedError: the model must be whole in each process, or in shards of FSDP2" in raised.text
+        assert "NotImplementedError: each process must hold the full model or its FSDP2 shards" in raised.text

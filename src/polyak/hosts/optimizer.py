@@ -48,6 +48,7 @@ def attach(
         NotImplementedError: Under DeepSpeed's ZeRO-3 and ``FullyShardedDataParallel``.
 
     Example:
+        >>> import torch
         >>> from polyak import EMA
         >>> model = torch.nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
