@@ -204,7 +204,7 @@ def test_an_output_that_cannot_be_written_is_refused_and_what_was_there_stays(tm
         "a.pt": "another file",
         "link.safetensors": "another file",
         "pipe.safetensors": "be a regular or new file",
-        "folder.safetensors": "no folder",
+        "folder.safetensors": "or a folder",
         "none/o.safetensors": "a folder that exists",
         "x" * 300 + ".safetensors": "too long",
     }.items():
