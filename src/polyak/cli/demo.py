@@ -153,9 +153,11 @@ def _show(curves: Mapping[str, Curve], chosen: Chosen | None, folder: RunFolder,
             "validation digits. The table is of test digits, which had no part in the choice."
         )
     console.print(
-        "Averaging helps here because the learning rate is constant and labels are wrong. When it does not: see README."
+        "Averaging helps here because the learning rate is constant and labels are wrong. When it does not: "
+        "see docs/when-it-helps.md."
         if accuracy > 0 > loss
-        else "Averaging does not improve both metrics with this seed, half-life and length. When it helps: see README."
+        else "Averaging does not improve both metrics with this seed, half-life and length. When it helps: "
+        "see docs/when-it-helps.md."
     )
     console.print(f"\nWritten to {folder.path}/", soft_wrap=True)
     for name, what in (
