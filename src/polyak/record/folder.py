@@ -133,15 +133,14 @@ class RecordFolder:
                 if unnamed or _SEGMENT_TEMPORARY.fullmatch(path.name) or path.name in _MANIFEST_TEMPORARY:
                     remove(path)
 
-    def clean_after_an_error(self, manifest: Manifest) -> None:
-        """Do what ``clean`` does, unless the folder is not this writer's any more.
-
-        Args:
-            manifest: The one on disk.
-        """
-        with suppress(OSError):
+    def clean_after_an_error(self) -> Manifest | None:
+        """Delete what the manifest on disk does not name, and return it; None if the folder is not this writer's."""
+        with suppress(OSError, RecordError):
             self.check_lock()
+            manifest = load_manifest(self.path)
             self.clean(manifest)
+            return manifest
+        return None
 
     def close(self) -> None:
         """Let the next writer in."""

@@ -99,7 +99,9 @@ class Writer:
         return self._manifest.pins
 
     def append(self, tensors: Mapping[str, Tensor], start: Edge, end: Edge) -> Segment:
-        """Write a segment, and merge older ones. After an error the record is as before, and a new call may succeed.
+        """Write a segment, and merge older ones. After an error the same call may be made again.
+
+        Whether the record then has the segment already, because only what came after failed, makes no difference.
 
         Args:
             tensors: The means over the updates after ``start``, up to and including ``end``; of the tensors that are
@@ -114,9 +116,12 @@ class Writer:
         """
         manifest = self._manifest
         check_tensors(manifest.tensors, tensors)
-        self._ranks.agree("the segment to be written", {"start": start.updates, "end": end.updates})
+        facts = {"start": start.updates, "end": end.updates, "segments so far": len(manifest.segments)}
+        self._ranks.agree("the segment to be written", facts)
         if manifest.segments:
-            last = manifest.segments[-1].end
+            newest, last = manifest.segments[-1], manifest.segments[-1].end
+            if (start.updates, end.updates) == (newest.start.updates, last.updates):
+                return newest  # a call made again
             if start.updates != last.updates:
                 raise RecordError(
                     f"a segment must start where {self.folder} ends, after {last.updates} updates (got "
@@ -251,14 +256,18 @@ class Writer:
 
     @contextmanager
     def _cleaning(self, doing: str) -> Iterator[None]:
-        """Check the lock before a ``with`` block, and delete what it has written if it ends with an error."""
+        """Check the lock before a ``with`` block, and delete what it has written if it ends with an error.
+
+        The error may have come after the new manifest was on disk, from another rank that was killed or an interrupt.
+        So what is kept, and what the record now is, is read from the disk.
+        """
         try:
             with disk_errors(doing):
                 self._ranks.on_rank_0(self._files.check_lock)
                 yield
         except BaseException:
-            if self._ranks.rank == 0:
-                self._files.clean_after_an_error(self._manifest)
+            if self._ranks.rank == 0 and (found := self._files.clean_after_an_error()) is not None:
+                self._manifest = replace(self._manifest, segments=found.segments, pins=found.pins)
             raise
 
 
