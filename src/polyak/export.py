@@ -1,6 +1,7 @@
 """Export of the averaged weights to safetensors files, which any tool reads."""
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,9 +20,13 @@ from polyak.tensors.slots import all_slots
 Read = Callable[[list[str]], dict[str, Tensor]]
 # In the temporary folder: what all ranks write, and rank 0 reads.
 _SHARDS = "shards"
+# What an export consists of.
+_EXPORTED = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json")
 
 
-def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_bytes: float = 5e9) -> None:
+def export_averaged(
+    ema: EMA, model: nn.Module, folder: str | Path, *, max_file_bytes: float = 5e9, overwrite: bool = False
+) -> None:
     """Write the model with its averaged weights to a folder of safetensors files, in the model's dtypes.
 
     The files hold what the model's state dict would: averaged, copied and left tensors, tied ones under each of their
@@ -35,9 +40,11 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
         model: The one in training, as it was given to the loop. The average is swapped in while writing.
         folder: A new or empty folder. It gets all files or none.
         max_file_bytes: The largest size of a file that holds more than one tensor.
+        overwrite: Whether an earlier export in ``folder`` is replaced, once the new one is complete. A folder with other
+            files is refused all the same: they would be lost.
 
     Raises:
-        FileExistsError: If ``folder`` is not empty.
+        FileExistsError: If ``folder`` is not empty, and with ``overwrite`` if it has more than an earlier export.
         CheckpointError: If the model's state dict has a tensor that safetensors cannot hold: sparse, nested, without
             values, or of a dtype such as complex128 or quantized ones.
         LoanError: If averaging has not begun, or the model holds an average.
@@ -60,7 +67,7 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
     folder = Path(folder)
     refuse_stage(model, "an export")
     ranks = communicator_of(model)
-    ranks.on_every_rank("the export", lambda: _check(folder, model))
+    ranks.on_every_rank("the export", lambda: _check(folder, model, overwrite=overwrite))
     try:
         ema.get_ema_model(model)
         _export(ema, model, folder, ranks, max_file_bytes)
@@ -86,9 +93,22 @@ def _export(ema: EMA, model: nn.Module, folder: Path, ranks: Communicator, max_f
         raise
 
 
-def _check(folder: Path, model: nn.Module) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"an export needs a new or empty folder (got {folder}, which is not): choose another")
+def _check(folder: Path, model: nn.Module, *, overwrite: bool) -> None:
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if overwrite and (others := sorted(name for name in found if not _EXPORTED.fullmatch(name))):
+        raise FileExistsError(
+            f"overwrite=True replaces an earlier export and nothing else (got {folder}, which also has "
+            f"{', '.join(others[:5])}): move these files, or choose another folder"
+        )
+    if found and not overwrite:
+        raise FileExistsError(
+            f"an export needs a new or empty folder (got {folder}, which is not): choose another, or replace an "
+            "earlier export by overwrite=True"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(
+            f"an export needs a new or empty folder (got {folder}, which is not a folder): choose another"
+        )
     _require_exportable(model)
 
 
@@ -118,7 +138,7 @@ def _require_exportable(model: nn.Module) -> None:
 def _finish(temporary: Path, folder: Path) -> None:
     """Give the complete folder its final name."""
     remove(temporary / _SHARDS)
-    put(temporary, folder)
+    put(temporary, folder, over_folder=True)
 
 
 def _full(tensors: dict[str, Tensor]) -> Read:
