@@ -148,7 +148,7 @@ def _refuse(
             close = difflib.get_close_matches(name, names, n=1)
             advice = instead.get(name) or (f"did you mean {close[0]}=?" if close else f"it takes {', '.join(names)}")
             raise CallError(f"the arguments must be those of {example} (got {name}=); {advice}")
-    raise CallError(f"the arguments must be those of {example} (got {', '.join(given) or 'none'}: {reason})")
+    raise CallError(f"the arguments must be those of {example} (got {', '.join(given) or 'none'}); {reason}")
 
 
 def kind_of(given: object) -> str:

@@ -32,7 +32,7 @@ def attach(
     model: nn.Module,
     optimizer: Optimizer | None,
     *,
-    max_duration: Time | str | None = None,
+    max_duration: Time | str | int | None = None,
     steps_per_epoch: int | None = None,
     samples_per_step: int = 0,
     tokens_per_step: int = 0,
