@@ -44,7 +44,7 @@ OF_AN_AVERAGE: Mapping[str, str] = {
     **dict.fromkeys(("save_checkpoint", "load", "load_checkpoint", "resume"), _STATE),
     "save_pretrained": "ema.save(path) writes the averaged weights; so does polyak.export_averaged, to a folder",
     "from_pretrained": "to begin with other weights, set ema.average.ema_model to a module that has them",
-    "update_bn": "polyak.update_bn(ema.model, loader) measures the statistics of BatchNorm again",
+    "update_bn": "measure the statistics of BatchNorm by polyak.update_bn(model, loader) in `with ema.applied():`",
     "remove": "ema.detach() stops averaging",
     "close": "ema.detach() stops averaging",
     "reset": "to begin again, ema.detach() and attach a new EMA",

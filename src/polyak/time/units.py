@@ -55,8 +55,8 @@ _WALL_CLOCK = re.compile(r"\s*(?=[0-9])(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)
 _OTHER_UNIT = re.compile(rf"\s*({_NUMBER})\s*([a-z]*)\s*", re.IGNORECASE)
 FORM = (
     "a time string is a number that is not negative and a unit, such as '1000 steps', '1000ba', '1.5ep', '0.25dur' or "
-    "'1h30m'; the units are ba (batches, steps), ep (epochs), sp (samples), tok (tokens), iter (iterations), dur (the "
-    "share of the run) and sec (seconds, minutes, hours)"
+    "'1h30m'; the units are steps or batches (ba), epochs (ep), samples (sp), tokens (tok), iterations (iter), shares of "
+    "the run (dur), seconds (sec), minutes, hours"
 )
 
 
@@ -118,7 +118,8 @@ def _meant(timestring: str) -> str:
     if not unit:
         return f"; for optimizer steps, write '{number} steps'"
     # Words before short units: 'stp' is rather a step than a sample.
-    close = difflib.get_close_matches(unit, [word for word in _WORDS if len(word) > 3], n=1)
+    words = [word for word in _WORDS if len(word) > 3 and (number == "1") is not word.endswith("s")]
+    close = difflib.get_close_matches(unit, words, n=1)
     close = close or difflib.get_close_matches(unit, _WORDS, n=1)
     return f"; did you mean '{number} {close[0]}'?" if close else ""
 

@@ -36,7 +36,7 @@ def check_order(algorithms: object, model: object, optimizer: object) -> None:
             f"the order must be {EXAMPLE} (got attach({', '.join(kind_of(one) for one in given)})); give the "
             "algorithm first"
         )
-    if isinstance(algorithms, str | dict) or (algorithms is None):
+    if algorithms is None or isinstance(algorithms, str | dict | float | int):
         raise ArgumentError(f"algorithms must be an EMA, a Recorder or a list of them (got {kind_of(algorithms)})")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module (got {kind_of(model)}); {_instead(model)}")

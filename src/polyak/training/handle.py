@@ -10,12 +10,12 @@ from torch import nn
 from polyak.algorithm import Algorithm
 from polyak.averaging.ema import EMA
 from polyak.averaging.evalmode import keep_evaluating
-from polyak.averaging.habits import OF_AN_AVERAGE, absent
+from polyak.averaging.habits import OF_AN_AVERAGE, absent, explained, kind_of
 from polyak.errors import ArgumentError, CallError, FixedError, LoanError
 from polyak.export import save_averaged
 from polyak.tensors.slots import unwrap
 from polyak.training.counted import CountedLoop
-from polyak.training.summary import summary
+from polyak.training.summary import in_words, summary
 
 
 class Handle(ABC):
@@ -60,12 +60,7 @@ class Handle(ABC):
             ShardingError: If the average is sharded: use ``applied()``.
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
         """
-        average = self.average
-        if not average.ema_started:
-            raise LoanError(
-                f"averaging must have begun before there is an averaged model (it begins at {average.ema_start}, with "
-                f"the first update; {self.loop.state.timestamp.batch} were counted so far); train until then"
-            )
+        average = self._begun()
         model = average.ema_model
         assert model is not None
         if not average.ema_weights_active:
@@ -84,6 +79,7 @@ class Handle(ABC):
         """
         return self.average.metrics()
 
+    @explained("ema.save('averaged.safetensors')", {})
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Save the averaged weights alone, under the names and in the dtypes of the model's ``state_dict()``.
 
@@ -101,7 +97,18 @@ class Handle(ABC):
             ArgumentError: If the name has another ending, as ``.pt``.
             CheckpointError: If the model has a tensor that safetensors cannot hold.
         """
-        save_averaged(self.average, self.loop.state.model, path, overwrite=overwrite)
+        save_averaged(self._begun(), self.loop.state.model, path, overwrite=overwrite)
+
+    def _begun(self) -> EMA:
+        average = self.average
+        if not average.ema_started:
+            counted = self.loop.state.timestamp.batch.value
+            start = f"the first update after {in_words(average.ema_start)}" if average.ema_start.value else "the first update"
+            raise LoanError(
+                f"averaging must have begun before there is an average ({counted} steps were counted, and it begins "
+                f"with {start}); train until then"
+            )
+        return average
 
     def __repr__(self) -> str:
         return summary(unwrap(self.loop.state.model), self.algorithms, self.loop)
@@ -109,7 +116,7 @@ class Handle(ABC):
     def __setattr__(self, name: str, value: Any) -> None:
         if not name.startswith("_") and name not in self._own:
             what = OF_AN_AVERAGE.get(name, "it is read, and its settings are those of the EMA that was attached")
-            raise FixedError(f"{name} of what attach returned cannot be assigned (got {value!r}); {what}")
+            raise FixedError(f"{name} of what attach returned cannot be assigned (got {kind_of(value)}); {what}")
         object.__setattr__(self, name, value)
 
     if not TYPE_CHECKING:  # these would hide misspelled names from type checkers

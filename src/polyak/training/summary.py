@@ -34,17 +34,21 @@ def summary(model: nn.Module, algorithms: Sequence[Algorithm], loop: CountedLoop
 
 def _how(ema: EMA) -> str:
     if ema.half_life is not None:
-        text = f"half-life {_words(ema.half_life)}"
+        text = f"half-life {in_words(ema.half_life)}"
     elif ema.smoothing is not None:
         text = f"decay {ema.smoothing:g}"
     else:
         text = repr(ema.profile)
-    start = f", from {_words(ema.ema_start)} on" if ema.ema_start.value else ""
-    return f"{text}, updated every {_words(ema.update_interval).removeprefix('1 ')}{start}"
+    start = f", from {in_words(ema.ema_start)} on" if ema.ema_start.value else ""
+    return f"{text}, updated every {in_words(ema.update_interval).removeprefix('1 ')}{start}"
 
 
-def _words(time: Time) -> str:
-    """Return a time with its unit as a word, such as ``"100 steps"``."""
+def in_words(time: Time) -> str:
+    """Return a time with its unit as a word, such as ``"100 steps"``.
+
+    Args:
+        time: In any unit.
+    """
     if time.unit is TimeUnit.DURATION:
         return f"{time.value:.0%} of the run"
     return f"{time.value:,g} {_UNITS[time.unit]}{'' if time == 1 else 's'}"
