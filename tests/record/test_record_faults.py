@@ -547,7 +547,7 @@ def test_verify_finds_a_flipped_bit_anywhere(tmp_path) -> None:
     Record(tmp_path).verify()
 
 
-class Interrupted(OneProcess):
+class LosesARank(OneProcess):
     """Runs what rank 0 runs, then fails as if another rank had been killed before it heard of the result."""
 
     after: int = 10**6
@@ -563,7 +563,7 @@ class Interrupted(OneProcess):
 @pytest.mark.parametrize("after", range(6))
 @pytest.mark.parametrize("do", ["append", "pin", "rewind"])
 def test_an_error_after_a_new_manifest_is_on_disk_deletes_nothing_that_it_names(tmp_path, do, after) -> None:
-    ranks = Interrupted()
+    ranks = LosesARank()
     with Writer(tmp_path / "record", TENSORS, per_level=1, ranks=ranks) as writer:
         for n in range(3):
             append(writer, n)
