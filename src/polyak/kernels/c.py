@@ -43,7 +43,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the library, or why there is none."""
     hint = "compile it with: python -m polyak.kernels"
     if not LIBRARY.exists():
-        return None, f"{LIBRARY} must exist: no C compiler was found when polyak was installed; {hint}"
+        return None, f"{LIBRARY} must exist: this installation of polyak has no compiled kernel; {hint}"
     try:
         library = ctypes.CDLL(str(LIBRARY))
         sources = library.polyak_sources
@@ -84,7 +84,8 @@ class _Team:
             self.address = ctypes.cast(torch_library().GOMP_parallel, ctypes.c_void_p).value or 0
         except (OSError, AttributeError):
             self.address = 0
-        os.register_at_fork(after_in_child=self._forget)
+        if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+            os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
         self.address = 0  # a forked process has none of its threads, and would wait for them forever
