@@ -66,19 +66,17 @@ def export_averaged(
             values, or of a dtype such as complex128 or quantized ones.
         LoanError: If averaging has not begun, or the model holds another average.
         ShardingError: If ranks disagree, or the model is a stage of a pipeline.
-        ArgumentError: If ``ema`` or ``model`` is something else.
 
     Example:
         >>> from polyak import attach
+        >>> from safetensors.torch import load_file
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> ema = attach(EMA("10ba"), model, optimizer)
         >>> for _ in range(20):
-        ...     optimizer.zero_grad()
         ...     model(torch.ones(4, 2)).square().mean().backward()
         ...     optimizer.step()
         >>> export_averaged(ema, model, "averaged")
-        >>> from safetensors.torch import load_file
         >>> sorted(load_file("averaged/model.safetensors"))
         ['bias', 'weight']
     """

@@ -129,6 +129,8 @@ class Handle(ABC):
     if not TYPE_CHECKING:  # these would hide misspelled names from type checkers
 
         def __getattr__(self, name: str) -> Any:
+            if not name.startswith("_") and hasattr(type(self), name):
+                return object.__getattribute__(self, name)  # a property has failed with an AttributeError of its own
             raise absent(self, name, OF_AN_AVERAGE)
 
         def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
