@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from polyak.events import Event
     from polyak.export import export_averaged
     from polyak.hosts.optimizer import attach
-    from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
+    from polyak.profiles import Cooldown, HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
     from polyak.record import Record
     from polyak.record.recorder import Recorder
     from polyak.sweeping import sweep
@@ -85,6 +85,7 @@ __all__ = [  # noqa: RUF022
     "Smoothing",
     "Uniform",
     "Window",
+    "Cooldown",
     "PowerFunction",
     "Warmup",
     "Profile",
@@ -148,7 +149,7 @@ _MODULES = {
     "Record": "record",
     "sweep": "sweeping",
     **dict.fromkeys(
-        ("HalfLife", "Smoothing", "Uniform", "Window", "PowerFunction", "Warmup", "Profile"),
+        ("HalfLife", "Smoothing", "Uniform", "Window", "Cooldown", "PowerFunction", "Warmup", "Profile"),
         "profiles",
     ),
     "Policy": "tensors.slots",
