@@ -4,10 +4,10 @@ pyrefly is part of the development environment. mypy and pyright run where they 
 longer than most tests here.
 """
 
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from paths import ROOT
 import polyak
 
 SOURCE = Path(polyak.__file__).parents[1]
-PAGES = ("README.md", "docs/first-tries.md")
+PAGES = {"readme.py": "README.md", "first_tries.py": "docs/first-tries.md"}
 WRONG = """
 from torch import nn, optim
 from polyak import EMA, attach
@@ -39,65 +39,67 @@ with ema.applied() as averaged:
     averaged.eval()
 with ema.applied:
     pass
-ema.num_updates + ema.save("averaged.safetensors")  # wrong
+kept = ema.num_updates + ema.save("averaged.safetensors")  # wrong
 """
 
 
 def _pyrefly() -> list[str]:
-    program = Path(sys.executable).with_name("pyrefly")
-    if not program.exists():
-        pytest.skip("pyrefly is not installed")
     python = ["--python-interpreter-path", sys.executable]
-    return [str(program), "check", "--preset=strict", f"--search-path={SOURCE}", "--output-format=min-text", *python]
+    program = str(Path(sys.executable).with_name("pyrefly"))
+    return [program, "check", "--preset=strict", f"--search-path={SOURCE}", "--output-format=min-text", *python]
 
 
 def _mypy() -> list[str]:
-    if not find_spec("mypy"):
-        pytest.skip("mypy is not installed")
-    # Of torch, functions such as `backward` have no types.
-    return [sys.executable, "-m", "mypy", "--strict", "--untyped-calls-exclude=torch", "--warn-unused-ignores"]
+    # Functions of torch without types, such as `backward`, are torch's.
+    return [sys.executable, "-m", "mypy", "--strict", "--untyped-calls-exclude=torch"]
 
 
 def _pyright() -> list[str]:
-    if not find_spec("pyright"):
-        pytest.skip("pyright is not installed")
     return [sys.executable, "-m", "pyright", "--pythonpath", sys.executable]
 
 
-def check(command: list[str], file: Path) -> tuple[int, str]:
-    """Return the exit status of a type checker and what it prints."""
-    # mypy refuses a path to installed packages: there it finds polyak itself.
-    own = {"MYPYPATH": str(SOURCE)} if SOURCE == ROOT / "src" else {}
-    (file.parent / "pyrightconfig.json").write_text(f'{{"extraPaths": ["{SOURCE.as_posix()}"], "include": ["."]}}')
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(file.parent), **own}
-    done = subprocess.run(
-        [*command, file.name], cwd=file.parent, env=environment, capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout + done.stderr
+def _is_installed(checker: str) -> bool:
+    return Path(sys.executable).with_name(checker).exists() or find_spec(checker) is not None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("checker", [_pyrefly, _mypy, _pyright], ids=["pyrefly", "mypy", "pyright"])
-@pytest.mark.parametrize("page", PAGES)
-def test_a_type_checker_accepts_the_examples_of_a_page(tmp_path, page, checker: Callable[[], list[str]]) -> None:
-    if not (ROOT / page).exists():
-        pytest.skip("the documentation is not here")
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+@pytest.fixture(scope="module", params=[_pyrefly, _mypy, _pyright], ids=["pyrefly", "mypy", "pyright"])
+def lines(request, tmp_path_factory) -> dict[str, set[int]]:
+    """Return the lines in which a type checker finds an error, by file: those of the pages, and ``wrong.py``."""
+    name = request.param.__name__.removeprefix("_")
+    if not _is_installed(name):
+        pytest.skip(f"{name} is not installed")
+    folder = tmp_path_factory.mktemp(name)
+    texts = {"wrong.py": WRONG} | {
+        file: examples(ROOT / page) for file, page in PAGES.items() if (ROOT / page).exists()
+    }
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    if name == "pyright":
+        (folder / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(SOURCE)], "include": ["."]}))
+    done = subprocess.run([*request.param(), *texts], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr  # there are errors, and no other failure
+    found = re.findall(rf"({'|'.join(texts)}):(\d+).*", done.stdout, re.IGNORECASE)
+    return {file: {int(line) for at, line in found if at == file} for file in texts}
+
+
+def examples(page: Path) -> str:
+    """Return the blocks of Python in a page, pasted one after another."""
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert blocks
-    (file := tmp_path / "pasted.py").write_text("\n".join(blocks), encoding="utf-8")
-    status, said = check(checker(), file)
-    assert status == 0, said
+    return "\n".join(blocks)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checker", [_pyrefly, _mypy, _pyright], ids=["pyrefly", "mypy", "pyright"])
-def test_a_type_checker_refuses_each_wrong_line_and_no_other(tmp_path, checker: Callable[[], list[str]]) -> None:
-    (file := tmp_path / "wrong.py").write_text(WRONG, encoding="utf-8")
-    wrong = {number for number, line in enumerate(WRONG.splitlines(), 1) if line.endswith("# wrong")}
-    status, said = check(checker(), file)
-    assert status == 1, said
-    found = {int(line) for line in re.findall(r"wrong\.py:(\d+)", said)}
-    assert wrong == found, said
+@pytest.mark.parametrize("file", PAGES)
+def test_a_type_checker_accepts_the_examples_of_a_page(lines, file) -> None:
+    if file not in lines:
+        pytest.skip("the documentation is not here")
+    assert lines[file] == set()
+
+
+@pytest.mark.slow
+def test_a_type_checker_refuses_each_wrong_line_and_no_other(lines) -> None:
+    assert lines["wrong.py"] == {n for n, line in enumerate(WRONG.splitlines(), 1) if line.endswith("# wrong")}
 
 
 def test_the_package_says_that_it_is_typed() -> None:
