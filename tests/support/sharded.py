@@ -438,7 +438,7 @@ def exports(kind: str, folder: str, max_file_bytes: float) -> dict[str, Tensor]:
         return weights(model)
 
 
-def saves(kind: str, file: str) -> dict[str, Tensor]:
+def saves_by_the_handle(kind: str, file: str) -> dict[str, Tensor]:
     """Save the averaged weights by the handle; return what the model holds while they are swapped in."""
     model, optimizer, _, ema = _set_up(kind, 0)
     train(model, optimizer, range(3))
