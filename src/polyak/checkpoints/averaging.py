@@ -23,15 +23,20 @@ class Plan:
 
     Args:
         checkpoints: The newest last.
-        weights: Of each checkpoint; they sum to 1.
+        amounts: How much each checkpoint counts, relative to the others.
         names: Of the tensors that are averaged, in the order of the newest.
         left_out: Names that not all checkpoints have.
     """
 
     checkpoints: Sequence[Checkpoint]
-    weights: Sequence[float]
+    amounts: Sequence[float]
     names: Sequence[str]
     left_out: Sequence[str] = ()
+
+    @property
+    def weights(self) -> list[float]:
+        """The weight of each checkpoint; they sum to 1."""
+        return [amount / fsum(self.amounts) for amount in self.amounts]
 
     @property
     def newest(self) -> Checkpoint:
@@ -79,7 +84,7 @@ def plan(checkpoints: Sequence[Checkpoint], weights: Sequence[float], *, common:
         raise CheckpointError("checkpoints must have tensors in common (they have none); average those of one model")
     for one in checkpoints:
         _require_same_shapes(one, newest, names)
-    return Plan(checkpoints, [weight / total for weight in weights], names, tuple(left_out))
+    return Plan(checkpoints, weights, names, tuple(left_out))
 
 
 def _require_same_shapes(one: Checkpoint, newest: Checkpoint, names: Sequence[str]) -> None:
@@ -134,9 +139,10 @@ def average(plan: Plan, name: str) -> Tensor:
 def _mean(plan: Plan, name: str, first: int, last: int) -> Tensor:
     wide = torch.complex128 if plan.newest.tensors[name].dtype.is_complex else torch.float64
     total, values = torch.zeros(last - first, dtype=wide), torch.empty(last - first, dtype=wide)
-    for one, weight in zip(plan.checkpoints, plan.weights, strict=True):
-        if weight:
-            total.add_(values.copy_(one.tensors[name].read(first, last)), alpha=weight)
+    for one, amount in zip(plan.checkpoints, plan.amounts, strict=True):
+        if amount:
+            total.add_(values.copy_(one.tensors[name].read(first, last)), alpha=amount)
+    total.div_(fsum(plan.amounts))  # at the end: a third of a number is not exact, the sum of three is
     if bool(total.sum().isnan()):
         _require_no_nan(plan, name, first, last)
     return total
