@@ -10,10 +10,20 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from polyak import ArgumentError, CheckpointError, HalfLife, PowerFunction, ProfileError, Smoothing, Uniform, Window
-from polyak.checkpoints import average, open_checkpoint, weights_at
+from polyak import (
+    ArgumentError,
+    CheckpointError,
+    Cooldown,
+    HalfLife,
+    PowerFunction,
+    ProfileError,
+    Smoothing,
+    Uniform,
+    Window,
+)
+from polyak.checkpoints import average_checkpoints, open_checkpoint, weights_at
 from polyak.checkpoints import averaging as averaging_module
-from polyak.checkpoints.averaging import plan
+from polyak.checkpoints.averaging import average, plan
 from polyak.checkpoints.output import check_output, write_average
 
 FORMATS = list(checkpoint_files.FORMATS)
@@ -196,3 +206,41 @@ def test_weights_follow_the_profile_at_the_times_of_the_checkpoints() -> None:
 def test_times_must_increase() -> None:
     with pytest.raises(ProfileError, match="must increase"):
         weights_at(HalfLife("10ba"), [10, 10])
+
+
+def test_the_order_is_that_of_the_times_and_without_times_and_with_weights_the_given_one(tmp_path) -> None:
+    paths = [tmp_path / f"{name}.safetensors" for name in ("step-30", "step-4", "step-100")]
+    for i, path in enumerate(paths):
+        save_file({"a": torch.tensor([float(i)])}, path)
+    out = tmp_path / "out.safetensors"
+
+    def order(**options) -> list[str]:
+        made = average_checkpoints(paths, out, **options)
+        return [one.path.stem for one in made.checkpoints]
+
+    assert order() == ["step-4", "step-30", "step-100"]
+    assert order(last=2) == ["step-30", "step-100"]
+    assert order(last=9) == ["step-4", "step-30", "step-100"]
+    assert order(times=["3ep", "2ep", "1ep"]) == ["step-100", "step-4", "step-30"]
+    assert order(weights=[1, 1, 2]) == ["step-30", "step-4", "step-100"]
+    assert load_file(out)["a"].item() == (0 + 1 + 2 * 2) / 4
+    assert order(weights=[1, 1, 2], last=1) == ["step-100"]
+    for wrong in (
+        {"weights": [1]},
+        {"times": ["1ba"]},
+        {"last": 0},
+        {"weights": [1, 1, 1], "profile": HalfLife("1ba")},
+    ):
+        with pytest.raises(ArgumentError):
+            order(**wrong)
+
+
+def test_a_cooldown_weighs_the_checkpoints_in_it() -> None:
+    assert weights_at(Cooldown("20ba"), [10, 20, 30, 40]) == pytest.approx([0, 0, 0.5, 0.5])
+    assert weights_at(Cooldown("40ba", "1-square"), [10, 20, 30, 40]) == pytest.approx([1 / 16, 3 / 16, 5 / 16, 7 / 16])
+
+
+def test_a_tensor_that_repeats_its_numbers_is_refused_and_not_written_out(tmp_path) -> None:
+    torch.save({"a": torch.ones(1).expand(1 << 40), "b": torch.ones(3)}, tmp_path / "it.pt")
+    with pytest.raises(CheckpointError, match="a repeats its numbers"):
+        open_checkpoint(tmp_path / "it.pt")

@@ -90,7 +90,7 @@ def test_an_output_that_exists_is_replaced_only_by_force(run, tmp_path) -> None:
         (["step-*.ckpt", "-o", "out.txt"], "the output must be .safetensors"),
         (["step-*.ckpt", "-o", "out"], "must have a suffix"),
         (["step-*.ckpt", "-o", "none/out.pt"], "in a folder that exists"),
-        (["step-*.ckpt", "-o", "out.pt", "--weights", "1,2"], "--weights must have a value for each checkpoint"),
+        (["step-*.ckpt", "-o", "out.pt", "--weights", "1,2"], "weights must have a value for each checkpoint"),
         (["step-*.ckpt", "-o", "out.pt", "--weights", "a"], "it must be numbers"),
         (["step-*.ckpt", "-o", "out.pt", "--weights", "1,1,1", "--half-life", "1ep"], "not allowed with"),
         (
@@ -99,7 +99,7 @@ def test_an_output_that_exists_is_replaced_only_by_force(run, tmp_path) -> None:
         ),
         (
             ["step-*.ckpt", "-o", "out.pt", "--half-life", "5ba", "--times", "1ep,2ep,3ep"],
-            "--times must be in the unit",
+            "times must be in one unit, that of the profile (got 1ep, not ba)",
         ),
         (["step-*.ckpt", "-o", "out.pt", "--key", "optimizer"], "--key must be that of a state dict"),
         (["step-*.ckpt", "-o", "step-900.ckpt", "--force"], "neither in nor around a checkpoint"),

@@ -78,9 +78,9 @@ def _stored(saved: Distributed, files: Files, name: str, item: Mapping[str, Any]
         if not shape:
             files.check(shards()[0][1])
             return shards()[0][1].reshape(1).clone()
-        top, end = first // row, last // row
+        found, top, end = shards(), first // row, last // row
         whole = torch.empty((end - top, *shape[1:]), dtype=dtype)
-        for ((begin, until), *others), shard in shards():
+        for ((begin, until), *others), shard in found:
             low, high = max(begin, top), min(until, end)
             if low < high:
                 files.check(shard)

@@ -11,6 +11,7 @@ from polyak.checkpoints import distributed, folder, one_file
 from polyak.checkpoints.moments import moment_of
 from polyak.checkpoints.stored import Files, Found, StoredTensor
 from polyak.checkpoints.weights import weights_in
+from polyak.compat.saved import most_bytes
 from polyak.compat.words import shown
 from polyak.errors import CheckpointError
 from polyak.time import TimeUnit
@@ -84,6 +85,8 @@ def open_checkpoint(path: Path, key: str | None = None, prefix: str | None = Non
         found = reader.read(path, files)
         place, tensors = weights_in(found.content, files, key, prefix)
         moment = moment_of(path, found.content, found.clock)
+        if reader is not distributed:  # whose shards are compared with their tensors
+            _require_possible(tensors, files.size_bytes)
     except CheckpointError as error:
         raise error if shown(path) in str(error) else CheckpointError(f"{shown(path)}: {error}") from None
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -92,6 +95,16 @@ def open_checkpoint(path: Path, key: str | None = None, prefix: str | None = Non
         raise CheckpointError(f"{shown(path)} must be whole (reading it gave {said}); save it again") from error
     named = {name: replace(tensor, read=_named(path, tensor.read)) for name, tensor in tensors.items()}
     return Checkpoint(path, reader.FORMAT, place, named, moment, found.layout, files)
+
+
+def _require_possible(tensors: Mapping[str, StoredTensor], held: int) -> None:
+    claimed = {name: tensor.size_bytes for name, tensor in tensors.items()}
+    if sum(claimed.values()) > most_bytes(held):
+        name = max(claimed, key=claimed.__getitem__)
+        raise CheckpointError(
+            f"tensors must not be far larger than their file ({shown(name)} repeats its numbers to {claimed[name]:,} "
+            f"bytes, of a file of {held:,}); save it contiguous"
+        )
 
 
 def _named(path: Path, read: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:

@@ -76,6 +76,11 @@ class Files:
             self._open[path] = opened(path), state
         return self._open[path][0]
 
+    @property
+    def size_bytes(self) -> int:
+        """The size of all files that were opened."""
+        return sum(len(data) for data, _ in self._open.values())
+
     def stored(self, tensor: Tensor) -> StoredTensor:
         """Return a tensor whose memory is a file.
 

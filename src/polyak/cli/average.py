@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from polyak.checkpoints import Checkpoint, open_checkpoint, weights_at
-from polyak.checkpoints.averaging import Plan, plan
+from polyak.checkpoints import Plan, choose, open_checkpoint
 from polyak.checkpoints.moments import in_natural_order
 from polyak.checkpoints.output import check_output, files_of_folder, write_average
 from polyak.cli.asking import profile_of
 from polyak.cli.command import UsageError, whole
 from polyak.cli.output import say, size
 from polyak.compat.words import listed
-from polyak.profiles import NamedProfile, options
-from polyak.time import Time, TimeUnit
+from polyak.profiles import options
+from polyak.time import Time
 
 NAME = "average"
 
@@ -102,7 +101,14 @@ def run(arguments: Namespace) -> int:
     _allow_many_files()
     paths = _expanded(arguments.checkpoints)
     opened = [open_checkpoint(path, arguments.key, arguments.prefix) for path in paths]
-    made = _planned(arguments, opened)
+    made = choose(
+        opened,
+        weights=arguments.weights,
+        profile=arguments.profile,
+        last=arguments.last,
+        times=arguments.times,
+        common=arguments.common,
+    )
     check_output(output, made)
     _show(made)
     if arguments.dry_run:
@@ -139,52 +145,6 @@ def _expanded(given: Sequence[str]) -> list[Path]:
     if twice := [path for i, path in enumerate(found) if real[i] in real[:i]]:
         raise UsageError(f"each checkpoint must be given once (twice: {listed(twice)}); leave one out")
     return found
-
-
-def _planned(arguments: Namespace, opened: list[Checkpoint]) -> Plan:
-    weights: list[float] | None = arguments.weights
-    for name, values in (("--weights", weights), ("--times", arguments.times)):
-        if values is not None and len(values) != len(opened):
-            raise UsageError(f"{name} must have a value for each checkpoint (got {len(values)} for {len(opened)})")
-    times = arguments.times and dict(zip(map(id, opened), arguments.times, strict=True))
-    if weights is None:
-        opened = _in_order(opened, times, arguments.profile)
-    if arguments.last:
-        opened = opened[-arguments.last :]
-        weights = weights and weights[-arguments.last :]
-    if arguments.profile:
-        weights = weights_at(arguments.profile, _clock(opened, times, arguments.profile.unit))
-    return plan(opened, weights or [1.0] * len(opened), common=arguments.common)
-
-
-def _in_order(
-    opened: list[Checkpoint], times: dict[int, Time] | None, profile: NamedProfile | None
-) -> list[Checkpoint]:
-    """Return checkpoints with the newest last, where it is known when they were saved."""
-    unit = profile.unit if profile else None
-    if times:
-        return sorted(opened, key=lambda one: times[id(one)].value)
-    for known in (unit, *TimeUnit):
-        if known is not None and all(known in one.moment for one in opened):
-            return sorted(opened, key=lambda one: one.moment[known])
-    return opened
-
-
-def _clock(opened: Sequence[Checkpoint], times: dict[int, Time] | None, unit: TimeUnit | None) -> list[float]:
-    if unit is None:
-        return [float(i + 1) for i in range(len(opened))]
-    if times:
-        given = [times[id(one)] for one in opened]
-        if other := [time for time in given if time.unit != unit]:
-            raise UsageError(f"--times must be in the unit of the profile, {unit} (got {other[0]}); convert them")
-        return [float(time.value) for time in given]
-    if unknown := [one.path for one in opened if unit not in one.moment]:
-        known = sorted({str(unit) for one in opened for unit in one.moment})
-        raise UsageError(
-            f"it must be known when each checkpoint was saved, in {unit} ({listed(unknown)} does not say; known: "
-            f"{', '.join(known) or 'nothing'}); give --times"
-        )
-    return [one.moment[unit] for one in opened]
 
 
 def _show(made: Plan) -> None:
