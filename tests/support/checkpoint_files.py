@@ -56,7 +56,7 @@ def beside(number: float) -> dict[str, Any]:
     }
 
 
-def _transformers(path: Path, tensors: dict[str, Tensor], number: float) -> None:
+def _transformers(path: Path, number: float) -> None:
     path.mkdir()
     (path / "config.json").write_text('{"model_type": "test"}')
     (path / "trainer_state.json").write_text(json.dumps({"global_step": int(100 * number), "epoch": number}))
@@ -68,13 +68,13 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _one(path: Path, number: float) -> None:
-    _transformers(path, state(number), number)
+    _transformers(path, number)
     save_file(_contiguous(state(number)), path / "model.safetensors", {"format": "pt"})
 
 
 def _sharded(path: Path, number: float) -> None:
     tensors = _contiguous(state(number))
-    _transformers(path, tensors, number)
+    _transformers(path, number)
     files = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     layout = {name: files[i % 2] for i, name in enumerate(tensors)}
     for file in files:
@@ -83,7 +83,7 @@ def _sharded(path: Path, number: float) -> None:
 
 
 def _bin(path: Path, number: float) -> None:
-    _transformers(path, state(number), number)
+    _transformers(path, number)
     torch.save(state(number), path / "pytorch_model.bin")
 
 
@@ -99,6 +99,17 @@ def _distributed(path: Path, number: float) -> None:
 
 def _torchtitan(path: Path, number: float) -> None:
     _save_distributed(path, {**state(number), "train_state": {"step": torch.tensor(int(100 * number))}})
+
+
+def _megatron(path: Path, number: float) -> None:
+    names = {f"optimizer.state.exp_avg.{name}": tensor * 0 for name, tensor in state(number).items()}
+    _save_distributed(path, {**state(number), **names})
+
+
+def _accelerate_fsdp(path: Path, number: float) -> None:
+    _transformers(path, number)
+    _save_distributed(path / "pytorch_model_fsdp_0", {"model": state(number)})
+    _save_distributed(path / "optimizer_0", {"optimizer": {"state": torch.ones(3)}})
 
 
 def _lightning_sharded(path: Path, number: float) -> None:
@@ -136,6 +147,8 @@ FORMATS: dict[str, tuple[str, Callable[[Path, float], None]]] = {
     "Transformers or Accelerate, .bin": ("", _bin),
     "distributed": ("", _distributed),
     "distributed, torchtitan": ("", _torchtitan),
+    "distributed, Megatron": ("", _megatron),
+    "distributed, Accelerate or Transformers": ("", _accelerate_fsdp),
     "distributed, Lightning": ("", _lightning_sharded),
 }
 

@@ -54,7 +54,7 @@ def average_checkpoints(
         {'w': tensor([2.5000, 2.5000])}
     """
     options = {"weights": weights, "profile": profile, "last": last, "times": times, "common": common}
-    made = choose([open_checkpoint(Path(path), key, prefix) for path in paths], **options)  # pyrefly: ignore
+    made = choose([open_checkpoint(Path(path), key, prefix) for path in paths], **options)
     check_output(Path(output), made)
     write_average(made, Path(output))
     return made

@@ -49,11 +49,20 @@ def read(path: Path, files: Files) -> Found:
         def stored(name: str, item: Mapping[str, Any]) -> StoredTensor | Unread:
             return _stored(saved, files, name, item)
 
-        content = saved.load(stored)
+        content = _with_separate_optimizer(saved.load(stored))
     except CheckpointError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
     beside = path / _LIGHTNING
     return Found(content, clock=load(beside) if beside.exists() else {})
+
+
+def _with_separate_optimizer(content: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the content with the tensors of the optimizer in a mapping, where Megatron has all names in one."""
+    names = [name for name in content if isinstance(name, str) and name.startswith(("optimizer.", "chained_"))]
+    found = {name: value for name, value in content.items() if name not in names}
+    if names:
+        found["optimizer"] = {**content.get("optimizer", {}), **{name: content[name] for name in names}}
+    return found
 
 
 def _stored(saved: Distributed, files: Files, name: str, item: Mapping[str, Any]) -> StoredTensor | Unread:

@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
+from polyak.checkpoints import distributed
 from polyak.checkpoints.stored import Files, Found
 from polyak.compat.files import load, read_json
 from polyak.compat.words import listed, shown
@@ -44,6 +46,9 @@ def read(path: Path, files: Files) -> Found:
         layout = _indexed(min(indexes, key=lambda one: ".safetensors" not in one.name))
         return Found(_tensors(path, layout, files), layout, clock)
     found = sorted(one for one in path.iterdir() if _WEIGHTS.fullmatch(one.name))
+    sharded = [one for one in path.iterdir() if distributed.accepts(one) and not one.name.startswith("optim")]
+    if not found and len(sharded) == 1:  # of Accelerate under FSDP
+        return replace(distributed.read(sharded[0], files), clock=clock)
     whole = [one for one in found if one.suffix == ".safetensors"] or found
     if len(whole) > 1:
         raise CheckpointError(
