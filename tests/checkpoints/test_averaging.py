@@ -235,6 +235,16 @@ def test_the_order_is_that_of_the_times_and_without_times_and_with_weights_the_g
             order(**wrong)
 
 
+def test_the_order_is_that_of_people_where_no_checkpoint_says_when_it_was_saved(tmp_path) -> None:
+    for name in ("model10", "model9"):
+        save_file({"a": torch.zeros(1), "count": torch.tensor([int(name[5:])])}, tmp_path / f"{name}.safetensors")
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    assert paths[0].stem == "model10"
+    made = average_checkpoints(paths, tmp_path / "out.safetensors")
+    assert [one.path.stem for one in made.checkpoints] == ["model9", "model10"]
+    assert load_file(tmp_path / "out.safetensors")["count"] == 10
+
+
 def test_a_cooldown_weighs_the_checkpoints_in_it() -> None:
     assert weights_at(Cooldown("20ba"), [10, 20, 30, 40]) == pytest.approx([0, 0, 0.5, 0.5])
     assert weights_at(Cooldown("40ba", "1-square"), [10, 20, 30, 40]) == pytest.approx([1 / 16, 3 / 16, 5 / 16, 7 / 16])

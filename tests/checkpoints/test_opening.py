@@ -103,8 +103,9 @@ def test_a_bit_that_changed_is_found_when_its_tensor_is_read_and_not_before(tmp_
     (tmp_path / "it.pt").write_bytes(data)
     opened = open_checkpoint(tmp_path / "it.pt")
     assert torch.equal(opened.tensors["a"].whole(), torch.arange(1000.0))
-    with pytest.raises(CheckpointError, match="checksum"):
-        opened.tensors["b"].whole()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="checksum"):
+            opened.tensors["b"].whole()
 
 
 def test_a_checkpoint_that_changes_while_it_is_open_is_named(tmp_path) -> None:

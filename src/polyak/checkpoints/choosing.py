@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polyak.checkpoints.averaging import Plan, plan
+from polyak.checkpoints.moments import in_natural_order
 from polyak.checkpoints.opening import Checkpoint, open_checkpoint
 from polyak.checkpoints.output import check_output, write_average
 from polyak.checkpoints.profiles import weights_at
@@ -69,7 +70,7 @@ def choose(
     times: Sequence[Time | str] | None = None,
     common: bool = False,
 ) -> Plan:
-    """Return what is averaged. Without weights, the checkpoints are sorted by when they were saved, if all say that.
+    """Return what is averaged. Without weights, checkpoints are sorted by when they were saved, or else by their names.
 
     Args:
         opened: The checkpoints.
@@ -93,7 +94,8 @@ def choose(
     unit = profile.unit if profile else None
     readings = _readings(opened, times, unit)
     if weights is None:
-        order = sorted(range(len(opened)), key=readings.__getitem__) if readings else range(len(opened))
+        keys = readings or [in_natural_order(one.path) for one in opened]
+        order = sorted(range(len(opened)), key=keys.__getitem__)
         opened, readings = [opened[i] for i in order], [readings[i] for i in order] if readings else None
     begin = -min(last or len(opened), len(opened))
     opened, readings = opened[begin:], readings and readings[begin:]
