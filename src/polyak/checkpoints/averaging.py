@@ -15,6 +15,8 @@ from polyak.errors import ArgumentError, CheckpointError
 # Elements that are averaged in one step: they fit in the caches of a processor, and torch does less than 2 ** 15 on one
 # thread. With several it would wait for all of them at every step, and very long on a busy machine.
 _PIECE = (1 << 15) - 64
+# After reading so much, the memory of the files is let go.
+_HELD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,22 +122,34 @@ def average(plan: Plan, name: str) -> Tensor:
         CheckpointError: If a file is damaged, has changed, or holds NaN.
     """
     like = plan.newest.tensors[name]
-    stored = [one.tensors[name] for one in plan.checkpoints]
     try:
-        if not _is_averaged(like.dtype):
-            return like.whole().clone()
-        for one in stored:
-            one.read(0, min(one.grain, like.numel))  # before there is memory for what a damaged file may claim
-        found = torch.empty(like.numel, dtype=like.dtype)
-        grain = lcm(*(one.grain for one in stored))
-        step = max(grain, _PIECE // grain * grain)
-        for first in range(0, like.numel, step):
-            last = min(first + step, like.numel)
-            found[first:last] = _mean(plan, name, first, last)
-        return found.reshape(like.shape)
+        return _average(plan, name) if _is_averaged(like.dtype) else like.whole().clone()
     finally:
-        for one in plan.checkpoints:
-            one.files.release()
+        _release(plan)
+
+
+def _average(plan: Plan, name: str) -> Tensor:
+    like = plan.newest.tensors[name]
+    stored = [one.tensors[name] for one in plan.checkpoints]
+    for one in stored:
+        one.read(0, min(one.grain, like.numel))  # before there is memory for what a damaged file may claim
+    found = torch.empty(like.numel, dtype=like.dtype)
+    grain = lcm(*(one.grain for one in stored))
+    step = max(grain, _PIECE // grain * grain)
+    held = 0
+    for first in range(0, like.numel, step):
+        last = min(first + step, like.numel)
+        found[first:last] = _mean(plan, name, first, last)
+        held += sum((last - first) * one.dtype.itemsize for one in stored)
+        if held > _HELD_BYTES:
+            _release(plan)
+            held = 0
+    return found.reshape(like.shape)
+
+
+def _release(plan: Plan) -> None:
+    for one in plan.checkpoints:
+        one.files.release()
 
 
 def _mean(plan: Plan, name: str, first: int, last: int) -> Tensor:
