@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 from polyak.errors import RecordError
 from polyak.record import Record, Segment, SegmentFile, check_size, open_segment
@@ -45,9 +46,8 @@ class HeldRecord(Record):
         Raises:
             OSError: If a file is missing or damaged.
         """
-        contents = list[tuple[Path, str]]()
+        contents, opened = list[tuple[Path, str]](), list[BinaryIO]()
         with ExitStack() as reading:
-            opened = []
             for segment in self.segments:
                 contents += check_size(self.folder, segment).items()
                 opened += [reading.enter_context(path.open("rb")) for path, _ in contents[len(opened) :]]

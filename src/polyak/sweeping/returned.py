@@ -38,7 +38,7 @@ def measured(returned: Any, name: str) -> _Measured:
         mean = fmean(values)
         # An infinite loss is treated as NaN: it is never the best, whether lower or higher is better.
         metrics[str(metric)] = mean if math.isfinite(mean) else math.nan
-        if math.isfinite(mean) and getattr(value, "ndim", 1) and not isinstance(value, float | int):
+        if math.isfinite(mean) and len(values) > 1:
             examples[str(metric)] = values
     if not metrics:
         raise EvaluationError(_wrong(returned, name, metric=None))
@@ -49,9 +49,10 @@ def _values(value: Any) -> tuple[float, ...] | None:
     """Return a number as one value, and a list, array or tensor as its values; None if it is neither."""
     dimensions = getattr(value, "ndim", None)
     try:
-        if dimensions == 1 or (dimensions is None and isinstance(value, list | tuple)):
-            plain = value.tolist() if dimensions == 1 else value
-            return tuple(float(one) for one in plain) or None
+        if dimensions == 1:
+            value = value.tolist()
+        if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+            return tuple(map(float, value)) or None
         return None if isinstance(value, str | bytes) else (float(value),)
     except (TypeError, ValueError, RuntimeError):
         return None
