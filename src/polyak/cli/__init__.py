@@ -37,7 +37,7 @@ def _parser() -> Parser:
         prog="polyak", description=polyak.__doc__, epilog=_EPILOG, formatter_class=Formatter, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"polyak {polyak.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", prog=parser.prog)
     for command in COMMANDS:
         summary, _, rest = (command.__doc__ or "").partition("\n")
         one = commands.add_parser(
@@ -80,7 +80,8 @@ def _parsed(parser: Parser, argv: Sequence[str]) -> argparse.Namespace | None:
     names = [command.NAME for command in COMMANDS]
     first = next((one for one in argv if not one.startswith("-")), None)
     if first is not None and first not in names and argv[0] == first:
-        parser.error(f"COMMAND must be {either(names)} (got {first!r}){meant(first, names)}")
+        hint = meant(first, names)
+        parser.error(f"COMMAND must be {either(names)} (got {first!r}{hint and f'; {hint}'})")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         (parser if arguments.command is None else arguments.parser).unrecognized(unknown)

@@ -35,8 +35,8 @@ examples, for Composer, diffusers, and a training script:
 torch-ema and diffusers save lists without names: --names takes torch.save(model.state_dict(), "model.pt"),
 or a JSON list of [name for name, _ in model.named_parameters()].
 
-to load the output in Python:
-  model.load_state_dict(safetensors.torch.load_file("averaged.safetensors"))
+to load the output in Python, with load_file of safetensors.torch:
+  model.load_state_dict(load_file(path))
 """
 
 

@@ -28,7 +28,7 @@ _UNITS = {TimeUnit.BATCH: "100ba", TimeUnit.EPOCH: "1.5ep", TimeUnit.SAMPLE: "16
 
 _EPILOG = """\
 files in DIR:
-  averaged.safetensors  the averaged weights, as a plain state dict: model.load_state_dict(load_file(path))
+  averaged.safetensors  the averaged weights, as a plain state dict, for load_state_dict
   raw.safetensors       the last weights, in the same form
   checkpoints/          the newest two, one every 100 steps, to resume from
   metrics.jsonl         the training loss; accuracy and loss of raw (eval_raw/...) and averaged (eval/...) weights

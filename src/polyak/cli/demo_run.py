@@ -70,7 +70,7 @@ def _begin(digits: Digits, folder: RunFolder, held: ExitStack) -> None:
 def _answer(digits: Digits, folder: RunFolder, say: Callable[[str], None]) -> Answer:
     curves, chosen = final_curves(digits, folder), choose(digits, folder, say)
     files = {
-        folder.averaged.name: "for model.load_state_dict(load_file(path))",
+        folder.averaged.name: "the averaged weights, for load_state_dict",
         f"{folder.sweep.name}/report.html": "charts of every half-life, for a browser",
         f"{folder.checkpoints.name}/": "to resume from, with more --steps",
         folder.metrics.name: "all metrics",

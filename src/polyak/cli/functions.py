@@ -10,6 +10,8 @@ from typing import Any
 from polyak.cli.command import UsageError, UserCodeError
 from polyak.cli.parser import meant
 
+_SHOWN = 10  # functions, in an error
+
 
 def load_function(spec: str, option: str) -> Callable[..., Any]:
     """Import a custom function.
@@ -33,9 +35,11 @@ def load_function(spec: str, option: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         known = [one for one, value in vars(module).items() if callable(value) and not one.startswith("_")]
+        hint = meant(name, known)
+        own = sorted(one for one in known if getattr(vars(module)[one], "__module__", None) == module.__name__)
+        listed = ", ".join(own[:_SHOWN]) + (", ..." if own[_SHOWN:] else "")
         raise UsageError(
-            f"{option}: there is no function {name!r} in {source}{meant(name, known)}; it has "
-            f"{', '.join(sorted(known)) or 'none'}"
+            f"{option}: there is no function {name!r} in {source}{hint and f' ({hint})'}; it has {listed or 'none'}"
         )
     return function
 

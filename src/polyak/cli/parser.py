@@ -4,7 +4,7 @@ import argparse
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from polyak.cli.command import REFUSED
 from polyak.cli.messages import tell
@@ -25,6 +25,19 @@ class Formatter(argparse.HelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=min(terminal_width(), _WIDEST))
+
+    def _format_usage(
+        self, usage: str | None, actions: Iterable[argparse.Action], groups: Iterable[Any], prefix: str | None
+    ) -> str:
+        """Return what a command needs; the list below the usage has all options."""
+        del usage, groups, prefix
+        listed = list(actions)
+        words = [str(action.metavar) for action in listed if not action.option_strings]
+        words += [f"{one.option_strings[0]} {one.metavar}" for one in listed if one.option_strings and one.required]
+        return wrapped(" ".join([self._prog, *words, "[OPTIONS]"]), self._width, first="usage: ") + "\n\n"
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return wrapped(text, width).splitlines()
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         del indent
@@ -76,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         """
         known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
         hint = meant(given[0].partition("=")[0], known) if given[0].startswith("-") else ""
-        self.error(f"unrecognized arguments: {' '.join(given)}{hint}")
+        self.error(f"unrecognized arguments: {' '.join(given)}{hint and f' ({hint})'}")
 
 
 def meant(given: str, known: Iterable[str]) -> str:
@@ -88,7 +101,7 @@ def meant(given: str, known: Iterable[str]) -> str:
 
     Example:
         >>> meant("swep", ["sweep", "plan"])
-        ' (did you mean sweep?)'
+        'did you mean sweep?'
     """
     found = difflib.get_close_matches(given, list(known), n=1)
-    return f" (did you mean {found[0]}?)" if found else ""
+    return f"did you mean {found[0]}?" if found else ""

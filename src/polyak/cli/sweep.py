@@ -32,19 +32,19 @@ evaluate.py, for example:
   from my_project import Model, x, y
   from torch import nn, no_grad
 
-  loss = nn.CrossEntropyLoss(
+  losses = nn.CrossEntropyLoss(
       reduction="none"
   )
 
   def validate(state):
-      model = Model().eval()
-      model.load_state_dict(state)
+      net = Model().eval()
+      net.load_state_dict(state)
       with no_grad():
-          return {"loss": loss(model(x), y)}
+          return losses(net(x), y)
 
 files in DIR:
   sweep.jsonl       one line per evaluation; a stopped sweep resumes from it
-  best.safetensors  the best average, for load_state_dict(safetensors.torch.load_file(...))
+  best.safetensors  the best average, for load_state_dict
   report.html       charts of the metric and of each average, for a browser; needs plotly
   sweep.png, .svg   figures of the same, for papers; need matplotlib
 
@@ -53,7 +53,7 @@ examples:
   polyak sweep my-record --evaluate my_project.validation:accuracy --maximize
   polyak sweep my-record --evaluate evaluate.py:validate --at 50% --at 100%
   polyak sweep my-record --evaluate evaluate.py:validate --half-lives 100ba,1000ba,10000ba --refine 0
-  polyak sweep my-record --evaluate evaluate.py:validate --profiles window=10ep,power=0.1,uniform-from=50ep
+  polyak sweep my-record --evaluate evaluate.py:validate --profiles window=10ep,power=0.1
 """
 
 

@@ -25,7 +25,7 @@ RESULTS = "sweep.jsonl"
 BEST = "best.safetensors"
 _FILES = {
     PAGE: "the report, for any browser",
-    BEST: "for model.load_state_dict(safetensors.torch.load_file(...))",
+    BEST: "the best average, for load_state_dict",
     ", ".join(FIGURES): "the figures of the report, for papers",
     RESULTS: "all results; they are reused",
 }

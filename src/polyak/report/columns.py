@@ -95,4 +95,5 @@ def _lines(row: Sequence[str], widths: Sequence[int], text: int) -> list[str]:
 def _block(headings: Sequence[str], row: Sequence[str], width: int) -> str:
     rest = [(heading, cell) for heading, cell in zip(headings[1:], row[1:], strict=True) if cell]
     inner = fields(rest, width - len(_GAP))
-    return "\n".join([wrapped(row[0], width), *(f"{_GAP}{line}" for line in inner.splitlines())])
+    title = f"{headings[0]} {row[0]}" if row[0].isdigit() else row[0]
+    return "\n".join([wrapped(title, width), *(f"{_GAP}{line}" for line in inner.splitlines())])

@@ -51,7 +51,7 @@ def as_good(results: SweepResult) -> str:
         return ""
     shortest, longest = found[0].half_life, found[-1].half_life
     which = f"{shortest} alone" if len(found) == 1 else f"{shortest} to {longest}"
-    return f"As good as the best: {which} (no other is within the 95 % interval over {examples:,} examples)."
+    return f"As good as the best: {which}, by the paired difference over {examples:,} examples (95 % interval)."
 
 
 def _place(result: Result) -> tuple[int, float]:

@@ -7,8 +7,8 @@ import copy
 import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from polyak.errors import RecordError
 from polyak.record import Record, Segment, SegmentFile, check_size, open_segment
@@ -46,7 +46,7 @@ class HeldRecord(Record):
         Raises:
             OSError: If a file is missing or damaged.
         """
-        contents, opened = list[tuple[Path, str]](), list[BinaryIO]()
+        contents, opened = list[tuple[Path, str]](), list[BufferedReader]()
         with ExitStack() as reading:
             for segment in self.segments:
                 contents += check_size(self.folder, segment).items()
