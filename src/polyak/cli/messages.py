@@ -1,5 +1,6 @@
 """What commands print on stderr: errors, notes, and the traceback of a user's error."""
 
+import importlib
 import os
 import sys
 import traceback
@@ -12,7 +13,7 @@ from polyak.errors import PlanWarning, QuarantineWarning
 from polyak.printable import printable
 from polyak.report.columns import wrapped
 
-_OURS = (str(Path(__file__).parents[1]), "<frozen ")
+_OURS = (str(Path(__file__).parents[1]), str(Path(importlib.__file__).parent), "<frozen ")
 
 
 def tell(message: str) -> None:
@@ -36,6 +37,8 @@ def tell_traceback(error: BaseException) -> None:
     shown = traceback.TracebackException.from_exception(error)
     frames = list(shown.stack)
     first = next((i for i, frame in enumerate(frames) if not frame.filename.startswith(_OURS)), len(frames))
+    if first == len(frames) and not isinstance(error, SyntaxError):
+        return  # not in their code: the message says what it is
     shown.stack = traceback.StackSummary.from_list(frames[first:])
     for line in "".join(shown.format()).splitlines():
         sys.stderr.write(printable(line) + "\n")
