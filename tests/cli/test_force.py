@@ -40,7 +40,7 @@ def records(here):
 
 
 def test_a_sweep_does_not_replace_the_results_of_another_record(here, capsys) -> None:
-    record(here / "other", updates=66)
+    record(here / "other", updates=64, interval=4)
     assert main(["sweep", "run", *SWEEP]) == 0
     before = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
     capsys.readouterr()

@@ -27,7 +27,7 @@ def nothing(state):
 number = 3
 """
 
-# Each line after "polyak", and what is said. RUN is a record, and the current folder has evaluate.py and old.safetensors.
+# Each line after "polyak", and what is said. RUN is a record; the current folder has evaluate.py and old.safetensors.
 LINES = [
     ("swep RUN", "demo, env, inspect, plan, reconstruct or sweep (got 'swep'; did you mean sweep?)"),
     ("--verison", "unrecognized arguments: --verison (did you mean --version?)"),

@@ -1,4 +1,4 @@
-"""Results are evaluated anew when the source of the function changes."""
+"""Results are not reused when the source of the function changes."""
 
 import importlib.util
 import sys
@@ -80,7 +80,7 @@ def test_the_hash_of_an_object_is_that_of_its_class(tmp_path) -> None:
     assert source_hash(len) is None
 
 
-def test_sweep_evaluates_anew_when_the_source_has_changed_or_with_fresh(tmp_path) -> None:
+def test_sweep_evaluates_again_when_the_source_has_changed_or_with_fresh(tmp_path) -> None:
     record(tmp_path / "run", updates=64)
     path = tmp_path / "sweep.jsonl"
     options = {"points": 2, "refine": 0, "results": path}

@@ -72,7 +72,7 @@ def sweep(
         batchnorm: A model and batches for it, to recompute the statistics of BatchNorm layers for each average.
         results: A JSON Lines file that keeps the results. Results in it are reused if the name and the source of
             ``evaluate`` and the newest file of the record are the same.
-        fresh: Whether to evaluate everything anew, whatever ``results`` has.
+        fresh: Whether to evaluate everything again, whatever ``results`` has.
         progress: Called before each evaluation with the number done, the largest total, and the name of the next.
 
     Returns:
@@ -97,14 +97,14 @@ def sweep(
         >>> results.best.name
         'half-life 64ba'
         >>> print(results.table())
-        weights                   value  error  distance
-        ------------------------------------------------
-        newest mean                   1    0 %       0 %
-        half-life 1ba            0.3333    0 %      67 %
-        half-life 4ba           0.08642    0 %      91 %
-        half-life 16ba          0.02165    0 %      98 %
-        half-life 37.7ba        0.01332    0 %      99 %
-        half-life 64ba (best)   0.01083    0 %      99 %
+        weights                    value     error  distance
+        ----------------------------------------------------
+        newest mean                    1       0 %       0 %
+        half-life 1ba             0.3099    0.29 %      69 %
+        half-life 4ba            0.04128    0.21 %      96 %
+        half-life 16ba          0.003436   0.026 %     100 %
+        half-life 37.7ba       0.0008764  0.0072 %     100 %
+        half-life 64ba (best)  0.0004264  0.0036 %     100 %
     """
     wanted = asked(maximize=maximize, minimize=minimize)
     function = named_function(evaluate).__qualname__.rpartition(".")[2]
