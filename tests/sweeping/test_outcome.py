@@ -4,12 +4,14 @@ import sys
 
 import pytest
 import torch
-from records import record, validate
+from records import build, data, record, validate
+from safetensors.torch import save_file
 
+from polyak import attach
 from polyak.errors import MissingExtraError, PolyakError, ProfileError, TimeError
 from polyak.profiles import HalfLife, Window
-from polyak.record import Record
-from polyak.sweeping import SweepResult, best, export, sweep
+from polyak.record import Record, Recorder
+from polyak.sweeping import best, export, sweep
 from polyak.time import Time, TimeUnit
 
 
@@ -129,10 +131,32 @@ def test_the_error_of_a_moment_too_early_for_any_half_life_names_it(folder) -> N
         sweep(folder, validate, at="10%")
 
 
-def test_the_raw_weights_that_a_record_keeps_are_evaluated_first(folder, monkeypatch) -> None:
-    raw = {name: torch.full_like(tensor, 0.5) for name, tensor in Record(folder).average(HalfLife("20ba")).items()}
-    if not hasattr(Record, "raw_weights"):
-        pytest.skip("records do not keep the raw weights yet")
-    monkeypatch.setattr(Record, "raw_weights", lambda self: raw)
-    results = sweep(folder, validate, points=2, refine=0)
-    assert isinstance(results, SweepResult)
+def test_the_raw_weights_that_a_record_keeps_are_evaluated_first_unless_others_are_given(tmp_path) -> None:
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with attach(Recorder(tmp_path / "run", "2ba"), model, optimizer):
+        for inputs, targets in data(batches=40):
+            optimizer.zero_grad()
+            torch.nn.functional.mse_loss(model(inputs), targets).backward()
+            optimizer.step()
+    if getattr(Record(tmp_path / "run"), "raw", None) is None:
+        pytest.skip("this version of the record does not keep the raw weights")
+    seen = []
+    path = tmp_path / "sweep.jsonl"
+    for _ in range(2):
+        results = sweep(
+            tmp_path / "run",
+            validate,
+            points=2,
+            refine=0,
+            results=path,
+            progress=lambda done, total, name: seen.append((done, total, name)),
+        )
+        assert [one.name for one in results[:2]] == ["raw", "newest mean"]
+        assert results[0].metrics["loss"] == pytest.approx(float(validate(model.state_dict())["loss"]), rel=1e-6)
+    assert seen[:2] == [(0, 4, "raw"), (1, 4, "newest mean")]
+    assert len(path.read_text().splitlines()) == 4
+    save_file(build().state_dict(), tmp_path / "given.safetensors")
+    given = sweep(tmp_path / "run", validate, points=2, refine=0, others={"raw": tmp_path / "given.safetensors"})
+    assert [one.name for one in given].count("raw") == 1
+    assert given[0].metrics["loss"] == pytest.approx(float(validate(build().state_dict())["loss"]))
