@@ -32,9 +32,13 @@ examples:
 """
 
 
+def _summary() -> str:
+    return (polyak.__doc__ or "").partition("\n\n")[0]
+
+
 def _parser() -> Parser:
     parser = Parser(
-        prog="polyak", description=polyak.__doc__, epilog=_EPILOG, formatter_class=Formatter, allow_abbrev=False
+        prog="polyak", description=_summary(), epilog=_EPILOG, formatter_class=Formatter, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"polyak {polyak.__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", prog=parser.prog)
