@@ -13,9 +13,11 @@ The model is looked at from inside its own ``forward`` (``Probe``) and the avera
 
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from paths import ROOT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from polyak import EMA, Event, Trainer
+from polyak import EMA, Event, HalfLife, Trainer
 from polyak.averaging.swap import swap_of
 
 # Capabilities that a host may lack, for the reason in ``Host.lacks``; tests that need one are skipped with that reason.
@@ -431,6 +433,27 @@ class HostContract:
             {"evaluation": run.session.evaluate, "prediction": run.session.predict}.get(during, run.fit)()
         assert run.probe.raised == 1
         run.assert_training_weights()
+
+    @pytest.mark.parametrize("use", ["evaluation", "saving"])
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"half_life": "1000ba"}, r"mostly its first weights: they are 99.7% of it after 5 updates \(half-life"),
+            ({"half_life": "4ba", "ema_start": "8ba"}, r"averaging has not begun.*0 updates at 6ba.*ema_start='8ba'"),
+            ({"half_life": "4ba"}, None),
+            ({"half_life": None, "profile": HalfLife("1000ba", unbiased=True)}, None),
+        ],
+        ids=["young", "raw", "old enough", "unbiased"],
+    )
+    def test_an_average_that_is_raw_or_young_is_used_with_one_warning(self, tmp_path, use, options, message) -> None:
+        self.needs(use)
+        plan = Plan(evaluate=True) if use == "evaluation" else Plan(save_every=6)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Run(self.host, tmp_path, plan, Watched(**options)).fit()
+        found = [str(warning.message) for warning in caught if re.search("mostly its|not begun", str(warning.message))]
+        assert len(found) == (message is not None), found
+        assert message is None or re.search(message, found[0]), found
 
     # What is saved
 
