@@ -62,7 +62,7 @@ class ComposerSession:
             self.folder,
             Hosted(self.algorithm),
             net=self.net,
-            train_dataloader=DataSpec(loader, get_num_tokens_in_batch=num_tokens),
+            train_dataloader=DataSpec(loader, get_num_tokens_in_batch=num_tokens if plan.counted else None),
             device_train_microbatch_size=loops.BATCH,
             max_duration=f"{plan.epochs}ep",
             save=f"{plan.save_every}ba" if plan.save_every else None,
@@ -106,6 +106,7 @@ class ComposerHost:
     lacks: Mapping[str, str] = {
         "random mid-epoch": "inside an epoch of shuffled data, Composer itself draws another order"
     }
+    uncounted = {"tok", "iter"}
     golden = """
         init before_load after_load fit_start iteration_start
         epoch_start batch_start batch_end batch_checkpoint

@@ -57,6 +57,7 @@ class FabricSession(PlainSession):
 
 class FabricHost:
     lacks: Mapping[str, str] = {}
+    uncounted = {"sp", "tok", "sec", "iter", "ep", "dur"}
     golden = """
         init fit_start
         batch_end batch_end epoch_end eval_start eval_end eval_start eval_end

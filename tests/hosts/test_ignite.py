@@ -59,8 +59,8 @@ class IgniteSession:
             evaluators=[self.evaluator],
             predictors=[self.predictor],
             gradient_accumulation_steps=accumulate,
-            num_samples=num_samples,
-            num_tokens=num_tokens,
+            num_samples=num_samples if plan.counted else None,
+            num_tokens=num_tokens if plan.counted else None,
         )
         self.objects = {"model": net, "optimizer": optimizer, "trainer": self.trainer, "averaging": self.averaging}
         self.saver = Checkpoint(self.objects, DiskSaver(folder, require_empty=False), n_saved=None)
@@ -104,6 +104,7 @@ class IgniteHost:
     lacks: Mapping[str, str] = {
         "mid-epoch": "Ignite resumes inside an epoch only with a loader that has a state, and torch's has none"
     }
+    uncounted = {"sp", "tok", "sec", "iter"}
     golden = """
         init fit_start
         epoch_start batch_end

@@ -116,7 +116,7 @@ class LightningSession:
             if plan.save_every % plan.steps:
                 saves.append(ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=plan.save_every))
         weights = ["averaged", "training"] if plan.choice else "averaged"
-        counts = {"num_samples": num_samples, "num_tokens": num_tokens}
+        counts = {"num_samples": num_samples, "num_tokens": num_tokens} if plan.counted else {}
         averaging, self.log = Averaging(algorithm, eval_weights=weights, **counts), Kept()
         precision = MixedPrecision("16-mixed", "cpu", plan.scaler) if plan.scaled else []
         self.trainer = trainer_for(folder, plan, averaging, *saves, logger=self.log, plugins=precision)
@@ -146,6 +146,7 @@ class LightningHost:
     lacks: Mapping[str, str] = {
         "mid-epoch": "Lightning resumes inside an epoch only with a loader that has a state, and torch's has none"
     }
+    uncounted = {"sp", "tok", "sec", "iter"}
     golden = """
         init fit_start
         epoch_start batch_end

@@ -75,7 +75,7 @@ class TransformersSession:
                     "use_cpu": True,
                     "report_to": "none",
                     "disable_tqdm": True,
-                    "include_num_input_tokens_seen": "all",
+                    "include_num_input_tokens_seen": "all" if plan.counted else "no",
                 }
                 | arguments
             ),
@@ -109,6 +109,7 @@ class TransformersSession:
 
 class TransformersHost:
     lacks: Mapping[str, str] = {}
+    uncounted = {"tok", "sec", "iter"}
     golden = """
         init fit_start
         epoch_start batch_start batch_end batch_start batch_end epoch_end eval_start eval_end save_start save_end

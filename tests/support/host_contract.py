@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -34,8 +34,9 @@ from paths import ROOT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from polyak import EMA, Event, HalfLife, Trainer
+from polyak import EMA, Event, HalfLife, Recorder, Trainer
 from polyak.averaging.swap import swap_of
+from polyak.errors import ProfileError, TimeError
 
 # Capabilities that a host may lack, for the reason in ``Host.lacks``; tests that need one are skipped with that reason.
 # The table in the README has a row for each.
@@ -89,10 +90,18 @@ class Plan:
     shuffle: bool = False
     choice: bool = False  # whether evaluation is of the training weights too
     scaled: bool = False  # whether there is a gradient scaler
+    counted: bool = True  # whether the script says how many samples, tokens and steps there are
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         return torch.amp.GradScaler("cpu", init_scale=2.0) if self.scaled else None
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """What ``attach`` is told of a loop."""
+        samples = loops.BATCH * self.accumulate
+        per_step = {"samples_per_step": samples, "tokens_per_step": 6 * samples}
+        return {"max_duration": f"{self.epochs}ep", "steps_per_epoch": self.steps, **per_step}
 
     @property
     def data(self) -> TensorDataset:
@@ -140,6 +149,7 @@ class Host(Protocol):
     """A framework. ``net`` maps inputs to logits; a host that needs to wrap it does so in an attribute ``net``."""
 
     lacks: ClassVar[Mapping[str, str]]
+    uncounted: ClassVar[Collection[str]]  # units that are not counted where ``Plan.counted`` is False
     golden: ClassVar[str]  # events of two epochs of two steps, with an evaluation and a checkpoint at the end of each
 
     def session(self, net: nn.Module, algorithm: EMA, folder: Path, plan: Plan) -> Session: ...
@@ -358,6 +368,33 @@ class HostContract:
         run, want = Run(self.host, tmp_path, plan, Watched(**options)).fit(), native(plan, **options)
         assert run.ema.num_updates == want.num_updates
         assert not loops.differences([want.average, want.batches], [run.ema.average, run.ema.batches])
+
+    @pytest.mark.parametrize("unit", ["sp", "tok", "sec", "iter", "ep", "dur"])
+    @pytest.mark.parametrize("argument", ["half_life", "ema_start", "update_interval", "interval of a Recorder"])
+    def test_a_unit_that_is_not_counted_is_an_error_and_no_run_without_an_average(
+        self, tmp_path, unit, argument
+    ) -> None:
+        time = f"{0.1 if unit == 'dur' else 1}{unit}"
+        algorithm = (
+            Recorder(tmp_path / "record", interval=time)
+            if argument == "interval of a Recorder"
+            else EMA(**{"half_life": "4ba", argument: time})
+        )
+        net, plan = net_of(), Plan(epochs=2, counted=False)
+        probe = Probe(net)
+
+        def train() -> None:
+            self.host.session(net, algorithm, tmp_path, plan).fit()
+
+        if unit not in self.host.uncounted:
+            if unit == "sec":
+                pytest.skip("a run of no known number of seconds")
+            train()
+            assert algorithm.num_updates > 0
+            return
+        with pytest.raises((TimeError, ProfileError), match=rf"\b{time}'|times in {unit} need"):
+            train()
+        assert probe.trained <= 1
 
     def test_a_fit_after_one_that_failed_counts_each_step_once(self, tmp_path) -> None:
         run = Run(self.host, tmp_path, Plan())

@@ -48,6 +48,8 @@ class Averaging:
 
     Raises:
         ArgumentError: If more than one algorithm swaps an average in.
+        TimeError: If a time of an algorithm is in a unit that is not counted.
+        ProfileError: If a profile is in such a unit.
 
     Attributes:
         algorithms: As given.
@@ -69,6 +71,7 @@ class Averaging:
         self.algorithms = as_algorithms(algorithms)
         self._sizes = BatchSizes(num_samples, num_tokens)
         self._loop = Loop(self.algorithms, LoopState(model), _Logger(trainer), counts=self._sizes.units)
+        self._loop.refuse_uncountable()
         self._loop.meet()
         self._optimizer = optimizer
         self._accumulates = gradient_accumulation_steps

@@ -61,7 +61,10 @@ class Checkpoints:
             CheckpointError: If the checkpoint cannot be loaded.
             ArgumentError: If ``autoresume`` does not know where checkpoints are.
         """
-        self._loop.refuse_uncounted()
+        if self._state.max_duration is None:
+            self._loop.refuse_uncountable()  # `fit` gets the length, and asks again
+        else:
+            self._loop.refuse_uncounted()
         self._loop.meet()
         self._state.sharded = self._group.kind == "fsdp2" or (
             self._group.kind is not None and checkpoint.has_shards(self._loop.state_dict())

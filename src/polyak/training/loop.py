@@ -15,12 +15,16 @@ from polyak.events import Event
 from polyak.time import Timestamp, TimeUnit
 from polyak.training.between import Between
 from polyak.training.optimizer import counted_optimizer, refuse_masters
+from polyak.training.second import warn_of_second_average
 from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
+from polyak.training.uncountable import refuse_uncountable
 from polyak.training.uncounted import Uncounted
 
 # Where a warning of weights that moved without a counted step is not too late.
 _CHECKED = frozenset({Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START, Event.FIT_END})
+# What every batch has some of, in a loop that counts it.
+_OF_BATCHES = frozenset({TimeUnit.SAMPLE, TimeUnit.TOKEN})
 
 
 class Listener(Protocol):
@@ -71,6 +75,7 @@ class Loop:
         self._met = False
         self._uncounted: Uncounted | None = None
         self._counted = 0  # batches since steps are counted
+        self._clock_checked = False  # whether a batch of this run has shown which units are counted
 
     # Events
 
@@ -98,8 +103,13 @@ class Loop:
         """
         if not self._met:
             self.meet()
-        if event is Event.FIT_START:
+        if event is Event.BATCH_END:
+            if not self._clock_checked:
+                self._check_clock()
+        elif event is Event.FIT_START:
+            self._clock_checked = False
             self.refuse_uncounted()
+            warn_of_second_average(self)
         elif event in _CHECKED:
             self.warn_of_uncounted()
         if torch.is_inference_mode_enabled():
@@ -213,6 +223,24 @@ class Loop:
         for algorithm in self.algorithms:
             algorithm.refuse_uncounted(self.state, self.counts)
 
+    def refuse_uncountable(self) -> None:
+        """Refuse algorithms with times in a unit that no run of this loop counts, before one is known.
+
+        Raises:
+            TimeError: If there are any.
+            ProfileError: If a profile is in such a unit.
+        """
+        refuse_uncountable(self.algorithms, self.counts)
+
+    def _check_clock(self) -> None:
+        """Refuse, after the first batch, times in a unit of which that batch had none."""
+        self._clock_checked = True
+        before, now = self.state.previous_timestamp, self.state.timestamp
+        missing = {unit for unit in _OF_BATCHES & self.counts if now.get(unit) == before.get(unit)}
+        if missing and now.batch > before.batch:
+            for algorithm in self.algorithms:
+                algorithm.refuse_uncounted(self.state, self.counts - missing)
+
     def count(
         self, optimizer: object, after: Callable[[], object], first: Callable[[], object] | None = None
     ) -> StepHooks:
@@ -239,6 +267,14 @@ class Loop:
             hooks: On the optimizer whose steps are counted; None if they are counted by hand.
         """
         self._uncounted, self._counted = Uncounted(self.state.model, hooks), 0
+        if hooks is not None:
+            hooks.replaced = self.warn_of_uncounted
+
+    @property
+    def counted_by(self) -> StepHooks | None:
+        """The hooks by which steps are counted now; None if none do, or a caller counts."""
+        hooks = None if self._uncounted is None else self._uncounted.hooks
+        return hooks if hooks is not None and hooks.counting else None
 
     def warn_of_uncounted(self) -> None:
         """Warn, once, if weights have moved and no step was counted."""

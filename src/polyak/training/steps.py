@@ -16,6 +16,10 @@ from polyak.tensors import optimizers
 from polyak.training.optimizer import BY_HAND, tensors_of
 
 
+# Steps of another optimizer in a row that mean that it has replaced one that still exists.
+_MANY = 100
+
+
 @dataclass(slots=True)
 class _Call:
     """A step that is running: the outermost one of its optimizer.
@@ -49,12 +53,15 @@ class StepHooks:
     Attributes:
         others: The number of steps of other optimizers of the same tensors after the last step that counted.
         other: The name of the last of these optimizers.
+        replaced: Called when other optimizers step these tensors and the optimizer does not: in the first such step if
+            it no longer exists, else after many.
     """
 
     def __init__(
         self, optimizer: Optimizer, after: Callable[[], object], first: Callable[[], object] | None = None
     ) -> None:
         self.others, self.other = 0, ""
+        self.replaced: Callable[[], object] | None = None
         self._after, self._first = after, first
         self._optimizer = weakref.ref(optimizer)
         self._of = {id(tensor) for tensor in tensors_of(optimizer)}
@@ -142,6 +149,21 @@ class StepHooks:
         first = (group["params"][0] for group in other.param_groups if group["params"])
         if any(id(tensor) in self._of for tensor in first):
             self.others, self.other = self.others + 1, type(other).__name__
+            if self.replaced is not None and self.others == (1 if self._optimizer() is None else _MANY):
+                self.replaced()
+
+    @property
+    def counting(self) -> bool:
+        """Whether steps are counted: the optimizer exists, and the hooks were not removed."""
+        return bool(self._hooks) and self._optimizer() is not None
+
+    def overlaps(self, other: "StepHooks") -> bool:
+        """Return whether another optimizer moves one of the same tensors.
+
+        Args:
+            other: On that optimizer.
+        """
+        return not self._of.isdisjoint(other._of)
 
     def remove(self) -> bool:
         """Stop calling; return whether that was not done before."""

@@ -19,10 +19,13 @@ class Uncounted:
     Args:
         model: In training, wrapped or not. Its weights are noted.
         hooks: On the optimizer whose steps are counted; None if they are counted by hand.
+
+    Attributes:
+        hooks: As given.
     """
 
     def __init__(self, model: nn.Module, hooks: StepHooks | None) -> None:
-        self._model, self._hooks, self._warned = model, hooks, False
+        self._model, self.hooks, self._warned = model, hooks, False
         self._before = _norms(model)
 
     def reset(self) -> None:
@@ -45,16 +48,9 @@ class Uncounted:
             warnings.warn(message, PlanWarning, stacklevel=5)
 
     def _message(self, counted: int) -> str | None:
-        hooks = self._hooks
+        hooks = self.hooks
         if hooks is not None and hooks.others:
-            optimizer = hooks.optimizer
-            name = "the optimizer that was attached" if optimizer is None else type(optimizer).__name__
-            gone = ", which is gone," if optimizer is None else ""
-            return (
-                f"steps must be counted to be averaged: {counted} of {name}{gone} were, and since then {hooks.others} "
-                f"of {hooks.other}, which steps the same parameters, were not; attach the algorithm to that "
-                f"{hooks.other}, or {BY_HAND}"
-            )
+            return replaced(hooks, counted)
         moved = [name for name, norm in _norms(self._model, self._before.keys()).items() if self._differs(name, norm)]
         if not moved:
             return None
@@ -72,6 +68,23 @@ class Uncounted:
     def _differs(self, name: str, norm: Tensor) -> bool:
         before = self._before[name]
         return before.device == norm.device and not torch.equal(before.nan_to_num(), norm.nan_to_num())
+
+
+def replaced(hooks: StepHooks, counted: int) -> str:
+    """Return the warning that another optimizer steps the parameters of the one whose steps are counted.
+
+    Args:
+        hooks: On the one whose steps are counted.
+        counted: How many were.
+    """
+    optimizer = hooks.optimizer
+    name = "the optimizer that was attached" if optimizer is None else type(optimizer).__name__
+    gone = ", which is gone," if optimizer is None else ""
+    return (
+        f"steps must be counted to be averaged: {counted} of {name}{gone} were, and since then {hooks.others} "
+        f"of {hooks.other}, which steps the same parameters, were not; attach the algorithm to that "
+        f"{hooks.other}, or {BY_HAND}"
+    )
 
 
 @torch.no_grad()

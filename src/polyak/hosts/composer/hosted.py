@@ -1,6 +1,7 @@
 """Algorithms of polyak as algorithms of Composer's trainer: ``Hosted``, ``EMA`` and ``Recorder``."""
 
 import functools
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from composer.core import Algorithm as ComposerAlgorithm
 import polyak.averaging.ema
 import polyak.record.recorder
 from polyak.algorithm import Algorithm, MetricLogger, check_one_swaps, dispatch
-from polyak.errors import ArgumentError
+from polyak.errors import ArgumentError, PlanWarning
 from polyak.events import Event
 from polyak.hosts.composer.clock import View
 from polyak.sharding import whole
@@ -40,7 +41,7 @@ class Hosted(ComposerAlgorithm):
         self.algorithm = algorithm
         self._view = View()
         self._hooks = list[StepHooks]()
-        self._stepped = False
+        self._stepped = self._clock_checked = False
 
     def __repr__(self) -> str:
         return repr(self.algorithm)
@@ -84,6 +85,8 @@ class Hosted(ComposerAlgorithm):
         elif ours is Event.FIT_START:
             self._view.learn(state)
             self._view.begin_fit()
+            self.algorithm.refuse_uncounted(self._view, self._view.counts)
+            self._clock_checked = False
             self._count_steps(state)
         elif ours is Event.EPOCH_START:
             self._view.begin_epoch()
@@ -91,6 +94,9 @@ class Hosted(ComposerAlgorithm):
             self._stepped = False
         elif ours is Event.BATCH_END:
             self._view.end_batch(stepped=self._stepped)
+            if not self._clock_checked:
+                self._clock_checked = True  # the first batch has shown what is counted
+                self.algorithm.refuse_uncounted(self._view, self._view.counts)
             if not self._stepped:
                 return
         self.fire(ours, state, logger)
@@ -118,9 +124,20 @@ class Hosted(ComposerAlgorithm):
         for hooks in self._hooks:
             hooks.remove()
         self._hooks = [StepHooks(counted_optimizer(optimizer), self._on_step) for optimizer in state.optimizers]
+        for hooks in self._hooks:
+            hooks.replaced = functools.partial(self._warn_of_replaced, hooks)
 
     def _on_step(self) -> None:
         self._stepped = True
+
+    def _warn_of_replaced(self, hooks: StepHooks) -> None:
+        warnings.warn(
+            f"steps must be counted to be averaged: those of the optimizer that the trainer had at the begin of fit() are, "
+            f"and {hooks.others} of {hooks.other}, which steps the same parameters, were not; give the trainer that "
+            "optimizer, and call fit() again",
+            PlanWarning,
+            stacklevel=5,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the algorithm's state, and the batches that its clock leaves out."""

@@ -26,6 +26,7 @@ from polyak.training.loop import Loop
 from polyak.training.sizes import BatchSizes
 from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
+from polyak.training.uncountable import refuse_uncountable
 
 _KEY = "polyak"
 
@@ -50,6 +51,8 @@ class Averaging(Callback):
 
     Raises:
         ArgumentError: If more than one algorithm swaps an average in, or ``eval_weights`` is none of its values.
+        TimeError: If a time of an algorithm is in a unit that is not counted.
+        ProfileError: If a profile is in such a unit.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Averaging(Callback):
         self.algorithms = as_algorithms(algorithms)
         self.eval_weights = eval_weights
         self._sizes = BatchSizes(num_samples, num_tokens)
+        refuse_uncountable(self.algorithms, self._sizes.units)
         self._optimizer = optimizer
         self._trainer: Any = None
         self._loop: Loop | None = None
