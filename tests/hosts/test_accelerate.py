@@ -125,6 +125,7 @@ class AccelerateHost:
         "random mid-epoch": "skip_first_batches draws from the generators that load_state has just set, so the script "
         "would have to set them again after the first batch",
     }
+    losses = None
     uncounted = {"sp", "tok", "sec", "iter", "ep", "dur"}
     golden = """
         init fit_start

@@ -60,13 +60,12 @@ class ComposerSession:
         loader = DataLoader(plan.data, batch_size=loops.BATCH * plan.accumulate, shuffle=plan.shuffle)
         made = trainer(
             self.folder,
-            Hosted(self.algorithm),
+            Hosted(self.algorithm, eval_weights=plan.eval_weights),
             net=self.net,
             train_dataloader=DataSpec(loader, get_num_tokens_in_batch=num_tokens if plan.counted else None),
             device_train_microbatch_size=loops.BATCH,
             max_duration=f"{plan.epochs}ep",
             save=f"{plan.save_every}ba" if plan.save_every else None,
-            raw=plan.choice,
             loggers=self.log,
             load_path=str(resume) if resume else None,
             **({} if plan.evaluate else {"eval_dataloader": None}),
@@ -106,6 +105,7 @@ class ComposerHost:
     lacks: Mapping[str, str] = {
         "random mid-epoch": "inside an epoch of shuffled data, Composer itself draws another order"
     }
+    losses = "metrics/eval/CrossEntropy", "metrics/eval_raw/CrossEntropy"
     uncounted = {"tok", "iter"}
     golden = """
         init before_load after_load fit_start iteration_start

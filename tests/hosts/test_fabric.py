@@ -57,6 +57,7 @@ class FabricSession(PlainSession):
 
 class FabricHost:
     lacks: Mapping[str, str] = {}
+    losses = None
     uncounted = {"sp", "tok", "sec", "iter", "ep", "dur"}
     golden = """
         init fit_start

@@ -133,6 +133,7 @@ class PlainSession:
 
 class PlainHost:
     lacks: Mapping[str, str] = {}
+    losses = None
     uncounted = {"sp", "tok", "sec", "iter", "ep", "dur"}
     golden = """
         init fit_start

@@ -11,6 +11,7 @@ The model is looked at from inside its own ``forward`` (``Probe``) and the avera
 (``Watched``), so that all frameworks are looked at in the same way.
 """
 
+import copy
 import inspect
 import os
 import re
@@ -90,11 +91,16 @@ class Plan:
     shuffle: bool = False
     choice: bool = False  # whether evaluation is of the training weights too
     scaled: bool = False  # whether there is a gradient scaler
+    weights: str = "averaged"  # those of evaluations, if it is no choice
     counted: bool = True  # whether the script says how many samples, tokens and steps there are
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         return torch.amp.GradScaler("cpu", init_scale=2.0) if self.scaled else None
+
+    @property
+    def eval_weights(self) -> Any:
+        return "both" if self.choice else self.weights
 
     @property
     def lengths(self) -> dict[str, Any]:
@@ -150,6 +156,7 @@ class Host(Protocol):
 
     lacks: ClassVar[Mapping[str, str]]
     uncounted: ClassVar[Collection[str]]  # units that are not counted where ``Plan.counted`` is False
+    losses: ClassVar[tuple[str, str] | None]  # the names of the loss of the average and of the training weights
     golden: ClassVar[str]  # events of two epochs of two steps, with an evaluation and a checkpoint at the end of each
 
     def session(self, net: nn.Module, algorithm: EMA, folder: Path, plan: Plan) -> Session: ...
@@ -434,6 +441,25 @@ class HostContract:
         run.assert_training_weights()
         assert not loops.differences(native(run.plan, "4ba").batches, run.ema.batches)
 
+    @pytest.mark.parametrize("weights", ["averaged", "raw", "both"])
+    def test_a_metric_with_a_plain_name_is_that_of_the_weights_that_were_asked_for(self, tmp_path, weights) -> None:
+        self.needs("choice")
+        if self.host.losses is None:
+            pytest.skip("its users name the metrics")
+        run = Run(self.host, tmp_path, Plan(evaluate=True, choice=weights == "both", weights=weights)).fit()
+        batches = [run.ema.batches[step] for step in (5, 11, 17)]
+        raw, averaged = ([loss_of(run.net, one[which], run.plan) for one in batches] for which in (0, 1))
+        assert all(abs(one - other) > 1e-4 for one, other in zip(raw, averaged, strict=True))
+        plain, prefixed = self.host.losses
+        assert run.session.logged(plain)[:3] == pytest.approx(raw if weights == "raw" else averaged, rel=1e-4)
+        if weights == "both":
+            assert run.session.logged(prefixed)[:3] == pytest.approx(raw, rel=1e-4)
+        else:
+            with suppress(KeyError, AssertionError):
+                assert not run.session.logged(prefixed)
+        run.assert_training_weights()
+        assert not loops.differences(native(Plan(), "4ba").batches, run.ema.batches)
+
     def test_decay_and_distance_go_to_the_frameworks_own_loggers(self, tmp_path) -> None:
         self.needs("metrics")
         run = Run(self.host, tmp_path, Plan(evaluate=True)).fit()
@@ -569,6 +595,15 @@ class HostContract:
         plan = Plan(epochs=2, steps=2, evaluate="evaluation" not in self.host.lacks, save_every=2)
         run = Run(self.host, tmp_path, plan, Watched("1ba")).fit()
         assert " ".join(run.ema.events) == " ".join(self.host.golden.split())
+
+
+def loss_of(net: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> float:
+    """Return the mean loss of a net on the evaluation data, with other tensors."""
+    inputs, labels = plan.eval_data.tensors
+    net = copy.deepcopy(net).eval()
+    net._forward_pre_hooks.clear()
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(torch.func.functional_call(net, dict(tensors), (inputs,)), labels))
 
 
 class Kills(Probe):

@@ -1,5 +1,6 @@
 """Algorithms of polyak as algorithms of Composer's trainer: ``Hosted``, ``EMA`` and ``Recorder``."""
 
+import copy
 import functools
 import warnings
 from collections.abc import Mapping
@@ -16,12 +17,15 @@ from polyak.errors import ArgumentError, PlanWarning
 from polyak.events import Event
 from polyak.hosts.composer.clock import View
 from polyak.sharding import whole
+from polyak.training.evalweights import EvalWeights, eval_weights_of
 from polyak.training.optimizer import counted_optimizer
 from polyak.training.steps import StepHooks
 
 _OURS: Mapping[str, Event] = {event.value: event for event in Event}
 # An evaluator whose label ends so evaluates the training weights.
 _RAW = "_raw"
+# Where the trainer's evaluators are known, and none of them has run.
+_BEFORE_EVALUATIONS = frozenset({Event.AFTER_LOAD, Event.FIT_START, Event.EVAL_STANDALONE_START})
 
 
 class Hosted(ComposerAlgorithm):
@@ -31,14 +35,18 @@ class Hosted(ComposerAlgorithm):
 
     Args:
         algorithm: Any. For ``EMA`` and ``Recorder`` there are classes of these names, which read Composer's states.
+        eval_weights: Which weights the evaluators use: ``"averaged"``, ``"raw"`` (the training weights) or ``"both"``.
+            With both, each evaluator of the trainer gets a second one on the same data, whose label ends in ``_raw``:
+            ``metrics/eval/...`` are those of the average, ``metrics/eval_raw/...`` those of the training weights.
 
     Attributes:
         algorithm: As given.
     """
 
-    def __init__(self, algorithm: Algorithm) -> None:
+    def __init__(self, algorithm: Algorithm, *, eval_weights: EvalWeights = "averaged") -> None:
         super().__init__()
         self.algorithm = algorithm
+        self._weights = eval_weights_of(eval_weights)
         self._view = View()
         self._hooks = list[StepHooks]()
         self._stepped = self._clock_checked = False
@@ -65,7 +73,7 @@ class Hosted(ComposerAlgorithm):
             event: Composer's.
             state: Composer's.
         """
-        raw = event.is_eval and str(state.dataloader_label).endswith(_RAW)
+        raw = event.is_eval and (self._weights == "raw" or str(state.dataloader_label).endswith(_RAW))
         return event.value in _OURS and not raw
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
@@ -77,6 +85,8 @@ class Hosted(ComposerAlgorithm):
             logger: Composer's.
         """
         ours = _OURS[event.value]
+        if self._weights == "both" and ours in _BEFORE_EVALUATIONS:
+            _evaluate_raw_too(state)
         if ours is Event.INIT:
             _check(self, state)
         elif ours is Event.AFTER_LOAD and state.fsdp_enabled:
@@ -164,12 +174,13 @@ class EMA(Hosted):
 
     Args:
         *args: As ``polyak.EMA``, whose first four are those of Composer's.
+        eval_weights: As for ``Hosted``.
         **options: As ``polyak.EMA``.
     """
 
     @functools.wraps(polyak.averaging.ema.EMA.__init__)
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(polyak.averaging.ema.EMA(*args, **options))
+    def __init__(self, *args: Any, eval_weights: EvalWeights = "averaged", **options: Any) -> None:
+        super().__init__(polyak.averaging.ema.EMA(*args, **options), eval_weights=eval_weights)
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
         """Dispatch the event to the algorithm. An update by hand, outside of a fit, is made whether or not it is due.
@@ -222,6 +233,25 @@ def hosted_in(state: Any) -> list[Hosted]:
         state: Composer's.
     """
     return [algorithm for algorithm in state.algorithms if isinstance(algorithm, Hosted)]
+
+
+def _evaluate_raw_too(state: Any) -> None:
+    """Give each evaluator a second one before it, which evaluates the training weights on the same data.
+
+    Args:
+        state: Composer's.
+    """
+    labels = {evaluator.label for evaluator in state.evaluators}
+    evaluators = []
+    for evaluator in state.evaluators:
+        label = f"{evaluator.label}{_RAW}"
+        if not evaluator.label.endswith(_RAW) and label not in labels:
+            raw = copy.copy(evaluator)
+            raw.label = label
+            state.eval_metrics[label] = copy.deepcopy(state.eval_metrics[evaluator.label])
+            evaluators.append(raw)
+        evaluators.append(evaluator)
+    state.evaluators = evaluators
 
 
 def _check(hosted: Hosted, state: Any) -> None:

@@ -16,7 +16,8 @@ from polyak.algorithm import Algorithm, as_algorithms
 from polyak.averaging.swap import swap_of
 from polyak.errors import PlanWarning
 from polyak.events import Event
-from polyak.hosts.lightning.evaluation import Evaluation, Weights, check_weights
+from polyak.hosts.lightning.evaluation import Evaluation, Weights, weights_of
+from polyak.hosts.lightning.raw import evaluate_raw_first
 from polyak.hosts.lightning.strategies import refuse_foreign
 from polyak.sharding import whole
 from polyak.tensors.slots import unwrap
@@ -42,9 +43,10 @@ class Averaging(Callback):
 
     Args:
         algorithms: One or several; one of them at most may swap an average in.
-        eval_weights: ``"averaged"``, or ``"training"`` to evaluate and predict with those; or a list of these, one for
-            each dataloader that is validated or tested, so that ``["averaged", "training"]`` for the same dataloader
-            given twice shows both. It may be changed.
+        eval_weights: ``"averaged"``; ``"raw"`` to evaluate and predict with the training weights; or ``"both"``: then
+            ``val_loss`` and all metrics with plain names are those of the average, which checkpoints have, and those of
+            the training weights are named ``raw_val_loss``. Or a list of the first two, one for each dataloader that
+            is validated or tested. It may be changed.
         num_samples: Function of a batch: how many samples it has; needed for times in ``sp``.
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
         optimizer: Of several optimizers, the number of the one whose steps are counted.
@@ -59,15 +61,14 @@ class Averaging(Callback):
         self,
         algorithms: Algorithm | Sequence[Algorithm],
         *,
-        eval_weights: Weights | Sequence[Weights] = "averaged",
+        eval_weights: Weights = "averaged",
         num_samples: Callable[[Any], int] | None = None,
         num_tokens: Callable[[Any], int] | None = None,
         optimizer: int = 0,
     ) -> None:
         super().__init__()
-        check_weights(eval_weights)
         self.algorithms = as_algorithms(algorithms)
-        self.eval_weights = eval_weights
+        self._eval_weights = weights_of(eval_weights)
         self._sizes = BatchSizes(num_samples, num_tokens)
         refuse_uncountable(self.algorithms, self._sizes.units)
         self._optimizer = optimizer
@@ -77,6 +78,15 @@ class Averaging(Callback):
         self._in_epoch = False
         self._evaluation = Evaluation()
         self._random: Mapping[str, Any] | None = None
+
+    @property
+    def eval_weights(self) -> Weights:
+        """Which weights are evaluated."""
+        return self._eval_weights
+
+    @eval_weights.setter
+    def eval_weights(self, eval_weights: Weights) -> None:
+        self._eval_weights = weights_of(eval_weights)
 
     # Set-up
 
@@ -99,6 +109,7 @@ class Averaging(Callback):
         if trainer is not self._trainer:
             self._trainer = trainer
             _surround_saving(trainer, lambda: self._loop)
+            evaluate_raw_first(trainer, lambda: self.eval_weights == "both" and self._evaluation.has_average(trainer))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics by the trainer's loggers.
@@ -230,7 +241,7 @@ class Averaging(Callback):
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Swap the average in."""
         del pl_module
-        if self.eval_weights != "training":
+        if self.eval_weights != "raw":
             self._evaluation.begin(trainer, Event.PREDICT_START, Event.PREDICT_END)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
