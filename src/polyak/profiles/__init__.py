@@ -75,8 +75,8 @@ class HalfLife(NamedProfile):
     span: Time
     unbiased: bool
 
-    def __init__(self, span: Time | str, unbiased: bool = False) -> None:
-        object.__setattr__(self, "span", as_span("the half-life", span))
+    def __init__(self, span: Time | str | int, unbiased: bool = False) -> None:
+        object.__setattr__(self, "span", as_span("the half-life", span, steps=True))
         object.__setattr__(self, "unbiased", unbiased)
 
     @classmethod
@@ -155,8 +155,8 @@ class Window(NamedProfile):
 
     span: Time
 
-    def __init__(self, span: Time | str) -> None:
-        object.__setattr__(self, "span", as_span("the window", span, above=0))
+    def __init__(self, span: Time | str | int) -> None:
+        object.__setattr__(self, "span", as_span("the window", span, above=0, steps=True))
 
     @classmethod
     def parse(cls, form: str, text: str) -> Self:
@@ -211,8 +211,8 @@ class Uniform(NamedProfile):
 
     since: Time
 
-    def __init__(self, since: Time | str = "0ba") -> None:
-        object.__setattr__(self, "since", as_span("since", since))
+    def __init__(self, since: Time | str | int = "0ba") -> None:
+        object.__setattr__(self, "since", as_span("since", since, steps=True))
 
     @classmethod
     def parse(cls, form: str, text: str) -> Self:
