@@ -53,9 +53,7 @@ def test_an_evaluation_before_averaging_has_begun_warns_once_with_numbers_and_re
         assert part in str(warning.message)
 
 
-def test_an_evaluation_of_mostly_the_first_weights_warns_once_with_numbers_and_remedy(
-    model, optimizer, caught
-) -> None:
+def test_an_evaluation_of_mostly_the_first_weights_warns_once_with_numbers_and_remedy(model, optimizer, caught) -> None:
     attached = attach(EMA("1000ba"), model, optimizer)
     train(model, optimizer, 30)
     for _ in range(3):
@@ -63,7 +61,15 @@ def test_an_evaluation_of_mostly_the_first_weights_warns_once_with_numbers_and_r
             pass
     (warning,) = caught
     share = f"{2 ** -(29 / 1000):.1%}"
-    for part in (share, "29 updates", "half-life 1000ba", "shorter half-life", "unbiased=True", "Warmup", "raw weights"):
+    for part in (
+        share,
+        "29 updates",
+        "half-life 1000ba",
+        "shorter half-life",
+        "unbiased=True",
+        "Warmup",
+        "raw weights",
+    ):
         assert part in str(warning.message)
 
 
@@ -79,7 +85,9 @@ def test_an_average_that_was_warned_of_as_raw_is_not_warned_of_again_as_young(mo
 def test_a_smoothing_is_told_as_a_half_life_too(model, optimizer) -> None:
     attached = attach(EMA(smoothing=0.999), model, optimizer)
     train(model, optimizer, 3)
-    with pytest.warns(PlanWarning, match=r"99.8% of it after 2 updates \(smoothing 0.999, a half-life of 692.8 updates"):
+    with pytest.warns(
+        PlanWarning, match=r"99.8% of it after 2 updates \(smoothing 0.999, a half-life of 692.8 updates"
+    ):
         attached.applied().__enter__()
 
 

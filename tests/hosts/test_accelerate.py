@@ -126,7 +126,7 @@ class AccelerateHost:
         "would have to set them again after the first batch",
     }
     losses = None
-    uncounted = {"sp", "tok", "sec", "iter", "ep", "dur"}
+    uncounted = ("sp", "tok", "sec", "iter", "ep", "dur")
     golden = """
         init fit_start
         batch_end batch_end epoch_end eval_start eval_end eval_start eval_end

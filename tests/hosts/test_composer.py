@@ -109,7 +109,7 @@ class ComposerHost:
         "random mid-epoch": "inside an epoch of shuffled data, Composer itself draws another order"
     }
     losses = "metrics/eval/CrossEntropy", "metrics/eval_raw/CrossEntropy"
-    uncounted = {"tok", "iter"}
+    uncounted = ("tok", "iter")
     golden = """
         init before_load after_load fit_start iteration_start
         epoch_start batch_start batch_end batch_checkpoint

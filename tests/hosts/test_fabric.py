@@ -58,7 +58,7 @@ class FabricSession(PlainSession):
 class FabricHost:
     lacks: Mapping[str, str] = {}
     losses = None
-    uncounted = {"sp", "tok", "sec", "iter", "ep", "dur"}
+    uncounted = ("sp", "tok", "sec", "iter", "ep", "dur")
     golden = """
         init fit_start
         batch_end batch_end epoch_end eval_start eval_end eval_start eval_end

@@ -108,7 +108,7 @@ class IgniteHost:
         "mid-epoch": "Ignite resumes inside an epoch only with a loader that has a state, and torch's has none"
     }
     losses = "loss", "raw_loss"
-    uncounted = {"sp", "tok", "sec", "iter"}
+    uncounted = ("sp", "tok", "sec", "iter")
     golden = """
         init fit_start
         epoch_start batch_end

@@ -153,7 +153,7 @@ class LightningHost:
         "mid-epoch": "Lightning resumes inside an epoch only with a loader that has a state, and torch's has none"
     }
     losses = "loss", "raw_loss"
-    uncounted = {"sp", "tok", "sec", "iter"}
+    uncounted = ("sp", "tok", "sec", "iter")
     golden = """
         init fit_start
         epoch_start batch_end

@@ -69,7 +69,7 @@ class NativeSession:
 class NativeHost:
     lacks: Mapping[str, str] = {}
     losses = "eval/loss", "eval_raw/loss"
-    uncounted = {"tok", "iter"}
+    uncounted = ("tok", "iter")
     golden = """
         init before_load after_load fit_start iteration_start
         epoch_start batch_start batch_end batch_checkpoint

@@ -110,7 +110,7 @@ class TransformersSession:
 class TransformersHost:
     lacks: Mapping[str, str] = {}
     losses = "eval_loss", "eval_raw_loss"
-    uncounted = {"tok", "sec", "iter"}
+    uncounted = ("tok", "sec", "iter")
     golden = """
         init fit_start
         epoch_start batch_start batch_end batch_start batch_end epoch_end eval_start eval_end save_start save_end

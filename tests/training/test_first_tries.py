@@ -137,7 +137,7 @@ USING: list[tuple[str, str]] = [
     ("EMA(decay=0.999).model", "attach it first"),
     ("attach(EMA('10 steps', ema_start='99 steps'), model, optimizer).model", "averaging must have begun"),
     ("attach(EMA('10 steps'), model, optimizer).save('new.safetensors')", "averaging must have begun"),
-    ("attach(Recorder('run'), model, optimizer).model", "there must be an EMA among the algorithms"),
+    ("attach(Recorder('run', interval='10ba'), model, optimizer).model", "there must be an EMA among the algorithms"),
     ("update_bn(loader, model)", r"update_bn\(model, loader\) \(got a list, a Sequential\)"),
 ]
 SAVING: list[tuple[str, str]] = [

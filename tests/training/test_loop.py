@@ -75,7 +75,9 @@ def test_a_unit_of_which_the_first_batch_has_none_is_an_error_after_it(algorithm
     loop = Loop([algorithm()], LoopState(loops.perceptron()), counts={TimeUnit.BATCH, TimeUnit.TOKEN})
     loop.meet()
     loop.fire(Event.FIT_START)
-    with pytest.raises((TimeError, ProfileError), match="the loop must count tok for .*100tok.*, and it counts ba; say"):
+    with pytest.raises(
+        (TimeError, ProfileError), match="the loop must count tok for .*100tok.*, and it counts ba; say"
+    ):
         loop.end_batch(tokens=0)
 
 

@@ -341,7 +341,9 @@ def test_an_optimizer_that_steps_instead_of_the_attached_one_for_long_is_noticed
     attached = attach(EMA("3ba"), model, first)
     train(model, first, steps=3)
     train(model, second, steps=99)
-    with pytest.warns(PlanWarning, match="3 of SGD were, and since then 100 of Adam.*attach the algorithm to that Adam"):
+    with pytest.warns(
+        PlanWarning, match="3 of SGD were, and since then 100 of Adam.*attach the algorithm to that Adam"
+    ):
         train(model, second, steps=1)
     train(model, second, steps=150)
     attached.detach()
@@ -356,6 +358,15 @@ def test_two_optimizers_of_the_same_parameters_that_take_turns_are_no_replacemen
             train(model, second, steps=1)
         with attached.applied():
             pass
+
+
+def test_an_optimizer_that_replaces_one_whose_average_nobody_has_is_no_matter() -> None:
+    model = linear()
+    for _ in range(3):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ema = attach(EMA("3ba"), model, optimizer)
+        train(model, optimizer, steps=3)
+    assert ema.num_updates == 2
 
 
 def test_optimizers_of_other_parameters_are_ignored() -> None:

@@ -12,7 +12,6 @@ from polyak.sharding import local
 from polyak.tensors.slots import averaged_parameters
 from polyak.time import TimeUnit
 
-
 # What is done with the weights between an event and the one that ends it, in warnings.
 _USED = {Event.EVAL_START: "evaluated", Event.PREDICT_START: "used to predict", Event.SAVE_START: "saved"}
 

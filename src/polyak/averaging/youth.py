@@ -29,7 +29,7 @@ def share_of_first_weights(schedule: Schedule, progress: Progress, num_updates: 
         return profile.decay(0, num_updates)
     last = updated_at.elapsed(unit, progress.max_duration) - progress.origin.elapsed(unit, progress.max_duration)
     began = progress.began
-    if began is None:  # it was loaded, and updates are an interval apart
+    if began is None:  # it was loaded: one interval for each update
         began = last - num_updates * float(schedule.interval) if schedule.interval.unit is unit else 0.0
     return profile.decay(max(0.0, began), max(0.0, began, last))
 

@@ -236,7 +236,7 @@ def _raw_metrics(engine: Engine, run: Callable[..., Any], *args: Any, **kwargs: 
     before = dict(engine.state.metrics)
     engine._event_handlers = defaultdict(list, of_metrics)  # noqa: SLF001
     try:
-        engine.state.metrics = {}
+        engine.state.metrics = dict[str, Any]()
         with rng.preserved():
             run(*args, **kwargs)
         return {f"raw_{name}": value for name, value in engine.state.metrics.items()}

@@ -36,6 +36,6 @@ def eval_weights_of(given: object, *, stacklevel: int = 3) -> EvalWeights:
         if given in ("averaged", "raw", "both"):
             return given
     raise ArgumentError(
-        f"eval_weights must be 'averaged', 'raw' or 'both' (got {given!r}); 'averaged' evaluates the average, 'raw' the "
-        "training weights"
+        f"eval_weights must be 'averaged', 'raw' or 'both' (got {given!r}); 'averaged' evaluates the average, 'raw' "
+        "the training weights"
     )

@@ -61,6 +61,8 @@ class Handle(ABC):
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
         """
         average = self._begun()
+        self.loop.warn_of_uncounted()
+        average._average.warn_of_youth("read")  # noqa: SLF001
         model = average.ema_model
         assert model is not None
         if not average.ema_weights_active:
@@ -103,7 +105,11 @@ class Handle(ABC):
         average = self.average
         if not average.ema_started:
             counted = self.loop.state.timestamp.batch.value
-            start = f"the first update after {in_words(average.ema_start)}" if average.ema_start.value else "the first update"
+            start = (
+                f"the first update after {in_words(average.ema_start)}"
+                if average.ema_start.value
+                else "the first update"
+            )
             raise LoanError(
                 f"averaging must have begun before there is an average ({counted} steps were counted, and it begins "
                 f"with {start}); train until then"

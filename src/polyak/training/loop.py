@@ -278,7 +278,7 @@ class Loop:
 
     def warn_of_uncounted(self) -> None:
         """Warn, once, if weights have moved and no step was counted."""
-        if self._uncounted is not None:
+        if self._uncounted is not None and len(self.algorithms):
             self._uncounted.warn(self._counted)
 
     # State

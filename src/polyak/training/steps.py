@@ -10,11 +10,11 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from polyak.tensors import optimizers
 from polyak.training.optimizer import BY_HAND, tensors_of
-
 
 # Steps of another optimizer in a row that mean that it has replaced one that still exists.
 _MANY = 100
@@ -64,7 +64,8 @@ class StepHooks:
         self.replaced: Callable[[], object] | None = None
         self._after, self._first = after, first
         self._optimizer = weakref.ref(optimizer)
-        self._of = {id(tensor) for tensor in tensors_of(optimizer)}
+        # With references, since the id of a tensor that is gone may be that of another one now.
+        self._of = {id(tensor): weakref.ref(tensor) for tensor in tensors_of(optimizer)}
         self._call: _Call | None = None
         self._guarded = False  # whether the hook on all optimizers has just run for this step
         self._keeps_gradients = False  # whether its steps, as those of most optimizers, leave the gradients as they are
@@ -147,7 +148,7 @@ class StepHooks:
             self._guarded = True
             return
         first = (group["params"][0] for group in other.param_groups if group["params"])
-        if any(id(tensor) in self._of for tensor in first):
+        if any(self._moves(tensor) for tensor in first):
             self.others, self.other = self.others + 1, type(other).__name__
             if self.replaced is not None and self.others == (1 if self._optimizer() is None else _MANY):
                 self.replaced()
@@ -163,7 +164,12 @@ class StepHooks:
         Args:
             other: On that optimizer.
         """
-        return not self._of.isdisjoint(other._of)
+        theirs = (held() for held in other._of.values())  # noqa: SLF001
+        return any(tensor is not None and self._moves(tensor) for tensor in theirs)
+
+    def _moves(self, tensor: Tensor) -> bool:
+        held = self._of.get(id(tensor))
+        return held is not None and held() is tensor
 
     def remove(self) -> bool:
         """Stop calling; return whether that was not done before."""

@@ -142,9 +142,9 @@ class Hosted(ComposerAlgorithm):
 
     def _warn_of_replaced(self, hooks: StepHooks) -> None:
         warnings.warn(
-            f"steps must be counted to be averaged: those of the optimizer that the trainer had at the begin of fit() are, "
-            f"and {hooks.others} of {hooks.other}, which steps the same parameters, were not; give the trainer that "
-            "optimizer, and call fit() again",
+            "steps must be counted to be averaged: those of the optimizer that the trainer had at the begin of fit() "
+            f"are, and {hooks.others} of {hooks.other}, which steps the same parameters, were not; give the trainer "
+            "that optimizer, and call fit() again",
             PlanWarning,
             stacklevel=5,
         )

@@ -1,9 +1,9 @@
 """A pass over the evaluation data with the raw weights, before Lightning's own with the average."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
 from typing import Any
 
 from polyak.training import rng
@@ -27,7 +27,7 @@ def evaluate_raw_first(trainer: Any, wanted: Callable[[], bool]) -> None:
 
 
 def _twice(trainer: Any, loop: Any, run: Callable[[], Any], wanted: Callable[[], bool]) -> Callable[[], Any]:
-    @wraps(run)
+    @functools.wraps(run)
     def run_twice() -> Any:
         if trainer.sanity_checking or not wanted():
             return run()
@@ -55,9 +55,9 @@ def _alone(trainer: Any, loop: Any) -> Iterator[None]:
     kept = {name: getattr(connector, name) for name in _METRICS}
     callbacks, verbose, restarting = trainer.callbacks, loop.verbose, loop.restarting
     seen = copy.copy(loop._seen_batches_per_dataloader)  # noqa: SLF001
-    trainer.callbacks, loop.verbose, loop.restarting = [], False, False
+    trainer.callbacks, loop.verbose, loop.restarting = list[Any](), False, False
     connector.reset_metrics()
-    connector.log_metrics = lambda metrics, step=None: connector._logged_metrics.update(metrics)  # noqa: SLF001
+    connector.log_metrics = functools.partial(_keep, connector)
     try:
         yield
     finally:
@@ -65,6 +65,12 @@ def _alone(trainer: Any, loop: Any) -> Iterator[None]:
         vars(connector).update(kept)
         trainer.callbacks, loop.verbose, loop.restarting = callbacks, verbose, restarting
         loop.batch_progress, loop._seen_batches_per_dataloader = progress, seen  # noqa: SLF001
+
+
+def _keep(connector: Any, metrics: Mapping[str, Any], step: int | None = None) -> None:
+    """Keep what would go to the loggers, in place of ``log_metrics``."""
+    del step
+    connector._logged_metrics.update(metrics)  # noqa: SLF001
 
 
 _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
