@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from polyak.events import Event
     from polyak.export import export_averaged
     from polyak.hosts.optimizer import attach
-    from polyak.profiles import HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
+    from polyak.polishing import polish
+    from polyak.profiles import Cooldown, HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
     from polyak.record import Record
     from polyak.record.recorder import Recorder
     from polyak.sweeping import sweep
@@ -80,11 +81,13 @@ __all__ = [  # noqa: RUF022
     "Recorder",
     "Record",
     "sweep",
+    "polish",
     # How much each moment counts in an average.
     "HalfLife",
     "Smoothing",
     "Uniform",
     "Window",
+    "Cooldown",
     "PowerFunction",
     "Warmup",
     "Profile",
@@ -147,8 +150,9 @@ _MODULES = {
     "Recorder": "record.recorder",
     "Record": "record",
     "sweep": "sweeping",
+    "polish": "polishing",
     **dict.fromkeys(
-        ("HalfLife", "Smoothing", "Uniform", "Window", "PowerFunction", "Warmup", "Profile"),
+        ("HalfLife", "Smoothing", "Uniform", "Window", "Cooldown", "PowerFunction", "Warmup", "Profile"),
         "profiles",
     ),
     "Policy": "tensors.slots",
@@ -164,7 +168,19 @@ _MODULES = {
 _MOVED = {"dispatch": "algorithm", "State": "events"}
 _WINGS = frozenset(
     {
-        *("algorithm", "averaging", "background", "compat", "errors", "events", "export", "hosts", "kernels", "profiles"),
+        *(
+            "algorithm",
+            "averaging",
+            "background",
+            "compat",
+            "errors",
+            "events",
+            "export",
+            "hosts",
+            "kernels",
+            "polishing",
+            "profiles",
+        ),
         *("record", "sharding", "storage", "sweeping", "tensors", "time", "trainer", "training"),
     }
 )
