@@ -100,6 +100,7 @@ ATTACHING: list[tuple[str, str]] = [
     ("attach(EMA(), model, optimizer, epochs=3)", "max_duration='10 epochs'"),
     ("attach(EMA(), model, optimizer, steps_per_epoch=2.5)", "steps_per_epoch must be a whole number"),
     ("attach(EMA('1e6 tokens'), model, optimizer)", "tok"),
+    ("attach(EMA('2 epochs'), model, optimizer)", "the loop must count ep .*steps_per_epoch="),
     ("attach(ema.average, new_model, torch.optim.SGD(new_model.parameters(), 0.1))", "make a new EMA"),
 ]
 USING: list[tuple[str, str]] = [
