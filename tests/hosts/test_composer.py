@@ -110,6 +110,7 @@ class ComposerHost:
     }
     losses = "metrics/eval/CrossEntropy", "metrics/eval_raw/CrossEntropy"
     uncounted = ("tok", "iter")
+    known_late = uncounted
     golden = """
         init before_load after_load fit_start iteration_start
         epoch_start batch_start batch_end batch_checkpoint

@@ -109,6 +109,7 @@ class IgniteHost:
     }
     losses = "loss", "raw_loss"
     uncounted = ("sp", "tok", "sec", "iter")
+    known_late = ()
     golden = """
         init fit_start
         epoch_start batch_end

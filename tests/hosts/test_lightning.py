@@ -154,6 +154,7 @@ class LightningHost:
     }
     losses = "loss", "raw_loss"
     uncounted = ("sp", "tok", "sec", "iter")
+    known_late = ()
     golden = """
         init fit_start
         epoch_start batch_end

@@ -70,6 +70,7 @@ class NativeHost:
     lacks: Mapping[str, str] = {}
     losses = "eval/loss", "eval_raw/loss"
     uncounted = ("tok", "iter")
+    known_late = uncounted
     golden = """
         init before_load after_load fit_start iteration_start
         epoch_start batch_start batch_end batch_checkpoint

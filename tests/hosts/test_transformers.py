@@ -111,6 +111,7 @@ class TransformersHost:
     lacks: Mapping[str, str] = {}
     losses = "eval_loss", "eval_raw_loss"
     uncounted = ("tok", "sec", "iter")
+    known_late = ()
     golden = """
         init fit_start
         epoch_start batch_start batch_end batch_start batch_end epoch_end eval_start eval_end save_start save_end

@@ -156,6 +156,7 @@ class Host(Protocol):
 
     lacks: ClassVar[Mapping[str, str]]
     uncounted: ClassVar[Collection[str]]  # units that are not counted where ``Plan.counted`` is False
+    known_late: ClassVar[Collection[str]]  # those of them of which this is known only when training begins
     losses: ClassVar[tuple[str, str] | None]  # the names of the loss of the average and of the training weights
     golden: ClassVar[str]  # events of two epochs of two steps, with an evaluation and a checkpoint at the end of each
 
@@ -391,7 +392,9 @@ class HostContract:
         probe = Probe(net)
 
         def train() -> None:
-            self.host.session(net, algorithm, tmp_path, plan).fit()
+            session = self.host.session(net, algorithm, tmp_path, plan)
+            if unit not in self.host.uncounted or unit in self.host.known_late:
+                session.fit()
 
         if unit not in self.host.uncounted:
             if unit == "sec":

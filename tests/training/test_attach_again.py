@@ -366,6 +366,16 @@ def test_attach_counts_only_the_units_that_it_was_given(model, optimizer, option
         attach(EMA("4ba", **options), model, optimizer, max_duration="100sp")
 
 
+def test_a_share_of_a_run_whose_length_fit_gets_is_known_then(model, optimizer) -> None:
+    data = [(torch.ones(2, 4), torch.ones(2, 2))] * 4
+    ema = EMA("2ba", ema_start="0.5dur")
+    trainer = Trainer(model, data, optimizers=optimizer, algorithms=ema, loss=nn.functional.mse_loss)
+    trainer.fit(duration="2ep")
+    assert ema.num_updates == 4
+    with pytest.raises(TimeError, match="tok for ema_start='4tok'"):
+        Trainer(model, data, optimizers=optimizer, algorithms=EMA(ema_start="4tok"), loss=nn.functional.mse_loss)
+
+
 def test_a_recorders_interval_must_be_counted_too(model, optimizer, tmp_path) -> None:
     with pytest.raises(TimeError, match="the loop must count tok for interval='4tok'"):
         attach(Recorder(tmp_path, interval="4tok"), model, optimizer)
