@@ -20,6 +20,7 @@ from polyak.training.loop import Loop
 from polyak.training.sizes import BatchSizes
 from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
+from polyak.training.uncountable import refuse_uncountable
 
 
 class _Logger:
@@ -79,7 +80,7 @@ class Averaging:
         self.algorithms = as_algorithms(algorithms)
         self._sizes = BatchSizes(num_samples, num_tokens)
         self._loop = Loop(self.algorithms, LoopState(model), _Logger(trainer), counts=self._sizes.units)
-        self._loop.refuse_uncountable()
+        refuse_uncountable(self.algorithms, self._sizes.units)
         self._loop.meet()
         self._optimizer = optimizer
         self._accumulates = gradient_accumulation_steps

@@ -23,6 +23,7 @@ from polyak.trainer.options import Options
 from polyak.trainer.saver import CheckpointSaver
 from polyak.trainer.step import Step
 from polyak.training import rng
+from polyak.training.uncountable import refuse_uncountable
 
 # Entries that are ignored together: without the clock a new epoch begins, random numbers are ignored as a whole.
 _WITH = {"timestamp": ("drawn", "evaluated_at"), "rng": ("epoch_rng", "data_rng"), "model": ("training_model",)}
@@ -62,7 +63,8 @@ class Checkpoints:
             ArgumentError: If ``autoresume`` does not know where checkpoints are.
         """
         if self._state.max_duration is None:
-            self._loop.refuse_uncountable()  # `fit` gets the length, and asks again
+            # `fit` gets the length, and asks again.
+            refuse_uncountable(self._loop.algorithms, self._loop.counts)
         else:
             self._loop.refuse_uncounted()
         self._loop.meet()

@@ -18,13 +18,11 @@ from polyak.training.saved import check_saved
 from polyak.training.second import warn_of_second_average
 from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
-from polyak.training.uncountable import refuse_uncountable
+from polyak.training.uncountable import refuse_unmoved
 from polyak.training.uncounted import Uncounted
 
 # Where a warning of weights that moved without a counted step is not too late.
 _CHECKED = frozenset({Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START, Event.FIT_END})
-# What every batch has some of, in a loop that counts it.
-_OF_BATCHES = frozenset({TimeUnit.SAMPLE, TimeUnit.TOKEN})
 
 
 class Listener(Protocol):
@@ -55,6 +53,7 @@ class Loop:
         algorithms: As given.
         state: As given.
         counts: The units that are counted.
+        uncounted: Warns of weights that move without a counted step; None before steps are counted.
     """
 
     def __init__(
@@ -72,10 +71,9 @@ class Loop:
         self.counts = set(counts)
         self._callbacks = callbacks
         self._logger = logger or NoLogger()
-        self._met = False
-        self._uncounted: Uncounted | None = None
+        self._met = self._clock_checked = False  # the latter after a batch has shown which units are counted
+        self.uncounted: Uncounted | None = None
         self._counted = 0  # batches since steps are counted
-        self._clock_checked = False  # whether a batch of this run has shown which units are counted
 
     # Events
 
@@ -103,9 +101,9 @@ class Loop:
         """
         if not self._met:
             self.meet()
-        if event is Event.BATCH_END:
-            if not self._clock_checked:
-                self._check_clock()
+        if event is Event.BATCH_END and not self._clock_checked:
+            self._clock_checked = True
+            refuse_unmoved(self.algorithms, self.state, self.counts)
         elif event is Event.FIT_START:
             self._clock_checked = False
             self.refuse_uncounted()
@@ -223,24 +221,6 @@ class Loop:
         for algorithm in self.algorithms:
             algorithm.refuse_uncounted(self.state, self.counts)
 
-    def refuse_uncountable(self) -> None:
-        """Refuse algorithms with times in a unit that no run of this loop counts, before one is known.
-
-        Raises:
-            TimeError: If there are any.
-            ProfileError: If a profile is in such a unit.
-        """
-        refuse_uncountable(self.algorithms, self.counts)
-
-    def _check_clock(self) -> None:
-        """Refuse, after the first batch, times in a unit of which that batch had none."""
-        self._clock_checked = True
-        before, now = self.state.previous_timestamp, self.state.timestamp
-        missing = {unit for unit in _OF_BATCHES & self.counts if now.get(unit) == before.get(unit)}
-        if missing and now.batch > before.batch:
-            for algorithm in self.algorithms:
-                algorithm.refuse_uncounted(self.state, self.counts - missing)
-
     def count(
         self, optimizer: object, after: Callable[[], object], first: Callable[[], object] | None = None
     ) -> StepHooks:
@@ -266,20 +246,12 @@ class Loop:
         Args:
             hooks: On the optimizer whose steps are counted; None if they are counted by hand.
         """
-        self._uncounted, self._counted = Uncounted(self.state.model, hooks), 0
-        if hooks is not None:
-            hooks.replaced = self.warn_of_uncounted
-
-    @property
-    def counted_by(self) -> StepHooks | None:
-        """The hooks by which steps are counted now; None if none do, or a caller counts."""
-        hooks = None if self._uncounted is None else self._uncounted.hooks
-        return hooks if hooks is not None and hooks.counting else None
+        self.uncounted, self._counted = Uncounted(self.state.model, hooks, self.warn_of_uncounted), 0
 
     def warn_of_uncounted(self) -> None:
         """Warn, once, if weights have moved and no step was counted."""
-        if self._uncounted is not None and len(self.algorithms):
-            self._uncounted.warn(self._counted)
+        if self.uncounted is not None and len(self.algorithms):
+            self.uncounted.warn(self._counted)
 
     # State
 
@@ -308,8 +280,8 @@ class Loop:
             algorithm.load_state_dict(own)
         length = self.state.timestamp.epoch_length
         self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)
-        if self._uncounted is not None and not self._counted:
-            self._uncounted.reset()
+        if self.uncounted is not None and not self._counted:
+            self.uncounted.reset()
 
 
 def _refuse_flat(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from weakref import WeakSet
 
 from polyak.errors import PlanWarning
 from polyak.tensors.slots import unwrap
+from polyak.training.steps import StepHooks
 
 if TYPE_CHECKING:
     from polyak.training.loop import Loop
@@ -52,5 +53,11 @@ def _swapping(loop: "Loop") -> list[object]:
 
 
 def _follow_same(loop: "Loop", other: "Loop") -> bool:
-    own, theirs = loop.counted_by, other.counted_by
+    own, theirs = _hooks(loop), _hooks(other)
     return own is not None and theirs is not None and own.overlaps(theirs)
+
+
+def _hooks(loop: "Loop") -> StepHooks | None:
+    """Return the hooks by which a loop counts steps now; None if none do, or a caller counts."""
+    hooks = None if loop.uncounted is None else loop.uncounted.hooks
+    return hooks if hooks is not None and hooks.counting else None

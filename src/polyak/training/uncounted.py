@@ -1,7 +1,7 @@
 """``Uncounted``: a warning about weights that move without a step that is counted."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,17 @@ class Uncounted:
     Args:
         model: In training, wrapped or not. Its weights are noted.
         hooks: On the optimizer whose steps are counted; None if they are counted by hand.
+        replaced: Called when another optimizer seems to have replaced it.
 
     Attributes:
         hooks: As given.
     """
 
-    def __init__(self, model: nn.Module, hooks: StepHooks | None) -> None:
+    def __init__(self, model: nn.Module, hooks: StepHooks | None, replaced: Callable[[], object]) -> None:
         self._model, self.hooks, self._warned = model, hooks, False
         self._before = _norms(model)
+        if hooks is not None:
+            hooks.replaced = replaced
 
     def reset(self) -> None:
         """Note the weights again: they were loaded."""
@@ -50,7 +53,7 @@ class Uncounted:
     def _message(self, counted: int) -> str | None:
         hooks = self.hooks
         if hooks is not None and hooks.others:
-            return replaced(hooks, counted)
+            return of_replaced(hooks, counted)
         moved = [name for name, norm in _norms(self._model, self._before.keys()).items() if self._differs(name, norm)]
         if not moved:
             return None
@@ -70,7 +73,7 @@ class Uncounted:
         return before.device == norm.device and not torch.equal(before.nan_to_num(), norm.nan_to_num())
 
 
-def replaced(hooks: StepHooks, counted: int) -> str:
+def of_replaced(hooks: StepHooks, counted: int) -> str:
     """Return the warning that another optimizer steps the parameters of the one whose steps are counted.
 
     Args:

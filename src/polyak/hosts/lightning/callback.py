@@ -44,17 +44,15 @@ class Averaging(Callback):
     Args:
         algorithms: One or several; one of them at most may swap an average in.
         eval_weights: ``"averaged"``; ``"raw"`` to evaluate and predict with the training weights; or ``"both"``: then
-            ``val_loss`` and all metrics with plain names are those of the average, which checkpoints have, and those of
-            the training weights are named ``raw_val_loss``. Or a list of the first two, one for each dataloader that
-            is validated or tested. It may be changed.
+            ``val_loss`` and other plain names are metrics of the average, which checkpoints have, and ``raw_val_loss``
+            of the training weights. Or a list of the first two, one for each dataloader. It may be changed.
         num_samples: Function of a batch: how many samples it has; needed for times in ``sp``.
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
         optimizer: Of several optimizers, the number of the one whose steps are counted.
 
     Raises:
         ArgumentError: If more than one algorithm swaps an average in, or ``eval_weights`` is none of its values.
-        TimeError: If a time of an algorithm is in a unit that is not counted.
-        ProfileError: If a profile is in such a unit.
+        TimeError: If a time is in a unit that is not counted, or ``ProfileError`` if that is a profile's.
     """
 
     def __init__(
@@ -139,24 +137,15 @@ class Averaging(Callback):
         """Begin to count steps."""
         assert self._loop is not None
         self._stop_counting()
-        self._set_lengths(trainer, pl_module)
+        _set_lengths(self._loop, trainer, pl_module)
         self._hooks = self._loop.count(trainer.optimizers[self._optimizer], self._after_step)
         self._sizes.take()
         self._loop.fire(Event.FIT_START)
 
-    def _set_lengths(self, trainer: Any, pl_module: Any) -> None:
-        assert self._loop is not None
-        state, batches = self._loop.state, trainer.num_training_batches
-        # In manual optimization only the model knows when it steps.
-        known = pl_module.automatic_optimization and math.isfinite(batches)
-        length = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
-        self._loop.set_epoch_length(length)
-        state.max_duration = _duration(trainer, length)
-
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin an epoch."""
         assert self._loop is not None
-        self._set_lengths(trainer, pl_module)
+        _set_lengths(self._loop, trainer, pl_module)
         self._loop.begin_epoch()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -312,6 +301,16 @@ def _surround_saving(trainer: Any, loop_now: Callable[[], Loop | None]) -> None:
             save(filepath, *args, **kwargs)
 
     trainer.save_checkpoint = save_checkpoint
+
+
+def _set_lengths(loop: Loop, trainer: Any, pl_module: Any) -> None:
+    """Set the lengths of an epoch and of the run, as far as they are known."""
+    batches = trainer.num_training_batches
+    # In manual optimization only the model knows when it steps.
+    known = pl_module.automatic_optimization and math.isfinite(batches)
+    length = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
+    loop.set_epoch_length(length)
+    loop.state.max_duration = _duration(trainer, length)
 
 
 def _duration(trainer: Any, epoch_length: int | None) -> Time | None:
