@@ -88,7 +88,8 @@ def test_a_smoothing_is_told_as_a_half_life_too(model, optimizer) -> None:
     with pytest.warns(
         PlanWarning, match=r"99.8% of it after 2 updates \(smoothing 0.999, a half-life of 692.8 updates"
     ):
-        attached.applied().__enter__()
+        with attached.applied():
+            pass
 
 
 @pytest.mark.parametrize(
@@ -189,6 +190,7 @@ def test_a_young_average_that_is_copied_or_exported_is_warned_of(model, optimize
             export_averaged(ema, model, tmp_path / "averaged")
         else:
             ema.get_ema_model(model if how == "get_ema_model" else loops.perceptron())
+    ema.get_training_model(model)
 
 
 def test_an_update_asks_nothing_of_the_age_of_an_average(model, optimizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,14 @@ class Uncounted:
     def _message(self, counted: int) -> str | None:
         hooks = self.hooks
         if hooks is not None and hooks.others:
-            return of_replaced(hooks, counted)
+            optimizer = hooks.optimizer
+            name = "the optimizer that was attached" if optimizer is None else type(optimizer).__name__
+            gone = ", which is gone," if optimizer is None else ""
+            return (
+                f"steps must be counted to be averaged: {counted} of {name}{gone} were, and since then {hooks.others} "
+                f"of {hooks.other}, which steps the same parameters, were not; attach the algorithm to that "
+                f"{hooks.other}, or {BY_HAND}"
+            )
         moved = [name for name, norm in _norms(self._model, self._before.keys()).items() if self._differs(name, norm)]
         if not moved:
             return None
@@ -71,23 +78,6 @@ class Uncounted:
     def _differs(self, name: str, norm: Tensor) -> bool:
         before = self._before[name]
         return before.device == norm.device and not torch.equal(before.nan_to_num(), norm.nan_to_num())
-
-
-def of_replaced(hooks: StepHooks, counted: int) -> str:
-    """Return the warning that another optimizer steps the parameters of the one whose steps are counted.
-
-    Args:
-        hooks: On the one whose steps are counted.
-        counted: How many were.
-    """
-    optimizer = hooks.optimizer
-    name = "the optimizer that was attached" if optimizer is None else type(optimizer).__name__
-    gone = ", which is gone," if optimizer is None else ""
-    return (
-        f"steps must be counted to be averaged: {counted} of {name}{gone} were, and since then {hooks.others} "
-        f"of {hooks.other}, which steps the same parameters, were not; attach the algorithm to that "
-        f"{hooks.other}, or {BY_HAND}"
-    )
 
 
 @torch.no_grad()
