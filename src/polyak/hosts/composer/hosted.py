@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composer.algorithms.ema import ema as composers
 from composer.core import Algorithm as ComposerAlgorithm
@@ -178,9 +178,11 @@ class EMA(Hosted):
         **options: As ``polyak.EMA``.
     """
 
-    @functools.wraps(polyak.averaging.ema.EMA.__init__)
     def __init__(self, *args: Any, eval_weights: EvalWeights = "averaged", **options: Any) -> None:
         super().__init__(polyak.averaging.ema.EMA(*args, **options), eval_weights=eval_weights)
+
+    if not TYPE_CHECKING:  # type checkers would take the other class for `self`
+        __init__ = functools.wraps(polyak.averaging.ema.EMA.__init__)(__init__)
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
         """Dispatch the event to the algorithm. An update by hand, outside of a fit, is made whether or not it is due.
@@ -221,9 +223,11 @@ class Recorder(Hosted):
         **options: As ``polyak.Recorder``.
     """
 
-    @functools.wraps(polyak.record.recorder.Recorder.__init__)
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(polyak.record.recorder.Recorder(*args, **options))
+
+    if not TYPE_CHECKING:  # type checkers would take the other class for `self`
+        __init__ = functools.wraps(polyak.record.recorder.Recorder.__init__)(__init__)
 
 
 def hosted_in(state: Any) -> list[Hosted]:
