@@ -366,7 +366,7 @@ def test_an_optimizer_that_replaces_one_whose_average_nobody_has_is_no_matter() 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         ema = attach(EMA("3ba"), model, optimizer)
         train(model, optimizer, steps=3)
-    assert ema.num_updates == 2
+    assert ema.average.num_updates == 2
 
 
 def test_optimizers_of_other_parameters_are_ignored() -> None:

@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from polyak.tensors import optimizers
@@ -53,19 +52,19 @@ class StepHooks:
     Attributes:
         others: The number of steps of other optimizers of the same tensors after the last step that counted.
         other: The name of the last of these optimizers.
-        replaced: Called when other optimizers step these tensors and the optimizer does not: in the first such step if
-            it no longer exists, else after many.
+        replaced: Called with another optimizer that steps these tensors while this one does not: in its first step if
+            this one no longer exists, else after many.
     """
 
     def __init__(
         self, optimizer: Optimizer, after: Callable[[], object], first: Callable[[], object] | None = None
     ) -> None:
         self.others, self.other = 0, ""
-        self.replaced: Callable[[], object] | None = None
+        self.replaced: Callable[[Optimizer], object] | None = None
         self._after, self._first = after, first
         self._optimizer = weakref.ref(optimizer)
-        # With references, since the id of a tensor that is gone may be that of another one now.
-        self._of = {id(tensor): weakref.ref(tensor) for tensor in tensors_of(optimizer)}
+        # Not weak references, with which torch cannot swap tensors. An id may be that of another tensor later.
+        self._of = {id(tensor) for tensor in tensors_of(optimizer)}
         self._call: _Call | None = None
         self._guarded = False  # whether the hook on all optimizers has just run for this step
         self._keeps_gradients = False  # whether its steps, as those of most optimizers, leave the gradients as they are
@@ -148,10 +147,10 @@ class StepHooks:
             self._guarded = True
             return
         first = (group["params"][0] for group in other.param_groups if group["params"])
-        if any(self._moves(tensor) for tensor in first):
+        if any(id(tensor) in self._of for tensor in first):
             self.others, self.other = self.others + 1, type(other).__name__
             if self.replaced is not None and self.others == (1 if self._optimizer() is None else _MANY):
-                self.replaced()
+                self.replaced(other)
 
     @property
     def counting(self) -> bool:
@@ -164,12 +163,7 @@ class StepHooks:
         Args:
             other: On that optimizer.
         """
-        theirs = (held() for held in other._of.values())  # noqa: SLF001
-        return any(tensor is not None and self._moves(tensor) for tensor in theirs)
-
-    def _moves(self, tensor: Tensor) -> bool:
-        held = self._of.get(id(tensor))
-        return held is not None and held() is tensor
+        return not self._of.isdisjoint(other._of)  # noqa: SLF001
 
     def remove(self) -> bool:
         """Stop calling; return whether that was not done before."""

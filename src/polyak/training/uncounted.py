@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from polyak.errors import PlanWarning
 from polyak.sharding import local
-from polyak.training.optimizer import BY_HAND
+from polyak.training.optimizer import BY_HAND, moves_parameters
 from polyak.training.steps import StepHooks
 
 
@@ -28,12 +29,17 @@ class Uncounted:
     def __init__(self, model: nn.Module, hooks: StepHooks | None, replaced: Callable[[], object]) -> None:
         self._model, self.hooks, self._warned = model, hooks, False
         self._before = _norms(model)
+        self._replaced = replaced
         if hooks is not None:
-            hooks.replaced = replaced
+            hooks.replaced = self._check
 
     def reset(self) -> None:
         """Note the weights again: they were loaded."""
         self._before = _norms(self._model)
+
+    def _check(self, other: Optimizer) -> None:
+        if moves_parameters(other, self._model):
+            self._replaced()
 
     def warn(self, counted: int) -> None:
         """Warn if weights have moved since the last step that was counted, as far as that can be seen.

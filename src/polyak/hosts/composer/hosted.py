@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from composer.algorithms.ema import ema as composers
 from composer.core import Algorithm as ComposerAlgorithm
+from torch.optim import Optimizer
 
 import polyak.averaging.ema
 import polyak.record.recorder
@@ -18,7 +19,7 @@ from polyak.events import Event
 from polyak.hosts.composer.clock import View
 from polyak.sharding import whole
 from polyak.training.evalweights import EvalWeights, eval_weights_of
-from polyak.training.optimizer import counted_optimizer
+from polyak.training.optimizer import counted_optimizer, moves_parameters
 from polyak.training.steps import StepHooks
 
 _OURS: Mapping[str, Event] = {event.value: event for event in Event}
@@ -140,7 +141,9 @@ class Hosted(ComposerAlgorithm):
     def _on_step(self) -> None:
         self._stepped = True
 
-    def _warn_of_replaced(self, hooks: StepHooks) -> None:
+    def _warn_of_replaced(self, hooks: StepHooks, other: Optimizer) -> None:
+        if not moves_parameters(other, self._view.model):
+            return
         warnings.warn(
             "steps must be counted to be averaged: those of the optimizer that the trainer had at the begin of fit() "
             f"are, and {hooks.others} of {hooks.other}, which steps the same parameters, were not; give the trainer "
