@@ -85,11 +85,11 @@ def test_an_average_that_was_warned_of_as_raw_is_not_warned_of_again_as_young(mo
 def test_a_smoothing_is_told_as_a_half_life_too(model, optimizer) -> None:
     attached = attach(EMA(smoothing=0.999), model, optimizer)
     train(model, optimizer, 3)
-    with pytest.warns(
-        PlanWarning, match=r"99.8% of it after 2 updates \(smoothing 0.999, a half-life of 692.8 updates"
+    with (
+        pytest.warns(PlanWarning, match=r"99.8% of it after 2 updates \(smoothing 0.999, a half-life of 692.8 updates"),
+        attached.applied(),
     ):
-        with attached.applied():
-            pass
+        pass
 
 
 @pytest.mark.parametrize(
