@@ -526,7 +526,7 @@ def put(manifest: dict, path: str, value: object) -> None:
         ("pins", {"a": {"files": [], "path": "/tmp/x"}}),
         ("pins", {"a": {"files": "x", "path": None}}),
         ("pins", []),
-        ("version", 2),
+        ("version", 3),
         ("version", None),
         ("format", "other"),
         ("per_level", 0),

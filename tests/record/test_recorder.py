@@ -192,7 +192,8 @@ def test_files_stay_as_long_as_a_kept_checkpoint_refers_to_them_and_no_longer(tm
     trainer(tmp_path, keep=2).fit()
     record, folder = Record(tmp_path / "record"), tmp_path / "record"
     on_disk = {path.name for path in folder.glob("*.safetensors")}
-    needed = {s.file for s in record.segments}
+    assert record.raw is not None
+    needed = {s.file for s in (*record.segments, record.raw)}
     for path in (tmp_path / "checkpoints").iterdir():
         states = [state for name, state in torch.load(path, weights_only=True)["algorithms"] if name == "Recorder"]
         needed |= {s["file"] for state in states for s in json.loads(state["record"])["stretches"]}
@@ -200,7 +201,7 @@ def test_files_stay_as_long_as_a_kept_checkpoint_refers_to_them_and_no_longer(tm
     pins = json.loads((folder / "manifest.json").read_text())["pins"]
     assert needed <= on_disk
     assert len(pins) <= 3
-    assert on_disk == {s.file for s in record.segments}.union(*(pin["files"] for pin in pins.values()))
+    assert on_disk == {s.file for s in (*record.segments, record.raw)}.union(*(pin["files"] for pin in pins.values()))
 
 
 def test_without_paths_the_files_of_the_last_two_states_stay(tmp_path) -> None:
@@ -224,7 +225,9 @@ def test_a_record_that_is_there_is_not_written_over(tmp_path) -> None:
     with (loop := Loop(short(tmp_path))).attached:
         loop.run(10)
     before = segments(tmp_path)
-    with pytest.raises(RecordError, match=r"has a record of 10 updates already.*resume it from its checkpoint, .*overwrite"):
+    with pytest.raises(
+        RecordError, match=r"has a record of 10 updates already.*resume it from its checkpoint, .*overwrite"
+    ):
         Loop(short(tmp_path)).run(1)
     assert segments(tmp_path) == before
 

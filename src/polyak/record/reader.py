@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from polyak.errors import RecordError
 from polyak.profiles import Profile
 from polyak.record.files import Box, SegmentFile, check_content, check_size, full_box, hash_in, open_segment
 from polyak.record.fitting import Fit, error_estimate, finest, fit, warn_of_error
@@ -37,6 +38,7 @@ class Record:
         tensors: What is kept of each tensor, by name.
         aliases: Further names of tied tensors, and the name that each is kept under.
         max_duration: The length of the run, if that was known.
+        raw: Where the raw weights at the end of the record are kept; None if it has none. ``raw_weights`` reads them.
 
     Raises:
         RecordError: If there is no record, or its manifest is wrong.
@@ -63,6 +65,7 @@ class Record:
         self.tensors: Mapping[str, TensorInfo] = manifest.tensors
         self.aliases: Mapping[str, str] = manifest.aliases
         self.max_duration: Time | None = manifest.max_duration
+        self.raw: Segment | None = manifest.raw
         self._products = list[list[float]]()  # of the first segments; see ``Products``
         self._verified = set[Path]()
 
@@ -180,17 +183,40 @@ class Record:
             with replacing(path) as temporary:
                 write_tensors(temporary, infos, read, metadata)
 
+    def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
+        """Return the raw weights at the end of the record by name, bit for bit, in the model's dtypes.
+
+        Args:
+            device: For the result; None for the CPU.
+
+        Raises:
+            RecordError: If the record has none, or a file is missing, truncated, damaged or foreign.
+        """
+        if self.raw is None:
+            raise RecordError(
+                f"a record keeps the raw weights once its run has ended without an error, and {self.folder} has none: "
+                "the run has not ended so, or an earlier version of polyak recorded it; take them from a checkpoint"
+            )
+        averaged = {name: info for name, info in self.tensors.items() if info.averaged}
+        result: dict[str, Tensor] = {}
+        with open_segment(self.folder, self.raw, averaged, self._verified) as raw, self.open(self.segments[-1]) as last:
+            for name in self.tensors:
+                # A copy: what is read is backed by the file, which a resumed run deletes.
+                result[name] = (raw if name in averaged else last).read(name).clone().to(device)
+        return result | {alias: result[name] for alias, name in self.aliases.items()}
+
     def verify(self) -> None:
         """Compare all files, also those that are kept for checkpoints, with the hashes in the manifest.
 
         Raises:
             RecordError: If one differs.
         """
-        for segment in self.segments:
+        current = [*self.segments, *filter(None, [self.raw])]
+        for segment in current:
             check_size(self.folder, segment)
         # Reading the manifest verifies it too. The name of a pinned file has the beginning of its hash.
         pinned = load_manifest(self.folder).files
-        hashes = {name: hash_in(name) for name in pinned} | {one.file: one.sha256 for one in self.segments}
+        hashes = {name: hash_in(name) for name in pinned} | {one.file: one.sha256 for one in current}
         for name, sha256 in sorted(hashes.items()):
             check_content(self.folder, name, sha256)
 

@@ -127,10 +127,10 @@ class Recording:
                 self._agree(self._mean)
             self._end_segment(now)
 
-    def _end_segment(self, now: Timestamp) -> None:
+    def _end_segment(self, now: Timestamp, *, with_raw: bool = False) -> None:
         if self._mean is not None and self.queue.appender is not None:
             self._num_quarantined = self._mean.warn_of_quarantine(self._num_quarantined)
-        self.queue.end_segment(now, self._mean)
+        self.queue.end_segment(now, self._mean, with_raw=with_raw)
 
     def end(self) -> None:
         """Close at the end of a run, if a record is open."""
@@ -152,9 +152,10 @@ class Recording:
         try:
             if not self._fitting and not roles.follows:
                 self._open_record()
-            if queue.open.count:
+            if queue.open.count or self._fitting:
                 run(lambda: queue.wait(warn=True))
-                self._end_segment(self._clock.now(self.state.timestamp))
+                # After the run the model may hold other weights than those where the segment ends.
+                self._end_segment(self._clock.now(self.state.timestamp), with_raw=self._fitting)
             run(queue.wait)
         finally:
             self._release()

@@ -17,7 +17,7 @@ from polyak.record.folder import RecordFolder, check_tensors
 from polyak.record.manifest import MANIFEST, Edge, Manifest, Pin, Segment
 from polyak.record.output import OneFile, Output
 from polyak.sharding import Communicator, OneProcess, local
-from polyak.storage.safetensors import TensorInfo, disk_errors
+from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, disk_errors
 from polyak.time import Time
 
 
@@ -99,6 +99,11 @@ class Writer:
     stretches = segments  # its earlier name
 
     @property
+    def raw(self) -> Segment | None:
+        """The raw weights that the record holds, if it holds them; see ``keep_raw``."""
+        return self._manifest.raw
+
+    @property
     def pins(self) -> Mapping[str, Pin]:
         """What is kept for checkpoints, by name."""
         return self._manifest.pins
@@ -138,12 +143,39 @@ class Writer:
             # What is merged is compared with its hash first, so that damage does not get into a file with a new hash.
             segment = self._write(_given(tensors), tensors, start, end, level=0)
             segments = self._merge([*manifest.segments, segment], tensors)
-            self._commit(replace(manifest, segments=tuple(segments)))
+            # The raw weights were those where the record ended before.
+            self._commit(replace(manifest, segments=tuple(segments), raw=None))
         return segment
+
+    def keep_raw(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep the raw weights where the last segment ends, until the next segment is appended.
+
+        After an error the same call may be made again.
+
+        Args:
+            weights: Those of the tensors that are averaged, each in the dtype in which it is kept. On any device.
+                Several ranks give sharded tensors.
+
+        Raises:
+            RecordError: If the record has no segment, or the disk refuses.
+            MismatchError: If the tensors are not the averaged ones of the record.
+            ShardingError: If another rank has failed.
+        """
+        if not self.segments:
+            raise RecordError(f"raw weights must follow a segment, and {self.folder} has none: append one first")
+        averaged = {name: info for name, info in self._manifest.tensors.items() if info.averaged}
+        check_tensors(averaged, weights)
+        kept = {name: replace(info, dtype=_own_dtype(weights[name])) for name, info in averaged.items()}
+        end = self.segments[-1].end
+        with self._cleaning(f"adding the raw weights to {self.folder}"):
+            # Another object than for segments: it plans once, and these are other tensors.
+            raw = self._write(_given(weights), weights, end, end, level=0, infos=kept, output=_output(self._ranks))
+            self._commit(replace(self._manifest, raw=raw))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``rewind`` needs, as plain containers. ``pin`` it, or later merges may delete the files."""
-        return {"stretches": [segment.to_plain() for segment in self.segments]}
+        raw = None if self.raw is None else self.raw.to_plain()
+        return {"stretches": [segment.to_plain() for segment in self.segments], "raw": raw}
 
     def rewind(self, state: Mapping[str, Any]) -> None:
         """Make the record what it was when ``state_dict`` was called.
@@ -156,11 +188,12 @@ class Writer:
         """
         entries = state["stretches"]
         segments = tuple(Segment.from_plain(one, f"stretches[{i}]") for i, one in enumerate(entries))
-        if segments == self.segments:
+        raw = None if state.get("raw") is None else Segment.from_plain(state["raw"], "raw")
+        if segments == self.segments and raw == self.raw:
             return
-        self._ranks.on_rank_0(lambda: self._check_sizes(segments))
+        self._ranks.on_rank_0(lambda: self._check_sizes([*segments, *filter(None, [raw])]))
         with self._cleaning(f"rewinding {self.folder}"):
-            self._commit(replace(self._manifest, segments=segments))
+            self._commit(replace(self._manifest, segments=segments, raw=raw))
 
     def _check_sizes(self, segments: Sequence[Segment]) -> None:
         try:
@@ -183,7 +216,7 @@ class Writer:
             RecordError: If the disk refuses.
         """
         relative = None if path is None else Path(os.path.relpath(path, self.folder)).as_posix()
-        pin = Pin(tuple(segment.file for segment in self.segments), relative)
+        pin = Pin(self._manifest.current_files, relative)
         self._set_pins({**self.pins, name: pin})
 
     def unpin(self, name: str) -> None:
@@ -249,9 +282,20 @@ class Writer:
 
             yield read
 
-    def _write(self, source: Source, like: Mapping[str, Tensor], start: Edge, end: Edge, *, level: int) -> Segment:
+    def _write(
+        self,
+        source: Source,
+        like: Mapping[str, Tensor],
+        start: Edge,
+        end: Edge,
+        *,
+        level: int,
+        infos: Mapping[str, TensorInfo] | None = None,
+        output: Output | None = None,
+    ) -> Segment:
         metadata = {"format": "pt", "polyak.updates": f"{start.updates}-{end.updates}"}
-        written = self._output.write(self.folder, self._manifest.tensors, like, source, metadata)
+        infos, output = infos or self._manifest.tensors, output or self._output
+        written = output.write(self.folder, infos, like, source, metadata)
         segment = Segment(start, end, level, written.size_bytes, written.sha256, written.sharded)
         return self._ranks.on_rank_0(lambda: self._files.name(written, segment))
 
@@ -272,7 +316,7 @@ class Writer:
                 yield
         except BaseException:
             if self._ranks.rank == 0 and (found := self._files.clean_after_an_error()) is not None:
-                self._manifest = replace(self._manifest, segments=found.segments, pins=found.pins)
+                self._manifest = replace(self._manifest, segments=found.segments, pins=found.pins, raw=found.raw)
             raise
 
 
@@ -297,6 +341,10 @@ def _output(ranks: Communicator) -> Output:
     from polyak.record.shards import ShardFiles  # noqa: PLC0415  importing DCP takes as long as half of torch
 
     return ShardFiles(ranks)
+
+
+def _own_dtype(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype if tensor.dtype in DTYPE_NAMES else torch.float32
 
 
 @contextmanager
