@@ -40,8 +40,8 @@ def export_averaged(
         model: The one in training, as it was given to the loop. The average is swapped in while writing.
         folder: A new or empty folder. It gets all files or none.
         max_file_bytes: The largest size of a file that holds more than one tensor.
-        overwrite: Whether an earlier export in ``folder`` is replaced, once the new one is complete. A folder with other
-            files is refused all the same: they would be lost.
+        overwrite: Whether an earlier export in ``folder`` is replaced, once the new one is complete. A folder with
+            other files is refused all the same: they would be lost.
 
     Raises:
         FileExistsError: If ``folder`` is not empty, and with ``overwrite`` if it has more than an earlier export.

@@ -81,6 +81,14 @@ class SegmentFile:
         self._tensors = tensors
         self._stored = stored
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which this segment keeps a tensor.
+
+        Args:
+            name: The tensor's name.
+        """
+        return self._stored[name][0].dtype if self._stored[name] else self._tensors[name].dtype
+
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """Return a tensor, backed by the file if it is in one file: do not write to it.
 
@@ -99,8 +107,7 @@ class SegmentFile:
         found = [(one, common) for one in stored if (common := _common(one.box, box)) is not None]
         if len(found) == 1:
             return _slice(*found[0], name)
-        dtype = stored[0].dtype if stored else info.dtype
-        result = torch.empty([side.stop - side.start for side in box], dtype=dtype)
+        result = torch.empty([side.stop - side.start for side in box], dtype=self.dtype(name))
         for one, common in found:
             result[_seen_from(common, box)] = _slice(one, common, name)
         return result

@@ -130,7 +130,7 @@ class SegmentQueue:
         self._waited_s += time.perf_counter() - began
         if warn and waited_before <= _PATIENCE_S < self._waited_s:
             warnings.warn(
-                f"training has waited {self._waited_s:.1f} s for the disk: a segment of {self._interval or 'T/512'} "
+                f"training has waited {self._waited_s:.1f} s for the disk: a segment of {self._interval or 'T/1024'} "
                 f"ends before the last is in {self._folder}; take a longer interval, a faster disk, or a 16-bit dtype",
                 PlanWarning,
                 stacklevel=3,

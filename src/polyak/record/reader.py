@@ -108,7 +108,7 @@ class Record:
             at: The moment of the average, counted from the start of the run, which must be the end of a segment; None
                 for the last.
             device: For the result; None for the CPU.
-            dtype: For the tensors that are averaged; None for float32.
+            dtype: For the tensors that are averaged; None for float32, and float64 where the record keeps that.
 
         Raises:
             ProfileError: If the record does not resolve the profile.
@@ -289,7 +289,7 @@ class Products:
 def _averaged_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     if not info.averaged or info.dtype.is_complex:
         return info
-    return replace(info, dtype=dtype or torch.float32)
+    return replace(info, dtype=dtype or (torch.float64 if info.dtype == torch.float64 else torch.float32))
 
 
 @torch.no_grad()

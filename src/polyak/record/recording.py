@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from polyak.averaging.weights import Shadow
@@ -69,6 +70,8 @@ class Recording:
             self._agree(self._mean)
             roles.refuse_seconds(interval, state.max_duration)
         roles.run(self._open_record)
+        if roles.several is not None:  # ranks that only count must count the segments of the record that rank 0 resumes
+            self._settings = replace(self._settings, interval=roles.several.from_rank_0(self._settings.interval))
         self._fitting = True
         if self.queue.num_updates == 0:
             self.queue.open = OpenSegment(Edge(0, state.timestamp))
@@ -214,7 +217,8 @@ class Recording:
         own = self.queue.appender.writer if self.queue.appender else None
         writer = own or self._settings.writer(mean, state, roles.separate())  # after the run it is opened once more
         try:
-            return json.dumps(pinned(writer, state.saving_to, self.queue.num_updates))
+            plain = pinned(writer, state.saving_to, self.queue.num_updates)
+            return json.dumps({**plain, **self._settings.to_resume()})
         finally:
             if own is None:
                 writer.close()
@@ -235,6 +239,7 @@ class Recording:
             self._mean.load_state_dict(state["mean"])
             self._num_quarantined = self._mean.num_quarantined
             self._loaded = state["record"]
+            self._settings = self._settings.resumed(json.loads(state["record"]))
         self._clock.ahead = dict(state.get("ahead", {}))
         self._fitted = False
         start = dict(state["start"])

@@ -16,6 +16,7 @@ from polyak.record.files import Box, Read, Source, check_size, open_segment
 from polyak.record.folder import RecordFolder, check_tensors
 from polyak.record.manifest import MANIFEST, Edge, Manifest, Pin, Segment
 from polyak.record.output import OneFile, Output
+from polyak.record.precision import narrow, shard_of, widened
 from polyak.sharding import Communicator, OneProcess, local
 from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, disk_errors
 from polyak.time import Time
@@ -141,7 +142,8 @@ class Writer:
             start = last  # the same moment, which a loop may by now call the start of the next epoch
         with self._cleaning(f"adding a segment to {self.folder}"):
             # What is merged is compared with its hash first, so that damage does not get into a file with a new hash.
-            segment = self._write(_given(tensors), tensors, start, end, level=0)
+            infos = self._infos(tensors)
+            segment = self._write(_given(tensors), tensors, start, end, level=0, infos=infos)
             segments = self._merge([*manifest.segments, segment], tensors)
             # The raw weights were those where the record ended before.
             self._commit(replace(manifest, segments=tuple(segments), raw=None))
@@ -262,10 +264,47 @@ class Writer:
         level = 0
         while (i := due([segment.level for segment in segments], level, self._manifest.per_level)) is not None:
             older, newer = segments[i], segments[i + 1]
-            merged = self._write(self._mean(older, newer), like, older.start, newer.end, level=older.level + 1)
+            infos = self._merged_infos(older, newer, like)
+            source = self._mean(older, newer)
+            merged = self._write(source, like, older.start, newer.end, level=older.level + 1, infos=infos)
             segments = [*segments[:i], merged, *segments[i + 2 :]]
             level += 1
         return segments
+
+    def _infos(self, tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+        """Return how a new segment keeps its tensors."""
+        infos = self._manifest.tensors
+        names = narrow(infos)
+        if not names or not self.segments:
+            return widened(infos, names, lambda name: local(tensors[name]), lambda _: None, self._ranks)
+        newest = self.segments[-1]
+        # Damage in the segment before would change at most how this one is kept: no hash is needed.
+        with open_segment(self.folder, newest, infos, set(check_size(self.folder, newest))) as before:
+            return widened(
+                infos,
+                names,
+                lambda name: local(tensors[name]),
+                lambda name: shard_of(before.read, name, tensors[name]),
+                self._ranks,
+            )
+
+    def _merged_infos(
+        self, older: Segment, newer: Segment, like: Mapping[str, Tensor]
+    ) -> Mapping[str, TensorInfo] | None:
+        """Return how the mean of two segments keeps its tensors: in float16 where both do, or it is enough now."""
+        infos = self._manifest.tensors
+        if not (names := narrow(infos)):
+            return infos
+        with open_segment(self.folder, older, infos) as old, open_segment(self.folder, newer, infos) as new:
+            wide = [name for name in names if torch.float32 in (old.dtype(name), new.dtype(name))]
+            with self._mean(older, newer) as read:
+                return widened(
+                    infos,
+                    wide,
+                    lambda name: _or_empty(shard_of(read, name, like[name])),
+                    lambda name: shard_of(old.read, name, like[name]),
+                    self._ranks,
+                )
 
     @contextmanager
     def _mean(self, older: Segment, newer: Segment) -> Iterator[Read]:
@@ -341,6 +380,10 @@ def _output(ranks: Communicator) -> Output:
     from polyak.record.shards import ShardFiles  # noqa: PLC0415  importing DCP takes as long as half of torch
 
     return ShardFiles(ranks)
+
+
+def _or_empty(shard: Tensor | None) -> Tensor:
+    return torch.empty(0) if shard is None else shard
 
 
 def _own_dtype(tensor: Tensor) -> torch.dtype:
