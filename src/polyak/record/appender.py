@@ -93,7 +93,10 @@ class Appender:
         try:
             if ended.end.updates > ended.start.updates:
                 self.writer.append(ended.tensors, ended.start, ended.end)
-                ended.tensors, ended.start = {}, ended.end  # if the rest fails, only the rest is tried again
+                ended.tensors, ended.start = (
+                    dict[str, Tensor](),
+                    ended.end,
+                )  # if the rest fails, only the rest is tried again
             if ended.raw is not None:
                 self.writer.keep_raw(ended.raw)
             ended.written = True

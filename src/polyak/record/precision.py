@@ -15,7 +15,7 @@ from polyak.storage.safetensors import TensorInfo
 # What rounding may lose: of the distance to the mean before, so that the error of an average, which is relative to a
 # larger distance and a mean over segments, stays well below it; and of the norm of the first mean, which has none
 # before it. The second is what float16 loses at most of numbers in its normal range.
-MOST_OF_DISTANCE = 1 / 32
+MOST_OF_DISTANCE = 1 / 8
 MOST_OF_NORM = 2**-11
 _CHUNK = 1 << 20  # numbers that are compared together
 
