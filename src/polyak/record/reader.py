@@ -92,7 +92,7 @@ class Record:
     def average(
         self,
         profile: Profile,
-        at: Time | str | None = None,
+        at: Time | str | int | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -118,7 +118,7 @@ class Record:
     def averages(
         self,
         profiles: Iterable[Profile],
-        at: Time | str | Sequence[Time | str | None] | None = None,
+        at: Time | str | int | Sequence[Time | str | int | None] | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -203,7 +203,7 @@ class Record:
         self._keep(products)
         return results
 
-    def error(self, profile: Profile, at: Time | str | None = None) -> float:
+    def error(self, profile: Profile, at: Time | str | int | None = None) -> float:
         """Estimate the error of ``average``, in units of |last weights - average|.
 
         It is an estimate and not a bound; show it doubled. The first call, of this or of ``average``, reads the record
@@ -221,7 +221,12 @@ class Record:
         return self._error_of(self._fit(profile, at))
 
     def export(
-        self, profile: Profile, path: str | Path, at: Time | str | None = None, *, dtype: torch.dtype | None = None
+        self,
+        profile: Profile,
+        path: str | Path,
+        at: Time | str | int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Write the average to a safetensors file, with its profile, moment and error in the file's metadata.
 
@@ -302,7 +307,7 @@ class Record:
         for name, sha256 in sorted(hashes.items()):
             check_content(self.folder, name, sha256)
 
-    def _fit(self, profile: Profile, at: Time | str | None) -> Fit:
+    def _fit(self, profile: Profile, at: Time | str | int | None) -> Fit:
         return fit(profile, self.segments, at, max_duration=self.max_duration)
 
     def _error_of(self, fitted: Fit) -> float:

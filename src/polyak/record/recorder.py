@@ -78,7 +78,7 @@ class Recorder(Algorithm):
     def __init__(
         self,
         folder: str | Path,
-        interval: str | Time | None = None,
+        interval: str | Time | int | None = None,
         per_level: int | None = 4,
         *,
         dtype: torch.dtype | None = None,
@@ -89,7 +89,7 @@ class Recorder(Algorithm):
         if per_level is not None and per_level < 1:
             raise RecordError(f"per_level must be at least 1, or None to merge nothing (got {per_level!r})")
         self.folder = Path(folder).absolute()
-        self.interval = None if interval is None else as_span("interval", interval, above=0)
+        self.interval = None if interval is None else as_span("interval", interval, above=0, steps=True)
         shown = f"Recorder('{folder}', interval={self.interval}, per_level={per_level})"
         self._settings = Settings(self.folder, self.interval, per_level, dtype, device, policy, shown, overwrite)
         self._recording: Recording | None = None
