@@ -165,7 +165,18 @@ _MODULES = {
 _MOVED = {"dispatch": "algorithm", "State": "events"}
 _WINGS = frozenset(
     {
-        *("algorithm", "averaging", "background", "compat", "errors", "events", "export", "hosts", "kernels", "profiles"),
+        *(
+            "algorithm",
+            "averaging",
+            "background",
+            "compat",
+            "errors",
+            "events",
+            "export",
+            "hosts",
+            "kernels",
+            "profiles",
+        ),
         *("record", "sharding", "storage", "sweeping", "tensors", "time", "trainer", "training"),
     }
 )

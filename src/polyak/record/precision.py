@@ -13,8 +13,8 @@ from polyak.sharding import Communicator, is_sharded, local, offset
 from polyak.storage.safetensors import TensorInfo
 
 # What rounding may lose: of the distance to the mean before, so that the error of an average, which is relative to a
-# larger distance and a mean over segments, stays well below it; and of the norm of the first mean, which has none
-# before it. The second is what float16 loses at most of numbers in its normal range.
+# larger distance and a mean over segments, stays well below it; and of the norm of the mean. The second is what
+# float16 loses at most of numbers in its normal range.
 MOST_OF_DISTANCE = 1 / 8
 MOST_OF_NORM = 2**-11
 _CHUNK = 1 << 20  # numbers that are compared together
@@ -49,24 +49,28 @@ def widened(
         return dict(tensors)
     found = [number for name in names for number in _losses(mean(name), before(name))]
     totals = iter(ranks.totals(*found))
-    lost = {name: (next(totals), next(totals)) for name in names}
-    wide = {name for name, (loss, most) in lost.items() if loss > most}
+    lost = {name: (next(totals), next(totals), next(totals)) for name in names}
+    wide = {name for name, (loss, *limits) in lost.items() if loss > min(limits)}
     return {name: replace(info, dtype=torch.float32) if name in wide else info for name, info in tensors.items()}
 
 
 @torch.no_grad()
-def _losses(mean: Tensor, before: Tensor | None) -> tuple[float, float]:
-    """Return the squares of what rounding to float16 loses, and of what it may lose."""
-    lost = most = 0.0
+def _losses(mean: Tensor, before: Tensor | None) -> tuple[float, float, float]:
+    """Return the squares of what rounding to float16 loses, and of what it may lose by the norm and the distance."""
+    lost = norm = distance = 0.0
     flat = mean.detach().cpu().reshape(-1)
     reference = [None] * len(flat.split(_CHUNK)) if before is None else before.reshape(-1).split(_CHUNK)
     for chunk, other in zip(flat.split(_CHUNK), reference, strict=True):
         exact = chunk.double()  # in which no square of a float32 overflows
         loss = (chunk.half() - exact).square()
         lost += float(loss.nan_to_num(nan=0.0, posinf=torch.inf).sum())  # a number beyond float16 loses infinity
-        distance = exact if other is None else exact - other
-        most += float(distance.square().nan_to_num(nan=0.0, posinf=0.0).sum())
-    return lost, most * (MOST_OF_NORM if before is None else MOST_OF_DISTANCE) ** 2
+        norm += _square(exact)
+        distance += torch.inf if other is None else _square(exact - other)
+    return lost, norm * MOST_OF_NORM**2, distance * MOST_OF_DISTANCE**2
+
+
+def _square(tensor: Tensor) -> float:
+    return float(tensor.square().nan_to_num(nan=0.0, posinf=0.0).sum())
 
 
 def shard_of(read: Read, name: str, like: Tensor) -> Tensor | None:

@@ -103,7 +103,11 @@ class Handle(ABC):
         average = self.average
         if not average.ema_started:
             counted = self.loop.state.timestamp.batch.value
-            start = f"the first update after {in_words(average.ema_start)}" if average.ema_start.value else "the first update"
+            start = (
+                f"the first update after {in_words(average.ema_start)}"
+                if average.ema_start.value
+                else "the first update"
+            )
             raise LoanError(
                 f"averaging must have begun before there is an average ({counted} steps were counted, and it begins "
                 f"with {start}); train until then"

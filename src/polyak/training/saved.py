@@ -42,5 +42,7 @@ def _found(state: Any) -> str:
         return "got the state of an optimizer); give it to optimizer.load_state_dict(...)"
     inner = [str(key) for key, value in state.items() if isinstance(value, Mapping) and "algorithms" in value]
     if inner:
-        return f"got a checkpoint in which that is under {inner[0]!r}); give ema.load_state_dict(checkpoint[{inner[0]!r}])"
+        return (
+            f"got a checkpoint in which that is under {inner[0]!r}); give ema.load_state_dict(checkpoint[{inner[0]!r}])"
+        )
     return f"got the keys {keys or 'of nothing'}); save ema.state_dict(), and load that"
