@@ -132,7 +132,7 @@ def _metric(swept: Swept, sweeps: Sequence[Swept] = ()) -> go.Figure:
     figure.add_scatter(
         **_hovered(on_line, lambda point: _value(swept, point)),
         y=[swept.value(point) for point in on_line],
-        error_y=_bars([swept.margins(point) for point in on_line]),
+        error_y=_bars([swept.differs_by(point) for point in on_line]),
         mode="lines+markers",
         line={"color": LIGHT["averaged"], "width": 2.5},
         marker={"color": LIGHT["averaged"], "size": 8},
@@ -142,7 +142,7 @@ def _metric(swept: Swept, sweeps: Sequence[Swept] = ()) -> go.Figure:
         figure.add_scatter(
             **_hovered(others, lambda point: _value(swept, point)),
             y=[swept.value(point) for point in others],
-            error_y=_bars([swept.margins(point) for point in others]),
+            error_y=_bars([swept.differs_by(point) for point in others]),
             mode="markers",
             marker=_hollow(9),
             name="other profiles",

@@ -28,8 +28,8 @@ def _metric(sweeps: Sequence[Swept]) -> str:
     caption += "slider, or click a point."
     if any(not point.on_line for point in swept.points):
         caption += " Hollow: other profiles, at the median age of what they average."
-    if any(swept.margins(point) for point in swept.points):
-        caption += " Bars: 95 % intervals over the examples; averages whose bars overlap may still differ, or not."
+    if any(swept.differs_by(point) for point in swept.points):
+        caption += " Bars: 95 % intervals of the difference from the best average, over the same examples."
     if len(sweeps) > 1:
         caption += " Thin lines: the other moments or records."
     values = "; ".join(f"{point.result.name} {written(swept, swept.value(point))}" for point in swept.points)
@@ -103,11 +103,14 @@ def table(sweeps: Sequence[Swept]) -> str:
     intervals = any(one.margins(point) for one in sweeps for point in one.points)
     names = [*first.metrics, *(["95 % interval"] if intervals else []), "error", "distance"]
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    rows = list[str]()
+    rows, folders = list[str](), set[str]()
     for one in sweeps:
         if len(sweeps) > 1:
             rows.append(f'<tr class=part><th scope="rowgroup" colspan={len(names) + 1}>{escape(one.label)}</th></tr>')
-        rows += [_row(one, result, first.metrics, intervals=intervals) for result in one.others]
+        # Other weights are those of the end of the run, whatever the moment of the averages.
+        others = () if one.folder in folders else one.others
+        folders.add(one.folder)
+        rows += [_row(one, result, first.metrics, intervals=intervals) for result in others]
         rows += [_row(one, point.result, first.metrics, intervals=intervals) for point in one.points]
     return (
         '<section><div class="scroll" tabindex="0" role="region" aria-label="All results"><table>'

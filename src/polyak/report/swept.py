@@ -9,6 +9,7 @@ from itertools import pairwise
 from polyak.errors import PlanWarning
 from polyak.record import Fit, Record, fit
 from polyak.sweeping import Result, best
+from polyak.sweeping.examples import interval
 from polyak.time import TimeUnit
 
 # Points per segment of the record at which the curve of a profile is computed.
@@ -173,15 +174,30 @@ class Swept:
         margin = 0.15 * (high - low) or 0.1 * abs(high) or 1.0
         return low - margin, high + margin
 
+    def differs_by(self, point: Point) -> tuple[float, float] | None:
+        """Return how far the 95 % interval of the difference from the best average reaches, below and above it.
+
+        It is paired, over the same examples: far shorter than that of the metric. None without examples, and for the
+        best average itself.
+
+        Args:
+            point: The average.
+        """
+        best = self.points[self.best]
+        values, of_best = (one.result.examples.get(self.metric, ()) for one in (point, best))
+        if point is best or len(values) != len(of_best):
+            return None
+        differences = [value - other for value, other in zip(values, of_best, strict=True)]
+        bounds, mean = interval(differences), self.value(point) - self.value(best)
+        return None if bounds is None else (mean - bounds[0], bounds[1] - mean)
+
     @property
     def near_range(self) -> tuple[float, float] | None:
-        """The limits of an axis that shows the half of the averages nearest to the best; None if all are near it."""
+        """The limits of an axis that shows two thirds of the averages, those nearest the best; None if all are near it."""
         best = self.value(self.points[self.best])
         values = sorted((self.value(p) for p in self.points if self.known(p)), key=lambda value: abs(value - best))
-        near = values[: len(values) // 2 + 1]
-        margins = [self.margins(point) for point in self.points if self.known(point) and self.value(point) in near]
-        reach = max((max(one) for one in margins if one is not None), default=0.0)
-        low, high = min(near) - reach, max(near) + reach
+        near = values[: 2 * len(values) // 3 + 1]
+        low, high = min(near), max(near)
         margin = 0.3 * (high - low)
         if not margin or max(values) - min(values) < _FAR * (high - low + 2 * margin):
             return None

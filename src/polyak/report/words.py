@@ -52,13 +52,17 @@ def written(swept: Swept, value: float) -> str:
         scale = next((one for one in far[len(far) // 2 :] if one > 0), 0.0)
     if not math.isfinite(value) or not math.isfinite(scale) or scale <= 0:
         return measured(value)
-    decimals = 1 - math.floor(math.log10(scale))
+    known = [swept.value(point) for point in swept.points] + [
+        one.metrics.get(swept.metric, 0.0) for one in swept.others
+    ]
+    exact = max(_decimals(measured(one)) for one in known if math.isfinite(one))
+    decimals = min(1 - math.floor(math.log10(scale)), exact)
     digits = decimals + 1 + math.floor(math.log10(abs(value))) if value else 1
-    exact = measured(value)
-    if not 0 < digits <= 7 or decimals > 7:
-        return exact
-    text = f"{value:.{max(0, decimals)}f}"
-    return exact if float(exact) == value and len(exact) < len(text) else text
+    return f"{value:.{max(0, decimals)}f}" if 0 < digits <= 7 and decimals <= 7 else measured(value)
+
+
+def _decimals(text: str) -> int:
+    return len(text.partition(".")[2]) if "e" not in text else 7
 
 
 def number(value: float) -> str:

@@ -34,7 +34,7 @@ def require_pictures() -> None:
         )
 
 
-def numbers(results: SweepResult, moment: Time | None | EllipsisType = ...) -> Swept:
+def numbers(results: SweepResult, moment: Time | EllipsisType | None = ...) -> Swept:
     """Return the numbers that the report shows of an end moment.
 
     Args:
