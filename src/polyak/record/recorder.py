@@ -46,8 +46,8 @@ class Recorder(Algorithm):
         per_level: How many segments of one length are kept: 4 is exact to about 0.5 %, 8 to 0.2 % with half as many
             files again. None merges nothing, for averages that end anywhere in the run.
         dtype: Of the files: float32, float16 or bfloat16. None takes float64 for tensors of that dtype, and float16 for
-            the others. In a segment in which float16 would lose more than an eighth of a tensor's distance from the segment
-            before, or a value is beyond its range, that tensor is kept in float32. Complex tensors keep their dtype.
+            the others. A tensor is kept in float32 in a segment in which float16 would lose more than an eighth of its
+            distance from the segment before, or a value is beyond its range. Complex tensors keep their dtype.
         device: Where the running mean is kept; None for the device of the model.
         policy: Which tensors are averaged and which keep the last value of each segment; the rest are not recorded.
         overwrite: Whether a record that exists in ``folder`` is replaced when a run begins: it is deleted, with the

@@ -23,7 +23,7 @@ def page(swept: Swept, *others: Swept, about: Provenance | None = None, notes: S
 
     Args:
         swept: The numbers of the sweep that is shown first.
-        others: Those of the same record at other moments, or of other records.
+        *others: Those of the same record at other moments, or of other records.
         about: Where the page comes from; None for nothing about it.
         notes: Further sentences about the result.
     """
@@ -203,7 +203,7 @@ def _about(swept: Swept, about: Provenance | None) -> str:
     if swept.batchnorm:
         parts.append("The statistics of BatchNorm layers were recomputed for each average, but not for other weights.")
     paragraphs = "".join(f'<p class="quiet">{escape(part)}</p>' for part in parts)
-    rows = [] if about is None else about.rows
+    rows = list[tuple[str, str]]() if about is None else about.rows
     origin = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in rows)
     origin = f'<h2>How this page was made</h2><dl class="origin">{origin}</dl>' if rows else ""
     return f"<section>{_command(swept)}{paragraphs}{origin}</section>"

@@ -193,7 +193,7 @@ class Swept:
 
     @property
     def near_range(self) -> tuple[float, float] | None:
-        """The limits of an axis that shows two thirds of the averages, those nearest the best; None if all are near it."""
+        """The limits of an axis that shows the two thirds of the averages nearest the best; None if all are near."""
         best = self.value(self.points[self.best])
         values = sorted((self.value(p) for p in self.points if self.known(p)), key=lambda value: abs(value - best))
         near = values[: 2 * len(values) // 3 + 1]
