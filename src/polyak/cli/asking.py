@@ -32,12 +32,14 @@ def open_record(folder: Path) -> "Record":
         folder: The folder.
 
     Raises:
-        UsageError: If the manifest is not a file, or is far too large.
+        UsageError: If it is a file, or the manifest is not a file, or is far too large.
         RecordError: If there is no record, or it is not valid.
     """
     from polyak.record import Record
     from polyak.record.manifest import MANIFEST
 
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"RECORD must be a folder ({folder} is a file); give the folder that a Recorder wrote")
     manifest = folder / MANIFEST
     if manifest.exists() and not (manifest.is_file() and manifest.stat().st_size <= _MOST_MANIFEST_BYTES):
         raise UsageError(

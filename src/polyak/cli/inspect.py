@@ -23,7 +23,7 @@ JSON = {
     "record": "the folder",
     "from, to": "the part of the run: updates, and each unit that the run counted; null without a segment",
     "max_duration": "the planned length of the run; null if it was not known",
-    "segments": "how many segments there are, as in stretches, the earlier name",
+    "segments": "how many segments there are",
     "in_parts": "how many of them have one file per rank",
     "per_level": "how many segments of a length are kept before two are merged; null: all",
     "levels": "a list with an object for each length of segments",

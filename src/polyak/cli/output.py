@@ -24,7 +24,7 @@ def written(*sentences: str) -> str:
     """Return sentences as lines for the terminal, each on a line of its own.
 
     Args:
-        sentences: Control characters, which names from files can have, are escaped.
+        *sentences: Control characters, which names from files can have, are escaped.
     """
     return "\n".join(wrapped(printable(one), terminal_width()) for one in sentences)
 

@@ -101,7 +101,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="evaluate everything anew, as after a change of the data; a change of the function's source is noticed",
+        help="evaluate everything again, as after a change of the data; a change of the function's source is noticed",
     )
 
 

@@ -26,9 +26,8 @@ class HeldRecord(Record):
     """
 
     def __init__(self, record: Record, stack: ExitStack) -> None:
-        super().__init__(record.folder)
-        self.segments = record.segments
-        self.max_duration = record.max_duration
+        vars(self).update(vars(record))  # what it was, and not what the manifest says now
+        self._verified = set()
         self._stack = stack
         self._held: dict[str, SegmentFile] = {}
 
