@@ -88,7 +88,7 @@ def test_what_is_merged_is_in_float16_again_where_that_is_enough(tmp_path) -> No
     torch.testing.assert_close(record.average(Uniform())["w"], walk.mean(0), rtol=1e-3, atol=1e-3)
 
 
-def test_numbers_that_are_not_finite_are_kept_as_they_are(tmp_path) -> None:
+def test_nan_and_inf_are_kept_as_they_are(tmp_path) -> None:
     mean = torch.tensor([1.0, torch.nan, torch.inf])
     record = written(tmp_path, [mean, 2 * mean])
     assert dtypes(record) == [F16, F16]

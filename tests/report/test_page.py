@@ -298,7 +298,7 @@ def test_the_same_numbers_give_the_same_files(run, results) -> None:
     assert render(sweep_figure(first), "svg") == render(sweep_figure(second), "svg")
 
 
-def test_digits_are_those_that_tell_averages_near_the_best_apart(run) -> None:
+def test_digits_are_those_that_distinguish_averages_near_the_best(run) -> None:
     def shown(values, examples=()):
         results = [
             Result(

@@ -148,10 +148,10 @@ class Record:
             >>> from polyak.record import Edge, Writer
             >>> from polyak.time import Timestamp
             >>> edges = [Edge(n, Timestamp().to_next_batch(steps=n)) for n in range(4)]
-            >>> with Writer("run", {"weight": TensorInfo(torch.float32, (1,), averaged=True)}) as writer:
+            >>> with Writer("three", {"weight": TensorInfo(torch.float32, (1,), averaged=True)}) as writer:
             ...     for start, end in zip(edges, edges[1:]):
             ...         segment = writer.append({"weight": torch.tensor([float(end.updates)])}, start, end)
-            >>> [average["weight"].item() for average in Record("run").averages([Window("3ba"), Window("1ba")])]
+            >>> [average["weight"].item() for average in Record("three").averages([Window("3ba"), Window("1ba")])]
             [2.0, 3.0]
         """
         asked = list(profiles)

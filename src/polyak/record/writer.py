@@ -8,16 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from polyak.errors import RecordError
-from polyak.record.files import Box, Read, Source, check_size, open_segment
+from polyak.record.files import Source, check_size
 from polyak.record.folder import RecordFolder, check_tensors
 from polyak.record.manifest import MANIFEST, Edge, Manifest, Pin, Segment
+from polyak.record.merging import given, kept_as, mean_of, merged_as, own_dtype
 from polyak.record.output import OneFile, Output
-from polyak.record.precision import narrow, shard_of, widened
-from polyak.sharding import Communicator, OneProcess, local
+from polyak.sharding import Communicator, OneProcess
 from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, disk_errors
 from polyak.time import Time
 
@@ -48,6 +47,7 @@ class Writer:
         ShardingError: If another rank has failed, keeps other tensors or does not see the same folder.
 
     Example:
+        >>> import torch
         >>> tensors = {"weight": TensorInfo(torch.float32, (2,), averaged=True)}
         >>> from polyak.time import Timestamp
         >>> start, end = Edge(0, Timestamp()), Edge(1, Timestamp().to_next_batch())
@@ -142,8 +142,9 @@ class Writer:
             start = last  # the same moment, which a loop may by now call the start of the next epoch
         with self._cleaning(f"adding a segment to {self.folder}"):
             # What is merged is compared with its hash first, so that damage does not get into a file with a new hash.
-            infos = self._infos(tensors)
-            segment = self._write(_given(tensors), tensors, start, end, level=0, infos=infos)
+            newest = manifest.segments[-1] if manifest.segments else None
+            infos = kept_as(self.folder, manifest.tensors, newest, tensors, self._ranks)
+            segment = self._write(given(tensors), tensors, start, end, level=0, infos=infos)
             segments = self._merge([*manifest.segments, segment], tensors)
             # The raw weights were those where the record ended before.
             self._commit(replace(manifest, segments=tuple(segments), raw=None))
@@ -167,11 +168,11 @@ class Writer:
             raise RecordError(f"raw weights must follow a segment, and {self.folder} has none: append one first")
         averaged = {name: info for name, info in self._manifest.tensors.items() if info.averaged}
         check_tensors(averaged, weights)
-        kept = {name: replace(info, dtype=_own_dtype(weights[name])) for name, info in averaged.items()}
+        kept = {name: replace(info, dtype=own_dtype(weights[name], DTYPE_NAMES)) for name, info in averaged.items()}
         end = self.segments[-1].end
         with self._cleaning(f"adding the raw weights to {self.folder}"):
             # Another object than for segments: it plans once, and these are other tensors.
-            raw = self._write(_given(weights), weights, end, end, level=0, infos=kept, output=_output(self._ranks))
+            raw = self._write(given(weights), weights, end, end, level=0, infos=kept, output=_output(self._ranks))
             self._commit(replace(self._manifest, raw=raw))
 
     def state_dict(self) -> dict[str, Any]:
@@ -264,62 +265,12 @@ class Writer:
         level = 0
         while (i := due([segment.level for segment in segments], level, self._manifest.per_level)) is not None:
             older, newer = segments[i], segments[i + 1]
-            infos = self._merged_infos(older, newer, like)
-            source = self._mean(older, newer)
+            infos = merged_as(self.folder, self._manifest.tensors, (older, newer), like, self._ranks)
+            source = mean_of(self.folder, self._manifest.tensors, older, newer)
             merged = self._write(source, like, older.start, newer.end, level=older.level + 1, infos=infos)
             segments = [*segments[:i], merged, *segments[i + 2 :]]
             level += 1
         return segments
-
-    def _infos(self, tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-        """Return how a new segment keeps its tensors."""
-        infos = self._manifest.tensors
-        names = narrow(infos)
-        if not names or not self.segments:
-            return widened(infos, names, lambda name: local(tensors[name]), lambda _: None, self._ranks)
-        newest = self.segments[-1]
-        # Damage in the segment before would change at most how this one is kept: no hash is needed.
-        with open_segment(self.folder, newest, infos, set(check_size(self.folder, newest))) as before:
-            return widened(
-                infos,
-                names,
-                lambda name: local(tensors[name]),
-                lambda name: shard_of(before.read, name, tensors[name]),
-                self._ranks,
-            )
-
-    def _merged_infos(
-        self, older: Segment, newer: Segment, like: Mapping[str, Tensor]
-    ) -> Mapping[str, TensorInfo] | None:
-        """Return how the mean of two segments keeps its tensors: in float16 where both do, or it is enough now."""
-        infos = self._manifest.tensors
-        if not (names := narrow(infos)):
-            return infos
-        with open_segment(self.folder, older, infos) as old, open_segment(self.folder, newer, infos) as new:
-            wide = [name for name in names if torch.float32 in (old.dtype(name), new.dtype(name))]
-            with self._mean(older, newer) as read:
-                return widened(
-                    infos,
-                    wide,
-                    lambda name: _or_empty(shard_of(read, name, like[name])),
-                    lambda name: shard_of(old.read, name, like[name]),
-                    self._ranks,
-                )
-
-    @contextmanager
-    def _mean(self, older: Segment, newer: Segment) -> Iterator[Read]:
-        infos = self._manifest.tensors
-        with open_segment(self.folder, older, infos) as old, open_segment(self.folder, newer, infos) as new:
-
-            def read(name: str, box: Box | None) -> Tensor:
-                if not infos[name].averaged:
-                    return new.read(name, box)
-                exact = torch.complex128 if infos[name].dtype.is_complex else torch.float64
-                total = old.read(name, box).to(exact).mul_(older.num_updates)
-                total.add_(new.read(name, box), alpha=newer.num_updates)
-                return total.div_(older.num_updates + newer.num_updates)
-
-            yield read
 
     def _write(
         self,
@@ -380,17 +331,3 @@ def _output(ranks: Communicator) -> Output:
     from polyak.record.shards import ShardFiles  # noqa: PLC0415  importing DCP takes as long as half of torch
 
     return ShardFiles(ranks)
-
-
-def _or_empty(shard: Tensor | None) -> Tensor:
-    return torch.empty(0) if shard is None else shard
-
-
-def _own_dtype(tensor: Tensor) -> torch.dtype:
-    return tensor.dtype if tensor.dtype in DTYPE_NAMES else torch.float32
-
-
-@contextmanager
-def _given(tensors: Mapping[str, Tensor]) -> Iterator[Read]:
-    # The box that this rank is asked for is its local shard.
-    yield lambda name, _: local(tensors[name])
