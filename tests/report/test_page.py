@@ -260,7 +260,7 @@ def test_the_words_name_the_best_average_and_compare_it(run) -> None:
     values = iter([5.0, 3.0, 2.0, 4.0])
     results = sweep(run, lambda _: next(values), [HalfLife(f"{n}ba") for n in (4, 8, 16)], refine=0)
     numbers = swept(run, [*results, Result("raw", None, {"value": 1.5}), Result("online", None, {"value": 2.5})])
-    assert headline(numbers) == "Best: half-life 8ba, with value 2"
+    assert headline(numbers) == "Best: half-life 8ba, with value 2.0"
     assert compared(numbers) == (
         "Lowest of 4 averages of the record my <run>. For comparison: raw weights 1.5, online EMA 2.5. No average of "
         "the record is better than the raw weights."

@@ -80,6 +80,8 @@ def combine(  # noqa: PLR0917  one pass, with all that it needs
     for box in _boxes(info.shape, _CHUNK // (len(files) + 2 * len(results))):
         needed = [products is not None or any(weights) for weights in zip(*coefficients, strict=True)]
         means = [file.read(name, box) if one else None for file, one in zip(files, needed, strict=True)]
+        if len(results) > 1:  # each number is converted once, and not for each average
+            means = [mean if mean is None else mean.to(_exact(mean)) for mean in means]
         for weights, result in zip(coefficients, results, strict=True):
             target = result if box is None else result[box]
             target.copy_(cast(name, _sum(means, weights, target), result.dtype))
@@ -87,8 +89,12 @@ def combine(  # noqa: PLR0917  one pass, with all that it needs
             products.add_means([mean for mean in means if mean is not None])
 
 
+def _exact(tensor: Tensor) -> torch.dtype:
+    return torch.complex128 if tensor.is_complex() else torch.float64
+
+
 def _sum(means: Sequence[Tensor | None], weights: Sequence[float], like: Tensor) -> Tensor:
-    total = torch.zeros(like.shape, dtype=torch.complex128 if like.is_complex() else torch.float64)
+    total = torch.zeros(like.shape, dtype=_exact(like))
     for mean, weight in zip(means, weights, strict=True):
         if weight and mean is not None:
             total.add_(mean, alpha=weight)
