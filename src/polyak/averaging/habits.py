@@ -132,7 +132,7 @@ def explained(example: str, instead: Mapping[str, str]) -> Callable[[Callable[P,
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
-                _refuse(str(error), signature, args, kwargs, example, instead)
+                _refuse(str(error), signature, args, kwargs, example=example, instead=instead)
             return function(*args, **kwargs)
 
         return call
@@ -145,6 +145,7 @@ def _refuse(
     signature: inspect.Signature,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    *,
     example: str,
     instead: Mapping[str, str],
 ) -> NoReturn:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from polyak.errors import PolyakError
+from polyak.printable import printable
 from polyak.profiles import Profile, named
 from polyak.storage.atomic import flush
 from polyak.storage.lock import Lock
@@ -92,6 +93,10 @@ def best(results: Sequence[Result], metric: str | None = None, *, maximize: bool
     return (max if maximize else min)(found, key=lambda one: value_of(one, metric))
 
 
+def _shown(line: bytes) -> str:
+    return printable(line[:60].decode(errors="replace"))
+
+
 def _either(names: Iterable[str]) -> str:
     return " or ".join(", ".join(names).rsplit(", ", 1))
 
@@ -142,7 +147,7 @@ class Kept:
                 self._lines.append({"key": plain["key"], **plain})
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise EvaluationError(
-                    f"line {number} of {path} must be a result of a sweep (got {line[:60]!r}); remove the line"
+                    f"line {number} of {path} must be a result of a sweep (got {_shown(line)}); remove the line"
                 ) from None
 
     def find(self, key: Mapping[str, Any], profile: Profile | None) -> tuple[Result, str | None] | None:
