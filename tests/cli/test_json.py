@@ -23,6 +23,7 @@ def build():
 """
 
 LINES = {
+    "average": "average model-1.pt model-2.pt -o averaged.safetensors",
     "convert": "convert a.pt -o converted.safetensors",
     "env": "env",
     "inspect": "inspect run",
@@ -37,6 +38,8 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record(tmp_path / "run", updates=64)
     (tmp_path / "evaluate.py").write_text(EVALUATE)
+    for n in (1, 2):
+        torch.save({"weight": torch.full((2,), float(n))}, tmp_path / f"model-{n}.pt")
     torch.save({"n_averaged": torch.tensor(3), "module.weight": torch.ones(2)}, tmp_path / "a.pt")
     yield tmp_path
     sys.modules.pop("polyak_user_evaluate", None)

@@ -13,14 +13,14 @@ from contextlib import nullcontext, redirect_stdout
 from functools import partial
 
 import polyak
-from polyak.cli import convert, demo, env, inspect, plan, reconstruct, sweep
+from polyak.cli import average, convert, demo, env, inspect, plan, reconstruct, sweep
 from polyak.cli.command import REFUSED, Command, UserCodeError, either
 from polyak.cli.messages import in_words, show_warning, tell, tell_traceback
 from polyak.cli.output import to_json
 from polyak.cli.parser import Formatter, Parser, meant
 from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
 
-COMMANDS: tuple[Command, ...] = (convert, demo, env, inspect, plan, reconstruct, sweep)
+COMMANDS: tuple[Command, ...] = (average, convert, demo, env, inspect, plan, reconstruct, sweep)
 
 _INTERRUPTED = 130  # 128 plus the number of SIGINT, as in shells
 _RESUMABLE = (demo.NAME, sweep.NAME)
@@ -32,9 +32,13 @@ examples:
 """
 
 
+def _summary() -> str:
+    return (polyak.__doc__ or "").partition("\n\n")[0]
+
+
 def _parser() -> Parser:
     parser = Parser(
-        prog="polyak", description=polyak.__doc__, epilog=_EPILOG, formatter_class=Formatter, allow_abbrev=False
+        prog="polyak", description=_summary(), epilog=_EPILOG, formatter_class=Formatter, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"polyak {polyak.__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", prog=parser.prog)
