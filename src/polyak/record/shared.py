@@ -19,21 +19,21 @@ class SharedManifest:
 
     Args:
         folder: The folder of the record, absolute.
-        wanted: The manifest of a new record.
         ranks: Those that write together.
 
     Attributes:
-        current: What the record is. Before ``open`` it is what is wanted.
+        current: What the record is. It is empty before ``open``.
     """
 
-    def __init__(self, folder: Path, wanted: Manifest, ranks: Communicator) -> None:
-        self.current = wanted
+    def __init__(self, folder: Path, ranks: Communicator) -> None:
+        self.current = Manifest({})
         self._files, self._ranks = RecordFolder(folder), ranks
 
-    def open(self, *, back_up: bool, overwrite: bool) -> None:
+    def open(self, wanted: Manifest, *, back_up: bool, overwrite: bool) -> None:
         """Lock the folder, begin a record there or open the one that exists, and check that all ranks see the same.
 
         Args:
+            wanted: The manifest of a new record. One that exists must keep the same tensors.
             back_up: As for ``Writer``.
             overwrite: As for ``Writer``.
 
@@ -42,7 +42,6 @@ class SharedManifest:
             MismatchError: As ``Writer``.
             ShardingError: If another rank has failed, wants another manifest or does not see the same folder.
         """
-        wanted = self.current
         self.current = self._ranks.on_rank_0(lambda: self._files.open(wanted, back_up=back_up, overwrite=overwrite))
         self._ranks.agree(f"the record in {self._files.path}", self._facts(wanted))
 

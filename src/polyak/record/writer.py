@@ -70,10 +70,10 @@ class Writer:
         self.folder = Path(folder).absolute()  # the program may change its directory
         self._ranks = ranks or OneProcess()
         self._output = _output(self._ranks)
-        wanted = Manifest(dict(tensors), per_level, max_duration, dict(aliases or {}))
-        self._shared = SharedManifest(self.folder, wanted, self._ranks)
+        self._shared = SharedManifest(self.folder, self._ranks)
         try:
-            self._shared.open(back_up=back_up, overwrite=overwrite)
+            wanted = Manifest(dict(tensors), per_level, max_duration, dict(aliases or {}))
+            self._shared.open(wanted, back_up=back_up, overwrite=overwrite)
         except BaseException:
             self.close()
             raise
