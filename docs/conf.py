@@ -1,0 +1,35 @@
+"""The site of the documentation: Sphinx reads the Markdown of this folder, and the docstrings of the package."""
+
+import polyak
+
+project = "polyak"
+author = "the polyak authors"
+release = polyak.__version__
+html_title = f"polyak {release}"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+source_suffix = {".md": "markdown"}
+myst_heading_anchors = 4  # links such as page.md#heading
+myst_enable_extensions = ["colon_fence"]
+
+html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["polyak.css"]
+html_copy_source = False
+html_show_copyright = False
+html_show_sphinx = False
+pygments_style = "friendly"
+pygments_dark_style = "github-dark"
+
+autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+# Nothing is fetched when the site is built, so names of other packages lead nowhere.
+nitpick_ignore_regex = [("py:.*", r"(?!polyak\.).*")]
