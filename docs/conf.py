@@ -1,5 +1,7 @@
 """The site of the documentation: Sphinx reads the Markdown of this folder, and the docstrings of the package."""
 
+from typing import Any
+
 import polyak
 
 project = "polyak"
@@ -31,5 +33,14 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-# Nothing is fetched when the site is built, so names of other packages lead nowhere.
-nitpick_ignore_regex = [("py:.*", r"(?!polyak\.).*")]
+# Nothing is fetched when the site is built: names of other packages lead nowhere, and those of private modules are not listed.
+nitpick_ignore_regex = [("py:.*", r"(?!polyak\.[A-Z]\w*$).*")]
+
+
+def _escape(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Let ``|x|`` in a docstring be a norm, not a substitution."""
+    lines[:] = [line.replace("|", "\\|") if "``" not in line else line for line in lines]
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", _escape)
