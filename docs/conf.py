@@ -1,5 +1,6 @@
 """The site of the documentation: Sphinx reads the Markdown of this folder, and the docstrings of the package."""
 
+import re
 from typing import Any
 
 import polyak
@@ -39,8 +40,14 @@ nitpick_ignore_regex = [("py:.*", r"(?!polyak\.[A-Z]\w*$).*")]
 
 def _escape(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Let ``|x|`` in a docstring be a norm, not a substitution."""
-    lines[:] = [line.replace("|", "\\|") if "``" not in line else line for line in lines]
+    lines[:] = [re.sub(r"(``.*?``)|\|", lambda found: found[1] or r"\|", line) for line in lines]
+
+
+def _download_results(app: object, page: str, text: list[str]) -> None:
+    """Let links to the results of benchmarks, which are no pages of the site, download them."""
+    text[0] = re.sub(r"\[([^]]*)\]\(([./]*/benchmarks/results/[\w.]+)\)", r"{download}`\1 <\2>`", text[0])
 
 
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", _escape)
+    app.connect("source-read", _download_results)
