@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check quick test docs fuzz sanitize format clean
+.PHONY: help demo check quick test docs fuzz sanitize dist format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,12 +54,36 @@ SANITIZED = POLYAK_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so) $$($${CC:-cc} -print-file-name=libstdc++.so)"
 MEMORY := tests/tensors/test_memory.py tests/tensors/test_fingerprint.py tests/averaging/test_weights.py tests/kernels/test_kernels.py
 
+dist: build/dist.stamp ## Build the source and the wheels for an index in dist/, and check them
+	rm -rf dist build/wheels
+	POLYAK_PURE=1 build/venv/bin/python -m build --no-isolation --outdir dist
+	tar -xf dist/*.tar.gz -C build --one-top-level=wheels --strip-components=1
+	build/venv/bin/python -m build --no-isolation --wheel --outdir build/wheels/dist build/wheels
+	$(REPAIR) build/wheels/dist/*.whl
+	build/venv/bin/twine check --strict dist/*
+	build/venv/bin/python tests/support/distribution.py dist $(VENV)
+
+# On Linux an index takes wheels only with the tag of the oldest glibc that serves.
+ifeq ($(shell uname -s),Linux)
+REPAIR := PATH=build/venv/bin:$$PATH build/venv/bin/auditwheel repair --wheel-dir dist
+else
+REPAIR := sh -c 'cp "$$@" dist' --
+endif
+
+# The tools alone: neither polyak nor torch.
+build/dist.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	build/venv/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dist"], sep="\n")' > build/requirements.txt
+	build/venv/bin/python -m pip install --quiet --constraint constraints.txt --requirement build/requirements.txt
+	touch $@
+
 format: $(VENV)/dev.stamp ## Format the code, and apply ruff's fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment and the tools' caches
-	rm -rf $(VENV) dist docs/_build .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 
 # Installs again only when one of these files has changed.
 $(VENV)/%.stamp: pyproject.toml constraints.txt tests/stubs/requirements.txt hatch_build.py $(wildcard src/polyak/kernels/*.[ch])

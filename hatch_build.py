@@ -1,6 +1,10 @@
-"""Compile the C kernel when the package is installed. Without a compiler, polyak uses torch's operations."""
+"""Compile the C kernel when a wheel is built. Without a compiler, polyak uses torch's operations.
+
+With ``POLYAK_PURE`` in the environment the wheel has no kernel and serves every system (``make dist``).
+"""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from sysconfig import get_platform
@@ -29,13 +33,15 @@ class KernelBuildHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         del version
-        if self.target_name != "wheel":
+        if self.target_name != "wheel" or os.environ.get("POLYAK_PURE"):
             return
         build = _load(Path(self.root) / _KERNELS / "build.py")
         try:
             library: Path = build.build()
         except (build.BuildError, OSError) as error:
-            self.app.display_warning(f"polyak goes without its C kernel, more slowly, with the same results: {error}")
+            self.app.display_warning(
+                f"polyak is built without its C kernel: averages on the CPU are slower, with the same bits ({error})"
+            )
             # One of another machine or of older sources would be no better than none.
             build.LIBRARY.unlink(missing_ok=True)
             return

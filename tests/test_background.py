@@ -1,5 +1,6 @@
 """The background thread: at most one exists, whatever interrupts its start or the waits for it."""
 
+import _thread
 import gc
 import subprocess
 import sys
@@ -52,21 +53,19 @@ def test_the_thread_ends_when_its_worker_is_freed() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_while_the_thread_starts_leaves_no_thread(monkeypatch, when) -> None:
-    real, started = threading.Thread.start, []
+    real, started, ended = _thread.start_new_thread, [], threading.Event()
 
-    def start(thread: threading.Thread) -> None:
+    def start(run, arguments) -> None:
         if when == "after":
-            real(thread)
-            started.append(thread)
+            started.append(real(lambda: (run(*arguments), ended.set()), ()))
         raise Interrupted
 
     with monkeypatch.context() as patches, suppress(Interrupted):
-        patches.setattr(threading.Thread, "start", start)
+        patches.setattr(_thread, "start_new_thread", start)
         Worker("a test")
     gc.collect()
-    for thread in started:
-        thread.join(END_S)
-        assert not thread.is_alive()
+    if started:
+        assert ended.wait(END_S)
     assert not running("a test")
 
 

@@ -65,6 +65,46 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path) -> None:
     assert (tmp_path / "model.safetensors").read_text() == "dear to somebody"
 
 
+def test_an_earlier_export_is_replaced_with_overwrite_in_one_step_and_nothing_else_is(tmp_path, monkeypatch) -> None:
+    model, ema = trained()
+    folder = tmp_path / "averaged"
+    export_averaged(ema, model, folder, max_file_bytes=8000, overwrite=True)  # where nothing is
+    assert len(list(folder.iterdir())) == 3
+    with pytest.raises(FileExistsError, match="replace an earlier export by overwrite=True"):
+        export_averaged(ema, model, folder)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("polyak.export.write_tensors", full)
+        with pytest.raises(OSError, match="No space"):
+            export_averaged(ema, model, folder, overwrite=True)
+    assert len(list(folder.iterdir())) == 3
+    export_averaged(ema, model, folder, overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["averaged"]
+
+
+@pytest.mark.parametrize("other", ["config.json", "my-model.safetensors"])
+def test_overwrite_refuses_a_folder_with_other_files_and_names_them(tmp_path, other) -> None:
+    model, ema = trained()
+    folder = tmp_path / "averaged"
+    export_averaged(ema, model, folder)
+    (folder / other).write_text("dear to somebody")
+    with pytest.raises(FileExistsError, match=rf"replaces an earlier export and nothing else .*{other}\): move"):
+        export_averaged(ema, model, folder, overwrite=True)
+    assert (folder / other).read_text() == "dear to somebody"
+
+
+def test_overwrite_refuses_a_file(tmp_path) -> None:
+    model, ema = trained()
+    (tmp_path / "averaged").write_text("dear to somebody")
+    with pytest.raises(FileExistsError, match="not a folder"):
+        export_averaged(ema, model, tmp_path / "averaged", overwrite=True)
+    assert (tmp_path / "averaged").read_text() == "dear to somebody"
+
+
 def test_a_model_with_a_sparse_tensor_in_its_state_dict_is_not_exported(tmp_path) -> None:
     model, ema = trained()
     model.register_buffer("cached", torch.eye(2).to_sparse(), persistent=False)

@@ -1,6 +1,7 @@
 """Each profile against its definition, the laws that hold for all of them, and the registry."""
 
 import math
+from random import Random
 
 import pytest
 import reference
@@ -8,7 +9,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from polyak import EMA, HalfLife, PowerFunction, ProfileError, Smoothing, Time, TimeError, Uniform, Warmup, Window
-from polyak.profiles import NamedProfile, Profile, forms, named, options, parse
+from polyak.profiles import Cooldown, NamedProfile, Profile, forms, named, options, parse
+from polyak.profiles.cooldown import SHAPES
 
 PROFILES = [
     HalfLife("10ba"),
@@ -29,6 +31,7 @@ PROFILES = [
     PowerFunction(sigma_rel=0.25),
     PowerFunction(gamma=0.0),
     PowerFunction(gamma=-0.5),
+    PowerFunction(half_life_fraction=0.05),
     Warmup(HalfLife("50ba")),
     Warmup(HalfLife("0ba")),
     Warmup(Smoothing(0.999)),
@@ -36,6 +39,9 @@ PROFILES = [
     Warmup(HalfLife("infba"), power=0.75, inv_gamma=20.0),
     Window("10ba"),
     Window("infba"),
+    *(Cooldown("10ba", shape) for shape in SHAPES),
+    Cooldown("infba", "1-sqrt"),
+    Cooldown("50ba", lambda x: (1 - x) ** 3),
     *(parse(name, form.example) for name, form in forms().items()),  # a new profile is tested without a line here
 ]
 moments = st.floats(0, 200) | st.integers(0, 200).map(float)
@@ -107,6 +113,16 @@ def test_sigma_rel_gives_the_published_gamma(sigma_rel, gamma) -> None:
     assert PowerFunction(sigma_rel=sigma_rel).exponent == pytest.approx(gamma, abs=0.005)
 
 
+@pytest.mark.parametrize("fraction", [0.01, 0.05, 0.3])
+@pytest.mark.parametrize("now", [10.0, 1e6])
+def test_a_half_life_fraction_is_the_share_of_the_time_so_far(fraction, now) -> None:
+    # The rate of forgetting at a moment is that of an exponential average with this half-life.
+    step = now * 1e-7
+    kept = PowerFunction(half_life_fraction=fraction).decay(now, now + step)
+    assert kept == pytest.approx(HalfLife(Time(fraction * now, "ba")).decay(0, step), rel=1e-9)
+    assert round(PowerFunction(half_life_fraction=0.05).exponent, 2) == 12.86
+
+
 @settings(deadline=None)
 @given(st.floats(0.005, 12**-0.5))
 def test_sigma_rel_is_the_standard_deviation_of_the_profile(sigma_rel) -> None:
@@ -138,6 +154,40 @@ def test_a_window_weights_its_moments_equally() -> None:
     assert [Window("20ba").decay(t, 10) for t in (0, 5, 10)] == [0, 0.5, 1]
 
 
+@settings(deadline=None)
+@given(
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.sampled_from([*SHAPES, lambda x: (1 - x) ** 3, lambda x: float(x < 0.5)]),
+    st.integers(0, 2**32),
+)
+def test_a_cooldown_is_the_run_whose_updates_are_scaled_by_the_falling_rate(steps, width, shape, seed) -> None:
+    random = Random(seed)
+    profile, rate = Cooldown(Time(width, "ba"), shape), SHAPES[shape] if isinstance(shape, str) else shape
+    updates = [random.gauss(0, 1) for _ in range(steps)]
+    weights, position = [], random.gauss(0, 1)
+    first, width = position, min(width, steps)
+    scaled = position
+    for t, update in enumerate(updates):
+        position += update
+        weights.append(position)
+        scaled += rate(max(0.0, (t - (steps - width)) / width)) * update
+    average = sum((profile.decay(t + 1, steps) - profile.decay(t, steps)) * one for t, one in enumerate(weights))
+    average += profile.decay(0, steps) * first
+    assert average == pytest.approx(scaled, rel=1e-12, abs=1e-12)
+
+
+def test_a_linear_cooldown_is_a_window() -> None:
+    for before in range(21):
+        assert Cooldown("7ba").decay(before, 20) == pytest.approx(Window("7ba").decay(before, 20))
+
+
+def test_a_cooldown_is_read_from_the_words_of_a_command_line() -> None:
+    assert parse("cooldown", "20%, 1-sqrt") == Cooldown("0.2dur", "1-sqrt")
+    assert parse("cooldown", "3ep") == Cooldown("3ep", "linear")
+    assert Cooldown("0.5ep", "cosine").describe() == "cooldown 0.5ep, cosine"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -148,8 +198,12 @@ def test_a_window_weights_its_moments_equally() -> None:
         (lambda: HalfLife("10"), "a time string is"),
         (lambda: Uniform("-1ba"), "a time string is"),
         (lambda: Window("0ba"), "window must be above 0"),
-        (PowerFunction, "exactly one of sigma_rel and gamma"),
-        (lambda: PowerFunction(0.1, 1.0), "exactly one of sigma_rel and gamma"),
+        (lambda: Cooldown("0ba"), "cooldown must be above 0"),
+        (lambda: Cooldown("9ba", "sqrt"), "shape must be one of linear, 1-sqrt, cosine, 1-square, or a function"),
+        (lambda: Cooldown("9ba", lambda x: x), "shape must be a function that falls from 1 at 0 to 0 at 1"),
+        (lambda: Cooldown("9ba", lambda x: 2 - x), "shape must be a function that falls from 1 at 0 to 0 at 1"),
+        (PowerFunction, "exactly one of sigma_rel, gamma and half_life_fraction"),
+        (lambda: PowerFunction(0.1, 1.0), "exactly one of sigma_rel, gamma and half_life_fraction"),
         (lambda: PowerFunction(sigma_rel=0.3), "sigma_rel must be above 0 and at most"),
         (lambda: PowerFunction(sigma_rel=math.nan), "sigma_rel must be above 0 and at most"),
         (lambda: PowerFunction(gamma=-1.0), "gamma must be above -1"),
@@ -184,7 +238,8 @@ def test_each_form_in_the_registry_parses_its_example(form) -> None:
 @pytest.mark.parametrize("profile", PROFILES, ids=repr)
 def test_the_options_of_a_profile_parse_to_the_same_profile(profile) -> None:
     if profile.options is None:
-        assert isinstance(profile, Warmup) or profile.sigma_rel is None
+        own_function = isinstance(profile, Cooldown) and callable(profile.shape)
+        assert own_function or isinstance(profile, Warmup) or profile.sigma_rel is None
         return
     option, value, *unbiased = profile.options.split()
     again = parse(option.removeprefix("--"), value)

@@ -141,7 +141,7 @@ def check_one_swaps(swapping: Sequence[object]) -> None:
     if len(swapping) > 1:
         raise ArgumentError(
             "a model can hold one average at a time, so there can be one algorithm that swaps one in (got "
-            f"{list(swapping)}); to compare averages, attach them to separate runs"
+            f"{list(swapping)}); to compare averages, give each its own loop or attach(), or record the run by a Recorder"
         )
 
 
@@ -157,10 +157,13 @@ def check_algorithms(algorithms: Sequence[object]) -> None:
     for one in algorithms:
         if isinstance(one, Algorithm):
             continue
-        kind, advice = type(one), "derive from polyak.Algorithm"
         if isinstance(one, type):
-            advice = "call the class, with parentheses"
-        elif any(cls.__module__.partition(".")[0] == "composer" for cls in kind.__mro__):
+            raise ArgumentError(
+                f"algorithms must be instances of polyak.Algorithm (got the class {one.__name__}); create one, with "
+                f"parentheses: {one.__name__}(...)"
+            )
+        kind, advice = type(one), "derive from polyak.Algorithm"
+        if any(cls.__module__.partition(".")[0] == "composer" for cls in kind.__mro__):
             advice = f"this one is for Composer's trainer: `from polyak import {kind.__name__}` for any other loop"
         raise ArgumentError(
             f"algorithms must be instances of polyak.Algorithm (got {one!r} of {kind.__module__}.{kind.__qualname__}); "

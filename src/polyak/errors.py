@@ -15,6 +15,14 @@ class ArgumentError(PolyakError, ValueError):
     """An argument that is not what it must be; the message names it."""
 
 
+class CallError(ArgumentError, TypeError):
+    """A call with an argument that the function does not have, or without one that it needs."""
+
+
+class AbsentError(PolyakError, AttributeError):
+    """An attribute that does not exist; the message says what there is instead."""
+
+
 class FixedError(PolyakError, AttributeError):
     """An attribute that was assigned and cannot be changed."""
 

@@ -1,16 +1,20 @@
 """Export of the averaged weights to safetensors files, which any tool reads."""
 
 import json
-from collections.abc import Callable
-from contextlib import suppress
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from polyak.averaging.agreement import agree_on_plain
 from polyak.averaging.ema import EMA
-from polyak.errors import CheckpointError
+from polyak.averaging.habits import kind_of
+from polyak.errors import ArgumentError, CheckpointError
 from polyak.sharding import Communicator, Ranks, communicator_of, local, refuse_stage
 from polyak.storage.atomic import new_folder, put, remove, temporary_path
 from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, write_tensors
@@ -19,9 +23,27 @@ from polyak.tensors.slots import all_slots
 Read = Callable[[list[str]], dict[str, Tensor]]
 # In the temporary folder: what all ranks write, and rank 0 reads.
 _SHARDS = "shards"
+# What an export consists of.
+_EXPORTED = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json")
 
 
-def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_bytes: float = 5e9) -> None:
+class HasAverage(Protocol):
+    """The member of what ``attach`` returns that an export reads."""
+
+    @property
+    def average(self) -> EMA:
+        """The EMA among the algorithms."""
+        ...
+
+
+def export_averaged(
+    ema: EMA | HasAverage,
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    max_file_bytes: float = 5e9,
+    overwrite: bool = False,
+) -> None:
     """Write the model with its averaged weights to a folder of safetensors files, in the model's dtypes.
 
     The files hold what the model's state dict would: averaged, copied and left tensors, tied ones under each of their
@@ -31,17 +53,20 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
     model. All ranks must call this.
 
     Args:
-        ema: The algorithm whose average is written.
+        ema: What ``attach`` returned, or the algorithm itself, whose average is written.
         model: The one in training, as it was given to the loop. The average is swapped in while writing.
         folder: A new or empty folder. It gets all files or none.
         max_file_bytes: The largest size of a file that holds more than one tensor.
+        overwrite: Whether an earlier export in ``folder`` is replaced, once the new one is complete. A folder with other
+            files is refused all the same: they would be lost.
 
     Raises:
-        FileExistsError: If ``folder`` is not empty.
+        FileExistsError: If ``folder`` is not empty, and with ``overwrite`` if it has more than an earlier export.
         CheckpointError: If the model's state dict has a tensor that safetensors cannot hold: sparse, nested, without
             values, or of a dtype such as complex128 or quantized ones.
-        LoanError: If averaging has not begun, or the model holds an average.
+        LoanError: If averaging has not begun, or the model holds another average.
         ShardingError: If ranks disagree, or the model is a stage of a pipeline.
+        ArgumentError: If ``ema`` or ``model`` is something else.
 
     Example:
         >>> from polyak import attach
@@ -52,24 +77,89 @@ def export_averaged(ema: EMA, model: nn.Module, folder: str | Path, *, max_file_
         ...     optimizer.zero_grad()
         ...     model(torch.ones(4, 2)).square().mean().backward()
         ...     optimizer.step()
-        >>> export_averaged(ema.algorithm, model, "averaged")
+        >>> export_averaged(ema, model, "averaged")
         >>> from safetensors.torch import load_file
         >>> sorted(load_file("averaged/model.safetensors"))
         ['bias', 'weight']
     """
-    folder = Path(folder)
+    average, folder = _average_of(ema, model), Path(folder)
     refuse_stage(model, "an export")
     ranks = communicator_of(model)
-    ranks.on_every_rank("the export", lambda: _check(folder, model))
+    ranks.on_every_rank("the export", lambda: _check(folder, model, overwrite=overwrite))
+    with _swapped_in(average, model):
+        _export(average, model, folder, ranks, max_file_bytes, _finish)
+
+
+def save_averaged(ema: EMA | HasAverage, model: nn.Module, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write the model with its averaged weights to one safetensors file, or to a folder as ``export_averaged`` does.
+
+    All ranks must call this.
+
+    Args:
+        ema: What ``attach`` returned, or the algorithm itself.
+        model: The one in training, as it was given to the loop.
+        path: A file whose name ends in ``.safetensors``, or a folder.
+        overwrite: Whether an earlier file, or an earlier export in the folder, is replaced.
+
+    Raises:
+        FileExistsError: If there is a file, or a folder that is not empty.
+        ArgumentError: If the name has another ending, as ``.pt``.
+        CheckpointError: If the model's state dict has a tensor that safetensors cannot hold.
+        LoanError: If averaging has not begun, or the model holds another average.
+    """
+    path = Path(path)
+    if path.suffix in _PICKLES:
+        raise ArgumentError(
+            f"averaged weights are saved as safetensors, in a file .safetensors or in a folder (got {str(path)!r}); to "
+            "resume the run, torch.save(ema.state_dict(), ...) instead"
+        )
+    if path.suffix != ".safetensors":
+        export_averaged(ema, model, path, overwrite=overwrite)
+        return
+    average = _average_of(ema, model)
+    refuse_stage(model, "an export")
+    ranks = communicator_of(model)
+    ranks.on_every_rank("the export", lambda: _check_file(path, model, overwrite=overwrite))
+    with _swapped_in(average, model):
+        _export(average, model, path, ranks, math.inf, _finish_file)
+
+
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
+
+
+def _average_of(ema: object, model: object) -> EMA:
+    """Return the EMA that is to be exported, with the model that it averages."""
+    average = ema if isinstance(ema, EMA) else None if isinstance(ema, type) else getattr(ema, "average", None)
+    if not isinstance(average, EMA) or not isinstance(model, nn.Module):
+        raise ArgumentError(
+            "an export takes what attach returned, then the model in training: export_averaged(ema, model, folder) "
+            f"(got {kind_of(ema)}, {kind_of(model)})"
+        )
+    return average
+
+
+@contextmanager
+def _swapped_in(average: EMA, model: nn.Module) -> Iterator[None]:
+    """Swap the average in for a block, unless the model holds it already: then it stays."""
+    if average.ema_weights_active:
+        yield
+        return
     try:
-        ema.get_ema_model(model)
-        _export(ema, model, folder, ranks, max_file_bytes)
+        average.get_ema_model(model)
+        yield
     finally:
-        ema.get_training_model(model)
+        average.get_training_model(model)
 
 
-def _export(ema: EMA, model: nn.Module, folder: Path, ranks: Communicator, max_file_bytes: float) -> None:
-    temporary = temporary_path(folder)
+def _export(
+    ema: EMA,
+    model: nn.Module,
+    target: Path,
+    ranks: Communicator,
+    max_file_bytes: float,
+    finish: Callable[[Path, Path], None],
+) -> None:
+    temporary = temporary_path(target)
     metadata = {"format": "pt", "polyak.algorithm": repr(ema), "polyak.updates": str(ema.num_updates)}
     try:
         tensors = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
@@ -77,8 +167,8 @@ def _export(ema: EMA, model: nn.Module, folder: Path, ranks: Communicator, max_f
             agree_on_plain(ranks, {s.name: s.tensor for s in all_slots(model) if s.is_parameter})
         ranks.on_rank_0(lambda: new_folder(temporary), f"make {temporary}")
         read = _full(tensors) if ranks.replicas else _shards(tensors, temporary / _SHARDS, ranks)
-        ranks.on_rank_0(lambda: _write(tensors, temporary, max_file_bytes, metadata, read), f"write {folder}")
-        ranks.on_rank_0(lambda: _finish(temporary, folder), f"write {folder}")
+        ranks.on_rank_0(lambda: _write(tensors, temporary, max_file_bytes, metadata, read), f"write {target}")
+        ranks.on_rank_0(lambda: finish(temporary, target), f"write {target}")
     except BaseException:
         if ranks.rank == 0:
             with suppress(OSError):
@@ -86,9 +176,31 @@ def _export(ema: EMA, model: nn.Module, folder: Path, ranks: Communicator, max_f
         raise
 
 
-def _check(folder: Path, model: nn.Module) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"an export needs a new or empty folder (got {folder}, which is not): choose another")
+def _check(folder: Path, model: nn.Module, *, overwrite: bool) -> None:
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if overwrite and (others := sorted(name for name in found if not _EXPORTED.fullmatch(name))):
+        raise FileExistsError(
+            f"overwrite=True replaces an earlier export and nothing else (got {folder}, which also has "
+            f"{', '.join(others[:5])}): move these files, or choose another folder"
+        )
+    if found and not overwrite:
+        raise FileExistsError(
+            f"an export needs a new or empty folder (got {folder}, which is not): choose another, or replace an "
+            "earlier export by overwrite=True"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(
+            f"an export needs a new or empty folder (got {folder}, which is not a folder): choose another"
+        )
+    _require_exportable(model)
+
+
+def _check_file(path: Path, model: nn.Module, *, overwrite: bool) -> None:
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise FileExistsError(
+            f"averaged weights need a new file (got {path}, which is there): choose another"
+            f"{'' if path.is_dir() else ', or replace it by overwrite=True'}"
+        )
     _require_exportable(model)
 
 
@@ -118,7 +230,13 @@ def _require_exportable(model: nn.Module) -> None:
 def _finish(temporary: Path, folder: Path) -> None:
     """Give the complete folder its final name."""
     remove(temporary / _SHARDS)
-    put(temporary, folder)
+    put(temporary, folder, over_folder=True)
+
+
+def _finish_file(temporary: Path, path: Path) -> None:
+    """Give the one file in the complete folder its final name."""
+    put(temporary / "model.safetensors", path)
+    remove(temporary)
 
 
 def _full(tensors: dict[str, Tensor]) -> Read:

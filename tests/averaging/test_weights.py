@@ -234,6 +234,35 @@ def test_out_of_memory_at_the_beginning_of_a_swap_changes_nothing(monkeypatch) -
     assert swap_of(model) is None
 
 
+def during_a_swap(shadow: Shadow) -> torch.Tensor:
+    with shadow.swapped(owner="the test"):
+        shadow.averaged_tensors()
+    return shadow._movement.listing.averages["0.weight"]  # as what was just returned
+
+
+WAYS_TO_AN_AVERAGE = {
+    "averages": lambda shadow: shadow.averages["0.weight"],
+    "kinds": lambda shadow: shadow.kinds()["0.weight"][0],
+    "state_dict": lambda shadow: shadow.state_dict()["averages"]["0.weight"],
+    "averaged_model": lambda shadow: shadow.averaged_model().get_parameter("0.weight"),
+    "averaged_tensors, during a swap": during_a_swap,
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_AN_AVERAGE)
+def test_a_backward_pass_that_needs_an_average_as_it_was_is_refused(way) -> None:
+    shadow = Shadow(model := net())
+    shift(model)
+    shadow.update_(0.5)
+    average = WAYS_TO_AN_AVERAGE[way](shadow).detach()  # with the same counter
+    x = torch.ones(2, average.shape[1], requires_grad=True)
+    x.mm(average.t()).sum().backward()
+    loss = x.mm(average.t()).sum()
+    shadow.update_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_integer_buffers_are_copied_and_frozen_parameters_left() -> None:
     model = net()
     model[0].bias.requires_grad_(False)

@@ -233,10 +233,9 @@ def with_all_kinds_of_counters() -> list[torch.Tensor]:
 def test_each_average_counts_as_changed_whatever_counters_they_share(kernel) -> None:
     averages = with_all_kinds_of_counters()
     online = [torch.zeros(3) for _ in averages]
-    update = KERNELS[kernel](averages, online, places(averages), torch.zeros((), dtype=torch.int64))
     before = [average._version for average in averages[:-1]]
     with torch.inference_mode():
-        update(0.5, 1)
+        kernels.lerp_(averages, online, 0.5, places(averages), 1, by=KERNELS[kernel])
     assert all(average._version > version for average, version in zip(averages, before, strict=False))
     assert all(torch.equal(average, torch.full((3,), 0.5)) for average in averages)
 

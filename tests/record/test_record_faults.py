@@ -32,6 +32,7 @@ from polyak import (
 from polyak.errors import DtypeError
 from polyak.record import Writer, load_manifest
 from polyak.record.manifest import Manifest
+from polyak.sharding import OneProcess
 from polyak.storage.safetensors import TensorInfo
 from tests.record.test_record import TENSORS, append, content, record, segment_files
 from tests.record.test_recorder import Loop, short
@@ -544,6 +545,49 @@ def test_verify_finds_a_flipped_bit_anywhere(tmp_path) -> None:
                 Record(tmp_path).verify()
         path.write_bytes(whole)
     Record(tmp_path).verify()
+
+
+class LosesARank(OneProcess):
+    """Runs what rank 0 runs, then fails as if another rank had been killed before it heard of the result."""
+
+    after: int = 10**6
+
+    def on_rank_0(self, act, doing=""):
+        result = act()
+        object.__setattr__(self, "after", self.after - 1)
+        if self.after < 0:
+            raise RuntimeError("connection closed by peer")
+        return result
+
+
+@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("do", ["append", "pin", "rewind"])
+def test_an_error_after_a_new_manifest_is_on_disk_deletes_nothing_that_it_names(tmp_path, do, after) -> None:
+    ranks = LosesARank()
+    with Writer(tmp_path / "record", TENSORS, per_level=1, ranks=ranks) as writer:
+        for n in range(3):
+            append(writer, n)
+        earlier = writer.state_dict()
+        writer.pin("earlier")
+        for n in range(3, 6):
+            append(writer, n)
+        acts = {
+            "append": lambda: append(writer, 6),
+            "pin": lambda: writer.pin("now"),
+            "rewind": lambda: writer.rewind(earlier),
+        }
+        object.__setattr__(ranks, "after", after)
+        with suppress(RuntimeError):
+            acts[do]()
+        Record(tmp_path / "record").verify()
+        object.__setattr__(ranks, "after", 10**6)
+        acts[do]()  # made again, whether or not it had been done
+        Record(tmp_path / "record").verify()
+        written = writer.segments
+    with Writer(tmp_path / "other", TENSORS, per_level=1) as writer:
+        for n in range(3 if do == "rewind" else 7 if do == "append" else 6):
+            append(writer, n)
+        assert written == writer.segments
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

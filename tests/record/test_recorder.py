@@ -224,7 +224,7 @@ def test_a_record_that_is_there_is_not_written_over(tmp_path) -> None:
     with (loop := Loop(short(tmp_path))).attached:
         loop.run(10)
     before = segments(tmp_path)
-    with pytest.raises(RecordError, match=r"has a record of 10 updates already.*resume it from its checkpoint, delete"):
+    with pytest.raises(RecordError, match=r"has a record of 10 updates already.*resume it from its checkpoint, .*overwrite"):
         Loop(short(tmp_path)).run(1)
     assert segments(tmp_path) == before
 

@@ -54,6 +54,27 @@ def test_a_lock_excludes_a_second_writer_until_it_is_released(tmp_path, kind) ->
     assert kind != "file" or path.read_text() == "results"
 
 
+def test_a_folder_is_locked_where_folders_cannot_be_opened(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(lock, "fcntl", None)
+    folder, opened = tmp_path / "it", os.open
+
+    def only_files(path, *arguments):
+        if Path(path).is_dir():
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(os, "open", only_files)
+    folder.mkdir()
+    held = take(folder)
+    with pytest.raises(BusyError):
+        take(folder)
+    assert held.is_in_place
+    held.release()
+    take(folder).release()
+    folder.rmdir()
+    assert not held.is_in_place
+
+
 @pytest.mark.usefixtures("system")
 def test_a_lock_that_nobody_released_ends_with_its_object(tmp_path) -> None:
     held = own(tmp_path / "lock")

@@ -4,20 +4,17 @@
 """
 
 import ast
-import os
-import tempfile
 from collections.abc import Callable, Iterable
-from contextlib import chdir
 from pathlib import Path
 
-import pytest
 from paths import ROOT
+from tables import check_page, error_of
+from tables import rows as table_rows
 
-from polyak import Evaluator, PolyakError
+from polyak import Evaluator
 from tests.trainer import test_inputs as inputs
 
 PAGE = ROOT / "docs" / "trainer-errors.md"
-BEGIN, END = "<!--- table {} -->", "<!--- end of table {} -->"
 
 
 def sources(table: str, column: int) -> list[str]:
@@ -31,15 +28,9 @@ def sources(table: str, column: int) -> list[str]:
     raise LookupError(table)
 
 
-def error_of(call: Callable[[], object]) -> str:
-    with pytest.raises(PolyakError) as caught:
-        call()
-    return f"`{caught.type.__name__}`: {caught.value}".translate({ord(char): f"\\{char}" for char in "<|*"})
-
-
 def rows(passed: Iterable[str], calls: Iterable[Callable[[], object]]) -> list[str]:
-    lines = [f"| `{text}` | {error_of(call)} |" for text, call in zip(passed, calls, strict=True)]
-    return ["| what is passed | what the error says |", "| --- | --- |", *lines]
+    lines = [(text, error_of(call)) for text, call in zip(passed, calls, strict=True)]
+    return table_rows(("what is passed", "what the error says"), lines)
 
 
 def tables() -> dict[str, list[str]]:
@@ -69,26 +60,5 @@ def tables() -> dict[str, list[str]]:
     }
 
 
-def page(text: str) -> str:
-    """Return the text of the page with its tables rewritten."""
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        for name, lines in tables().items():
-            before, begin, rest = text.partition(BEGIN.format(name))
-            _, end, after = rest.partition(END.format(name))
-            assert begin, f"the page must have a table {name}"
-            assert end, f"the table {name} must end"
-            text = "\n".join([before + begin, "", *lines, "", end + after])
-    return text
-
-
 def test_the_page_has_each_wrong_argument_with_its_error() -> None:
-    if not PAGE.exists():
-        pytest.skip("the documentation is not here")
-    text = PAGE.read_text(encoding="utf-8")
-    made = page(text)
-    if "WRITE_PAGES" in os.environ:
-        PAGE.write_text(made, encoding="utf-8")
-    else:
-        assert made == text, "rewrite the page: WRITE_PAGES=1 pytest tests/trainer/test_errors_page.py"
-    assert str(Path(tempfile.gettempdir())) not in text
-    assert " at 0x" not in text
+    check_page(PAGE, tables)

@@ -1,10 +1,11 @@
 """What can be read of an ``EMA``, and the error if somebody assigns to it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from polyak.algorithm import Algorithm
+from polyak.averaging.habits import OF_AN_EMA, absent
 from polyak.averaging.online import OnlineAverage
 from polyak.averaging.weights import Shadow
 from polyak.errors import FixedError
@@ -14,7 +15,7 @@ from polyak.time import Time
 # The attributes that cannot be assigned, and what to do instead.
 _FIXED = {
     **dict.fromkeys(
-        ("half_life", "smoothing", "profile", "ema_start", "update_interval"),
+        ("half_life", "smoothing", "decay", "profile", "ema_start", "update_interval"),
         "make a new EMA with another one, and load the state of this one into it",
     ),
     "ema_weights_active": "get_ema_model and get_training_model swap the average in and out",
@@ -36,6 +37,11 @@ class Attributes(Algorithm):
             )
         object.__setattr__(self, name, value)
 
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            raise absent(self, name, OF_AN_EMA)
+
     @property
     def profile(self) -> Profile:
         """Decides on the decay."""
@@ -50,6 +56,11 @@ class Attributes(Algorithm):
     def smoothing(self) -> float | None:
         """The share of the average that one update keeps, or None if it depends on the elapsed time."""
         return self._average.schedule.smoothing
+
+    @property
+    def decay(self) -> float | None:
+        """Another name of ``smoothing``."""
+        return self.smoothing
 
     @property
     def ema_start(self) -> Time:

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from polyak.averaging.habits import kind_of
+from polyak.errors import ArgumentError
+
 
 @torch.no_grad()
 def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
@@ -22,6 +25,7 @@ def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | st
         device: The device of the inputs; None leaves them where they are.
 
     Raises:
+        ArgumentError: If ``model`` is not a module, as in torch's order of the arguments.
         ValueError: If ``loader`` yields nothing.
 
     Example:
@@ -30,6 +34,11 @@ def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | st
         >>> layer.running_mean
         tensor([3.])
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"the order must be update_bn(model, loader) (got {kind_of(model)}, {kind_of(loader)}); torch's "
+            "function takes them the other way round: give the model first"
+        )
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
     if not layers:
         return

@@ -12,11 +12,12 @@ from polyak.averaging import states
 from polyak.averaging.actions import ACTIONS
 from polyak.averaging.attributes import Attributes
 from polyak.averaging.fill import fill_with_average, fill_with_training_weights
+from polyak.averaging.habits import ARGUMENTS_OF_AN_EMA, explained
 from polyak.averaging.offload import Offload
 from polyak.averaging.online import Action, OnlineAverage
 from polyak.averaging.plan import Plan, plan
 from polyak.averaging.schedule import Schedule
-from polyak.averaging.settings import Settings, check_options
+from polyak.averaging.settings import Settings, check_half_life, check_options, one_decay
 from polyak.compat.composer import as_started
 from polyak.errors import LoanError, ProfileError, TimeError
 from polyak.events import Event, State, refuse_uncounted
@@ -46,13 +47,15 @@ class EMA(Attributes):
     training weights at all other times. At the begin of an evaluation, ``metrics`` go to the loop's logger.
 
     Args:
-        half_life: The time in which half of the average is replaced: ``"1000ba"``, ``"1.5ep"``, ``"1e6tok"``, in any
-            unit of time strings. 0 means no averaging, ``"infba"`` an average that never moves.
-        smoothing: Instead of a half-life, the share of the average that each update keeps, from 0 to 1. It is not
-            adjusted to ``update_interval``.
+        half_life: The time in which half of the average is replaced: ``"1000 steps"``, ``"1.5 epochs"``,
+            ``"1e6 tokens"``, or short ``"1000ba"``, ``"1.5ep"``, ``"1e6tok"``; a whole number counts steps. 0 means no
+            averaging, ``"infba"`` an average that never moves.
+        smoothing: Composer's name of ``decay``.
         ema_start: How much training comes before averaging, in any unit.
         update_interval: The time between updates, in any unit. By default one epoch for a half-life in epochs, else
             one batch. Updates in ``ep`` are made at the ends of epochs, all others at the ends of batches.
+        decay: Instead of a half-life, the share of the average that each update keeps, from 0 to 1. It is not adjusted
+            to ``update_interval``.
         profile: Instead of a half-life, any profile that one buffer can follow.
         dtype: The dtype of the average; None for the model's own, and float32 where that has 16 bits.
         policy: Decides which tensors are averaged, copied or left.
@@ -63,11 +66,13 @@ class EMA(Attributes):
 
     Raises:
         TimeError: If a time string cannot be read, or its value is out of range.
-        ProfileError: If not exactly one of half-life, smoothing and profile is given, or one buffer cannot follow the
+        ProfileError: If not exactly one of half-life, decay and profile is given, or one buffer cannot follow the
             profile.
+        CallError: If there is no argument of that name.
 
     Attributes:
         half_life: The half-life as ``Time``, or None.
+        decay: Another name of ``smoothing``.
         smoothing: The share that one update keeps, or None if it depends on the elapsed time.
         profile: Decides on the decay.
         ema_start: As ``Time``.
@@ -77,8 +82,8 @@ class EMA(Attributes):
     Example:
         >>> EMA(half_life="2ep", update_interval="10ba")
         EMA(profile=HalfLife(span=Time(2, 'ep'), unbiased=False), ema_start='0.0dur', update_interval='10ba')
-        >>> EMA(smoothing=0.99).update_interval
-        Time(1, 'ba')
+        >>> EMA("1000 steps").half_life, EMA(decay=0.99).update_interval
+        (Time(1000, 'ba'), Time(1, 'ba'))
 
     References:
         ``composer.algorithms.EMA``.
@@ -86,21 +91,25 @@ class EMA(Attributes):
 
     swaps = True
 
+    @explained("EMA('1000 steps') or EMA(decay=0.999)", ARGUMENTS_OF_AN_EMA)
     def __init__(
         self,
-        half_life: str | Time | None = _DEFAULT,
+        half_life: str | Time | int | None = _DEFAULT,
         smoothing: float | None = None,
-        ema_start: str | Time = "0.0dur",
-        update_interval: str | Time | None = None,
+        ema_start: str | Time | int = "0.0dur",
+        update_interval: str | Time | int | None = None,
         *,
+        decay: float | None = None,
         profile: Profile | None = None,
         dtype: torch.dtype | None = None,
         policy: PolicyRule = default_policy,
         mesh: "DeviceMesh | None" = None,
         offload: Offload | None = None,
     ) -> None:
+        smoothing = one_decay(decay, smoothing)
         if isinstance(half_life, _Default) and (smoothing is not None or profile is not None):
             half_life = None
+        check_half_life(half_life)
         schedule = Schedule.of(
             half_life=half_life,
             smoothing=smoothing,

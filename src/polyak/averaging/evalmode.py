@@ -1,6 +1,7 @@
 """Eval mode for a view, without changes to the weights that it shares."""
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyak.averaging.replaced import storage_of
 from polyak.averaging.structure import INSTEAD
-from polyak.errors import CopyError
+from polyak.errors import CopyError, LoanError
 
 
 def evaluate(view: nn.Module, tensors: Iterable[Tensor]) -> None:
@@ -28,6 +29,37 @@ def evaluate(view: nn.Module, tensors: Iterable[Tensor]) -> None:
             view.eval()
         for module in view.modules():
             module.training = False
+
+
+def keep_evaluating(view: nn.Module) -> None:
+    """Refuse calls of a view in training mode, in which its BatchNorm layers would write to the average.
+
+    Args:
+        view: In eval mode. A copy of it may train.
+    """
+    view.register_forward_pre_hook(_InEvalMode(view))
+
+
+class _InEvalMode:
+    """A hook of one module; a copy of the module has one that does nothing.
+
+    Args:
+        view: The module.
+    """
+
+    def __init__(self, view: nn.Module) -> None:
+        self._view = weakref.ref(view)
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        del inputs
+        if module.training and self._view() is module:
+            raise LoanError(
+                "an averaged model must stay in eval mode, so that nothing writes to the average (it is in training "
+                "mode); leave out train(), or train a copy: copy.deepcopy(ema.model).train()"
+            )
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, ({}, "get")  # of (module, inputs) it returns the inputs; a file of the copy needs no polyak
 
 
 def _has_own_mode(module: nn.Module) -> bool:

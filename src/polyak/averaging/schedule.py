@@ -74,11 +74,11 @@ class Schedule:
     def of(
         cls,
         *,
-        half_life: str | Time | None,
+        half_life: str | Time | int | None,
         smoothing: float | None,
         profile: Profile | None,
-        ema_start: str | Time,
-        update_interval: str | Time | None,
+        ema_start: str | Time | int,
+        update_interval: str | Time | int | None,
     ) -> Self:
         """Return the schedule that the arguments of ``EMA`` describe.
 
@@ -93,21 +93,22 @@ class Schedule:
             TimeError: If a time cannot be read or is out of range.
             ProfileError: If not exactly one of the three is given, or one buffer cannot follow the profile.
         """
-        given = {"half_life": half_life, "smoothing": smoothing, "profile": profile}
+        given = {"half_life": half_life, "decay": smoothing, "profile": profile}
         if sum(value is not None for value in given.values()) != 1:
-            raise ProfileError(f"give exactly one of half_life, smoothing and profile (got {given})")
+            shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+            raise ProfileError(f"give exactly one of half_life, decay (or smoothing) and profile (got {shown or 'none'})")
         if half_life is not None:
-            profile = HalfLife(as_span("half_life", half_life))
+            profile = HalfLife(as_span("half_life", half_life, steps=True))
         elif smoothing is not None:
             profile = Smoothing(smoothing)
         _check_profile(profile)
         assert profile is not None
         if update_interval is None:
             update_interval = "1ep" if profile.unit is TimeUnit.EPOCH else "1ba"
-        interval = as_span("update_interval", update_interval, above=0, whole=True)
+        interval = as_span("update_interval", update_interval, above=0, whole=True, steps=True)
         if math.isinf(interval.value):
             raise ProfileError("update_interval must be finite (got inf); an infinite half-life never moves either")
-        return cls(as_span("ema_start", ema_start), interval, profile)
+        return cls(as_span("ema_start", ema_start, steps=True), interval, profile)
 
     @property
     def smoothing(self) -> float | None:

@@ -1,13 +1,17 @@
 """How averages are kept: their dtype, their place, and which tensors have one. Checked where the values come in."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from polyak.averaging.habits import kind_of
 from polyak.averaging.offload import Offload
-from polyak.errors import ArgumentError
+from polyak.errors import ArgumentError, ProfileError, TimeError
+from polyak.profiles import Smoothing
 from polyak.sharding import is_spread
 from polyak.tensors.slots import PolicyRule, default_policy
 
@@ -83,3 +87,55 @@ def check_options(**given: Any) -> None:
     for name, (what, holds) in must.items():
         if not holds or isinstance(given[name], type):
             raise ArgumentError(f"{name} must be {what} (got {given[name]!r}, a {type(given[name]).__name__})")
+
+
+def one_decay(decay: float | None, smoothing: float | None) -> float | None:
+    """Return the one that was given of ``decay`` and ``smoothing``, which mean the same.
+
+    Args:
+        decay: As given to ``EMA``.
+        smoothing: As given to ``EMA``.
+
+    Raises:
+        ProfileError: If both are given, or ``decay`` is not in [0, 1].
+    """
+    if decay is None:
+        return smoothing
+    if smoothing is not None:
+        raise ProfileError(
+            f"decay and smoothing are two names of one argument: give one (got decay={decay!r}, smoothing={smoothing!r})"
+        )
+    try:
+        return Smoothing(decay).value
+    except ProfileError as error:
+        raise ProfileError(str(error).replace("smoothing", "decay", 1)) from None
+
+
+def check_half_life(given: Any) -> None:
+    """Check that a half-life is not what other libraries take in its place: a decay, a model, parameters.
+
+    Args:
+        given: As given to ``EMA``.
+
+    Raises:
+        TimeError: If it is a decay.
+        ArgumentError: If it is a model, or parameters.
+    """
+    decay = _as_decay(given)
+    if decay is not None:
+        span = f"; its half-life is {math.log(0.5) / math.log(decay):,.3g} steps" if 0 < decay < 1 else ""
+        raise TimeError(f"half_life must be a time (got {given!r}): for a decay write EMA(decay={decay}){span}")
+    if isinstance(given, nn.Module) or (isinstance(given, Iterable) and not isinstance(given, str)):
+        raise ArgumentError(
+            f"half_life must be a time, and an EMA takes no model and no parameters (got {kind_of(given)}): write "
+            "ema = polyak.attach(EMA(decay=0.999), model, optimizer)"
+        )
+
+
+def _as_decay(given: object) -> float | None:
+    """Return a number, or the text of one, from 0.0 to 1.0 with a point: a decay in place of a half-life."""
+    try:
+        number = float(given) if isinstance(given, float | str) else None
+    except ValueError:
+        return None
+    return number if number is not None and "." in str(given) and 0 <= number <= 1 else None

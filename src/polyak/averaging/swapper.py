@@ -92,14 +92,14 @@ class Swapper:
 
     def averaged(self) -> dict[str, Tensor]:
         """Return the average by name, wherever it is now."""
-        swap = self.active
+        swap, averages = self.active, self._movement.expose()
         if swap is None:
-            self._movement.wait()
-            return dict(self._movement.listing.averages)
+            return dict(averages)
         sharding.reshard(self._movement.model)
         return swap.averages()
 
     def training(self) -> dict[str, Tensor]:
         """Return the training weights of the tensors that have an average by name, wherever they are now."""
         swap = self.active
+        self._movement.expose()  # an average may hold the training weights, or get them later
         return self._movement.listing.online() if swap is None else swap.training()

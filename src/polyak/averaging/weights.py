@@ -109,12 +109,11 @@ class Shadow:
     @property
     def averages(self) -> dict[str, Tensor]:
         """The averaged and the copied tensors by canonical name."""
-        self._movement.wait()
-        return self._movement.listing.averages
+        return self._movement.expose()
 
     def kinds(self) -> dict[str, tuple[Tensor, bool]]:
         """Return each average by name, and whether it is averaged, not copied."""
-        self._movement.wait()
+        self._movement.expose()
         return self._movement.listing.kinds()
 
     @property

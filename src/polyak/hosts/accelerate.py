@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
+from polyak.averaging.habits import ARGUMENTS_OF_ATTACH, explained
 from polyak.averaging.swap import swap_of
 from polyak.errors import LoanError
 from polyak.time import Time
@@ -73,13 +74,14 @@ class _Checkpoints:
             )
 
 
+@explained("attach(EMA(decay=0.999), accelerator, model, optimizer)", ARGUMENTS_OF_ATTACH)
 def attach(
     algorithms: Algorithm | Sequence[Algorithm],
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Optimizer | None,
     *,
-    max_duration: Time | str | None = None,
+    max_duration: Time | str | int | None = None,
     steps_per_epoch: int | None = None,
     samples_per_step: int = 0,
     tokens_per_step: int = 0,
@@ -105,6 +107,7 @@ def attach(
     Raises:
         NotImplementedError: Under DeepSpeed, FSDP1 and Megatron-LM.
         TimeError: If ``max_duration`` is no time.
+        CallError: If an argument is missing, or there is none of that name.
         ArgumentError: If more than one of the algorithms swaps an average in.
     """
     if accelerator.distributed_type in _FOREIGN and not accelerator.is_fsdp2:

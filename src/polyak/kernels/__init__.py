@@ -4,7 +4,7 @@ Nothing else in polyak computes on weights. ``registry.py`` lists the kernels; a
 """
 
 from polyak.kernels.exchange import checksums
-from polyak.kernels.pairs import Pair, Place
+from polyak.kernels.pairs import Pair, Place, counted
 from polyak.kernels.pieces import SCRATCH_ELEMENTS
 from polyak.kernels.registry import Exchange, Kernel, Update, lerp, lerp_, only, serving_cpu, swap
 
@@ -16,6 +16,7 @@ __all__ = [
     "Place",
     "Update",
     "checksums",
+    "counted",
     "lerp",
     "lerp_",
     "only",

@@ -13,7 +13,7 @@ from torch.autograd.graph import increment_version
 
 from polyak.errors import MemoryLayoutError
 from polyak.kernels.build import LIBRARY, sources_id
-from polyak.kernels.pairs import Box, Pair, Place
+from polyak.kernels.pairs import Box, Pair, Place, counted
 from polyak.kernels.rounding import SIXTEEN_BITS
 
 # The order is that of the functions in lerp.h.
@@ -43,7 +43,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the library, or why there is none."""
     hint = "compile it with: python -m polyak.kernels"
     if not LIBRARY.exists():
-        return None, f"{LIBRARY} must exist: no C compiler was found when polyak was installed; {hint}"
+        return None, f"{LIBRARY} must exist: this installation of polyak has no compiled kernel; {hint}"
     try:
         library = ctypes.CDLL(str(LIBRARY))
         sources = library.polyak_sources
@@ -84,7 +84,8 @@ class _Team:
             self.address = ctypes.cast(torch_library().GOMP_parallel, ctypes.c_void_p).value or 0
         except (OSError, AttributeError):
             self.address = 0
-        os.register_at_fork(after_in_child=self._forget)
+        if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+            os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
         self.address = 0  # a forked process has none of its threads, and would wait for them forever
@@ -229,7 +230,6 @@ class Lerp:
     def __init__(self, pairs: Sequence[Pair], left_out: Tensor) -> None:
         assert _library is not None, WHY_NOT
         self._left_out = left_out
-        self._counting = _counting([average for average, _, _ in pairs])
         pieces = [
             (
                 a.data_ptr() + at * a.element_size(),
@@ -251,16 +251,9 @@ class Lerp:
             weight: Share of the weights taken, from 0 to 1.
             num_updates: The number of the update, a part of the seed.
         """
-        # Autograd then refuses a backward pass that needs an average as it was, as after torch's own operations.
-        increment_version(self._counting)
         if self._jobs.run(weight, num_updates & 0xFFFFFFFF):
             seen = self._jobs.items[:, 7]  # each piece's tensor, and above it whether values were left out
             self._left_out.add_((seen[seen >> 32 != 0] & 0xFFFFFFFF).unique().numel())
-
-
-def _counting(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the tensors whose changes autograd counts: all but inference tensors."""
-    return [tensor for tensor in tensors if not tensor.is_inference()]
 
 
 class Exchange:
@@ -274,7 +267,7 @@ class Exchange:
         assert _library is not None, WHY_NOT
         # Aliases, so that this memory stays where it is, whatever becomes of the tensors.
         self._pairs = [(a.detach(), b.detach()) for a, b, _ in pairs]
-        self._counting = _counting(list(chain.from_iterable(self._pairs)))
+        self._counting = counted(chain.from_iterable(self._pairs))
         most = _SWAP * max(1, -(-sum(a.nbytes for a, _ in self._pairs) // (_SWAP * _MOST)))
         pieces = [
             (number, at, min(most, a.nbytes - at))

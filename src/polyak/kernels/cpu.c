@@ -9,6 +9,16 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Since glibc 2.34 these are in libc, under a new version. The old one is in all, so that a wheel runs on older systems;
+ * there, Python itself has loaded the library of threads. */
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver pthread_create,pthread_create@GLIBC_2.2.5");
+__asm__(".symver pthread_join,pthread_join@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver pthread_create,pthread_create@GLIBC_2.17");
+__asm__(".symver pthread_join,pthread_join@GLIBC_2.17");
+#endif
+
 /* A contiguous part of one tensor, as c.py lays it out: 64 bytes, a cache line. */
 struct piece {
     int64_t average, online;   /* addresses */

@@ -1,5 +1,6 @@
 """What kernels work on: pairs of tensors, and where in a full tensor the elements of a shard lie."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -82,3 +83,12 @@ class Pair(NamedTuple):
     left: Tensor
     right: Tensor
     place: Place | None = None
+
+
+def counted(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors whose changes autograd counts: all but inference tensors.
+
+    Args:
+        tensors: Any.
+    """
+    return [tensor for tensor in tensors if not tensor.is_inference()]

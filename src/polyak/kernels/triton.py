@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from polyak.kernels.exchange import Exchange
 from polyak.kernels.pairs import Pair, Place
@@ -235,7 +234,6 @@ class Lerp:
     def __init__(self, pairs: Sequence[Pair], left_out: Tensor) -> None:
         device = left_out.device
         self._left_out = left_out
-        self._counting = [average for average, _, _ in pairs if not average.is_inference()]
         self._held = pairs  # as long as their addresses are used
         tables = dict[tuple[torch.dtype, torch.dtype], list[tuple[int, ...]]]()
         for number, (a, x, place) in enumerate(pairs):
@@ -283,8 +281,6 @@ class Lerp:
 
     def launch(self) -> None:
         """Move every average once, by the numbers staged last. It may be captured in a CUDA graph."""
-        # Autograd then refuses a backward pass that needs an average as it was, as after torch's own operations.
-        increment_version(self._counting)
         self._flags.zero_()
         with torch.cuda.device_of(self._flags):
             for table, rows, average, online, width in self._launches:

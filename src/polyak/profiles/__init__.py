@@ -19,10 +19,11 @@ from numbers import Real
 from typing import ClassVar, Self
 
 from polyak.errors import ProfileError
-from polyak.profiles.base import Form, NamedProfile, Profile, forms, named, options, parse, register
+from polyak.profiles.base import Form, NamedProfile, Profile, forms, in_order, named, options, parse, register
 from polyak.time import Time, TimeUnit, as_span
 
 __all__ = [
+    "Cooldown",
     "Form",
     "HalfLife",
     "NamedProfile",
@@ -38,11 +39,6 @@ __all__ = [
     "parse",
     "register",
 ]
-
-
-def _in_order(before: float, now: float) -> None:
-    if not 0 <= before <= now:
-        raise ProfileError(f"a decay needs 0 <= before <= now (got before={before!r}, now={now!r})")
 
 
 @register
@@ -75,8 +71,8 @@ class HalfLife(NamedProfile):
     span: Time
     unbiased: bool
 
-    def __init__(self, span: Time | str, unbiased: bool = False) -> None:
-        object.__setattr__(self, "span", as_span("the half-life", span))
+    def __init__(self, span: Time | str | int, unbiased: bool = False) -> None:
+        object.__setattr__(self, "span", as_span("the half-life", span, steps=True))
         object.__setattr__(self, "unbiased", unbiased)
 
     @classmethod
@@ -88,7 +84,7 @@ class HalfLife(NamedProfile):
         return self.span.unit
 
     def decay(self, before: float, now: float) -> float:
-        _in_order(before, now)
+        in_order(before, now)
         half_life = float(self.span)
         if now == before:
             return 1.0
@@ -155,8 +151,8 @@ class Window(NamedProfile):
 
     span: Time
 
-    def __init__(self, span: Time | str) -> None:
-        object.__setattr__(self, "span", as_span("the window", span, above=0))
+    def __init__(self, span: Time | str | int) -> None:
+        object.__setattr__(self, "span", as_span("the window", span, above=0, steps=True))
 
     @classmethod
     def parse(cls, form: str, text: str) -> Self:
@@ -171,7 +167,7 @@ class Window(NamedProfile):
         return False
 
     def decay(self, before: float, now: float) -> float:
-        _in_order(before, now)
+        in_order(before, now)
         if now == before:
             return 1.0
         width = min(float(self.span), now)
@@ -211,8 +207,8 @@ class Uniform(NamedProfile):
 
     since: Time
 
-    def __init__(self, since: Time | str = "0ba") -> None:
-        object.__setattr__(self, "since", as_span("since", since))
+    def __init__(self, since: Time | str | int = "0ba") -> None:
+        object.__setattr__(self, "since", as_span("since", since, steps=True))
 
     @classmethod
     def parse(cls, form: str, text: str) -> Self:
@@ -223,7 +219,7 @@ class Uniform(NamedProfile):
         return self.since.unit
 
     def decay(self, before: float, now: float) -> float:
-        _in_order(before, now)
+        in_order(before, now)
         since = float(self.since)
         if now == before:
             return 1.0
@@ -244,11 +240,13 @@ class PowerFunction(NamedProfile):
 
     Args:
         sigma_rel: Width of the profile relative to the run, above 0 and at most 12 ** -0.5 (about 0.289).
-        gamma: The exponent instead, above -1. Give exactly one of the two.
+        gamma: The exponent instead, above -1. Give exactly one of the three.
+        half_life_fraction: The half-life as a share of the time so far instead, above 0: torchtitan's, whose default
+            0.05 is ``gamma`` 12.86.
         unit: Unit of the clock. The profile is the same in each unit that advances evenly.
 
     Raises:
-        ProfileError: If both or neither are given, or one is out of range.
+        ProfileError: If not exactly one is given, or it is out of range.
 
     Example:
         >>> round(PowerFunction(sigma_rel=0.10).exponent, 2)
@@ -257,7 +255,8 @@ class PowerFunction(NamedProfile):
         0.25
 
     References:
-        Karras et al., 2024, https://arxiv.org/abs/2312.02696, equations 121 to 127.
+        Karras et al., 2024, https://arxiv.org/abs/2312.02696, equations 121 to 127; ``half_life_fraction`` of
+        torchtitan's EMA.
     """
 
     FORMS: ClassVar[tuple[Form, ...]] = (
@@ -267,18 +266,21 @@ class PowerFunction(NamedProfile):
     sigma_rel: float | None = None
     gamma: float | None = None
     unit: TimeUnit = TimeUnit.BATCH
+    half_life_fraction: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "unit", Time(0, self.unit).unit)
-        if (self.sigma_rel is None) == (self.gamma is None):
-            raise ProfileError(
-                f"give exactly one of sigma_rel and gamma (got sigma_rel={self.sigma_rel!r}, gamma={self.gamma!r})"
-            )
+        given = {name: getattr(self, name) for name in ("sigma_rel", "gamma", "half_life_fraction")}
+        if sum(value is not None for value in given.values()) != 1:
+            got = ", ".join(f"{name}={value!r}" for name, value in given.items())
+            raise ProfileError(f"give exactly one of sigma_rel, gamma and half_life_fraction (got {got})")
         # The widest profile of the family that does not favour the past over the present is the uniform one, gamma 0.
         if self.sigma_rel is not None and not 0 < self.sigma_rel <= 12**-0.5:
             raise ProfileError(f"sigma_rel must be above 0 and at most 12 ** -0.5 (got {self.sigma_rel!r})")
         if self.gamma is not None and not -1 < self.gamma < math.inf:
             raise ProfileError(f"gamma must be above -1 and finite (got {self.gamma!r})")
+        if self.half_life_fraction is not None and not 0 < self.half_life_fraction < math.inf:
+            raise ProfileError(f"half_life_fraction must be above 0 and finite (got {self.half_life_fraction!r})")
 
     @classmethod
     def parse(cls, form: str, text: str) -> Self:
@@ -286,11 +288,15 @@ class PowerFunction(NamedProfile):
 
     @property
     def exponent(self) -> float:
-        """The exponent ``gamma``, as given or computed from ``sigma_rel``."""
-        return _gamma(self.sigma_rel) if self.sigma_rel is not None else float(self.gamma or 0.0)
+        """The exponent ``gamma``, as given or computed."""
+        if self.sigma_rel is not None:
+            return _gamma(self.sigma_rel)
+        if self.half_life_fraction is not None:
+            return math.log(2) / self.half_life_fraction - 1
+        return float(self.gamma or 0.0)
 
     def decay(self, before: float, now: float) -> float:
-        _in_order(before, now)
+        in_order(before, now)
         return 1.0 if now == before else (before / now) ** (self.exponent + 1)
 
     @property
@@ -362,7 +368,7 @@ class Smoothing(NamedProfile):
         return None
 
     def decay(self, before: float, now: float) -> float:
-        _in_order(before, now)
+        in_order(before, now)
         return self.value ** (now - before)
 
     @property
@@ -433,7 +439,7 @@ class Warmup(NamedProfile):
         return 1 - (1 + n / self.inv_gamma) ** -self.power
 
     def decay(self, before: float, now: float) -> float:
-        _in_order(before, now)
+        in_order(before, now)
         constant = self.profile.decay(0, 1)
         kept = 1.0
         # A step of which the clock has covered a fraction counts by that fraction, as an exponent.
@@ -446,3 +452,7 @@ class Warmup(NamedProfile):
             kept *= rule ** (until - before)
             before, n = until, n + 1
         return kept
+
+
+# Last, so that the options of the command line come in the order of use.
+from polyak.profiles.cooldown import Cooldown  # noqa: E402

@@ -145,6 +145,20 @@ class _Custom(NamedProfile):
         return str(self.profile)
 
 
+def in_order(before: float, now: float) -> None:
+    """Check the two readings that a decay is computed from.
+
+    Args:
+        before: The earlier.
+        now: The later.
+
+    Raises:
+        ProfileError: If they are not in order, or below 0.
+    """
+    if not 0 <= before <= now:
+        raise ProfileError(f"a decay needs 0 <= before <= now (got before={before!r}, now={now!r})")
+
+
 def named(profile: Profile) -> NamedProfile:
     """Return the profile itself if it has forms and words, else the profile with defaults for them.
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 from polyak.errors import PlanWarning, ProfileError, TimeError
 from polyak.profiles import Profile
 from polyak.record.manifest import Segment
-from polyak.time import Time
+from polyak.time import Time, TimeUnit
 
 # Points per segment at which the profile is evaluated. Segments of fewer updates are evaluated at each of them.
 _POINTS = 64
@@ -103,7 +103,7 @@ def finest(segments: Sequence[Segment]) -> int:
 
 
 def coefficients(
-    profile: Profile, segments: Sequence[Segment], at: Time | str | None = None, *, max_duration: Time | None = None
+    profile: Profile, segments: Sequence[Segment], at: Time | str | int | None = None, *, max_duration: Time | None = None
 ) -> list[float]:
     """Return the coefficient of each segment in an average under ``profile``.
 
@@ -130,7 +130,7 @@ def coefficients(
 
 
 def shares(
-    profile: Profile, segments: Sequence[Segment], at: Time | str | None = None, *, max_duration: Time | None = None
+    profile: Profile, segments: Sequence[Segment], at: Time | str | int | None = None, *, max_duration: Time | None = None
 ) -> list[float]:
     """Return the share of the profile in each segment: simpler than ``coefficients`` and less accurate.
 
@@ -150,7 +150,7 @@ def shares(
 
 
 def fit(
-    profile: Profile, segments: Sequence[Segment], at: Time | str | None = None, *, max_duration: Time | None = None
+    profile: Profile, segments: Sequence[Segment], at: Time | str | int | None = None, *, max_duration: Time | None = None
 ) -> Fit:
     """Return the coefficients together with what their errors follow from; do not warn of the error.
 
@@ -237,12 +237,12 @@ def error_estimate(fitted: Fit, products: Sequence[Sequence[float]]) -> float:
     return math.sqrt(error / distance) if distance > 0 else math.inf
 
 
-def _until(segments: Sequence[Segment], at: Time | str | None, max_duration: Time | None) -> tuple[Segment, ...]:
+def _until(segments: Sequence[Segment], at: Time | str | int | None, max_duration: Time | None) -> tuple[Segment, ...]:
     if not segments:
         raise ProfileError("an average needs a record with at least one segment (got none)")
     if at is None:
         return tuple(segments)
-    moment = Time.from_input(at)
+    moment = Time.from_input(at, TimeUnit.BATCH)
     ends = [segment.end.clock(moment.unit, max_duration) for segment in segments]
     nearest = min(range(len(ends)), key=lambda i: abs(ends[i] - moment.value))
     if not math.isclose(ends[nearest], moment.value, rel_tol=1e-9):

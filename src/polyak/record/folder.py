@@ -39,12 +39,13 @@ class RecordFolder:
         self.path = path
         self._lock: RecordLock | None = None
 
-    def open(self, wanted: Manifest, *, back_up: bool) -> Manifest:
+    def open(self, wanted: Manifest, *, back_up: bool, overwrite: bool = False) -> Manifest:
         """Lock the folder, which is made if it is absent; return the manifest of the record in it.
 
         Args:
             wanted: The manifest of a new record. One that exists must keep the same tensors.
             back_up: Whether to move an existing record to a backup and begin a new one.
+            overwrite: Whether to delete an existing record, readable or not, and begin a new one.
 
         Raises:
             RecordError: If another writer has it, the disk refuses, or the record is another one.
@@ -53,6 +54,9 @@ class RecordFolder:
         with disk_errors(f"opening {self.path} to record"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = RecordLock(self.path)
+            if overwrite:
+                self.commit(wanted)  # which deletes the old files, once the new manifest is in place
+                return wanted
             if back_up:
                 move_to_backup(self.path)
             if not (self.path / MANIFEST).exists():
@@ -68,8 +72,8 @@ class RecordFolder:
         lost = [path.name for path in self.path.iterdir() if SEGMENT_FILE.fullmatch(path.name)]
         if lost:
             raise RecordError(
-                f"{self.path} must have a {MANIFEST} for its {len(lost)} segments: restore it from a copy, or record "
-                "to another folder"
+                f"{self.path} must have a {MANIFEST} for its {len(lost)} segments: restore it from a copy, record "
+                "to another folder, or replace the record by overwrite=True"
             )
 
     def check_lock(self) -> None:
@@ -194,7 +198,8 @@ def check_tensors(expected: Mapping[str, TensorInfo], got: Mapping[str, Tensor] 
     misshaped = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     if misshaped or expected.keys() != got.keys():
         raise MismatchError(
-            "the tensors must be those that the record keeps; to record others, use another folder:",
+            "the tensors must be those that the record keeps; to record others, use another folder, or replace the record "
+            "by overwrite=True:",
             missing=expected.keys() - got.keys(),
             unexpected=got.keys() - expected.keys(),
             misshaped=misshaped,
@@ -205,7 +210,7 @@ def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
     if found.per_level != wanted.per_level:
         raise RecordError(
             f"per_level must be that of the record in {folder}, {found.per_level} (got {wanted.per_level}): use that, "
-            "or record to another folder"
+            "record to another folder, or replace the record by overwrite=True"
         )
     check_tensors(found.tensors, wanted.tensors)
     changed = sorted(name for name, info in wanted.tensors.items() if info != found.tensors[name])
@@ -213,5 +218,6 @@ def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:
         name = changed[0]
         raise RecordError(
             f"tensors must be kept as in the record in {folder}: {name!r} as {found.tensors[name]} (got "
-            f"{wanted.tensors[name]}): use the same dtype, or record to another folder"
+            f"{wanted.tensors[name]}): use the same dtype, record to another folder, or replace the record by "
+            "overwrite=True"
         )

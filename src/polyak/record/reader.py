@@ -91,7 +91,7 @@ class Record:
     def average(
         self,
         profile: Profile,
-        at: Time | str | None = None,
+        at: Time | str | int | None = None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -123,7 +123,7 @@ class Record:
         warn_of_error(profile, error_estimate(fitted, self._keep(products)))
         return result | {alias: result[name] for alias, name in self.aliases.items()}
 
-    def error(self, profile: Profile, at: Time | str | None = None) -> float:
+    def error(self, profile: Profile, at: Time | str | int | None = None) -> float:
         """Estimate the error of ``average``, in units of |last weights - average|.
 
         It is an estimate and not a bound; show it doubled. The first call, of this or of ``average``, reads the record
@@ -141,7 +141,7 @@ class Record:
         return self._error_of(self._fit(profile, at))
 
     def export(
-        self, profile: Profile, path: str | Path, at: Time | str | None = None, *, dtype: torch.dtype | None = None
+        self, profile: Profile, path: str | Path, at: Time | str | int | None = None, *, dtype: torch.dtype | None = None
     ) -> None:
         """Write the average to a safetensors file, with its profile, moment and error in the file's metadata.
 
@@ -194,7 +194,7 @@ class Record:
         for name, sha256 in sorted(hashes.items()):
             check_content(self.folder, name, sha256)
 
-    def _fit(self, profile: Profile, at: Time | str | None) -> Fit:
+    def _fit(self, profile: Profile, at: Time | str | int | None) -> Fit:
         return fit(profile, self.segments, at, max_duration=self.max_duration)
 
     def _error_of(self, fitted: Fit) -> float:

@@ -36,8 +36,8 @@ class Recorder(Algorithm):
     model is lost, since the other ranks may be at another batch.
 
     Args:
-        folder: Where the record is kept, on a disk that all ranks see. A record that exists is continued only from a
-            checkpoint. Under ``Trainer(autoresume=True)``, if there is no checkpoint yet, such a record is moved to
+        folder: Where the record is kept, on a disk that all ranks see. A record that exists is continued from a checkpoint,
+            replaced with ``overwrite``, and otherwise an error. Under ``Trainer(autoresume=True)``, if there is no checkpoint yet, such a record is moved to
             ``backup-1`` in the folder, with a warning, and a new one begins.
         interval: Length of a segment, in any unit. The record does not resolve half-lives below it. None takes a 512th
             of the run, for which the trainer must know ``max_duration``.
@@ -46,6 +46,8 @@ class Recorder(Algorithm):
         dtype: Of the files: float32, float16 or bfloat16.
         device: Where the running mean is kept; None for the device of the model.
         policy: Which tensors are averaged and which keep the last value of each segment; the rest are not recorded.
+        overwrite: Whether a record that exists in ``folder`` is replaced when a run begins: it is deleted, with the
+            files that its checkpoints refer to. A run that resumes from a checkpoint continues its record instead.
 
     Raises:
         TimeError: If ``interval`` is no time, or not above 0.
@@ -72,19 +74,20 @@ class Recorder(Algorithm):
     def __init__(
         self,
         folder: str | Path,
-        interval: str | Time | None = None,
+        interval: str | Time | int | None = None,
         per_level: int | None = 4,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         policy: PolicyRule = default_policy,
+        overwrite: bool = False,
     ) -> None:
         if per_level is not None and per_level < 1:
             raise RecordError(f"per_level must be at least 1, or None to merge nothing (got {per_level!r})")
         self.folder = Path(folder).absolute()
-        self.interval = None if interval is None else as_span("interval", interval, above=0)
+        self.interval = None if interval is None else as_span("interval", interval, above=0, steps=True)
         shown = f"Recorder('{folder}', interval={self.interval}, per_level={per_level})"
-        self._settings = Settings(self.folder, self.interval, per_level, dtype, device, policy, shown)
+        self._settings = Settings(self.folder, self.interval, per_level, dtype, device, policy, shown, overwrite)
         self._recording: Recording | None = None
 
     @property

@@ -83,11 +83,8 @@ class Recording:
     def _open_record(self) -> None:
         roles, state = self._roles, self.state
         mean = self._mean = self._mean or self._settings.new_mean(state)
-        # A record that exists is of a run that nobody can resume, and must not be destroyed.
-        back_up = self.queue.num_updates == 0 and self._loaded is None and getattr(state, "found_no_checkpoint", False)
-        self.queue.begin(
-            lambda: self._settings.writer(mean, state, roles.separate(), back_up=back_up), self._rewind_to_state
-        )
+        new = self.queue.num_updates == 0 and self._loaded is None
+        self.queue.begin(lambda: self._settings.writer(mean, state, roles.separate(), new=new), self._rewind_to_state)
 
     def _rewind_to_state(self, writer: Writer) -> None:
         """Rewind to the checkpoint; check that the record ends where this recorder continues."""
@@ -99,7 +96,8 @@ class Recording:
         if held != self.queue.num_written:
             raise RecordError(
                 f"{self._settings.folder} has a record of {held} updates already, and this run has made "
-                f"{self.queue.num_updates}: resume it from its checkpoint, delete the folder, or record to another"
+                f"{self.queue.num_updates}: resume it from its checkpoint, record to another folder, or replace "
+                "the record by Recorder(..., overwrite=True)"
             )
 
     def update(self, state: State) -> None:

@@ -33,6 +33,7 @@ class Settings:
         device: As for ``Recorder``.
         policy: As for ``Recorder``.
         shown: The recorder as text, which ranks compare: without the paths of their disks.
+        overwrite: As for ``Recorder``.
     """
 
     folder: Path
@@ -42,6 +43,7 @@ class Settings:
     device: torch.device | str | None
     policy: PolicyRule
     shown: str
+    overwrite: bool = False
 
     def interval_of(self, state: State) -> Time:
         """Return the length of a segment.
@@ -68,14 +70,15 @@ class Settings:
         """
         return Shadow(state.model, policy=self.policy, device=self.device, views=True)
 
-    def writer(self, mean: Shadow, state: State, ranks: Communicator | None, *, back_up: bool = False) -> Writer:
+    def writer(self, mean: Shadow, state: State, ranks: Communicator | None, *, new: bool = False) -> Writer:
         """Return a writer of the record.
 
         Args:
             mean: The running mean, whose tensors are recorded.
             state: Of the loop.
             ranks: As for ``Writer``.
-            back_up: As for ``Writer``.
+            new: Whether a run begins that resumes nothing. Then a record that exists is replaced with ``overwrite``, and
+                moved to a backup if the trainer has found no checkpoint to continue it from.
         """
         tensors = {
             name: TensorInfo.of(tensor, averaged=averaged, dtype=self.dtype)
@@ -88,7 +91,8 @@ class Settings:
             max_duration=state.max_duration,
             aliases=_aliases(state.model, mean.averages),
             ranks=ranks,
-            back_up=back_up,
+            back_up=new and getattr(state, "found_no_checkpoint", False),
+            overwrite=new and self.overwrite,
         )
 
 

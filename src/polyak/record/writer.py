@@ -37,6 +37,8 @@ class Writer:
         ranks: Those that write it together, in a group that only this writer uses; None for one process.
         back_up: Whether to begin an empty record. One that exists is moved to a folder inside this one, ``backup-1`` or
             the next number that is free, where it can be read.
+        overwrite: Whether to begin an empty record. One that exists is deleted, with the files that checkpoints refer
+            to.
 
     Raises:
         RecordError: If another writer has it, the folder cannot be written, or holds a record that cannot be read, or
@@ -63,6 +65,7 @@ class Writer:
         aliases: Mapping[str, str] | None = None,
         ranks: Communicator | None = None,
         back_up: bool = False,
+        overwrite: bool = False,
     ) -> None:
         self.folder = Path(folder).absolute()  # the program may change its directory
         self._files = RecordFolder(self.folder)
@@ -70,7 +73,9 @@ class Writer:
         self._output = _output(self._ranks)
         try:
             wanted = Manifest(dict(tensors), per_level, max_duration, dict(aliases or {}))
-            self._manifest = self._ranks.on_rank_0(lambda: self._files.open(wanted, back_up=back_up))
+            self._manifest = self._ranks.on_rank_0(
+                lambda: self._files.open(wanted, back_up=back_up, overwrite=overwrite)
+            )
             self._ranks.agree(f"the record in {self.folder}", self._facts(wanted))
         except BaseException:
             self.close()

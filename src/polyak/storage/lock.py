@@ -55,9 +55,14 @@ class Lock:
         self._foreign = foreign
         if foreign is not None and path.is_symlink():
             raise foreign("a symbolic link")
-        self._descriptor = os.open(path, _flags(create=foreign is not None, folder=path.is_dir()), 0o666)
+        folder = path.is_dir()
+        if fcntl is None and folder:  # Windows cannot open a folder, and nothing of it must be open
+            self._descriptor, self._locked, close = -1, path.stat(), _do_nothing
+        else:
+            self._descriptor = os.open(path, _flags(create=foreign is not None, folder=folder), 0o666)
+            self._locked, close = os.fstat(self._descriptor), os.close
         # Also where an interrupt comes before anybody has this object.
-        self._close = weakref.finalize(self, os.close, self._descriptor)
+        self._close = weakref.finalize(self, close, self._descriptor)
         self._unmark = lambda: None
         _HELD.add(self)
         try:
@@ -110,7 +115,7 @@ class Lock:
             there = self._path.lstat() if self._foreign is not None else self._path.stat()
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return os.path.samestat(there, os.fstat(self._descriptor))
+        return os.path.samestat(there, self._locked)
 
     def release(self) -> None:
         """Let the next writer in. In a forked process, do nothing."""
@@ -119,6 +124,10 @@ class Lock:
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             self._unmark()
             self._close()
+
+
+def _do_nothing(fd: int) -> None:
+    del fd
 
 
 def _flags(*, create: bool, folder: bool) -> int:

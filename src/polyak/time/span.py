@@ -4,7 +4,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Self
 
 from polyak.errors import TimeError
@@ -52,7 +52,7 @@ class Time:
         """Read a time string: a number and a unit in any case, or a wall clock as ``"1h30m"``.
 
         Args:
-            timestring: For example ``"1000ba"``, ``"1.5ep"``, ``"0.5dur"``, ``"infba"``.
+            timestring: For example ``"1000ba"``, ``"1000 steps"``, ``"1.5 epochs"``, ``"0.5dur"``, ``"infba"``.
 
         Raises:
             TimeError: If it is no such string; the message names the accepted form.
@@ -252,6 +252,7 @@ def as_span(
     above: float | None = None,
     whole: bool = False,
     unit: TimeUnit | None = None,
+    steps: bool = False,
 ) -> Time:
     """Return ``time`` as a ``Time`` that may serve as the length of something.
 
@@ -261,16 +262,23 @@ def as_span(
         above: If given, the value must be above this instead.
         whole: Whether the value must be a whole number (``dur`` never needs to be).
         unit: What a number counts; without it, numbers are refused.
+        steps: Whether a number counts batches, which are optimizer steps, and must be whole.
 
     Raises:
         TimeError: If one of these does not hold.
     """
     try:
-        time = Time.from_input(time, unit)
+        time = Time.from_input(time, TimeUnit.BATCH if steps and _is_whole(time) else unit)
     except TimeError as error:
-        raise TimeError(f"{name} must be a time: {error}") from None
+        raise TimeError(f"{name} must be a time{' or a whole number of steps' if steps else ''}: {error}") from None
     if time.value < 0 or (above is not None and not time.value > above):
         raise TimeError(f"{name} must be {f'above {above}' if above is not None else 'at least 0'} (got {time})")
     if whole and time.unit is not TimeUnit.DURATION and not isinstance(time.value, int):
         raise TimeError(f"{name} must be a whole number of {time.unit} (got {time})")
     return time
+
+
+def _is_whole(given: object) -> bool:
+    if isinstance(given, Integral):
+        return not isinstance(given, bool)
+    return isinstance(given, Real) and float(given).is_integer()

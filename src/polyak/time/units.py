@@ -1,5 +1,6 @@
-"""The units of time, and the numbers that count them as text: ``"1000ba"``, ``"1h30m"``."""
+"""The units of time, and the numbers that count them as text: ``"1000ba"``, ``"1000 steps"``, ``"1h30m"``."""
 
+import difflib
 import math
 import operator
 import re
@@ -22,17 +23,40 @@ class TimeUnit(StrEnum):
 
     @classmethod
     def _missing_(cls, value: object) -> "TimeUnit | None":
-        lower = value.lower() if isinstance(value, str) else value
-        return next((unit for unit in cls if unit.value == lower), None)
+        if not isinstance(value, str):
+            return None
+        unit, count = _WORDS.get(value.lower(), (None, 1))
+        return unit if count == 1 else None
+
+
+def _words() -> dict[str, tuple[TimeUnit, int]]:
+    """Return each word for a unit of time strings, with the unit and how many of it one is."""
+    words = {unit.value: (unit, 1) for unit in TimeUnit}
+    for unit, names in {
+        TimeUnit.BATCH: ("batch", "batches", "step", "steps"),
+        TimeUnit.EPOCH: ("epoch", "epochs"),
+        TimeUnit.SAMPLE: ("sample", "samples"),
+        TimeUnit.TOKEN: ("token", "tokens"),
+        TimeUnit.ITERATION: ("iteration", "iterations"),
+        TimeUnit.SECOND: ("second", "seconds", "secs"),
+    }.items():
+        words |= dict.fromkeys(names, (unit, 1))
+    words |= dict.fromkeys(("min", "mins", "minute", "minutes"), (TimeUnit.SECOND, 60))
+    return words | dict.fromkeys(("hour", "hours"), (TimeUnit.SECOND, 3600))
+
+
+_WORDS = _words()
 
 
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"
 _NUMBER = rf"(?:{_DIGITS}(?:\.(?:{_DIGITS})?)?|\.{_DIGITS})(?:e[+-]?{_DIGITS})?|inf"
-_TIME_STRING = re.compile(rf"\s*({_NUMBER})\s*({'|'.join(TimeUnit)})\s*", re.IGNORECASE)
+_TIME_STRING = re.compile(rf"\s*({_NUMBER})\s*({'|'.join(_WORDS)})\s*", re.IGNORECASE)
 _WALL_CLOCK = re.compile(r"\s*(?=[0-9])(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?\s*", re.IGNORECASE)
+_OTHER_UNIT = re.compile(rf"\s*({_NUMBER})\s*([a-z]*)\s*", re.IGNORECASE)
 FORM = (
-    "a time string is a number that is not negative and a unit, such as '1000ba', '1.5ep', '0.25dur' or '1h30m'; "
-    f"the units are {', '.join(TimeUnit)}"
+    "a time string is a number that is not negative and a unit, such as '1000 steps', '1000ba', '1.5ep', '0.25dur' or "
+    "'1h30m'; the units are steps or batches (ba), epochs (ep), samples (sp), tokens (tok), iterations (iter), shares of "
+    "the run (dur), seconds (sec), minutes, hours"
 )
 
 
@@ -61,7 +85,7 @@ def parse(timestring: object) -> tuple[int | float, TimeUnit]:
     """Return the number and the unit of a time string, or the seconds of a wall clock such as ``"1h30m"``.
 
     Args:
-        timestring: In upper or lower case.
+        timestring: In upper or lower case; the unit short or as a word, singular or plural.
 
     Raises:
         TimeError: If it is not a time string; the message names the accepted form.
@@ -69,16 +93,35 @@ def parse(timestring: object) -> tuple[int | float, TimeUnit]:
     Example:
         >>> parse("1h30m")
         (5400, <TimeUnit.SECOND: 'sec'>)
+        >>> parse("1000 steps")
+        (1000, <TimeUnit.BATCH: 'ba'>)
     """
     if not isinstance(timestring, str):
         raise TimeError(f"{FORM} (got {timestring!r}, a {type(timestring).__name__})")
     if match := _TIME_STRING.fullmatch(timestring):
-        return _number_in(match[1], timestring), TimeUnit(match[2])
+        unit, count = _WORDS[match[2].lower()]
+        return count * _number_in(match[1], timestring), unit
     match = _WALL_CLOCK.fullmatch(timestring)
     if match and any(match.groups()):
         hours, minutes, seconds = (_number_in(part or "0", timestring) for part in match.groups())
         return 3600 * hours + 60 * minutes + seconds, TimeUnit.SECOND
-    raise TimeError(f"{FORM} (got {timestring!r})")
+    raise TimeError(f"{FORM} (got {timestring!r}){_meant(timestring)}")
+
+
+def _meant(timestring: str) -> str:
+    """Return what was perhaps meant by a string that is no time string."""
+    match = _OTHER_UNIT.fullmatch(timestring)
+    if match is None:
+        share = re.fullmatch(rf"\s*({_NUMBER})\s*%\s*", timestring)
+        return f"; for a share of the run, write '{float(share[1]) / 100:g}dur'" if share else ""
+    number, unit = match[1], match[2].lower()
+    if not unit:
+        return f"; for optimizer steps, write '{number} steps'"
+    # Words before short units: 'stp' is rather a step than a sample.
+    words = [word for word in _WORDS if len(word) > 3 and (number == "1") is not word.endswith("s")]
+    close = difflib.get_close_matches(unit, words, n=1)
+    close = close or difflib.get_close_matches(unit, _WORDS, n=1)
+    return f"; did you mean '{number} {close[0]}'?" if close else ""
 
 
 def _number_in(digits: str, timestring: str) -> int | float:

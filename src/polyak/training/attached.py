@@ -3,7 +3,6 @@
 import copy
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,14 +16,17 @@ from polyak.errors import CopyError, PolyakError
 from polyak.events import Event
 from polyak.tensors.slots import unwrap
 from polyak.time import Timestamp
+from polyak.training.block import block
 from polyak.training.counted import CountedLoop
+from polyak.training.handle import Handle
 from polyak.training.options import LoopOptions
 
 
-class Attached:
-    """Algorithms at work in a training loop of your own. ``attach`` makes it.
+class Attached(Handle):
+    """Algorithms at work in a training loop of your own, and the handle of their average. ``attach`` makes it.
 
-    As a context manager it detaches at the end of the block. An average is updated as long as this, or the algorithm
+    ``model`` is the averaged module, ``applied()`` swaps the average into your own model for a block, ``save`` writes
+    the averaged weights, ``state_dict`` is for resuming. As a context manager it detaches at the end of the block. An average is updated as long as this, or the algorithm
     itself, is referred to. A copy of this, made together with its model and optimizer, follows the copied ones.
 
     Args:
@@ -77,7 +79,8 @@ class Attached:
         """
         if not self._loop.by_hand or self._loop.detached:
             reason = "it is detached" if self._loop.detached else "those of the optimizer are counted"
-            raise ValueError(f"steps are counted by hand where attach was given no optimizer (here {reason})")
+            advice = "attach again" if self._loop.detached else "delete this call"
+            raise ValueError(f"steps are counted by hand where attach was given no optimizer (here {reason}); {advice}")
         self._loop.begin()
         self._loop.finish_batch()
 
@@ -85,7 +88,7 @@ class Attached:
         """Count an epoch. With ``steps_per_epoch`` epochs are counted without this call."""
         self._loop.end_epoch()
 
-    @contextmanager
+    @block
     def applied(self) -> Iterator[nn.Module]:
         """Swap the average into the model for a ``with`` block: to evaluate it, or to export it.
 

@@ -188,7 +188,7 @@ def _detach_others(loop: CountedLoop) -> None:
                     f"an algorithm must follow one loop, and {shared[0]!r} was attached already: it follows the new "
                     "loop from now on; call detach() of what the first attach returned before the second",
                     PlanWarning,
-                    stacklevel=5,
+                    stacklevel=6,
                 )
             other.detach()
         elif not other.algorithms and _optimizer_of(other) is _optimizer_of(loop):

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from polyak.algorithm import Algorithm, MetricLogger, NoLogger, dispatch
-from polyak.errors import CheckpointError
 from polyak.events import Event
 from polyak.time import Timestamp, TimeUnit
 from polyak.training.between import Between
 from polyak.training.optimizer import counted_optimizer, refuse_masters
+from polyak.training.saved import check_saved
 from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
 from polyak.training.uncounted import Uncounted
@@ -263,14 +263,12 @@ class Loop:
             state: As saved.
 
         Raises:
-            CheckpointError: If it is the state of other algorithms.
+            CheckpointError: If it is not such a state, or that of other algorithms.
             MismatchError: If names or shapes differ from the model's.
         """
         self.meet()
-        saved, ours = state["algorithms"], [type(a).__qualname__ for a in self.algorithms]
-        if [name for name, _ in saved] != ours:
-            raise CheckpointError(f"the state must be that of {ours} (got that of {[name for name, _ in saved]})")
-        for algorithm, (_, own) in zip(self.algorithms, saved, strict=True):
+        check_saved(state, [type(algorithm).__qualname__ for algorithm in self.algorithms])
+        for algorithm, (_, own) in zip(self.algorithms, state["algorithms"], strict=True):
             algorithm.load_state_dict(own)
         length = self.state.timestamp.epoch_length
         self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)

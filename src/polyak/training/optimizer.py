@@ -39,8 +39,7 @@ def counted_optimizer(optimizer: object) -> Optimizer:
     name = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         raise OptimizerError(
-            f"optimizer must be one torch.optim.Optimizer, and {name} is none; of several give the one that steps last "
-            f"in a batch; if there is no such optimizer, {BY_HAND}"
+            f"optimizer must be one torch.optim.Optimizer, and {_shown(optimizer)} is none; {_instead(optimizer)}"
         )
     hooks = {"_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"}
     if not hooks <= vars(optimizer).keys() or not getattr(type(optimizer).step, "hooked", False):
@@ -49,6 +48,24 @@ def counted_optimizer(optimizer: object) -> Optimizer:
             f"torch.optim.Optimizer; {BY_HAND}"
         )
     return optimizer
+
+
+def _shown(given: object) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else type(given).__name__
+
+
+def _instead(given: object) -> str:
+    """Return what to give in place of what is no optimizer."""
+    if isinstance(given, type):
+        return f"make one over the model's parameters: {given.__name__}(model.parameters(), ...)"
+    if isinstance(given, nn.Module):
+        return "it is a model, the second argument: attach(EMA(...), model, optimizer)"
+    if isinstance(getattr(given, "optimizer", None), Optimizer) and hasattr(given, "get_last_lr"):
+        return "give the optimizer that this scheduler changes"
+    return (
+        "of several give the one that steps last in a batch; if there is no such optimizer, "
+        f"{BY_HAND}"
+    )
 
 
 def refuse_masters(optimizer: Optimizer, model: nn.Module) -> None:

@@ -23,7 +23,7 @@ class LoopOptions:
         ArgumentError: If one of the numbers is not whole, or too small.
     """
 
-    max_duration: Time | str | None = None
+    max_duration: Time | str | int | None = None
     steps_per_epoch: int | None = None
     samples_per_step: int = 0
     tokens_per_step: int = 0
@@ -31,7 +31,7 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         if self.max_duration is not None:
-            object.__setattr__(self, "max_duration", as_span("max_duration", self.max_duration, above=0))
+            object.__setattr__(self, "max_duration", as_span("max_duration", self.max_duration, above=0, steps=True))
         for name, least in (("steps_per_epoch", 1), ("samples_per_step", 0), ("tokens_per_step", 0)):
             given = getattr(self, name)
             if given is not None or name != "steps_per_epoch":
@@ -45,7 +45,7 @@ class LoopOptions:
     @property
     def duration(self) -> Time | None:
         """The length of the run, if it is known."""
-        assert not isinstance(self.max_duration, str)
+        assert not isinstance(self.max_duration, str | int)
         return self.max_duration
 
     @property

@@ -12,6 +12,7 @@ except ModuleNotFoundError:
     from lightning_fabric import Fabric, is_wrapped
 
 from polyak.algorithm import Algorithm
+from polyak.averaging.habits import ARGUMENTS_OF_ATTACH, explained
 from polyak.hosts.lightning.strategies import refuse_foreign
 from polyak.time import Time
 from polyak.training.attached import Attached
@@ -26,13 +27,14 @@ class _Logger:
         self._fabric.log_dict(metrics, step=step)
 
 
+@explained("attach(EMA(decay=0.999), fabric, model, optimizer)", ARGUMENTS_OF_ATTACH)
 def attach(
     algorithms: Algorithm | Sequence[Algorithm],
     fabric: Fabric,
     model: nn.Module,
     optimizer: Optimizer | None,
     *,
-    max_duration: Time | str | None = None,
+    max_duration: Time | str | int | None = None,
     steps_per_epoch: int | None = None,
     samples_per_step: int = 0,
     tokens_per_step: int = 0,
@@ -56,6 +58,7 @@ def attach(
     Raises:
         NotImplementedError: Under DeepSpeed, FSDP and ``ModelParallelStrategy``.
         TimeError: If ``max_duration`` is no time.
+        CallError: If an argument is missing, or there is none of that name.
         ArgumentError: If more than one of the algorithms swaps an average in.
     """
     refuse_foreign(fabric.strategy)

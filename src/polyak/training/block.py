@@ -1,0 +1,56 @@
+"""``block``: a method for ``with`` that may be called or not."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import TracebackType
+from typing import Concatenate, Generic, ParamSpec, TypeVar, overload
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Owner = TypeVar("Owner")
+
+
+class Block(Generic[P, T]):
+    """A context manager that is made when it is called, or entered without a call.
+
+    Args:
+        make: Makes it.
+    """
+
+    def __init__(self, make: Callable[P, AbstractContextManager[T]]) -> None:
+        self._make = make
+        self._entered: AbstractContextManager[T] | None = None
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
+        return self._make(*args, **kwargs)
+
+    def __enter__(self) -> T:
+        make: Callable[[], AbstractContextManager[T]] = self._make  # type: ignore[assignment]
+        self._entered = make()
+        return self._entered.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        assert self._entered is not None
+        return self._entered.__exit__(kind, error, traceback)
+
+
+class block(Generic[Owner, P, T]):  # noqa: N801  a decorator
+    """``contextlib.contextmanager`` for a method, after which ``with thing.method:`` is ``with thing.method():``.
+
+    Args:
+        function: A generator function, the method.
+    """
+
+    def __init__(self, function: Callable[Concatenate[Owner, P], Iterator[T]]) -> None:
+        self._manager = contextmanager(function)
+        functools.update_wrapper(self, function)  # type: ignore[arg-type]
+
+    @overload
+    def __get__(self, owner: None, kind: type) -> "block[Owner, P, T]": ...
+    @overload
+    def __get__(self, owner: Owner, kind: type) -> Block[P, T]: ...
+    def __get__(self, owner: Owner | None, kind: type) -> "block[Owner, P, T] | Block[P, T]":
+        return self if owner is None else Block(functools.partial(self._manager, owner))
