@@ -1,7 +1,7 @@
 """The examples in docstrings and Markdown run as tests.
 
-Examples in the docstrings of one module share a namespace and a working directory of their own. The blocks of a page run
-in a process of their own, as a reader pastes them: see ``tests/support/pages.py``.
+Examples in the docstrings of one module share a namespace and a working directory of their own. The blocks of a page
+run in a process of their own, as a reader pastes them: see ``tests/support/pages.py``.
 """
 
 import gc
@@ -63,7 +63,7 @@ class Blocks(pytest.Item):
 
         lines = pages.unannounced(self.path)
         if lines:
-            pytest.fail(f"{self.path}: the line before a block that does not run says so (lines {lines})", pytrace=False)
+            pytest.fail(f"{self.path}: the line before a block that does not run says so ({lines})", pytrace=False)
         done = pages.in_process(self.path)
         if done.returncode == pages.MISSING:
             pytest.skip(done.stdout.strip())

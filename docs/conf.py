@@ -34,7 +34,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-# Nothing is fetched when the site is built: names of other packages lead nowhere, and those of private modules are not listed.
+# Nothing is fetched when the site is built, so names of other packages lead nowhere; private modules are not listed.
 nitpick_ignore_regex = [("py:.*", r"(?!polyak\.[A-Z]\w*$).*")]
 
 
