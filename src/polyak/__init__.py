@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from polyak.events import Event
     from polyak.export import export_averaged
     from polyak.hosts.optimizer import attach
+    from polyak.polishing import polish
     from polyak.profiles import Cooldown, HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
     from polyak.record import Record
     from polyak.record.recorder import Recorder
@@ -80,6 +81,7 @@ __all__ = [  # noqa: RUF022
     "Recorder",
     "Record",
     "sweep",
+    "polish",
     # How much each moment counts in an average.
     "HalfLife",
     "Smoothing",
@@ -148,6 +150,7 @@ _MODULES = {
     "Recorder": "record.recorder",
     "Record": "record",
     "sweep": "sweeping",
+    "polish": "polishing",
     **dict.fromkeys(
         ("HalfLife", "Smoothing", "Uniform", "Window", "Cooldown", "PowerFunction", "Warmup", "Profile"),
         "profiles",
@@ -165,7 +168,19 @@ _MODULES = {
 _MOVED = {"dispatch": "algorithm", "State": "events"}
 _WINGS = frozenset(
     {
-        *("algorithm", "averaging", "background", "compat", "errors", "events", "export", "hosts", "kernels", "profiles"),
+        *(
+            "algorithm",
+            "averaging",
+            "background",
+            "compat",
+            "errors",
+            "events",
+            "export",
+            "hosts",
+            "kernels",
+            "polishing",
+            "profiles",
+        ),
         *("record", "sharding", "storage", "sweeping", "tensors", "time", "trainer", "training"),
     }
 )
