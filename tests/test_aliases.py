@@ -47,7 +47,7 @@ def test_a_name_for_writers_of_integrations_has_moved_and_says_where(name: str, 
 def typed_imports() -> dict[str, str]:
     """Return the module of each name that ``polyak/__init__.py`` imports for type checkers."""
     tree = ast.parse(Path(polyak.__file__).read_text(encoding="utf-8"))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If))  # that for type checkers
     imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
     return {alias.name: str(node.module) for node in imports for alias in node.names}
 

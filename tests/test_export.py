@@ -20,6 +20,14 @@ def test_ranks_export_the_average_that_they_swap_in(ranks, tmp_path, kind, size)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp, blocks"])
+def test_ranks_save_the_average_to_one_file_by_the_handle(ranks, tmp_path, kind) -> None:
+    swapped = ranks.run(2, sharded.saves_by_the_handle, kind, str(tmp_path / "averaged.safetensors"))[0]
+    assert sharded.unequal(load_file(tmp_path / "averaged.safetensors"), swapped) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["averaged.safetensors"]
+
+
+@pytest.mark.slow
 def test_one_rank_of_a_sharded_model_exports_it(ranks, tmp_path) -> None:
     swapped = ranks.run(1, sharded.exports, "fsdp, blocks", str(tmp_path / "averaged"), 5e9)[0]
     assert sharded.unequal(load_file(tmp_path / "averaged" / "model.safetensors"), swapped) == []

@@ -1,7 +1,7 @@
 """Weight averaging for PyTorch: in any training loop, at memory speed, with nothing lost.
 
-``attach(EMA(decay=0.999), model, optimizer)`` keeps an average. ``__all__`` lists what users need, the first thing first;
-each name is imported when it is first read. What writers of integrations need is in ``polyak.algorithm``,
+``attach(EMA(decay=0.999), model, optimizer)`` keeps an average. ``__all__`` lists what users need, the first thing
+first; each name is imported when it is first read. What writers of integrations need is in ``polyak.algorithm``,
 ``polyak.events``, ``polyak.training`` and ``polyak.tensors``.
 """
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from polyak.profiles import Cooldown, HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
     from polyak.record import Record
     from polyak.record.recorder import Recorder
-    from polyak.sweeping import sweep
+    from polyak.sweeping.sweep import sweep
     from polyak.tensors.slots import Policy, default_policy
     from polyak.time import Time, Timestamp, TimeUnit
     from polyak.trainer import (
@@ -149,7 +149,7 @@ _MODULES = {
     "compute_ema": "averaging.functional",
     "Recorder": "record.recorder",
     "Record": "record",
-    "sweep": "sweeping",
+    "sweep": "sweeping.sweep",
     "polish": "polishing",
     **dict.fromkeys(
         ("HalfLife", "Smoothing", "Uniform", "Window", "Cooldown", "PowerFunction", "Warmup", "Profile"),
@@ -186,20 +186,21 @@ _WINGS = frozenset(
 )
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name, or a module of the package, where it is first read."""
-    if name in __all__:
-        found = getattr(import_module(f"polyak.{_MODULES.get(name, 'trainer')}"), name)
-        globals()[name] = found
-        return found
-    if name in _MOVED:
-        module = f"polyak.{_MOVED[name]}"
-        warnings.warn(f"polyak.{name} has moved: import it from {module}", DeprecationWarning, stacklevel=2)
-        return getattr(import_module(module), name)
-    if name in _WINGS:
-        return import_module(f"polyak.{name}")
-    raise AttributeError(f"module 'polyak' has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers know the names by the imports above, and that there are no others
 
+    def __getattr__(name: str) -> Any:
+        """Import a public name, or a module of the package, where it is first read."""
+        if name in __all__:
+            found = getattr(import_module(f"polyak.{_MODULES.get(name, 'trainer')}"), name)
+            globals()[name] = found
+            return found
+        if name in _MOVED:
+            module = f"polyak.{_MOVED[name]}"
+            warnings.warn(f"polyak.{name} has moved: import it from {module}", DeprecationWarning, stacklevel=2)
+            return getattr(import_module(module), name)
+        if name in _WINGS:
+            return import_module(f"polyak.{name}")
+        raise AttributeError(f"module 'polyak' has no attribute {name!r}")
 
-def __dir__() -> list[str]:
-    return [*__all__, *(name for name in globals() if name.startswith("__"))]
+    def __dir__() -> list[str]:
+        return [*__all__, *(name for name in globals() if name.startswith("__"))]

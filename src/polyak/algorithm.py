@@ -141,7 +141,8 @@ def check_one_swaps(swapping: Sequence[object]) -> None:
     if len(swapping) > 1:
         raise ArgumentError(
             "a model can hold one average at a time, so there can be one algorithm that swaps one in (got "
-            f"{list(swapping)}); to compare averages, give each its own loop or attach(), or record the run by a Recorder"
+            f"{list(swapping)}); to compare averages, give each its own loop or attach(), or record the "
+            "run by a Recorder"
         )
 
 

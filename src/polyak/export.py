@@ -57,8 +57,8 @@ def export_averaged(
         model: The one in training, as it was given to the loop. The average is swapped in while writing.
         folder: A new or empty folder. It gets all files or none.
         max_file_bytes: The largest size of a file that holds more than one tensor.
-        overwrite: Whether an earlier export in ``folder`` is replaced, once the new one is complete. A folder with other
-            files is refused all the same: they would be lost.
+        overwrite: Whether an earlier export in ``folder`` is replaced, once the new one is complete. A folder with
+            other files is refused all the same: they would be lost.
 
     Raises:
         FileExistsError: If ``folder`` is not empty, and with ``overwrite`` if it has more than an earlier export.
@@ -66,19 +66,17 @@ def export_averaged(
             values, or of a dtype such as complex128 or quantized ones.
         LoanError: If averaging has not begun, or the model holds another average.
         ShardingError: If ranks disagree, or the model is a stage of a pipeline.
-        ArgumentError: If ``ema`` or ``model`` is something else.
 
     Example:
         >>> from polyak import attach
+        >>> from safetensors.torch import load_file
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> ema = attach(EMA("10ba"), model, optimizer)
         >>> for _ in range(20):
-        ...     optimizer.zero_grad()
         ...     model(torch.ones(4, 2)).square().mean().backward()
         ...     optimizer.step()
         >>> export_averaged(ema, model, "averaged")
-        >>> from safetensors.torch import load_file
         >>> sorted(load_file("averaged/model.safetensors"))
         ['bias', 'weight']
     """
@@ -87,7 +85,7 @@ def export_averaged(
     ranks = communicator_of(model)
     ranks.on_every_rank("the export", lambda: _check(folder, model, overwrite=overwrite))
     with _swapped_in(average, model):
-        _export(average, model, folder, ranks, max_file_bytes, _finish)
+        _export(average, model, folder, ranks, max_file_bytes=max_file_bytes, finish=_finish)
 
 
 def save_averaged(ema: EMA | HasAverage, model: nn.Module, path: str | Path, *, overwrite: bool = False) -> None:
@@ -121,7 +119,7 @@ def save_averaged(ema: EMA | HasAverage, model: nn.Module, path: str | Path, *, 
     ranks = communicator_of(model)
     ranks.on_every_rank("the export", lambda: _check_file(path, model, overwrite=overwrite))
     with _swapped_in(average, model):
-        _export(average, model, path, ranks, math.inf, _finish_file)
+        _export(average, model, path, ranks, max_file_bytes=math.inf, finish=_finish_file)
 
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
@@ -156,6 +154,7 @@ def _export(
     model: nn.Module,
     target: Path,
     ranks: Communicator,
+    *,
     max_file_bytes: float,
     finish: Callable[[Path, Path], None],
 ) -> None:

@@ -438,6 +438,18 @@ def exports(kind: str, folder: str, max_file_bytes: float) -> dict[str, Tensor]:
         return weights(model)
 
 
+def saves_by_the_handle(kind: str, file: str) -> dict[str, Tensor]:
+    """Save the averaged weights by the handle; return what the model holds while they are swapped in."""
+    model, optimizer, _, ema = _set_up(kind, 0)
+    train(model, optimizer, range(3))
+    before = weights(model)
+    ema.save(file)
+    assert unequal(before, weights(model)) == []
+    with ema.applied():
+        ema.save(file, overwrite=True)
+        return weights(model)
+
+
 def makes_separate_groups(times: int) -> list[int]:
     """Make a separate group, use it and close it, several times; return the sums of the ranks in each."""
     from polyak.sharding import Ranks

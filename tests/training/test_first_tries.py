@@ -75,7 +75,10 @@ ARGUMENTS: list[tuple[str, str]] = [
     ("EMA('10 steps', offload='cpu')", r"offload must be an Offload, as Offload\(\)"),
 ]
 ATTACHING: list[tuple[str, str]] = [
-    ("attach(model, optimizer, EMA('10 steps'))", r"the order must be attach\(EMA\(.*\), model, optimizer\) \(got attach"),
+    (
+        "attach(model, optimizer, EMA('10 steps'))",
+        r"the order must be attach\(EMA\(.*\), model, optimizer\) \(got attach",
+    ),
     ("attach(model, EMA('10 steps'), optimizer)", "give the algorithm first"),
     ("attach(EMA('10 steps'), optimizer, model)", r"the order must be attach\(EMA\(.*an SGD, a Sequential"),
     ("attach(EMA('10 steps'), model)", r"attach\(EMA\(decay=0\.999\), model, optimizer\) .*missing .*'optimizer'"),
@@ -85,14 +88,20 @@ ATTACHING: list[tuple[str, str]] = [
     ("attach('ema', model, optimizer)", "algorithms must be an EMA, a Recorder or a list of them"),
     ("attach(0.999, model, optimizer)", "algorithms must be an EMA, a Recorder or a list of them"),
     ("attach(ema, model, optimizer)", "attached already"),
-    ("attach([EMA('10 steps'), EMA('99 steps')], model, optimizer)", r"one average at a time.*each its own loop or attach"),
+    (
+        "attach([EMA('10 steps'), EMA('99 steps')], model, optimizer)",
+        r"one average at a time.*each its own loop or attach",
+    ),
     ("attach(EMA('10 steps'), nn.Linear, optimizer)", r"model must be .*the class Linear.*Linear\(\.\.\.\)"),
     ("attach(EMA('10 steps'), model.parameters(), optimizer)", "give the model itself, not its parameters"),
     ("attach(EMA('10 steps'), model.state_dict(), optimizer)", "give the model itself, not its state dict"),
     ("attach(EMA('10 steps'), model, torch.optim.SGD)", r"the class SGD is none; make one over .*SGD\(model\.param"),
     ("attach(EMA('10 steps'), model, scheduler)", "give the optimizer that this scheduler changes"),
     ("attach(EMA('10 steps'), model, [optimizer])", "the one that steps last in a batch"),
-    ("attach(EMA('10 steps'), model, torch.optim.SGD(new_model.parameters(), 0.1))", "must step parameters of the model"),
+    (
+        "attach(EMA('10 steps'), model, torch.optim.SGD(new_model.parameters(), 0.1))",
+        "must step parameters of the model",
+    ),
     ("attach(EMA('10 steps'), model=model, optim=optimizer)", "the optimizer is optimizer="),
     ("attach(ema=EMA('10 steps'), model=model, optimizer=optimizer)", "the EMA is algorithms="),
     ("attach(EMA(), model, optimizer, decay=0.999)", r"it goes to the EMA: attach\(EMA\(decay=0\.999\)"),
@@ -152,7 +161,10 @@ SAVING: list[tuple[str, str]] = [
     ("ema.save('a.safetensors'); ema.save('a.safetensors')", "new file .*overwrite=True"),
     ("ema.save('averaged'); ema.save('averaged')", "new or empty folder .*overwrite=True"),
     ("ema.save(model, 'averaged.safetensors')", r"must be those of ema\.save\('averaged\.safetensors'\)"),
-    ("export_averaged(model, ema, 'averaged')", r"export_averaged\(ema, model, folder\) \(got a Sequential, an Attached\)"),
+    (
+        "export_averaged(model, ema, 'averaged')",
+        r"export_averaged\(ema, model, folder\) \(got a Sequential, an Attached\)",
+    ),
     ("export_averaged(EMA, model, 'averaged')", r"what attach returned, then the model in training"),
     ("ema.save_checkpoint('run.pt')", r"save ema\.state_dict\(\)"),
 ]
@@ -197,10 +209,14 @@ RIGHT: list[tuple[str, str, str]] = [
     ("made = copy.deepcopy(ema.model).train()", "made(inputs) is not None", "a copy that may train"),
     (
         "torch.save(ema.state_dict(), 'ema.pt'); ema.load_state_dict(torch.load('ema.pt', weights_only=True))",
-        "ema.num_updates == 2",
+        "ema.num_updates == 3",
         "resumes the average; the model and the optimizer have states of their own",
     ),
-    ("torch.save(ema, 'ema.pt')", "True", "a pickle with the model, the optimizer and the average; larger than the state"),
+    (
+        "torch.save(ema, 'ema.pt')",
+        "True",
+        "a pickle with the model, the optimizer and the average; larger than the state",
+    ),
     ("made = ema.algorithm is ema.average", "made", "the EMA itself: its settings, and more that it can do"),
 ]
 
@@ -251,7 +267,9 @@ def test_the_page_has_each_first_try_with_its_answer() -> None:
     def tables() -> dict[str, list[str]]:
         says = ("what is typed", "what the error says")
         return {
-            "of what is right": rows(("what is typed", "what it does"), [(_code(code), what) for code, _, what in RIGHT]),
+            "of what is right": rows(
+                ("what is typed", "what it does"), [(_code(code), what) for code, _, what in RIGHT]
+            ),
             "of arguments": rows(says, [error(code) for code, _ in ARGUMENTS]),
             "of attach": rows(says, [error(code) for code, _ in ATTACHING]),
             "of use": rows(says, [error(code) for code, _ in USING]),

@@ -40,6 +40,8 @@ class Attributes(Algorithm):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
+            if not name.startswith("_") and hasattr(type(self), name):
+                return object.__getattribute__(self, name)  # a property has failed with an AttributeError of its own
             raise absent(self, name, OF_AN_EMA)
 
     @property

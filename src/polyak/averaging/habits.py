@@ -15,7 +15,9 @@ _BY_ITSELF = "the average follows the optimizer's steps by itself: delete this l
 _APPLIED = "swap the average in for a block: `with ema.applied():`"
 _MODULE = "the averaged module is ema.model"
 _TRAINING = "the model in training is the one that attach was given"
-_DECAY = "the share of the average that an update keeps is ema.average.decay, and that of the last one is in ema.metrics()"
+_DECAY = (
+    "the share of the average that an update keeps is ema.average.decay, and that of the last one is in ema.metrics()"
+)
 _EVAL = "evaluate ema.model, which is in eval mode, or the model in `with ema.applied():`"
 _FILL = "copy the average into another model by ema.average.get_ema_model(other_model)"
 _DEVICE = "the average moves with its model; EMA(..., offload=Offload()) keeps it on the CPU"
@@ -40,7 +42,9 @@ OF_AN_AVERAGE: Mapping[str, str] = {
     **dict.fromkeys(("shadow", "shadow_params", "collected_params"), "ema.model.state_dict() has the averages by name"),
     **dict.fromkeys(("parameters", "named_parameters", "buffers", "modules"), "ema.model has parameters and modules"),
     **dict.fromkeys(("to", "cuda", "cpu", "device"), _DEVICE),
-    **dict.fromkeys(("n_averaged", "num_averaged", "optimization_step", "updates"), "ema.num_updates counts the updates"),
+    **dict.fromkeys(
+        ("n_averaged", "num_averaged", "optimization_step", "updates"), "ema.num_updates counts the updates"
+    ),
     **dict.fromkeys(("save_checkpoint", "load", "load_checkpoint", "resume"), _STATE),
     "save_pretrained": "ema.save(path) writes the averaged weights; so does polyak.export_averaged, to a folder",
     "from_pretrained": "to begin with other weights, set ema.average.ema_model to a module that has them",
@@ -67,7 +71,9 @@ ARGUMENTS_OF_AN_EMA: Mapping[str, str] = {
     **dict.fromkeys(("beta", "alpha", "momentum", "ema_decay", "ema_rate", "decay_rate", "mu"), _KEEPS),
     **dict.fromkeys(("update_every", "update_freq", "update_every_n_steps", "every_n_steps", "interval"), _OFTEN),
     **dict.fromkeys(("update_after_step", "start_step", "start", "update_starting_at_step", "swa_start"), _LATER),
-    **dict.fromkeys(("use_ema_warmup", "use_warmup", "warmup", "inv_gamma", "power", "min_decay", "warmup_steps"), _WARM),
+    **dict.fromkeys(
+        ("use_ema_warmup", "use_warmup", "warmup", "inv_gamma", "power", "min_decay", "warmup_steps"), _WARM
+    ),
     **dict.fromkeys(("model", "module", "parameters", "params", "optimizer"), _MODEL),
     **dict.fromkeys(("avg_fn", "multi_avg_fn"), "profile= decides how much of the average each update keeps"),
     "device": "an average is on its model's device; offload=polyak.Offload() keeps it on the CPU",
@@ -81,7 +87,9 @@ ARGUMENTS_OF_ATTACH: Mapping[str, str] = {
         ("decay", "smoothing", "half_life", "update_interval", "ema_start"),
         "it goes to the EMA: attach(EMA(decay=0.999), model, optimizer)",
     ),
-    **dict.fromkeys(("max_steps", "total_steps", "num_steps", "steps"), "the length of the run is max_duration='1000 steps'"),
+    **dict.fromkeys(
+        ("max_steps", "total_steps", "num_steps", "steps"), "the length of the run is max_duration='1000 steps'"
+    ),
     **dict.fromkeys(("epochs", "max_epochs"), "the length of the run is max_duration='10 epochs'"),
     **dict.fromkeys(("batch_size", "samples_per_batch"), "the samples in a step are samples_per_step=64"),
 }
@@ -124,7 +132,7 @@ def explained(example: str, instead: Mapping[str, str]) -> Callable[[Callable[P,
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
-                _refuse(str(error), signature, args, kwargs, example, instead)
+                _refuse(str(error), signature, args, kwargs, example=example, instead=instead)
             return function(*args, **kwargs)
 
         return call
@@ -137,6 +145,7 @@ def _refuse(
     signature: inspect.Signature,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    *,
     example: str,
     instead: Mapping[str, str],
 ) -> NoReturn:

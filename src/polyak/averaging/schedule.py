@@ -96,7 +96,9 @@ class Schedule:
         given = {"half_life": half_life, "decay": smoothing, "profile": profile}
         if sum(value is not None for value in given.values()) != 1:
             shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-            raise ProfileError(f"give exactly one of half_life, decay (or smoothing) and profile (got {shown or 'none'})")
+            raise ProfileError(
+                f"give exactly one of half_life, decay (or smoothing) and profile (got {shown or 'none'})"
+            )
         if half_life is not None:
             profile = HalfLife(as_span("half_life", half_life, steps=True))
         elif smoothing is not None:

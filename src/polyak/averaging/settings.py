@@ -103,7 +103,8 @@ def one_decay(decay: float | None, smoothing: float | None) -> float | None:
         return smoothing
     if smoothing is not None:
         raise ProfileError(
-            f"decay and smoothing are two names of one argument: give one (got decay={decay!r}, smoothing={smoothing!r})"
+            "decay and smoothing are two names of one argument: give one (got "
+            f"decay={decay!r}, smoothing={smoothing!r})"
         )
     try:
         return Smoothing(decay).value

@@ -36,7 +36,7 @@ def attach(
         optimizer: Of its parameters; of several, the one that steps last in a batch; of one that wraps another, as
             Lookahead, the wrapper. None if no step of one optimizer is a batch, as where each parameter has its own
             that steps in the backward pass: then call ``step`` of what this returns, once after each batch.
-        max_duration: The length of the run, as a time or a number of steps, for times in ``dur`` and for warnings about the plan.
+        max_duration: The length of the run, in any unit or steps, for times in ``dur`` and warnings about the plan.
         steps_per_epoch: Steps in an epoch, for times in ``ep``.
         samples_per_step: Samples in a step, for times in ``sp``.
         tokens_per_step: Tokens in a step, for times in ``tok``.
@@ -47,9 +47,8 @@ def attach(
         ProfileError: If a profile is in a unit that is not counted.
         OptimizerError: If the optimizer does not run torch's step hooks, as a list or a custom class may not, or steps
             float32 masters instead of the model's parameters, as DeepSpeed, Megatron and apex do.
-        ArgumentError: If more than one of the algorithms swaps an average in, a count is not a whole number, or the
-            arguments come in another order.
-        CallError: If an argument is missing, or there is none of that name.
+        ArgumentError: If more than one of the algorithms swaps an average in, a count is not a whole number, or
+            arguments are missing (``CallError``), unknown or in another order.
         NotImplementedError: Under DeepSpeed's ZeRO-3 and ``FullyShardedDataParallel``.
 
     Example:
@@ -62,10 +61,9 @@ def attach(
         ...     optimizer.zero_grad()
         ...     model(torch.ones(4, 2)).square().mean().backward()
         ...     optimizer.step()
-        >>> with ema.applied():
-        ...     loss = model(torch.ones(4, 2)).square().mean()
+        >>> loss = ema.model(torch.ones(4, 2)).square().mean()
         >>> ema
-        <Average of Linear (3 parameters): half-life 10 steps, updated every step; 20 steps counted, 19 updates>
+        <Average of Linear (3 parameters): half-life 10 steps, updated every step; 20 steps counted, 20 updates>
     """
     check_order(algorithms, model, optimizer)
     options = LoopOptions(max_duration, steps_per_epoch, samples_per_step, tokens_per_step, logger)

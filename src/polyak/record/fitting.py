@@ -103,7 +103,11 @@ def finest(segments: Sequence[Segment]) -> int:
 
 
 def coefficients(
-    profile: Profile, segments: Sequence[Segment], at: Time | str | int | None = None, *, max_duration: Time | None = None
+    profile: Profile,
+    segments: Sequence[Segment],
+    at: Time | str | int | None = None,
+    *,
+    max_duration: Time | None = None,
 ) -> list[float]:
     """Return the coefficient of each segment in an average under ``profile``.
 
@@ -130,7 +134,11 @@ def coefficients(
 
 
 def shares(
-    profile: Profile, segments: Sequence[Segment], at: Time | str | int | None = None, *, max_duration: Time | None = None
+    profile: Profile,
+    segments: Sequence[Segment],
+    at: Time | str | int | None = None,
+    *,
+    max_duration: Time | None = None,
 ) -> list[float]:
     """Return the share of the profile in each segment: simpler than ``coefficients`` and less accurate.
 
@@ -150,7 +158,11 @@ def shares(
 
 
 def fit(
-    profile: Profile, segments: Sequence[Segment], at: Time | str | int | None = None, *, max_duration: Time | None = None
+    profile: Profile,
+    segments: Sequence[Segment],
+    at: Time | str | int | None = None,
+    *,
+    max_duration: Time | None = None,
 ) -> Fit:
     """Return the coefficients together with what their errors follow from; do not warn of the error.
 

@@ -141,7 +141,12 @@ class Record:
         return self._error_of(self._fit(profile, at))
 
     def export(
-        self, profile: Profile, path: str | Path, at: Time | str | int | None = None, *, dtype: torch.dtype | None = None
+        self,
+        profile: Profile,
+        path: str | Path,
+        at: Time | str | int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Write the average to a safetensors file, with its profile, moment and error in the file's metadata.
 

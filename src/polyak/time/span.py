@@ -270,7 +270,8 @@ def as_span(
     try:
         time = Time.from_input(time, TimeUnit.BATCH if steps and _is_whole(time) else unit)
     except TimeError as error:
-        raise TimeError(f"{name} must be a time{' or a whole number of steps' if steps else ''}: {error}") from None
+        number = " or a whole number of steps" if steps and not isinstance(time, str) else ""
+        raise TimeError(f"{name} must be a time{number}: {error}") from None
     if time.value < 0 or (above is not None and not time.value > above):
         raise TimeError(f"{name} must be {f'above {above}' if above is not None else 'at least 0'} (got {time})")
     if whole and time.unit is not TimeUnit.DURATION and not isinstance(time.value, int):

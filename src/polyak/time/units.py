@@ -55,8 +55,8 @@ _WALL_CLOCK = re.compile(r"\s*(?=[0-9])(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)
 _OTHER_UNIT = re.compile(rf"\s*({_NUMBER})\s*([a-z]*)\s*", re.IGNORECASE)
 FORM = (
     "a time string is a number that is not negative and a unit, such as '1000 steps', '1000ba', '1.5ep', '0.25dur' or "
-    "'1h30m'; the units are steps or batches (ba), epochs (ep), samples (sp), tokens (tok), iterations (iter), shares of "
-    "the run (dur), seconds (sec), minutes, hours"
+    "'1h30m'; the units are steps or batches (ba), epochs (ep), samples (sp), tokens (tok), iterations (iter), shares "
+    "of the run (dur), seconds (sec), minutes, hours"
 )
 
 

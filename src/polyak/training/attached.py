@@ -26,8 +26,9 @@ class Attached(Handle):
     """Algorithms at work in a training loop of your own, and the handle of their average. ``attach`` makes it.
 
     ``model`` is the averaged module, ``applied()`` swaps the average into your own model for a block, ``save`` writes
-    the averaged weights, ``state_dict`` is for resuming. As a context manager it detaches at the end of the block. An average is updated as long as this, or the algorithm
-    itself, is referred to. A copy of this, made together with its model and optimizer, follows the copied ones.
+    the averaged weights, ``state_dict`` is for resuming. As a context manager it detaches at the end of the block. An
+    average is updated as long as this, or the algorithm itself, is referred to. A copy of this, made together with its
+    model and optimizer, follows the copied ones.
 
     Args:
         algorithms: One or several.

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Concatenate, Generic, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, overload
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,4 +53,7 @@ class block(Generic[Owner, P, T]):  # noqa: N801  a decorator
     @overload
     def __get__(self, owner: Owner, kind: type) -> Block[P, T]: ...
     def __get__(self, owner: Owner | None, kind: type) -> "block[Owner, P, T] | Block[P, T]":
-        return self if owner is None else Block(functools.partial(self._manager, owner))
+        if owner is None:
+            return self
+        make: Any = functools.partial(self._manager, owner)  # type checkers do not follow it
+        return Block(make)

@@ -1,6 +1,6 @@
 """The check of what ``attach`` is given: an algorithm, a model and an optimizer, in this order."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.optim import Optimizer
@@ -36,7 +36,7 @@ def check_order(algorithms: object, model: object, optimizer: object) -> None:
             f"the order must be {EXAMPLE} (got attach({', '.join(kind_of(one) for one in given)})); give the "
             "algorithm first"
         )
-    if algorithms is None or isinstance(algorithms, str | dict | float | int):
+    if algorithms is None or isinstance(algorithms, (str, Mapping, float, int)):
         raise ArgumentError(f"algorithms must be an EMA, a Recorder or a list of them (got {kind_of(algorithms)})")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module (got {kind_of(model)}); {_instead(model)}")
@@ -45,7 +45,7 @@ def check_order(algorithms: object, model: object, optimizer: object) -> None:
 def _instead(model: object) -> str:
     if isinstance(model, type):
         return f"build it, with parentheses: {model.__name__}(...)"
-    if isinstance(model, dict):
+    if isinstance(model, Mapping):
         return "give the model itself, not its state dict"
     if isinstance(model, Iterable):
         return "give the model itself, not its parameters"

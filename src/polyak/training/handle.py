@@ -15,7 +15,7 @@ from polyak.errors import ArgumentError, CallError, FixedError, LoanError
 from polyak.export import save_averaged
 from polyak.tensors.slots import unwrap
 from polyak.training.counted import CountedLoop
-from polyak.training.summary import in_words, summary
+from polyak.training.summary import in_words, summary, updates_of
 
 
 class Handle(ABC):
@@ -69,8 +69,11 @@ class Handle(ABC):
 
     @property
     def num_updates(self) -> int:
-        """How often the average has moved."""
-        return self.average.num_updates
+        """How many updates were made: the first took the weights as they were, and each later one moved the average.
+
+        It is one more than ``average.num_updates``, which counts how often the average has moved.
+        """
+        return updates_of(self.average)
 
     def metrics(self) -> dict[str, float]:
         """Return ``ema/decay`` and ``ema/distance``, as they are logged; nothing before averaging has begun.
@@ -103,7 +106,11 @@ class Handle(ABC):
         average = self.average
         if not average.ema_started:
             counted = self.loop.state.timestamp.batch.value
-            start = f"the first update after {in_words(average.ema_start)}" if average.ema_start.value else "the first update"
+            start = (
+                f"the first update after {in_words(average.ema_start)}"
+                if average.ema_start.value
+                else "the first update"
+            )
             raise LoanError(
                 f"averaging must have begun before there is an average ({counted} steps were counted, and it begins "
                 f"with {start}); train until then"
@@ -122,6 +129,8 @@ class Handle(ABC):
     if not TYPE_CHECKING:  # these would hide misspelled names from type checkers
 
         def __getattr__(self, name: str) -> Any:
+            if not name.startswith("_") and hasattr(type(self), name):
+                return object.__getattribute__(self, name)  # a property has failed with an AttributeError of its own
             raise absent(self, name, OF_AN_AVERAGE)
 
         def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -62,10 +62,7 @@ def _instead(given: object) -> str:
         return "it is a model, the second argument: attach(EMA(...), model, optimizer)"
     if isinstance(getattr(given, "optimizer", None), Optimizer) and hasattr(given, "get_last_lr"):
         return "give the optimizer that this scheduler changes"
-    return (
-        "of several give the one that steps last in a batch; if there is no such optimizer, "
-        f"{BY_HAND}"
-    )
+    return f"of several give the one that steps last in a batch; if there is no such optimizer, {BY_HAND}"
 
 
 def refuse_masters(optimizer: Optimizer, model: nn.Module) -> None:

@@ -35,12 +35,14 @@ def _found(state: Any) -> str:
     if state and all(isinstance(value, Tensor) for value in state.values()):
         return (
             f"got tensors by name: {keys}, ..., as a model's state dict has them); give them to "
-            "model.load_state_dict(...); to begin the average with them, set ema.average.ema_model to a module that has "
-            "them"
+            "model.load_state_dict(...); to begin the average with them, set ema.average.ema_model to a module that "
+            "has them"
         )
     if "param_groups" in state:
         return "got the state of an optimizer); give it to optimizer.load_state_dict(...)"
     inner = [str(key) for key, value in state.items() if isinstance(value, Mapping) and "algorithms" in value]
     if inner:
-        return f"got a checkpoint in which that is under {inner[0]!r}); give ema.load_state_dict(checkpoint[{inner[0]!r}])"
+        return (
+            f"got a checkpoint in which that is under {inner[0]!r}); give ema.load_state_dict(checkpoint[{inner[0]!r}])"
+        )
     return f"got the keys {keys or 'of nothing'}); save ema.state_dict(), and load that"

@@ -32,6 +32,15 @@ def summary(model: nn.Module, algorithms: Sequence[Algorithm], loop: CountedLoop
     return f"<{text}{'; detached' if loop.detached else ''}>"
 
 
+def updates_of(ema: EMA) -> int:
+    """Return how many updates were made, with the first, which made the average.
+
+    Args:
+        ema: Attached.
+    """
+    return ema.num_updates + 1 if ema.ema_started else 0
+
+
 def _how(ema: EMA) -> str:
     if ema.half_life is not None:
         text = f"half-life {in_words(ema.half_life)}"
@@ -68,4 +77,5 @@ def _how_far(ema: EMA) -> str:
     if not ema.ema_started:
         return "averaging has not begun"
     held = "; the model holds the average" if ema.ema_weights_active else ""
-    return f"{ema.num_updates:,} update{'' if ema.num_updates == 1 else 's'}{held}"
+    updates = updates_of(ema)
+    return f"{updates:,} update{'' if updates == 1 else 's'}{held}"

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composer.algorithms.ema import ema as composers
 from composer.core import Algorithm as ComposerAlgorithm
@@ -150,9 +150,11 @@ class EMA(Hosted):
         **options: As ``polyak.EMA``.
     """
 
-    @functools.wraps(polyak.averaging.ema.EMA.__init__)
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(polyak.averaging.ema.EMA(*args, **options))
+
+    if not TYPE_CHECKING:  # type checkers would take the other class for `self`
+        __init__ = functools.wraps(polyak.averaging.ema.EMA.__init__)(__init__)
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
         """Dispatch the event to the algorithm. An update by hand, outside of a fit, is made whether or not it is due.
@@ -193,9 +195,11 @@ class Recorder(Hosted):
         **options: As ``polyak.Recorder``.
     """
 
-    @functools.wraps(polyak.record.recorder.Recorder.__init__)
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(polyak.record.recorder.Recorder(*args, **options))
+
+    if not TYPE_CHECKING:  # type checkers would take the other class for `self`
+        __init__ = functools.wraps(polyak.record.recorder.Recorder.__init__)(__init__)
 
 
 def hosted_in(state: Any) -> list[Hosted]:
