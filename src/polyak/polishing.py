@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from polyak import sharding
 from polyak.averaging.ema import EMA
 from polyak.averaging.habits import kind_of
+from polyak.averaging.schedule import AUTO_SHARE
 from polyak.averaging.swap import refuse_second_swap
 from polyak.errors import ArgumentError, LoanError, MismatchError, RecordError
 from polyak.profiles import HalfLife, Profile
@@ -137,4 +138,5 @@ def _sixteenth(record: Record) -> HalfLife:
     if not record.segments:
         raise RecordError(f"a record must have a segment to have an average, and {record.folder} is empty; train first")
     first, last = record.segments[0].start, record.segments[-1].end
-    return HalfLife(Time((last.timestamp.batch - first.timestamp.batch).value / 16, TimeUnit.BATCH), unbiased=True)
+    batches = (last.timestamp.batch - first.timestamp.batch).value
+    return HalfLife(Time(batches * AUTO_SHARE, TimeUnit.BATCH), unbiased=True)

@@ -8,7 +8,7 @@ from polyak.averaging.forecast import first_update, share_of_first_weights, warn
 from polyak.averaging.progress import Progress
 from polyak.averaging.schedule import Schedule, convert
 from polyak.errors import PlanWarning, ProfileError, TimeError
-from polyak.profiles import Smoothing, Uniform
+from polyak.profiles import HalfLife, Smoothing, Uniform
 from polyak.time import Time, Timestamp, TimeUnit
 
 
@@ -143,3 +143,16 @@ def test_a_run_that_ends_before_averaging_starts_warns_before_and_after() -> Non
         warn_before(schedule("50ba", "1ba"), at(run="20ba"))
     with pytest.warns(PlanWarning, match="averaging never started"):
         warn_never_started(schedule("50ba", "1ba"), Timestamp(batch=20))
+
+
+def test_an_automatic_half_life_is_a_sixteenth_of_the_run_without_bias() -> None:
+    by_hand = Schedule.of(
+        half_life=None,
+        smoothing=None,
+        profile=HalfLife("0.0625dur", unbiased=True),
+        ema_start="0ba",
+        update_interval=None,
+    )
+    automatic = Schedule.of(half_life="auto", smoothing=None, profile=None, ema_start="0ba", update_interval=None)
+    assert automatic == by_hand
+    assert automatic.profile.decay(0.5, 0.5625) == pytest.approx(0.5, rel=0.01)

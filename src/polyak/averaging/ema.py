@@ -49,7 +49,8 @@ class EMA(Attributes):
     Args:
         half_life: The time in which half of the average is replaced: ``"1000 steps"``, ``"1.5 epochs"``,
             ``"1e6 tokens"``, or short ``"1000ba"``, ``"1.5ep"``, ``"1e6tok"``; a whole number counts steps. 0 means no
-            averaging, ``"infba"`` an average that never moves.
+            averaging, ``"infba"`` an average that never moves. ``"auto"`` is a sixteenth of the run, unbiased: its
+            length must be known.
         smoothing: Composer's name of ``decay``.
         ema_start: How much training comes before averaging, in any unit.
         update_interval: The time between updates, in any unit. By default one epoch for a half-life in epochs, else

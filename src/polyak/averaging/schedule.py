@@ -9,6 +9,9 @@ from polyak.errors import ProfileError, TimeError
 from polyak.profiles import HalfLife, Profile, Smoothing, named
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 
+# A default that needs no evaluation: the values that others have tuned lie around it (docs/which-half-life.md).
+AUTO, AUTO_SHARE = "auto", 1 / 16
+
 
 class Run(Protocol):
     """What a schedule reads of a run: the clock and the length. Every ``State`` has both."""
@@ -99,7 +102,9 @@ class Schedule:
             raise ProfileError(
                 f"give exactly one of half_life, decay (or smoothing) and profile (got {shown or 'none'})"
             )
-        if half_life is not None:
+        if isinstance(half_life, str) and half_life.strip() == AUTO:
+            profile = HalfLife(Time(AUTO_SHARE, TimeUnit.DURATION), unbiased=True)
+        elif half_life is not None:
             profile = HalfLife(as_span("half_life", half_life, steps=True))
         elif smoothing is not None:
             profile = Smoothing(smoothing)

@@ -241,9 +241,9 @@ class PowerFunction(NamedProfile):
     Args:
         sigma_rel: Width of the profile relative to the run, above 0 and at most 12 ** -0.5 (about 0.289).
         gamma: The exponent instead, above -1. Give exactly one of the three.
+        unit: Unit of the clock. The profile is the same in each unit that advances evenly.
         half_life_fraction: The half-life as a share of the time so far instead, above 0: torchtitan's, whose default
             0.05 is ``gamma`` 12.86.
-        unit: Unit of the clock. The profile is the same in each unit that advances evenly.
 
     Raises:
         ProfileError: If not exactly one is given, or it is out of range.

@@ -59,7 +59,7 @@ def in_words(time: Time) -> str:
         time: In any unit.
     """
     if time.unit is TimeUnit.DURATION:
-        return f"{time.value:.0%} of the run"
+        return f"{100 * time.value:.3g}% of the run"
     return f"{time.value:,g} {_UNITS[time.unit]}{'' if time == 1 else 's'}"
 
 
