@@ -10,12 +10,12 @@ from functools import partial
 from typing import NoReturn, TextIO
 
 import polyak
-from polyak.cli import convert, demo, inspect, plan, reconstruct, sweep
+from polyak.cli import average, convert, demo, inspect, plan, reconstruct, sweep
 from polyak.cli.command import REFUSED, Command
 from polyak.compat.words import printable
 from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
 
-COMMANDS: tuple[Command, ...] = (convert, demo, inspect, plan, reconstruct, sweep)
+COMMANDS: tuple[Command, ...] = (average, convert, demo, inspect, plan, reconstruct, sweep)
 
 _INTERRUPTED = 130  # 128 plus the number of SIGINT, as in shells
 

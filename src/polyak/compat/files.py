@@ -5,19 +5,26 @@ import mmap
 import os
 import stat
 from collections.abc import Mapping, Sequence
+from math import prod
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
-from polyak.compat.saved import load_saved
+from polyak.compat.saved import Checksum, load_saved
+from polyak.compat.tensors import copy_if_unaligned
 from polyak.compat.words import shown
 from polyak.errors import CheckpointError
+from polyak.storage.safetensors import DTYPES
 
 Content = Mapping[Any, Any]
 
 _MOST_JSON_BYTES = 16 << 20
+_MOST_DIMENSIONS = 64
+# Without waiting for a pipe. Windows lacks some.
+_FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = {
     stat.S_ISDIR: "a folder",
     stat.S_ISFIFO: "a pipe",
@@ -38,7 +45,7 @@ def opened(path: Path) -> memoryview:
     """
     try:
         _require_regular(path, path.stat().st_mode)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, _FLAGS)
         try:
             found = os.fstat(descriptor)
             _require_regular(path, found.st_mode)
@@ -63,7 +70,14 @@ def _require_regular(path: Path, mode: int) -> None:
             raise CheckpointError(f"it must be a file ({shown(path)} is {name}); give a file")
 
 
-def load(path: Path, *, mapped: bool = True, strict: bool = False) -> Content:
+def load(
+    path: Path,
+    *,
+    mapped: bool = True,
+    strict: bool = False,
+    data: memoryview | None = None,
+    unchecked: dict[int, Checksum] | None = None,
+) -> Content:
     """Return what is in a file, without running code that it may hold, in memory bounded by the file's size.
 
     Args:
@@ -71,13 +85,15 @@ def load(path: Path, *, mapped: bool = True, strict: bool = False) -> Content:
         mapped: Whether tensors may be the file's own bytes, which stay on disk until they are used; the file must then
             not change. They can be written to, which does not change the file.
         strict: Whether to refuse what is no tensor, container, number or text. Otherwise something stands in for it.
+        data: The file's bytes, if it is open.
+        unchecked: As for `load_saved`: to read no tensor now.
 
     Raises:
         CheckpointError: If it cannot be read so, with the reason.
     """
-    data = opened(path)
+    data = opened(path) if data is None else data
     try:
-        content = load_bytes(data, path, mapped=mapped, strict=strict)
+        content = load_bytes(data, path, mapped=mapped, strict=strict, unchecked=unchecked)
     except CheckpointError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
     except MemoryError:
@@ -93,7 +109,14 @@ def _kind(content: object) -> str:
     return f"a {getattr(content, 'of', type(content).__name__)}"
 
 
-def load_bytes(data: memoryview, path: Path, *, mapped: bool = True, strict: bool = False) -> Any:
+def load_bytes(
+    data: memoryview,
+    path: Path,
+    *,
+    mapped: bool = True,
+    strict: bool = False,
+    unchecked: dict[int, Checksum] | None = None,
+) -> Any:
     """Return what is in the bytes of a file, as `load` does.
 
     Args:
@@ -101,16 +124,19 @@ def load_bytes(data: memoryview, path: Path, *, mapped: bool = True, strict: boo
         path: Of the file that they are all of.
         mapped: As for `load`.
         strict: As for `load`.
+        unchecked: As for `load`.
 
     Raises:
         CheckpointError: As `load`, without the name of the file.
     """
     if _is_safetensors(data):
-        found = _safetensors(data, path)
-        return found if mapped else {name: tensor.clone() for name, tensor in found.items()}
+        found = _safetensors(data)
+        if not mapped:
+            return {name: tensor.clone() for name, tensor in found.items()}
+        return found if unchecked is not None else {name: copy_if_unaligned(one) for name, one in found.items()}
     if path.suffix == ".safetensors":
         raise CheckpointError("it is no safetensors file, or is truncated")
-    return load_saved(data, mapped=mapped, strict=strict)
+    return load_saved(data, mapped=mapped, strict=strict, unchecked=unchecked)
 
 
 def _is_safetensors(data: memoryview) -> bool:
@@ -118,24 +144,53 @@ def _is_safetensors(data: memoryview) -> bool:
     return len(data) > 8 and bytes(data[8:9]) == b"{" and length <= len(data) - 8
 
 
-def _safetensors(data: memoryview, path: Path) -> dict[str, Tensor]:
-    length = int.from_bytes(data[:8], "little")
-    header = _json(bytes(data[8 : 8 + min(length, _MOST_JSON_BYTES + 1)]), "its header")
-    unread = {n: one.get("dtype") for n, one in header.items() if isinstance(one, Mapping) and n != "__metadata__"}
+def _safetensors(data: memoryview) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file: they are its own bytes."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = _json(bytes(data[8 : min(begin, 9 + _MOST_JSON_BYTES)]), "its header")
+    if not isinstance(header, Mapping):
+        raise CheckpointError("it is no whole safetensors file (its header must be a mapping)")
+    places = {name: _place(name, one) for name, one in header.items() if name != "__metadata__"}
+    at = 0
+    for first, last, _, _ in sorted(places.values(), key=itemgetter(0, 1)):
+        if first != at:
+            raise CheckpointError("it is no whole safetensors file (its tensors must follow each other)")
+        at = last
+    if begin + at != len(data):
+        raise CheckpointError(
+            f"it is no whole safetensors file ({begin + at:,} bytes must be there, {len(data):,} are)"
+        )
     found = dict[str, Tensor]()
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  not a mapping
-                try:
-                    found[name] = file.get_tensor(name)
-                except (RuntimeError, AttributeError, KeyError, TypeError) as error:
-                    raise CheckpointError(
-                        f"its tensor {shown(name)} has the dtype {shown(unread.get(name))}, which cannot be read ("
-                        f"{shown(error)})"
-                    ) from None
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"it is no whole safetensors file ({shown(error)})") from None
+    for name, (first, last, dtype, shape) in places.items():
+        if first == last:
+            found[name] = torch.empty(shape, dtype=dtype)
+        else:
+            found[name] = torch.frombuffer(data[begin + first : begin + last], dtype=dtype).reshape(shape)
     return found
+
+
+def _place(name: str, entry: object) -> tuple[int, int, torch.dtype, tuple[int, ...]]:
+    """Return where a tensor begins and ends in a safetensors file, its dtype and its shape."""
+    if not isinstance(entry, Mapping):
+        raise CheckpointError(f"it is no whole safetensors file ({shown(name)} must have a dtype, shape and place)")
+    offsets, shape, kind = entry.get("data_offsets"), entry.get("shape"), entry.get("dtype")
+    if not _are_whole(offsets) or len(offsets) != 2 or not _are_whole(shape):
+        raise CheckpointError(f"it is no whole safetensors file ({shown(name)} must have a shape and a place)")
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        raise CheckpointError(f"its tensor {shown(name)} has the dtype {shown(kind)}, which cannot be read")
+    if offsets[1] - offsets[0] != prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"it is no whole safetensors file ({shown(name)} must have as many bytes as its shape)")
+    return offsets[0], offsets[1], dtype, tuple(shape)
+
+
+def _are_whole(value: object) -> TypeGuard[list[int]]:
+    """Return whether it is a list of few whole numbers, none very large: their product must be cheap."""
+    return (
+        isinstance(value, list)
+        and len(value) <= _MOST_DIMENSIONS
+        and all(type(one) is int and 0 <= one < 1 << 62 for one in value)
+    )
 
 
 def read_json(path: Path) -> Any:

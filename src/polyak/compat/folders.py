@@ -1,7 +1,7 @@
 """Averages that are folders: those of diffusers' ``EMAModel``, and of ``torch.distributed.checkpoint``."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from polyak.compat.files import Content, load, load_bytes, opened, read_json
 from polyak.compat.found import Averaged, count, tensors_of
 from polyak.compat.pickles import StandIn, Window
+from polyak.compat.saved import Checksum
 from polyak.compat.tensors import Unread, unpickler
 from polyak.compat.words import shown
 from polyak.errors import CheckpointError
@@ -76,7 +77,7 @@ def load_distributed(path: Path) -> Content:
         CheckpointError: If it cannot be read.
     """
     try:
-        content = _Distributed(path).load()
+        content = Distributed(path).load()
         return _with_rest(load(path / _REST), content) if (path / _REST).exists() else content
     except CheckpointError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
@@ -104,9 +105,23 @@ def _fields(value: object, kind: str) -> Mapping[str, Any]:
     raise CheckpointError(f"its metadata must have a {kind} (got {shown(value)})")
 
 
-class _Distributed:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+Box = tuple[tuple[int, int], ...]
+Shards = list[tuple[Box, Tensor]]
+
+
+class Distributed:
+    """What ``torch.distributed.checkpoint`` saved to a folder.
+
+    Args:
+        folder: The folder.
+        open_file: Returns the bytes of a file in it.
+
+    Raises:
+        CheckpointError: If its metadata cannot be read.
+    """
+
+    def __init__(self, folder: Path, open_file: Callable[[Path], memoryview] = opened) -> None:
+        self._folder, self._open = folder, open_file
         self._files: dict[str, memoryview] = {}
         metadata = unpickler(_nothing_outside).load(Window(opened(folder / _METADATA)))
         fields = _fields(metadata, "Metadata")
@@ -117,11 +132,21 @@ class _Distributed:
             one = _fields(index, "MetadataIndex")
             self._stored[str(one.get("fqn"))[:4096]].append((one, _fields(place, "_StorageInfo")))
 
-    def load(self) -> Content:
+    def load(self, tensor: Callable[[str, Mapping[str, Any]], Any] | None = None) -> Content:
+        """Return what was saved.
+
+        Args:
+            tensor: Returns what stands for a tensor, from its name and its metadata; None for the tensor itself.
+
+        Raises:
+            CheckpointError: If the folder is damaged.
+        """
         found: dict[Any, Any] = {}
         for name, item in self._items.items():
-            is_tensor = isinstance(item, StandIn) and item.of.endswith(".TensorStorageMetadata")
-            value = self._tensor(name, _fields(item, "TensorStorageMetadata")) if is_tensor else self._object(name)
+            if isinstance(item, StandIn) and item.of.endswith(".TensorStorageMetadata"):
+                value = (tensor or self.tensor)(name, _fields(item, "TensorStorageMetadata"))
+            else:
+                value = self._object(name)
             keys = self._paths.get(name, (name,))
             if not isinstance(keys, tuple) or not keys or not all(isinstance(key, (str, int)) for key in keys):
                 raise CheckpointError(f"its metadata must say where {shown(name)} belongs")
@@ -139,27 +164,59 @@ class _Distributed:
         ((_, place),) = self._places(name, 1)
         return load_bytes(self._bytes(place), self._folder)
 
-    def _tensor(self, name: str, item: Mapping[str, Any]) -> Any:
-        shape = _shape(item.get("size"))
-        boxes = list[tuple[tuple[int, int], ...]]()
-        shards = list[Tensor]()
-        for index, place in self._places(name):
-            part = load_bytes(self._bytes(place), self._folder)
-            if not isinstance(part, Tensor):
-                return part if isinstance(part, Unread) else Unread(f"{shown(part)} where a tensor should be")
-            begin = _shape(index.get("offset")) if index.get("offset") is not None else (0,) * len(shape)
-            if tuple(part.shape) == shape and not any(begin):
-                return part
-            boxes.append(tuple((a, a + n) for a, n in zip(begin, part.shape, strict=True)))
-            shards.append(part)
-        numel = sum(shard.numel() for shard in shards)
-        inside = all(end <= n for box in boxes for (_, end), n in zip(box, shape, strict=True))
-        if not inside or numel != torch.Size(shape).numel() or _overlap(boxes) or len({s.dtype for s in shards}) > 1:
-            raise CheckpointError(f"its shards of {shown(name)} must make up the tensor, of shape {shape}")
-        whole = torch.empty(shape, dtype=shards[0].dtype)
-        for box, shard in zip(boxes, shards, strict=True):
+    def tensor(self, name: str, item: Mapping[str, Any]) -> Any:
+        """Return a tensor, made of its shards.
+
+        Args:
+            name: In the metadata.
+            item: What the metadata say of it.
+
+        Raises:
+            CheckpointError: If the shards do not make up the tensor.
+        """
+        shape = metadata_shape(item.get("size"))
+        shards = self.shards(name, shape)
+        if isinstance(shards, Unread):
+            return shards
+        (box, first), *others = shards
+        if not others and tuple(first.shape) == shape:
+            return first
+        whole = torch.empty(shape, dtype=first.dtype)
+        for box, shard in shards:
             whole[tuple(slice(*one) for one in box)] = shard
         return whole
+
+    def shards(
+        self, name: str, shape: tuple[int, ...], unchecked: dict[int, Checksum] | None = None
+    ) -> Shards | Unread:
+        """Return the shards of a tensor, each with where it begins and ends in each dimension.
+
+        Args:
+            name: In the metadata.
+            shape: Of the tensor.
+            unchecked: As for `load_saved`: to read no tensor now.
+
+        Raises:
+            CheckpointError: If they do not make up the tensor.
+        """
+        found: Shards = []
+        for index, place in self._places(name):
+            part = load_bytes(self._bytes(place), self._folder, unchecked=unchecked)
+            if not isinstance(part, Tensor):
+                return part if isinstance(part, Unread) else Unread(f"{shown(part)} where a tensor should be")
+            offset = index.get("offset")
+            begin = (0,) * len(shape) if offset is None else metadata_shape(offset)
+            box = tuple((a, a + n) for a, n in zip(begin, part.shape, strict=True))
+            if tuple(part.shape) == shape and not any(begin):
+                return [(box, part)]
+            found.append((box, part))
+        boxes = [box for box, _ in found]
+        numel = sum(shard.numel() for _, shard in found)
+        inside = all(end <= n for box in boxes for (_, end), n in zip(box, shape, strict=True))
+        dtypes = {shard.dtype for _, shard in found}
+        if not inside or numel != torch.Size(shape).numel() or _overlap(boxes) or len(dtypes) > 1:
+            raise CheckpointError(f"its shards of {shown(name)} must make up the tensor, of shape {shape}")
+        return found
 
     def _places(self, name: str, most: int | None = None) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         found = self._stored.get(name, [])
@@ -176,7 +233,7 @@ class _Distributed:
         if place.get("transform_descriptors"):
             raise CheckpointError("its files must not be compressed or encrypted")
         if file not in self._files:
-            self._files[file] = opened(self._folder / file)
+            self._files[file] = self._open(self._folder / file)
         if offset + length > len(self._files[file]):
             raise CheckpointError(f"its file {shown(file)} is truncated")
         return self._files[file][offset : offset + length]
@@ -192,7 +249,15 @@ def _mapping(value: object) -> Mapping[Any, Any]:
     return value
 
 
-def _shape(value: object) -> tuple[int, ...]:
+def metadata_shape(value: object) -> tuple[int, ...]:
+    """Return a shape in the metadata.
+
+    Args:
+        value: What is there.
+
+    Raises:
+        CheckpointError: If it is none.
+    """
     if isinstance(value, StandIn) and value.of.endswith("Size"):
         value = value.arguments
     if not isinstance(value, tuple) or not all(type(one) is int and one >= 0 for one in value):
@@ -200,7 +265,7 @@ def _shape(value: object) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _overlap(boxes: list[tuple[tuple[int, int], ...]]) -> bool:
+def _overlap(boxes: list[Box]) -> bool:
     return any(
         all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
         for i, one in enumerate(boxes)

@@ -100,7 +100,7 @@ def _unknown(content: Content, path: Path) -> CheckpointError:
 
 def _chosen(content: Content, key: str | None, prefix: str | None) -> Averaged:
     """Return what is where it was said to be."""
-    value = content if key is None else _dig(content, key)
+    value = content if key is None else dig(content, key)
     if isinstance(value, (list, tuple)) and value and prefix is None:
         tensors = tensors_of({str(i): tensor for i, tensor in enumerate(value)})
         return Averaged(f"list under {shown(key)}", tensors, positional=True)
@@ -118,8 +118,16 @@ def _chosen(content: Content, key: str | None, prefix: str | None) -> Averaged:
     return Averaged(f"tensors whose names begin with {shown(prefix)}", chosen)
 
 
-def _dig(value: Any, key: str) -> Any:
-    """Return what is at a key, whose parts are separated by points; a key may itself have points."""
+def dig(value: Any, key: str) -> Any:
+    """Return what is at a key, whose parts are separated by points; a key may itself have points.
+
+    Args:
+        value: The content of a file.
+        key: As ``ema`` or ``optimizer_states.0.ema``.
+
+    Raises:
+        CheckpointError: If there is nothing.
+    """
     if isinstance(value, (list, tuple)):
         value = {str(i): inner for i, inner in enumerate(value)}
     if isinstance(value, Mapping):
@@ -129,7 +137,7 @@ def _dig(value: Any, key: str) -> Any:
         parts = key.split(".")
         for end in range(len(parts) - 1, 0, -1):
             if (head := ".".join(parts[:end])) in inside:
-                return _dig(inside[head], ".".join(parts[end:]))
+                return dig(inside[head], ".".join(parts[end:]))
         raise CheckpointError(f"--key must be in the file ({shown(key)} is not; there are {listed(inside) or 'none'})")
     raise CheckpointError(f"--key must be in the file (there is nothing at {shown(key)})")
 

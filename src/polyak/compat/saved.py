@@ -5,7 +5,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,20 +32,51 @@ def most_bytes(size_bytes: int) -> int:
     return _GROWTH * size_bytes + _SMALL_BYTES
 
 
-def load_saved(data: memoryview, *, mapped: bool, strict: bool) -> Any:
+class Checksum(NamedTuple):
+    """A checksum that has not been compared yet.
+
+    Args:
+        data: The bytes that it is of.
+        expected: Their CRC-32.
+        entry: The name of the entry in the archive.
+    """
+
+    data: memoryview
+    expected: int
+    entry: str
+
+
+def load_saved(data: memoryview, *, mapped: bool, strict: bool, unchecked: dict[int, Checksum] | None = None) -> Any:
     """Return what ``torch.save`` wrote.
 
     Args:
         data: The file, or the part of it that was saved by one call.
         mapped: Whether the tensors are the file's own bytes where they can be.
         strict: Whether to refuse what is no tensor, container, number or text; otherwise something stands in for it.
+        unchecked: To read no tensor now. The checksums of mapped storages are put in it, by their address, to be
+            compared by who reads the tensors; and tensors are not copied where the file has them unaligned.
 
     Raises:
         CheckpointError: If it is no such file, or is damaged.
     """
     if bytes(data[:4]) == b"PK\x03\x04":
-        return _Archive(data, mapped=mapped).load(strict=strict)
-    return _Legacy(data, mapped=mapped).load(strict=strict)
+        return _Archive(data, mapped=mapped, unchecked=unchecked).load(strict=strict)
+    return _Legacy(data, mapped=mapped, aligned=unchecked is None).load(strict=strict)
+
+
+def compare(checksum: int, expected: int, entry: str) -> None:
+    """See that the content of an entry is what was saved.
+
+    Args:
+        checksum: Of what is there.
+        expected: Of what was saved.
+        entry: Its name.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    if checksum != expected:
+        raise CheckpointError(f"its content must have the checksum in it (not so: {shown(entry)})")
 
 
 def _refuse_unknown(names: list[str]) -> None:
@@ -70,8 +101,8 @@ def _asked(persistent_id: object, count: int) -> tuple[torch.dtype, str, str, in
 class _Archive:
     """A zip archive of ``torch.save``."""
 
-    def __init__(self, data: memoryview, *, mapped: bool) -> None:
-        self._data, self._mapped = data, mapped
+    def __init__(self, data: memoryview, *, mapped: bool, unchecked: dict[int, Checksum] | None) -> None:
+        self._data, self._mapped, self._unchecked = data, mapped, unchecked
         try:
             self._zip = zipfile.ZipFile(Window(data, None, _MOST_DIRECTORY_BYTES))
         except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, OverflowError) as error:
@@ -99,7 +130,7 @@ class _Archive:
         pickled = self._entries[f"{self._root}data.pkl"]
         if pickled.file_size > MOST_BYTES:
             raise CheckpointError(f"what it holds other than tensors is larger than {MOST_BYTES >> 20} MiB")
-        reader = unpickler(self._persistent)
+        reader = unpickler(self._persistent, aligned=self._unchecked is None)
         content = reader.load(io.BytesIO(self._read(pickled)))
         if strict:
             _refuse_unknown(reader.unknown)
@@ -117,10 +148,18 @@ class _Archive:
                 raise CheckpointError(
                     f"a storage of {numel} numbers must have them all in the file ({info.file_size} bytes are there)"
                 )
-            self._storages[key] = as_storage(self._read(info), mapped=self._mapped)
+            self._storages[key] = self._storage(info)
         return Storage(dtype, self._storages[key])
 
-    def _read(self, info: zipfile.ZipInfo) -> memoryview:
+    def _storage(self, info: zipfile.ZipInfo) -> torch.UntypedStorage:
+        later = self._unchecked is not None and info.compress_type == zipfile.ZIP_STORED
+        data = self._read(info, check=not later)
+        storage = as_storage(data, mapped=self._mapped)
+        if self._unchecked is not None and later and info.CRC:
+            self._unchecked[storage.data_ptr()] = Checksum(data, info.CRC, info.filename)
+        return storage
+
+    def _read(self, info: zipfile.ZipInfo, *, check: bool = True) -> memoryview:
         """Return the bytes of an entry: those in the file if they are not compressed."""
         if info.flag_bits & 1:
             raise CheckpointError("its zip archive must not be encrypted")
@@ -133,8 +172,8 @@ class _Archive:
         if at < 0 or header[:4] != b"PK\x03\x04" or len(found) != info.file_size:
             raise CheckpointError(f"its zip archive is damaged or truncated (at {shown(info.filename)})")
         # Zero where torch was told to save none.
-        if info.CRC and zlib.crc32(found) != info.CRC:
-            raise CheckpointError(f"its content must have the checksum in it (not so: {shown(info.filename)})")
+        if info.CRC and check:
+            compare(zlib.crc32(found), info.CRC, info.filename)
         return found
 
     def _decompressed(self, info: zipfile.ZipInfo) -> memoryview:
@@ -169,8 +208,8 @@ class _Archive:
 class _Legacy:
     """A file of ``torch.save`` before 1.6: pickles, then the storages."""
 
-    def __init__(self, data: memoryview, *, mapped: bool) -> None:
-        self._data, self._mapped = data, mapped
+    def __init__(self, data: memoryview, *, mapped: bool, aligned: bool) -> None:
+        self._data, self._mapped, self._aligned = data, mapped, aligned
         self._sizes: dict[str, int] = {}
         self._storages: dict[str, torch.UntypedStorage] = {}
 
@@ -191,7 +230,7 @@ class _Legacy:
         self._find(unpickler(self._persistent).load(file), file.tell())
         file = Window(self._data)
         file.seek(at)
-        reader = unpickler(self._persistent)
+        reader = unpickler(self._persistent, aligned=self._aligned)
         content = reader.load(file)
         if strict:
             _refuse_unknown(reader.unknown)

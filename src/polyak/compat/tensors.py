@@ -138,10 +138,18 @@ def _may_be_copied(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.dtype.itemsize <= tensor.untyped_storage().nbytes()
 
 
-def _aligned(tensor: Any) -> Any:
-    """Return a copy where the bytes in the file do not begin at a multiple of the size of a number."""
+def copy_if_unaligned(tensor: Any) -> Any:
+    """Return a copy where the bytes in the file do not begin at a multiple of the size of a number.
+
+    Args:
+        tensor: What was built. What is no tensor is returned as it is.
+    """
     if isinstance(tensor, Tensor) and tensor.numel() and tensor.data_ptr() % min(8, tensor.dtype.itemsize):
         return tensor.clone() if _may_be_copied(tensor) else Unread("a tensor that repeats numbers, and is not aligned")
+    return tensor
+
+
+def _as_it_is(tensor: Any) -> Any:
     return tensor
 
 
@@ -210,11 +218,12 @@ _MADE: Builders = {
 _LAYOUTS = {"torch.serialization._get_layout": lambda name=None: StandIn("torch.layout", name)}
 
 
-def unpickler(persistent: Any) -> Unpickler:
+def unpickler(persistent: Any, *, aligned: bool = True) -> Unpickler:
     """Return an unpickler that builds tensors too.
 
     Args:
         persistent: Makes a `Storage` from a persistent id.
+        aligned: Whether tensors that the file has unaligned are copied.
     """
 
     def from_type(function: object, kind: object, arguments: object, state: object = None) -> Any:
@@ -224,10 +233,12 @@ def unpickler(persistent: Any) -> Unpickler:
             return _MADE[function.path](*arguments)
         return Unread("a tensor of a class of another library's")
 
+    align = copy_if_unaligned if aligned else _as_it_is
+
     def counted(build: Any) -> Any:
         def made(*arguments: object) -> Any:
             reader.spend(_COST)
-            found = _aligned(build(*arguments))
+            found = align(build(*arguments))
             if isinstance(found, Unread):
                 reader.unknown.append(found.kind)
             return found

@@ -1,0 +1,131 @@
+"""Which checkpoints are averaged, in which order, and how much each counts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from polyak.checkpoints.averaging import Plan, plan
+from polyak.checkpoints.moments import in_natural_order
+from polyak.checkpoints.opening import Checkpoint, open_checkpoint
+from polyak.checkpoints.output import check_output, write_average
+from polyak.checkpoints.profiles import weights_at
+from polyak.compat.words import listed
+from polyak.errors import ArgumentError
+from polyak.profiles import NamedProfile
+from polyak.time import Time, TimeUnit
+
+
+def average_checkpoints(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    profile: NamedProfile | None = None,
+    last: int | None = None,
+    times: Sequence[Time | str] | None = None,
+    key: str | None = None,
+    prefix: str | None = None,
+    common: bool = False,
+) -> Plan:
+    """Average checkpoints, write the average, and return what was averaged.
+
+    Args:
+        paths: Files of torch or safetensors, or folders of Transformers, diffusers, peft, Accelerate or
+            ``torch.distributed.checkpoint``.
+        output: A ``.safetensors`` or ``.pt`` file; without a suffix a folder like the newest checkpoint's. What is
+            there is replaced.
+        weights: How much each checkpoint counts; None for equal weights.
+        profile: Gives the weights instead, at the times when the checkpoints were saved.
+        last: Take the last so many only.
+        times: When each was saved, such as ``"100ba"``; None to read it from the checkpoints or their names.
+        key: Where the weights are in a checkpoint, such as ``"model"``; None to find out.
+        prefix: How the names of the tensors to take begin, such as ``"teacher."``, which is left out of them.
+        common: Whether to average the tensors that all checkpoints have, where the names differ.
+
+    Raises:
+        ArgumentError: If an argument is wrong or excludes another.
+        CheckpointError: If a checkpoint cannot be read, or they are not of one model.
+        OSError: If the disk refuses.
+
+    Example:
+        >>> import torch
+        >>> for step in (1, 2, 3):
+        ...     torch.save({"w": torch.full((2,), float(step))}, f"step-{step}.pt")
+        >>> _ = average_checkpoints(["step-1.pt", "step-2.pt", "step-3.pt"], "averaged.pt", last=2)
+        >>> torch.load("averaged.pt")
+        {'w': tensor([2.5000, 2.5000])}
+    """
+    options = {"weights": weights, "profile": profile, "last": last, "times": times, "common": common}
+    made = choose([open_checkpoint(Path(path), key, prefix) for path in paths], **options)
+    check_output(Path(output), made)
+    write_average(made, Path(output))
+    return made
+
+
+def choose(
+    opened: Sequence[Checkpoint],
+    *,
+    weights: Sequence[float] | None = None,
+    profile: NamedProfile | None = None,
+    last: int | None = None,
+    times: Sequence[Time | str] | None = None,
+    common: bool = False,
+) -> Plan:
+    """Return what is averaged. Without weights, checkpoints are sorted by when they were saved, or else by their names.
+
+    Args:
+        opened: The checkpoints.
+        weights: As for `average_checkpoints`.
+        profile: As for `average_checkpoints`.
+        last: As for `average_checkpoints`.
+        times: As for `average_checkpoints`.
+        common: As for `average_checkpoints`.
+
+    Raises:
+        ArgumentError: As `average_checkpoints`.
+        CheckpointError: As `average_checkpoints`.
+    """
+    for name, values in (("weights", weights), ("times", times)):
+        if values is not None and len(values) != len(opened):
+            raise ArgumentError(f"{name} must have a value for each checkpoint (got {len(values)} for {len(opened)})")
+    if weights is not None and profile is not None:
+        raise ArgumentError("weights must be given or follow a profile (got both); leave one out")
+    if last is not None and not last >= 1:
+        raise ArgumentError(f"last must be at least 1 (got {last})")
+    unit = profile.unit if profile else None
+    readings = _readings(opened, times, unit)
+    if weights is None:
+        keys = readings or [in_natural_order(one.path) for one in opened]
+        order = sorted(range(len(opened)), key=keys.__getitem__)
+        opened, readings = [opened[i] for i in order], [readings[i] for i in order] if readings else None
+    begin = -min(last or len(opened), len(opened))
+    opened, readings = opened[begin:], readings and readings[begin:]
+    if profile is not None:
+        weights = weights_at(profile, readings if unit and readings else [float(i + 1) for i in range(len(opened))])
+    elif weights is not None:
+        weights = weights[begin:]
+    return plan(opened, weights or [1.0] * len(opened), common=common)
+
+
+def _readings(
+    opened: Sequence[Checkpoint], times: Sequence[Time | str] | None, unit: TimeUnit | None
+) -> list[float] | None:
+    """Return when the checkpoints were saved: in a unit that is needed, or in any that all of them say."""
+    if times is not None:
+        given = [Time.from_input(time) for time in times]
+        if other := [time for time in given if time.unit != (unit or given[0].unit)]:
+            raise ArgumentError(
+                f"times must be in one unit, that of the profile (got {other[0]}, not {unit or given[0].unit}); "
+                "convert them"
+            )
+        return [float(time.value) for time in given]
+    for known in TimeUnit if unit is None else (unit,):
+        if all(known in one.moment for one in opened):
+            return [one.moment[known] for one in opened]
+    if unit is None:
+        return None
+    unknown = [one.path for one in opened if unit not in one.moment]
+    known = sorted({str(unit) for one in opened for unit in one.moment})
+    raise ArgumentError(
+        f"it must be known when each checkpoint was saved, in {unit} ({listed(unknown)} does not say; known: "
+        f"{', '.join(known) or 'nothing'}); give its time, by --times"
+    )

@@ -1,0 +1,100 @@
+"""Folders of ``torch.distributed.checkpoint`` (``.metadata`` and ``.distcp``), saved by any number of ranks.
+
+FSDP, torchtitan, Composer, Accelerate and Lightning write such folders. Lightning keeps the rest in ``meta.pt``.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak.checkpoints.stored import Files, Found, StoredTensor
+from polyak.compat.files import load
+from polyak.compat.folders import Distributed, Shards, metadata_shape
+from polyak.compat.pickles import StandIn
+from polyak.compat.tensors import Unread
+from polyak.compat.words import shown
+from polyak.errors import CheckpointError
+
+FORMAT = "distributed checkpoint"
+_METADATA = ".metadata"
+_LIGHTNING = "meta.pt"
+
+
+def accepts(path: Path) -> bool:
+    """Return whether it is a folder with the metadata of ``torch.distributed.checkpoint``.
+
+    Args:
+        path: Of a checkpoint.
+    """
+    return (path / _METADATA).is_file()
+
+
+def read(path: Path, files: Files) -> Found:
+    """Read what is in the folder, but no tensor.
+
+    Args:
+        path: Of the folder.
+        files: Opens its files.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    try:
+        saved = Distributed(path, files.open)
+
+        def stored(name: str, item: Mapping[str, Any]) -> StoredTensor | Unread:
+            return _stored(saved, files, name, item)
+
+        content = _with_separate_optimizer(saved.load(stored))
+    except CheckpointError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
+    beside = path / _LIGHTNING
+    return Found(content, clock=load(beside) if beside.exists() else {})
+
+
+def _with_separate_optimizer(content: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return the content with the tensors of the optimizer in a mapping, where Megatron has all names in one."""
+    names = [name for name in content if isinstance(name, str) and name.startswith(("optimizer.", "chained_"))]
+    found = {name: value for name, value in content.items() if name not in names}
+    if names:
+        found["optimizer"] = {**content.get("optimizer", {}), **{name: content[name] for name in names}}
+    return found
+
+
+def _stored(saved: Distributed, files: Files, name: str, item: Mapping[str, Any]) -> StoredTensor | Unread:
+    shape = metadata_shape(item.get("size"))
+    properties = item.get("properties")
+    state = properties.state if isinstance(properties, StandIn) else None
+    dtype = state[0] if isinstance(state, tuple) and state else None
+    if not isinstance(dtype, torch.dtype):
+        return Unread("a tensor whose dtype the metadata do not have")
+    row = max(1, torch.Size(shape[1:]).numel())
+
+    @cache
+    def shards() -> Shards:
+        found = saved.shards(name, shape, files.unchecked)
+        if isinstance(found, Unread):
+            raise CheckpointError(f"all weights must be plain tensors ({shown(name)} is {found.kind})")
+        if found[0][1].dtype != dtype:
+            raise CheckpointError(f"its metadata must have the dtype of {shown(name)}")
+        return found
+
+    def read_elements(first: int, last: int) -> Tensor:
+        if not shape:
+            files.check(shards()[0][1])
+            return shards()[0][1].reshape(1).clone()
+        found, top, end = shards(), first // row, last // row
+        whole = torch.empty((end - top, *shape[1:]), dtype=dtype)
+        for ((begin, until), *others), shard in found:
+            low, high = max(begin, top), min(until, end)
+            if low < high:
+                files.check(shard)
+                place = (slice(low - top, high - top), *(slice(*one) for one in others))
+                whole[place] = shard[low - begin : high - begin]
+        return whole.reshape(-1)
+
+    return StoredTensor(dtype, shape, row if shape else 1, read_elements)

@@ -1,0 +1,88 @@
+"""Folders with weights in one file, or in several with an index: of Transformers, diffusers, peft and Accelerate."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path, PurePath
+from typing import Any
+
+from polyak.checkpoints import distributed
+from polyak.checkpoints.stored import Files, Found
+from polyak.compat.files import load, read_json
+from polyak.compat.words import listed, shown
+from polyak.errors import CheckpointError
+
+FORMAT = "folder"
+INDEX = ".index.json"
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_WEIGHTS = re.compile(r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+)?\.(safetensors|bin)")
+_TRAINER_STATE = "trainer_state.json"
+
+
+def accepts(path: Path) -> bool:
+    """Return whether it is a folder.
+
+    Args:
+        path: Of a checkpoint.
+    """
+    return path.is_dir()
+
+
+def read(path: Path, files: Files) -> Found:
+    """Read what is in the files with weights, but no tensor.
+
+    Args:
+        path: Of the folder.
+        files: Opens its files.
+
+    Raises:
+        CheckpointError: If there are no such files or several models, or one is damaged.
+    """
+    state = path / _TRAINER_STATE
+    clock = read_json(state) if state.exists() else {}
+    clock = clock if isinstance(clock, Mapping) else {}
+    indexes = sorted(one for one in path.glob(f"*{INDEX}") if one.name.startswith(("model", "pytorch", "diffusion")))
+    if indexes:
+        layout = _indexed(min(indexes, key=lambda one: ".safetensors" not in one.name))
+        return Found(_tensors(path, layout, files), layout, clock)
+    found = sorted(one for one in path.iterdir() if _WEIGHTS.fullmatch(one.name))
+    sharded = [one for one in path.iterdir() if distributed.accepts(one) and not one.name.startswith("optim")]
+    if not found and len(sharded) == 1:  # of Accelerate under FSDP
+        return replace(distributed.read(sharded[0], files), clock=clock)
+    whole = [one for one in found if one.suffix == ".safetensors"] or found
+    if len(whole) > 1:
+        raise CheckpointError(
+            f"a folder must have the weights of one model ({shown(path)} has {listed(one.name for one in whole)}); "
+            "give the file instead"
+        )
+    if not whole:
+        raise CheckpointError(
+            f"a checkpoint that is a folder must have weights in it, such as model.safetensors ({shown(path)} has "
+            f"{listed(sorted(one.name for one in path.iterdir())) or 'nothing'}); give the checkpoints themselves"
+        )
+    content = load(whole[0], data=files.open(whole[0]), unchecked=files.unchecked)
+    return Found(content, dict.fromkeys((name for name in content if isinstance(name, str)), whole[0].name), clock)
+
+
+def _indexed(path: Path) -> dict[str, str]:
+    index = read_json(path)
+    layout = index.get("weight_map") if isinstance(index, Mapping) else None
+    if not isinstance(layout, Mapping) or not layout or not all(isinstance(name, str) for name in layout.values()):
+        raise CheckpointError(f"{shown(path)} must say in which file each tensor is; save the checkpoint again")
+    for name in layout.values():
+        if PurePath(name).name != name or not name.endswith(_SUFFIXES):
+            raise CheckpointError(f"{shown(path)} must name files of the folder (got {shown(name)})")
+    return dict(layout)
+
+
+def _tensors(path: Path, layout: Mapping[str, str], files: Files) -> dict[str, Any]:
+    loaded = {
+        name: load(path / name, data=files.open(path / name), unchecked=files.unchecked)
+        for name in dict.fromkeys(layout.values())
+    }
+    if missing := [name for name, file in layout.items() if name not in loaded[file]]:
+        raise CheckpointError(
+            f"the files of {shown(path)} must have all tensors that the index names (not so: {listed(missing)}); a "
+            "file may be of another save"
+        )
+    return {name: loaded[file][name] for name, file in layout.items()}

@@ -1,0 +1,104 @@
+"""When a checkpoint was saved: as it says itself, or its name does."""
+
+import re
+from collections.abc import Iterator, Mapping
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from polyak.checkpoints.stored import StoredTensor
+from polyak.time import TimeUnit
+
+# What libraries call them, the surest first.
+_COUNTERS = {
+    TimeUnit.BATCH: ("global_step", "num_updates", "global_steps", "batch", "step", "steps", "iteration", "iter"),
+    TimeUnit.EPOCH: ("epoch",),
+    TimeUnit.TOKEN: ("token", "tokens_seen", "num_tokens"),
+    TimeUnit.SAMPLE: ("sample", "samples_seen"),
+}
+# Where Composer, polyak, fairseq, mmengine, torchtitan and others keep them.
+_PLACES = (
+    (),
+    ("state", "timestamp", "Timestamp"),
+    ("state", "timestamp"),
+    ("timestamp",),
+    ("optimizer_history", -1),
+    ("extra_state", "train_iterator"),
+    ("train_state",),
+    ("meta",),
+    ("state",),
+)
+_NAMES = {
+    # `checkpoint-500` is a step; fairseq's `checkpoint12.pt` is an epoch, and its `checkpoint_3_500.pt` both.
+    TimeUnit.BATCH: (
+        r"(?:steps?|iter|iteration|ba|batch|updates?|checkpoint-|ckpt-)[-_=]*(\d+)",
+        r"checkpoint_\d+_(\d+)",
+    ),
+    TimeUnit.EPOCH: (r"(?:epochs?|ep)[-_=]*(\d+)", r"checkpoint(\d+)", r"checkpoint_(\d+)_\d+"),
+}
+
+
+def moment_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any]) -> dict[TimeUnit, float]:
+    """Return when a checkpoint was saved, in the units that are known.
+
+    Args:
+        path: Of the checkpoint.
+        content: What is in it.
+        clock: What files next to the weights say.
+    """
+    found = dict(_in_name(path))
+    for source in (content, clock):
+        for place in reversed(_PLACES):
+            found |= dict(_in_mapping(_at(source, place)))
+    return found
+
+
+def _at(value: object, place: tuple[str | int, ...]) -> object:
+    for key in place:
+        if isinstance(key, int):
+            value = value[key] if isinstance(value, (list, tuple)) and value else None
+        else:
+            value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _in_mapping(value: object) -> Iterator[tuple[TimeUnit, float]]:
+    if isinstance(value, Mapping):
+        for unit, names in _COUNTERS.items():
+            numbers = (_number(value.get(name)) for name in names)
+            if (number := next((one for one in numbers if one is not None), None)) is not None:
+                yield unit, number
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, StoredTensor) and value.numel == 1:
+        value = value.whole()
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if 0 <= value < 1 << 62 and isfinite(value) else None
+
+
+def _in_name(path: Path) -> Iterator[tuple[TimeUnit, float]]:
+    for unit, patterns in _NAMES.items():
+        for pattern in patterns:
+            if found := re.search(rf"(?<![a-z]){pattern}", path.name.lower()):
+                yield unit, float(found[1])
+                break
+
+
+def in_natural_order(path: Path) -> tuple[tuple[int, int | str], ...]:
+    """Return a key that sorts names as people do: ``step-9`` comes before ``step-10``.
+
+    Args:
+        path: Of a checkpoint.
+
+    Example:
+        >>> sorted([Path("b-10.pt"), Path("b-9.pt")], key=in_natural_order)[0].name
+        'b-9.pt'
+    """
+    parts = re.split(r"([0-9]+)", str(path))
+    return tuple((0, int(part)) if part.isdecimal() and part.isascii() else (1, part) for part in parts if part)

@@ -1,0 +1,119 @@
+"""Opens a checkpoint, whatever its format."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from polyak.checkpoints import distributed, folder, one_file
+from polyak.checkpoints.moments import moment_of
+from polyak.checkpoints.stored import Files, Found, StoredTensor
+from polyak.checkpoints.weights import weights_in
+from polyak.compat.saved import most_bytes
+from polyak.compat.words import shown
+from polyak.errors import CheckpointError
+from polyak.time import TimeUnit
+
+
+class Reader(Protocol):
+    """The members of a reader's module."""
+
+    @property
+    def FORMAT(self) -> str:  # noqa: N802  a constant of the module
+        """What it reads, for people."""
+        ...
+
+    @property
+    def accepts(self) -> Callable[[Path], bool]:
+        """Whether it reads what is at a path."""
+        ...
+
+    @property
+    def read(self) -> Callable[[Path, Files], Found]:
+        """Read what is at a path, but no tensor."""
+        ...
+
+
+# The first that accepts a path reads it.
+READERS: Sequence[Reader] = (distributed, folder, one_file)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint that is open.
+
+    Args:
+        path: Where it is.
+        format: What it is, for people.
+        place: Where the weights are in it, as ``state.model``; empty if it is all weights.
+        tensors: The weights, by name.
+        moment: When it was saved, in the units that are known.
+        layout: By tensor the name of its file, for a folder of files with weights.
+        files: Its files.
+    """
+
+    path: Path
+    format: str
+    place: str
+    tensors: Mapping[str, StoredTensor]
+    moment: Mapping[TimeUnit, float]
+    layout: Mapping[str, str]
+    files: Files
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the weights."""
+        return sum(tensor.size_bytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(path: Path, key: str | None = None, prefix: str | None = None) -> Checkpoint:
+    """Open a checkpoint: a file of torch or safetensors, or a folder. No tensor is read yet, and no code in it runs.
+
+    Args:
+        path: Where it is.
+        key: Where the weights are in it, as ``model`` or ``state.model``; None to find out.
+        prefix: How the names of the tensors to take begin, as ``teacher.``, which is left out of them; None for all.
+
+    Raises:
+        CheckpointError: If it cannot be read safely, or it is not clear where the weights are.
+    """
+    reader = next(reader for reader in READERS if reader.accepts(path))
+    files = Files()
+    try:
+        found = reader.read(path, files)
+        place, tensors = weights_in(found.content, files, key, prefix)
+        moment = moment_of(path, found.content, found.clock)
+        if reader is not distributed:  # whose shards are compared with their tensors
+            _require_possible(tensors, files.size_bytes)
+    except CheckpointError as error:
+        raise error if shown(path) in str(error) else CheckpointError(f"{shown(path)}: {error}") from None
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
+        # A file of a known format with something else where its numbers and tensors should be.
+        said = f"{type(error).__name__}: {shown(error)}"
+        raise CheckpointError(f"{shown(path)} must be whole (reading it gave {said}); save it again") from error
+    named = {name: replace(tensor, read=_named(path, tensor.read)) for name, tensor in tensors.items()}
+    return Checkpoint(path, reader.FORMAT, place, named, moment, found.layout, files)
+
+
+def _require_possible(tensors: Mapping[str, StoredTensor], held: int) -> None:
+    claimed = {name: tensor.size_bytes for name, tensor in tensors.items()}
+    if sum(claimed.values()) > most_bytes(held):
+        name = max(claimed, key=claimed.__getitem__)
+        raise CheckpointError(
+            f"tensors must not be far larger than their file ({shown(name)} repeats its numbers to {claimed[name]:,} "
+            f"bytes, of a file of {held:,}); save it contiguous"
+        )
+
+
+def _named(path: Path, read: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
+    """Let the errors of a function name the checkpoint."""
+
+    def named(first: int, last: int) -> Tensor:
+        try:
+            return read(first, last)
+        except CheckpointError as error:
+            raise CheckpointError(f"{shown(path)} cannot be read: {error}; leave it out, or save it again") from None
+
+    return named

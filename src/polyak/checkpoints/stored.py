@@ -1,0 +1,161 @@
+"""Tensors that are on disk, and the files that they are in."""
+
+import mmap
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak.compat.files import opened
+from polyak.compat.saved import Checksum, compare
+from polyak.compat.tensors import copy_if_unaligned
+from polyak.compat.words import shown
+from polyak.errors import CheckpointError
+
+_CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Args:
+        dtype: Of the tensor.
+        shape: Of the tensor.
+        grain: What is read begins and ends at multiples of this number of elements.
+        read: Returns the elements from one number to another, in order, as a tensor of one dimension.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    grain: int
+    read: Callable[[int, int], Tensor]
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the values."""
+        return self.numel * self.dtype.itemsize
+
+    def whole(self) -> Tensor:
+        """Return all of it, in its shape."""
+        return self.read(0, self.numel).reshape(self.shape)
+
+
+class Files:
+    """The files of one checkpoint. They are mapped into memory, and what was read can be let go.
+
+    Attributes:
+        unchecked: The checksums that have not been compared yet, by the address of what they are of.
+    """
+
+    def __init__(self) -> None:
+        self.unchecked: dict[int, Checksum] = {}
+        self._open: dict[Path, tuple[memoryview, tuple[int, ...]]] = {}
+
+    def open(self, path: Path) -> memoryview:
+        """Return the bytes of a file, which are read when they are used.
+
+        Args:
+            path: Where it is.
+
+        Raises:
+            CheckpointError: If it cannot be read.
+        """
+        if path not in self._open:
+            state = _state(path)
+            self._open[path] = opened(path), state
+        return self._open[path][0]
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of all files that were opened."""
+        return sum(len(data) for data, _ in self._open.values())
+
+    def stored(self, tensor: Tensor) -> StoredTensor:
+        """Return a tensor whose memory is a file.
+
+        Args:
+            tensor: As it was built from the file.
+        """
+        shape = tuple(tensor.shape)
+        flat = tensor.reshape(-1) if tensor.is_contiguous() else None
+        grain = 1 if flat is not None else max(1, torch.Size(shape[1:]).numel())
+
+        def read(first: int, last: int) -> Tensor:
+            self.check(tensor)
+            if flat is not None:
+                return copy_if_unaligned(flat[first:last])
+            return tensor[first // grain : last // grain].reshape(-1)
+
+        return StoredTensor(tensor.dtype, shape, grain, read)
+
+    def check(self, tensor: Tensor) -> None:
+        """Compare the checksum of the bytes that a tensor is in, once.
+
+        Args:
+            tensor: As it was built from the file.
+
+        Raises:
+            CheckpointError: If the bytes are not those that were saved.
+        """
+        address = tensor.untyped_storage().data_ptr()
+        if (pending := self.unchecked.get(address)) is None:
+            return
+        checksum = 0
+        for begin in range(0, len(pending.data), _CHUNK_BYTES):
+            checksum = zlib.crc32(pending.data[begin : begin + _CHUNK_BYTES], checksum)
+            if len(pending.data) > 2 * _CHUNK_BYTES:
+                self.release()
+        compare(checksum, pending.expected, pending.entry)
+        del self.unchecked[address]
+
+    def release(self) -> None:
+        """Let go of the memory into which files were read. They are read again when they are used."""
+        for data, _ in self._open.values():
+            if isinstance(data.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+                data.obj.madvise(mmap.MADV_DONTNEED)
+
+    def require_unchanged(self) -> None:
+        """See that no file was written since it was opened.
+
+        Raises:
+            CheckpointError: If one was.
+        """
+        for path, (_, state) in self._open.items():
+            if _state(path) != state:
+                raise CheckpointError(
+                    f"a checkpoint must not change while it is read ({shown(path)} did); wait until it is complete"
+                )
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    try:
+        found = os.stat(path)  # noqa: PTH116  as the file is opened
+    except (OSError, ValueError):
+        return ()  # to open it says why
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a reader found at a path.
+
+    Args:
+        content: Mappings and lists, with `StoredTensor` or tensors whose memory is a file in them.
+        layout: By tensor, the name of the file that it is in, for a folder of several such files.
+        clock: When it was saved, as files next to the weights say: counts by their names.
+    """
+
+    content: Mapping[Any, Any]
+    layout: Mapping[str, str] = field(default_factory=dict)
+    clock: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,112 @@
+"""Finds where the weights are in a checkpoint."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from polyak.checkpoints.stored import Files, StoredTensor
+from polyak.compat.reading import dig
+from polyak.compat.tensors import Unread
+from polyak.compat.words import listed, shown
+from polyak.errors import CheckpointError
+
+_Mapping = Mapping[Any, Any]
+# What keys of other states contain.
+_OTHERS = ("optim", "sched", "scaler", "rng", "random", "dataloader", "dataset", "metric", "message_hub", "loops")
+_ALSO_OTHERS = {"opt", "opt_state", "args", "config", "amp", "ddp", "batch"}
+_DEPTH = 5
+_MOST_ITEMS = 64  # of a list that is looked into
+
+
+def weights_in(
+    content: _Mapping, files: Files, key: str | None, prefix: str | None
+) -> tuple[str, dict[str, StoredTensor]]:
+    """Return where the weights are, and them, by name.
+
+    Args:
+        content: Of a checkpoint.
+        files: That its tensors are in.
+        key: Where they are, as ``model`` or ``state.model``; None to find out.
+        prefix: How the names of the tensors to take begin, as ``teacher.``, which is left out of them; None for all.
+
+    Raises:
+        CheckpointError: If there are none or several, or a tensor cannot be read.
+    """
+    place, state = _place(content, key)
+    found = {name: value for name, value in state.items() if isinstance(value, (Tensor, StoredTensor, Unread))}
+    if other := [name for name in found if not isinstance(name, str)]:
+        raise CheckpointError(f"the names of weights must be text (got {shown(other[0])}); give --key")
+    if prefix:
+        names = list(found)
+        found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+        if not found:
+            raise CheckpointError(f"--prefix must be how names begin (none with {shown(prefix)}: {listed(names)})")
+    if unread := {name: value.kind for name, value in found.items() if isinstance(value, Unread)}:
+        name, kind = next(iter(unread.items()))
+        raise CheckpointError(f"all weights must be plain tensors ({shown(name)} is {kind}); save them as such")
+    stored = {name: files.stored(value) if isinstance(value, Tensor) else value for name, value in found.items()}
+    return place, {name: value for name, value in stored.items() if isinstance(value, StoredTensor)}
+
+
+def _place(content: _Mapping, key: str | None) -> tuple[str, _Mapping]:
+    if key is not None:
+        value = dig(content, key)
+        if not isinstance(value, Mapping) or not any(isinstance(v, (Tensor, StoredTensor)) for v in value.values()):
+            raise CheckpointError(f"--key must be that of a state dict ({shown(key)} is {shown(value)})")
+        return key, value
+    places = dict(state_dicts(content))
+    if not places:
+        raise CheckpointError(
+            f"a checkpoint must have a state dict in it (it has {listed(content) or 'nothing'}); say where by --key"
+        )
+    if len(places) > 1:
+        sizes = ", ".join(f"{shown(place) or 'the file itself'} ({_count(state)})" for place, state in places.items())
+        raise CheckpointError(f"it must be clear which weights are meant (it has {sizes}); say which by --key")
+    return next(iter(places.items()))
+
+
+def _count(state: _Mapping) -> str:
+    return f"{sum(isinstance(value, (Tensor, StoredTensor)) for value in state.values())} tensors"
+
+
+def state_dicts(content: object, place: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, _Mapping]]:
+    """Yield what may be a model's state dict, with its place. States of optimizers and others are passed over.
+
+    Args:
+        content: Of a checkpoint.
+        place: Where that is.
+        depth: How many levels further in are looked at.
+    """
+    if not depth:
+        return
+    inside = content.items() if isinstance(content, Mapping) else _items(content)
+    inner = [
+        one
+        for key, value in inside
+        if isinstance(key, (str, int)) and not _is_other(key)
+        for one in state_dicts(value, f"{place}.{key}" if place else str(key), depth - 1)
+    ]
+    if isinstance(content, Mapping) and _has_weights(content, alone=not inner):
+        yield place, content
+    yield from inner
+
+
+def _items(value: object) -> Iterator[tuple[int, Any]]:
+    if isinstance(value, (list, tuple)) and len(value) <= _MOST_ITEMS:
+        yield from enumerate(value)
+
+
+def _is_other(key: str | int) -> bool:
+    return isinstance(key, str) and (key.lower() in _ALSO_OTHERS or any(word in key.lower() for word in _OTHERS))
+
+
+def _has_weights(state: _Mapping, *, alone: bool) -> bool:
+    """Return whether weights are in a mapping. If state dicts are in it too, its own names must have points."""
+    return any(
+        isinstance(value, (Tensor, StoredTensor, Unread))
+        and isinstance(name, str)
+        and (isinstance(value, Unread) or (value.dtype.is_floating_point and len(value.shape) > 0))
+        and (alone or "." in name)
+        for name, value in state.items()
+    )

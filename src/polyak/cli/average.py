@@ -1,0 +1,184 @@
+"""Average checkpoints that are on disk, without a record.
+
+A checkpoint is a file of torch (.pt, .pth, .ckpt, .bin) or safetensors, or a folder: of Transformers, diffusers, peft
+or Accelerate, or of torch.distributed.checkpoint (.distcp; FSDP, torchtitan, Composer, Lightning). The command finds
+the weights in it; if there are several, --key says which. It runs no code from a file, and needs memory for about one
+tensor, whatever the number and size of the checkpoints.
+"""
+
+import glob
+import os
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from polyak.checkpoints import Plan, choose, open_checkpoint
+from polyak.checkpoints.moments import in_natural_order
+from polyak.checkpoints.output import check_output, files_of_folder, write_average
+from polyak.cli.asking import profile_of
+from polyak.cli.command import UsageError, whole
+from polyak.cli.output import say, size
+from polyak.compat.words import listed
+from polyak.profiles import options
+from polyak.time import Time
+
+NAME = "average"
+
+_EPILOG = """\
+examples:
+  polyak average checkpoint-*.pt -o averaged.safetensors
+  polyak average 'out/checkpoint-*' --last 5 -o averaged          (Transformers: a folder for from_pretrained)
+  polyak average run/step-* --half-life 2000ba -o averaged.pt
+  polyak average a.ckpt b.ckpt --weights 1,2 --key state_dict -o averaged.safetensors --dry-run
+"""
+
+
+def configure(parser: ArgumentParser) -> None:
+    """Add the arguments.
+
+    Args:
+        parser: The parser of this command.
+    """
+    parser.epilog = _EPILOG
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="a checkpoint, or a pattern such as 'run/*.pt'")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="a .safetensors or .pt file; without a suffix a folder as the newest checkpoint is",
+    )
+    parser.add_argument("--last", type=whole(1), metavar="N", help="take the last N checkpoints only")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--weights", type=_numbers, metavar="W,W,...", help="the weight of each checkpoint, in the order given"
+    )
+    for form in options():
+        group.add_argument(
+            f"--{form.name}", dest="profile", type=profile_of(form.name), metavar=form.metavar, help=form.help
+        )
+    parser.add_argument(
+        "--times", type=_times, metavar="T,T,...", help="when each was saved, such as 100ba,200ba (default: found)"
+    )
+    parser.add_argument("--key", metavar="KEY", help="where the weights are in a file, such as model or ema")
+    parser.add_argument("--prefix", metavar="PREFIX", help="take the tensors whose names begin so, such as teacher.")
+    parser.add_argument("--common", action="store_true", help="average the tensors that all checkpoints have")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, and write nothing")
+    parser.add_argument("--force", action="store_true", help="replace an existing output file")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(one) for one in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"it must be numbers, such as 1,1,2 (got {text!r})") from None
+
+
+def _times(text: str) -> list[Time]:
+    try:
+        return [Time.from_timestring(one) for one in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"it must be times, such as 100ba,200ba (got {text!r})") from None
+
+
+def run(arguments: Namespace) -> int:
+    """Average the checkpoints, and print what was done.
+
+    Args:
+        arguments: The parsed arguments.
+
+    Raises:
+        UsageError: If the arguments exclude each other, or do not fit the checkpoints.
+        PolyakError: If a checkpoint cannot be read, or they are not of one model.
+    """
+    output: Path = arguments.output
+    if output.exists() and not _is_empty_folder(output) and not (arguments.force and output.is_file()):
+        said = "a folder that has files; choose another" if output.is_dir() else "there; choose another, or add --force"
+        raise UsageError(f"-o must be new (got {output}, which is {said})")
+    _allow_many_files()
+    paths = _expanded(arguments.checkpoints)
+    opened = [open_checkpoint(path, arguments.key, arguments.prefix) for path in paths]
+    made = choose(
+        opened,
+        weights=arguments.weights,
+        profile=arguments.profile,
+        last=arguments.last,
+        times=arguments.times,
+        common=arguments.common,
+    )
+    check_output(output, made)
+    _show(made)
+    if arguments.dry_run:
+        say(f"dry run  nothing is written; the output would be {output}")
+        return 0
+    write_average(made, output, _Progress(len(made.names)))
+    held = sum(one.stat().st_size for one in (output.iterdir() if output.is_dir() else [output]))
+    say(f"written  {output}: {len(made.names)} tensors, {size(held)}")
+    return 0
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _allow_many_files() -> None:
+    """Let the process open as many files as the system allows: each checkpoint may be many."""
+    with suppress(ImportError, ValueError, OSError):
+        import resource  # noqa: PLC0415  not on Windows
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def _expanded(given: Sequence[str]) -> list[Path]:
+    """Return the paths that were given, those of a pattern in natural order."""
+    found = list[Path]()
+    for one in given:
+        matching = [one] if Path(one).exists() or not glob.has_magic(one) else glob.glob(one)  # noqa: PTH207  may be absolute
+        if not matching:
+            raise UsageError(f"a pattern must match checkpoints ({one} matches none); check the path")
+        found += sorted(map(Path, matching), key=in_natural_order)
+    real = [os.path.realpath(path) for path in found]
+    if twice := [path for i, path in enumerate(found) if real[i] in real[:i]]:
+        raise UsageError(f"each checkpoint must be given once (twice: {listed(twice)}); leave one out")
+    return found
+
+
+def _show(made: Plan) -> None:
+    width = max(len(str(one.path)) for one in made.checkpoints)
+    say(f"{'checkpoint':{width}}  {'saved at':>12}  {'weight':>8}  weights in it")
+    for one, weight in zip(made.checkpoints, made.weights, strict=True):
+        moment = next((str(Time(value, unit)) for unit, value in one.moment.items()), "-")
+        place = one.place or f"all of the {one.format}"
+        say(f"{one.path!s:{width}}  {moment:>12}  {weight:>8.4f}  {place}")
+    say(f"average  {len(made.names)} tensors, {size(sum(one.size_bytes for one in made.tensors.values()))}")
+    if made.left_out:
+        say(f"note     left out, since not all checkpoints have them: {listed(made.left_out)}")
+    integers = [
+        name for name, one in made.tensors.items() if not one.dtype.is_floating_point and not one.dtype.is_complex
+    ]
+    if integers:
+        say(f"note     of the newest checkpoint, since they are no numbers to average: {listed(integers)}")
+    if layers := [name.removesuffix(".running_var") for name in made.names if name.endswith(".running_var")]:
+        say(
+            f"note     {len(layers)} layers have running statistics ({listed(layers)}): their average is not that of "
+            "the averaged weights; recompute it with polyak.update_bn"
+        )
+    if made.newest.layout and (others := files_of_folder(made.newest.path)):
+        say(f"note     for a folder as the output, of the newest: {listed(one.name for one in others)}")
+
+
+class _Progress:
+    """Counts tensors on a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+
+    def __call__(self, name: str) -> None:
+        del name
+        self._done += 1
+        if sys.stderr.isatty():
+            sys.stderr.write(f"\r{self._done} of {self._total} tensors" + ("\n" if self._done == self._total else ""))

@@ -1,0 +1,164 @@
+"""Checkpoints that the real libraries wrote are averaged, and load again in the library that wrote them."""
+
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from polyak.checkpoints import open_checkpoint
+from polyak.cli import main
+
+pytestmark = pytest.mark.slow  # it imports the libraries
+
+
+def move(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
+    """Change all parameters; return a copy of them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+    return {name: one.detach().clone() for name, one in model.named_parameters()}
+
+
+def mean(states: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
+    total = sum(state[name].double() for state in states) / len(states)
+    return total.to(states[-1][name].dtype)
+
+
+def assert_is_mean(model: nn.Module, states: list[dict[str, torch.Tensor]]) -> None:
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, mean(states, name)), name
+
+
+def averaged(*arguments: object) -> None:
+    assert main(["average", *map(str, arguments)]) == 0
+
+
+@pytest.mark.parametrize("most_bytes", ["1GB", "40KB"], ids=["one file", "several files"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_transformers_folders_become_a_folder_for_from_pretrained(tmp_path, most_bytes, dtype) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    model, states = GPT2LMHeadModel(config).to(dtype), []
+    for step in (9, 10, 11):
+        states.append(move(model, step))
+        model.save_pretrained(tmp_path / f"checkpoint-{step}", max_shard_size=most_bytes)
+    averaged(tmp_path / "checkpoint-*", "-o", tmp_path / "averaged")
+    several = most_bytes == "40KB"
+    assert (tmp_path / "averaged/model.safetensors.index.json").exists() == several
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "averaged", dtype=dtype)
+    assert_is_mean(again, states)  # its output and input embeddings are tied
+    tokens = torch.arange(10)[None]
+    assert again(tokens, labels=tokens).loss.isfinite()
+
+
+def test_diffusers_folders_become_a_folder_for_from_pretrained(tmp_path) -> None:
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    model = UNet2DModel(sample_size=8, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1, **blocks)
+    states = []
+    for step in (1, 2):
+        states.append(move(model, step))
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+    averaged(tmp_path / "checkpoint-*", "-o", tmp_path / "averaged")
+    assert_is_mean(UNet2DModel.from_pretrained(tmp_path / "averaged"), states)
+
+
+def test_peft_adapters_become_an_adapter(tmp_path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4))
+
+    model, states = get_peft_model(base(), LoraConfig(target_modules=["0"], r=2)), []
+    for step in (1, 2):
+        move(model, step)
+        states.append({name: one.detach().clone() for name, one in model.named_parameters() if "lora" in name})
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+    averaged(tmp_path / "checkpoint-*", "-o", tmp_path / "averaged")
+    again = dict(PeftModel.from_pretrained(base(), tmp_path / "averaged").named_parameters())
+    assert states[0]
+    assert all(torch.equal(again[name], mean(states, name)) for name in states[0])
+
+
+def test_checkpoints_of_accelerate_are_averaged_and_loaded_again(tmp_path) -> None:
+    from accelerate import Accelerator
+
+    accelerator, states = Accelerator(cpu=True), []
+    model = accelerator.prepare(nn.Linear(3, 2))
+    accelerator.prepare(torch.optim.Adam(model.parameters()))
+    for step in (1, 2):
+        states.append(move(model, step))
+        accelerator.save_state(str(tmp_path / f"checkpoint_{step}"))
+    averaged(tmp_path / "checkpoint_*", "-o", tmp_path / "averaged")
+    model.load_state_dict(load_file(tmp_path / "averaged/model.safetensors"))
+    assert_is_mean(model, states)
+
+
+def test_checkpoints_of_a_lightning_trainer_are_averaged_by_their_steps(tmp_path) -> None:
+    import lightning
+
+    states = []
+
+    class Net(lightning.LightningModule):
+        def __init__(self, width: int = 2) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.net = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1d(width))
+
+        def training_step(self, batch, number):
+            return self.net(batch[0]).square().mean()
+
+        def on_save_checkpoint(self, checkpoint) -> None:
+            states.append({name: one.clone() for name, one in checkpoint["state_dict"].items()})
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 0.1)
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(12, 3)), batch_size=4)
+    saver = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1, save_last=False)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    with warnings.catch_warnings(action="ignore"):
+        lightning.Trainer(max_epochs=3, callbacks=[saver], **options).fit(Net(), data)
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert [open_checkpoint(path).moment["ba"] for path in files] == [3, 6, 9]
+    averaged(tmp_path / "*.ckpt", "-o", tmp_path / "averaged.pt")
+    model = Net()
+    model.load_state_dict(torch.load(tmp_path / "averaged.pt", weights_only=True))
+    assert_is_mean(model, states)
+    assert model.net[1].num_batches_tracked == 9
+
+
+def test_checkpoints_of_the_trainer_list_weights_and_average_and_a_key_chooses(tmp_path, capsys) -> None:
+    from polyak import EMA, CheckpointSaver, Trainer
+
+    model = nn.Linear(3, 2)
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(8, 3), torch.randn(8, 2)), batch_size=4
+    )
+    trainer = Trainer(
+        model=model,
+        train_dataloader=data,
+        loss=nn.functional.mse_loss,
+        optimizers=torch.optim.SGD(model.parameters(), 0.1),
+        max_duration="3ep",
+        algorithms=[EMA("2ba")],
+        callbacks=[CheckpointSaver(tmp_path)],
+        progress_bar=False,
+    )
+    trainer.fit()
+    files = [path for path in sorted(tmp_path.rglob("*.pt")) if not path.is_symlink()]
+    assert len(files) == 3
+    assert main(["average", *map(str, files), "-o", str(tmp_path / "averaged.pt")]) == 2
+    said = capsys.readouterr().err
+    assert "model (2 tensors), algorithms.0.1.ema_model (2 tensors)" in said
+    states = [torch.load(path, weights_only=True)["model"] for path in files]
+    averaged(*files, "--key", "model", "-o", tmp_path / "averaged.pt", "--half-life", "1000000ep")
+    model.load_state_dict(torch.load(tmp_path / "averaged.pt", weights_only=True))
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter, mean(states, name), rtol=1e-5)

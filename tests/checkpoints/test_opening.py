@@ -1,0 +1,184 @@
+"""Checkpoints are read in all formats, without running code, and one tensor at a time."""
+
+import json
+import os
+import pickle
+import shutil
+
+import checkpoint_files
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from polyak import CheckpointError, TimeUnit
+from polyak.checkpoints import open_checkpoint
+from polyak.checkpoints.moments import in_natural_order, moment_of
+
+FORMATS = list(checkpoint_files.FORMATS)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_all_tensors_of_a_format_are_read_bit_for_bit_in_whole_and_in_pieces(tmp_path, name) -> None:
+    path = checkpoint_files.write(name, tmp_path, 3.0)
+    opened, want = open_checkpoint(path), checkpoint_files.state(3.0)
+    assert opened.tensors.keys() == want.keys()
+    for key, stored in opened.tensors.items():
+        assert (stored.dtype, stored.shape) == (want[key].dtype, tuple(want[key].shape))
+        assert torch.equal(stored.whole(), want[key])
+        if stored.numel > stored.grain:
+            pieces = [stored.read(0, stored.grain), stored.read(stored.grain, stored.numel)]
+            assert torch.equal(torch.cat(pieces), want[key].reshape(-1))
+        opened.files.release()
+    assert opened.moment[TimeUnit.BATCH] == 300
+    opened.files.require_unchanged()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "size"), [("fsdp", 1), ("fsdp, blocks", 3), ("fsdp, blocks", 4), ("tp", 2)])
+def test_what_several_ranks_saved_is_read_bit_for_bit(ranks, tmp_path, kind, size) -> None:
+    want = ranks.run(size, checkpoint_files.saves_model, kind, str(tmp_path / "saved"))[0]
+    opened = open_checkpoint(tmp_path / "saved")
+    assert opened.place == "model"
+    assert opened.tensors.keys() >= want.keys()
+    for name, tensor in want.items():
+        stored = opened.tensors[name]
+        assert torch.equal(stored.whole(), tensor.cpu())
+        if stored.numel > stored.grain:
+            middle = stored.numel // stored.grain // 2 * stored.grain
+            pieces = [stored.read(0, middle), stored.read(middle, stored.numel)]
+            assert torch.equal(torch.cat(pieces), tensor.cpu().reshape(-1))
+
+
+def test_a_checkpoint_with_several_state_dicts_lists_them_and_a_key_chooses(tmp_path) -> None:
+    raw, ema = {"w": torch.zeros(3)}, {"w": torch.ones(3)}
+    torch.save({"model": raw, "ema": {"module": ema, "updates": 3}, "optimizer": {"a": raw}}, tmp_path / "it.pt")
+    with pytest.raises(
+        CheckpointError, match=r"it has model \(1 tensors\), ema.module \(1 tensors\)\); say which by --key"
+    ):
+        open_checkpoint(tmp_path / "it.pt")
+    assert torch.equal(open_checkpoint(tmp_path / "it.pt", key="ema.module").tensors["w"].whole(), ema["w"])
+
+
+def test_a_prefix_chooses_tensors_and_is_left_out_of_their_names(tmp_path) -> None:
+    torch.save({"model": {"student.w": torch.zeros(3), "teacher.w": torch.ones(3)}}, tmp_path / "it.pt")
+    opened = open_checkpoint(tmp_path / "it.pt", prefix="teacher.")
+    assert list(opened.tensors) == ["w"]
+    assert torch.equal(opened.tensors["w"].whole(), torch.ones(3))
+    with pytest.raises(CheckpointError, match="none with tutor"):
+        open_checkpoint(tmp_path / "it.pt", prefix="tutor.")
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("code_ran",)
+
+
+def test_code_in_a_pickle_does_not_run(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"w": torch.ones(3)}, "more": Code()}, tmp_path / "it.pt")
+    assert torch.equal(open_checkpoint(tmp_path / "it.pt").tensors["w"].whole(), torch.ones(3))
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Code()))
+    with pytest.raises(CheckpointError, match=r"bare.pt"):
+        open_checkpoint(tmp_path / "bare.pt")
+    assert not (tmp_path / "code_ran").exists()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_truncated_checkpoint_is_refused_by_name(tmp_path, name) -> None:
+    path = checkpoint_files.write(name, tmp_path)
+    weights = {".safetensors", ".bin", ".distcp", path.suffix}
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.suffix in weights and one.is_file()]
+    largest = max(files, key=lambda one: one.stat().st_size)
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 4)
+    with pytest.raises(CheckpointError, match=path.name):
+        for stored in open_checkpoint(path).tensors.values():
+            stored.whole()
+
+
+def test_a_bit_that_changed_is_found_when_its_tensor_is_read_and_not_before(tmp_path) -> None:
+    torch.save({"a": torch.arange(1000.0), "b": torch.full((1000,), 7.0)}, tmp_path / "it.pt")
+    data = bytearray((tmp_path / "it.pt").read_bytes())
+    data[data.index(torch.full((9,), 7.0).numpy().tobytes()) + 5] ^= 1
+    (tmp_path / "it.pt").write_bytes(data)
+    opened = open_checkpoint(tmp_path / "it.pt")
+    assert torch.equal(opened.tensors["a"].whole(), torch.arange(1000.0))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="checksum"):
+            opened.tensors["b"].whole()
+
+
+def test_a_checkpoint_that_changes_while_it_is_open_is_named(tmp_path) -> None:
+    path = checkpoint_files.write("safetensors", tmp_path)
+    opened = open_checkpoint(path)
+    shutil.copy(path, tmp_path / "copy").replace(path)
+    with pytest.raises(CheckpointError, match=r"step-100.safetensors did\); wait"):
+        opened.files.require_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.mkdir(), "must have weights in it"),
+        (lambda path: None, "must exist"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(b"text"), "neither a safetensors file nor one of torch.save"),
+        (lambda path: torch.save({"epoch": 3}, path), "must have a state dict in it"),
+        (lambda path: torch.save({"optimizer": {"w": torch.ones(3)}}, path), "must have a state dict in it"),
+        (lambda path: torch.save({"w": torch.ones(3), "s": torch.eye(3).to_sparse()}, path), "s is a sparse tensor"),
+    ],
+    ids=["an empty folder", "nothing", "an empty file", "a text", "no tensors", "an optimizer", "a sparse tensor"],
+)
+def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, make, said) -> None:
+    make(tmp_path / "it")
+    with pytest.raises(CheckpointError, match=said) as raised:
+        open_checkpoint(tmp_path / "it")
+    assert str(tmp_path / "it") in str(raised.value)
+
+
+def test_an_index_must_name_files_of_the_folder_and_tensors_in_them(tmp_path) -> None:
+    path = checkpoint_files.write("Transformers or Accelerate, several files", tmp_path)
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": "../other.safetensors"}}))
+    with pytest.raises(CheckpointError, match="must name files of the folder"):
+        open_checkpoint(path)
+    index.write_text(json.dumps({"weight_map": {"w": "model-00001-of-00002.safetensors"}}))
+    with pytest.raises(CheckpointError, match="must have all tensors"):
+        open_checkpoint(path)
+
+
+def test_a_folder_with_two_models_lists_their_files(tmp_path) -> None:
+    for file in ("model.safetensors", "model_1.safetensors"):
+        save_file({"w": torch.ones(2)}, tmp_path / file)
+    with pytest.raises(CheckpointError, match=r"has model.safetensors, model_1.safetensors\); give the file"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        ("checkpoint-500", {"ba": 500}),
+        ("epoch=3-step=1200.ckpt", {"ba": 1200, "ep": 3}),
+        ("ep1-ba500-rank0.pt", {"ba": 500, "ep": 1}),
+        ("checkpoint12.pt", {"ep": 12}),
+        ("checkpoint_3_5000.pt", {"ba": 5000, "ep": 3}),
+        ("iter_0001000", {"ba": 1000}),
+        ("global_step1000", {"ba": 1000}),
+        ("model.pt", {}),
+        ("fold2.pt", {}),
+    ],
+)
+def test_a_name_says_when_a_checkpoint_was_saved(tmp_path, name, moment) -> None:
+    assert moment_of(tmp_path / name, {}, {}) == moment
+
+
+def test_what_a_checkpoint_says_counts_more_than_its_name(tmp_path) -> None:
+    assert moment_of(tmp_path / "step-5.pt", {"global_step": 7}, {}) == {"ba": 7}
+    assert moment_of(tmp_path / "step-5.pt", {}, {"global_step": 8}) == {"ba": 8}
+    assert moment_of(tmp_path / "x", {"optimizer_history": [{"num_updates": 1}, {"num_updates": 9}]}, {}) == {"ba": 9}
+
+
+def test_names_sort_as_people_sort_them(tmp_path) -> None:
+    names = ["a-9.pt", "a-10.pt", "a-010.pt", "b.pt"]
+    assert sorted((tmp_path / one for one in reversed(names)), key=in_natural_order)[0].name == "a-9.pt"
+    assert sorted((tmp_path / one for one in names), key=in_natural_order)[-1].name == "b.pt"
