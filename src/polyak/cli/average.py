@@ -13,7 +13,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polyak.cli.asking import profile_of
 from polyak.cli.command import Answer, UsageError, whole
@@ -159,7 +159,7 @@ def _expanded(given: Sequence[str]) -> list[Path]:
 
 
 def _answer(made: "Plan", output: Path, *, written: bool) -> Answer:
-    rows, plain = [], []
+    rows, plain = list[tuple[str, ...]](), list[dict[str, Any]]()
     for one, weight in zip(made.checkpoints, made.weights, strict=True):
         moment = next((str(Time(value, unit)) for unit, value in one.moment.items()), None)
         rows.append((printable(str(one.path)), moment or "-", f"{weight:.4f}", one.place or f"all of the {one.format}"))

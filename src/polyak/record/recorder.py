@@ -144,8 +144,8 @@ class Recorder(Algorithm):
 
     def refuse_uncounted(self, state: State, counted: Collection[TimeUnit]) -> None:
         """Refuse an interval that the loop does not count; see ``Algorithm``."""
-        if self.interval is not None:
-            refuse_uncounted(f"interval='{self.interval}'", self.interval.unit, state, counted)
+        interval = self._settings.interval_of(state) if self.interval is None else self.interval
+        refuse_uncounted(f"interval='{interval}'", interval.unit, state, counted)
 
     def close(self) -> None:
         """Write all that is not on disk yet, and release the record. The end of a run does so by itself.
