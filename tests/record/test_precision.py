@@ -176,6 +176,7 @@ def test_a_recorder_without_an_interval_is_refused_where_a_run_begins_that_resum
     loop = Loop(Recorder(tmp_path, overwrite=True))  # until a state is loaded, it may yet continue the record
     with pytest.raises(TimeError, match="length of a segment must be known"):
         loop.run(1)
+    assert Record(tmp_path).segments[-1].end.updates == 9
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,5 +1,7 @@
 """A sweep reads the files of its record once for as many averages as fit into memory."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -120,3 +122,15 @@ def test_a_sweep_evaluates_profiles_that_are_given_twice(folder, tmp_path) -> No
     assert torch.equal(evaluate.seen[-1]["weight"], want["weight"])
     sweep(folder, evaluate, profiles, refine=0, results=tmp_path / "sweep.jsonl", fresh=True)
     assert len(evaluate.seen) == 7
+
+
+def test_a_sweep_holds_no_average_that_was_evaluated(folder) -> None:
+    seen = []
+
+    def evaluate(state):
+        assert all(one() is None for one in seen)
+        seen.append(weakref.ref(state["weight"]))
+        return 1.0
+
+    sweep(folder, evaluate, HALF_LIVES, refine=1)
+    assert len(seen) >= 1 + len(HALF_LIVES)
