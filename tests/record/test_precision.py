@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from polyak import HalfLife, Record, Recorder, RecordError, Uniform, attach
+from polyak import HalfLife, Record, Recorder, RecordError, TimeError, Uniform, attach
 from polyak.record import Edge, Segment, Writer, fit
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time, Timestamp, TimeUnit
@@ -169,6 +169,14 @@ def test_a_resumed_recorder_that_is_given_nothing_continues_with_the_interval_an
     other.run(9).attached.detach()
     assert [s.num_updates for s in Record(tmp_path).segments] == [4, 4, 4, 4, 2]
     assert Record(tmp_path).tensors["0.weight"].dtype == torch.bfloat16
+
+
+def test_a_recorder_without_an_interval_is_refused_where_a_run_begins_that_resumes_nothing(tmp_path) -> None:
+    Loop(Recorder(tmp_path, "4ba")).run(9).attached.detach()
+    loop = Loop(Recorder(tmp_path, overwrite=True))  # until a state is loaded, it may yet continue the record
+    with pytest.raises(TimeError, match="length of a segment must be known"):
+        loop.run(1)
+    assert Record(tmp_path).segments[-1].end.updates == 9
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import warnings
@@ -378,6 +379,15 @@ def test_the_error_is_that_of_all_tensors_together_whatever_their_chunks(tmp_pat
     assert Record(tmp_path).error(profile) == pytest.approx(whole, rel=1e-5)
     assert Record(tmp_path).error(Window("2ba")) < 1e-9
     assert Record(tmp_path).error(Uniform()) < 1e-9
+
+
+def test_the_error_of_a_copy_of_a_record_is_that_of_its_own_segments(tmp_path) -> None:
+    profile = HalfLife("8ba", unbiased=True)
+    whole, alone = recorded(tmp_path), Record(tmp_path)
+    assert whole.error(profile) > 0
+    newer = copy.copy(whole)
+    newer.segments = alone.segments = whole.segments[3:]
+    assert newer.error(profile) == alone.error(profile) != whole.error(profile)
 
 
 def test_a_coarse_average_is_warned_about_by_what_the_record_shows(tmp_path) -> None:

@@ -206,7 +206,7 @@ def test_a_forked_process_does_not_hold_the_lock_of_a_run_that_ended(tmp_path) -
         with pytest.raises(RecordError, match=f"process {os.getpid()} is writing"):
             Writer(tmp_path / "a", TENSORS)  # the child has let go of nothing that is not its own
         for one in (writer, *others):
-            one._files._lock._lock._close()  # as the end of a process does, which unlocks nothing by itself
+            one._shared._files._lock._lock._close()  # as the end of a process does, which unlocks nothing by itself
         for name in "abc":
             Writer(tmp_path / name, TENSORS).close()
     finally:

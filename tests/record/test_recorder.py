@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -248,22 +247,23 @@ def test_training_continues_while_a_segment_is_written_and_waits_if_the_next_one
         release.wait(600)
         return real(self, *args)
 
-    wait = Appender.wait
+    wait, waits = Appender.wait, []
 
-    def release_later(self, ended):
-        threading.Timer(0.7, release.set).start()
-        return wait(self, ended)
+    def release_now(self, ended):
+        waits.append((ended.written, ended.end.updates))
+        release.set()
+        wait(self, ended)
+        waits.append((ended.written, ended.end.updates))
 
     monkeypatch.setattr(Writer, "append", slow)
-    monkeypatch.setattr("polyak.record.queue._PATIENCE_S", 0.2)
+    monkeypatch.setattr("polyak.record.queue._PATIENCE_S", 0.0)
     loop = Loop(Recorder(tmp_path, "4ba"))
     loop.run(7)  # the first segment is being written
     assert not release.is_set()
-    monkeypatch.setattr(Appender, "wait", release_later)
-    began = time.perf_counter()
+    monkeypatch.setattr(Appender, "wait", release_now)
     with pytest.warns(PlanWarning, match=r"training has waited \d+\.\d s for the disk: a segment of 4ba"):
         loop.run(1)
-    assert time.perf_counter() - began > 0.5
+    assert waits == [(False, 4), (True, 4)]
     loop.run(12).attached.detach()
     assert threading.current_thread().name not in threads
     assert [s.num_updates for s in Record(tmp_path).segments] == [4] * 5

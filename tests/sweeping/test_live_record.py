@@ -111,3 +111,13 @@ def test_a_damaged_file_is_an_error_before_the_first_evaluation(live, tmp_path) 
     path.write_bytes(content)
     with pytest.raises(RecordError, match="must have the SHA-256 in the manifest"):
         sweep(tmp_path / "copy", lambda _: pytest.fail("evaluated"))
+
+
+def test_the_record_of_the_results_knows_the_errors_of_the_newer_record_and_not_of_the_stale_one(live) -> None:
+    folder, run = live
+    stale, profile = Record(folder), HalfLife("20ba", unbiased=True)
+    before = stale.error(profile)
+    run.train(64)
+    results = sweep(stale, loss, points=3, refine=0)
+    assert results.record.error(profile) == pytest.approx(Record(folder).error(profile), rel=1e-5)
+    assert stale.error(profile) == before

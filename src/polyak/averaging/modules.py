@@ -1,6 +1,6 @@
 """The average as a module, and copies of it in other modules."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,32 @@ def module_of(movement: Movement, tensors: Mapping[str, Tensor]) -> nn.Module:
         )
     found = ((slot, listing.view(tensors, slot)) for slot in all_slots(model))
     return module_over(model, {id(slot.tensor): tensor for slot, tensor in found if tensor is not None})
+
+
+def averaged_module(movement: Movement) -> nn.Module:
+    """Return a copy of a model's structure over its averages, with buffers in their dtype.
+
+    Args:
+        movement: The model in training and its averages.
+
+    Raises:
+        ShardingError: As ``module_of``.
+        CopyError: As ``module_of``.
+    """
+    module = module_of(movement, movement.expose())
+    match_dtypes(module, movement.listing)
+    return module
+
+
+def own_tensors(module: nn.Module, model: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of a module that are not parameters of a model, from which it was made.
+
+    Args:
+        module: Over other tensors than the model.
+        model: The model.
+    """
+    shared = {id(tensor) for tensor in model.parameters()}
+    yield from (one for one in (*module.parameters(), *module.buffers()) if id(one) not in shared)
 
 
 def match_dtypes(module: nn.Module, listing: Listing) -> None:

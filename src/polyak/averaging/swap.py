@@ -310,6 +310,22 @@ def refuse_second_swap(model: nn.Module, owner: str) -> None:
         )
 
 
+def refuse_averaged_weights(model: nn.Module) -> None:
+    """Refuse to move an average towards a model that holds averaged weights.
+
+    Args:
+        model: Wrapped or not.
+
+    Raises:
+        LoanError: If the model holds an average.
+    """
+    if swap := swap_of(model):
+        raise LoanError(
+            f"an average must not take in averaged weights: {swap.owner} has swapped its average in; restore the "
+            "training weights first"
+        )
+
+
 def _refuse_step(optimizer: Optimizer) -> None:
     for swap in list(_SWAPS.values()):
         moved = (id(p) for group in optimizer.param_groups for p in group["params"])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from polyak import sharding
 from polyak.averaging.movement import Movement
-from polyak.averaging.swap import Swap, refuse_merged, refuse_second_swap
+from polyak.averaging.swap import Swap, refuse_merged, refuse_second_swap, swap_of
 from polyak.errors import LoanError
 from polyak.tensors.slots import all_slots
 
@@ -103,3 +103,25 @@ class Swapper:
         swap = self.active
         self._movement.expose()  # an average may hold the training weights, or get them later
         return self._movement.listing.online() if swap is None else swap.training()
+
+    def training_anywhere(self) -> dict[str, Tensor]:
+        """Return the same as ``training``, also while another average is in the model."""
+        found = self.training()
+        if (other := self._other()) is not None:
+            found |= {name: tensor for name, tensor in other.training().items() if name in found}
+        return found
+
+    def refuse_other(self) -> None:
+        """Refuse to read the model's own weights while another average is in it.
+
+        Raises:
+            LoanError: If the model holds another average.
+        """
+        if (other := self._other()) is not None:
+            raise LoanError(
+                f"the model must hold its own weights (got the average of {other.owner}); restore them first"
+            )
+
+    def _other(self) -> Swap | None:
+        swap = swap_of(self._movement.model)
+        return None if swap is self.swap else swap

@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from polyak import sharding
 from polyak.averaging.distance import relative_distance
-from polyak.averaging.modules import copy_into, match_dtypes, module_of
+from polyak.averaging.modules import averaged_module, copy_into, module_of, own_tensors
 from polyak.averaging.movement import Movement
 from polyak.averaging.offload import Offload
 from polyak.averaging.saving import load_tensors, tensors_state
 from polyak.averaging.settings import settings_for
-from polyak.averaging.swap import refuse_merged, swap_of
+from polyak.averaging.swap import refuse_averaged_weights, refuse_merged
 from polyak.averaging.swapper import Swapper
-from polyak.errors import LoanError
 from polyak.sharding import Ranks
 from polyak.tensors import optimizers
 from polyak.tensors.slots import PolicyRule, default_policy, unwrap
@@ -94,11 +93,7 @@ class Shadow:
             MismatchError: If an averaged tensor is missing from the model or has another shape.
             OffloadError: If the previous update failed in the background.
         """
-        if swap := swap_of(self._model):
-            raise LoanError(
-                f"an average must not take in averaged weights: {swap.owner} has swapped its average in; restore the "
-                "training weights first"
-            )
+        refuse_averaged_weights(self._model)
         self._movement.move(weight)
 
     @property
@@ -145,10 +140,7 @@ class Shadow:
         Raises:
             LoanError: If the model holds another average.
         """
-        if (swap := swap_of(self._model)) and swap is not self._swapper.swap:
-            raise LoanError(
-                f"the model must hold its own weights (got the average of {swap.owner}); restore them first"
-            )
+        self._swapper.refuse_other()
         sharding.reshard(self._model)
         names = (slot.name for slot, _ in self._movement.listing.averaged if slot.is_parameter)
         return relative_distance(names, self._swapper.averaged(), self._swapper.training(), ranks)
@@ -222,9 +214,7 @@ class Shadow:
     def training_tensors(self) -> dict[str, Tensor]:
         """Return the training weights of what is averaged by name, wherever they are now: not copies of them."""
         self._movement.follow_model()
-        found = self._swapper.training()
-        if (swap := swap_of(self._model)) and swap is not self._swapper.swap:
-            found |= {name: tensor for name, tensor in swap.training().items() if name in found}
+        found = self._swapper.training_anywhere()
         return {name: found[name].detach() for name, (_, averaged) in self.kinds().items() if averaged}
 
     def averaged_model(self) -> nn.Module:
@@ -240,10 +230,8 @@ class Shadow:
             return self._model
         refuse_merged(self._model)
         self._movement.follow_model()
-        module = module_of(self._movement, self.averages)
-        match_dtypes(module, self._movement.listing)
-        own = {id(tensor) for tensor in self._model.parameters()}
-        self._swapper.expose(t for t in (*module.parameters(), *module.buffers()) if id(t) not in own)
+        module = averaged_module(self._movement)
+        self._swapper.expose(own_tensors(module, self._model))
         return module
 
     def training_model(self) -> nn.Module:

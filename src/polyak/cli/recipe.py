@@ -163,14 +163,8 @@ def build_trainer(
         parallelism: As for ``Trainer``.
     """
     train, _, test = load_data(digits)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(digits.seed)
-        model = build_model()
+    model = _seeded_model(digits.seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=digits.lr)
-    schedulers = list[Any]()
-    if digits.schedule is not None:
-        schedule, steps = digits.schedule, digits.steps
-        schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / steps)))
     metrics: dict[str, Any] = {"accuracy": Accuracy()}
     ema = EMA(half_life=digits.half_life, update_interval="1ba")
     trainer = Trainer(
@@ -180,7 +174,7 @@ def build_trainer(
         max_duration=Time(digits.steps, TimeUnit.BATCH),
         algorithms=ema if record is None else [ema, Recorder(record, RECORD_INTERVAL)],
         optimizers=optimizer,
-        schedulers=schedulers,
+        schedulers=_schedulers(digits, optimizer),
         step_schedulers_every_batch=True,
         loss=nn.functional.cross_entropy,
         metrics=metrics,
@@ -196,3 +190,16 @@ def build_trainer(
         parallelism=parallelism,
     )
     return trainer, ema
+
+
+def _seeded_model(seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_model()
+
+
+def _schedulers(digits: Digits, optimizer: torch.optim.Optimizer) -> list[Any]:
+    schedule, steps = digits.schedule, digits.steps
+    if schedule is None:
+        return []
+    return [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / steps))]

@@ -64,7 +64,8 @@ def combine(  # noqa: PLR0917  one pass, with all that it needs
     """Compute a tensor of several averages; add to ``products`` from the same reads.
 
     Sums are in float64. In addition to the results, memory is bounded by one row of the tensor, or 4 million numbers,
-    for all segments and averages together.
+    for all segments together. The parts that are read do not depend on the number of averages, and so neither do the
+    bits of an average and of ``products``.
 
     Args:
         files: The segments, oldest first.
@@ -77,7 +78,7 @@ def combine(  # noqa: PLR0917  one pass, with all that it needs
     Raises:
         RecordError: If a file is damaged, or a value is infinite in the dtype of a result.
     """
-    for box in _boxes(info.shape, _CHUNK // (len(files) + 2 * len(results))):
+    for box in _boxes(info.shape, _CHUNK // (len(files) + 2)):
         needed = [products is not None or any(weights) for weights in zip(*coefficients, strict=True)]
         means = [file.read(name, box) if one else None for file, one in zip(files, needed, strict=True)]
         if len(results) > 1:  # each number is converted once, and not for each average

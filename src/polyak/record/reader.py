@@ -1,10 +1,8 @@
 """``Record``: reads a record that is on disk, one tensor at a time."""
 
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,12 +10,12 @@ from torch import Tensor
 
 from polyak.errors import ArgumentError, RecordError
 from polyak.profiles import Profile
-from polyak.record.combining import Products, combine
+from polyak.record.exporting import export
 from polyak.record.files import SegmentFile, check_content, check_size, hash_in, open_segment
-from polyak.record.fitting import Fit, error_estimate, finest, fit, warn_of_error
+from polyak.record.fitting import Fit, finest, fit, warn_of_error
 from polyak.record.manifest import Segment, load_manifest
-from polyak.storage.atomic import replacing
-from polyak.storage.safetensors import TensorInfo, disk_errors, write_tensors
+from polyak.record.passes import Passes
+from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time
 
 
@@ -64,7 +62,7 @@ class Record:
         self.aliases: Mapping[str, str] = manifest.aliases
         self.max_duration: Time | None = manifest.max_duration
         self.raw: Segment | None = manifest.raw
-        self._products = list[list[float]]()  # of the first segments; see ``Products``
+        self._passes = Passes()
         self._verified = set[Path]()
 
     @property
@@ -162,46 +160,12 @@ class Record:
                 "or one for all"
             )
         fits = [self._fit(profile, moment) for profile, moment in zip(asked, moments, strict=True)]
-        return self._in_passes(list(zip(asked, fits, strict=True)), device, dtype, max_bytes)
-
-    def _in_passes(
-        self,
-        asked: Sequence[tuple[Profile, Fit]],
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        max_bytes: float,
-    ) -> Iterator[dict[str, Tensor]]:
-        infos = {name: _averaged_as(info, dtype) for name, info in self.tensors.items()}
-        size_bytes = sum(math.prod(info.shape) * info.dtype.itemsize for info in infos.values())
-        together = max(1, int(max_bytes // max(1, size_bytes)))
-        for start in range(0, len(asked), together):
-            part = asked[start : start + together]
-            results = self._combined([fitted for _, fitted in part], infos)
-            for profile, fitted in part:
-                warn_of_error(profile, error_estimate(fitted, self._products))
-                yield self._completed(results.pop(0), device)  # this frame keeps none
+        made = self._passes.averages(self, list(zip(asked, fits, strict=True)), dtype, max_bytes)
+        return map(partial(self._completed, device=device), made)  # which keeps no average
 
     def _completed(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> dict[str, Tensor]:
         result = {name: tensor.to(device) for name, tensor in tensors.items()}
         return result | {alias: result[name] for alias, name in self.aliases.items()}
-
-    def _combined(self, fits: Sequence[Fit], infos: Mapping[str, TensorInfo]) -> list[dict[str, Tensor]]:
-        """Return averages from one pass over the files, and keep the products that their errors follow from."""
-        segments = max((fitted.segments for fitted in fits), key=len)
-        coefficients = [[*one.coefficients, *[0.0] * (len(segments) - len(one.segments))] for one in fits]
-        products = None if all(one.is_exact for one in fits) else self._new_products(len(segments) - 1)
-        results: list[dict[str, Tensor]] = [{} for _ in fits]
-        with self._opened(segments) as files:
-            for name, info in self.tensors.items():
-                if info.averaged:
-                    made = [torch.empty(info.shape, dtype=infos[name].dtype) for _ in fits]
-                    combine(files, name, info, coefficients, made, products)
-                else:
-                    made = [files[len(one.segments) - 1].read(name).clone() for one in fits]
-                for result, tensor in zip(results, made, strict=True):
-                    result[name] = tensor
-        self._keep(products)
-        return results
 
     def error(self, profile: Profile, at: Time | str | int | None = None) -> float:
         """Estimate the error of ``average``, in units of |last weights - average|.
@@ -218,7 +182,7 @@ class Record:
             TimeError: As ``average``.
             RecordError: As ``average``.
         """
-        return self._error_of(self._fit(profile, at))
+        return self._passes.error(self, self._fit(profile, at))
 
     def export(
         self,
@@ -243,32 +207,10 @@ class Record:
             TimeError: As ``average``.
             RecordError: As ``average``, and if the disk refuses.
         """
-        path = Path(path)
         fitted = self._fit(profile, at)
-        error = self._error_of(fitted)
+        error = self._passes.error(self, fitted)
         warn_of_error(profile, error)
-        end = fitted.segments[-1].end
-        metadata = {
-            "format": "pt",
-            "polyak.profile": repr(profile),
-            "polyak.moment": json.dumps({"updates": end.updates, **end.timestamp.state_dict()}),
-            "polyak.error_estimate": f"{error:.3g}",
-            "polyak.record": self.folder.resolve().name,
-        }
-        names = {name: name for name in self.tensors} | dict(self.aliases)
-        infos = {name: _averaged_as(self.tensors[kept], dtype) for name, kept in names.items()}
-        with disk_errors(f"exporting to {path}"), self._opened(fitted.segments) as files:
-
-            def read(name: str) -> Tensor:
-                info = self.tensors[names[name]]
-                if not info.averaged:
-                    return files[-1].read(names[name])
-                total = torch.empty(info.shape, dtype=torch.complex128 if info.dtype.is_complex else torch.float64)
-                combine(files, names[name], info, [fitted.coefficients], [total])
-                return total
-
-            with replacing(path) as temporary:
-                write_tensors(temporary, infos, read, metadata)
+        export(self, profile, fitted, error, Path(path), dtype)
 
     def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """Return the raw weights at the end of the record by name, bit for bit, in the model's dtypes.
@@ -309,31 +251,3 @@ class Record:
 
     def _fit(self, profile: Profile, at: Time | str | int | None) -> Fit:
         return fit(profile, self.segments, at, max_duration=self.max_duration)
-
-    def _error_of(self, fitted: Fit) -> float:
-        products = None if fitted.is_exact else self._new_products(len(fitted.segments) - 1)
-        if products is not None:
-            with self._opened(fitted.segments) as files:
-                for name, info in self.tensors.items():
-                    products.add(files, name, info)
-        return error_estimate(fitted, self._keep(products))
-
-    def _new_products(self, pairs: int) -> Products | None:
-        """Return an object to compute the products of the error in; None if they are known."""
-        return None if len(self._products) >= pairs else Products(pairs)
-
-    def _keep(self, products: Products | None) -> list[list[float]]:
-        if products is not None:
-            self._products = products.sums.tolist()
-        return self._products
-
-    @contextmanager
-    def _opened(self, segments: Sequence[Segment]) -> Iterator[list[SegmentFile]]:
-        with ExitStack() as stack:
-            yield [stack.enter_context(self.open(segment)) for segment in segments]
-
-
-def _averaged_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    if not info.averaged or info.dtype.is_complex:
-        return info
-    return replace(info, dtype=dtype or (torch.float64 if info.dtype == torch.float64 else torch.float32))

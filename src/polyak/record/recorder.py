@@ -9,6 +9,7 @@ import torch
 from polyak.algorithm import Algorithm, MetricLogger, check_event, check_pickles
 from polyak.errors import CheckpointError, CopyError, MismatchError, RecordError
 from polyak.events import Event, State, refuse_uncounted
+from polyak.record.manifest import MANIFEST
 from polyak.record.recording import Recording
 from polyak.record.settings import Settings
 from polyak.tensors.slots import PolicyRule, default_policy, unwrap
@@ -148,7 +149,10 @@ class Recorder(Algorithm):
 
     def refuse_uncounted(self, state: State, counted: Collection[TimeUnit]) -> None:
         """Refuse an interval that the loop does not count; see ``Algorithm``."""
-        interval = self._settings.interval_of(state) if self.interval is None else self.interval
+        settings = self._settings if self._recording is None else self._recording.settings
+        if settings.interval is None and state.max_duration is None and (self.folder / MANIFEST).exists():
+            return  # a state that is loaded later has the interval of that record; without one, the run does not begin
+        interval = settings.interval_of(state)
         refuse_uncounted(f"interval='{interval}'", interval.unit, state, counted)
 
     def close(self) -> None:

@@ -29,11 +29,12 @@ class Recording:
     Attributes:
         state: As given, or of the loop that the model is in now.
         queue: The segments that are not on disk yet.
+        settings: As given, or, where that gives none, those of the record that a loaded state continues.
     """
 
     def __init__(self, settings: Settings, state: State) -> None:
         self.queue = SegmentQueue(settings.folder, settings.interval)
-        self._settings = settings
+        self.settings = settings
         self._mean: Shadow | None = None
         self._clock = RecordClock()
         self._loaded: str | None = None  # what the writer is rewound to when training starts
@@ -61,17 +62,17 @@ class Recording:
         if self._fitting:
             return
         roles, state = self._roles, self.state
-        interval = self._settings.interval_of(state)
+        interval = self.settings.interval_of(state)
         refuse_stage(state.model, "a record")
         if roles.several is not None:
-            roles.refuse_unsynchronized(state.model, self._settings.policy)
+            roles.refuse_unsynchronized(state.model, self.settings.policy)
             if roles.sharded:
-                self._mean = self._mean or self._settings.new_mean(state)
+                self._mean = self._mean or self.settings.new_mean(state)
             self._agree(self._mean)
             roles.refuse_seconds(interval, state.max_duration)
         roles.run(self._open_record)
         if roles.several is not None:  # ranks that only count must count the segments of the record that rank 0 resumes
-            self._settings = replace(self._settings, interval=roles.several.from_rank_0(self._settings.interval))
+            self.settings = replace(self.settings, interval=roles.several.from_rank_0(self.settings.interval))
         self._fitting = True
         if self.queue.num_updates == 0:
             self.queue.open = OpenSegment(Edge(0, state.timestamp))
@@ -80,14 +81,14 @@ class Recording:
 
     def _agree(self, mean: Shadow | None) -> None:
         count = self.queue.open.count
-        facts = {"recorder": self._settings.shown, "updates": self.queue.num_updates}
+        facts = {"recorder": self.settings.shown, "updates": self.queue.num_updates}
         self._roles.agree(mean, {**facts, "updates in the open segment": count})
 
     def _open_record(self) -> None:
         roles, state = self._roles, self.state
-        mean = self._mean = self._mean or self._settings.new_mean(state)
+        mean = self._mean = self._mean or self.settings.new_mean(state)
         new = self.queue.num_updates == 0 and self._loaded is None
-        self.queue.begin(lambda: self._settings.writer(mean, state, roles.separate(), new=new), self._rewind_to_state)
+        self.queue.begin(lambda: self.settings.writer(mean, state, roles.separate(), new=new), self._rewind_to_state)
 
     def _rewind_to_state(self, writer: Writer) -> None:
         """Rewind to the checkpoint; check that the record ends where this recorder continues."""
@@ -98,7 +99,7 @@ class Recording:
         held = writer.segments[-1].end.updates if writer.segments else 0
         if held != self.queue.num_written:
             raise RecordError(
-                f"{self._settings.folder} has a record of {held} updates already, and this run has made "
+                f"{self.settings.folder} has a record of {held} updates already, and this run has made "
                 f"{self.queue.num_updates}: resume it from its checkpoint, record to another folder, or replace "
                 "the record by Recorder(..., overwrite=True)"
             )
@@ -113,9 +114,9 @@ class Recording:
             RecordError: If the segment before cannot be written.
         """
         if not self._fitting:
-            shown = self._settings.shown
+            shown = self.settings.shown
             raise RecordError(f"{shown} must have seen FIT_START before a batch ends; does the loop fire it?")
-        interval, now, segment = self._settings.interval_of(state), self._clock.now(state.timestamp), self.queue.open
+        interval, now, segment = self.settings.interval_of(state), self._clock.now(state.timestamp), self.queue.open
         if now.batch.value <= segment.start.timestamp.batch.value + segment.count:
             return  # mixed precision has skipped this step
         segment.count += 1
@@ -197,12 +198,12 @@ class Recording:
         """Return the state of the ``Recorder``, and keep the files that it refers to; wait for the disk."""
         self.queue.wait()
         segment, roles, state = self.queue.open, self._roles, self.state
-        saved: dict[str, Any] = {"repr": self._settings.shown, "num_updates": self.queue.num_updates}
+        saved: dict[str, Any] = {"repr": self.settings.shown, "num_updates": self.queue.num_updates}
         saved["count"] = segment.count
         if self._mean is None and not is_initialized():
             return saved
-        roles.refuse_unsynchronized(state.model, self._settings.policy)
-        mean = None if roles.follows else self._mean or self._settings.new_mean(state)
+        roles.refuse_unsynchronized(state.model, self.settings.policy)
+        mean = None if roles.follows else self._mean or self.settings.new_mean(state)
         if roles.sharded:
             self._agree(mean)
         saved["start"] = {"updates": segment.start.updates, **segment.start.timestamp.state_dict()}
@@ -215,10 +216,10 @@ class Recording:
     def _pin(self, mean: Shadow) -> str:
         roles, state = self._roles, self.state
         own = self.queue.appender.writer if self.queue.appender else None
-        writer = own or self._settings.writer(mean, state, roles.separate())  # after the run it is opened once more
+        writer = own or self.settings.writer(mean, state, roles.separate())  # after the run it is opened once more
         try:
             plain = pinned(writer, state.saving_to, self.queue.num_updates)
-            return json.dumps({**plain, **self._settings.to_resume()})
+            return json.dumps({**plain, **self.settings.to_resume()})
         finally:
             if own is None:
                 writer.close()
@@ -235,11 +236,11 @@ class Recording:
         if "start" not in state:
             return
         if not self._roles.follows and state["record"]:
-            self._mean = self._settings.new_mean(self.state)
+            self._mean = self.settings.new_mean(self.state)
             self._mean.load_state_dict(state["mean"])
             self._num_quarantined = self._mean.num_quarantined
             self._loaded = state["record"]
-            self._settings = self._settings.resumed(json.loads(state["record"]))
+            self.settings = self.settings.resumed(json.loads(state["record"]))
         self._clock.ahead = dict(state.get("ahead", {}))
         self._fitted = False
         start = dict(state["start"])

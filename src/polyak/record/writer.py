@@ -1,9 +1,6 @@
 """The writer of a record: append a segment, merge segments as they age, rewind, pin."""
 
-import hashlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -11,13 +8,15 @@ from typing import Any, Self
 from torch import Tensor
 
 from polyak.errors import RecordError
-from polyak.record.files import Source, check_size
-from polyak.record.folder import RecordFolder, check_tensors
-from polyak.record.manifest import MANIFEST, Edge, Manifest, Pin, Segment
+from polyak.record.files import Source
+from polyak.record.folder import check_tensors
+from polyak.record.manifest import Edge, Manifest, Pin, Segment
 from polyak.record.merging import given, kept_as, mean_of, merged_as, own_dtype
 from polyak.record.output import OneFile, Output
+from polyak.record.pins import check_kept, pin_of, without_gone
+from polyak.record.shared import SharedManifest
 from polyak.sharding import Communicator, OneProcess
-from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, disk_errors
+from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo
 from polyak.time import Time
 
 
@@ -69,28 +68,19 @@ class Writer:
         overwrite: bool = False,
     ) -> None:
         self.folder = Path(folder).absolute()  # the program may change its directory
-        self._files = RecordFolder(self.folder)
         self._ranks = ranks or OneProcess()
         self._output = _output(self._ranks)
+        self._shared = SharedManifest(self.folder, self._ranks)
         try:
             wanted = Manifest(dict(tensors), per_level, max_duration, dict(aliases or {}))
-            self._manifest = self._ranks.on_rank_0(
-                lambda: self._files.open(wanted, back_up=back_up, overwrite=overwrite)
-            )
-            self._ranks.agree(f"the record in {self.folder}", self._facts(wanted))
+            self._shared.open(wanted, back_up=back_up, overwrite=overwrite)
         except BaseException:
             self.close()
             raise
 
-    def _facts(self, wanted: Manifest) -> dict[str, Any]:
-        """Return what all ranks must agree on: what is to be kept, and what they see in the folder."""
-        path = self.folder / MANIFEST
-        return {
-            "sha256 of its manifest": hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None,
-            "per_level": wanted.per_level,
-            "tensors": {name: str(info) for name, info in wanted.tensors.items()},
-            "aliases": wanted.aliases,
-        }
+    @property
+    def _manifest(self) -> Manifest:
+        return self._shared.current
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -140,14 +130,14 @@ class Writer:
                     "another folder"
                 )
             start = last  # the same moment, which a loop may by now call the start of the next epoch
-        with self._cleaning(f"adding a segment to {self.folder}"):
+        with self._shared.changing(f"adding a segment to {self.folder}"):
             # What is merged is compared with its hash first, so that damage does not get into a file with a new hash.
             newest = manifest.segments[-1] if manifest.segments else None
             infos = kept_as(self.folder, manifest.tensors, newest, tensors, self._ranks)
             segment = self._write(given(tensors), tensors, start, end, level=0, infos=infos)
             segments = self._merge([*manifest.segments, segment], tensors)
             # The raw weights were those where the record ended before.
-            self._commit(replace(manifest, segments=tuple(segments), raw=None))
+            self._shared.commit(replace(manifest, segments=tuple(segments), raw=None))
         return segment
 
     def keep_raw(self, weights: Mapping[str, Tensor]) -> None:
@@ -170,10 +160,10 @@ class Writer:
         check_tensors(averaged, weights)
         kept = {name: replace(info, dtype=own_dtype(weights[name], DTYPE_NAMES)) for name, info in averaged.items()}
         end = self.segments[-1].end
-        with self._cleaning(f"adding the raw weights to {self.folder}"):
+        with self._shared.changing(f"adding the raw weights to {self.folder}"):
             # Another object than for segments: it plans once, and these are other tensors.
             raw = self._write(given(weights), weights, end, end, level=0, infos=kept, output=_output(self._ranks))
-            self._commit(replace(self._manifest, raw=raw))
+            self._shared.commit(replace(self._manifest, raw=raw))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``rewind`` needs, as plain containers. ``pin`` it, or later merges may delete the files."""
@@ -194,19 +184,10 @@ class Writer:
         raw = None if state.get("raw") is None else Segment.from_plain(state["raw"], "raw")
         if segments == self.segments and raw == self.raw:
             return
-        self._ranks.on_rank_0(lambda: self._check_sizes([*segments, *filter(None, [raw])]))
-        with self._cleaning(f"rewinding {self.folder}"):
-            self._commit(replace(self._manifest, segments=segments, raw=raw))
-
-    def _check_sizes(self, segments: Sequence[Segment]) -> None:
-        try:
-            for segment in segments:
-                check_size(self.folder, segment)
-        except RecordError as error:
-            raise RecordError(
-                f"{self.folder} can be rewound only to a checkpoint whose files it still has; it is pinned to "
-                f"{sorted(self.pins)}: resume from one of these, or record to another folder ({error})"
-            ) from error
+        referred = [*segments, *filter(None, [raw])]
+        self._ranks.on_rank_0(lambda: check_kept(self.folder, self.pins, referred))
+        with self._shared.changing(f"rewinding {self.folder}"):
+            self._shared.commit(replace(self._manifest, segments=segments, raw=raw))
 
     def pin(self, name: str, path: str | Path | None = None) -> None:
         """Keep the files that the record now consists of until ``unpin``.
@@ -218,9 +199,7 @@ class Writer:
         Raises:
             RecordError: If the disk refuses.
         """
-        relative = None if path is None else Path(os.path.relpath(path, self.folder)).as_posix()
-        pin = Pin(self._manifest.current_files, relative)
-        self._set_pins({**self.pins, name: pin})
+        self._set_pins({**self.pins, name: pin_of(self.folder, self._manifest, path)})
 
     def unpin(self, name: str) -> None:
         """Remove a pin, and delete the files that nothing else refers to.
@@ -239,14 +218,11 @@ class Writer:
         Raises:
             RecordError: If the disk refuses.
         """
-        kept = self._ranks.on_rank_0(
-            lambda: {n: pin for n, pin in self.pins.items() if pin.path is None or (self.folder / pin.path).exists()}
-        )
-        self._set_pins(kept)
+        self._set_pins(self._ranks.on_rank_0(lambda: without_gone(self.folder, self.pins)))
 
     def close(self) -> None:
         """Let the next writer in. What was appended is already on disk."""
-        self._files.close()
+        self._shared.close()
         self._ranks.close()
 
     def __enter__(self) -> Self:
@@ -257,8 +233,8 @@ class Writer:
 
     def _set_pins(self, pins: Mapping[str, Pin]) -> None:
         if pins != self.pins:
-            with self._cleaning(f"changing the pins of {self.folder}"):
-                self._commit(replace(self._manifest, pins=dict(pins)))
+            with self._shared.changing(f"changing the pins of {self.folder}"):
+                self._shared.commit(replace(self._manifest, pins=dict(pins)))
 
     def _merge(self, segments: list[Segment], like: Mapping[str, Tensor]) -> list[Segment]:
         """Merge what is due, after one more segment of level 0."""
@@ -287,27 +263,7 @@ class Writer:
         infos, output = infos or self._manifest.tensors, output or self._output
         written = output.write(self.folder, infos, like, source, metadata)
         segment = Segment(start, end, level, written.size_bytes, written.sha256, written.sharded)
-        return self._ranks.on_rank_0(lambda: self._files.name(written, segment))
-
-    def _commit(self, manifest: Manifest) -> None:
-        self._ranks.on_rank_0(lambda: self._files.commit(manifest))
-        self._manifest = manifest
-
-    @contextmanager
-    def _cleaning(self, doing: str) -> Iterator[None]:
-        """Check the lock before a ``with`` block, and delete what it has written if it ends with an error.
-
-        The error may have come after the new manifest was on disk, from another rank that was killed or an interrupt.
-        So what is kept, and what the record now is, is read from the disk.
-        """
-        try:
-            with disk_errors(doing):
-                self._ranks.on_rank_0(self._files.check_lock)
-                yield
-        except BaseException:
-            if self._ranks.rank == 0 and (found := self._files.clean_after_an_error()) is not None:
-                self._manifest = replace(self._manifest, segments=found.segments, pins=found.pins, raw=found.raw)
-            raise
+        return self._shared.name(written, segment)
 
 
 def due(levels: Sequence[int], level: int, per_level: int | None) -> int | None:

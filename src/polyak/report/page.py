@@ -16,6 +16,17 @@ from polyak.report.swept import Point, Swept
 from polyak.report.words import compared, headline, percent, written, younger
 
 _SCALES = {"near": "near the best", "all": "all averages", "log": "logarithmic"}
+# After the headline: what the numbers are, and how to choose by them.
+_EXPLAINED = """\
+<p class="quiet">Each average is a mean of the weights of one training run, made after it. The half-life says how far
+back it reaches: weights that are one half-life older count half as much.</p>
+</header>
+<div class="note" role="note">
+<p><strong>Choose on validation data.</strong> If the half-life is chosen on the test set, the test result is biased:
+the best of many values is partly luck. Report the metric of the chosen average on data that had no part in the choice.
+</p>
+</div>
+<noscript><p class="note">The charts need JavaScript. The table below has all numbers.</p></noscript>"""
 
 
 def page(swept: Swept, *others: Swept, about: Provenance | None = None, notes: Sequence[str] = ()) -> str:
@@ -46,15 +57,7 @@ script-src 'unsafe-inline'">
 <header>
 <h1>{escape(headline(swept))}</h1>
 {notes}
-<p class="quiet">Each average is a mean of the weights of one training run, made after it. The half-life says how far
-back it reaches: weights that are one half-life older count half as much.</p>
-</header>
-<div class="note" role="note">
-<p><strong>Choose on validation data.</strong> If the half-life is chosen on the test set, the test result is biased:
-the best of many values is partly luck. Report the metric of the chosen average on data that had no part in the choice.
-</p>
-</div>
-<noscript><p class="note">The charts need JavaScript. The table below has all numbers.</p></noscript>
+{_EXPLAINED}
 {_chooser(sweeps)}
 <div class="panels">
 {panels(sweeps)}

@@ -5,7 +5,7 @@ import math
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from polyak.averaging.batchnorm import update_bn
 from polyak.errors import PlanWarning, RecordError
 from polyak.profiles import Profile
 from polyak.record import Record
+from polyak.sweeping.averages import Averages
 from polyak.sweeping.results import EvaluationError, Kept, Result
 from polyak.sweeping.returned import Evaluate, measured
 from polyak.sweeping.source import named, source_hash
@@ -49,11 +50,21 @@ class Evaluator:
     def __post_init__(self) -> None:
         self._code = source_hash(self.evaluate)
 
-    def average(self, record: Record, name: str, profile: Profile, at: Time | None) -> Result:
+    def averages(self, record: Record, profiles: Sequence[Profile]) -> Averages:
+        """Return the averages at the end of a record; only those without a result are computed.
+
+        Args:
+            record: The record, up to the moment of the averages.
+            profiles: Those to evaluate, in this order.
+        """
+        newest = record.segments[-1].file
+        return Averages(record, [one for one in profiles if self._already(self._key(one, newest), one) is None])
+
+    def average(self, averages: Averages, name: str, profile: Profile, at: Time | None) -> Result:
         """Return the result of the average at the end of a record.
 
         Args:
-            record: The record, up to the moment of the average.
+            averages: What ``averages`` returned for the record.
             name: A name for people.
             profile: The profile of the average.
             at: The moment, for the result; None for the end of the whole record.
@@ -62,13 +73,10 @@ class Evaluator:
             EvaluationError: If the evaluation fails or returns a wrong type.
             RecordError: If a file is missing, truncated or corrupt.
         """
+        record = averages.record
 
         def state_and_numbers() -> tuple[dict[str, Tensor], float, float]:
-            # Every result has its error; a warning would repeat it.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PlanWarning)
-                state = record.average(profile)
-                error = record.error(profile)
+            state, error = averages.take(profile)
             distance = _distance(record, state)
             if self.batchnorm is not None:
                 try:
@@ -125,18 +133,10 @@ class Evaluator:
         source: str,
         state_and_numbers: Callable[[], tuple[dict[str, Tensor], float | None, float | None]],
     ) -> Result:
-        function = named(self.evaluate)
-        key = {
-            "profile": None if profile is None else repr(profile),
-            "of": source,
-            "evaluate": f"{function.__module__}:{function.__qualname__}",
-            "batchnorm": self.batchnorm is not None and profile is not None,
-        }
-        if not self.fresh and (already := self.kept.find(key, profile)) is not None:
-            result, measured_by = already
-            if measured_by == self._code:
-                return self._checked(replace(result, name=name))  # the same weights may have another name now
-            self._warn_of_other_source()
+        key = self._key(profile, source)
+        if (already := self._already(key, profile)) is not None:
+            return self._checked(replace(already, name=name))  # the same weights may have another name now
+        self._warn_of_other_source(key, profile)
         state, error, distance = state_and_numbers()
         began = time.perf_counter()
         try:
@@ -149,8 +149,22 @@ class Evaluator:
         self.kept.add(key, result, self._code, record.folder)
         return result
 
-    def _warn_of_other_source(self) -> None:
-        if not self._warned:
+    def _key(self, profile: Profile | None, source: str) -> dict[str, Any]:
+        function = named(self.evaluate)
+        return {
+            "profile": None if profile is None else repr(profile),
+            "of": source,
+            "evaluate": f"{function.__module__}:{function.__qualname__}",
+            "batchnorm": self.batchnorm is not None and profile is not None,
+        }
+
+    def _already(self, key: Mapping[str, Any], profile: Profile | None) -> Result | None:
+        """Return the result that is kept for a key; None if it is to be evaluated, for the first time or again."""
+        found = None if self.fresh else self.kept.find(key, profile)
+        return found[0] if found is not None and found[1] == self._code else None
+
+    def _warn_of_other_source(self, key: Mapping[str, Any], profile: Profile | None) -> None:
+        if not self._warned and not self.fresh and self.kept.find(key, profile) is not None:
             self._warned = True
             warnings.warn(
                 f"the source of {named(self.evaluate).__qualname__} has changed since the results in {self.kept.path}; "

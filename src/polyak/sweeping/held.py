@@ -23,10 +23,14 @@ class HeldRecord(Record):
     Args:
         record: The record, as it was when that object was made.
         stack: Closes the files.
+
+    Attributes:
+        source: The record that this was made of, which does not hold its files.
     """
 
     def __init__(self, record: Record, stack: ExitStack) -> None:
         vars(self).update(vars(record))  # what it was, and not what the manifest says now
+        self.source = record
         self._verified = set()
         self._stack = stack
         self._held: dict[str, SegmentFile] = {}

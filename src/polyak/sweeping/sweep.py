@@ -1,6 +1,5 @@
-"""``sweep``: builds one average after another from a record and evaluates it. One average is in memory at a time."""
+"""``sweep``: evaluates averages of a record, as many from one pass over its files as fit into memory."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +44,8 @@ def sweep(
 
     The first evaluations are for comparison: the raw weights at the end of the run, if the record keeps them, those of
     ``others``, and the newest mean of the record. Evaluate on validation data: if the half-life is chosen on the test
-    set, the test result is biased. A run may still be writing the record: the sweep reads it as it is at the start.
+    set, the test result is biased. A run may still be writing the record: the sweep reads it as it is at the start,
+    each file once for as many averages as fit into 4 GB, as ``Record.averages`` does.
 
     Args:
         record: The record or its folder.
@@ -123,8 +123,7 @@ def sweep(
             run.add(name, lambda name=name, file=file: run.evaluator.given(whole, name, file))
         for end, one in records.items():
             run.moment(one, end, planned[end], refine)
-    read = copy.copy(record)
-    read.segments = whole.segments
+    read = record if whole is record else whole.source
     return SweepResult(run.found, read, run.name, maximize=run.maximize, batchnorm=batchnorm is not None)
 
 
@@ -199,12 +198,13 @@ class _Run:
             refine: The largest number of further half-lives.
         """
         suffix = "" if at is None else f" at {at}"
-        first = len(self.found)
+        first, mean = len(self.found), newest(record)
+        averages = self.evaluator.averages(record, [mean, *planned])
 
         def average(name: str, profile: Profile) -> None:
-            self.add(f"{name}{suffix}", lambda: self.evaluator.average(record, name, profile, at))
+            self.add(f"{name}{suffix}", lambda: self.evaluator.average(averages, name, profile, at))
 
-        average("newest mean", newest(record))
+        average("newest mean", mean)
         for profile in planned:
             average(named(profile).describe(), profile)
         unit = _unit(planned)

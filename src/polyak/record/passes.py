@@ -1,0 +1,140 @@
+"""Averages of a record, and the errors of averages, from passes over its files."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from polyak.profiles import Profile
+from polyak.record.combining import Products, combine
+from polyak.record.files import SegmentFile
+from polyak.record.fitting import Fit, error_estimate, warn_of_error
+from polyak.record.manifest import Segment
+from polyak.storage.safetensors import TensorInfo
+
+
+class Readable(Protocol):
+    """What a pass reads: a ``Record``, which may hold its files open."""
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+    aliases: Mapping[str, str]
+
+    def open(self, segment: Segment) -> AbstractContextManager[SegmentFile]:
+        """Open a segment's file for the length of a ``with`` block.
+
+        Args:
+            segment: One of the record.
+        """
+        ...
+
+
+class Passes:
+    """Computes averages and errors. It keeps the products that errors follow from, so that they are computed once."""
+
+    def __init__(self) -> None:
+        self._products = list[list[float]]()
+        self._segments: tuple[Segment, ...] = ()  # those that the products are of
+
+    def averages(
+        self, record: Readable, asked: Sequence[tuple[Profile, Fit]], dtype: torch.dtype | None, max_bytes: float
+    ) -> Iterator[dict[str, Tensor]]:
+        """Yield averages by name, each with a warning if its error is above 5 %.
+
+        Args:
+            record: What is read.
+            asked: The profiles, and what ``fit`` returned for them.
+            dtype: As for ``Record.average``.
+            max_bytes: The memory for averages that are computed together. One is computed however large it is.
+
+        Raises:
+            RecordError: As ``Record.average``.
+        """
+        infos = {name: averaged_as(info, dtype) for name, info in record.tensors.items()}
+        size_bytes = sum(math.prod(info.shape) * info.dtype.itemsize for info in infos.values())
+        together = max(1, int(max_bytes // max(1, size_bytes)))
+        for start in range(0, len(asked), together):
+            part = asked[start : start + together]
+            results = self._combined(record, [fitted for _, fitted in part], infos)
+            for profile, fitted in part:
+                warn_of_error(profile, self.error(record, fitted))
+                yield results.pop(0)  # this frame keeps none
+
+    def error(self, record: Readable, fitted: Fit) -> float:
+        """Estimate the error of an average; read the files only if the products are not known.
+
+        Args:
+            record: What is read.
+            fitted: What ``fit`` returned for the average.
+
+        Raises:
+            RecordError: If a file is missing, truncated, damaged or foreign.
+        """
+        if fitted.is_exact:
+            return error_estimate(fitted, [])
+        if (products := self._unknown(fitted.segments)) is not None:
+            with opened(record, fitted.segments) as files:
+                for name, info in record.tensors.items():
+                    products.add(files, name, info)
+            self._keep(products, fitted.segments)
+        return error_estimate(fitted, self._products)
+
+    def _combined(
+        self, record: Readable, fits: Sequence[Fit], infos: Mapping[str, TensorInfo]
+    ) -> list[dict[str, Tensor]]:
+        """Return averages from one pass over the files, and keep the products that their errors follow from."""
+        segments = max((fitted.segments for fitted in fits), key=len)
+        coefficients = [[*one.coefficients, *[0.0] * (len(segments) - len(one.segments))] for one in fits]
+        products = None if all(one.is_exact for one in fits) else self._unknown(segments)
+        results: list[dict[str, Tensor]] = [{} for _ in fits]
+        with opened(record, segments) as files:
+            for name, info in record.tensors.items():
+                if info.averaged:
+                    made = [torch.empty(info.shape, dtype=infos[name].dtype) for _ in fits]
+                    combine(files, name, info, coefficients, made, products)
+                else:
+                    made = [files[len(one.segments) - 1].read(name).clone() for one in fits]
+                for result, tensor in zip(results, made, strict=True):
+                    result[name] = tensor
+        if products is not None:
+            self._keep(products, segments)
+        return results
+
+    def _unknown(self, segments: tuple[Segment, ...]) -> Products | None:
+        """Return an object to compute the products of segments in; None if they are known."""
+        return None if self._segments[: len(segments)] == segments else Products(len(segments) - 1)
+
+    def _keep(self, products: Products, segments: tuple[Segment, ...]) -> None:
+        self._products, self._segments = products.sums.tolist(), segments
+
+
+@contextmanager
+def opened(record: Readable, segments: Sequence[Segment]) -> Iterator[list[SegmentFile]]:
+    """Open the files of segments for the length of a ``with`` block.
+
+    Args:
+        record: What is read.
+        segments: Of the record.
+
+    Raises:
+        RecordError: If a file is missing, truncated or foreign.
+    """
+    with ExitStack() as stack:
+        yield [stack.enter_context(record.open(segment)) for segment in segments]
+
+
+def averaged_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    """Return a tensor as it is in an average.
+
+    Args:
+        info: As the record keeps it.
+        dtype: As for ``Record.average``.
+    """
+    if not info.averaged or info.dtype.is_complex:
+        return info
+    return replace(info, dtype=dtype or (torch.float64 if info.dtype == torch.float64 else torch.float32))
