@@ -51,11 +51,17 @@ def moment_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any]) 
     found = dict(_in_name(path))
     for source in (content, clock):
         for place in reversed(_PLACES):
-            found |= dict(_in_mapping(_at(source, place)))
+            found |= dict(counters_in(at(source, place)))
     return found
 
 
-def _at(value: object, place: tuple[str | int, ...]) -> object:
+def at(value: object, place: tuple[str | int, ...]) -> object:
+    """Return what is at a place in mappings and lists; None if it is not there.
+
+    Args:
+        value: The outermost.
+        place: Keys of mappings, and numbers of items in lists.
+    """
     for key in place:
         if isinstance(key, int):
             value = value[key] if isinstance(value, (list, tuple)) and value else None
@@ -64,22 +70,46 @@ def _at(value: object, place: tuple[str | int, ...]) -> object:
     return value
 
 
-def _in_mapping(value: object) -> Iterator[tuple[TimeUnit, float]]:
+def counters_in(value: object) -> Iterator[tuple[TimeUnit, float]]:
+    """Yield the counters in a mapping, such as ``global_step``, by their unit.
+
+    Args:
+        value: A mapping; anything else has none.
+    """
     if isinstance(value, Mapping):
         for unit, names in _COUNTERS.items():
-            numbers = (_number(value.get(name)) for name in names)
+            numbers = (_count(value.get(name)) for name in names)
             if (number := next((one for one in numbers if one is not None), None)) is not None:
                 yield unit, number
 
 
-def _number(value: object) -> float | None:
+def is_counter(name: str) -> bool:
+    """Return whether a name is that of a counter, such as ``global_step``.
+
+    Args:
+        name: Of a value.
+    """
+    return any(name in names for names in _COUNTERS.values())
+
+
+def _count(value: object) -> float | None:
+    found = number(value)
+    return found if found is not None and 0 <= found < 1 << 62 else None
+
+
+def number(value: object) -> float | None:
+    """Return a finite number, out of a tensor if it is in one; None if it is none.
+
+    Args:
+        value: What a checkpoint has.
+    """
     if isinstance(value, StoredTensor) and value.numel == 1:
         value = value.whole()
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if 0 <= value < 1 << 62 and isfinite(value) else None
+    return float(value) if abs(value) < 1 << 62 and isfinite(value) else None
 
 
 def _in_name(path: Path) -> Iterator[tuple[TimeUnit, float]]:
