@@ -106,8 +106,9 @@ def test_the_command_prints_the_plan_of_a_function_of_the_user(tmp_path: Path, c
     assert main(["plan", f"{tmp_path}/train.py:build"]) == 0
     assert "weight  1x2  float32  average  a parameter that is trained" in capsys.readouterr().out
     assert main(["plan", f"{tmp_path}/train.py:build", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert rows[0] == {
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["counts"] == {"average": 2}
+    assert plain["tensors"][0] == {
         "name": "weight",
         "shape": [1, 2],
         "dtype": "torch.float32",

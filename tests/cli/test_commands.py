@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from waiting import END_S, wait_until
 
 from polyak.cli import main
-from polyak.profiles import HalfLife, PowerFunction, Smoothing, Uniform, Window
+from polyak.profiles import HalfLife, PowerFunction, Smoothing, Uniform, Window, named
 from polyak.record import Record
 from polyak.sweeping import best, sweep
 
@@ -85,8 +85,8 @@ def calls(script):
     return (script.parent / "calls").stat().st_size
 
 
-def refused(capsys, command, *arguments):
-    """Return the error for arguments; check that it is one line."""
+def refused(capsys, command, *arguments, lines=1):
+    """Return the error for arguments; check that it is one line, after those of the progress."""
     try:
         code = main([command, *map(str, arguments)])
     except SystemExit as error:
@@ -94,9 +94,10 @@ def refused(capsys, command, *arguments):
     out, said = capsys.readouterr()
     assert code == 2
     assert out == ""
-    assert said.count("\n") == 1, said
-    assert said.startswith(f"polyak {command}: ")
-    return said
+    errors = [line for line in said.splitlines() if " of at most " not in line]
+    assert len(errors) == lines, said
+    assert errors[-1].startswith(f"polyak {command}: ")
+    return "\n".join(errors)
 
 
 def run(capsys, command, *arguments):
@@ -151,7 +152,7 @@ def test_damaged_and_missing_files_give_a_one_line_error(folder, tmp_path, capsy
     run(capsys, "inspect", tmp_path / "run")
     assert "must have the SHA-256 in the manifest" in refused(capsys, "inspect", tmp_path / "run", "--verify")
     path.unlink()
-    arguments = (tmp_path / "run", "--half-life", "9ba", "-o", tmp_path / "f")
+    arguments = (tmp_path / "run", "--half-life", "9ba", "-o", tmp_path / "f.safetensors")
     assert "cannot be opened" in refused(capsys, "reconstruct", *arguments)
 
 
@@ -184,7 +185,7 @@ def test_reconstruct_writes_the_same_average_as_the_library(folder, tmp_path, ca
     assert saved.keys() == averaged.keys()
     assert all(torch.equal(saved[name], tensor) for name, tensor in averaged.items())
     build().load_state_dict(saved)
-    assert str(profile) in out
+    assert named(profile).describe() in out
     assert f"{at or '256ba'}" in out
     assert "estimate" in out
     assert "9 tensors" in out
@@ -192,8 +193,8 @@ def test_reconstruct_writes_the_same_average_as_the_library(folder, tmp_path, ca
 
 
 def test_reconstruct_casts_the_averaged_tensors(folder, tmp_path, capsys) -> None:
-    run(capsys, "reconstruct", folder, "--half-life", "10ba", "--dtype", "bfloat16", "-o", tmp_path / "f")
-    saved = load_file(tmp_path / "f")
+    run(capsys, "reconstruct", folder, "--half-life", "10ba", "--dtype", "bfloat16", "-o", tmp_path / "f.safetensors")
+    saved = load_file(tmp_path / "f.safetensors")
     assert saved["0.weight"].dtype is torch.bfloat16
     assert saved["1.num_batches_tracked"].dtype is torch.int64
     assert int(saved["1.num_batches_tracked"]) == 256
@@ -203,7 +204,7 @@ def test_reconstruct_casts_the_averaged_tensors(folder, tmp_path, capsys) -> Non
     ("arguments", "expected"),
     [
         (["--half-life", "1ba"], "a profile must not be finer than the record"),
-        (["--half-life", "many"], "argument --half-life: the half-life must be a time: a time string is a number"),
+        (["--half-life", "many"], "argument --half-life: the half-life must be a time"),
         (["--half-life", "10ba", "--at", "255ba"], "near it are"),
         (["--half-life", "10tok"], "needs a clock in tok"),
         (["--window", "0ba"], "the window must be above 0"),
@@ -213,27 +214,28 @@ def test_reconstruct_casts_the_averaged_tensors(folder, tmp_path, capsys) -> Non
         (["--window", "64ba", "--unbiased"], "--unbiased needs a profile with an unbiased variant, --half-life"),
         (["--window", "64ba", "--power", "0.1"], "not allowed with"),
         ([], "one of the arguments --half-life --window --uniform-from --power --smoothing"),
-        (["--half-life", "10ba", "--dtype", "int8"], "invalid choice"),
+        (["--half-life", "10ba", "--dtype", "int8"], "it must be float32, float16, bfloat16 or float64 (got 'int8')"),
     ],
     ids=str,
 )
 def test_bad_profiles_and_moments_give_a_one_line_error(folder, tmp_path, capsys, arguments, expected) -> None:
-    assert expected in refused(capsys, "reconstruct", folder, *arguments, "-o", tmp_path / "f")
+    assert expected in refused(capsys, "reconstruct", folder, *arguments, "-o", tmp_path / "f.safetensors")
     assert not list(tmp_path.iterdir())
 
 
 def test_bad_outputs_give_a_one_line_error(folder, tmp_path, capsys) -> None:
     for output, expected in (
-        (tmp_path, "outside the record, not a folder"),
-        (folder / "f.safetensors", "outside the record"),
-        (tmp_path / "none" / "f", "exporting to"),
+        (tmp_path, "must be a file, not a folder"),
+        (folder / "f.safetensors", "must not be the input or in its folder"),
+        (tmp_path / "none" / "f.safetensors", "there is no folder"),
+        (tmp_path / "f.pt", "must end in .safetensors"),
     ):
         assert expected in refused(capsys, "reconstruct", folder, "--half-life", "10ba", "-o", output)
-    assert "-o/--output" in refused(capsys, "reconstruct", folder, "--half-life", "10ba")
+    assert "are required: -o;" in refused(capsys, "reconstruct", folder, "--half-life", "10ba")
 
 
 def test_an_average_with_a_large_error_gives_one_note(folder, tmp_path, capsys) -> None:
-    _, said = run(capsys, "reconstruct", folder, "--half-life", "200ba", "-o", tmp_path / "f")
+    _, said = run(capsys, "reconstruct", folder, "--half-life", "200ba", "-o", tmp_path / "f.safetensors")
     assert said.count("\n") == said.count("polyak reconstruct: note: ") == 1
     assert "weights from before the record" in said
 
@@ -292,11 +294,10 @@ def test_a_stopped_sweep_resumes_without_evaluating_again(folder, script, tmp_pa
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == OUTPUTS
 
 
-def test_a_failing_function_gives_a_one_line_error_and_earlier_results_are_kept(
-    folder, script, tmp_path, capsys
-) -> None:
+def test_a_failing_function_gives_its_traceback_and_earlier_results_are_kept(folder, script, tmp_path, capsys) -> None:
     arguments = (folder, "--evaluate", f"{script}:failing", "--points", 4, "--out", tmp_path / "out")
-    said = refused(capsys, "sweep", *arguments)
+    said = refused(capsys, "sweep", *arguments, lines=6)
+    assert said.startswith(f'Traceback (most recent call last):\n  File "{script}", line 26, in failing\n')
     assert "evaluating half-life 50.8ba failed: ZeroDivisionError: too bad (" in said
     assert f"{script}, line 26" in said
     assert (tmp_path / "out" / "sweep.jsonl").read_bytes().count(b"\n") == 3
@@ -315,18 +316,20 @@ def test_a_failing_function_gives_a_one_line_error_and_earlier_results_are_kept(
         ("{script}:none", "there is no function 'none' in"),
         ("{script}:number", "there is no function 'number' in"),
         ("no.module:f", "no.module cannot be imported: ModuleNotFoundError"),
-        ("{broken}:f", "cannot be imported: ValueError: broken"),
         ("json:nothing", "there is no function 'nothing' in json; it has"),
     ],
 )
-def test_functions_that_cannot_be_imported_give_a_one_line_error(
-    folder, script, tmp_path, capsys, spec, expected
-) -> None:
-    broken = tmp_path / "broken.py"
-    broken.write_text("raise ValueError('broken')")
-    said = refused(capsys, "sweep", folder, "--evaluate", spec.format(script=script, broken=broken))
+def test_functions_that_cannot_be_imported_give_a_one_line_error(folder, script, capsys, spec, expected) -> None:
+    said = refused(capsys, "sweep", folder, "--evaluate", spec.format(script=script))
     assert expected in said
     assert "--evaluate" in said
+
+
+def test_the_error_of_a_file_that_cannot_be_imported_comes_with_its_traceback(folder, tmp_path, capsys) -> None:
+    (tmp_path / "broken.py").write_text("raise ValueError('broken')")
+    said = refused(capsys, "sweep", folder, "--evaluate", f"{tmp_path}/broken.py:f", lines=5)
+    assert said.startswith(f'Traceback (most recent call last):\n  File "{tmp_path}/broken.py", line 1, in <module>\n')
+    assert "cannot be imported: ValueError: broken" in said
 
 
 def test_sweep_imports_a_function_from_a_module(folder, tmp_path, capsys, monkeypatch) -> None:
@@ -349,7 +352,12 @@ def test_sweep_imports_a_function_from_a_module(folder, tmp_path, capsys, monkey
         (["--refine", "-1"], "a whole number of at least 0"),
         (["--minimize", "--maximize"], "not allowed with"),
         (["--raw", "none"], "the raw weights must be a safetensors file"),
-        (["--metric", "acc"], "got 'acc'"),
+        (["--metric", "acc"], "whether a lower or a higher acc is better (higher is usually better)"),
+        (["--metric", "size"], "whether a lower or a higher size is better (its name does not say it)"),
+        (["--metric", "acc", "--maximize"], "(got acc); use loss or accuracy"),
+        (["--at", "255ba"], "--at: a moment must be the end of a segment (got 255ba); near it are"),
+        (["--at", "120%"], "--at: a share of the record must be above 0% and at most 100% (got '120%')"),
+        (["--at", "soon"], "--at: a moment must be a share of the record such as 50%, or a time (got 'soon')"),
     ],
     ids=str,
 )
@@ -385,11 +393,29 @@ def test_sweep_recomputes_batchnorm_statistics_of_the_files_that_it_writes(folde
     assert "must return a model and batches" in said
 
 
-@pytest.mark.parametrize(("command", "module"), [("inspect", "rich"), ("sweep", "matplotlib"), ("sweep", "plotly")])
-def test_a_missing_extra_gives_a_one_line_error(folder, capsys, monkeypatch, command, module) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    rest = ["--evaluate", "m:f"] if command == "sweep" else []
-    assert "pip install 'polyak[cli]'" in refused(capsys, command, folder, *rest)
+@pytest.mark.parametrize("module", ["matplotlib", "plotly"])
+def test_sweep_writes_what_it_can_without_the_packages_for_pictures(
+    folder, script, tmp_path, capsys, monkeypatch, module
+) -> None:
+    for name in ("rich", module):
+        monkeypatch.setitem(sys.modules, name, None)
+    out, _ = run(
+        capsys,
+        "sweep",
+        folder,
+        "--evaluate",
+        f"{script}:counted",
+        "--points",
+        2,
+        "--refine",
+        0,
+        "--out",
+        tmp_path / "out",
+    )
+    without = {"plotly": {"report.html"}, "matplotlib": {"sweep.png", "sweep.svg"}}[module]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(OUTPUTS) - without
+    assert "pip install 'polyak[report]'" in " ".join(out.split())
+    assert not [name for name in without if name in out]
 
 
 @pytest.mark.parametrize(

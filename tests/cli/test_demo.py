@@ -284,7 +284,7 @@ def test_a_run_whose_half_life_is_a_fraction_of_it_cannot_grow(tmp_path) -> None
             for bad in ("100", "", "0ba", "infba", "nanba", "5tok", "-1ba", "1h")
         ),
         (["--half-life", "x"], "it must be a time above 0, such as 100ba, 1.5ep, 1600sp or 0.1dur"),
-        (["--haf-life", "1ba"], "unrecognized arguments: --haf-life=1ba; see polyak demo --help"),
+        (["--haf-life", "1ba"], "unrecognized arguments: --haf-life=1ba (did you mean --half-life?); see polyak demo"),
         (["--step", "5"], "unrecognized arguments: --step=5"),
     ],
 )
@@ -340,7 +340,8 @@ def test_an_unknown_option_without_a_command_gives_a_one_line_error(capsys) -> N
     with pytest.raises(SystemExit) as exit_:
         main(["--verison"])
     assert exit_.value.code == 2
-    assert capsys.readouterr().err == "polyak: unrecognized arguments: --verison; see polyak --help\n"
+    said = capsys.readouterr().err
+    assert said == "polyak: unrecognized arguments: --verison (did you mean --version?); see polyak --help\n"
 
 
 def test_polyak_without_arguments_lists_the_commands(capsys) -> None:

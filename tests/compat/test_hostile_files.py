@@ -204,7 +204,7 @@ def test_an_output_that_cannot_be_written_is_refused_and_what_was_there_stays(tm
         "a.pt": "another file",
         "link.safetensors": "another file",
         "pipe.safetensors": "be a regular or new file",
-        "folder.safetensors": "or a folder",
+        "folder.safetensors": "not a folder",
         "none/o.safetensors": "a folder that exists",
         "x" * 300 + ".safetensors": "too long",
     }.items():
@@ -218,7 +218,7 @@ def test_an_output_that_cannot_be_written_is_refused_and_what_was_there_stays(tm
     Path("o.safetensors").write_text("as it was")
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
-        assert "No space left" in refused(capsys, "a.pt", "-o", "o.safetensors")
+        assert "No space left" in refused(capsys, "a.pt", "-o", "o.safetensors", "--force")
     assert Path("o.safetensors").read_text() == "as it was"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

@@ -275,7 +275,7 @@ def test_a_profile_that_the_record_tells_only_coarsely_is_warned_about_with_the_
 
 def test_a_share_of_weights_before_the_record_is_warned_about_and_left_out() -> None:
     parts = segments()
-    with pytest.warns(PlanWarning, match=r"^6\.2% of the average under HalfLife.*unbiased=True"):
+    with pytest.warns(PlanWarning, match=r"^6\.2% of the average under half-life 1024ba.*unbiased=True"):
         weights = coefficients(HalfLife(f"{T // 4}ba"), parts)
     assert weights == pytest.approx(coefficients(HalfLife(f"{T // 4}ba", unbiased=True), parts), abs=1e-9)
     with pytest.raises(ProfileError, match="must give weight to the record"):

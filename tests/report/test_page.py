@@ -174,7 +174,7 @@ def test_the_dark_page_replaces_every_colour(run, results) -> None:
 
 
 def test_names_from_outside_stay_text(run) -> None:
-    results = sweep(run, lambda state: {HOSTILE: float(state["0.weight"].norm())}, points=3, refine=0)
+    results = sweep(run, lambda state: {HOSTILE: float(state["0.weight"].norm())}, points=3, refine=0, minimize=True)
     results.append(Result(HOSTILE, None, {HOSTILE: 1.0}))
     text = without_plotly(page(swept(run, results)))
     assert "alert(1)</script>" not in text

@@ -33,7 +33,7 @@ def move(model: nn.Module, steps: int = 5) -> None:
 
 def convert(file: Path, *more: str) -> dict[str, Tensor]:
     output = file.parent / "out.safetensors"
-    assert main(["convert", str(file), "-o", str(output), *more]) == 0
+    assert main(["convert", str(file), "-o", str(output), "--force", *more]) == 0
     return load_file(output)
 
 

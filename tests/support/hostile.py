@@ -33,7 +33,10 @@ for line in sys.stdin:
 def run(folder: Path, commands: list[list[str]]) -> list[tuple[int, str]]:
     """Run commands of polyak in a folder, each in a separate process; return the exit codes and the messages."""
     lines = "".join("\t".join([str(k), *command]) + "\n" for k, command in enumerate(commands))
-    done = subprocess.run([sys.executable, "-c", _CHILD], cwd=folder, input=lines, stdout=-1, text=True, check=True)
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # `import readline` sets it
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD], cwd=folder, input=lines, stdout=-1, text=True, check=True, env=env
+    )
     codes = [int(code) for code in done.stdout.split()]
     logs = [folder / f"{k}.log" for k in range(len(commands))]
     said = [log.read_text(errors="replace") for log in logs]

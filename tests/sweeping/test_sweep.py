@@ -186,7 +186,7 @@ def test_sweep_evaluates_again_after_the_record_has_grown(tmp_path) -> None:
         assert evaluate.calls == 2
 
 
-def test_sweep_evaluates_again_for_another_function_and_warns_of_changed_code(folder, tmp_path) -> None:
+def test_sweep_evaluates_again_for_another_function_and_for_changed_source(folder, tmp_path) -> None:
     path = tmp_path / "sweep.jsonl"
     evaluate = Counting()
     sweep(folder, partial(validate), points=2, refine=0, results=path)
@@ -194,8 +194,11 @@ def test_sweep_evaluates_again_for_another_function_and_warns_of_changed_code(fo
     assert evaluate.calls == 3
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line | {"code": "0123"}) + "\n" for line in lines))
-    with pytest.warns(PlanWarning, match="the evaluation should have the same code"):
+    with pytest.warns(PlanWarning, match="the source of validate has changed"):
         sweep(folder, validate, points=2, refine=0, results=path)
+    assert [json.loads(line)["code"] for line in path.read_text().splitlines()[6:]] == [lines[0]["code"]] * 3
+    sweep(folder, validate, points=2, refine=0, results=path)
+    assert len(path.read_text().splitlines()) == 9
 
 
 def test_the_error_of_a_failing_evaluation_names_the_average_and_earlier_results_are_kept(folder, tmp_path) -> None:
@@ -214,7 +217,7 @@ def test_the_error_of_a_failing_evaluation_names_the_average_and_earlier_results
     assert len(sweep(folder, evaluate, [HalfLife("22.6ba")], refine=0, results=path)) == 2
 
 
-@pytest.mark.parametrize("returned", [None, "much", {}, {"loss": None}, torch.ones(2), [1.0]], ids=str)
+@pytest.mark.parametrize("returned", [None, "much", {}, {"loss": None}, torch.ones(2, 2), [], ["much"]], ids=str)
 def test_an_evaluation_must_return_numbers(folder, returned) -> None:
     with pytest.raises(EvaluationError, match="must return a number, or a dict of numbers"):
         sweep(folder, lambda _: returned)
@@ -234,8 +237,8 @@ def test_nan_and_inf_are_never_the_best(folder, tmp_path) -> None:
 
 def test_sweep_refuses_a_missing_metric_after_the_first_evaluation(folder) -> None:
     evaluate = Counting()
-    with pytest.raises(EvaluationError, match="got 'acc'.*loss, accuracy"):
-        sweep(folder, evaluate, metric="acc")
+    with pytest.raises(EvaluationError, match=r"\(got acc\); use loss or accuracy"):
+        sweep(folder, evaluate, metric="acc", maximize=True)
     assert evaluate.calls == 1
 
 

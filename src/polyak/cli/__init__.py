@@ -1,112 +1,131 @@
-"""The command ``polyak``: one file per command. A command reads arguments, calls the library and prints."""
+"""The command ``polyak``: one file per command. A command reads arguments, calls the library and answers.
+
+Nothing here imports torch before a command runs, so that the help is there in an instant.
+"""
 
 import argparse
 import io
+import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
-from typing import NoReturn, TextIO
 
 import polyak
-from polyak.cli import average, convert, demo, inspect, plan, reconstruct, sweep
-from polyak.cli.command import REFUSED, Command
-from polyak.compat.words import printable
+from polyak.cli import average, convert, demo, env, inspect, plan, reconstruct, sweep
+from polyak.cli.command import REFUSED, Command, UserCodeError, either
+from polyak.cli.messages import in_words, show_warning, tell, tell_traceback
+from polyak.cli.output import to_json
+from polyak.cli.parser import Formatter, Parser, meant
 from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
 
-COMMANDS: tuple[Command, ...] = (average, convert, demo, inspect, plan, reconstruct, sweep)
+COMMANDS: tuple[Command, ...] = (average, convert, demo, env, inspect, plan, reconstruct, sweep)
 
 _INTERRUPTED = 130  # 128 plus the number of SIGINT, as in shells
+_RESUMABLE = (demo.NAME, sweep.NAME)
+
+_EPILOG = """\
+examples:
+  polyak demo                   train a small model and see what averaging does
+  polyak sweep --help           choose the half-life of a run that was recorded
+"""
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(REFUSED, printable(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
+def _summary() -> str:
+    return (polyak.__doc__ or "").partition("\n\n")[0]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="polyak",
-        description=textwrap.fill(polyak.__doc__ or "", 79),
-        epilog="To try it on real data, in a minute on any computer:\n  polyak demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def _parser() -> Parser:
+    parser = Parser(
+        prog="polyak", description=_summary(), epilog=_EPILOG, formatter_class=Formatter, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"polyak {polyak.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", prog=parser.prog)
     for command in COMMANDS:
         summary, _, rest = (command.__doc__ or "").partition("\n")
         one = commands.add_parser(
             command.NAME,
             help=summary.rstrip("."),
             description=f"{summary}\n{rest}".strip(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=Formatter,
             allow_abbrev=False,
         )
         command.configure(one)
-        one.set_defaults(run=command.run, refuse=one.error)
+        one.add_argument("--json", action="store_true", help="print one JSON object, for programs; see below")
+        keys = "\n".join(f"  {key:<16}  {meaning}" for key, meaning in command.JSON.items())
+        one.epilog = f"{(one.epilog or '').rstrip()}\n\nthe object of --json:\n{keys}"
+        one.set_defaults(run=command.run, parser=one)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code: 0, 2 after an error (printed as one line), 130 after Ctrl-C.
+    """Run a command; return its exit code: 0, 2 after an error, 130 after Ctrl-C.
 
     Args:
         argv: The arguments; None for those of the process.
     """
-    parser = _parser()
-    arguments, unknown = parser.parse_known_args(argv)
-    if arguments.command is None:
-        if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        parser.print_help()
+    arguments = _parsed(_parser(), sys.argv[1:] if argv is None else argv)
+    if arguments is None:
         return 0
-    if unknown:
-        arguments.refuse(f"unrecognized arguments: {' '.join(unknown)}")
-    name = f"polyak {arguments.command}"
-
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names can have characters outside its encoding
             stream.reconfigure(errors="backslashreplace")
+    name = f"polyak {arguments.command}"
     with warnings.catch_warnings():
-        warnings.showwarning = partial(_show_warning, name)
+        warnings.showwarning = partial(show_warning, name)
         for category in (PlanWarning, QuarantineWarning):
             warnings.simplefilter("always", category)
-        try:
-            return arguments.run(arguments)
-        except (PolyakError, OSError) as error:
-            _say(f"{name}: {error}")
-            return REFUSED
-        except (MemoryError, RecursionError) as error:
-            limit = "needs more memory than there is" if isinstance(error, MemoryError) else "is nested too deeply"
-            _say(f"{name}: a file must have a size that can be read (one {limit}); check that it is the right file")
-            return REFUSED
-        except KeyboardInterrupt:
-            _say(f"{name}: interrupted; run the same command again to resume")
-            return _INTERRUPTED
+        return _run(arguments, name)
 
 
-def _say(message: str) -> None:
-    """Write a message as one line."""
-    sys.stderr.write(printable(" ".join(message.split())) + "\n")
+def _parsed(parser: Parser, argv: Sequence[str]) -> argparse.Namespace | None:
+    """Return the arguments; None after the help was printed."""
+    names = [command.NAME for command in COMMANDS]
+    first = next((one for one in argv if not one.startswith("-")), None)
+    if first is not None and first not in names and argv[0] == first:
+        hint = meant(first, names)
+        parser.error(f"COMMAND must be {either(names)} (got {first!r}{hint and f'; {hint}'})")
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        (parser if arguments.command is None else arguments.parser).unrecognized(unknown)
+    if arguments.command is None:
+        parser.print_help()
+        return None
+    return arguments
 
 
-def _show_warning(  # noqa: PLR0917  the signature of warnings.showwarning
-    name: str,
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Write a warning to stderr, those of polyak as one line."""
-    del file
-    if issubclass(category, PlanWarning | QuarantineWarning):
-        _say(f"{name}: note: {message}")
-    else:
-        lines = warnings.formatwarning(message, category, filename, lineno, line).splitlines()
-        sys.stderr.write("".join(f"{printable(one)}\n" for one in lines))
+def _run(arguments: argparse.Namespace, name: str) -> int:
+    try:
+        # Functions of the user may print: with --json, stdout has the object alone.
+        with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
+            answer = arguments.run(arguments)
+        if answer is not None:
+            print(to_json(answer.plain) if arguments.json else answer.text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except PolyakError as error:
+        _tell_users_error(error)
+        tell(f"{name}: {error}")
+        return REFUSED
+    except OSError as error:
+        tell(f"{name}: {in_words(error)}")
+        return REFUSED
+    except (MemoryError, RecursionError) as error:
+        limit = "needs more memory than there is" if isinstance(error, MemoryError) else "is nested too deeply"
+        tell(f"{name}: a file must have a size that can be read (one {limit}); check that it is the right file")
+        return REFUSED
+    except KeyboardInterrupt:
+        resume = "; run the same command again to resume" if arguments.command in _RESUMABLE else ""
+        tell(f"{name}: interrupted{resume}")
+        return _INTERRUPTED
+    return 0
+
+
+def _tell_users_error(error: PolyakError) -> None:
+    """Write the traceback of the error in a function of the user, if that is the cause."""
+    from polyak.sweeping.results import EvaluationError
+
+    if isinstance(error, EvaluationError | UserCodeError) and error.__cause__ is not None:
+        tell_traceback(error.__cause__)

@@ -3,13 +3,15 @@
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from polyak.cli.command import UsageError
 from polyak.cli.output import size
 from polyak.errors import PolyakError
 from polyak.profiles import NamedProfile, forms, parse
-from polyak.record import Record
-from polyak.record.manifest import MANIFEST
+
+if TYPE_CHECKING:
+    from polyak.record import Record
 
 _MOST_MANIFEST_BYTES = 64_000_000
 
@@ -23,16 +25,21 @@ def add_record(parser: ArgumentParser) -> None:
     parser.add_argument("record", type=Path, metavar="RECORD", help="the folder that a Recorder wrote")
 
 
-def open_record(folder: Path) -> Record:
+def open_record(folder: Path) -> "Record":
     """Open a record in a folder that can contain anything.
 
     Args:
         folder: The folder.
 
     Raises:
-        UsageError: If the manifest is not a file, or is far too large.
+        UsageError: If it is a file, or the manifest is not a file, or is far too large.
         RecordError: If there is no record, or it is not valid.
     """
+    from polyak.record import Record
+    from polyak.record.manifest import MANIFEST
+
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"RECORD must be a folder ({folder} is a file); give the folder that a Recorder wrote")
     manifest = folder / MANIFEST
     if manifest.exists() and not (manifest.is_file() and manifest.stat().st_size <= _MOST_MANIFEST_BYTES):
         raise UsageError(

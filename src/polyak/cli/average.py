@@ -10,21 +10,31 @@ import glob
 import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from polyak.checkpoints import Plan, choose, open_checkpoint
-from polyak.checkpoints.moments import in_natural_order
-from polyak.checkpoints.output import check_output, files_of_folder, write_average
 from polyak.cli.asking import profile_of
-from polyak.cli.command import UsageError, whole
-from polyak.cli.output import say, size
-from polyak.compat.words import listed
+from polyak.cli.command import Answer, UsageError, whole
+from polyak.cli.output import fields, size, table, terminal_width
+from polyak.printable import printable
 from polyak.profiles import options
 from polyak.time import Time
 
+if TYPE_CHECKING:
+    from polyak.checkpoints import Plan
+
 NAME = "average"
+
+JSON = {
+    "checkpoints": "a list of objects with path, format, key (where the weights are), moment and weight, oldest first",
+    "tensors": "how many tensors the average has",
+    "size_bytes": "their size",
+    "notes": "what there is to know about it, a list of sentences",
+    "output": "the file or folder that was written, or with --dry-run would be",
+    "written": "whether it was written",
+}
 
 _EPILOG = """\
 examples:
@@ -84,8 +94,8 @@ def _times(text: str) -> list[Time]:
         raise ArgumentTypeError(f"it must be times, such as 100ba,200ba (got {text!r})") from None
 
 
-def run(arguments: Namespace) -> int:
-    """Average the checkpoints, and print what was done.
+def run(arguments: Namespace) -> Answer:
+    """Average the checkpoints, and return what was done.
 
     Args:
         arguments: The parsed arguments.
@@ -94,6 +104,9 @@ def run(arguments: Namespace) -> int:
         UsageError: If the arguments exclude each other, or do not fit the checkpoints.
         PolyakError: If a checkpoint cannot be read, or they are not of one model.
     """
+    from polyak.checkpoints import choose, open_checkpoint
+    from polyak.checkpoints.output import check_output, write_average
+
     output: Path = arguments.output
     if output.exists() and not _is_empty_folder(output) and not (arguments.force and output.is_file()):
         said = "a folder that has files; choose another" if output.is_dir() else "there; choose another, or add --force"
@@ -110,14 +123,9 @@ def run(arguments: Namespace) -> int:
         common=arguments.common,
     )
     check_output(output, made)
-    _show(made)
-    if arguments.dry_run:
-        say(f"dry run  nothing is written; the output would be {output}")
-        return 0
-    write_average(made, output, _Progress(len(made.names)))
-    held = sum(one.stat().st_size for one in (output.iterdir() if output.is_dir() else [output]))
-    say(f"written  {output}: {len(made.names)} tensors, {size(held)}")
-    return 0
+    if not arguments.dry_run:
+        write_average(made, output, _Progress(len(made.names)))
+    return _answer(made, output, written=not arguments.dry_run)
 
 
 def _is_empty_folder(path: Path) -> bool:
@@ -127,7 +135,7 @@ def _is_empty_folder(path: Path) -> bool:
 def _allow_many_files() -> None:
     """Let the process open as many files as the system allows: each checkpoint may be many."""
     with suppress(ImportError, ValueError, OSError):
-        import resource  # noqa: PLC0415  not on Windows
+        import resource
 
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -135,6 +143,9 @@ def _allow_many_files() -> None:
 
 def _expanded(given: Sequence[str]) -> list[Path]:
     """Return the paths that were given, those of a pattern in natural order."""
+    from polyak.checkpoints.moments import in_natural_order
+    from polyak.compat.words import listed
+
     found = list[Path]()
     for one in given:
         matching = [one] if Path(one).exists() or not glob.has_magic(one) else glob.glob(one)  # noqa: PTH207  may be absolute
@@ -147,28 +158,50 @@ def _expanded(given: Sequence[str]) -> list[Path]:
     return found
 
 
-def _show(made: Plan) -> None:
-    width = max(len(str(one.path)) for one in made.checkpoints)
-    say(f"{'checkpoint':{width}}  {'saved at':>12}  {'weight':>8}  weights in it")
+def _answer(made: "Plan", output: Path, *, written: bool) -> Answer:
+    rows, plain = [], []
     for one, weight in zip(made.checkpoints, made.weights, strict=True):
-        moment = next((str(Time(value, unit)) for unit, value in one.moment.items()), "-")
-        place = one.place or f"all of the {one.format}"
-        say(f"{one.path!s:{width}}  {moment:>12}  {weight:>8.4f}  {place}")
-    say(f"average  {len(made.names)} tensors, {size(sum(one.size_bytes for one in made.tensors.values()))}")
+        moment = next((str(Time(value, unit)) for unit, value in one.moment.items()), None)
+        rows.append((printable(str(one.path)), moment or "-", f"{weight:.4f}", one.place or f"all of the {one.format}"))
+        entry = {"path": str(one.path), "format": one.format, "key": one.place or None}
+        plain.append({**entry, "moment": moment, "weight": weight})
+    notes, size_bytes = list(_notes(made)), sum(one.size_bytes for one in made.tensors.values())
+    said = f"{output}, {size(size_bytes)} of {len(made.names)} tensors"
+    lines = [("written", said)] if written else [("dry run", f"nothing is written; the output would be {said}")]
+    width = terminal_width()
+    shown = table(("checkpoint", "saved at", "weight", "weights in it"), rows, width)
+    text = f"{shown}\n{fields([*(('note', note) for note in notes), *lines], width)}"
+    return Answer(
+        text,
+        {
+            "checkpoints": plain,
+            "tensors": len(made.names),
+            "size_bytes": size_bytes,
+            "notes": notes,
+            "output": str(output),
+            "written": written,
+        },
+    )
+
+
+def _notes(made: "Plan") -> Iterator[str]:
+    from polyak.checkpoints.output import files_of_folder
+    from polyak.compat.words import listed
+
     if made.left_out:
-        say(f"note     left out, since not all checkpoints have them: {listed(made.left_out)}")
+        yield f"left out, since not all checkpoints have them: {listed(made.left_out)}"
     integers = [
         name for name, one in made.tensors.items() if not one.dtype.is_floating_point and not one.dtype.is_complex
     ]
     if integers:
-        say(f"note     of the newest checkpoint, since they are no numbers to average: {listed(integers)}")
+        yield f"of the newest checkpoint, since they are no numbers to average: {listed(integers)}"
     if layers := [name.removesuffix(".running_var") for name in made.names if name.endswith(".running_var")]:
-        say(
-            f"note     {len(layers)} layers have running statistics ({listed(layers)}): their average is not that of "
-            "the averaged weights; recompute it with polyak.update_bn"
+        yield (
+            f"{len(layers)} layers have running statistics ({listed(layers)}): their average is not that of the "
+            "averaged weights; recompute it with polyak.update_bn"
         )
     if made.newest.layout and (others := files_of_folder(made.newest.path)):
-        say(f"note     for a folder as the output, of the newest: {listed(one.name for one in others)}")
+        yield f"for a folder as the output, of the newest: {listed(one.name for one in others)}"
 
 
 class _Progress:

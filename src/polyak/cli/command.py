@@ -2,22 +2,42 @@
 
 import importlib.util
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from polyak.errors import PolyakError, TimeError
 from polyak.time import Time, TimeUnit
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command prints on stdout: the text, or with ``--json`` the object.
+
+    Args:
+        text: For people, with the line breaks of the terminal.
+        plain: For programs. It has the keys of the command's ``JSON``.
+    """
+
+    text: str
+    plain: Mapping[str, Any]
+
+
 class Command(Protocol):
     """The members of a command's module. To add a command, write a module and add it to ``polyak.cli.COMMANDS``.
 
-    The first line of the module's docstring is its line in ``polyak --help``.
+    The first line of the module's docstring is its line in ``polyak --help``. A module imports torch, and what does,
+    when it runs: the help needs neither.
     """
 
     @property
     def NAME(self) -> str:  # noqa: N802  a constant of the module
         """The word after ``polyak``."""
+        ...
+
+    @property
+    def JSON(self) -> Mapping[str, str]:  # noqa: N802
+        """What the object of ``--json`` has, by key."""
         ...
 
     def configure(self, parser: ArgumentParser) -> None:
@@ -28,8 +48,8 @@ class Command(Protocol):
         """
         ...
 
-    def run(self, arguments: Namespace) -> int:
-        """Run the command; return the exit code.
+    def run(self, arguments: Namespace) -> Answer | None:
+        """Run the command; return what it prints, or None on ranks other than rank 0.
 
         Args:
             arguments: The parsed arguments.
@@ -41,7 +61,11 @@ REFUSED = 2  # the exit code
 
 
 class UsageError(PolyakError, ValueError):
-    """The arguments do not allow the command to run; the message is one line."""
+    """The arguments do not allow the command to run."""
+
+
+class UserCodeError(UsageError):
+    """A function of the user failed: the error that it raised is the cause of this one."""
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -65,6 +89,34 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return read
 
 
+def one_of(words: Sequence[str]) -> Callable[[str], str]:
+    """Return a parser of a word out of a few for ``type=`` of an argument.
+
+    Args:
+        words: The valid ones.
+    """
+
+    def read(text: str) -> str:
+        if text not in words:
+            raise ArgumentTypeError(f"it must be {either(words)} (got {text!r})")
+        return text
+
+    return read
+
+
+def either(words: Sequence[str]) -> str:
+    """Return words as an enumeration.
+
+    Args:
+        words: At least one.
+
+    Example:
+        >>> either(["a", "b", "c"])
+        'a, b or c'
+    """
+    return " or ".join(", ".join(words).rsplit(", ", 1))
+
+
 def span(units: Mapping[TimeUnit, str]) -> Callable[[str], Time]:
     """Return a parser of finite times above 0 for ``type=`` of an argument.
 
@@ -78,8 +130,7 @@ def span(units: Mapping[TimeUnit, str]) -> Callable[[str], Time]:
         except TimeError:
             time = None
         if time is None or time.unit not in units or not 0 < time.value < float("inf"):
-            examples = " or ".join(", ".join(units.values()).rsplit(", ", 1))
-            raise ArgumentTypeError(f"it must be a time above 0, such as {examples} (got {text!r})")
+            raise ArgumentTypeError(f"it must be a time above 0, such as {either(list(units.values()))} (got {text!r})")
         return time
 
     return read
@@ -95,9 +146,21 @@ def require(extra: str, packages: Mapping[str, str]) -> None:
     Raises:
         UsageError: If a package is missing.
     """
-    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    missing = [package for module, package in packages.items() if not installed(module)]
     if missing:
         raise UsageError(
             f"this command needs {', '.join(packages.values())} (missing: {', '.join(missing)}); install with: "
             f"pip install 'polyak[{extra}]'"
         )
+
+
+def installed(module: str) -> bool:
+    """Return whether a package can be imported, without importing it.
+
+    Args:
+        module: Its name.
+    """
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # `sys.modules` has no specification for it
+        return False

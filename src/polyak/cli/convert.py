@@ -6,28 +6,37 @@ It detects the format. It does not change the file, and it runs no code from it.
 It also finds the average where many training scripts save it; if a file has several, --key and --prefix choose.
 """
 
-import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from polyak.cli.command import UsageError
-from polyak.cli.output import say, size
-from polyak.compat import read, write
+from polyak.cli.command import Answer, UsageError
+from polyak.cli.files import add_output, check_output
+from polyak.cli.output import fields, size, terminal_width
+from polyak.printable import printable
 
 NAME = "convert"
 
+JSON = {
+    "format": "the library that saved the average, and the form",
+    "notes": "what there is to know about it, a list of sentences",
+    "output": "the file that was written",
+    "tensors": "how many tensors it has",
+    "size_bytes": "its size",
+}
+
 _EPILOG = """\
-examples:
-  polyak convert ep1-ba500-rank0.pt -o averaged.safetensors     (Composer)
-  polyak convert unet_ema -o averaged.safetensors               (a diffusers folder)
+examples, for Composer, diffusers, and a training script:
+  polyak convert ep1-ba500-rank0.pt -o averaged.safetensors
+  polyak convert unet_ema -o averaged.safetensors
   polyak convert checkpoint.pt --key ema -o averaged.safetensors
   polyak convert checkpoint.pt --key model --prefix teacher. -o averaged.safetensors
   polyak convert ema.pt --names model.pt -o averaged.safetensors
-      (torch-ema and diffusers save lists without names: model.pt is torch.save(model.state_dict(), "model.pt"),
-      or a JSON list of [name for name, _ in model.named_parameters()])
 
-to load the output in Python:
-  model.load_state_dict(safetensors.torch.load_file("averaged.safetensors"))
+torch-ema and diffusers save lists without names: --names takes torch.save(model.state_dict(), "model.pt"),
+or a JSON list of [name for name, _ in model.named_parameters()].
+
+to load the output in Python, with load_file of safetensors.torch:
+  model.load_state_dict(load_file(path))
 """
 
 
@@ -39,7 +48,7 @@ def configure(parser: ArgumentParser) -> None:
     """
     parser.epilog = _EPILOG
     parser.add_argument("file", type=Path, metavar="FILE", help="the saved file or folder")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the safetensors file to write")
+    add_output(parser)
     parser.add_argument("--names", type=Path, metavar="MODEL", help="a file with the names, if FILE has none")
     parser.add_argument(
         "--key", metavar="KEY", help="where the average is in FILE, such as ema or optimizer_states.0.ema"
@@ -52,31 +61,37 @@ def configure(parser: ArgumentParser) -> None:
     )
 
 
-def run(arguments: Namespace) -> int:
-    """Convert the file and print what it contains.
+def run(arguments: Namespace) -> Answer:
+    """Convert the file; return what it contains.
 
     Args:
         arguments: The parsed arguments.
 
     Raises:
-        UsageError: If the output is not the name of a new or existing safetensors file in an existing folder.
+        UsageError: If the output is not the name of a safetensors file that can be written.
         PolyakError: If the file cannot be read or converted.
     """
     source, output = arguments.file, arguments.output
-    # Path.resolve would raise for links in a circle.
-    at, to = Path(os.path.realpath(source)), Path(os.path.realpath(output))
-    if output.is_dir() or to == at or (source.is_dir() and at in to.parents):
-        raise UsageError(f"-o must not be the input or a folder (got {output}); choose another file")
-    if output.suffix != ".safetensors" or not output.parent.is_dir():
-        raise UsageError(f"-o must be a .safetensors file in a folder that exists (got {output}); choose another")
-    if output.exists() and not output.is_file():
-        raise UsageError(f"-o must be a regular or new file (got {output}); choose another")
+    check_output(output, force=arguments.force, source=source)
     if arguments.timm and (arguments.key is not None or arguments.prefix is not None):
         raise UsageError("--timm must not be given with --key or --prefix; leave one out")
+    from polyak.compat import read, write
+
     found = read(source, arguments.names, timm=arguments.timm, key=arguments.key, prefix=arguments.prefix)
     write(found, output, source)
-    say(f"format   {found.format}")
-    for note in found.notes:
-        say(f"note     {note}")
-    say(f"written  {output}: {len(found.tensors)} tensors, {size(output.stat().st_size)}")
-    return 0
+    size_bytes = output.stat().st_size
+    rows = [
+        ("format", found.format),
+        *(("note", note) for note in found.notes),
+        ("written", f"{output}: {len(found.tensors)} tensors, {size(size_bytes)}"),
+    ]
+    return Answer(
+        fields([(name, printable(str(value))) for name, value in rows], terminal_width()),
+        {
+            "format": str(found.format),
+            "notes": [str(note) for note in found.notes],
+            "output": str(output),
+            "tensors": len(found.tensors),
+            "size_bytes": size_bytes,
+        },
+    )

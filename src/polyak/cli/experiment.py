@@ -1,11 +1,11 @@
 """The steps of ``polyak demo``: train, export, draw, and choose a half-life from the record."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -15,20 +15,18 @@ import polyak
 from polyak.averaging.ema import EMA
 from polyak.cli.command import UsageError
 from polyak.cli.folder import RunFolder
+from polyak.cli.progress import Progress
 from polyak.cli.recipe import Digits, build_trainer, load_data, measure
 from polyak.profiles import HalfLife
 from polyak.record import Record
 from polyak.report.series import Curve, read_curves, update_shares
-from polyak.report.swept import swept
+from polyak.report.written import write_report
 from polyak.storage.atomic import replacing
 from polyak.storage.safetensors import TensorInfo, write_tensors
 from polyak.sweeping import best, sweep
 from polyak.time import Time
 from polyak.trainer import CheckpointSaver, JSONLinesLogger, ProgressBar
 from polyak.trainer.parallel import Group
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +54,14 @@ class _Accuracies(ProgressBar):
 
 
 def train(
-    digits: Digits, folder: RunFolder, console: "Console", group: Group, parallelism: Literal["ddp"] | None
+    digits: Digits, folder: RunFolder, say: Callable[[str], None], group: Group, parallelism: Literal["ddp"] | None
 ) -> None:
     """Train to the end, from the last checkpoint if there is one, and write the weights and the figure.
 
     Args:
         digits: The task.
         folder: The folder of the run.
-        console: Prints the progress.
+        say: Prints a sentence about the progress.
         group: The processes that train together.
         parallelism: As for ``Trainer``.
     """
@@ -82,9 +80,9 @@ def train(
         parallelism=parallelism,
     )
     if group.size > 1:
-        console.print(f"{group.size} processes train together.")
+        say(f"{group.size} processes train together.")
     if begun := trainer.state.timestamp.batch.value:
-        console.print(f"Resuming after {begun} of {digits.steps} steps, from {saver.latest()}.")
+        say(f"Resuming after {begun} of {digits.steps} steps, from {saver.latest()}.")
     trainer.fit()
     if group.rank == 0:
         (folder.sweep / "report.html").unlink(missing_ok=True)  # the report of a shorter run
@@ -113,37 +111,36 @@ def _export(model: nn.Module, path: Path, metadata: dict[str, str]) -> None:
         write_tensors(temporary, infos, state.__getitem__, metadata)
 
 
-def choose(digits: Digits, folder: RunFolder, console: "Console") -> Chosen | None:
+def choose(digits: Digits, folder: RunFolder, say: Callable[[str], None]) -> Chosen | None:
     """Choose the half-life from the record on validation digits; return None if the record resolves none.
 
     Args:
         digits: The task.
         folder: The folder of a complete run.
-        console: Prints why no half-life can be chosen.
+        say: Prints why no half-life can be chosen.
     """
-    from polyak.cli.sweep import Progress, write_report  # noqa: PLC0415  plotting, an extra
-
     _, validation, test = load_data(digits)
     record = Record(folder.record)
     folder.sweep.mkdir(exist_ok=True)
     try:
-        with Progress() as progress:
+        with Progress("polyak demo", lines=False) as progress:
             results = sweep(
                 record,
                 partial(measure, data=validation),
+                metric="loss",
                 others={"raw": folder.raw, "online": folder.averaged},
                 results=folder.sweep / "sweep.jsonl",
                 progress=progress.show,
             )
     except polyak.ProfileError as error:
-        console.print(f"No half-life can be chosen from this record: {error}")
+        say(f"No half-life can be chosen from this record: {error}")
         return None
     found = best([result for result in results if result.half_life is not None], "loss")
     assert found.profile is not None
     assert found.half_life is not None
     record.export(found.profile, folder.sweep / "best.safetensors")
     if not (folder.sweep / "report.html").exists():
-        write_report(swept(record, results, "loss"), folder.sweep)
+        write_report(results, folder.sweep)
     tested = measure(load_file(folder.sweep / "best.safetensors"), data=test)
     return Chosen(found.half_life, tested["accuracy"], tested["loss"])
 
@@ -168,7 +165,7 @@ def final_curves(digits: Digits, folder: RunFolder) -> dict[str, Curve]:
 
 
 def _draw(digits: Digits, folder: RunFolder) -> None:
-    from polyak.report.figures import Comparison, comparison, percent, render  # noqa: PLC0415  an extra
+    from polyak.report.figures import Comparison, comparison, percent, render
 
     curves = final_curves(digits, folder)
     moments = [digits.clock(batch) for batch in range(1, digits.steps + 1)]

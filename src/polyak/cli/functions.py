@@ -3,12 +3,14 @@
 import importlib
 import importlib.util
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from polyak.cli.command import UsageError
+from polyak.cli.command import UsageError, UserCodeError
+from polyak.cli.parser import meant
+
+_SHOWN = 10  # functions, in an error
 
 
 def load_function(spec: str, option: str) -> Callable[..., Any]:
@@ -29,18 +31,26 @@ def load_function(spec: str, option: str) -> Callable[..., Any]:
     except UsageError:
         raise
     except Exception as error:  # the file can raise anything
-        last = traceback.format_exception_only(error)[-1].strip()
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UsageError(
-            f"{option}: {source} cannot be imported: {last} ({frame.filename}, line {frame.lineno})"
-        ) from error
+        raise UserCodeError(f"{option}: {source} cannot be imported: {last_line(error)}; correct it") from error
     function = getattr(module, name, None)
     if not callable(function):
-        known = (one for one, value in vars(module).items() if callable(value) and not one.startswith("_"))
+        known = [one for one, value in vars(module).items() if callable(value) and not one.startswith("_")]
+        hint = meant(name, known)
+        own = sorted(one for one in known if getattr(vars(module)[one], "__module__", None) == module.__name__)
+        listed = ", ".join(own[:_SHOWN]) + (", ..." if own[_SHOWN:] else "")
         raise UsageError(
-            f"{option}: there is no function {name!r} in {source}; it has {', '.join(sorted(known)) or 'none'}"
+            f"{option}: there is no function {name!r} in {source}{hint and f' ({hint})'}; it has {listed or 'none'}"
         )
     return function
+
+
+def last_line(error: BaseException) -> str:
+    """Return the kind of an error and its message, as a traceback ends.
+
+    Args:
+        error: The error of a function of the user.
+    """
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _load_file(path: Path, option: str) -> Any:

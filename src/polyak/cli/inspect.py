@@ -3,28 +3,42 @@
 The finest half-life is the shortest that the record resolves at its end; further back the record is coarser.
 """
 
-import json
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from polyak.cli.asking import add_record, open_record
-from polyak.cli.command import require
-from polyak.cli.output import clocks, size
-from polyak.compat.words import printable
-from polyak.record import Record, Stretch, load_manifest
+from polyak.cli.command import Answer
+from polyak.cli.output import clocks, fields, size, table, terminal_width, written
+from polyak.printable import printable
 from polyak.time import TimeUnit
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from polyak.record import Record, Segment
 
 NAME = "inspect"
+
+JSON = {
+    "record": "the folder",
+    "from, to": "the part of the run: updates, and each unit that the run counted; null without a segment",
+    "max_duration": "the planned length of the run; null if it was not known",
+    "segments": "how many segments there are",
+    "in_parts": "how many of them have one file per rank",
+    "per_level": "how many segments of a length are kept before two are merged; null: all",
+    "levels": "a list with an object for each length of segments",
+    "size_bytes": "the size of all segments",
+    "tensors": "how many tensors there are of each kind, and their dtypes",
+    "finest": "the finest half-life in updates and in batches (ba); null without a segment",
+    "pins": "the checkpoints that keep files, by name",
+    "pinned_only_files": "how many files are kept for them alone",
+    "verified": "whether all files were compared with their hashes",
+}
 
 _EPILOG = """\
 examples:
   polyak inspect my-record
-  polyak inspect my-record --verify               compare all files with their hashes
+  polyak inspect my-record --verify
   polyak inspect my-record --json | jq .finest
 """
 
@@ -38,11 +52,10 @@ def configure(parser: ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_record(parser)
     parser.add_argument("--verify", action="store_true", help="read all files and compare them with their hashes")
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
 
 
-def run(arguments: Namespace) -> int:
-    """Print the contents of a record.
+def run(arguments: Namespace) -> Answer:
+    """Return the contents of a record.
 
     Args:
         arguments: The parsed arguments.
@@ -50,22 +63,18 @@ def run(arguments: Namespace) -> int:
     Raises:
         RecordError: If there is no record, or with ``--verify`` a file has changed.
     """
-    if not arguments.json:
-        require("cli", {"rich": "rich"})
     record = open_record(arguments.record)
     if arguments.verify:
         record.verify()
     plain = _describe(record, verified=arguments.verify)
-    if arguments.json:
-        print(json.dumps(plain, indent=2, ensure_ascii=True))
-    else:
-        _show(plain)
-    return 0
+    return Answer(_text(plain), plain)
 
 
-def _describe(record: Record, *, verified: bool) -> dict[str, Any]:
+def _describe(record: "Record", *, verified: bool) -> dict[str, Any]:
+    from polyak.record import load_manifest
+
     manifest = load_manifest(record.folder)
-    segments = record.stretches
+    segments = record.segments
     averaged = [info for info in record.tensors.values() if info.averaged]
     pinned = manifest.files - {segment.file for segment in segments}
     plain: dict[str, Any] = {
@@ -73,6 +82,7 @@ def _describe(record: Record, *, verified: bool) -> dict[str, Any]:
         "from": None,
         "to": None,
         "max_duration": None if record.max_duration is None else str(record.max_duration),
+        "segments": len(segments),
         "stretches": len(segments),
         "in_parts": sum(segment.sharded for segment in segments),
         "per_level": manifest.per_level,
@@ -103,10 +113,11 @@ def _describe(record: Record, *, verified: bool) -> dict[str, Any]:
     return plain
 
 
-def _level(level: int, segments: tuple[Stretch, ...]) -> dict[str, Any]:
+def _level(level: int, segments: "tuple[Segment, ...]") -> dict[str, Any]:
     found = [one for one in segments if one.level == level]
     return {
         "level": level,
+        "segments": len(found),
         "stretches": len(found),
         "updates_each": max(one.num_updates for one in found),
         "from": found[0].start.updates,
@@ -130,60 +141,53 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) else f"{value:,.2f}"
 
 
-def _show(plain: dict[str, Any]) -> None:
-    from rich.console import Console  # noqa: PLC0415  an extra
-
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(_overview(plain))
-    if plain["stretches"]:
-        console.print(_levels(plain))
-    else:
-        console.print("No segment has ended yet: there is nothing to average.")
+def _text(plain: dict[str, Any]) -> str:
+    segments = _levels(plain) if plain["segments"] else "No segment has ended yet: there is nothing to average."
+    heading = written(f"Record {plain['record']}")
+    return f"{heading}\n\n{fields(_overview(plain), terminal_width())}\n\n{segments}"
 
 
-def _overview(plain: dict[str, Any]) -> "Table":
-    from rich.table import Table  # noqa: PLC0415  an extra
-
+def _overview(plain: dict[str, Any]) -> list[tuple[str, str]]:
     tensors, finest = plain["tensors"], plain["finest"]
-    table = Table(title=printable(f"Record {plain['record']}"), title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for unit, end in (plain["to"] or {}).items():
-        table.add_row(_WORDS[unit], f"{_number(plain['from'][unit])} to {_number(end)}")
+    rows = [
+        (_WORDS[unit], f"{_number(plain['from'][unit])} to {_number(end)}") for unit, end in (plain["to"] or {}).items()
+    ]
     if plain["max_duration"]:
-        table.add_row("planned run", printable(plain["max_duration"]))
-    table.add_section()
+        rows.append(("planned run", plain["max_duration"]))
     tied = f", {tensors['tied']} further names of tied tensors" if tensors["tied"] else ""
-    table.add_row("tensors", f"{tensors['averaged']} averaged, {tensors['last_value']} with their last value{tied}")
-    dtypes = ", ".join(tensors["dtypes"])
-    table.add_row("numbers averaged", f"{tensors['averaged_numbers']:,} as {dtypes}")
-    table.add_row("size", f"{size(plain['size_bytes'])} in {_files(plain)}")
+    rows += [
+        ("tensors", f"{tensors['averaged']} averaged, {tensors['last_value']} with their last value{tied}"),
+        ("numbers averaged", f"{tensors['averaged_numbers']:,} as {', '.join(tensors['dtypes'])}"),
+        ("size", f"{size(plain['size_bytes'])} in {_files(plain)}"),
+    ]
     if finest:
-        table.add_row("finest half-life", f"{finest['updates']:,} updates, {_number(finest['ba'])}ba")
+        rows.append(("finest half-life", f"{finest['updates']:,} updates, {_number(finest['ba'])}ba"))
     pins = ", ".join(f"{name} ({pin['path'] or 'no path'})" for name, pin in plain["pins"].items())
-    table.add_row("pinned by", printable(pins or "no checkpoint"))
+    rows.append(("pinned by", pins or "no checkpoint"))
     if plain["pinned_only_files"]:
-        table.add_row("", f"{plain['pinned_only_files']} further files, kept for these checkpoints only")
+        rows.append(("", f"{plain['pinned_only_files']} further files, kept for these checkpoints only"))
     if plain["verified"]:
-        table.add_row("verified", "all files match their hashes")
-    return table
+        rows.append(("verified", "all files match their hashes"))
+    return [(name, printable(value)) for name, value in rows]
 
 
 def _files(plain: dict[str, Any]) -> str:
     if not plain["in_parts"]:
-        return f"{plain['stretches']} files"
-    of_them = "" if plain["in_parts"] == plain["stretches"] else f" in {plain['in_parts']} of them"
-    return f"{plain['stretches']} segments, one file per rank{of_them}"
+        return f"{plain['segments']} files"
+    of_them = "" if plain["in_parts"] == plain["segments"] else f" in {plain['in_parts']} of them"
+    return f"{plain['segments']} segments, one file per rank{of_them}"
 
 
-def _levels(plain: dict[str, Any]) -> "Table":
-    from rich.table import Table  # noqa: PLC0415  an extra
-
+def _levels(plain: dict[str, Any]) -> str:
     merged = "never merged" if plain["per_level"] is None else f"at most {plain['per_level'] + 1} of each length"
-    table = Table("level", title=f"{plain['stretches']} segments, {merged}", title_justify="left")
-    for heading in ("segments", "updates in each", "from update", "to update", "size"):
-        table.add_column(heading, justify="right")
-    for one in plain["levels"]:
-        numbers = (one["stretches"], one["updates_each"], one["from"], one["to"])
-        table.add_row(str(one["level"]), *(f"{number:,}" for number in numbers), size(one["size_bytes"]))
-    return table
+    headings = ("level", "segments", "updates in each", "from update", "to update", "size")
+    rows = [
+        [
+            str(one["level"]),
+            *(f"{one[key]:,}" for key in ("segments", "updates_each", "from", "to")),
+            size(one["size_bytes"]),
+        ]
+        for one in plain["levels"]
+    ]
+    heading = written(f"{plain['segments']} segments, {merged}")
+    return f"{heading}\n{table(headings, rows, terminal_width())}"

@@ -1,16 +1,49 @@
-"""What commands print: lines, sizes, and the clock of a run."""
+"""What commands print on stdout: sentences as wide as the terminal, sizes, and the clock of a run."""
 
-from polyak.compat.words import printable
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from polyak.printable import printable
+from polyak.report.columns import fields, table, wrapped
 from polyak.time import Timestamp, TimeUnit
 
+__all__ = ["clocks", "fields", "size", "table", "terminal_width", "to_json", "written"]
 
-def say(line: str) -> None:
-    """Print a line to stdout.
+_LEAST = 20
+
+
+def terminal_width() -> int:
+    """Return the width of the terminal; the variable ``COLUMNS`` comes first, and 80 is for a file or a pipe."""
+    return max(_LEAST, shutil.get_terminal_size((80, 24)).columns)
+
+
+def written(*sentences: str) -> str:
+    """Return sentences as lines for the terminal, each on a line of its own.
 
     Args:
-        line: The line. Control characters, which names from files can have, are escaped.
+        *sentences: Control characters, which names from files can have, are escaped.
     """
-    print(printable(line))
+    return "\n".join(wrapped(printable(one), terminal_width()) for one in sentences)
+
+
+def to_json(plain: Mapping[str, Any]) -> str:
+    """Return an object as JSON. What is NaN or infinite becomes null.
+
+    Args:
+        plain: The object.
+    """
+    return json.dumps(_finite(plain), indent=2, ensure_ascii=True, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def clocks(timestamp: Timestamp) -> dict[TimeUnit, float]:

@@ -4,18 +4,19 @@ MODEL is a function or a class that returns the model when it is called without 
 nothing is written.
 """
 
-import json
-import traceback
 from argparse import ArgumentParser, Namespace
 
-from torch import nn
-
-from polyak.averaging.plan import plan
-from polyak.cli.command import UsageError
-from polyak.cli.functions import load_function
-from polyak.cli.output import say
+from polyak.cli.command import Answer, UsageError, UserCodeError
+from polyak.cli.functions import last_line, load_function
+from polyak.cli.output import table, terminal_width, written
+from polyak.printable import printable
 
 NAME = "plan"
+
+JSON = {
+    "tensors": "a list with an object for each tensor: name, shape, dtype, decision, reason",
+    "counts": "how many tensors there are of each decision",
+}
 
 _EPILOG = """\
 examples:
@@ -36,11 +37,10 @@ def configure(parser: ArgumentParser) -> None:
     """
     parser.epilog = _EPILOG
     parser.add_argument("model", metavar="MODEL", help="FILE.py:FUNCTION or package.module:FUNCTION")
-    parser.add_argument("--json", action="store_true", help="print a JSON list with an object for each tensor")
 
 
-def run(arguments: Namespace) -> int:
-    """Print the plan.
+def run(arguments: Namespace) -> Answer:
+    """Return the plan.
 
     Args:
         arguments: The parsed arguments.
@@ -49,22 +49,36 @@ def run(arguments: Namespace) -> int:
         UsageError: If the function cannot be called without arguments, or does not return a module.
         PolyakError: If two tensors of the model overlap partly.
     """
+    from torch import nn
+
+    from polyak.averaging.plan import plan
+
     build = load_function(arguments.model, "MODEL")
     try:
         model = build()
     except Exception as error:  # the function can raise anything
-        last = traceback.format_exception_only(error)[-1].strip()
-        raise UsageError(f"MODEL must return a model when it is called without arguments ({last})") from error
+        raise UserCodeError(
+            f"MODEL must return a model when it is called without arguments ({last_line(error)})"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"MODEL must return a torch.nn.Module (got {type(model).__name__})")
     found = plan(model)
-    if arguments.json:
-        rows = [
-            {"name": r.name, "shape": list(r.shape), "dtype": str(r.dtype), "decision": r.decision, "reason": r.reason}
-            for r in found
+    *lines, total = str(found).splitlines()
+    width = terminal_width()
+    if any(len(line) > width for line in lines):
+        cells = [
+            (row.name, "x".join(map(str, row.shape)) or "-", str(row.dtype).removeprefix("torch."), row.decision)
+            for row in found
         ]
-        print(json.dumps(rows, indent=1))
+        rows = [[*map(printable, line), printable(row.reason)] for line, row in zip(cells, found, strict=True)]
+        text = table(["tensor", "shape", "dtype", "decision", "reason"], rows, width, text=4)
     else:
-        for line in str(found).splitlines():
-            say(line)
-    return 0
+        text = "\n".join(map(printable, lines))
+    counts: dict[str, int] = {}
+    for row in found:
+        counts[row.decision] = counts.get(row.decision, 0) + 1
+    tensors = [
+        {"name": r.name, "shape": list(r.shape), "dtype": str(r.dtype), "decision": r.decision, "reason": r.reason}
+        for r in found
+    ]
+    return Answer(f"{text}\n{written(total)}".strip(), {"tensors": tensors, "counts": counts})

@@ -102,7 +102,7 @@ def load_data(digits: Digits) -> tuple[TensorDataset, TensorDataset, TensorDatas
     Args:
         digits: The task.
     """
-    from sklearn.datasets import load_digits  # noqa: PLC0415  an extra
+    from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     images, labels = torch.as_tensor(images, dtype=torch.float32) / 16, torch.as_tensor(labels, dtype=torch.int64)

@@ -1,26 +1,34 @@
 """Export the average of a record under any profile, at any recorded moment.
 
-Load the file with model.load_state_dict(safetensors.torch.load_file(F)). For a model of transformers or diffusers,
-write it as model.safetensors next to a copy of the model's config.json, and load the folder with from_pretrained.
+Give one of the profiles: --half-life, --window, --uniform-from, --power or --smoothing. Load the file with load_file of
+safetensors.torch, for model.load_state_dict. For a model of transformers or diffusers, write it as model.safetensors
+next to a copy of the model's config.json, and load the folder with from_pretrained.
 """
 
 import json
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
-
-import torch
-from safetensors import safe_open
 
 from polyak.cli.asking import add_record, open_record, profile_of
-from polyak.cli.command import UsageError
-from polyak.cli.output import clocks, say, size
-from polyak.profiles import NamedProfile, options
-from polyak.report.words import percent
+from polyak.cli.command import Answer, UsageError, one_of
+from polyak.cli.files import add_output, check_output
+from polyak.cli.output import clocks, fields, size, terminal_width
+from polyak.printable import printable
+from polyak.profiles import NamedProfile, named, options
 from polyak.time import Time, Timestamp
 
 NAME = "reconstruct"
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+JSON = {
+    "record": "the folder of the record",
+    "profile": "the profile, as options of this command; null for one without options",
+    "moment": "the end of the average in updates and in each unit of the run",
+    "error_estimate": "the estimated error, relative to |last weights - average|",
+    "output": "the file that was written",
+    "tensors": "how many tensors it has",
+    "size_bytes": "its size",
+}
+
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 _EPILOG = """\
 times are batches (500ba), epochs (1.5ep), samples (sp), tokens (tok), seconds (sec) or a fraction of the run (0.1dur)
@@ -28,7 +36,7 @@ times are batches (500ba), epochs (1.5ep), samples (sp), tokens (tok), seconds (
 examples:
   polyak reconstruct my-record --half-life 500ba -o averaged.safetensors
   polyak reconstruct my-record --window 10ep --at 3000ba -o lawa.safetensors
-  polyak reconstruct my-record --half-life 2ep --unbiased -o my-model/model.safetensors   (with config.json)
+  polyak reconstruct my-record --half-life 2ep --unbiased -o model.safetensors
 """
 
 
@@ -51,38 +59,63 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--at", metavar="TIME", help="the moment, at the end of a segment (default: the end of the record)"
     )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="F", help="the safetensors file to write")
-    parser.add_argument("--dtype", choices=_DTYPES, help="the dtype of the averaged tensors (default: float32)")
+    add_output(parser)
+    parser.add_argument(
+        "--dtype",
+        type=one_of(_DTYPES),
+        metavar="DTYPE",
+        help=f"the dtype of the averaged tensors: {', '.join(_DTYPES)} (default: float32)",
+    )
 
 
-def run(arguments: Namespace) -> int:
-    """Export the average and print what it is.
+def run(arguments: Namespace) -> Answer:
+    """Export the average; return what it is.
 
     Args:
         arguments: The parsed arguments.
 
     Raises:
-        UsageError: If the arguments exclude each other.
-        PolyakError: If the record does not give the average, or the file cannot be written.
+        UsageError: If the arguments exclude each other, or the output cannot be written.
+        PolyakError: If the record does not give the average.
     """
-    profile = _profile(arguments)
+    profile, output = _profile(arguments), arguments.output
     record = open_record(arguments.record)
-    output = arguments.output
-    if output.is_dir() or record.folder.resolve() in output.resolve().parents:
-        raise UsageError(f"-o must be a file outside the record, not a folder (got {output}); choose another")
-    record.export(profile, output, arguments.at, dtype=_DTYPES.get(arguments.dtype or ""))
+    check_output(output, force=arguments.force, source=record.folder)
+    import torch
+    from safetensors import safe_open
+
+    from polyak.report.words import percent
+
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    record.export(profile, output, arguments.at, dtype=dtype)
     with safe_open(output, framework="pt") as file:
         metadata, tensors = file.metadata(), len(list(file.keys()))
     moment = json.loads(metadata["polyak.moment"])
-    updates = moment.pop("updates")
+    updates, error = moment.pop("updates"), float(metadata["polyak.error_estimate"])
     readings = clocks(Timestamp.from_state_dict(moment))
-    say(f"profile  {profile}")
     clock = [str(Time(round(value, 3), unit)) for unit, value in readings.items()]
-    say(f"moment   {', '.join([f'{updates} updates recorded', *clock])}")
-    error = percent(float(metadata["polyak.error_estimate"]))
-    say(f"error    about {error} of |last weights - average|: an estimate, within a factor of about 2.5, not a bound")
-    say(f"written  {output}: {tensors} tensors, {size(output.stat().st_size)}")
-    return 0
+    size_bytes = output.stat().st_size
+    rows = [
+        ("profile", named(profile).describe()),
+        ("moment", ", ".join([f"{updates} updates recorded", *clock])),
+        (
+            "error",
+            f"about {percent(error)} of |last weights - average|: an estimate within a factor of about 2.5, no bound",
+        ),
+        ("written", f"{output}: {tensors} tensors, {size(size_bytes)}"),
+    ]
+    return Answer(
+        fields([(name, printable(value)) for name, value in rows], terminal_width()),
+        {
+            "record": str(record.folder),
+            "profile": named(profile).options,
+            "moment": {"updates": updates} | {unit.value: value for unit, value in readings.items()},
+            "error_estimate": error,
+            "output": str(output),
+            "tensors": tensors,
+            "size_bytes": size_bytes,
+        },
+    )
 
 
 def _profile(arguments: Namespace) -> NamedProfile:
@@ -92,6 +125,6 @@ def _profile(arguments: Namespace) -> NamedProfile:
     debiased = given.debiased()
     if debiased is None:
         raise UsageError(
-            f"--unbiased needs a profile with an unbiased variant, --half-life (got {given}); leave it out"
+            f"--unbiased needs a profile with an unbiased variant, --half-life (got {given.describe()}); leave it out"
         )
     return debiased

@@ -3,6 +3,10 @@
 from collections.abc import Iterable
 from pathlib import PurePath
 
+from polyak.printable import printable
+
+__all__ = ["listed", "printable", "shown"]
+
 
 def shown(value: object, most: int = 80) -> str:
     r"""Return it as text for an error or a note, with what is not printable escaped, and not too long.
@@ -25,19 +29,6 @@ def shown(value: object, most: int = 80) -> str:
         return f"a {type(value).__name__}"
     escaped = printable(text)
     return escaped if len(text) <= most else f"{escaped[:most]}..."
-
-
-def printable(text: str) -> str:
-    r"""Return text with what is not printable escaped: a terminal obeys nothing in it, and shows all of it.
-
-    Args:
-        text: Any, such as the name of a tensor.
-
-    Example:
-        >>> printable("\x1b[2J is no name\u202e")
-        '\\x1b[2J is no name\\u202e'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def listed(names: Iterable[object], most: int = 6) -> str:

@@ -6,7 +6,7 @@ Nothing else in polyak computes on weights. ``registry.py`` lists the kernels; a
 from polyak.kernels.exchange import checksums
 from polyak.kernels.pairs import Pair, Place, counted
 from polyak.kernels.pieces import SCRATCH_ELEMENTS
-from polyak.kernels.registry import Exchange, Kernel, Update, lerp, lerp_, only, serving_cpu, swap
+from polyak.kernels.registry import Exchange, Kernel, Update, lerp, lerp_, only, reasons, serving_cpu, swap
 
 __all__ = [
     "SCRATCH_ELEMENTS",
@@ -20,6 +20,7 @@ __all__ = [
     "lerp",
     "lerp_",
     "only",
+    "reasons",
     "serving_cpu",
     "swap",
 ]

@@ -113,7 +113,7 @@ def _named() -> str | None:
     reason = None if not name else _why_not(name, cpu) if name in _LIST else "there is no kernel of this name"
     if reason:
         names = [known for known in _LIST if not _why_not(known, cpu)]
-        raise KernelError(f"POLYAK_KERNEL must be one of {names} on this machine (got {name!r}): {reason}")
+        raise KernelError(f"POLYAK_KERNEL must be {' or '.join(names)} on this machine (got {name!r}): {reason}")
     return name or None
 
 
@@ -162,6 +162,27 @@ def only(name: str) -> Iterator[None]:
 def serving_cpu() -> list[str]:
     """Return the names of the kernels that serve averages on the CPU, in the order in which they are asked."""
     return list(_serving("cpu"))
+
+
+def reasons(device_type: str) -> dict[str, str | None]:
+    """Return for each kernel why it does not serve a type of device; None if it does. They are in their order.
+
+    Args:
+        device_type: Such as ``"cpu"``.
+
+    Example:
+        >>> reasons("cpu")["torch"] is None
+        True
+    """
+    found = dict[str, str | None]()
+    for name, line in _LIST.items():
+        if line.devices and device_type not in line.devices:
+            found[name] = f"it is for {' and '.join(line.devices)}"
+        elif _first and list(_LIST).index(name) < list(_LIST).index(_first):
+            found[name] = f"POLYAK_KERNEL begins with {_first}"
+        else:
+            found[name] = _why_not(name, torch.device(device_type))
+    return found
 
 
 def _assigned(pairs: Sequence[Pair]) -> list[tuple[Kernel, list[int]]]:

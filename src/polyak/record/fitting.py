@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from polyak.errors import PlanWarning, ProfileError, TimeError
-from polyak.profiles import Profile
+from polyak.profiles import Profile, named
 from polyak.record.manifest import Segment
 from polyak.time import Time, TimeUnit
 
@@ -180,15 +180,16 @@ def fit(
     curve, missing = _curve(profile, up_to, max_duration)
     result = Fit(up_to, curve, tuple(_spline(up_to, curve)), missing)
     limit = finest(up_to)
+    shown = named(profile).describe()
     if not result.is_exact and result.median_age < limit * (1 - _EXACT):
         raise ProfileError(
             f"a profile must not be finer than the record, which at this moment resolves half-lives of {limit} updates "
-            f"or more (got {profile}, whose median age is {result.median_age:.4g} updates): ask for a longer one, or "
+            f"or more (got {shown}, whose median age is {result.median_age:.4g} updates): ask for a longer one, or "
             "record with a shorter interval"
         )
     if missing > _MISSING_SHARE:
         warnings.warn(
-            f"{missing:.1%} of the average under {profile} are weights from before the record, which it does not hold: "
+            f"{missing:.1%} of the average under {shown} are weights from before the record, which it does not hold: "
             "they are left out, as HalfLife(..., unbiased=True) leaves them out by itself",
             PlanWarning,
             stacklevel=4,
@@ -204,8 +205,9 @@ def warn_of_error(profile: Profile, error: float) -> None:
         error: In units of |last weights - average|.
     """
     if not error <= _LARGE_ERROR:
+        shown = named(profile).describe()
         warnings.warn(
-            f"the record resolves {profile} only coarsely: the error of the average is about {error:.1%} of its "
+            f"the record resolves {shown} only coarsely: the error of the average is about {error:.1%} of its "
             "distance from the last weights; record with a larger per_level or a shorter interval",
             PlanWarning,
             stacklevel=3,

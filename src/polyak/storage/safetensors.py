@@ -99,7 +99,7 @@ def disk_errors(doing: str) -> Iterator[None]:
     except OSError as error:
         advice = _ADVICE.get(error.errno or 0, "repair the disk")
         raise RecordError(
-            f"{doing} failed: {error}. What was on disk before is unchanged: {advice} and continue"
+            f"{doing} failed: {error.strerror or error}. What was on disk before is unchanged: {advice} and continue"
         ) from error
 
 

@@ -1,20 +1,26 @@
 """Evaluate the averages of a record under many profiles with a custom function, and find the best."""
 
-from polyak.sweeping.evaluation import Evaluate
+from polyak.sweeping.export import export
 from polyak.sweeping.grid import finest_half_life, grid, narrowed, newest
-from polyak.sweeping.results import EvaluationError, Result, best, value_of
-from polyak.sweeping.sweep import export, sweep
+from polyak.sweeping.held import held
+from polyak.sweeping.outcome import SweepResult
+from polyak.sweeping.results import EvaluationError, Result, best, records_in, value_of
+from polyak.sweeping.returned import Evaluate
+from polyak.sweeping.sweep import sweep
 
 __all__ = [
     "Evaluate",
     "EvaluationError",
     "Result",
+    "SweepResult",
     "best",
     "export",
     "finest_half_life",
     "grid",
+    "held",
     "narrowed",
     "newest",
+    "records_in",
     "sweep",
     "value_of",
 ]

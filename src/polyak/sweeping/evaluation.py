@@ -1,14 +1,12 @@
 """Evaluates one set of weights: builds it, calls the custom function, and keeps the result."""
 
 import hashlib
-import inspect
 import math
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,47 +20,56 @@ from polyak.errors import PlanWarning, RecordError
 from polyak.profiles import Profile
 from polyak.record import Record
 from polyak.sweeping.results import EvaluationError, Kept, Result
+from polyak.sweeping.returned import Evaluate, measured
+from polyak.sweeping.source import named, source_hash
+from polyak.time import Time
 
-Evaluate = Callable[[dict[str, Tensor]], float | Mapping[str, float]]
 Batchnorm = tuple[nn.Module, Iterable[Any]]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Evaluator:
     """Evaluates one set of weights after another, and reuses the results that a file keeps.
 
     Args:
-        record: The record.
         evaluate: As for ``sweep``.
         batchnorm: As for ``sweep``.
         kept: The results so far.
+        fresh: Whether to evaluate what has a result, too.
     """
 
-    record: Record
     evaluate: Evaluate
     batchnorm: Batchnorm | None
     kept: Kept
+    fresh: bool = False
+    _code: str | None = field(init=False)
+    _warned: bool = field(default=False, init=False)
+    _counts: dict[str, int] = field(default_factory=dict[str, int], init=False)
 
-    def average(self, name: str, profile: Profile) -> Result:
-        """Return the result of an average of the record.
+    def __post_init__(self) -> None:
+        self._code = source_hash(self.evaluate)
+
+    def average(self, record: Record, name: str, profile: Profile, at: Time | None) -> Result:
+        """Return the result of the average at the end of a record.
 
         Args:
+            record: The record, up to the moment of the average.
             name: A name for people.
             profile: The profile of the average.
+            at: The moment, for the result; None for the end of the whole record.
 
         Raises:
             EvaluationError: If the evaluation fails or returns a wrong type.
             RecordError: If a file is missing, truncated or corrupt.
         """
-        newest_file = self.record.stretches[-1].file
 
         def state_and_numbers() -> tuple[dict[str, Tensor], float, float]:
             # Every result has its error; a warning would repeat it.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PlanWarning)
-                state = self.record.average(profile)
-                error = self.record.error(profile)
-            distance = _distance(self.record, state)
+                state = record.average(profile)
+                error = record.error(profile)
+            distance = _distance(record, state)
             if self.batchnorm is not None:
                 try:
                     state = recomputed(state, self.batchnorm)
@@ -70,12 +77,25 @@ class Evaluator:
                     raise EvaluationError(_failed(f"recomputing BatchNorm for {name}", problem)) from problem
             return state, error, distance
 
-        return self._measured(name, profile, newest_file, state_and_numbers)
+        return replace(self._measured(record, name, profile, record.segments[-1].file, state_and_numbers), at=at)
 
-    def given(self, name: str, path: Path) -> Result:
+    def raw(self, record: Any) -> Result:
+        """Return the result of the raw weights at the end of a record.
+
+        Args:
+            record: A record that keeps them.
+
+        Raises:
+            EvaluationError: If the evaluation fails or returns a wrong type.
+            RecordError: If a file is missing, truncated or corrupt.
+        """
+        return self._measured(record, "raw", None, record.raw.file, lambda: (record.raw_weights(), None, None))
+
+    def given(self, record: Record, name: str, path: Path) -> Result:
         """Return the result of weights from a file.
 
         Args:
+            record: The record that they are compared with.
             name: A name for people.
             path: The safetensors file.
 
@@ -90,7 +110,7 @@ class Evaluator:
             def state_and_numbers() -> tuple[dict[str, Tensor], None, None]:
                 return load_file(path), None, None
 
-            return self._measured(name, None, digest, state_and_numbers)
+            return self._measured(record, name, None, digest, state_and_numbers)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise RecordError(
@@ -99,76 +119,62 @@ class Evaluator:
 
     def _measured(
         self,
+        record: Record,
         name: str,
         profile: Profile | None,
         source: str,
         state_and_numbers: Callable[[], tuple[dict[str, Tensor], float | None, float | None]],
     ) -> Result:
-        named = _named(self.evaluate)
+        function = named(self.evaluate)
         key = {
             "profile": None if profile is None else repr(profile),
             "of": source,
-            "evaluate": f"{named.__module__}:{named.__qualname__}",
+            "evaluate": f"{function.__module__}:{function.__qualname__}",
             "batchnorm": self.batchnorm is not None and profile is not None,
         }
-        code = _code(named)
-        if (already := self.kept.find(key, profile)) is not None:
+        if not self.fresh and (already := self.kept.find(key, profile)) is not None:
             result, measured_by = already
-            if measured_by != code:
-                warnings.warn(
-                    f"the evaluation should have the same code as for the results in {self.kept.path} (it has changed, "
-                    "and the results are reused); remove the file to evaluate again",
-                    PlanWarning,
-                    stacklevel=5,
-                )
-            return replace(result, name=name)  # the same weights may have another name now
+            if measured_by == self._code:
+                return self._checked(replace(result, name=name))  # the same weights may have another name now
+            self._warn_of_other_source()
         state, error, distance = state_and_numbers()
         began = time.perf_counter()
-        metrics = _metrics(self.evaluate, state, name)
-        result = Result(name, profile, metrics, error, distance, time.perf_counter() - began)
-        self.kept.add(key, result, code)
+        try:
+            returned = self.evaluate(state)
+        except Exception as problem:
+            raise EvaluationError(_failed(f"evaluating {name}", problem)) from problem
+        metrics, examples = measured(returned, name)
+        seconds = time.perf_counter() - began
+        result = self._checked(Result(name, profile, metrics, error, distance, seconds, examples=examples))
+        self.kept.add(key, result, self._code, record.folder)
         return result
 
+    def _warn_of_other_source(self) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the source of {named(self.evaluate).__qualname__} has changed since the results in {self.kept.path}; "
+                "the averages are evaluated again",
+                PlanWarning,
+                stacklevel=6,
+            )
 
-def _metrics(evaluate: Evaluate, state: dict[str, Tensor], name: str) -> dict[str, float]:
-    try:
-        returned = evaluate(state)
-    except Exception as error:
-        raise EvaluationError(_failed(f"evaluating {name}", error)) from error
-    try:
-        named = returned if isinstance(returned, Mapping) else {"value": returned}
-        metrics = {str(metric): float(value) for metric, value in named.items()}
-        # An infinite loss is treated as NaN: it is never the best, whether lower or higher is better.
-        metrics = {metric: value if math.isfinite(value) else math.nan for metric, value in metrics.items()}
-    except (TypeError, ValueError, RuntimeError):
-        metrics = dict[str, float]()
-    if not metrics:
-        raise EvaluationError(
-            f"an evaluation must return a number, or a dict of numbers by name (got {returned!r} for {name}); change "
-            "the function"
-        )
-    return metrics
+    def _checked(self, result: Result) -> Result:
+        """Check that the evaluation returns the values of the same examples each time."""
+        for metric, values in result.examples.items():
+            before = self._counts.setdefault(metric, len(values))
+            if before != len(values):
+                raise EvaluationError(
+                    f"an evaluation must return {metric} for the same examples each time (got {len(values)} for "
+                    f"{result.name}, {before} before); evaluate all of the validation data"
+                )
+        return result
 
 
 def _failed(doing: str, error: Exception) -> str:
     frame = traceback.extract_tb(error.__traceback__)[-1]
     last = traceback.format_exception_only(error)[-1].strip()
     return f"{doing} failed: {last} ({frame.filename}, line {frame.lineno}); earlier results are kept"
-
-
-def _named(evaluate: Any) -> Any:
-    """Return the object whose name identifies an evaluation across processes: the function, or the class."""
-    while isinstance(evaluate, partial):
-        evaluate = evaluate.func
-    return evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
-
-
-def _code(named: Any) -> str | None:
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(named))
-        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
-    except (TypeError, OSError):
-        return None
 
 
 def recomputed(state: Mapping[str, Tensor], batchnorm: Batchnorm) -> dict[str, Tensor]:

@@ -2,15 +2,17 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from polyak.errors import PolyakError
+from polyak.printable import printable
 from polyak.profiles import Profile, named
 from polyak.storage.atomic import flush
 from polyak.storage.lock import Lock
+from polyak.sweeping.examples import interval
 from polyak.time import Time
 
 
@@ -29,6 +31,8 @@ class Result:
         error: Estimated error of the average, relative to |last weights - average|; None if unknown.
         distance: |average - newest mean of the record| / |newest mean|; None if unknown.
         seconds: The duration of the evaluation.
+        at: The end moment of the average; None for the end of the record.
+        examples: The values of single examples by metric, where the evaluation returns them.
     """
 
     name: str
@@ -37,6 +41,16 @@ class Result:
     error: float | None = None
     distance: float | None = None
     seconds: float = 0.0
+    at: Time | None = None
+    examples: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
+
+    def interval(self, metric: str | None = None) -> tuple[float, float] | None:
+        """Return the 95 % interval of a metric; None where the evaluation does not return it for single examples.
+
+        Args:
+            metric: The name of the metric; None for the first.
+        """
+        return interval(self.examples.get(next(iter(self.metrics)) if metric is None else metric, ()))
 
     @property
     def half_life(self) -> Time | None:
@@ -57,7 +71,7 @@ def value_of(result: Result, metric: str | None = None) -> float:
     name = next(iter(result.metrics)) if metric is None else metric
     if name not in result.metrics:
         raise EvaluationError(
-            f"the metric must be one that the evaluation returns (got {name!r}); use one of {', '.join(result.metrics)}"
+            f"the metric must be one that the evaluation returns (got {name}); use {_either(result.metrics)}"
         )
     return result.metrics[name]
 
@@ -77,6 +91,14 @@ def best(results: Sequence[Result], metric: str | None = None, *, maximize: bool
     if not found:
         raise EvaluationError("the metric must be a number for at least one average (got none); check the evaluation")
     return (max if maximize else min)(found, key=lambda one: value_of(one, metric))
+
+
+def _shown(line: bytes) -> str:
+    return printable(line[:60].decode(errors="replace"))
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(", ".join(names).rsplit(", ", 1))
 
 
 @dataclass(slots=True)
@@ -125,11 +147,11 @@ class Kept:
                 self._lines.append({"key": plain["key"], **plain})
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise EvaluationError(
-                    f"line {number} of {path} must be a result of a sweep (got {line[:60]!r}); remove the line"
+                    f"line {number} of {path} must be a result of a sweep (got {_shown(line)}); remove the line"
                 ) from None
 
     def find(self, key: Mapping[str, Any], profile: Profile | None) -> tuple[Result, str | None] | None:
-        """Return the latest result with this key and the hash of the code that measured it; None if there is none.
+        """Return the latest result with this key and the hash of the source that measured it; None if there is none.
 
         Args:
             key: Identifies the result.
@@ -140,15 +162,16 @@ class Kept:
                 return _from_plain(line, profile), line.get("code")
         return None
 
-    def add(self, key: Mapping[str, Any], result: Result, code: str | None) -> None:
+    def add(self, key: Mapping[str, Any], result: Result, code: str | None, record: Path) -> None:
         """Append a result to the file.
 
         Args:
             key: Identifies the result.
             result: The result.
-            code: The hash of the code that measured it.
+            code: The hash of the source that measured it.
+            record: The folder of the record.
         """
-        line = {
+        line: dict[str, Any] = {
             "name": result.name,
             "metrics": {name: _plain(value) for name, value in result.metrics.items()},
             "error": _plain(result.error),
@@ -156,11 +179,38 @@ class Kept:
             "seconds": round(result.seconds, 3),
             "key": dict(key),
             "code": code,
+            "record": str(record.resolve()),
         }
+        if result.at is not None:
+            line["at"] = str(result.at)
+        if result.examples:
+            line["examples"] = {name: [float(f"{v:.7g}") for v in values] for name, values in result.examples.items()}
         self._lines.append(line)
         if self._file is not None:
             self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             flush(self._file)
+
+
+def records_in(path: Path, known: Iterable[str]) -> list[str]:
+    """Return the folders of the records that a file of results is of.
+
+    Args:
+        path: The file. One that does not exist has no results.
+        known: The files of a record, whose results are left out wherever its folder was.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
+    found, files = dict[str, None](), set(known)
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            plain = json.loads(line)
+            folder, of = plain["record"], plain["key"]["of"]
+        except (ValueError, KeyError, TypeError):
+            continue  # of an earlier version, or what ``Kept`` will refuse
+        if of not in files:
+            found[str(folder)] = None
+    return list(found)
 
 
 def _busy(path: Path, owner: str) -> str:
@@ -176,5 +226,12 @@ def _plain(value: float | None) -> float | None:
 
 
 def _from_plain(plain: Mapping[str, Any], profile: Profile | None) -> Result:
-    metrics = {name: math.nan if value is None else float(value) for name, value in plain["metrics"].items()}
-    return Result(plain["name"], profile, metrics, plain["error"], plain["distance"], float(plain["seconds"]))
+    return Result(
+        plain["name"],
+        profile,
+        {name: math.nan if value is None else float(value) for name, value in plain["metrics"].items()},
+        plain["error"],
+        plain["distance"],
+        float(plain["seconds"]),
+        examples={name: tuple(map(float, values)) for name, values in plain.get("examples", {}).items()},
+    )

@@ -1,0 +1,83 @@
+"""Writes the report of a sweep: a page, which plotly draws, and figures, which matplotlib draws. Both are extras."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from polyak.errors import MissingExtraError
+from polyak.report.swept import Swept, swept
+from polyak.storage.atomic import replacing
+from polyak.sweeping import SweepResult
+
+PAGE = "report.html"
+FIGURES = ("sweep.png", "sweep.svg")
+
+
+def missing_pictures() -> list[str]:
+    """Return the packages that the report needs and that are not installed."""
+    return [name for name in ("matplotlib", "plotly") if not _installed(name)]
+
+
+def require_pictures() -> None:
+    """Check that the report can be written.
+
+    Raises:
+        MissingExtraError: If a package is missing.
+    """
+    if missing := missing_pictures():
+        raise MissingExtraError(
+            f"a report needs matplotlib and plotly (missing: {' and '.join(missing)}); install them with: "
+            "pip install 'polyak[report]'"
+        )
+
+
+def numbers(results: SweepResult) -> Swept:
+    """Return the numbers that the report shows: those of the end moment with the best average.
+
+    Args:
+        results: The results of a sweep.
+    """
+    moment = results.best.at
+    return swept(
+        results.record_at(moment),
+        results.at(moment),
+        results.metric,
+        maximize=results.maximize,
+        batchnorm=results.batchnorm,
+    )
+
+
+def write_report(results: SweepResult, folder: Path) -> list[str]:
+    """Write the page and the figures, as far as their packages are installed; return the names of the files.
+
+    Args:
+        results: The results of a sweep.
+        folder: Where to write; it is made if it does not exist.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
+    shown, written = numbers(results), list[str]()
+    folder.mkdir(parents=True, exist_ok=True)
+    if _installed("plotly"):
+        from polyak.report.page import page  # noqa: PLC0415  an extra
+
+        with replacing(folder / PAGE, exclusive=True) as temporary:
+            temporary.write_text(page(shown), encoding="utf-8")
+        written.append(PAGE)
+    if _installed("matplotlib"):
+        from polyak.report.figures import render  # noqa: PLC0415  an extra
+        from polyak.report.sweep_figure import sweep_figure  # noqa: PLC0415
+
+        figure = sweep_figure(shown)
+        for name in FIGURES:
+            with replacing(folder / name, exclusive=True) as temporary:
+                temporary.write_bytes(render(figure, name.rpartition(".")[2]))
+            written.append(name)
+    return written
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # `sys.modules` has None for it
+        return False

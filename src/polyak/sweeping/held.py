@@ -1,0 +1,100 @@
+"""A record that a sweep reads while a run may still be writing it: all its files stay open, as they were at the start.
+
+A run that goes on merges segments and deletes the old files. A file that is open can still be read.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from io import BufferedReader
+from pathlib import Path
+
+from polyak.errors import RecordError
+from polyak.record import Record, Segment, SegmentFile, check_size, open_segment
+
+# How often a record is opened again because a run has merged a file between reading its name and opening it.
+_TRIES = 20
+
+
+class HeldRecord(Record):
+    """A record whose files are open; ``held`` makes it.
+
+    Args:
+        record: The record, as it was when that object was made.
+        stack: Closes the files.
+    """
+
+    def __init__(self, record: Record, stack: ExitStack) -> None:
+        vars(self).update(vars(record))  # what it was, and not what the manifest says now
+        self._verified = set()
+        self._stack = stack
+        self._held: dict[str, SegmentFile] = {}
+
+    def open(self, segment: Segment) -> AbstractContextManager[SegmentFile]:
+        """Return the open file of a segment for a ``with`` block, which does not close it.
+
+        Args:
+            segment: One of ``segments``.
+        """
+        return nullcontext(self._held[segment.file])
+
+    def hold(self) -> None:
+        """Open all files, and only then compare them with their hashes: reading them takes long, opening does not.
+
+        Raises:
+            OSError: If a file is missing or damaged.
+        """
+        contents, opened = list[tuple[Path, str]](), list[BufferedReader]()
+        with ExitStack() as reading:
+            for segment in self.segments:
+                contents += check_size(self.folder, segment).items()
+                opened += [reading.enter_context(path.open("rb")) for path, _ in contents[len(opened) :]]
+                file = open_segment(self.folder, segment, self.tensors, self._verified)
+                self._held[segment.file] = self._stack.enter_context(file)
+            for (path, sha256), file in zip(contents, opened, strict=True):
+                if not hashlib.file_digest(file, "sha256").hexdigest().startswith(sha256):
+                    raise RecordError(
+                        f"{path} must have the SHA-256 in the manifest: it is damaged, restore it from a copy"
+                    )
+                self._verified.add(path)
+
+
+def up_to(record: Record, segment: Segment) -> Record:
+    """Return a record as it was at the end of a segment.
+
+    Args:
+        record: The record.
+        segment: One of its segments.
+    """
+    earlier = copy.copy(record)
+    earlier.segments = record.segments[: record.segments.index(segment) + 1]
+    return earlier
+
+
+@contextmanager
+def held(record: Record) -> Iterator[HeldRecord]:
+    """Open a record with all its files for a ``with`` block: a run may go on, and the record stays as it was.
+
+    Args:
+        record: The record. If a run has merged its files since, the newer record is opened in its place.
+
+    Raises:
+        RecordError: If a file is missing or damaged.
+    """
+    if isinstance(record, HeldRecord):
+        yield record
+        return
+    for attempt in range(_TRIES):
+        with ExitStack() as stack:
+            opened = HeldRecord(record, stack)
+            try:
+                opened.hold()
+            except OSError:
+                newer = Record(record.folder)
+                if attempt + 1 == _TRIES or newer.segments == record.segments:
+                    raise
+                record = newer
+                continue
+            yield opened
+            return

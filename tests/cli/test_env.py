@@ -1,0 +1,46 @@
+"""``polyak env``: versions, devices, and which kernel averages, and why."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import polyak
+from polyak import kernels
+from polyak.cli import main
+
+
+def test_env_prints_versions_devices_threads_and_kernels(capsys) -> None:
+    assert main(["env", "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["versions"]["polyak"] == polyak.__version__
+    assert plain["versions"]["torch"] == torch.__version__
+    assert plain["optional"]["rich"]
+    assert plain["devices"][0]["type"] == "cpu"
+    assert plain["threads"]["torch"] == torch.get_num_threads()
+    serving = [name for name, reason in plain["kernels"]["cpu"].items() if reason is None]
+    assert serving == kernels.serving_cpu()
+    assert plain["kernels"]["cpu"]["triton"] == "it is for cuda"
+    assert main(["env"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch           {torch.__version__}" in out
+    assert "triton does not serve: it is for cuda" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("torch", "c does not serve: POLYAK_KERNEL begins with torch"), ("fast", "there is no kernel of this name")],
+)
+def test_env_says_what_polyak_kernel_leads_to_also_where_nothing_else_runs(name, expected) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "polyak", "env"],
+        env={**os.environ, "POLYAK_KERNEL": name, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert expected in done.stdout
+    assert f"POLYAK_KERNEL   {name}" in done.stdout
