@@ -9,6 +9,7 @@ from typing import Any
 
 from polyak.checkpoints.moments import at, counters_in, is_counter, number
 from polyak.compat.files import opened
+from polyak.compat.pickles import StandIn
 from polyak.compat.words import listed, shown
 from polyak.errors import ArgumentError, CheckpointError
 from polyak.time import TimeUnit
@@ -43,7 +44,7 @@ def _stem(path: Path) -> str:
 
 def _numbers(value: object) -> dict[str, float]:
     pairs = value.items() if isinstance(value, Mapping) else ()
-    named = {name: one for name, one in pairs if isinstance(name, str) and isinstance(one, (int, float))}
+    named = {name: one for name, one in pairs if isinstance(name, str) and isinstance(one, (int, float, StandIn))}
     return {name: one for name, raw in named.items() if not is_counter(name) and (one := number(raw)) is not None}
 
 

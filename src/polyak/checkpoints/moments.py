@@ -1,6 +1,7 @@
 """When a checkpoint was saved: as it says itself, or its name does."""
 
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from polyak.checkpoints.stored import StoredTensor
+from polyak.compat.pickles import StandIn
 from polyak.time import TimeUnit
 
 # What libraries call them, the surest first.
@@ -30,6 +32,8 @@ _PLACES = (
     ("meta",),
     ("state",),
 )
+# How numpy's scalars are stored, by the name of their dtype.
+_NUMPY = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i"}
 _NAMES = {
     # `checkpoint-500` is a step; fairseq's `checkpoint12.pt` is an epoch, and its `checkpoint_3_500.pt` both.
     TimeUnit.BATCH: (
@@ -98,7 +102,7 @@ def _count(value: object) -> float | None:
 
 
 def number(value: object) -> float | None:
-    """Return a finite number, out of a tensor if it is in one; None if it is none.
+    """Return a finite number, out of a tensor or of numpy if it is in one; None if it is none.
 
     Args:
         value: What a checkpoint has.
@@ -107,9 +111,21 @@ def number(value: object) -> float | None:
         value = value.whole()
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
+    if isinstance(value, StandIn):
+        value = _of_numpy(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if abs(value) < 1 << 62 and isfinite(value) else None
+
+
+def _of_numpy(value: StandIn) -> object:
+    """Return a scalar of numpy, out of what stands for it."""
+    if not value.of.endswith("multiarray.scalar") or not isinstance(value.arguments, tuple):
+        return None
+    dtype, data = value.arguments if len(value.arguments) == 2 else (None, None)
+    kind = dtype.arguments[:1] if isinstance(dtype, StandIn) and isinstance(dtype.arguments, tuple) else ()
+    form = _NUMPY.get(kind[0]) if kind and isinstance(kind[0], str) else None
+    return struct.unpack(form, data)[0] if form and isinstance(data, bytes) and len(data) == int(kind[0][1:]) else None
 
 
 def _in_name(path: Path) -> Iterator[tuple[TimeUnit, float]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf, isnan
 
 from torch import Tensor
 
@@ -44,7 +45,11 @@ class Soup:
 
 
 def greedy_soup(
-    opened: Sequence[Checkpoint], evaluate: Evaluate, *, maximize: bool = False, common: bool = False
+    opened: Sequence[Checkpoint],
+    evaluate: Evaluate,
+    *,
+    maximize: bool | Callable[[], bool] = False,
+    common: bool = False,
 ) -> Soup:
     """Return the greedy soup of checkpoints. One set of weights is in memory at a time.
 
@@ -54,7 +59,7 @@ def greedy_soup(
     Args:
         opened: The checkpoints.
         evaluate: Takes a name for people and weights; returns their value.
-        maximize: Whether higher is better.
+        maximize: Whether higher is better, or what returns it once all are evaluated.
         common: As for `average_checkpoints`.
 
     Raises:
@@ -66,13 +71,14 @@ def greedy_soup(
     whole = plan(opened, [1.0] * len(opened), common=common)
 
     def rank(value: float) -> float:
-        return float("inf") if value != value else -value if maximize else value  # noqa: PLR0124  NaN
+        return inf if isnan(value) else -value if higher else value
 
     def valued(name: str, inside: Sequence[Checkpoint]) -> float:
         made = Plan(inside, [1.0] * len(inside), whole.names)
         return evaluate(name, {tensor: average(made, tensor) for tensor in made.names})
 
     alone = [valued(str(one.path), [one]) for one in opened]
+    higher = maximize() if callable(maximize) else maximize
     best_first = sorted(range(len(opened)), key=lambda i: rank(alone[i]))
     first = best_first[0]
     soup, value = [opened[first]], alone[first]
@@ -80,7 +86,7 @@ def greedy_soup(
     for i in best_first[1:]:
         larger = [opened[i], *soup]  # the best stays the last, which counts as the newest
         joined = valued(f"a soup of {len(larger)} with {opened[i].path}", larger)
-        kept = rank(joined) <= rank(value) and joined == joined  # noqa: PLR0124  not NaN
+        kept = rank(joined) <= rank(value) and not isnan(joined)
         if kept:
             soup, value = larger, joined
         tried.append(Ingredient(opened[i], alone[i], joined, kept))
