@@ -1,9 +1,21 @@
 """Fixtures that several wings use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 from ranks import Ranks
+
+# Most tests average a few batches. `averaging/test_youth.py` and the contract of integrations test these warnings.
+_YOUTH = pytest.mark.filterwarnings(
+    "ignore:the average that is .* is mostly its first weights", "ignore:raw weights are .* averaging has not begun"
+)
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(_YOUTH, append=False)
 
 
 @pytest.fixture(scope="session")

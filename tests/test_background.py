@@ -1,6 +1,5 @@
 """The background thread: at most one exists, whatever interrupts its start or the waits for it."""
 
-import _thread
 import gc
 import subprocess
 import sys
@@ -53,20 +52,34 @@ def test_the_thread_ends_when_its_worker_is_freed() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_while_the_thread_starts_leaves_no_thread(monkeypatch, when) -> None:
-    real, started, ended = _thread.start_new_thread, [], threading.Event()
+    real, started = threading.Thread.start, []
 
-    def start(run, arguments) -> None:
+    def start(thread: threading.Thread) -> None:
         if when == "after":
-            started.append(real(lambda: (run(*arguments), ended.set()), ()))
+            real(thread)
+            started.append(thread)
         raise Interrupted
 
     with monkeypatch.context() as patches, suppress(Interrupted):
-        patches.setattr(_thread, "start_new_thread", start)
+        patches.setattr(threading.Thread, "start", start)
         Worker("a test")
     gc.collect()
-    if started:
-        assert ended.wait(END_S)
+    for thread in started:
+        thread.join(END_S)
+        assert not thread.is_alive()
     assert not running("a test")
+
+
+def test_an_interrupt_that_became_an_error_of_pythons_lock_is_raised_as_the_interrupt(monkeypatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        lock = threading.Lock()
+        with lock:
+            lock.release()  # as Condition.wait does, interrupted before it takes the lock again
+            raise Interrupted
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(Interrupted):
+        Worker("a test")
 
 
 def test_an_interrupt_at_any_line_leaves_a_worker_that_works_or_none() -> None:

@@ -43,6 +43,9 @@ pytestmark = [
     pytest.mark.filterwarnings("error::polyak.errors.PlanWarning"),
     pytest.mark.filterwarnings("error::polyak.errors.QuarantineWarning"),
     pytest.mark.filterwarnings("ignore:training has waited:polyak.errors.PlanWarning"),  # disks differ
+    # As in all tests: these average a few batches.
+    pytest.mark.filterwarnings("ignore:the average that is .* is mostly its first weights:polyak.errors.PlanWarning"),
+    pytest.mark.filterwarnings("ignore:raw weights are .* averaging has not begun:polyak.errors.PlanWarning"),
 ]
 
 

@@ -12,6 +12,11 @@ from polyak import EMA, HalfLife, PowerFunction, ProfileError, Smoothing, Time, 
 from polyak.profiles import Cooldown, NamedProfile, Profile, forms, named, options, parse
 from polyak.profiles.cooldown import SHAPES
 
+
+def cubic(x: float) -> float:
+    return (1 - x) ** 3
+
+
 PROFILES = [
     HalfLife("10ba"),
     HalfLife("1.5ep"),
@@ -41,7 +46,7 @@ PROFILES = [
     Window("infba"),
     *(Cooldown("10ba", shape) for shape in SHAPES),
     Cooldown("infba", "1-sqrt"),
-    Cooldown("50ba", lambda x: (1 - x) ** 3),
+    Cooldown("50ba", cubic),
     *(parse(name, form.example) for name, form in forms().items()),  # a new profile is tested without a line here
 ]
 moments = st.floats(0, 200) | st.integers(0, 200).map(float)
@@ -186,6 +191,7 @@ def test_a_cooldown_is_read_from_the_words_of_a_command_line() -> None:
     assert parse("cooldown", "20%, 1-sqrt") == Cooldown("0.2dur", "1-sqrt")
     assert parse("cooldown", "3ep") == Cooldown("3ep", "linear")
     assert Cooldown("0.5ep", "cosine").describe() == "cooldown 0.5ep, cosine"
+    assert repr(Cooldown("5ba", cubic)) == "Cooldown(span=Time(5, 'ba'), shape=cubic)"
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,9 @@
 
 ``concurrent.futures`` and ``threading.Thread`` wait by locks that are written in Python: a Ctrl-C at the wrong moment
 leaves an executor with a thread that it does not know, so that it starts a second one, or a lock that is never
-released, or becomes a ``RuntimeError`` of such a lock. What this module waits by, and starts its thread by, is written
-in C: a signal comes before it or after.
+released. The locks of this module are written in C: a signal comes before they are taken or after.
 """
 
-import _thread
 import atexit
 import os
 import threading
@@ -87,9 +85,13 @@ class Worker:
         self._closed = False
         self._thread = _Thread(name)
         weakref.finalize(self, self._thread.tasks.put, None)
-        # At exit Python does not wait for such a thread, but `_end_all` does. An interrupt right after the start leaves
-        # one that nothing refers to: it has no jobs, and ends.
-        _thread.start_new_thread(self._thread.run, ())
+        # At exit Python does not wait for a daemon, but `_end_all` does once it has started. An interrupt before that
+        # leaves a thread that nothing refers to: it has no jobs and ends, or it never gets out of `Thread.start`.
+        try:
+            threading.Thread(target=self._thread.run, name=name, daemon=True).start()
+        except RuntimeError as error:
+            # An interrupt of the wait for its start can become one about the lock of that wait.
+            raise error.__context__ or error from None
         _RUNNING.add(self._thread)
 
     def submit(self, job: Job) -> None:

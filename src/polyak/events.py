@@ -187,9 +187,11 @@ def elapsed_duration(timestamp: Timestamp, max_duration: Time | None) -> Time | 
 
 
 _HOW_TO_COUNT = {
-    TimeUnit.TOKEN: "say how many tokens a batch has (tokens_per_step= or num_tokens=)",
+    TimeUnit.TOKEN: "say how many tokens a batch has (tokens_per_step= or num_tokens=; in Transformers "
+    "include_num_input_tokens_seen, in Composer get_num_tokens_in_batch of a DataSpec)",
     TimeUnit.SAMPLE: "say how many samples a batch has (samples_per_step= or num_samples=)",
-    TimeUnit.EPOCH: "say how many batches an epoch has (steps_per_epoch=, or a loader with a length)",
+    TimeUnit.EPOCH: "say how many batches an epoch has (steps_per_epoch=, or a loader with a length; "
+    "steps_per_epoch='by hand' if you call end_epoch())",
     TimeUnit.SECOND: "train in polyak.Trainer, which counts seconds",
     TimeUnit.ITERATION: "train in Composer, which counts iterations",
 }

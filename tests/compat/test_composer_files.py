@@ -30,7 +30,13 @@ with warnings.catch_warnings():
 
     from polyak.hosts.composer import EMA, Hosted
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error::polyak.errors.PlanWarning")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.filterwarnings("error::polyak.errors.PlanWarning"),
+    # As in all tests: these average a few batches.
+    pytest.mark.filterwarnings("ignore:the average that is .* is mostly its first weights:polyak.errors.PlanWarning"),
+    pytest.mark.filterwarnings("ignore:raw weights are .* averaging has not begun:polyak.errors.PlanWarning"),
+]
 
 COUNTER = "net.1.num_batches_tracked"  # Composer averages it, and cuts the result
 

@@ -59,10 +59,7 @@ class AccelerateSession:
             self.accelerator,
             self.net,
             self.optimizer,
-            max_duration=f"{plan.epochs}ep",
-            steps_per_epoch=plan.steps,
-            samples_per_step=loops.BATCH * plan.accumulate,
-            tokens_per_step=6 * loops.BATCH * plan.accumulate,
+            **(plan.lengths if plan.counted else {}),
         )
         self.done = 0
 
@@ -128,6 +125,9 @@ class AccelerateHost:
         "random mid-epoch": "skip_first_batches draws from the generators that load_state has just set, so the script "
         "would have to set them again after the first batch",
     }
+    losses = None
+    uncounted = ("sp", "tok", "sec", "iter", "ep", "dur")
+    known_late = ()
     golden = """
         init fit_start
         batch_end batch_end epoch_end eval_start eval_end eval_start eval_end

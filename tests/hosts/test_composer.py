@@ -42,6 +42,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.filterwarnings("error::polyak.errors.PlanWarning"),
     pytest.mark.filterwarnings("ignore:training has waited:polyak.errors.PlanWarning"),  # disks differ
+    # As in all tests: these average a few batches.
+    pytest.mark.filterwarnings("ignore:the average that is .* is mostly its first weights:polyak.errors.PlanWarning"),
+    pytest.mark.filterwarnings("ignore:raw weights are .* averaging has not begun:polyak.errors.PlanWarning"),
 ]
 
 
@@ -60,13 +63,12 @@ class ComposerSession:
         loader = DataLoader(plan.data, batch_size=loops.BATCH * plan.accumulate, shuffle=plan.shuffle)
         made = trainer(
             self.folder,
-            Hosted(self.algorithm),
+            Hosted(self.algorithm, eval_weights=plan.eval_weights),
             net=self.net,
-            train_dataloader=DataSpec(loader, get_num_tokens_in_batch=num_tokens),
+            train_dataloader=DataSpec(loader, get_num_tokens_in_batch=num_tokens if plan.counted else None),
             device_train_microbatch_size=loops.BATCH,
             max_duration=f"{plan.epochs}ep",
             save=f"{plan.save_every}ba" if plan.save_every else None,
-            raw=plan.choice,
             loggers=self.log,
             load_path=str(resume) if resume else None,
             **({} if plan.evaluate else {"eval_dataloader": None}),
@@ -106,6 +108,9 @@ class ComposerHost:
     lacks: Mapping[str, str] = {
         "random mid-epoch": "inside an epoch of shuffled data, Composer itself draws another order"
     }
+    losses = "metrics/eval/CrossEntropy", "metrics/eval_raw/CrossEntropy"
+    uncounted = ("tok", "iter")
+    known_late = uncounted
     golden = """
         init before_load after_load fit_start iteration_start
         epoch_start batch_start batch_end batch_checkpoint
@@ -547,3 +552,55 @@ def test_the_script_of_the_page_runs(tmp_path, monkeypatch):
     exec(compile(going_on, str(page), "exec"), names)
     training = torch.load("training.pt", weights_only=False)["state"]["model"]
     assert loops.differences(loops.bits(made.state.model), dict(training)) == []
+
+
+# Which weights are evaluated
+
+
+def test_with_both_each_evaluator_of_the_trainer_has_one_of_the_training_weights_also_after_a_resume(tmp_path):
+    log = InMemoryLogger()
+    options = {"eval_weights": "both", "half_life": "4ba"}
+    whole = run(tmp_path / "whole", EMA(**options), loggers=log)
+    assert [evaluator.label for evaluator in whole.state.evaluators] == ["eval_raw", "eval"]
+    whole.fit()
+    end = int(whole.state.timestamp.batch)
+    assert loops.differences(whole.keeps.of("eval_batch_start eval_raw")[-1], whole.keeps.trained[end]) == []
+    assert loops.differences(whole.keeps.of("eval_batch_start eval")[-1], whole.keeps.trained[end])
+    assert {"metrics/eval/CrossEntropy", "metrics/eval_raw/CrossEntropy"} <= log.data.keys()
+    resumed = run(tmp_path / "resumed", EMA(**options), seed=9, load_path=str(saved(tmp_path / "whole", 9)))
+    resumed.fit()
+    assert compare(whole, resumed) == []
+    values = [float(whole.state.eval_metrics[label]["CrossEntropy"].compute()) for label in ("eval", "eval_raw")]
+    resumed.eval()
+    assert values == [
+        pytest.approx(float(resumed.state.eval_metrics[label]["CrossEntropy"].compute()))
+        for label in ("eval", "eval_raw")
+    ]
+    assert values[0] != pytest.approx(values[1])
+
+
+def test_raw_weights_are_evaluated_and_the_average_is_saved(tmp_path):
+    made = run(tmp_path, EMA("4ba", eval_weights="raw"))
+    made.fit()
+    end = int(made.state.timestamp.batch)
+    assert loops.differences(made.keeps.of("eval_batch_start eval")[-1], made.keeps.trained[end]) == []
+    state = torch.load(saved(tmp_path, end), weights_only=False)["state"]["model"]
+    assert loops.differences(dict(state), made.keeps.trained[end])
+
+
+def test_another_value_of_eval_weights_is_refused_and_the_old_one_is_deprecated():
+    with pytest.raises(ValueError, match="eval_weights must be 'averaged', 'raw' or 'both' .got 'best'"):
+        EMA("4ba", eval_weights="best")
+    with pytest.warns(DeprecationWarning, match="write 'raw'"):
+        Hosted(polyak.EMA("4ba"), eval_weights="training")
+
+
+def test_an_optimizer_that_is_replaced_in_mid_run_is_noticed(tmp_path):
+    class Replaces(Keeps):
+        def run_event(self, event: Any, state: Any, logger: Any) -> None:
+            if event.value == "epoch_start" and int(state.timestamp.epoch) == 1:
+                state.optimizers = torch.optim.SGD(state.model.parameters(), lr=0.1)
+
+    made = run(tmp_path, EMA("4ba"), callbacks=Replaces())
+    with pytest.warns(polyak.PlanWarning, match="steps must be counted.*1 of SGD, which steps the same parameters"):
+        made.fit()

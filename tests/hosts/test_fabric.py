@@ -57,6 +57,9 @@ class FabricSession(PlainSession):
 
 class FabricHost:
     lacks: Mapping[str, str] = {}
+    losses = None
+    uncounted = ("sp", "tok", "sec", "iter", "ep", "dur")
+    known_late = ()
     golden = """
         init fit_start
         batch_end batch_end epoch_end eval_start eval_end eval_start eval_end

@@ -8,12 +8,12 @@ from typing import Any
 import loops
 import pytest
 import torch
-from host_contract import HostContract, Plan, Probe, Session, Watched, native, net_of, num_tokens
+from host_contract import HostContract, Plan, Probe, Session, Watched, loss_of, native, net_of, num_tokens
 from paths import ROOT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from polyak import EMA, Event, ProfileError
+from polyak import EMA, Event, PlanWarning, ProfileError
 from polyak.averaging.swap import swap_of
 from polyak.trainer.batches import num_samples
 
@@ -22,6 +22,7 @@ pytest.importorskip("ignite", minversion="0.5.5")
 from ignite.engine import Engine, Events, create_supervised_evaluator, create_supervised_trainer
 from ignite.engine.deterministic import DeterministicEngine
 from ignite.handlers import Checkpoint, DiskSaver
+from ignite.metrics import Loss
 
 from polyak.hosts.ignite import Averaging
 
@@ -41,16 +42,17 @@ class IgniteSession:
             amp_mode="amp" if plan.scaled else None,
             scaler=plan.scaler or False,
         )
-        self.evaluator, self.predictor, self.raw = (create_supervised_evaluator(net) for _ in range(3))
+        metrics = {"loss": Loss(nn.functional.cross_entropy)}
+        self.evaluator = create_supervised_evaluator(net, metrics=metrics)
+        self.predictor = create_supervised_evaluator(net)
         self.log: list[dict[str, float]] = []
         if plan.evaluate:
             self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.evaluate)
             # As Ignite's loggers do.
             self.trainer.add_event_handler(
-                Events.EPOCH_COMPLETED, lambda engine: self.log.append(dict(engine.state.metrics))
+                Events.EPOCH_COMPLETED,
+                lambda engine: self.log.append(engine.state.metrics | self.evaluator.state.metrics),
             )
-        if plan.choice:
-            self.trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: self.raw.run(plan.eval_loader))
         self.averaging = Averaging(
             algorithm,
             self.trainer,
@@ -58,9 +60,10 @@ class IgniteSession:
             optimizer,
             evaluators=[self.evaluator],
             predictors=[self.predictor],
+            eval_weights=plan.eval_weights,
             gradient_accumulation_steps=accumulate,
-            num_samples=num_samples,
-            num_tokens=num_tokens,
+            num_samples=num_samples if plan.counted else None,
+            num_tokens=num_tokens if plan.counted else None,
         )
         self.objects = {"model": net, "optimizer": optimizer, "trainer": self.trainer, "averaging": self.averaging}
         self.saver = Checkpoint(self.objects, DiskSaver(folder, require_empty=False), n_saved=None)
@@ -104,6 +107,9 @@ class IgniteHost:
     lacks: Mapping[str, str] = {
         "mid-epoch": "Ignite resumes inside an epoch only with a loader that has a state, and torch's has none"
     }
+    losses = "loss", "raw_loss"
+    uncounted = ("sp", "tok", "sec", "iter")
+    known_late = ()
     golden = """
         init fit_start
         epoch_start batch_end
@@ -167,9 +173,12 @@ def test_an_evaluator_that_does_not_complete_restores_the_training_weights(tmp_p
     assert_training_weights(run)
 
 
+@pytest.mark.parametrize("choice", [False, True], ids=["averaged", "both"])
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
-def test_the_checkpoint_of_the_best_score_has_the_weights_that_were_scored(tmp_path: Path, before: bool) -> None:
-    run = session(tmp_path, plan=Plan(epochs=2, evaluate=True))
+def test_the_checkpoint_of_the_best_score_has_the_weights_that_were_scored(
+    tmp_path: Path, before: bool, choice: bool
+) -> None:
+    run = session(tmp_path, plan=Plan(epochs=2, evaluate=True, choice=choice))
     scored: list[Any] = []
     handlers = [
         Checkpoint({"model": run.net}, DiskSaver(tmp_path), score_function=lambda engine: float(len(scored))),
@@ -179,6 +188,7 @@ def test_the_checkpoint_of_the_best_score_has_the_weights_that_were_scored(tmp_p
         run.evaluator.add_event_handler(Events.COMPLETED, handler)
     run.fit()
     saved = torch.load(handlers[0].last_checkpoint, weights_only=True)
+    assert len(scored) == 2
     assert not loops.differences(scored[-1], saved)
     assert not loops.differences(run.ema.average, saved)
     assert_training_weights(run)
@@ -295,6 +305,51 @@ def test_iterations_limit_a_run_in_steps(tmp_path: Path) -> None:
     run.trainer.run(run.plan.loader, max_iters=12)
     assert run.averaging._loop.state.max_duration == "6ba"
     assert run.ema.events.count(Event.EPOCH_END) == 1
+
+
+def test_with_both_handlers_find_the_metrics_of_both_and_stop_by_either(tmp_path: Path) -> None:
+    run = session(tmp_path, plan=Plan(evaluate=True, choice=True))
+    seen: list[tuple[float, float]] = []
+    saver = Checkpoint(
+        {"model": run.net}, DiskSaver(tmp_path), score_function=lambda engine: -engine.state.metrics["raw_loss"]
+    )
+    run.evaluator.add_event_handler(Events.COMPLETED, saver)
+    run.evaluator.add_event_handler(
+        Events.COMPLETED, lambda engine: seen.append((engine.state.metrics["raw_loss"], engine.state.metrics["loss"]))
+    )
+    run.fit()
+    want = [[loss_of(run.net, tensors, run.plan) for tensors in run.ema.batches[step]] for step in (5, 11, 17)]
+    assert [one for pair in seen for one in pair] == pytest.approx([one for pair in want for one in pair], rel=1e-4)
+    assert_training_weights(run)
+
+
+def test_a_pass_over_the_raw_weights_that_fails_leaves_the_evaluator_with_its_handlers(tmp_path: Path) -> None:
+    run = session(tmp_path, plan=Plan(choice=True))
+    run.fit()
+    calls: list[Engine] = []
+    run.evaluator.add_event_handler(Events.COMPLETED, calls.append)
+    Probe(run.net).raises = ("eval", 0, RuntimeError("as planned"))
+    with pytest.raises(RuntimeError, match="as planned"):
+        run.evaluate()
+    run.evaluate()
+    assert len(calls) == 1
+    assert_training_weights(run)
+
+
+def test_a_second_average_of_the_same_run_is_noticed(tmp_path: Path) -> None:
+    run = session(tmp_path, EMA("4ba"), plan=Plan(epochs=1))
+    optimizer = run.objects["optimizer"]
+    Averaging(EMA("4ba"), run.trainer, run.net, optimizer)
+    with pytest.warns(PlanWarning, match="a model should have one average"):
+        run.fit()
+
+
+def test_evaluators_that_are_not_given_use_the_training_weights(tmp_path: Path) -> None:
+    run = session(tmp_path)
+    run.fit()
+    probe, other = Probe(run.net), create_supervised_evaluator(run.net)
+    other.run(run.plan.eval_loader)
+    assert not loops.differences([run.ema.batches[-1][0]] * 2, probe.evaluated)
 
 
 def test_two_averages_are_refused(tmp_path: Path) -> None:

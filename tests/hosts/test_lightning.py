@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,18 +11,23 @@ from typing import Any
 import loops
 import pytest
 import torch
-from host_contract import HostContract, Plan, Probe, Session, Watched, native, net_of, num_tokens, of_net
+from host_contract import HostContract, Plan, Probe, Session, Watched, loss_of, native, net_of, num_tokens, of_net
 from paths import ROOT
 from torch import Tensor, nn
 
-from polyak import EMA, Event, HalfLife, MismatchError, PlanWarning, ProfileError, Record, Recorder
+from polyak import EMA, ArgumentError, Event, HalfLife, MismatchError, PlanWarning, ProfileError, Record, Recorder
 from polyak.averaging.swap import swap_of
 from polyak.trainer.batches import num_samples
 
 lightning = pytest.importorskip("lightning", minversion="2.6")
 
-from lightning.pytorch import LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint  # noqa: E402
+from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.callbacks import (  # noqa: E402
+    Checkpoint,
+    EarlyStopping,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.loggers import Logger  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
 
@@ -102,7 +108,8 @@ class Kept(Logger):
     def values(self, name: str) -> list[float]:
         """Return what was logged at the ends of the three epochs."""
         found = [(step, line[name]) for step, line in self.lines if name in line]
-        assert [step for step, _ in found] == [6, 12, 18]
+        # The step of metrics that Lightning logs at a validation is that before the counter moves.
+        assert [step for step, _ in found] == ([6, 12, 18] if name.startswith("ema/") else [5, 11, 17])
         return [value for _, value in found]
 
 
@@ -115,14 +122,13 @@ class LightningSession:
             saves.append(ModelCheckpoint(folder, "epoch-{step}", save_top_k=-1, save_on_train_epoch_end=True))
             if plan.save_every % plan.steps:
                 saves.append(ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=plan.save_every))
-        weights = ["averaged", "training"] if plan.choice else "averaged"
-        counts = {"num_samples": num_samples, "num_tokens": num_tokens}
-        averaging, self.log = Averaging(algorithm, eval_weights=weights, **counts), Kept()
+        counts = {"num_samples": num_samples, "num_tokens": num_tokens} if plan.counted else {}
+        averaging, self.log = Averaging(algorithm, eval_weights=plan.eval_weights, **counts), Kept()
         precision = MixedPrecision("16-mixed", "cpu", plan.scaler) if plan.scaled else []
         self.trainer = trainer_for(folder, plan, averaging, *saves, logger=self.log, plugins=precision)
 
     def fit(self, resume: Path | None = None) -> None:
-        loaders = [self.plan.eval_loader] * (1 + self.plan.choice) if self.plan.evaluate else None
+        loaders = self.plan.eval_loader if self.plan.evaluate else None
         self.trainer.fit(self.module, self.plan.loader, loaders, ckpt_path=resume)
 
     def evaluate(self) -> None:
@@ -146,6 +152,9 @@ class LightningHost:
     lacks: Mapping[str, str] = {
         "mid-epoch": "Lightning resumes inside an epoch only with a loader that has a state, and torch's has none"
     }
+    losses = "loss", "raw_loss"
+    uncounted = ("sp", "tok", "sec", "iter")
+    known_late = ()
     golden = """
         init fit_start
         epoch_start batch_end
@@ -426,18 +435,21 @@ def test_the_training_weights_can_be_evaluated_too(tmp_path: Path) -> None:
     ema, plan = Watched("4ba"), Plan(epochs=1)
     trainer, module, averaging = fitted(tmp_path, ema, plan=plan)
     probe = Probe(module.net)
-    averaging.eval_weights = "training"
+    averaging.eval_weights = "raw"
     trainer.validate(module, plan.eval_loader, verbose=False)
     assert not loops.differences([ema.batches[-1][0]] * 2, probe.evaluated)
-    averaging.eval_weights = ["averaged", "training"]
+    averaging.eval_weights = ["averaged", "raw"]
     with pytest.raises(ValueError, match="an entry for each of the 1 dataloaders"):
         trainer.test(module, plan.eval_loader, verbose=False)
     trainer.test(module, [plan.eval_loader] * 2, verbose=False)
     weights, average = ema.batches[-1]
     assert not loops.differences([average, average, weights, weights], probe.evaluated[2:])
-    for wrong in ("raw", ["averaged", "raw"]):
-        with pytest.raises(ValueError, match="'averaged' or 'training'"):
+    for wrong in ("best", ["averaged", "best"], ["averaged", "both"], None):
+        with pytest.raises(ArgumentError, match="eval_weights must .*'averaged'"):
             Averaging(EMA(), eval_weights=wrong)
+    for old, new in (("training", "raw"), (["averaged", "training"], ["averaged", "raw"])):
+        with pytest.warns(DeprecationWarning, match="eval_weights='training' is deprecated; write 'raw'"):
+            assert Averaging(EMA(), eval_weights=old).eval_weights == new
 
 
 def test_the_best_checkpoint_has_the_weights_that_were_scored(tmp_path: Path) -> None:
@@ -449,6 +461,101 @@ def test_the_best_checkpoint_has_the_weights_that_were_scored(tmp_path: Path) ->
     alone = Module.load_from_checkpoint(saver.best_model_path, net=net_of(), plan=plan)
     fresh = trainer_for(tmp_path, plan, Averaging(EMA())).validate(alone, plan.eval_loader, verbose=False)
     assert fresh[0]["loss"] == float(saver.best_model_score)
+
+
+class Counter(Callback):
+    """Counts validations, and keeps what callbacks see at their ends."""
+
+    def __init__(self) -> None:
+        self.starts, self.batches, self.seen = 0, 0, list[dict[str, float]]()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.starts += 1
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.batches += 1
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self.seen.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+@pytest.mark.parametrize("monitor", ["loss", "raw_loss"])
+def test_with_both_a_checkpoint_is_kept_by_either_and_holds_what_was_measured(tmp_path: Path, monitor: str) -> None:
+    plan, ema, counter = Plan(epochs=3, evaluate=True, choice=True), Watched("4ba"), Counter()
+    saver = ModelCheckpoint(tmp_path, "{step}-{raw_loss:.3f}", monitor=monitor, save_top_k=-1)
+    stopper = EarlyStopping(monitor, patience=5)
+    module = Module(net_of(), plan)
+    trainer = trainer_for(tmp_path, plan, counter, stopper, Averaging(ema, eval_weights="both"), saver)
+    trainer.fit(module, plan.loader, plan.eval_loader)
+    assert (counter.starts, counter.batches) == (3, 6)  # callbacks see the evaluation of the average alone
+    ends = [ema.batches[step] for step in (5, 11, 17)]
+    want = [loss_of(module.net, average if monitor == "loss" else raw, plan) for raw, average in ends]
+    assert [one[monitor] for one in counter.seen] == pytest.approx(want, rel=1e-4)
+    assert float(saver.best_model_score) == pytest.approx(min(want), rel=1e-4)
+    assert float(stopper.best_score) == pytest.approx(min(want), rel=1e-4)
+    raw, average = ends[want.index(min(want))]
+    saved = torch.load(saver.best_model_path, weights_only=True)
+    assert not loops.differences(average, of_net(saved["state_dict"]))
+    assert not loops.differences(raw, of_net(saved["polyak"]["algorithms"][0][1]["training_model"]))
+    scored = trainer.validate(module, plan.eval_loader, ckpt_path="best", verbose=False)[0]["loss"]
+    assert scored == pytest.approx(loss_of(module.net, average, plan), rel=1e-4)
+
+
+def test_with_both_other_evaluations_have_raw_metrics_too_for_each_dataloader(tmp_path: Path) -> None:
+    plan, ema, log = Plan(epochs=2, evaluate=True), Watched("4ba"), Kept()
+    trainer, module, averaging = fitted(tmp_path, ema, plan=plan, logger=log)
+    averaging.eval_weights = "both"
+    want = [loss_of(module.net, tensors, plan) for tensors in ema.batches[-1]]
+    (found,) = trainer.validate(module, plan.eval_loader, verbose=False)
+    assert [float(trainer.callback_metrics["raw_loss"]), found["loss"]] == pytest.approx(want, rel=1e-4)
+    assert [line["raw_loss"] for _, line in log.lines if "raw_loss" in line] == pytest.approx(want[:1], rel=1e-4)
+    trainer.test(module, [plan.eval_loader] * 2, verbose=False)
+    names = [f"{prefix}loss/dataloader_idx_{i}" for prefix in ("raw_", "") for i in (0, 1)]
+    found = [float(trainer.callback_metrics[name]) for name in names]
+    assert found == pytest.approx([want[0], want[0], want[1], want[1]], rel=1e-4)
+    assert swap_of(module) is None
+
+
+def test_a_pass_over_the_raw_weights_leaves_no_trace_in_training_or_after_an_error(tmp_path: Path) -> None:
+    class Noisy(Module):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            torch.rand(3)
+            super().validation_step(batch, batch_idx)
+
+    def run(weights: str, fails: int = 0) -> tuple[Watched, Any]:
+        plan, ema = Plan(evaluate=True, shuffle=True), Watched("4ba")
+        module = Noisy(net_of("noisy"), plan)
+        probe = Probe(module.net)
+        if fails:
+            probe.raises = ("eval", 0, RuntimeError("as planned"))
+        trainer = trainer_for(tmp_path, plan, Averaging(ema, eval_weights=weights))
+        loops.disturb()
+        with pytest.raises(RuntimeError, match="as planned") if fails else nullcontext():
+            trainer.fit(module, plan.loader, plan.eval_loader)
+        return ema, trainer
+
+    (one, _), (both, _), (failed, trainer) = run("averaged"), run("both"), run("both", fails=1)
+    assert not loops.differences(one.batches, both.batches)
+    assert len(trainer.callbacks) > 0
+    assert not failed.ema_weights_active
+    assert len(failed.batches) == 6
+
+
+def test_an_optimizer_that_is_replaced_in_mid_run_is_noticed(tmp_path: Path) -> None:
+    class Replaces(Module):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.trainer.strategy.optimizers = [torch.optim.SGD(self.net.parameters(), lr=0.1)]
+
+    plan, ema = Plan(evaluate=True), Watched("4ba")
+    with pytest.warns(PlanWarning, match="steps must be counted.* of SGD, which steps the same parameters, were not"):
+        trainer_for(tmp_path, plan, Averaging(ema)).fit(Replaces(net_of(), plan), plan.loader, plan.eval_loader)
+    assert len(ema.batches) == 6
+
+
+def test_a_second_callback_with_an_average_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="more than one stateful callback|provide a unique `state_key`"):
+        trainer_for(tmp_path, Plan(), Averaging(EMA("4ba")), Averaging(EMA("8ba")))
 
 
 def test_a_compiled_module_is_averaged_under_its_own_names(tmp_path: Path) -> None:

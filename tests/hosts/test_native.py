@@ -35,9 +35,9 @@ class NativeSession:
             "optimizers": plan.optimizer(net),
             "loss": nn.functional.cross_entropy,
             "loggers": self.log,
-            "eval_weights": "both" if plan.choice else "averaged",
+            "eval_weights": plan.eval_weights,
             "precision": "amp_fp16" if plan.scaled else "fp32",
-            "num_tokens": num_tokens,
+            "num_tokens": num_tokens if plan.counted else None,
             "progress_bar": False,
             "callbacks": [CheckpointSaver(folder, f"{plan.save_every}ba")] if plan.save_every else [],
         }
@@ -68,6 +68,9 @@ class NativeSession:
 
 class NativeHost:
     lacks: Mapping[str, str] = {}
+    losses = "eval/loss", "eval_raw/loss"
+    uncounted = ("tok", "iter")
+    known_late = uncounted
     golden = """
         init before_load after_load fit_start iteration_start
         epoch_start batch_start batch_end batch_checkpoint

@@ -31,13 +31,7 @@ class PlainSession:
         self.net, self.optimizer = net, plan.optimizer(net)
         self.loader, self.eval_loader = plan.loader, plan.eval_loader
         self.done, self.epoch_rng = 0, torch.get_rng_state()
-        self.attached = self.attach(
-            algorithms,
-            max_duration=f"{plan.epochs}ep",
-            steps_per_epoch=plan.steps,
-            samples_per_step=loops.BATCH * plan.accumulate,
-            tokens_per_step=6 * loops.BATCH * plan.accumulate,
-        )
+        self.attached = self.attach(algorithms, **(plan.lengths if plan.counted else {}))
 
     def attach(self, algorithms: Any, **counts: Any) -> Any:
         return attach(algorithms, self.net, self.optimizer, logger=self.log, **counts)
@@ -139,6 +133,9 @@ class PlainSession:
 
 class PlainHost:
     lacks: Mapping[str, str] = {}
+    losses = None
+    uncounted = ("sp", "tok", "sec", "iter", "ep", "dur")
+    known_late = ()
     golden = """
         init fit_start
         batch_end batch_end epoch_end eval_start eval_end eval_start eval_end

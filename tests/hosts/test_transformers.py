@@ -11,7 +11,7 @@ from typing import Any
 import loops
 import pytest
 import torch
-from host_contract import HostContract, Overflows, Plan, Run, Session, Watched, native, net_of, of_net
+from host_contract import HostContract, Overflows, Plan, Run, Session, Watched, loss_of, native, net_of, of_net
 from paths import ROOT
 from torch import Tensor, nn
 
@@ -50,7 +50,7 @@ class TransformersSession:
         algorithms: Any,
         folder: Path,
         plan: Plan,
-        eval_weights: Any = "averaged",
+        eval_weights: Any = None,
         **arguments: Any,
     ) -> None:
         self.folder, self.plan = folder, plan
@@ -75,7 +75,7 @@ class TransformersSession:
                     "use_cpu": True,
                     "report_to": "none",
                     "disable_tqdm": True,
-                    "include_num_input_tokens_seen": "all",
+                    "include_num_input_tokens_seen": "all" if plan.counted else "no",
                 }
                 | arguments
             ),
@@ -85,7 +85,7 @@ class TransformersSession:
             optimizers=(optimizer := plan.optimizer(model), torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
         )
         self.trainer.accelerator.scaler = plan.scaler  # which it makes for a GPU
-        attach(algorithms, self.trainer, eval_weights="both" if plan.choice else eval_weights)
+        attach(algorithms, self.trainer, eval_weights=eval_weights or plan.eval_weights)
 
     def fit(self, resume: Path | None = None) -> None:
         self.trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
@@ -109,6 +109,9 @@ class TransformersSession:
 
 class TransformersHost:
     lacks: Mapping[str, str] = {}
+    losses = "eval_loss", "eval_raw_loss"
+    uncounted = ("tok", "sec", "iter")
+    known_late = ()
     golden = """
         init fit_start
         epoch_start batch_start batch_end batch_start batch_end epoch_end eval_start eval_end save_start save_end
@@ -355,12 +358,12 @@ def test_a_compiled_model_is_averaged_as_it_is_inside(tmp_path) -> None:
     assert not loops.differences(compiled.ema.state_dict(), resumed.ema.state_dict())
 
 
-@pytest.mark.parametrize("choice", ["both", "training"])
+@pytest.mark.parametrize("choice", ["both", "raw"])
 def test_training_weights_can_be_evaluated_too_or_instead(tmp_path, choice) -> None:
     plan = Plan(evaluate=True)
     both = run(tmp_path, plan=plan, eval_weights=choice).fit()
     weights, average = both.ema.batches[5]
-    expected = {"both": [weights, weights, average, average], "training": [weights, weights]}[choice]
+    expected = {"both": [weights, weights, average, average], "raw": [weights, weights]}[choice]
     assert not loops.differences(expected, both.probe.evaluated[: len(expected)])
     metrics = both.session.trainer.evaluate()
     assert ("eval_raw_loss" in metrics) == (choice == "both")
@@ -369,8 +372,22 @@ def test_training_weights_can_be_evaluated_too_or_instead(tmp_path, choice) -> N
     both.session.predict()
     assert not loops.differences([both.ema.average] * 2, both.probe.evaluated)
     assert not loops.differences(native(plan, "4ba").batches, both.ema.batches)
-    with pytest.raises(ValueError, match="eval_weights must be 'averaged', 'training' or 'both'"):
-        run(tmp_path, eval_weights="raw")
+    with pytest.raises(ValueError, match="eval_weights must be 'averaged', 'raw' or 'both' .got 'best'"):
+        run(tmp_path, eval_weights="best")
+    with pytest.warns(DeprecationWarning, match="eval_weights='training' is deprecated; write 'raw'"):
+        run(tmp_path, eval_weights="training")
+
+
+@pytest.mark.parametrize("metric", ["loss", "raw_loss"])
+def test_with_both_the_best_checkpoint_is_that_of_either_metric_and_holds_what_was_measured(tmp_path, metric) -> None:
+    arguments = BEST | {"load_best_model_at_end": True, "metric_for_best_model": metric, "save_total_limit": 1}
+    best = run(tmp_path, eval_weights="both", **arguments).fit()
+    state = best.session.trainer.state
+    weights, average = best.ema.batches[state.best_global_step - 1]
+    want = loss_of(best.net, average if metric == "loss" else weights, best.plan)
+    assert state.best_metric == pytest.approx(want, rel=1e-4)
+    assert not loops.differences(average, of_net(HOST.loadable(Path(state.best_model_checkpoint))))
+    assert not loops.differences([weights, average], [best.weights, best.ema.average])
 
 
 def test_evaluating_the_training_weights_too_does_not_change_what_training_draws(tmp_path) -> None:

@@ -1,6 +1,7 @@
 import json
 import math
 import warnings
+import weakref
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -373,7 +374,7 @@ def test_the_error_of_a_record_is_estimated_from_its_files(tmp_path, dtype, boun
 def test_the_error_is_that_of_all_tensors_together_whatever_their_chunks(tmp_path, monkeypatch) -> None:
     profile = HalfLife("8ba")
     whole = recorded(tmp_path).error(profile)
-    monkeypatch.setattr("polyak.record.reader._CHUNK", 40)
+    monkeypatch.setattr("polyak.record.combining._CHUNK", 40)
     assert Record(tmp_path).error(profile) == pytest.approx(whole, rel=1e-5)
     assert Record(tmp_path).error(Window("2ba")) < 1e-9
     assert Record(tmp_path).error(Uniform()) < 1e-9
@@ -444,7 +445,7 @@ def test_a_single_segment_gives_its_own_mean_and_nothing_else(tmp_path) -> None:
 
 
 def test_an_average_and_its_warning_read_each_element_of_a_file_once(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("polyak.record.reader._CHUNK", 40)
+    monkeypatch.setattr("polyak.record.combining._CHUNK", 40)
     found = recorded(tmp_path)
     elements = dict.fromkeys(found.tensors, 0)
     read = SegmentFile.read
@@ -483,3 +484,65 @@ def test_an_export_warns_once_of_weights_from_before_the_record(tmp_path) -> Non
         found.export(HalfLife("0.25dur"), tmp_path / "averaged.safetensors")
     assert len(caught) == 1
     assert caught[0].filename == __file__
+
+
+# Several averages in a pass.
+
+
+def test_averages_are_those_of_one_at_a_time_bit_for_bit_whatever_fits_in_a_pass(tmp_path, monkeypatch) -> None:
+    record = recorded(tmp_path)
+    profiles = [HalfLife("8ba", unbiased=True), Uniform(), Window("2ba"), PowerFunction(gamma=3)]
+    want = [Record(tmp_path).average(profile) for profile in profiles]
+    for max_bytes in (1, 200, 4e9):
+        found = list(record.averages(profiles, max_bytes=max_bytes))
+        for mine, theirs in zip(found, want, strict=True):
+            assert list(mine) == list(theirs)
+            assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    monkeypatch.setattr("polyak.record.combining._CHUNK", 40)
+    for mine, theirs in zip(record.averages(profiles), want, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    for profile in profiles:
+        assert record.error(profile) == pytest.approx(Record(tmp_path).error(profile), rel=1e-5)
+
+
+def test_averages_read_each_file_once_for_all_that_fit_in_a_pass(tmp_path, monkeypatch) -> None:
+    record = recorded(tmp_path)
+    read, real = [], SegmentFile.read
+    monkeypatch.setattr(
+        SegmentFile, "read", lambda self, name, *box: read.append((self, name)) or real(self, name, *box)
+    )
+    profiles = [HalfLife(f"{n}ba", unbiased=True) for n in (8, 16, 32)]
+    list(record.averages(profiles))
+    averaged = [name for name, info in record.tensors.items() if info.averaged]
+    once = len(record.segments) * len(averaged) + 3  # the last value of the step counter, for each average
+    assert len(read) == once
+    read.clear()
+    list(record.averages(profiles, max_bytes=1))
+    assert len(read) == 3 * once - 6
+
+
+def test_averages_may_end_at_several_moments(tmp_path) -> None:
+    record = recorded(tmp_path)
+    profile, moments = HalfLife("8ba", unbiased=True), [None, f"{record.segments[-3].end.updates}ba"]
+    for average, moment in zip(record.averages([profile] * 2, moments), moments, strict=True):
+        want = Record(tmp_path).average(profile, moment)
+        assert all(torch.equal(average[name], want[name]) for name in want)
+    with pytest.raises(ValueError, match=r"a moment for each profile \(got 1 for 2 profiles\)"):
+        record.averages([profile] * 2, [None])
+
+
+def test_averages_refuse_a_profile_before_any_file_is_read(tmp_path) -> None:
+    record = recorded(tmp_path)
+    for segment in record.segments:
+        (tmp_path / segment.file).unlink()
+    with pytest.raises(ProfileError, match="finer than the record"):
+        record.averages([Uniform(), HalfLife("0.1ba")])
+
+
+def test_averages_hold_no_more_results_than_fit_in_a_pass(tmp_path) -> None:
+    record = recorded(tmp_path)
+    alive = []
+    for average in record.averages([Uniform()] * 6, max_bytes=150):  # two of 64 bytes
+        alive.append(weakref.ref(average["weight"]))
+        del average
+        assert sum(one() is not None for one in alive) <= 1

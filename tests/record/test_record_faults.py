@@ -663,9 +663,7 @@ def test_a_manifest_of_an_older_version_is_read_and_gets_a_hash(tmp_path) -> Non
 @pytest.mark.parametrize(
     ("dtype", "value", "of"),
     [
-        (torch.float16, 65536.0, torch.float32),
-        (torch.float16, -1e6, torch.float32),
-        (torch.float16, 1e38, torch.bfloat16),
+        (torch.float16, 1e39, torch.float64),
         (torch.bfloat16, 3.4e38, torch.float32),
         (torch.float32, 1e39, torch.float64),
     ],

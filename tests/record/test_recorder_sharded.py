@@ -35,6 +35,8 @@ def unequal(folder: Path) -> list[str]:
     for mine, theirs in zip(one.segments, other.segments, strict=True):
         with one.open(mine) as a, other.open(theirs) as b:
             different += [(mine.file, n) for n in one.tensors if not torch.equal(a.read(n), b.read(n))]
+    mine, theirs = one.raw_weights(), other.raw_weights()
+    different += [("raw", name) for name in theirs if not torch.equal(mine[name], theirs[name])]
     return different
 
 

@@ -8,10 +8,12 @@ from importlib.resources import files
 
 import plotly.graph_objects as go
 import pytest
+import torch
 from plotly.offline import get_plotlyjs
 from records import record, validate
 from safetensors.torch import save_file
 
+import polyak
 from polyak.profiles import HalfLife, PowerFunction, Smoothing, Uniform, Window
 from polyak.record import Record
 from polyak.report.charts import DARK, LIGHT, charts
@@ -19,7 +21,9 @@ from polyak.report.figures import render
 from polyak.report.page import page
 from polyak.report.sweep_figure import sweep_figure
 from polyak.report.swept import swept
-from polyak.report.words import compared, headline, level_label
+from polyak.report.words import compared, headline, level_label, written
+from polyak.report.written import numbers as written_numbers
+from polyak.report.written import write_report
 from polyak.sweeping import Result, sweep
 
 HOSTILE = 'x</script><script>alert(1)</script>"&'
@@ -73,8 +77,12 @@ class Reader(HTMLParser):
         return json.loads(content)
 
     @property
+    def charts(self):
+        return self.data("sweeps")[0]["charts"]
+
+    @property
     def averages(self):
-        return self.data("averages")
+        return self.data("sweeps")[0]["averages"]
 
 
 def without_plotly(text):
@@ -102,8 +110,8 @@ def test_the_page_holds_every_result(run, results) -> None:
     assert len(reader.averages) == len(numbers.points) == len(results) - 2
     words = " ".join(text for _, text in reader.texts)
     for result in results:
-        assert f"{result.metrics['loss']:.4g}" in words
-        assert f"{result.metrics['accuracy']:.4g}" in words
+        assert written(numbers, result.metrics["loss"]) in words
+        assert written(numbers.of("accuracy"), result.metrics["accuracy"]) in words
     for one, point in zip(reader.averages, numbers.points, strict=True):
         assert one["texts"]["value-name"] == point.result.name
         assert one["spoken"].startswith(f"{point.result.name}, loss ")
@@ -133,8 +141,8 @@ def test_ids_are_unique_and_the_slider_works_without_a_mouse(run, results) -> No
 
 def test_the_charts_on_the_page_are_plotly_figures_of_the_same_numbers(run, results) -> None:
     numbers = swept(run, results)
-    drawn = Reader(without_plotly(page(numbers))).data("charts")
-    assert list(drawn) == ["metric", "profile", "error", "distance"]
+    drawn = Reader(without_plotly(page(numbers))).charts
+    assert list(drawn) == ["metric", "metric-1", "profile", "error", "distance"]
     for name, figure in charts(numbers).items():
         assert go.Figure(drawn[name]) == figure
     traces = {trace.get("name"): trace for trace in drawn["metric"]["data"]}
@@ -156,7 +164,7 @@ def test_the_script_finds_the_traces_and_elements_that_it_changes(run, results) 
         assert len(figure.layout.shapes) == 1
     ids = set(Reader(without_plotly(page(swept(run, results)))).ids())
     assert set(re.findall(r'(?:by|read)\("([\w-]+)"\)', script)) <= ids
-    assert {f"{name}-chart" for name in drawn} <= ids
+    assert {f"{name}-chart" for name in drawn if name != "metric-1"} <= ids
 
 
 def test_the_dark_page_replaces_every_colour(run, results) -> None:
@@ -178,12 +186,12 @@ def test_names_from_outside_stay_text(run) -> None:
     results.append(Result(HOSTILE, None, {HOSTILE: 1.0}))
     text = without_plotly(page(swept(run, results)))
     assert "alert(1)</script>" not in text
-    assert len(re.findall("<script", text)) == 6
+    assert len(re.findall("<script", text)) == 4
     assert "my <run>" not in text
     reader = Reader(text)
     assert HOSTILE in " ".join(content for _, content in reader.texts)
     assert len(reader.averages) == 4
-    chart = reader.data("charts")["metric"]
+    chart = reader.charts["metric"]
     assert chart["layout"]["yaxis"]["title"]["text"] == 'x&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;"&amp;'
     assert "<" not in json.dumps(chart)
 
@@ -208,7 +216,7 @@ def test_the_report_shows_any_numbers(run, values, maximize) -> None:
     text = page(numbers)
     reader = Reader(without_plotly(text))
     assert len(reader.averages) == len(numbers.points)
-    assert len(reader.data("charts")) == 4
+    assert len(reader.charts) == 4
     assert render(sweep_figure(numbers), "png").startswith(b"\x89PNG")
 
 
@@ -252,7 +260,7 @@ def test_the_words_name_the_best_average_and_compare_it(run) -> None:
     values = iter([5.0, 3.0, 2.0, 4.0])
     results = sweep(run, lambda _: next(values), [HalfLife(f"{n}ba") for n in (4, 8, 16)], refine=0)
     numbers = swept(run, [*results, Result("raw", None, {"value": 1.5}), Result("online", None, {"value": 2.5})])
-    assert headline(numbers) == "Best: half-life 8ba, with value 2"
+    assert headline(numbers) == "Best: half-life 8ba, with value 2.0"
     assert compared(numbers) == (
         "Lowest of 4 averages of the record my <run>. For comparison: raw weights 1.5, online EMA 2.5. No average of "
         "the record is better than the raw weights."
@@ -288,3 +296,99 @@ def test_the_same_numbers_give_the_same_files(run, results) -> None:
     first, second = swept(run, results), swept(run, results)
     assert page(first) == page(second)
     assert render(sweep_figure(first), "svg") == render(sweep_figure(second), "svg")
+
+
+def test_digits_are_those_that_distinguish_averages_near_the_best(run) -> None:
+    def shown(values, examples=()):
+        results = [
+            Result(
+                f"{n}",
+                HalfLife(f"{n}ba", unbiased=True),
+                {"loss": value},
+                examples={"loss": examples} if i == 0 else {},
+            )
+            for i, (n, value) in enumerate(zip((4, 8, 16, 32, 64), values, strict=True))
+        ]
+        numbers = swept(run, results)
+        return [written(numbers, numbers.value(point)) for point in numbers.points]
+
+    assert shown([0.5123456, 0.51334, 0.519, 0.6, 9.0]) == ["0.5123", "0.5133", "0.5190", "0.6000", "9.0000"]
+    assert shown([0.5, 0.5, 0.5, 0.5, 0.5]) == ["0.5"] * 5
+    assert shown([1.0, 2.0, 3.0, 4.0, 5.0]) == ["1", "2", "3", "4", "5"]
+    noisy = (0.3, 0.7123456) * 8  # their mean is known to about 0.1
+    assert shown([sum(noisy) / 16, 0.51, 0.52, 0.53, 0.6], noisy)[0] == "0.51"
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("several")
+    found = []
+    for name in ("one", "two"):
+        record(folder / name, per_level=None)
+
+        def examples(state):
+            loss = validate(state)["loss"]
+            return {"loss": [float(loss) + 0.1 * i for i in range(8)], "norm": float(state["0.weight"].norm())}
+
+        found.append(sweep(folder / name, examples, at=["50%", "100%"], points=4, refine=0, metric="loss"))
+    return found
+
+
+def test_a_page_may_have_several_moments_and_records(several, tmp_path) -> None:
+    written_files = write_report(several[0], tmp_path, several[1])
+    assert "report.html" in written_files
+    reader = Reader(without_plotly((tmp_path / "report.html").read_text(encoding="utf-8")))
+    sweeps = reader.data("sweeps")
+    assert len(sweeps) == 4
+    for one in sweeps:
+        assert list(one["charts"]) == ["metric", "metric-1", "profile", "error", "distance", "training"]
+        assert set(one["scales"]) == {"metric", "metric-1"}
+        lines = [trace for trace in one["charts"]["metric"]["data"] if trace.get("hoverinfo") == "name"]
+        assert len(lines) == 3
+    words = " ".join(text for _, text in reader.texts)
+    assert "one at 128ba" in words
+    assert "two at" in words
+    assert "loss over training" in words
+    assert {"pick-sweep", "pick-metric"} <= set(reader.ids())
+    assert len(reader.ids()) == len(set(reader.ids()))
+
+
+def test_intervals_on_the_page_are_of_the_difference_from_the_best(several) -> None:
+    numbers = written_numbers(several[0])
+    best = numbers.points[numbers.best]
+    assert numbers.differs_by(best) is None
+    assert numbers.margins(best)[0] > 0.1
+    for point in numbers.points:
+        if point is not best:
+            assert max(numbers.differs_by(point)) < 1e-6  # all examples differ by the same
+    assert "±" in headline(numbers)
+    bars = [trace["error_y"] for trace in charts(numbers)["metric"].to_plotly_json()["data"] if "error_y" in trace]
+    assert bars
+    assert "95 % interval" in page(numbers)
+
+
+def test_the_page_says_where_it_comes_from(several, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/usr/bin/polyak", "sweep", "my run", "--evaluate", "e.py:f"])
+    write_report(several[0], tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "polyak sweep &#x27;my run&#x27; --evaluate e.py:f" in text
+    assert str(several[0].record.folder) in text
+    assert f"polyak {polyak.__version__}, torch {torch.__version__}" in text
+    assert re.search(r"<dd>20\d\d-\d\d-\d\d \d\d:\d\d UTC</dd>", text)
+
+
+def test_the_axis_begins_near_the_best_where_others_are_far(run) -> None:
+    def numbers(values):
+        profiles = [HalfLife(f"{4 + n}ba", unbiased=True) for n in range(len(values))]
+        return swept(run, [Result(f"{p}", p, {"loss": v}) for p, v in zip(profiles, values, strict=True)])
+
+    far = numbers([900.0, 100.0, 1.3, 1.1, 1.0, 1.2, 1.25, 1.22])
+    low, high = far.near_range
+    assert low == pytest.approx(1, abs=0.2)
+    assert high == pytest.approx(1.4, abs=0.3)
+    assert far.log_range == pytest.approx((0, math.log10(900)), abs=0.2)
+    assert list(charts(far)["metric"].layout.yaxis.range) == [low, high]
+    near = numbers([1.4, 1.3, 1.2, 1.1, 1.0, 1.2])
+    assert near.near_range is near.log_range is None
+    assert 'id="pick-scale"' in page(far)
+    assert 'id="pick-scale"' not in page(near)

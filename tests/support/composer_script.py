@@ -11,6 +11,7 @@ import loops
 import torch
 from composer import Callback, ComposerModel, Evaluator, Trainer
 from composer.callbacks import CheckpointSaver
+from composer.metrics import CrossEntropy
 from composer.utils import dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -28,6 +29,12 @@ class Wrapped(ComposerModel):
 
     def loss(self, outputs: Tensor, batch: Sequence[Tensor]) -> Tensor:
         return nn.functional.cross_entropy(outputs, batch[1])
+
+    def get_metrics(self, is_train: bool) -> dict[str, Any]:
+        return {} if is_train else {"CrossEntropy": CrossEntropy()}
+
+    def update_metric(self, batch: Sequence[Tensor], outputs: Tensor, metric: Any) -> None:
+        metric.update(outputs, batch[1])
 
 
 class Keeps(Callback):

@@ -11,12 +11,15 @@ The model is looked at from inside its own ``forward`` (``Probe``) and the avera
 (``Watched``), so that all frameworks are looked at in the same way.
 """
 
+import copy
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,8 +35,9 @@ from paths import ROOT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from polyak import EMA, Event, Trainer
+from polyak import EMA, Event, HalfLife, Recorder, Trainer
 from polyak.averaging.swap import swap_of
+from polyak.errors import ProfileError, TimeError
 
 # Capabilities that a host may lack, for the reason in ``Host.lacks``; tests that need one are skipped with that reason.
 # The table in the README has a row for each.
@@ -87,10 +91,23 @@ class Plan:
     shuffle: bool = False
     choice: bool = False  # whether evaluation is of the training weights too
     scaled: bool = False  # whether there is a gradient scaler
+    weights: str = "averaged"  # those of evaluations, if it is no choice
+    counted: bool = True  # whether the script says how many samples, tokens and steps there are
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
         return torch.amp.GradScaler("cpu", init_scale=2.0) if self.scaled else None
+
+    @property
+    def eval_weights(self) -> Any:
+        return "both" if self.choice else self.weights
+
+    @property
+    def lengths(self) -> dict[str, Any]:
+        """What ``attach`` is told of a loop."""
+        samples = loops.BATCH * self.accumulate
+        per_step = {"samples_per_step": samples, "tokens_per_step": 6 * samples}
+        return {"max_duration": f"{self.epochs}ep", "steps_per_epoch": self.steps, **per_step}
 
     @property
     def data(self) -> TensorDataset:
@@ -138,6 +155,9 @@ class Host(Protocol):
     """A framework. ``net`` maps inputs to logits; a host that needs to wrap it does so in an attribute ``net``."""
 
     lacks: ClassVar[Mapping[str, str]]
+    uncounted: ClassVar[Collection[str]]  # units that are not counted where ``Plan.counted`` is False
+    known_late: ClassVar[Collection[str]]  # those of them of which this is known only when training begins
+    losses: ClassVar[tuple[str, str] | None]  # the names of the loss of the average and of the training weights
     golden: ClassVar[str]  # events of two epochs of two steps, with an evaluation and a checkpoint at the end of each
 
     def session(self, net: nn.Module, algorithm: EMA, folder: Path, plan: Plan) -> Session: ...
@@ -357,6 +377,35 @@ class HostContract:
         assert run.ema.num_updates == want.num_updates
         assert not loops.differences([want.average, want.batches], [run.ema.average, run.ema.batches])
 
+    @pytest.mark.parametrize("unit", ["sp", "tok", "sec", "iter", "ep", "dur"])
+    @pytest.mark.parametrize("argument", ["half_life", "ema_start", "update_interval", "interval of a Recorder"])
+    def test_a_unit_that_is_not_counted_is_an_error_and_no_run_without_an_average(
+        self, tmp_path, unit, argument
+    ) -> None:
+        time = f"{0.1 if unit == 'dur' else 1}{unit}"
+        algorithm = (
+            Recorder(tmp_path / "record", interval=time)
+            if argument == "interval of a Recorder"
+            else EMA(**{"half_life": "4ba", argument: time})
+        )
+        net, plan = net_of(), Plan(epochs=2, counted=False)
+        probe = Probe(net)
+
+        def train() -> None:
+            session = self.host.session(net, algorithm, tmp_path, plan)
+            if unit not in self.host.uncounted or unit in self.host.known_late:
+                session.fit()
+
+        if unit not in self.host.uncounted:
+            if unit == "sec":
+                pytest.skip("a run of no known number of seconds")
+            train()
+            assert algorithm.num_updates > 0
+            return
+        with pytest.raises((TimeError, ProfileError), match=rf"\b{time}'|times in {unit} need"):
+            train()
+        assert probe.trained <= 1
+
     def test_a_fit_after_one_that_failed_counts_each_step_once(self, tmp_path) -> None:
         run = Run(self.host, tmp_path, Plan())
         run.probe.raises = ("train", 4, RuntimeError("as planned"))
@@ -395,6 +444,25 @@ class HostContract:
         run.assert_training_weights()
         assert not loops.differences(native(run.plan, "4ba").batches, run.ema.batches)
 
+    @pytest.mark.parametrize("weights", ["averaged", "raw", "both"])
+    def test_a_metric_with_a_plain_name_is_that_of_the_weights_that_were_asked_for(self, tmp_path, weights) -> None:
+        self.needs("choice")
+        if self.host.losses is None:
+            pytest.skip("its users name the metrics")
+        run = Run(self.host, tmp_path, Plan(evaluate=True, choice=weights == "both", weights=weights)).fit()
+        batches = [run.ema.batches[step] for step in (5, 11, 17)]
+        raw, averaged = ([loss_of(run.net, one[which], run.plan) for one in batches] for which in (0, 1))
+        assert all(abs(one - other) > 1e-4 for one, other in zip(raw, averaged, strict=True))
+        plain, prefixed = self.host.losses
+        assert run.session.logged(plain)[:3] == pytest.approx(raw if weights == "raw" else averaged, rel=1e-4)
+        if weights == "both":
+            assert run.session.logged(prefixed)[:3] == pytest.approx(raw, rel=1e-4)
+        else:
+            with suppress(KeyError, AssertionError):
+                assert not run.session.logged(prefixed)
+        run.assert_training_weights()
+        assert not loops.differences(native(Plan(), "4ba").batches, run.ema.batches)
+
     def test_decay_and_distance_go_to_the_frameworks_own_loggers(self, tmp_path) -> None:
         self.needs("metrics")
         run = Run(self.host, tmp_path, Plan(evaluate=True)).fit()
@@ -431,6 +499,27 @@ class HostContract:
             {"evaluation": run.session.evaluate, "prediction": run.session.predict}.get(during, run.fit)()
         assert run.probe.raised == 1
         run.assert_training_weights()
+
+    @pytest.mark.parametrize("use", ["evaluation", "saving"])
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"half_life": "1000ba"}, r"mostly its first weights: they are 99.7% of it after 5 updates \(half-life"),
+            ({"half_life": "4ba", "ema_start": "8ba"}, r"averaging has not begun.*0 updates at 6ba.*ema_start='8ba'"),
+            ({"half_life": "4ba"}, None),
+            ({"half_life": None, "profile": HalfLife("1000ba", unbiased=True)}, None),
+        ],
+        ids=["young", "raw", "old enough", "unbiased"],
+    )
+    def test_an_average_that_is_raw_or_young_is_used_with_one_warning(self, tmp_path, use, options, message) -> None:
+        self.needs(use)
+        plan = Plan(evaluate=True) if use == "evaluation" else Plan(save_every=6)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Run(self.host, tmp_path, plan, Watched(**options)).fit()
+        found = [str(warning.message) for warning in caught if re.search("mostly its|not begun", str(warning.message))]
+        assert len(found) == (message is not None), found
+        assert message is None or re.search(message, found[0]), found
 
     # What is saved
 
@@ -509,6 +598,15 @@ class HostContract:
         plan = Plan(epochs=2, steps=2, evaluate="evaluation" not in self.host.lacks, save_every=2)
         run = Run(self.host, tmp_path, plan, Watched("1ba")).fit()
         assert " ".join(run.ema.events) == " ".join(self.host.golden.split())
+
+
+def loss_of(net: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> float:
+    """Return the mean loss of a net on the evaluation data, with other tensors."""
+    inputs, labels = plan.eval_data.tensors
+    net = copy.deepcopy(net).eval()
+    net._forward_pre_hooks.clear()
+    with torch.no_grad():
+        return float(nn.functional.cross_entropy(torch.func.functional_call(net, dict(tensors), (inputs,)), labels))
 
 
 class Kills(Probe):

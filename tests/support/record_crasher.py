@@ -30,7 +30,7 @@ def edge(updates: int) -> Edge:
 
 
 def operations() -> list[Callable[[Writer], object]]:
-    """Return appends, with some pins. Each results in a different manifest."""
+    """Return appends, with some pins and raw weights. Each results in a different manifest."""
     result: list[Callable[[Writer], object]] = []
     appended = 0
     for i in range(OPERATIONS):
@@ -38,6 +38,8 @@ def operations() -> list[Callable[[Writer], object]]:
             result.append(lambda writer, i=i: writer.pin(f"at {i}"))
         elif i % 10 == 7:
             result.append(lambda writer, i=i: writer.unpin(f"at {i - 3}"))
+        elif i % 10 == 2:
+            result.append(lambda writer, i=i: writer.keep_raw({"weight": torch.full((64, 64), i / 3)}))
         else:
             result.append(lambda writer, n=appended: append(writer, n))
             appended += 1

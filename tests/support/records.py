@@ -35,14 +35,14 @@ def validate(state: dict[str, Tensor]) -> dict[str, Tensor | float]:
     return {"loss": loss, "accuracy": 1 / (1 + float(loss))}
 
 
-def record(folder: Path, updates: int = 256, interval: int = 2) -> nn.Module:
+def record(folder: Path, updates: int = 256, interval: int = 2, per_level: int | None = 4) -> nn.Module:
     """Train, write the record into ``folder``, and return the model at the end."""
     model = build()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     averaged = {name: value.is_floating_point() for name, value in model.state_dict().items()}
     infos = {name: TensorInfo.of(value, averaged=averaged[name]) for name, value in model.state_dict().items()}
     batches, now = data(), Timestamp(epoch_length=EPOCH)
-    with Writer(folder, infos, max_duration=Time(updates, TimeUnit.BATCH)) as writer:
+    with Writer(folder, infos, per_level=per_level, max_duration=Time(updates, TimeUnit.BATCH)) as writer:
         start, sums = Edge(0, now), dict[str, Tensor]()
         for update in range(1, updates + 1):
             inputs, targets = batches[update % len(batches)]

@@ -46,7 +46,7 @@ def spread(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:
 
 
 def operations(mesh: DeviceMesh | None) -> list[Callable[[Writer], object]]:
-    """Return appends, with some pins."""
+    """Return appends, with some pins and raw weights."""
     result: list[Callable[[Writer], object]] = []
     appended = 0
     for i in range(OPERATIONS):
@@ -54,6 +54,8 @@ def operations(mesh: DeviceMesh | None) -> list[Callable[[Writer], object]]:
             result.append(lambda writer, i=i: writer.pin(f"at {i}"))
         elif i % 10 == 7:
             result.append(lambda writer, i=i: writer.unpin(f"at {i - 3}"))
+        elif i % 10 == 2:
+            result.append(lambda writer, i=i: writer.keep_raw({"weight": spread(torch.full((50, 40), i / 3), mesh)}))
         else:
             result.append(lambda writer, n=appended: append(writer, n, mesh))
             appended += 1
@@ -77,7 +79,8 @@ def stands(folder: Path) -> tuple[object, ...] | None:
         with record.open(segment) as file:
             values = [file.read(name).double().sum().item() for name in record.tensors]
         found.append((segment.start.updates, segment.end.updates, segment.level, values))
-    return repr(found), len(record.segments)
+    raw = record.raw_weights()["weight"].double().sum().item() if record.raw else None
+    return repr(found), len(record.segments), raw
 
 
 def write(folder: Path, meeting: Path, rank: int, size: int, done: int, pipe: int) -> None:

@@ -144,7 +144,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("eval_interval", True, "eval_interval must be a time.*True"),
     ("eval_interval", "4tok", "eval_interval must be .*4tok.*num_tokens="),
     ("eval_interval", Callback, "eval_interval must be a time or a function .*the class Callback"),
-    ("eval_weights", "raw", "eval_weights must be .*'raw'"),
+    ("eval_weights", "best", "eval_weights must be 'averaged', 'raw' or 'both' .*'best'"),
     ("log_interval", None, "log_interval must be a time.*None"),
     ("log_interval", 0, "log_interval must be above 0"),
     ("log_interval", "4tok", "log_interval must be .*4tok.*num_tokens="),

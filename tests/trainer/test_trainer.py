@@ -851,7 +851,7 @@ def test_the_averaged_model_has_the_tensors_of_the_average():
         ({"loss": None}, "give loss="),
         ({"model": Own()}, "needs none"),
         ({"precision": "fp8"}, "fp32, amp_bf16, amp_fp16.*'fp8'"),
-        ({"eval_weights": "raw"}, "'averaged' or 'both'.*'raw'"),
+        ({"eval_weights": "best"}, "'averaged', 'raw' or 'both'.*'best'"),
         ({"grad_accum": 0}, r"grad_accum .*0"),
         ({"max_duration": "0ba"}, "max_duration must be above 0"),
         ({"max_duration": "ten"}, "'ten'"),

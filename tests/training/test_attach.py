@@ -153,7 +153,7 @@ def test_updates_in_epochs_are_at_the_ends_of_epochs() -> None:
     want = reference.online([loop.weights[i] for i in (9, 19, 29, 39)], [0.5] * 3)
     torch.testing.assert_close(ema.ema_model.weight.double(), want, rtol=1e-5, atol=1e-6)
     by_hand = EMA(half_life="1ep")
-    loop = Loop(by_hand)
+    loop = Loop(by_hand, steps_per_epoch="by hand")
     for _ in range(4):
         loop.run(10).attached.end_epoch()
     torch.testing.assert_close(by_hand.ema_model.weight, ema.ema_model.weight)

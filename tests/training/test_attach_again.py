@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 import weakref
 from typing import Any
 
@@ -87,6 +88,7 @@ def optimizer(model: Model) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("held", [True, False])
+@pytest.mark.filterwarnings("ignore:a model should have one average")
 def test_an_average_that_nobody_refers_to_is_released_when_a_cell_runs_again(model, optimizer, held) -> None:
     old, kept = [], []
     for _ in range(4):
@@ -99,6 +101,45 @@ def test_an_average_that_nobody_refers_to_is_released_when_a_cell_runs_again(mod
     assert ema.algorithm.num_updates == 1
     # Nor do hooks remain, but for those of the last that was dropped.
     assert len(optimizer._optimizer_step_post_hooks) == (4 if held else 2)
+
+
+def test_two_averages_that_begin_together_are_meant_unless_they_are_the_same(model, optimizer) -> None:
+    first, second = attach(EMA("5ba"), model, optimizer), attach(EMA("9ba"), model, optimizer)
+    train(model, optimizer, 3)
+    assert first.algorithm.num_updates == second.algorithm.num_updates == 2
+    third, fourth = attach(EMA("5ba"), other := Model(), optimizer := torch.optim.SGD(other.parameters(), lr=0.1)), None
+    fourth = attach(EMA("5ba"), other, optimizer)
+    with pytest.warns(PlanWarning, match="a model should have one average"):
+        train(other, optimizer, 3)
+    del third, fourth
+
+
+@pytest.mark.parametrize("kind", ["held", "rebound", "detached", "other parameters", "a record"])
+def test_a_second_average_of_the_same_steps_is_noticed_where_it_begins(model, optimizer, tmp_path, kind) -> None:
+    first = attach(Recorder(tmp_path / "record", "2ba") if kind == "a record" else EMA("5ba"), model, optimizer)
+    train(model, optimizer, 3)
+    if kind == "rebound":
+        first = attach(EMA("9ba"), model, optimizer)
+    elif kind == "other parameters":
+        model.other = nn.Linear(2, 2)
+        other = torch.optim.SGD(model.other.parameters(), lr=0.1)
+        second = attach(EMA("9ba"), model, other)
+    else:
+        if kind == "detached":
+            first.detach()
+        second = attach(EMA("9ba"), model, optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, 3)
+        if kind == "other parameters":
+            assert second.loop.hooks is not None
+            train(model, other, 3)
+    found = [str(warning.message) for warning in caught]
+    assert len(found) == (kind == "held"), found
+    if found:
+        assert "HalfLife(span=Time(5, 'ba')" in found[0]
+        assert "call detach() of what the first attach returned" in found[0]
+    assert first.algorithm.num_updates > 0
 
 
 def test_an_average_is_updated_while_only_the_algorithm_is_referred_to(model, optimizer) -> None:
@@ -314,7 +355,8 @@ def test_a_unit_that_the_loop_does_not_count_is_an_error_before_the_first_batch(
         ({"ema_start": "8sp"}, "sp for ema_start='8sp'.*samples_per_step="),
         ({"ema_start": "1h"}, "sec for ema_start='3600sec'.*Trainer"),
         ({"update_interval": "30sec"}, "sec for update_interval='30sec'"),
-        ({"ema_start": "1.5ep"}, "ep for ema_start='1.5ep', and it counts only whole.*steps_per_epoch="),
+        ({"ema_start": "1ep"}, "ep for ema_start='1ep', and it counts ba; .*steps_per_epoch='by hand' if you call"),
+        ({"update_interval": "1ep"}, "ep for update_interval='1ep', and it counts ba; .*steps_per_epoch="),
         ({"ema_start": "0.5dur"}, "sp for ema_start='0.5dur', max_duration='100sp'"),
     ],
     ids=str,
@@ -324,9 +366,26 @@ def test_attach_counts_only_the_units_that_it_was_given(model, optimizer, option
         attach(EMA("4ba", **options), model, optimizer, max_duration="100sp")
 
 
+def test_a_share_of_a_run_whose_length_fit_gets_is_known_then(model, optimizer) -> None:
+    data = [(torch.ones(2, 4), torch.ones(2, 2))] * 4
+    ema = EMA("2ba", ema_start="0.5dur")
+    trainer = Trainer(model, data, optimizers=optimizer, algorithms=ema, loss=nn.functional.mse_loss)
+    trainer.fit(duration="2ep")
+    assert ema.num_updates == 4
+    with pytest.raises(TimeError, match="tok for ema_start='4tok'"):
+        Trainer(model, data, optimizers=optimizer, algorithms=EMA(ema_start="4tok"), loss=nn.functional.mse_loss)
+
+
 def test_a_recorders_interval_must_be_counted_too(model, optimizer, tmp_path) -> None:
     with pytest.raises(TimeError, match="the loop must count tok for interval='4tok'"):
         attach(Recorder(tmp_path, interval="4tok"), model, optimizer)
+
+
+def test_a_recorder_whose_segments_are_shares_of_the_run_needs_its_length_where_it_is_attached(
+    model, optimizer, tmp_path
+) -> None:
+    with pytest.raises(TimeError, match="length of a segment must be known"):
+        attach(Recorder(tmp_path), model, optimizer)
 
 
 @pytest.mark.parametrize(
@@ -334,11 +393,21 @@ def test_a_recorders_interval_must_be_counted_too(model, optimizer, tmp_path) ->
 )
 def test_whole_epochs_may_be_counted_by_hand(model, optimizer, options) -> None:
     ema = EMA(**{"half_life": "3ba", **options})
-    with attach(ema, model, optimizer) as attached:
+    with attach(ema, model, optimizer, steps_per_epoch="by hand") as attached:
         for _ in range(4):
             train(model, optimizer, 3)
             attached.end_epoch()
     assert ema.num_updates > 0
+
+
+def test_epochs_that_are_counted_by_hand_have_no_fractions(model, optimizer) -> None:
+    with pytest.raises(TimeError, match="ep for ema_start='1.5ep', and it counts only whole ba, ep"):
+        attach(EMA("4ba", ema_start="1.5ep"), model, optimizer, steps_per_epoch="by hand")
+
+
+def test_a_half_life_in_epochs_of_unknown_length_is_an_error_where_it_is_attached(model, optimizer) -> None:
+    with pytest.raises(ProfileError, match="ep for half_life='1ep', and it counts ba; .*steps_per_epoch="):
+        attach(EMA("1ep"), model, optimizer)
 
 
 def test_a_run_without_an_update_ends_with_a_warning(model, optimizer) -> None:

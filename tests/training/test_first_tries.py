@@ -109,6 +109,7 @@ ATTACHING: list[tuple[str, str]] = [
     ("attach(EMA(), model, optimizer, epochs=3)", "max_duration='10 epochs'"),
     ("attach(EMA(), model, optimizer, steps_per_epoch=2.5)", "steps_per_epoch must be a whole number"),
     ("attach(EMA('1e6 tokens'), model, optimizer)", "tok"),
+    ("attach(EMA('2 epochs'), model, optimizer)", "the loop must count ep .*steps_per_epoch="),
     ("attach(ema.average, new_model, torch.optim.SGD(new_model.parameters(), 0.1))", "make a new EMA"),
 ]
 USING: list[tuple[str, str]] = [
@@ -146,7 +147,7 @@ USING: list[tuple[str, str]] = [
     ("EMA(decay=0.999).model", "attach it first"),
     ("attach(EMA('10 steps', ema_start='99 steps'), model, optimizer).model", "averaging must have begun"),
     ("attach(EMA('10 steps'), model, optimizer).save('new.safetensors')", "averaging must have begun"),
-    ("attach(Recorder('run'), model, optimizer).model", "there must be an EMA among the algorithms"),
+    ("attach(Recorder('run', interval='10ba'), model, optimizer).model", "there must be an EMA among the algorithms"),
     ("update_bn(loader, model)", r"update_bn\(model, loader\) \(got a list, a Sequential\)"),
 ]
 SAVING: list[tuple[str, str]] = [

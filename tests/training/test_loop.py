@@ -11,6 +11,7 @@ from torch import nn
 from polyak import EMA, Algorithm, ArgumentError, CheckpointError, Event, Recorder, Time, Timestamp, TimeUnit
 from polyak.algorithm import as_algorithms
 from polyak.averaging.swap import swap_of
+from polyak.errors import ProfileError, TimeError
 from polyak.training.loop import Loop
 from polyak.training.options import LoopOptions
 from polyak.training.state import LoopState
@@ -64,6 +65,29 @@ def test_an_error_between_two_events_still_fires_the_second() -> None:
         raise RuntimeError("as planned")
     assert loop.state.saving_to is None
     assert not loops.differences(before, loops.bits(loop.state.model))
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [lambda: EMA("4ba", ema_start="100tok"), lambda: EMA("4ba", update_interval="100tok"), lambda: EMA("100tok")],
+)
+def test_a_unit_of_which_the_first_batch_has_none_is_an_error_after_it(algorithm) -> None:
+    loop = Loop([algorithm()], LoopState(loops.perceptron()), counts={TimeUnit.BATCH, TimeUnit.TOKEN})
+    loop.meet()
+    loop.fire(Event.FIT_START)
+    with pytest.raises(
+        (TimeError, ProfileError), match="the loop must count tok for .*100tok.*, and it counts ba; say"
+    ):
+        loop.end_batch(tokens=0)
+
+
+def test_a_batch_without_tokens_is_allowed_where_no_algorithm_needs_them_or_others_had_some() -> None:
+    for algorithm, tokens in ((EMA("4ba"), 0), (EMA("100tok"), 5)):
+        loop = Loop([algorithm], LoopState(loops.perceptron()), counts={TimeUnit.BATCH, TimeUnit.TOKEN})
+        loop.meet()
+        loop.fire(Event.FIT_START)
+        loop.end_batch(tokens=tokens)
+        loop.end_batch(tokens=0)
 
 
 def test_an_epoch_that_was_left_counts_when_the_next_begins() -> None:

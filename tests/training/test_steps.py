@@ -322,14 +322,51 @@ def test_an_optimizer_that_replaces_the_attached_one_is_noticed(gone) -> None:
     second = torch.optim.Adam(model.parameters())
     kept = None if gone else first
     del first
-    train(model, second, steps=4)
-    name = "the optimizer that was attached, which is gone," if gone else "SGD"
-    with pytest.warns(PlanWarning, match=f"3 of {name} were, and since then 4 of Adam"), attached.applied():
-        pass
-    with attached.applied():
-        pass  # once
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, second, steps=4)
+        for _ in range(2):
+            with attached.applied():
+                pass
+    name, steps = ("the optimizer that was attached, which is gone,", 1) if gone else ("SGD", 4)
+    (found,) = [str(warning.message) for warning in caught if "must be counted" in str(warning.message)]  # once
+    assert f"3 of {name} were, and since then {steps} of Adam" in found
     attached.detach()
     del kept
+
+
+def test_an_optimizer_that_steps_instead_of_the_attached_one_for_long_is_noticed_before_an_evaluation() -> None:
+    model = linear()
+    first, second = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.Adam(model.parameters())
+    attached = attach(EMA("3ba"), model, first)
+    train(model, first, steps=3)
+    train(model, second, steps=99)
+    with pytest.warns(
+        PlanWarning, match="3 of SGD were, and since then 100 of Adam.*attach the algorithm to that Adam"
+    ):
+        train(model, second, steps=1)
+    train(model, second, steps=150)
+    attached.detach()
+
+
+def test_two_optimizers_of_the_same_parameters_that_take_turns_are_no_replacement() -> None:
+    model = linear()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    with attach(EMA("3ba"), model, second) as attached:
+        for _ in range(120):
+            train(model, first, steps=1)
+            train(model, second, steps=1)
+        with attached.applied():
+            pass
+
+
+def test_an_optimizer_that_replaces_one_whose_average_nobody_has_is_no_matter() -> None:
+    model = linear()
+    for _ in range(3):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ema = attach(EMA("3ba"), model, optimizer)
+        train(model, optimizer, steps=3)
+    assert ema.average.num_updates == 2
 
 
 def test_optimizers_of_other_parameters_are_ignored() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from polyak.algorithm import MetricLogger, NoLogger
-from polyak.averaging import forecast
+from polyak.averaging import forecast, youth
 from polyak.averaging.online import SWAPS, Action, OnlineAverage
 from polyak.averaging.swap import swap_of
 from polyak.errors import LoanError, TimeError
@@ -11,6 +11,9 @@ from polyak.events import Event, State
 from polyak.sharding import local
 from polyak.tensors.slots import averaged_parameters
 from polyak.time import TimeUnit
+
+# What is done with the weights between an event and the one that ends it, in warnings.
+_USED = {Event.EVAL_START: "evaluated", Event.PREDICT_START: "used to predict", Event.SAVE_START: "saved"}
 
 
 def _nothing(average: OnlineAverage, event: Event, state: State, logger: MetricLogger) -> None:
@@ -65,7 +68,7 @@ def _begin(average: OnlineAverage, event: Event, state: State, logger: MetricLog
         forecast.warn_of_waits(progress, f"averaging begins at {now.batch}")
     schedule.check_clock(state)
     average.shadow = average.new_shadow(state.model)
-    progress.origin, progress.updated_at = schedule.origin(now), now
+    progress.begin(schedule, state)
 
 
 def _update(average: OnlineAverage, event: Event, state: State, logger: MetricLogger) -> None:
@@ -85,11 +88,13 @@ def _update(average: OnlineAverage, event: Event, state: State, logger: MetricLo
 def _swap_in(average: OnlineAverage, event: Event, state: State, logger: MetricLogger) -> None:
     """Put the average in the model until the event that ends what begins now; log metrics before an evaluation."""
     average.agree()
+    if average.shadow is None:
+        youth.warn_of_raw_weights(average.schedule, average.progress, state, _USED[event])
+        return
     if event is Event.EVAL_START:
         _log(average, state, logger)
-    if average.shadow is None:
-        return
     average.warn_of_quarantine()
+    average.warn_of_youth(_USED[event])
     # Set before the swap and reset after the restore, so that an interrupt in between leaves nothing swapped in.
     average.restore_at = SWAPS[event]
     average.shadow.swap_in(average.name)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from polyak.algorithm import check_event
-from polyak.averaging import states
+from polyak.averaging import states, youth
 from polyak.averaging.progress import Progress
 from polyak.averaging.schedule import Schedule
 from polyak.averaging.settings import Settings
@@ -142,7 +142,7 @@ class OnlineAverage:
             return Action.UPDATE if started else Action.BEGIN
         if event in SWAPS:
             # Ranks that train together compare what they have, also if averaging has not begun.
-            wanted = by_hand or ((started or self.ranks is not None) and not self.active)
+            wanted = by_hand or ((started or self.ranks is not None or self._would_warn(state)) and not self.active)
             return Action.SWAP_IN if wanted else Action.NOTHING
         if self.restore_at is not None and event in (self.restore_at, Event.EXCEPTION):
             return Action.RESTORE
@@ -178,6 +178,17 @@ class OnlineAverage:
         """Warn if weights with NaN or inf were kept out since the last call."""
         if self.shadow is not None:
             self.quarantine_warned = self.shadow.warn_of_quarantine(self.quarantine_warned)
+
+    def warn_of_youth(self, what: str) -> None:
+        """Warn, once, if the first weights are more than half of the average.
+
+        Args:
+            what: What is done with the average, such as ``"evaluated"``.
+        """
+        youth.warn_of_youth(self.schedule, self.progress, self.num_updates, what)
+
+    def _would_warn(self, state: State) -> bool:
+        return not self.progress.warned_of_youth and state.timestamp.batch.value > 0
 
     def agree(self, shadow: Shadow | None = None) -> None:
         """Check that the ranks that train together have the same average.

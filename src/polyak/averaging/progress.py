@@ -21,6 +21,11 @@ class Progress:
         fit_from: The batch and the number of updates at which this run began.
         waits: How many updates found weights with NaN or inf, so that averaging could not begin.
         waits_since: The first of these.
+        began: What the profile's clock read when averaging began; None if that is not known.
+        has_history: Whether the number of updates is that of all updates since averaging began; not so for an average
+            that was given, or that Composer saved.
+        max_duration: The length of the run, if it is known.
+        warned_of_youth: Whether a warning has said that the average is young, or that there is none.
     """
 
     origin: Timestamp = field(default_factory=Timestamp)
@@ -31,6 +36,10 @@ class Progress:
     fit_from: tuple[Time, int] | None = None
     waits: int = 0
     waits_since: Timestamp | None = None
+    began: float | None = None
+    has_history: bool = True
+    max_duration: Time | None = None
+    warned_of_youth: bool = False
 
     def wait(self, now: Timestamp) -> None:
         """Count an update that found weights with NaN or inf.
@@ -40,6 +49,18 @@ class Progress:
         """
         self.waits, self.waits_since = self.waits + 1, self.waits_since or now
 
+    def begin(self, schedule: Schedule, run: Run) -> None:
+        """Begin with the weights as they are.
+
+        Args:
+            schedule: How the average updates.
+            run: The run as it is now.
+        """
+        self.origin, self.updated_at = schedule.origin(run.timestamp), run.timestamp
+        self.max_duration, unit = run.max_duration, schedule.unit
+        elapsed = [0.0 if unit is None else at.elapsed(unit, run.max_duration) for at in (self.origin, self.updated_at)]
+        self.began, self.has_history = max(0.0, elapsed[1] - elapsed[0]), True
+
     def resume(self, schedule: Schedule, run: Run) -> None:
         """Continue at the begin of a run, on the clock of the run.
 
@@ -47,6 +68,7 @@ class Progress:
             schedule: How the average updates.
             run: The run at its begin.
         """
+        self.max_duration = run.max_duration
         # A state of Composer's does not have the last update; it was at the end of the last interval.
         self.updated_at = self.updated_at or schedule.last_interval(run.timestamp)
         if run.timestamp.batch < self.updated_at.batch:
@@ -84,3 +106,4 @@ class Progress:
         self.origin = Timestamp.from_state_dict(state["origin"])
         self.updated_at = Timestamp.from_state_dict(state["updated_at"]) if state["updated"] else None
         self.decay = state["decay"]
+        self.began, self.has_history = None, state["updated"]

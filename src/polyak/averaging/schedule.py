@@ -131,13 +131,14 @@ class Schedule:
 
     def requirements(self) -> Iterator[Requirement]:
         """Yield the units that the loop must count, each with the argument that needs it."""
-        yield Requirement(f"update_interval='{self.interval}'", self.interval.unit)
-        # If updates are due at the ends of epochs, only full epochs matter.
+        # The profile first, since the interval follows it by default. If updates are due at the ends of epochs, only
+        # full epochs matter.
+        if self.unit is not None:
+            yield Requirement(named(self.profile).argument, self.unit, not self.by_epoch, of_profile=True)
         if self.start.value:
             fractions = not self.by_epoch and not isinstance(self.start.value, int)
             yield Requirement(f"ema_start='{self.start}'", self.start.unit, fractions)
-        if self.unit is not None:
-            yield Requirement(named(self.profile).argument, self.unit, not self.by_epoch, of_profile=True)
+        yield Requirement(f"update_interval='{self.interval}'", self.interval.unit)
 
     def counts_seconds(self, max_duration: Time | None) -> bool:
         """Return whether the schedule depends on wall-clock time.

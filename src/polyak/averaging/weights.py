@@ -219,6 +219,14 @@ class Shadow:
         """Return the average by name, wherever it is now."""
         return self._swapper.averaged()
 
+    def training_tensors(self) -> dict[str, Tensor]:
+        """Return the training weights of what is averaged by name, wherever they are now: not copies of them."""
+        self._movement.follow_model()
+        found = self._swapper.training()
+        if (swap := swap_of(self._model)) and swap is not self._swapper.swap:
+            found |= {name: tensor for name, tensor in swap.training().items() if name in found}
+        return {name: found[name].detach() for name, (_, averaged) in self.kinds().items() if averaged}
+
     def averaged_model(self) -> nn.Module:
         """Return a module whose tensors are the averages: not copies of them, in eval mode, without gradients.
 

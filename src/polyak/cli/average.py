@@ -10,7 +10,7 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polyak.cli.asking import profile_of
 from polyak.cli.batchnorm import recomputed_statistics
@@ -148,7 +148,7 @@ def run(arguments: Namespace) -> Answer:
 
 
 def _answer(made: "Plan", output: Path, notes: list[str], *, written: bool) -> Answer:
-    rows, plain = list[tuple[str, ...]](), list[dict[str, object]]()
+    rows, plain = list[tuple[str, ...]](), list[dict[str, Any]]()
     for one, weight in zip(made.checkpoints, made.weights, strict=True):
         moment = next((str(Time(value, unit)) for unit, value in one.moment.items()), None)
         rows.append((printable(str(one.path)), moment or "-", f"{weight:.4f}", one.place or f"all of the {one.format}"))

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from polyak.cli.command import Answer, UsageError
-from polyak.cli.files import add_output, check_output
+from polyak.cli.files import add_output, check_output, note_written
 from polyak.cli.output import fields, size, terminal_width
 from polyak.printable import printable
 
@@ -79,6 +79,7 @@ def run(arguments: Namespace) -> Answer:
 
     found = read(source, arguments.names, timm=arguments.timm, key=arguments.key, prefix=arguments.prefix)
     write(found, output, source)
+    note_written(output)
     size_bytes = output.stat().st_size
     rows = [
         ("format", found.format),

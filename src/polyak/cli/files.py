@@ -7,6 +7,7 @@ from pathlib import Path
 from polyak.cli.command import UsageError
 
 SUFFIX = ".safetensors"
+_WRITTEN = set[Path]()  # by this process: a program that calls commands in a loop may write one file again and again
 
 
 def add_output(parser: ArgumentParser) -> None:
@@ -17,6 +18,15 @@ def add_output(parser: ArgumentParser) -> None:
     """
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="the safetensors file to write")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+def note_written(output: Path) -> None:
+    """Remember a file that a command has written: the same process may replace it.
+
+    Args:
+        output: The file.
+    """
+    _WRITTEN.add(Path(os.path.realpath(output)))
 
 
 def check_output(output: Path, *, force: bool, source: Path) -> None:
@@ -42,5 +52,5 @@ def check_output(output: Path, *, force: bool, source: Path) -> None:
         raise UsageError(f"-o must be in a folder that exists (there is no folder {output.parent}); make it first")
     if output.exists() and not output.is_file():
         raise UsageError(f"-o must be a regular or new file (got {output}); choose another")
-    if output.exists() and not force:
+    if output.exists() and not force and to not in _WRITTEN:
         raise UsageError(f"-o must be a new file ({output} exists); choose another, or add --force to replace it")

@@ -88,7 +88,7 @@ def _describe(record: "Record", *, verified: bool) -> dict[str, Any]:
     manifest = load_manifest(record.folder)
     segments = record.segments
     averaged = [info for info in record.tensors.values() if info.averaged]
-    pinned = manifest.files - {segment.file for segment in segments}
+    pinned = manifest.files - set(manifest.current_files)
     plain: dict[str, Any] = {
         "record": str(record.folder),
         "from": None,

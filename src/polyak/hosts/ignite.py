@@ -1,11 +1,13 @@
 """``Averaging`` for Ignite: the algorithms follow a trainer engine; evaluators and checkpoints get the average."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
+from ignite.metrics import Metric
 from torch import nn
 from torch.optim import Optimizer
 
@@ -13,10 +15,12 @@ from polyak.algorithm import Algorithm, as_algorithms
 from polyak.events import Event
 from polyak.time import Time, TimeUnit
 from polyak.training import rng
+from polyak.training.evalweights import EvalWeights, eval_weights_of
 from polyak.training.loop import Loop
 from polyak.training.sizes import BatchSizes
 from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
+from polyak.training.uncountable import refuse_uncountable
 
 
 class _Logger:
@@ -40,14 +44,19 @@ class Averaging:
         trainer: The engine whose process function trains.
         model: In training.
         optimizer: Of several optimizers, the one whose steps are to be counted.
-        evaluators: Engines that evaluate with the average.
+        evaluators: Engines that evaluate with the average, unless ``eval_weights`` says otherwise.
         predictors: Engines that predict with the average.
         gradient_accumulation_steps: Iterations in an optimizer step, for times in ``ep`` and ``dur``.
         num_samples: Function of a batch: how many samples it has; needed for times in ``sp``.
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
+        eval_weights: Which weights the evaluators use: ``"averaged"``, ``"raw"`` (the training weights) or ``"both"``.
+            With both, metrics with plain names are those of the average, which ``saves`` saves; those of the training
+            weights are computed before, without other handlers, and named ``raw_...``.
 
     Raises:
         ArgumentError: If more than one algorithm swaps an average in.
+        TimeError: If a time of an algorithm is in a unit that is not counted.
+        ProfileError: If a profile is in such a unit.
 
     Attributes:
         algorithms: As given.
@@ -65,10 +74,13 @@ class Averaging:
         gradient_accumulation_steps: int = 1,
         num_samples: Callable[[Any], int] | None = None,
         num_tokens: Callable[[Any], int] | None = None,
+        eval_weights: EvalWeights = "averaged",
     ) -> None:
+        eval_weights = eval_weights_of(eval_weights)
         self.algorithms = as_algorithms(algorithms)
         self._sizes = BatchSizes(num_samples, num_tokens)
         self._loop = Loop(self.algorithms, LoopState(model), _Logger(trainer), counts=self._sizes.units)
+        refuse_uncountable(self.algorithms, self._sizes.units)
         self._loop.meet()
         self._optimizer = optimizer
         self._accumulates = gradient_accumulation_steps
@@ -77,8 +89,8 @@ class Averaging:
         self._fitting = self._interrupted = False
         self._random: Mapping[str, Any] | None = None
         self._follow(trainer)
-        for engine in evaluators:
-            self._swap_in(engine, Event.EVAL_START, Event.EVAL_END)
+        for engine in evaluators if eval_weights != "raw" else ():
+            self._swap_in(engine, Event.EVAL_START, Event.EVAL_END, raw_first=eval_weights == "both")
         for engine in predictors:
             self._swap_in(engine, Event.PREDICT_START, Event.PREDICT_END)
 
@@ -173,12 +185,14 @@ class Averaging:
 
     # Swaps
 
-    def _swap_in(self, engine: Engine, start: Event, end: Event) -> None:
+    def _swap_in(self, engine: Engine, start: Event, end: Event, *, raw_first: bool = False) -> None:
         run = engine.run
 
         # Wrapped, because an engine that is terminated or interrupted may never complete.
         @wraps(run)
         def run_with_average(*args: Any, **kwargs: Any) -> Any:
+            raw = _raw_metrics(engine, run, *args, **kwargs) if raw_first else {}
+            engine.state.metrics.update(raw)
             with self._loop.between(start, end):
                 return run(*args, **kwargs)
 
@@ -211,3 +225,25 @@ class Averaging:
         """
         self._loop.load_state_dict(state)
         self._random = state["rng"]
+
+
+def _raw_metrics(engine: Engine, run: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Run an evaluator on the training weights, without handlers but those of metrics; return them as ``raw_...``.
+
+    Handlers of users, such as ``Checkpoint`` and ``EarlyStopping``, act on the metrics of the average alone.
+    """
+    handlers = engine._event_handlers  # noqa: SLF001  it has no public list of them
+    of_metrics = {event: [one for one in added if _is_metric(one[0])] for event, added in handlers.items()}
+    before = dict(engine.state.metrics)
+    engine._event_handlers = defaultdict(list, of_metrics)  # noqa: SLF001
+    try:
+        engine.state.metrics = dict[str, Any]()
+        with rng.preserved():
+            run(*args, **kwargs)
+        return {f"raw_{name}": value for name, value in engine.state.metrics.items()}
+    finally:
+        engine._event_handlers, engine.state.metrics = handlers, before  # noqa: SLF001
+
+
+def _is_metric(handler: Callable[..., Any]) -> bool:
+    return isinstance(getattr(handler, "__self__", None), Metric)

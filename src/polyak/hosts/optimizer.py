@@ -1,6 +1,7 @@
 """``attach`` for training loops of your own: it counts the steps of a torch optimizer by its step hooks."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,7 +21,7 @@ def attach(
     optimizer: Optimizer | None,
     *,
     max_duration: Time | str | int | None = None,
-    steps_per_epoch: int | None = None,
+    steps_per_epoch: int | Literal["by hand"] | None = None,
     samples_per_step: int = 0,
     tokens_per_step: int = 0,
     logger: MetricLogger | None = None,
@@ -37,7 +38,7 @@ def attach(
             Lookahead, the wrapper. None if no step of one optimizer is a batch, as where each parameter has its own
             that steps in the backward pass: then call ``step`` of what this returns, once after each batch.
         max_duration: The length of the run, in any unit or steps, for times in ``dur`` and warnings about the plan.
-        steps_per_epoch: Steps in an epoch, for times in ``ep``.
+        steps_per_epoch: Steps in an epoch, for times in ``ep``; or ``"by hand"`` if you call ``end_epoch`` after each.
         samples_per_step: Samples in a step, for times in ``sp``.
         tokens_per_step: Tokens in a step, for times in ``tok``.
         logger: Where the algorithms log, such as ``TensorBoardLogger`` or anything with its method ``log_metrics``.

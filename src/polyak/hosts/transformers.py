@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback
@@ -18,9 +18,11 @@ from polyak.events import Event
 from polyak.tensors.slots import unwrap
 from polyak.time import Time, TimeUnit
 from polyak.training import rng, sharded
+from polyak.training.evalweights import EvalWeights, eval_weights_of
 from polyak.training.loop import Loop
 from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
+from polyak.training.uncountable import refuse_uncountable
 
 STATE_NAME = "polyak.pt"
 SHARDS_NAME = "polyak"  # a folder, where the state is sharded over ranks
@@ -49,7 +51,7 @@ class Attached(TrainerCallback):
         algorithms: At work on the model that was trained last; none before ``train``.
     """
 
-    def __init__(self, make: Callable[[], Sequence[Algorithm]], trainer: Trainer, eval_weights: str) -> None:
+    def __init__(self, make: Callable[[], Sequence[Algorithm]], trainer: Trainer, eval_weights: EvalWeights) -> None:
         self.algorithms: Sequence[Algorithm] = []
         self._make = make
         self._trainer: Any = trainer
@@ -96,7 +98,7 @@ class Attached(TrainerCallback):
             prefix = kwargs.get("metric_key_prefix", "eval")
             with rng.preserved():
                 raw = run(dataloader, description, *args, **kwargs | {"metric_key_prefix": f"{prefix}_raw"}).metrics
-        with nullcontext() if self._eval_weights == "training" else self._swapped(Event.EVAL_START, Event.EVAL_END):
+        with nullcontext() if self._eval_weights == "raw" else self._swapped(Event.EVAL_START, Event.EVAL_END):
             output = run(dataloader, description, *args, **kwargs)
         output.metrics.update(raw)
         return output
@@ -138,10 +140,7 @@ class Attached(TrainerCallback):
         model = self._trainer.model_wrapped
         if self._loop is None or unwrap(self._loop.state.model) is not unwrap(model):
             self.algorithms = self._make()
-            counts = {TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE}
-            if args.include_num_input_tokens_seen not in (False, "no"):
-                counts.add(TimeUnit.TOKEN)
-            self._loop = Loop(self.algorithms, LoopState(model), _Logger(self._trainer), counts=counts)
+            self._loop = Loop(self.algorithms, LoopState(model), _Logger(self._trainer), counts=_counts(args))
             self._loop.meet()
         loop = self._loop
         loop.state.model = model  # each `train` wraps it again
@@ -210,6 +209,12 @@ class Attached(TrainerCallback):
         self._loop.fire(event)
 
 
+def _counts(args: Any) -> set[TimeUnit]:
+    """Return the units that are counted with these arguments of a trainer."""
+    tokens = args.include_num_input_tokens_seen not in (False, "no")
+    return {TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SAMPLE} | ({TimeUnit.TOKEN} if tokens else set())
+
+
 def _steps_per_epoch(trainer: Any, loader: Any) -> int | None:
     """Return the optimizer steps in an epoch, if the loader knows its length."""
     try:
@@ -248,7 +253,7 @@ def attach(
     algorithms: _Algorithms | Callable[[], _Algorithms],
     trainer: Trainer,
     *,
-    eval_weights: Literal["averaged", "training", "both"] = "averaged",
+    eval_weights: EvalWeights = "averaged",
 ) -> Attached:
     """Average the weights that a ``Trainer`` trains; evaluate, predict and save with the average.
 
@@ -264,20 +269,25 @@ def attach(
         algorithms: ``EMA``, ``Recorder`` or others, one or several; or a function that returns them, which is called
             for each model: where the trainer makes several, by ``model_init`` or in ``hyperparameter_search``.
         trainer: Before ``train`` is called.
-        eval_weights: Those that ``evaluate`` uses; with both, the training weights' metrics are named ``eval_raw_...``.
+        eval_weights: Which weights ``evaluate`` uses: ``"averaged"``, ``"raw"`` (the training weights) or ``"both"``.
+            With both, ``eval_loss`` and all metrics with plain names are those of the average, which the checkpoints
+            have, and those of the training weights are named ``eval_raw_loss``.
 
     Raises:
         NotImplementedError: Under DeepSpeed and FSDP1.
         ArgumentError: If the trainer has algorithms already, more than one of these swaps an average in, or
             ``eval_weights`` is none of its values.
+        TimeError: If a time of an algorithm is in a unit that is not counted, as ``tok`` without
+            ``include_num_input_tokens_seen``.
+        ProfileError: If a profile is in such a unit.
     """
-    if eval_weights not in ("averaged", "training", "both"):
-        raise ArgumentError(f"eval_weights must be 'averaged', 'training' or 'both' (got {eval_weights!r})")
+    eval_weights = eval_weights_of(eval_weights)
     _check(trainer)
     if any(isinstance(callback, Attached) for callback in trainer.callback_handler.callbacks):
         raise ArgumentError(
             "attach must be called once for a trainer (it has algorithms already); give it all in a list"
         )
     if isinstance(algorithms, (Algorithm, Sequence)):
+        refuse_uncountable(as_algorithms(algorithms), _counts(trainer.args))
         return Attached(_made_once(algorithms), trainer, eval_weights)
     return Attached(lambda: as_algorithms(algorithms()), trainer, eval_weights)

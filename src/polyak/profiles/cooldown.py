@@ -21,7 +21,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 
 
 @register
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, slots=True, init=False, repr=False)
 class Cooldown(NamedProfile):
     """Weight the last ``span`` as if the learning rate had fallen to 0 over it: a virtual learning-rate decay.
 
@@ -90,6 +90,19 @@ class Cooldown(NamedProfile):
         return cls(span, shape or "linear")
 
     @property
+    def _shape_name(self) -> str:
+        return (
+            self.shape
+            if isinstance(self.shape, str)
+            else getattr(self.shape, "__qualname__", type(self.shape).__name__)
+        )
+
+    def __repr__(self) -> str:
+        # The same in each process: results of a sweep are found by it.
+        shape = repr(self.shape) if isinstance(self.shape, str) else self._shape_name
+        return f"Cooldown(span={self.span!r}, shape={shape})"
+
+    @property
     def unit(self) -> TimeUnit:
         return self.span.unit
 
@@ -111,5 +124,4 @@ class Cooldown(NamedProfile):
         return f"--cooldown {self.span}:{self.shape}" if isinstance(self.shape, str) else None
 
     def describe(self) -> str:
-        shape = self.shape if isinstance(self.shape, str) else getattr(self.shape, "__name__", "custom")
-        return f"cooldown {self.span}, {shape}"
+        return f"cooldown {self.span}, {self._shape_name}"

@@ -19,7 +19,8 @@ class Ended:
     Args:
         tensors: As ``Writer.append`` takes them.
         start: Where it begins.
-        end: Where it ends.
+        end: Where it ends. If that is where it begins, only the raw weights are written.
+        raw: The raw weights where it ends, at the end of a run.
         written: Whether it is on disk.
         error: Why the last try to write it failed, until that was raised.
         failed: Whether an error was ever raised.
@@ -28,6 +29,7 @@ class Ended:
     tensors: Mapping[str, Tensor]
     start: Edge
     end: Edge
+    raw: Mapping[str, Tensor] | None = None
     written: bool = False
     error: Exception | None = None
     failed: bool = False
@@ -89,7 +91,14 @@ class Appender:
         if ended.written or ended.error is not None:
             return
         try:
-            self.writer.append(ended.tensors, ended.start, ended.end)
+            if ended.end.updates > ended.start.updates:
+                self.writer.append(ended.tensors, ended.start, ended.end)
+                ended.tensors, ended.start = (
+                    dict[str, Tensor](),
+                    ended.end,
+                )  # if the rest fails, only the rest is tried again
+            if ended.raw is not None:
+                self.writer.keep_raw(ended.raw)
             ended.written = True
         except Exception as error:
             ended.error = error

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from polyak.errors import RecordError
 from polyak.record.manifest import Segment
-from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo
+from polyak.storage.safetensors import DTYPES, TensorInfo
 
 # Some of the elements of a tensor: for each dimension a slice with a start and a stop.
 Box = tuple[slice, ...]
@@ -41,6 +41,7 @@ class _Stored:
 
     file: "_Open"
     box: Box
+    dtype: torch.dtype
 
 
 @dataclass(slots=True)
@@ -80,6 +81,14 @@ class SegmentFile:
         self._tensors = tensors
         self._stored = stored
 
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which this segment keeps a tensor.
+
+        Args:
+            name: The tensor's name.
+        """
+        return self._stored[name][0].dtype if self._stored[name] else self._tensors[name].dtype
+
     def read(self, name: str, box: Box | None = None) -> Tensor:
         """Return a tensor, backed by the file if it is in one file: do not write to it.
 
@@ -98,7 +107,7 @@ class SegmentFile:
         found = [(one, common) for one in stored if (common := _common(one.box, box)) is not None]
         if len(found) == 1:
             return _slice(*found[0], name)
-        result = torch.empty([side.stop - side.start for side in box], dtype=info.dtype)
+        result = torch.empty([side.stop - side.start for side in box], dtype=self.dtype(name))
         for one, common in found:
             result[_seen_from(common, box)] = _slice(one, common, name)
         return result
@@ -158,10 +167,11 @@ def _where(path: Path, files: Sequence[_Open], tensors: Mapping[str, TensorInfo]
             box = full_box(found.get_shape())
             if name in places:
                 box = tuple(slice(at, at + b.stop) for at, b in zip(places[name][OFFSETS], box, strict=True))
-            if info is None or found.get_dtype() != DTYPE_NAMES[info.dtype] or not _within(box, info.shape):
+            dtype = DTYPES.get(found.get_dtype())
+            if info is None or dtype is None or not _fits(dtype, info) or not _within(box, info.shape):
                 wrong.add(name)
             else:
-                stored[name].append(_Stored(file, box))
+                stored[name].append(_Stored(file, box, dtype))
     # Boxes do not overlap: if there are as many elements as there must be, none is missing.
     wrong |= {name for name, info in tensors.items() if sum(map(_size, stored[name])) != prod(info.shape)}
     if wrong:
@@ -169,6 +179,11 @@ def _where(path: Path, files: Sequence[_Open], tensors: Mapping[str, TensorInfo]
             f"{path} must hold the tensors of its manifest (got others for {sorted(wrong)[:5]}): restore it from a copy"
         )
     return stored
+
+
+def _fits(dtype: torch.dtype, info: TensorInfo) -> bool:
+    """Return whether a file may keep a tensor in a dtype: a mean that 16 bits cannot hold is kept in more."""
+    return dtype == info.dtype or (info.averaged and dtype.is_floating_point and info.dtype.is_floating_point)
 
 
 def _size(one: _Stored) -> int:

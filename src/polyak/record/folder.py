@@ -198,8 +198,8 @@ def check_tensors(expected: Mapping[str, TensorInfo], got: Mapping[str, Tensor] 
     misshaped = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     if misshaped or expected.keys() != got.keys():
         raise MismatchError(
-            "the tensors must be those that the record keeps; to record others, use another folder, or replace the record "
-            "by overwrite=True:",
+            "the tensors must be those that the record keeps; to record others, use another folder, or replace the "
+            "record by overwrite=True:",
             missing=expected.keys() - got.keys(),
             unexpected=got.keys() - expected.keys(),
             misshaped=misshaped,

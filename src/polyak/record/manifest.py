@@ -17,7 +17,8 @@ from polyak.storage.safetensors import DTYPE_NAMES, DTYPES, TensorInfo
 from polyak.time import Time, Timestamp, TimeUnit
 
 FORMAT = "polyak-record"
-VERSION = 1
+VERSION = 2
+_READABLE = (1, VERSION)  # the first has no `raw`
 MANIFEST = "manifest.json"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -162,6 +163,7 @@ class Manifest:
         aliases: Further names of tied tensors, and the name that each is kept under.
         segments: Oldest first, without gaps.
         pins: By name.
+        raw: The raw weights where the last segment ends, as a segment of no updates, once the run has ended.
 
     Raises:
         RecordError: If they contradict each other.
@@ -173,6 +175,7 @@ class Manifest:
     aliases: Mapping[str, str] = field(default_factory=dict)
     segments: tuple[Segment, ...] = ()
     pins: Mapping[str, Pin] = field(default_factory=dict)
+    raw: Segment | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -194,11 +197,22 @@ class Manifest:
         for segment in self.segments:
             _check_segment(segment, before)
             before = segment
+        if self.raw is not None:
+            end = None if before is None else before.end
+            _require(
+                self.raw.start == self.raw.end == end,
+                f"the raw weights {self.raw.file} must be those where the last segment ends",
+            )
 
     @property
     def files(self) -> set[str]:
         """The names of all files that must stay on disk."""
-        return {segment.file for segment in self.segments}.union(*(pin.files for pin in self.pins.values()))
+        return set(self.current_files).union(*(pin.files for pin in self.pins.values()))
+
+    @property
+    def current_files(self) -> tuple[str, ...]:
+        """The names of the files that the record consists of, without those that only pins keep."""
+        return tuple(one.file for one in (*self.segments, *filter(None, [self.raw])))
 
     def to_json(self) -> str:
         """Return the text of the manifest."""
@@ -213,6 +227,7 @@ class Manifest:
             },
             "aliases": dict(self.aliases),
             "stretches": [segment.to_plain() for segment in self.segments],
+            "raw": None if self.raw is None else self.raw.to_plain(),
             "pins": {name: {"files": list(pin.files), "path": pin.path} for name, pin in self.pins.items()},
         }
         text = json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -244,11 +259,12 @@ class Manifest:
         )
         version = plain.get("version")
         _require(
-            version == VERSION,
-            f"this polyak reads version {VERSION} of the record (got {version!r}): use the polyak that wrote it, or a "
-            "later one",
+            version in _READABLE and not isinstance(version, bool),
+            f"this polyak reads versions {_READABLE[0]} to {VERSION} of the record (got {version!r}): use the polyak "
+            "that wrote it, or a later one",
         )
         names = ("format", "version", "per_level", "max_duration", "tensors", "aliases", "stretches", "pins")
+        names = names if version == 1 else (*names, "raw")
         own_sha256 = plain.pop("sha256", None)
         entry = _fields(plain, "the manifest", names)
         per_level, max_duration, segments = entry["per_level"], entry["max_duration"], entry["stretches"]
@@ -264,6 +280,7 @@ class Manifest:
             },
             segments=tuple(Segment.from_plain(one, f"stretches[{i}]") for i, one in enumerate(segments)),
             pins={name: _pin(pin, f"pins[{name!r}]") for name, pin in _object(entry["pins"], "pins")},
+            raw=None if entry.get("raw") is None else Segment.from_plain(entry["raw"], "raw"),
         )
         _require(
             own_sha256 is None or _has_own_sha256(text),

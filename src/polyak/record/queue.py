@@ -2,9 +2,11 @@
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from polyak.averaging.weights import Shadow
 from polyak.errors import PlanWarning, RecordError
@@ -89,19 +91,18 @@ class SegmentQueue:
             writer.close()
             raise
 
-    def end_segment(self, now: Timestamp, mean: Shadow | None) -> None:
+    def end_segment(self, now: Timestamp, mean: Shadow | None, *, with_raw: bool = False) -> None:
         """End the open segment, and have a copy of it written. The one before must be on disk.
 
         Args:
             now: The clock of the record.
             mean: The running mean; None on ranks that do not record.
+            with_raw: Whether the raw weights are written too, as at the end of a run.
         """
         end, ended = Edge(self.num_updates, now), None
         if mean is not None and self.appender is not None:
-            tensors = {
-                name: sharded_like(tensor, local(tensor).to("cpu", copy=True)) for name, tensor in mean.averages.items()
-            }
-            ended = Ended(tensors, self.open.start, end)
+            raw = _copies(mean.training_tensors()) if with_raw and end.updates else None
+            ended = Ended(_copies(mean.averages) if self.open.count else {}, self.open.start, end, raw)
         self.open = OpenSegment(end, before=ended)
         if ended is not None and self.appender is not None:
             self.appender.begin(ended)
@@ -129,7 +130,7 @@ class SegmentQueue:
         self._waited_s += time.perf_counter() - began
         if warn and waited_before <= _PATIENCE_S < self._waited_s:
             warnings.warn(
-                f"training has waited {self._waited_s:.1f} s for the disk: a segment of {self._interval or 'T/512'} "
+                f"training has waited {self._waited_s:.1f} s for the disk: a segment of {self._interval or 'T/1024'} "
                 f"ends before the last is in {self._folder}; take a longer interval, a faster disk, or a 16-bit dtype",
                 PlanWarning,
                 stacklevel=3,
@@ -140,3 +141,7 @@ class SegmentQueue:
         if self.appender is not None:
             self.appender.close()
             self.appender = None
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: sharded_like(tensor, local(tensor).to("cpu", copy=True)) for name, tensor in tensors.items()}

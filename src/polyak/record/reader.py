@@ -1,32 +1,31 @@
 """``Record``: reads a record that is on disk, one tensor at a time."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from polyak.errors import ArgumentError, RecordError
 from polyak.profiles import Profile
-from polyak.record.files import Box, SegmentFile, check_content, check_size, full_box, hash_in, open_segment
+from polyak.record.combining import Products, combine
+from polyak.record.files import SegmentFile, check_content, check_size, hash_in, open_segment
 from polyak.record.fitting import Fit, error_estimate, finest, fit, warn_of_error
 from polyak.record.manifest import Segment, load_manifest
 from polyak.storage.atomic import replacing
-from polyak.storage.safetensors import TensorInfo, cast, disk_errors, write_tensors
+from polyak.storage.safetensors import TensorInfo, disk_errors, write_tensors
 from polyak.time import Time
-
-# How many numbers are in memory while distances between segments are computed.
-_CHUNK = 1 << 22
 
 
 class Record:
     """A record, as it was when this object was made. Reading needs no lock and changes nothing.
 
     Each file is compared with its hash in the manifest before it is first read, so that a damaged one is an error and
-    gets into no average. Memory is bounded by a few times the largest tensor, in addition to what is returned.
+    gets into no average. Memory is bounded by what is returned, and 4 million numbers or a row of each segment.
 
     Args:
         folder: The folder of the record.
@@ -37,6 +36,7 @@ class Record:
         tensors: What is kept of each tensor, by name.
         aliases: Further names of tied tensors, and the name that each is kept under.
         max_duration: The length of the run, if that was known.
+        raw: Where the raw weights at the end of the record are kept; None if it has none. ``raw_weights`` reads them.
 
     Raises:
         RecordError: If there is no record, or its manifest is wrong.
@@ -63,6 +63,7 @@ class Record:
         self.tensors: Mapping[str, TensorInfo] = manifest.tensors
         self.aliases: Mapping[str, str] = manifest.aliases
         self.max_duration: Time | None = manifest.max_duration
+        self.raw: Segment | None = manifest.raw
         self._products = list[list[float]]()  # of the first segments; see ``Products``
         self._verified = set[Path]()
 
@@ -105,23 +106,102 @@ class Record:
             at: The moment of the average, counted from the start of the run, which must be the end of a segment; None
                 for the last.
             device: For the result; None for the CPU.
-            dtype: For the tensors that are averaged; None for float32.
+            dtype: For the tensors that are averaged; None for float32, and float64 where the record keeps that.
 
         Raises:
             ProfileError: If the record does not resolve the profile.
             TimeError: If ``at`` is not the end of a segment.
             RecordError: If a file is missing, truncated, damaged or foreign, or a value is infinite in ``dtype``.
         """
-        fitted = self._fit(profile, at)
-        products = self._new_products(fitted)
-        result: dict[str, Tensor] = {}
-        with self._opened(fitted.segments) as files:
-            for name, info in self.tensors.items():
-                wanted = _averaged_as(info, dtype).dtype
-                total = _combined(files, name, info, fitted.coefficients, products)
-                result[name] = cast(name, total, wanted).to(device)
-        warn_of_error(profile, error_estimate(fitted, self._keep(products)))
+        return next(self.averages([profile], at, device=device, dtype=dtype))
+
+    def averages(
+        self,
+        profiles: Iterable[Profile],
+        at: Time | str | int | Sequence[Time | str | int | None] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        max_bytes: float = 4e9,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Return the averages under several profiles, in their order: each what ``average`` returns.
+
+        Each file is read once for as many averages as fit into ``max_bytes``, and for one at least. Memory is bounded
+        by ``max_bytes``, or one average, and a few times the largest row of a tensor. An average is released as soon as
+        the caller releases it.
+
+        Args:
+            profiles: As for ``average``.
+            at: As for ``average``, for all profiles, or a list with a moment for each.
+            device: As for ``average``.
+            dtype: As for ``average``.
+            max_bytes: The memory for averages that are computed together.
+
+        Raises:
+            ArgumentError: If there are more or fewer moments than profiles.
+            ProfileError: As ``average``, before any file is read.
+            TimeError: As ``average``, before any file is read.
+            RecordError: As ``average``.
+
+        Example:
+            >>> from polyak.profiles import HalfLife, Window
+            >>> from polyak.record import Edge, Writer
+            >>> from polyak.time import Timestamp
+            >>> edges = [Edge(n, Timestamp().to_next_batch(steps=n)) for n in range(4)]
+            >>> with Writer("three", {"weight": TensorInfo(torch.float32, (1,), averaged=True)}) as writer:
+            ...     for start, end in zip(edges, edges[1:]):
+            ...         segment = writer.append({"weight": torch.tensor([float(end.updates)])}, start, end)
+            >>> [average["weight"].item() for average in Record("three").averages([Window("3ba"), Window("1ba")])]
+            [2.0, 3.0]
+        """
+        asked = list(profiles)
+        moments = list(at) if isinstance(at, Sequence) and not isinstance(at, str) else [at] * len(asked)
+        if len(moments) != len(asked):
+            raise ArgumentError(
+                f"at must have a moment for each profile (got {len(moments)} for {len(asked)} profiles): give as many, "
+                "or one for all"
+            )
+        fits = [self._fit(profile, moment) for profile, moment in zip(asked, moments, strict=True)]
+        return self._in_passes(list(zip(asked, fits, strict=True)), device, dtype, max_bytes)
+
+    def _in_passes(
+        self,
+        asked: Sequence[tuple[Profile, Fit]],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        max_bytes: float,
+    ) -> Iterator[dict[str, Tensor]]:
+        infos = {name: _averaged_as(info, dtype) for name, info in self.tensors.items()}
+        size_bytes = sum(math.prod(info.shape) * info.dtype.itemsize for info in infos.values())
+        together = max(1, int(max_bytes // max(1, size_bytes)))
+        for start in range(0, len(asked), together):
+            part = asked[start : start + together]
+            results = self._combined([fitted for _, fitted in part], infos)
+            for profile, fitted in part:
+                warn_of_error(profile, error_estimate(fitted, self._products))
+                yield self._completed(results.pop(0), device)  # this frame keeps none
+
+    def _completed(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> dict[str, Tensor]:
+        result = {name: tensor.to(device) for name, tensor in tensors.items()}
         return result | {alias: result[name] for alias, name in self.aliases.items()}
+
+    def _combined(self, fits: Sequence[Fit], infos: Mapping[str, TensorInfo]) -> list[dict[str, Tensor]]:
+        """Return averages from one pass over the files, and keep the products that their errors follow from."""
+        segments = max((fitted.segments for fitted in fits), key=len)
+        coefficients = [[*one.coefficients, *[0.0] * (len(segments) - len(one.segments))] for one in fits]
+        products = None if all(one.is_exact for one in fits) else self._new_products(len(segments) - 1)
+        results: list[dict[str, Tensor]] = [{} for _ in fits]
+        with self._opened(segments) as files:
+            for name, info in self.tensors.items():
+                if info.averaged:
+                    made = [torch.empty(info.shape, dtype=infos[name].dtype) for _ in fits]
+                    combine(files, name, info, coefficients, made, products)
+                else:
+                    made = [files[len(one.segments) - 1].read(name).clone() for one in fits]
+                for result, tensor in zip(results, made, strict=True):
+                    result[name] = tensor
+        self._keep(products)
+        return results
 
     def error(self, profile: Profile, at: Time | str | int | None = None) -> float:
         """Estimate the error of ``average``, in units of |last weights - average|.
@@ -180,10 +260,37 @@ class Record:
         with disk_errors(f"exporting to {path}"), self._opened(fitted.segments) as files:
 
             def read(name: str) -> Tensor:
-                return _combined(files, names[name], self.tensors[names[name]], fitted.coefficients)
+                info = self.tensors[names[name]]
+                if not info.averaged:
+                    return files[-1].read(names[name])
+                total = torch.empty(info.shape, dtype=torch.complex128 if info.dtype.is_complex else torch.float64)
+                combine(files, names[name], info, [fitted.coefficients], [total])
+                return total
 
             with replacing(path) as temporary:
                 write_tensors(temporary, infos, read, metadata)
+
+    def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
+        """Return the raw weights at the end of the record by name, bit for bit, in the model's dtypes.
+
+        Args:
+            device: For the result; None for the CPU.
+
+        Raises:
+            RecordError: If the record has none, or a file is missing, truncated, damaged or foreign.
+        """
+        if self.raw is None:
+            raise RecordError(
+                f"a record keeps the raw weights once its run has ended without an error, and {self.folder} has none: "
+                "the run has not ended so, or an earlier version of polyak recorded it; take them from a checkpoint"
+            )
+        averaged = {name: info for name, info in self.tensors.items() if info.averaged}
+        result: dict[str, Tensor] = {}
+        with open_segment(self.folder, self.raw, averaged, self._verified) as raw, self.open(self.segments[-1]) as last:
+            for name in self.tensors:
+                # A copy: what is read is backed by the file, which a resumed run deletes.
+                result[name] = (raw if name in averaged else last).read(name).clone()
+        return self._completed(result, device)
 
     def verify(self) -> None:
         """Compare all files, also those that are kept for checkpoints, with the hashes in the manifest.
@@ -191,11 +298,12 @@ class Record:
         Raises:
             RecordError: If one differs.
         """
-        for segment in self.segments:
+        current = [*self.segments, *filter(None, [self.raw])]
+        for segment in current:
             check_size(self.folder, segment)
         # Reading the manifest verifies it too. The name of a pinned file has the beginning of its hash.
         pinned = load_manifest(self.folder).files
-        hashes = {name: hash_in(name) for name in pinned} | {one.file: one.sha256 for one in self.segments}
+        hashes = {name: hash_in(name) for name in pinned} | {one.file: one.sha256 for one in current}
         for name, sha256 in sorted(hashes.items()):
             check_content(self.folder, name, sha256)
 
@@ -203,19 +311,18 @@ class Record:
         return fit(profile, self.segments, at, max_duration=self.max_duration)
 
     def _error_of(self, fitted: Fit) -> float:
-        products = self._new_products(fitted)
+        products = None if fitted.is_exact else self._new_products(len(fitted.segments) - 1)
         if products is not None:
             with self._opened(fitted.segments) as files:
                 for name, info in self.tensors.items():
                     products.add(files, name, info)
         return error_estimate(fitted, self._keep(products))
 
-    def _new_products(self, fitted: Fit) -> "Products | None":
-        """Return an object to compute the products of the error in; None if they are known, or not needed."""
-        pairs = len(fitted.segments) - 1
-        return None if fitted.is_exact or len(self._products) >= pairs else Products(pairs)
+    def _new_products(self, pairs: int) -> Products | None:
+        """Return an object to compute the products of the error in; None if they are known."""
+        return None if len(self._products) >= pairs else Products(pairs)
 
-    def _keep(self, products: "Products | None") -> list[list[float]]:
+    def _keep(self, products: Products | None) -> list[list[float]]:
         if products is not None:
             self._products = products.sums.tolist()
         return self._products
@@ -226,83 +333,7 @@ class Record:
             yield [stack.enter_context(self.open(segment)) for segment in segments]
 
 
-class Products:
-    """The inner products of the differences between the means of neighbors, of all averaged tensors together.
-
-    Args:
-        pairs: How many pairs of neighbors there are.
-
-    Attributes:
-        sums: For each two pairs, the sum so far.
-    """
-
-    def __init__(self, pairs: int) -> None:
-        self.sums = torch.zeros(pairs, pairs, dtype=torch.float64)
-
-    def add(self, files: Sequence[SegmentFile], name: str, info: TensorInfo) -> None:
-        """Read a tensor and add its products.
-
-        Args:
-            files: The segments, oldest first.
-            name: The tensor's name.
-            info: The tensor.
-        """
-        for box in _boxes(info.shape, _CHUNK // len(files)) if info.averaged and len(files) > 1 else ():
-            self.add_means([file.read(name, box) for file in files])
-
-    @torch.no_grad()
-    def add_means(self, means: Sequence[Tensor]) -> None:
-        """Add the products of some elements of a tensor.
-
-        Args:
-            means: These elements in each segment.
-        """
-        if not len(self.sums):
-            return
-        flat = [_flat(mean) for mean in means]
-        for parts in zip(*(mean.split(max(1, _CHUNK // len(flat))) for mean in flat), strict=True):
-            rows = torch.stack([part.float() for part in parts]).diff(dim=0).neg_()
-            self.sums += (rows @ rows.T).double()
-
-
 def _averaged_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
     if not info.averaged or info.dtype.is_complex:
         return info
-    return replace(info, dtype=dtype or torch.float32)
-
-
-@torch.no_grad()
-def _combined(
-    files: Sequence[SegmentFile],
-    name: str,
-    info: TensorInfo,
-    coefficients: Sequence[float],
-    products: Products | None = None,
-) -> Tensor:
-    """Return a tensor of the average; add to ``products`` from the same reads."""
-    if not info.averaged:
-        return files[-1].read(name).clone()
-    total = torch.zeros(info.shape, dtype=torch.complex128 if info.dtype.is_complex else torch.float64)
-    for box in _boxes(info.shape, _CHUNK // len(files)) if products else (None,):
-        target = total if box is None else total[box]
-        means = [file.read(name, box) if c or products else None for file, c in zip(files, coefficients, strict=True)]
-        for mean, coefficient in zip(means, coefficients, strict=True):
-            if coefficient and mean is not None:
-                target.add_(mean, alpha=coefficient)
-        if products is not None:
-            products.add_means([mean for mean in means if mean is not None])
-    return total
-
-
-def _boxes(shape: tuple[int, ...], most: int) -> Iterator[Box | None]:
-    """Yield the boxes of a tensor to read in turn: all of it, or rows with about ``most`` elements."""
-    if prod(shape) <= most:
-        yield None
-        return
-    rows = max(1, most // prod(shape[1:]))
-    for at in range(0, shape[0], rows):
-        yield slice(at, min(at + rows, shape[0])), *full_box(shape[1:])
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+    return replace(info, dtype=dtype or (torch.float64 if info.dtype == torch.float64 else torch.float32))

@@ -36,14 +36,18 @@ class Recorder(Algorithm):
     model is lost, since the other ranks may be at another batch.
 
     Args:
-        folder: Where the record is kept, on a disk that all ranks see. A record that exists is continued from a checkpoint,
-            replaced with ``overwrite``, and otherwise an error. Under ``Trainer(autoresume=True)``, if there is no checkpoint yet, such a record is moved to
-            ``backup-1`` in the folder, with a warning, and a new one begins.
-        interval: Length of a segment, in any unit. The record does not resolve half-lives below it. None takes a 512th
-            of the run, for which the trainer must know ``max_duration``.
-        per_level: How many segments of one length are kept: 4 is exact to about 1 %, 8 to 0.3 % with half as many
+        folder: Where the record is kept, on a disk that all ranks see. A record that exists is continued from a
+            checkpoint, replaced with ``overwrite``, and otherwise an error. Under ``Trainer(autoresume=True)``, if
+            there is no checkpoint yet, such a record is moved to ``backup-1`` in the folder, with a warning, and a new
+            one begins.
+        interval: Length of a segment, in any unit. The record resolves half-lives of two intervals or more, and of one
+            where it is a whole number of updates. None takes a 1024th of the run, for which the trainer must know
+            ``max_duration``: half-lives of a 512th of the run or more.
+        per_level: How many segments of one length are kept: 4 is exact to about 0.5 %, 8 to 0.2 % with half as many
             files again. None merges nothing, for averages that end anywhere in the run.
-        dtype: Of the files: float32, float16 or bfloat16.
+        dtype: Of the files: float32, float16 or bfloat16. None takes float64 for tensors of that dtype, and float16 for
+            the others. A tensor is kept in float32 in a segment in which float16 would lose more than an eighth of its
+            distance from the segment before, or a value is beyond its range. Complex tensors keep their dtype.
         device: Where the running mean is kept; None for the device of the model.
         policy: Which tensors are averaged and which keep the last value of each segment; the rest are not recorded.
         overwrite: Whether a record that exists in ``folder`` is replaced when a run begins: it is deleted, with the
@@ -77,7 +81,7 @@ class Recorder(Algorithm):
         interval: str | Time | int | None = None,
         per_level: int | None = 4,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         policy: PolicyRule = default_policy,
         overwrite: bool = False,
@@ -144,8 +148,8 @@ class Recorder(Algorithm):
 
     def refuse_uncounted(self, state: State, counted: Collection[TimeUnit]) -> None:
         """Refuse an interval that the loop does not count; see ``Algorithm``."""
-        if self.interval is not None:
-            refuse_uncounted(f"interval='{self.interval}'", self.interval.unit, state, counted)
+        interval = self._settings.interval_of(state) if self.interval is None else self.interval
+        refuse_uncounted(f"interval='{interval}'", interval.unit, state, counted)
 
     def close(self) -> None:
         """Write all that is not on disk yet, and release the record. The end of a run does so by itself.

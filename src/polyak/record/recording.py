@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from polyak.averaging.weights import Shadow
@@ -69,6 +70,8 @@ class Recording:
             self._agree(self._mean)
             roles.refuse_seconds(interval, state.max_duration)
         roles.run(self._open_record)
+        if roles.several is not None:  # ranks that only count must count the segments of the record that rank 0 resumes
+            self._settings = replace(self._settings, interval=roles.several.from_rank_0(self._settings.interval))
         self._fitting = True
         if self.queue.num_updates == 0:
             self.queue.open = OpenSegment(Edge(0, state.timestamp))
@@ -127,10 +130,10 @@ class Recording:
                 self._agree(self._mean)
             self._end_segment(now)
 
-    def _end_segment(self, now: Timestamp) -> None:
+    def _end_segment(self, now: Timestamp, *, with_raw: bool = False) -> None:
         if self._mean is not None and self.queue.appender is not None:
             self._num_quarantined = self._mean.warn_of_quarantine(self._num_quarantined)
-        self.queue.end_segment(now, self._mean)
+        self.queue.end_segment(now, self._mean, with_raw=with_raw)
 
     def end(self) -> None:
         """Close at the end of a run, if a record is open."""
@@ -152,9 +155,10 @@ class Recording:
         try:
             if not self._fitting and not roles.follows:
                 self._open_record()
-            if queue.open.count:
+            if queue.open.count or self._fitting:
                 run(lambda: queue.wait(warn=True))
-                self._end_segment(self._clock.now(self.state.timestamp))
+                # After the run the model may hold other weights than those where the segment ends.
+                self._end_segment(self._clock.now(self.state.timestamp), with_raw=self._fitting)
             run(queue.wait)
         finally:
             self._release()
@@ -213,7 +217,8 @@ class Recording:
         own = self.queue.appender.writer if self.queue.appender else None
         writer = own or self._settings.writer(mean, state, roles.separate())  # after the run it is opened once more
         try:
-            return json.dumps(pinned(writer, state.saving_to, self.queue.num_updates))
+            plain = pinned(writer, state.saving_to, self.queue.num_updates)
+            return json.dumps({**plain, **self._settings.to_resume()})
         finally:
             if own is None:
                 writer.close()
@@ -234,6 +239,7 @@ class Recording:
             self._mean.load_state_dict(state["mean"])
             self._num_quarantined = self._mean.num_quarantined
             self._loaded = state["record"]
+            self._settings = self._settings.resumed(json.loads(state["record"]))
         self._clock.ahead = dict(state.get("ahead", {}))
         self._fitted = False
         start = dict(state["start"])

@@ -1,7 +1,7 @@
 """What a ``Recorder`` was given, and what is made from it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from polyak.time import Time, TimeUnit
 
 # A checkpoint may be written over the last one of its path, and if that fails the last one is still needed.
 _PINS_PER_PATH = 2
+_INTERVAL = Time(1 / 1024, TimeUnit.DURATION)
+# Of records whose checkpoints do not say.
+_EARLIER_INTERVAL, _EARLIER_DTYPE = Time(1 / 512, TimeUnit.DURATION), torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Settings:
     folder: Path
     interval: Time | None
     per_level: int | None
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     device: torch.device | str | None
     policy: PolicyRule
     shown: str
@@ -54,13 +57,30 @@ class Settings:
         Raises:
             TimeError: If it is a share of a run whose ``max_duration`` is not known.
         """
-        interval = Time(1 / 512, TimeUnit.DURATION) if self.interval is None else self.interval
+        interval = _INTERVAL if self.interval is None else self.interval
         if interval.unit is TimeUnit.DURATION and state.max_duration is None:
             raise TimeError(
                 "the length of a segment must be known: give Recorder an interval such as '100ba', or the loop its "
                 f"max_duration (got interval={self.interval})"
             )
         return interval
+
+    def to_resume(self) -> dict[str, str]:
+        """Return what a run that resumes must continue with where its ``Recorder`` is given nothing else."""
+        dtype = {} if self.dtype is None else {"dtype": str(self.dtype).removeprefix("torch.")}
+        return {"interval": (self.interval or _INTERVAL).to_timestring(), "dtype": "", **dtype}
+
+    def resumed(self, plain: Mapping[str, Any]) -> "Settings":
+        """Return these settings with those of the record that a run resumes where the ``Recorder`` is given none.
+
+        Args:
+            plain: What ``to_resume`` returned, among other entries; earlier versions saved none.
+        """
+        if "interval" not in plain:
+            return replace(self, interval=self.interval or _EARLIER_INTERVAL, dtype=self.dtype or _EARLIER_DTYPE)
+        dtype = getattr(torch, plain["dtype"]) if plain["dtype"] else None
+        interval = self.interval or Time.from_timestring(plain["interval"])
+        return replace(self, interval=interval, dtype=self.dtype or dtype)
 
     def new_mean(self, state: State) -> Shadow:
         """Return a running mean of no updates.
@@ -77,8 +97,8 @@ class Settings:
             mean: The running mean, whose tensors are recorded.
             state: Of the loop.
             ranks: As for ``Writer``.
-            new: Whether a run begins that resumes nothing. Then a record that exists is replaced with ``overwrite``, and
-                moved to a backup if the trainer has found no checkpoint to continue it from.
+            new: Whether a run begins that resumes nothing. Then a record that exists is replaced with ``overwrite``,
+                and moved to a backup if the trainer has found no checkpoint to continue it from.
         """
         tensors = {
             name: TensorInfo.of(tensor, averaged=averaged, dtype=self.dtype)

@@ -8,16 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from polyak.errors import RecordError
-from polyak.record.files import Box, Read, Source, check_size, open_segment
+from polyak.record.files import Source, check_size
 from polyak.record.folder import RecordFolder, check_tensors
 from polyak.record.manifest import MANIFEST, Edge, Manifest, Pin, Segment
+from polyak.record.merging import given, kept_as, mean_of, merged_as, own_dtype
 from polyak.record.output import OneFile, Output
-from polyak.sharding import Communicator, OneProcess, local
-from polyak.storage.safetensors import TensorInfo, disk_errors
+from polyak.sharding import Communicator, OneProcess
+from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, disk_errors
 from polyak.time import Time
 
 
@@ -47,6 +47,7 @@ class Writer:
         ShardingError: If another rank has failed, keeps other tensors or does not see the same folder.
 
     Example:
+        >>> import torch
         >>> tensors = {"weight": TensorInfo(torch.float32, (2,), averaged=True)}
         >>> from polyak.time import Timestamp
         >>> start, end = Edge(0, Timestamp()), Edge(1, Timestamp().to_next_batch())
@@ -99,6 +100,11 @@ class Writer:
     stretches = segments  # its earlier name
 
     @property
+    def raw(self) -> Segment | None:
+        """The raw weights that the record holds, if it holds them; see ``keep_raw``."""
+        return self._manifest.raw
+
+    @property
     def pins(self) -> Mapping[str, Pin]:
         """What is kept for checkpoints, by name."""
         return self._manifest.pins
@@ -136,14 +142,43 @@ class Writer:
             start = last  # the same moment, which a loop may by now call the start of the next epoch
         with self._cleaning(f"adding a segment to {self.folder}"):
             # What is merged is compared with its hash first, so that damage does not get into a file with a new hash.
-            segment = self._write(_given(tensors), tensors, start, end, level=0)
+            newest = manifest.segments[-1] if manifest.segments else None
+            infos = kept_as(self.folder, manifest.tensors, newest, tensors, self._ranks)
+            segment = self._write(given(tensors), tensors, start, end, level=0, infos=infos)
             segments = self._merge([*manifest.segments, segment], tensors)
-            self._commit(replace(manifest, segments=tuple(segments)))
+            # The raw weights were those where the record ended before.
+            self._commit(replace(manifest, segments=tuple(segments), raw=None))
         return segment
+
+    def keep_raw(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep the raw weights where the last segment ends, until the next segment is appended.
+
+        After an error the same call may be made again.
+
+        Args:
+            weights: Those of the tensors that are averaged, each in the dtype in which it is kept. On any device.
+                Several ranks give sharded tensors.
+
+        Raises:
+            RecordError: If the record has no segment, or the disk refuses.
+            MismatchError: If the tensors are not the averaged ones of the record.
+            ShardingError: If another rank has failed.
+        """
+        if not self.segments:
+            raise RecordError(f"raw weights must follow a segment, and {self.folder} has none: append one first")
+        averaged = {name: info for name, info in self._manifest.tensors.items() if info.averaged}
+        check_tensors(averaged, weights)
+        kept = {name: replace(info, dtype=own_dtype(weights[name], DTYPE_NAMES)) for name, info in averaged.items()}
+        end = self.segments[-1].end
+        with self._cleaning(f"adding the raw weights to {self.folder}"):
+            # Another object than for segments: it plans once, and these are other tensors.
+            raw = self._write(given(weights), weights, end, end, level=0, infos=kept, output=_output(self._ranks))
+            self._commit(replace(self._manifest, raw=raw))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what ``rewind`` needs, as plain containers. ``pin`` it, or later merges may delete the files."""
-        return {"stretches": [segment.to_plain() for segment in self.segments]}
+        raw = None if self.raw is None else self.raw.to_plain()
+        return {"stretches": [segment.to_plain() for segment in self.segments], "raw": raw}
 
     def rewind(self, state: Mapping[str, Any]) -> None:
         """Make the record what it was when ``state_dict`` was called.
@@ -156,11 +191,12 @@ class Writer:
         """
         entries = state["stretches"]
         segments = tuple(Segment.from_plain(one, f"stretches[{i}]") for i, one in enumerate(entries))
-        if segments == self.segments:
+        raw = None if state.get("raw") is None else Segment.from_plain(state["raw"], "raw")
+        if segments == self.segments and raw == self.raw:
             return
-        self._ranks.on_rank_0(lambda: self._check_sizes(segments))
+        self._ranks.on_rank_0(lambda: self._check_sizes([*segments, *filter(None, [raw])]))
         with self._cleaning(f"rewinding {self.folder}"):
-            self._commit(replace(self._manifest, segments=segments))
+            self._commit(replace(self._manifest, segments=segments, raw=raw))
 
     def _check_sizes(self, segments: Sequence[Segment]) -> None:
         try:
@@ -183,7 +219,7 @@ class Writer:
             RecordError: If the disk refuses.
         """
         relative = None if path is None else Path(os.path.relpath(path, self.folder)).as_posix()
-        pin = Pin(tuple(segment.file for segment in self.segments), relative)
+        pin = Pin(self._manifest.current_files, relative)
         self._set_pins({**self.pins, name: pin})
 
     def unpin(self, name: str) -> None:
@@ -229,29 +265,27 @@ class Writer:
         level = 0
         while (i := due([segment.level for segment in segments], level, self._manifest.per_level)) is not None:
             older, newer = segments[i], segments[i + 1]
-            merged = self._write(self._mean(older, newer), like, older.start, newer.end, level=older.level + 1)
+            infos = merged_as(self.folder, self._manifest.tensors, (older, newer), like, self._ranks)
+            source = mean_of(self.folder, self._manifest.tensors, older, newer)
+            merged = self._write(source, like, older.start, newer.end, level=older.level + 1, infos=infos)
             segments = [*segments[:i], merged, *segments[i + 2 :]]
             level += 1
         return segments
 
-    @contextmanager
-    def _mean(self, older: Segment, newer: Segment) -> Iterator[Read]:
-        infos = self._manifest.tensors
-        with open_segment(self.folder, older, infos) as old, open_segment(self.folder, newer, infos) as new:
-
-            def read(name: str, box: Box | None) -> Tensor:
-                if not infos[name].averaged:
-                    return new.read(name, box)
-                exact = torch.complex128 if infos[name].dtype.is_complex else torch.float64
-                total = old.read(name, box).to(exact).mul_(older.num_updates)
-                total.add_(new.read(name, box), alpha=newer.num_updates)
-                return total.div_(older.num_updates + newer.num_updates)
-
-            yield read
-
-    def _write(self, source: Source, like: Mapping[str, Tensor], start: Edge, end: Edge, *, level: int) -> Segment:
+    def _write(
+        self,
+        source: Source,
+        like: Mapping[str, Tensor],
+        start: Edge,
+        end: Edge,
+        *,
+        level: int,
+        infos: Mapping[str, TensorInfo] | None = None,
+        output: Output | None = None,
+    ) -> Segment:
         metadata = {"format": "pt", "polyak.updates": f"{start.updates}-{end.updates}"}
-        written = self._output.write(self.folder, self._manifest.tensors, like, source, metadata)
+        infos, output = infos or self._manifest.tensors, output or self._output
+        written = output.write(self.folder, infos, like, source, metadata)
         segment = Segment(start, end, level, written.size_bytes, written.sha256, written.sharded)
         return self._ranks.on_rank_0(lambda: self._files.name(written, segment))
 
@@ -272,7 +306,7 @@ class Writer:
                 yield
         except BaseException:
             if self._ranks.rank == 0 and (found := self._files.clean_after_an_error()) is not None:
-                self._manifest = replace(self._manifest, segments=found.segments, pins=found.pins)
+                self._manifest = replace(self._manifest, segments=found.segments, pins=found.pins, raw=found.raw)
             raise
 
 
@@ -297,9 +331,3 @@ def _output(ranks: Communicator) -> Output:
     from polyak.record.shards import ShardFiles  # noqa: PLC0415  importing DCP takes as long as half of torch
 
     return ShardFiles(ranks)
-
-
-@contextmanager
-def _given(tensors: Mapping[str, Tensor]) -> Iterator[Read]:
-    # The box that this rank is asked for is its local shard.
-    yield lambda name, _: local(tensors[name])

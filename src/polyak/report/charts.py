@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from polyak.report.swept import Point, Swept
-from polyak.report.words import level_label, measured, percent
+from polyak.report.words import level_label, percent, written
 
 LIGHT = {
     "paper": "#ffffff",
@@ -39,14 +39,15 @@ _FROM_ZERO: dict[str, Any] = {"rangemode": "tozero", "autorangeoptions": {"minal
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 
 
-def charts(swept: Swept) -> dict[str, go.Figure]:
-    """Return the charts by name, with the best average chosen.
+def charts(swept: Swept, others: Sequence[Swept] = ()) -> dict[str, go.Figure]:
+    """Return the charts by name, with the best average chosen. Further metrics are ``metric-1``, ``metric-2``, ...
 
     Args:
         swept: The numbers of the sweep.
+        others: Sweeps at other moments, or of other records, whose half-lives are thin lines in the charts of metrics.
     """
-    return {
-        "metric": _metric(swept),
+    metrics = {f"metric-{i}" if i else "metric": _metric(swept.of(m), others) for i, m in enumerate(swept.metrics)}
+    return metrics | {
         "profile": _profile(swept),
         "error": _percentages(swept, error_of, twice=True),
         "distance": _percentages(swept, distance_of),
@@ -75,17 +76,63 @@ def _hundredfold(share: float | None) -> float | None:
     return None if share is None or not math.isfinite(share) else 100 * share
 
 
-def _metric(swept: Swept) -> go.Figure:
+def training(moments: Sequence[Swept]) -> go.Figure:
+    """Return a chart of the metric over training: of the best average at each moment, and of the newest mean.
+
+    Args:
+        moments: The sweeps of one record, oldest first.
+    """
+    ends = [one.edges[-1] for one in moments]
+    figure = _figure(moments[-1], half_lives=False)
+    best = [one.points[one.best] for one in moments]
+    figure.add_scatter(
+        x=ends,
+        y=[one.value(point) for one, point in zip(moments, best, strict=True)],
+        error_y=_bars([one.margins(point) for one, point in zip(moments, best, strict=True)]),
+        text=[
+            _plain(f"at {one.at or 'the end'}: {point.result.name}, {one.metric} {written(one, one.value(point))}")
+            for one, point in zip(moments, best, strict=True)
+        ],
+        hoverinfo="text",
+        mode="lines+markers",
+        line={"color": LIGHT["averaged"], "width": 2.5},
+        marker={"size": 9},
+        name="best average",
+    )
+    least = [min(one.points, key=lambda point: point.half_life) for one in moments]
+    figure.add_scatter(
+        x=ends,
+        y=[one.value(point) for one, point in zip(moments, least, strict=True)],
+        mode="lines+markers",
+        line={"color": LIGHT["raw"], "width": 1.5, "dash": "dash"},
+        marker={"size": 6},
+        name="newest mean, hardly averaged",
+        hoverinfo="y",
+    )
+    figure.update_xaxes(range=[0, ends[-1] * 1.03])
+    figure.update_yaxes(title={"text": _plain(moments[-1].metric)})
+    figure.update_layout(showlegend=True)
+    return figure
+
+
+def _metric(swept: Swept, sweeps: Sequence[Swept] = ()) -> go.Figure:
     figure = _figure(swept)
+    for one in (other.of(swept.metric) for other in sweeps):
+        if line := one.line:
+            x, y = zip(*line, strict=True)
+            quiet = {"color": LIGHT["quiet"], "width": 1}
+            name = _plain(one.label)
+            figure.add_scatter(x=x, y=y, mode="lines", line=quiet, name=name, hoverinfo="name")
     on_line = [point for point in swept.points if point.on_line and swept.known(point)]
     others = [point for point in swept.points if not point.on_line and swept.known(point)]
     for level in swept.levels:
         line = {"color": LIGHT.get(level.name, LIGHT["quiet"]), "width": 2, "dash": _DASHES.get(level.name, "dashdot")}
-        name = _plain(level_label(level))
+        name = _plain(level_label(level, swept))
         figure.add_scatter(x=_ends(swept), y=[level.value] * 2, mode="lines", line=line, name=name, hoverinfo="name")
     figure.add_scatter(
-        **_hovered(on_line, lambda point: f"{swept.metric} {measured(swept.value(point))}"),
+        **_hovered(on_line, lambda point: _value(swept, point)),
         y=[swept.value(point) for point in on_line],
+        error_y=_bars([swept.differs_by(point) for point in on_line]),
         mode="lines+markers",
         line={"color": LIGHT["averaged"], "width": 2.5},
         marker={"color": LIGHT["averaged"], "size": 8},
@@ -93,8 +140,9 @@ def _metric(swept: Swept) -> go.Figure:
     )
     if others:
         figure.add_scatter(
-            **_hovered(others, lambda point: f"{swept.metric} {measured(swept.value(point))}"),
+            **_hovered(others, lambda point: _value(swept, point)),
             y=[swept.value(point) for point in others],
+            error_y=_bars([swept.differs_by(point) for point in others]),
             mode="markers",
             marker=_hollow(9),
             name="other profiles",
@@ -105,8 +153,9 @@ def _metric(swept: Swept) -> go.Figure:
         x=[best.half_life], y=[swept.value(best)], mode="markers", marker=ring, name="best", hoverinfo="skip"
     )
     _add_chosen(figure, best, swept.value(best), name="chosen")
-    figure.update_yaxes(range=swept.metric_range, title={"text": _plain(swept.metric)})
-    figure.update_traces(cliponaxis=False, selector=lambda trace: trace.mode != "lines")
+    figure.update_yaxes(range=swept.near_range or swept.metric_range, title={"text": _plain(swept.metric)})
+    if swept.near_range is None:
+        figure.update_traces(cliponaxis=False, selector=lambda trace: trace.mode != "lines")
     figure.update_layout(showlegend=True)
     return figure
 
@@ -235,6 +284,21 @@ def _hovered(points: Sequence[Point], text: Callable[[Point], str]) -> dict[str,
         "text": [_plain(f"{point.result.name}: {text(point)}") for point in points],
         "hoverinfo": "text",
     }
+
+
+def _value(swept: Swept, point: Point) -> str:
+    margins = swept.margins(point)
+    interval = "" if margins is None else f" ± {written(swept, max(margins))}"
+    return f"{swept.metric} {written(swept, swept.value(point))}{interval}"
+
+
+def _bars(margins: Sequence[tuple[float, float] | None]) -> dict[str, Any] | None:
+    """Return the bars of 95 % intervals; None if no point has one."""
+    if not any(margins):
+        return None
+    below, above = zip(*(one or (None, None) for one in margins), strict=True)
+    shape = {"color": LIGHT["averaged"], "thickness": 1.2, "width": 4}
+    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, **shape}
 
 
 def _hollow(size: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The report of a sweep as one HTML file with Plotly charts. It contains plotly.js and loads nothing from a network."""
+"""The report of sweeps as one HTML file with Plotly charts. It contains plotly.js and loads nothing from a network."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -9,19 +9,27 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from polyak.profiles import named
-from polyak.report.charts import DARK, LIGHT, charts, distance_of, error_of
+from polyak.report.charts import DARK, LIGHT, charts, distance_of, error_of, training
+from polyak.report.panels import panels, table
+from polyak.report.provenance import Provenance
 from polyak.report.swept import Point, Swept
-from polyak.report.words import compared, headline, level_label, measured, number, other_name, percent, younger
+from polyak.report.words import compared, headline, percent, written, younger
+
+_SCALES = {"near": "near the best", "all": "all averages", "log": "logarithmic"}
 
 
-def page(swept: Swept) -> str:
+def page(swept: Swept, *others: Swept, about: Provenance | None = None, notes: Sequence[str] = ()) -> str:
     """Return the HTML of the page.
 
     Args:
-        swept: The numbers of the sweep.
+        swept: The numbers of the sweep that is shown first.
+        *others: Those of the same record at other moments, or of other records.
+        about: Where the page comes from; None for nothing about it.
+        notes: Further sentences about the result.
     """
-    here = files("polyak.report")
+    here, sweeps = files("polyak.report"), [swept, *others]
     style, script = (here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    notes = "".join(f'<p class="quiet">{escape(note)}</p>' for note in filter(None, (compared(swept), *notes)))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -37,7 +45,9 @@ script-src 'unsafe-inline'">
 <main>
 <header>
 <h1>{escape(headline(swept))}</h1>
-<p class="quiet">{escape(compared(swept))}</p>
+{notes}
+<p class="quiet">Each average is a mean of the weights of one training run, made after it. The half-life says how far
+back it reaches: weights that are one half-life older count half as much.</p>
 </header>
 <div class="note" role="note">
 <p><strong>Choose on validation data.</strong> If the half-life is chosen on the test set, the test result is biased:
@@ -45,17 +55,15 @@ the best of many values is partly luck. Report the metric of the chosen average 
 </p>
 </div>
 <noscript><p class="note">The charts need JavaScript. The table below has all numbers.</p></noscript>
-{_chooser(swept)}
+{_chooser(sweeps)}
 <div class="panels">
-{_figures(swept)}
+{panels(sweeps)}
 </div>
-{_table(swept)}
-{_about(swept)}
+{table(sweeps)}
+{_about(swept, about)}
 </main>
-{_data("charts", {name: chart.to_plotly_json() for name, chart in charts(swept).items()})}
-{_data("averages", _averages(swept))}
+{_data("sweeps", _sweeps(sweeps))}
 {_data("colours", {LIGHT[name]: DARK[name] for name in LIGHT})}
-{_data("edges", _rounded(swept.edges))}
 <script>{get_plotlyjs()}</script>
 <script>
 {script}</script>
@@ -71,101 +79,79 @@ def _data(identity: str, data: Any) -> str:
     return f'<script type="application/json" id="{identity}">{text}</script>'
 
 
+def _sweeps(sweeps: Sequence[Swept]) -> list[dict[str, Any]]:
+    """Return what the script draws: for each sweep its charts, the scales of the axis, and what the slider changes."""
+    moments = of_one_record(sweeps)
+    plain = list[dict[str, Any]]()
+    for one in sweeps:
+        drawn = charts(one, [other for other in sweeps if other is not one])
+        if len(moments) > 1:
+            drawn["training"] = training(moments)
+        metrics = {f"metric-{i}" if i else "metric": one.of(name) for i, name in enumerate(one.metrics)}
+        plain.append(
+            {
+                "charts": {name: chart.to_plotly_json() for name, chart in drawn.items()},
+                "scales": {
+                    name: {"near": numbers.near_range, "all": numbers.metric_range, "log": numbers.log_range}
+                    for name, numbers in metrics.items()
+                },
+                "averages": [_average(one, i) for i in range(len(one.points))],
+                "best": one.best,
+                "edges": _rounded(one.edges),
+            }
+        )
+    return plain
+
+
+def of_one_record(sweeps: Sequence[Swept]) -> list[Swept]:
+    """Return the sweeps of the record of the first, oldest moment first.
+
+    Args:
+        sweeps: All.
+    """
+    return sorted((one for one in sweeps if one.folder == sweeps[0].folder), key=lambda one: one.edges[-1])
+
+
 def _rounded(values: Sequence[float]) -> list[float]:
     """Return values in six significant digits, which a screen cannot resolve."""
     return [float(f"{value:.6g}") for value in values]
 
 
-def _figures(swept: Swept) -> str:
-    best = "Higher" if swept.maximize else "Lower"
-    hollow = any(not point.on_line for point in swept.points)
-    values = "; ".join(f"{point.result.name} {measured(swept.value(point))}" for point in swept.points)
-    values += "".join(f"; {level_label(level)}" for level in swept.levels)
-    return "\n".join(
-        (
-            _figure(
-                "metric",
-                f"{swept.metric} against half-life",
-                f"{best} is better. The ring is the best average, the dot is the chosen one."
-                + (" Hollow: other profiles, at the median age of what they average." if hollow else ""),
-                f"{swept.metric} against half-life in {swept.unit}: {values}",
-                "wide",
-            ),
-            _figure(
-                "profile",
-                "The weight of each moment of training in the chosen average",
-                "Steps: the segments of the record; the newer half of the average is dark. Dashed: the profile itself.",
-                f"The weight of each moment of training in the chosen average, from {number(swept.edges[0])} to "
-                f"{number(swept.edges[-1])} {swept.unit}; half of the average is of weights after the dotted line",
-                "wide low",
-            ),
-            _figure(
-                "error",
-                "Estimated error of the average",
-                "Relative to |last weights - average|, computed from the record alone. It is an estimate, not a bound; "
-                "the band reaches to twice the estimate.",
-                _spoken("Estimated error", swept.points, lambda point: point.result.error),
-            ),
-            _figure(
-                "distance",
-                "Distance between weights and average",
-                "|newest mean - average| / |newest mean|: how far the average is from the end of the run.",
-                _spoken("Distance from the newest mean", swept.points, lambda point: point.result.distance),
-            ),
-        )
-    )
-
-
-def _spoken(heading: str, points: Sequence[Point], value_of: Callable[[Point], float | None]) -> str:
-    return f"{heading}: " + "; ".join(f"{point.result.name} {percent(value_of(point))}" for point in points)
-
-
-def _figure(name: str, heading: str, caption: str, summary: str, kind: str = "") -> str:
-    """Return a frame for a chart, with a summary in words for screen readers."""
-    return (
-        f'<figure class="{kind}"><h2>{escape(heading)}</h2><figcaption>{escape(caption)}</figcaption>'
-        f'<div class="chart" id="{name}-chart" role="img" aria-label="{escape(summary)}"></div></figure>'
-    )
-
-
-def _averages(swept: Swept) -> list[dict[str, Any]]:
-    """Return what the slider changes: for each average the texts, and the data of the traces that follow it."""
-    return [
-        {
-            "texts": _texts(swept, point),
-            "spoken": f"{point.result.name}, {swept.metric} {measured(swept.value(point))}"
-            + (", the best" if i == swept.best else ""),
-            "best": i == swept.best,
-            "x": point.half_life,
-            "heights": {
-                "metric": swept.value(point) if swept.known(point) else None,
-                "error": error_of(point),
-                "distance": distance_of(point),
-            },
-            "since": point.since,
-            "steps": _rounded(point.steps),
-            "curve": _rounded(point.curve),
-        }
-        for i, point in enumerate(swept.points)
-    ]
+def _average(swept: Swept, i: int) -> dict[str, Any]:
+    """Return the texts of an average, and the data of the traces that follow the slider."""
+    point, heights = swept.points[i], dict[str, float | None]()
+    for number, name in enumerate(swept.metrics):
+        of = swept.of(name)
+        heights[f"metric-{number}" if number else "metric"] = of.value(point) if of.known(point) else None
+    return {
+        "texts": _texts(swept, point),
+        "spoken": f"{point.result.name}, {swept.metric} {written(swept, swept.value(point))}"
+        + (", the best" if i == swept.best else ""),
+        "best": i == swept.best,
+        "x": point.half_life,
+        "heights": {**heights, "error": error_of(point), "distance": distance_of(point)},
+        "since": point.since,
+        "steps": _rounded(point.steps),
+        "curve": _rounded(point.curve),
+    }
 
 
 def _texts(swept: Swept, point: Point) -> dict[str, str]:
     result = point.result
     return {
         "value-name": result.name,
-        **{f"value-{i}": measured(value) for i, value in enumerate(result.metrics.values())},
+        **{f"value-{i}": written(of := swept.of(m), of.value(point)) for i, m in enumerate(swept.metrics)},
         "value-error": percent(result.error),
         "value-distance": percent(result.distance),
         "value-since": younger(swept, point),
     }
 
 
-def _chooser(swept: Swept) -> str:
-    best = swept.points[swept.best]
-    texts = _texts(swept, best)
+def _chooser(sweeps: Sequence[Swept]) -> str:
+    swept = sweeps[0]
+    texts = _texts(swept, swept.points[swept.best])
     rows = [
-        *((name, f"value-{i}") for i, name in enumerate(best.result.metrics)),
+        *((name, f"value-{i}") for i, name in enumerate(swept.metrics)),
         ("estimated error", "value-error"),
         ("distance", "value-distance"),
         ("half is newer than", "value-since"),
@@ -175,6 +161,7 @@ def _chooser(swept: Swept) -> str:
         for name, identity in rows
     )
     return f"""<section class="chooser" aria-label="Choose an average">
+{_selects(sweeps)}
 <div class="ends"><label for="slider">Half-life</label><span aria-hidden="true">shorter to longer</span></div>
 <input id="slider" type="range" min="0" max="{len(swept.points) - 1}" step="1" value="{swept.best}">
 <output for="slider"><strong id="value-name">{escape(texts["value-name"])}</strong>
@@ -183,40 +170,43 @@ def _chooser(swept: Swept) -> str:
 </section>"""
 
 
-def _table(swept: Swept) -> str:
-    names = list(swept.points[swept.best].result.metrics)
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in (*names, "error", "distance"))
-    rows: list[str] = []
-    shown = [(other_name(one.name), one, False) for one in swept.others]
-    shown += [(point.result.name, point.result, i == swept.best) for i, point in enumerate(swept.points)]
-    for name, result, chosen in shown:
-        cells = [measured(result.metrics[metric]) if metric in result.metrics else "" for metric in names]
-        cells += [percent(result.error), percent(result.distance)] if result.profile is not None else ["", ""]
-        badge = ' <span class="badge">best</span>' if chosen else ""
-        rows.append(
-            f'<tr{" class=chosen" if chosen else ""}><th scope="row">{escape(name)}{badge}</th>'
-            + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-            + "</tr>"
-        )
-    return (
-        '<section><div class="scroll" tabindex="0" role="region" aria-label="All results"><table>'
-        f"<caption>All results</caption><thead><tr><th scope=col>weights</th>{heads}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
-    )
+def _selects(sweeps: Sequence[Swept]) -> str:
+    """Return what chooses the sweep, the metric and the scale, as far as there is a choice."""
+    swept = sweeps[0]
+    lists = list[str]()
+    if len(sweeps) > 1:
+        of = "Averages of" if any(one.folder != swept.folder for one in sweeps) else "Averages at"
+        names = [one.label if of.endswith("of") else one.at or "the end of the record" for one in sweeps]
+        lists.append(_select("sweep", of, {str(i): name for i, name in enumerate(names)}))
+    if len(swept.metrics) > 1:
+        keys = [f"metric-{i}" if i else "metric" for i in range(len(swept.metrics))]
+        lists.append(_select("metric", "Metric", dict(zip(keys, swept.metrics, strict=True))))
+    views = [one.of(name) for one in sweeps for name in one.metrics]
+    if any(view.near_range or view.log_range for view in views):
+        lists.append(_select("scale", "Scale", _SCALES))
+    return f'<div class="selects">{"".join(lists)}</div>' if lists else ""
 
 
-def _about(swept: Swept) -> str:
+def _select(name: str, label: str, options: dict[str, str]) -> str:
+    listed = "".join(f'<option value="{escape(key)}">{escape(text)}</option>' for key, text in options.items())
+    return f'<label for="pick-{name}">{escape(label)} <select id="pick-{name}">{listed}</select></label>'
+
+
+def _about(swept: Swept, about: Provenance | None) -> str:
     parts = [
-        "An average is a mean of the weights over training, computed from the record after the run. The newest mean "
-        "is the mean over the last segment of the record, the least averaged weights that the record holds. The "
-        "half-lives of the grid are unbiased: the first weights count no more than others.",
-        "The error is estimated from the record alone. Where the exact error was known, the estimate was within a "
-        "factor of about 2.5 of it.",
+        "The averages are computed from the record after the run. The newest mean is the mean over the last segment of "
+        "the record, the least averaged weights that it has for every run. The half-lives of the grid are unbiased: "
+        "the first weights count no more than others.",
+        "The error is what the record's resolution costs, estimated from the record alone. Where the exact error was "
+        "known, the estimate was within a factor of about 2.5 of it.",
     ]
     if swept.batchnorm:
         parts.append("The statistics of BatchNorm layers were recomputed for each average, but not for other weights.")
     paragraphs = "".join(f'<p class="quiet">{escape(part)}</p>' for part in parts)
-    return f"<section>{_command(swept)}{paragraphs}</section>"
+    rows = list[tuple[str, str]]() if about is None else about.rows
+    origin = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in rows)
+    origin = f'<h2>How this page was made</h2><dl class="origin">{origin}</dl>' if rows else ""
+    return f"<section>{_command(swept)}{paragraphs}{origin}</section>"
 
 
 def _command(swept: Swept) -> str:
@@ -225,7 +215,8 @@ def _command(swept: Swept) -> str:
     options = None if best.profile is None else named(best.profile).options
     if options is None:
         return ""
-    command = f"polyak reconstruct {swept.record} {options} -o averaged.safetensors"
+    at = f" --at {swept.at}" if swept.at else ""
+    command = f"polyak reconstruct {swept.record} {options}{at} -o averaged.safetensors"
     return (
         '<p class="quiet">The best average is in best.safetensors, next to this page. To export it again:</p>'
         f"<pre><code>{escape(command)}</code></pre>"

@@ -3,18 +3,23 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from polyak.errors import PlanWarning
 from polyak.record import Fit, Record, fit
 from polyak.sweeping import Result, best
+from polyak.sweeping.examples import interval
 from polyak.time import TimeUnit
 
 # Points per segment of the record at which the curve of a profile is computed.
 _POINTS = 16
 # A line of other weights is on the scale if it is this close to the averages, in units of their range.
 _ROOM = 1.5
+# The axis shows the averages near the best one first if all of them take so many times as much room.
+_FAR = 2.5
+# A log axis is offered for values that differ by such a factor.
+_WIDE = 3.0
 
 _WORDS = {
     TimeUnit.ITERATION: "iterations",
@@ -82,6 +87,8 @@ class Swept:
         edges: The start of the first segment of the record, then the end of each segment.
         moments: The moments between which the numbers of ``Point.curve`` hold.
         batchnorm: Whether the statistics of BatchNorm layers were recomputed.
+        folder: The folder of the record.
+        at: The end moment of the averages, as text; "" for the end of the record.
     """
 
     record: str
@@ -94,6 +101,27 @@ class Swept:
     edges: tuple[float, ...]
     moments: tuple[float, ...]
     batchnorm: bool = False
+    folder: str = ""
+    at: str = ""
+
+    @property
+    def label(self) -> str:
+        """What distinguishes these averages from those of other moments and records."""
+        return f"{self.record} at {self.at}" if self.at else self.record
+
+    @property
+    def metrics(self) -> list[str]:
+        """The names of all metrics, the one that decides first."""
+        names = self.points[self.best].result.metrics
+        return [self.metric, *(name for name in names if name != self.metric)]
+
+    def of(self, metric: str) -> "Swept":
+        """Return the same numbers with another metric in the drawings.
+
+        Args:
+            metric: One of ``metrics``.
+        """
+        return replace(self, metric=metric)
 
     @property
     def line(self) -> list[tuple[float, float]]:
@@ -106,7 +134,16 @@ class Swept:
         Args:
             point: The average.
         """
-        return point.result.metrics[self.metric]
+        return point.result.metrics.get(self.metric, math.nan)
+
+    def margins(self, point: Point) -> tuple[float, float] | None:
+        """Return how far the 95 % interval of the metric reaches below and above its value; None if there is none.
+
+        Args:
+            point: The average.
+        """
+        interval, value = point.result.interval(self.metric), self.value(point)
+        return None if interval is None else (value - interval[0], interval[1] - value)
 
     def known(self, point: Point) -> bool:
         """Return whether the metric of an average is a number.
@@ -135,6 +172,45 @@ class Swept:
         values += [level.value for level in self.levels if level.on_scale]
         low, high = min(values), max(values)
         margin = 0.15 * (high - low) or 0.1 * abs(high) or 1.0
+        return low - margin, high + margin
+
+    def differs_by(self, point: Point) -> tuple[float, float] | None:
+        """Return how far the 95 % interval of the difference from the best average reaches, below and above it.
+
+        It is paired, over the same examples: far shorter than that of the metric. None without examples, and for the
+        best average itself.
+
+        Args:
+            point: The average.
+        """
+        best = self.points[self.best]
+        values, of_best = (one.result.examples.get(self.metric, ()) for one in (point, best))
+        if point is best or len(values) != len(of_best):
+            return None
+        differences = [value - other for value, other in zip(values, of_best, strict=True)]
+        bounds, mean = interval(differences), self.value(point) - self.value(best)
+        return None if bounds is None else (mean - bounds[0], bounds[1] - mean)
+
+    @property
+    def near_range(self) -> tuple[float, float] | None:
+        """The limits of an axis that shows the two thirds of the averages nearest the best; None if all are near."""
+        best = self.value(self.points[self.best])
+        values = sorted((self.value(p) for p in self.points if self.known(p)), key=lambda value: abs(value - best))
+        near = values[: 2 * len(values) // 3 + 1]
+        low, high = min(near), max(near)
+        margin = 0.3 * (high - low)
+        if not margin or max(values) - min(values) < _FAR * (high - low + 2 * margin):
+            return None
+        return low - margin, high + margin
+
+    @property
+    def log_range(self) -> tuple[float, float] | None:
+        """The limits of a log axis, as exponents of 10; None if the values are too close for one, or not above 0."""
+        values = [self.value(p) for p in self.points if self.known(p)] + [one.value for one in self.levels]
+        if not min(values) > 0 or max(values) < _WIDE * min(values):
+            return None
+        low, high = math.log10(min(values)), math.log10(max(values))
+        margin = 0.05 * (high - low)
         return low - margin, high + margin
 
     @property
@@ -192,6 +268,8 @@ def swept(
         edges=times,
         moments=moments,
         batchnorm=batchnorm,
+        folder=str(record.folder),
+        at="" if chosen.at is None else str(chosen.at),
     )
 
 

@@ -13,8 +13,11 @@ def headline(swept: Swept) -> str:
     Args:
         swept: The numbers of the sweep.
     """
-    result = swept.points[swept.best].result
-    return f"Best: {result.name}, with {swept.metric} {measured(result.metrics[swept.metric])}"
+    best = swept.points[swept.best]
+    at = f" at {swept.at}" if swept.at else ""
+    margins = swept.margins(best)
+    interval = "" if margins is None else f" ± {written(swept, max(margins))}"
+    return f"Best: {best.result.name}{at}, with {swept.metric} {written(swept, swept.value(best))}{interval}"
 
 
 def measured(value: float) -> str:
@@ -28,6 +31,38 @@ def measured(value: float) -> str:
         ('0.6063', '1235', '80', 'NaN')
     """
     return "NaN" if math.isnan(value) else f"{value:.4g}"
+
+
+def written(swept: Swept, value: float) -> str:
+    """Return a value of the metric as text, with no more digits than distinguish the averages near the best.
+
+    Two digits of the interval of the best average are shown, or, without one, of the spread of the better half.
+
+    Args:
+        swept: The numbers of the sweep.
+        value: The value.
+    """
+    best = swept.points[swept.best]
+    margins = swept.margins(best)
+    if margins is not None:
+        scale = max(margins)
+    else:
+        values = [swept.value(point) for point in swept.points if swept.known(point)]
+        far = sorted(abs(one - swept.value(best)) for one in values)
+        scale = next((one for one in far[len(far) // 2 :] if one > 0), 0.0)
+    if not math.isfinite(value) or not math.isfinite(scale) or scale <= 0:
+        return measured(value)
+    known = [swept.value(point) for point in swept.points] + [
+        one.metrics.get(swept.metric, 0.0) for one in swept.others
+    ]
+    exact = max(_decimals(measured(one)) for one in known if math.isfinite(one))
+    decimals = min(1 - math.floor(math.log10(scale)), exact)
+    digits = decimals + 1 + math.floor(math.log10(abs(value))) if value else 1
+    return f"{value:.{max(0, decimals)}f}" if 0 < digits <= 7 and decimals <= 7 else measured(value)
+
+
+def _decimals(text: str) -> int:
+    return len(text.partition(".")[2]) if "e" not in text else 7
 
 
 def number(value: float) -> str:
@@ -86,7 +121,7 @@ def compared(swept: Swept) -> str:
         f"{'Highest' if swept.maximize else 'Lowest'} of {len(swept.points)} averages of the record {swept.record}."
     ]
     if others:
-        parts.append("For comparison: " + ", ".join(f"{name} {measured(other)}" for name, other in others) + ".")
+        parts.append("For comparison: " + ", ".join(f"{name} {written(swept, other)}" for name, other in others) + ".")
         better = [name for name, other in others if (other > value if swept.maximize else other < value)]
         if better:
             parts.append(f"No average of the record is better than the {' and the '.join(better)}.")
@@ -98,13 +133,15 @@ def compared(swept: Swept) -> str:
     return " ".join(parts)
 
 
-def level_label(level: Level) -> str:
+def level_label(level: Level, swept: Swept | None = None) -> str:
     """Return the name and the value of a level line.
 
     Args:
         level: The line.
+        swept: The numbers of the sweep, which say how many digits matter.
     """
-    return f"{other_name(level.name)} {measured(level.value)}{'' if level.on_scale else ' (off the scale)'}"
+    value = measured(level.value) if swept is None else written(swept, level.value)
+    return f"{other_name(level.name)} {value}{'' if level.on_scale else ' (off the scale)'}"
 
 
 def younger(swept: Swept, point: Point) -> str:

@@ -2,11 +2,15 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import EllipsisType
 
 from polyak.errors import MissingExtraError
+from polyak.report.provenance import provenance
 from polyak.report.swept import Swept, swept
+from polyak.report.text import as_good
 from polyak.storage.atomic import replacing
 from polyak.sweeping import SweepResult
+from polyak.time import Time
 
 PAGE = "report.html"
 FIGURES = ("sweep.png", "sweep.svg")
@@ -30,13 +34,14 @@ def require_pictures() -> None:
         )
 
 
-def numbers(results: SweepResult) -> Swept:
-    """Return the numbers that the report shows: those of the end moment with the best average.
+def numbers(results: SweepResult, moment: Time | EllipsisType | None = ...) -> Swept:
+    """Return the numbers that the report shows of an end moment.
 
     Args:
         results: The results of a sweep.
+        moment: One of its end moments; ``...`` for the one with the best average.
     """
-    moment = results.best.at
+    moment = results.best.at if isinstance(moment, EllipsisType) else moment
     return swept(
         results.record_at(moment),
         results.at(moment),
@@ -46,12 +51,19 @@ def numbers(results: SweepResult) -> Swept:
     )
 
 
-def write_report(results: SweepResult, folder: Path) -> list[str]:
+def _others(results: SweepResult) -> list[Swept]:
+    """Return the numbers of the other end moments, without those at which no average has a number."""
+    first = results.best.at
+    return [numbers(results, one) for one in results.moments if one != first and results.at(one).has_best]
+
+
+def write_report(results: SweepResult, folder: Path, *others: SweepResult) -> list[str]:
     """Write the page and the figures, as far as their packages are installed; return the names of the files.
 
     Args:
         results: The results of a sweep.
         folder: Where to write; it is made if it does not exist.
+        *others: Sweeps of other records, with the same metrics, for comparison on the page.
 
     Raises:
         OSError: If the disk refuses.
@@ -62,7 +74,9 @@ def write_report(results: SweepResult, folder: Path) -> list[str]:
         from polyak.report.page import page  # noqa: PLC0415  an extra
 
         with replacing(folder / PAGE, exclusive=True) as temporary:
-            temporary.write_text(page(shown), encoding="utf-8")
+            more = [*_others(results), *(one for other in others for one in (numbers(other), *_others(other)))]
+            about = provenance([one.folder for one in (shown, *more)])
+            temporary.write_text(page(shown, *more, about=about, notes=[as_good(results)]), encoding="utf-8")
         written.append(PAGE)
     if _installed("matplotlib"):
         from polyak.report.figures import render  # noqa: PLC0415  an extra

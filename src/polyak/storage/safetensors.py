@@ -66,18 +66,21 @@ class TensorInfo:
     averaged: bool
 
     @classmethod
-    def of(cls, tensor: Tensor, *, averaged: bool, dtype: torch.dtype = torch.float32) -> Self:
+    def of(cls, tensor: Tensor, *, averaged: bool, dtype: torch.dtype | None = torch.float32) -> Self:
         """Return how ``tensor`` is kept.
 
         Args:
             tensor: Any.
             averaged: Whether a segment holds its mean, or its last value.
-            dtype: For the means of floating-point tensors: float32, float16 or bfloat16.
+            dtype: For the means of floating-point tensors: float32, float16 or bfloat16; None for float16, and for
+                float64 where the tensor has that.
 
         Example:
             >>> TensorInfo.of(torch.zeros(2, dtype=torch.float64), averaged=True)
             TensorInfo(dtype=torch.float32, shape=(2,), averaged=True)
         """
+        if dtype is None:
+            dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float16
         kept = dtype if averaged and tensor.is_floating_point() else tensor.dtype
         return cls(kept, tuple(tensor.shape), averaged)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyak.algorithm import dispatch
 from polyak.events import Event
 from polyak.trainer import batches
 from polyak.trainer.context import Context
@@ -44,7 +45,7 @@ class Evaluation:
         self._metrics = Metrics(checked.eval_metrics, context.group)
         self._num_samples = checked.given.num_samples
         self._due = checked.eval_due
-        self._both = checked.given.eval_weights == "both"
+        self._weights = checked.eval_weights
         self.evaluated_at: dict[str, int] = {}
         for evaluator in checked.evaluators:
             self._metrics.of_names(evaluator.metric_names)
@@ -94,14 +95,21 @@ class Evaluation:
         self._group.share_buffers(self._state.model)
         for evaluator in evaluators:
             with self._shown(evaluator):
-                if self._both:
+                if self._weights == "both":
                     found |= self._run_on(evaluator, f"{evaluator.label}_raw", lambda event: None)
-                self._loop.fire(Event.EVAL_START)
-                found |= self._run_on(evaluator, evaluator.label, self._loop.fire)
+                fire = self._fire_unswapped if self._weights == "raw" else self._loop.fire
+                fire(Event.EVAL_START)
+                found |= self._run_on(evaluator, evaluator.label, fire)
                 self._state.eval_metrics = dict(found)
-                self._loop.fire(Event.EVAL_END)
+                fire(Event.EVAL_END)
         self._logger.log_metrics(found)
         return found
+
+    def _fire_unswapped(self, event: Event) -> None:
+        """Fire an event for all but the algorithms that would swap an average in."""
+        others = [algorithm for algorithm in self._loop.algorithms if not algorithm.swaps]
+        dispatch(event, self._state, others, self._logger)
+        self._loop.notify(event)
 
     @torch.no_grad()
     def predict(self, dataloader: Iterable[Any]) -> list[Any]:

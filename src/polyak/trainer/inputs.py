@@ -54,7 +54,6 @@ def _are_names(given: Any) -> bool:
 # For each argument whose value needs no other to be checked: what must hold, and in words.
 PLAIN: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "precision": (_one_of(*PRECISIONS), f"one of {', '.join(PRECISIONS)}"),
-    "eval_weights": (_one_of("averaged", "both"), "'averaged' or 'both'"),
     "parallelism": (_or_none(_one_of(*KINDS)), f"None or one of {', '.join(KINDS)}"),
     "grad_accum": (_whole(1), "a whole number of at least 1"),
     "seed": (_or_none(_whole(0, 2**32)), "a whole number of at least 0 and below 2 ** 32"),

@@ -23,6 +23,7 @@ from polyak.trainer.metrics import Metric
 from polyak.trainer.saver import CheckpointSaver
 from polyak.trainer.state import Scheduler
 from polyak.trainer.workers import Workers
+from polyak.training.evalweights import EvalWeights, eval_weights_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Options:
     callbacks: Callback | Sequence[Callback] | None = None
     loggers: Destination | Sequence[Destination] | None = None
     eval_interval: str | Time | int | Question = "1ep"
-    eval_weights: Literal["averaged", "both"] = "averaged"
+    eval_weights: EvalWeights = "averaged"
     log_interval: str | Time | int = "1ba"
     device: str | torch.device | None = None
     precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32"
@@ -87,6 +88,7 @@ class Options:
             counted=counted,
             max_duration=None if duration is None else inputs.duration_of("max_duration", duration, counted),
             evaluators=evaluators_of(self.eval_dataloader),
+            eval_weights=eval_weights_of(self.eval_weights, stacklevel=5),
             eval_due=evaluation_question(self.eval_interval, counted),
             log_due=question("log_interval", self.log_interval, at=at, counted=counted),
             train_metrics=training,
@@ -120,6 +122,7 @@ class Checked:
         counted: The units of time that are counted.
         max_duration: How long to train; None if ``fit`` will get it.
         evaluators: What is evaluated.
+        eval_weights: Which weights are evaluated.
         eval_due: When evaluators without an interval run.
         log_due: When training is logged.
         train_metrics: By name.
@@ -132,6 +135,7 @@ class Checked:
     counted: frozenset[TimeUnit]
     max_duration: Time | None
     evaluators: list[Evaluator]
+    eval_weights: EvalWeights
     eval_due: Question
     log_due: Question
     train_metrics: dict[str, Any]

@@ -23,6 +23,7 @@ from polyak.trainer.options import Options
 from polyak.trainer.saver import CheckpointSaver
 from polyak.trainer.step import Step
 from polyak.training import rng
+from polyak.training.uncountable import refuse_uncountable
 
 # Entries that are ignored together: without the clock a new epoch begins, random numbers are ignored as a whole.
 _WITH = {"timestamp": ("drawn", "evaluated_at"), "rng": ("epoch_rng", "data_rng"), "model": ("training_model",)}
@@ -61,7 +62,11 @@ class Checkpoints:
             CheckpointError: If the checkpoint cannot be loaded.
             ArgumentError: If ``autoresume`` does not know where checkpoints are.
         """
-        self._loop.refuse_uncounted()
+        if self._state.max_duration is None:
+            # `fit` gets the length, and asks again.
+            refuse_uncountable(self._loop.algorithms, self._loop.counts)
+        else:
+            self._loop.refuse_uncounted()
         self._loop.meet()
         self._state.sharded = self._group.kind == "fsdp2" or (
             self._group.kind is not None and checkpoint.has_shards(self._loop.state_dict())

@@ -28,6 +28,7 @@ from polyak.trainer.options import Options
 from polyak.trainer.saving import Checkpoints
 from polyak.trainer.state import Scheduler
 from polyak.trainer.step import Step
+from polyak.training.evalweights import EvalWeights
 
 
 class Trainer:
@@ -64,8 +65,8 @@ class Trainer:
         eval_interval: Time between evaluations, or epochs as a number; the model is evaluated at the end too, and
             with 0 never. Or a function of the state and the event (``BATCH_END``, ``EPOCH_END`` or ``FIT_END``) that
             returns whether to evaluate.
-        eval_weights: ``"averaged"`` evaluates the average, if there is one; ``"both"`` also evaluates the training
-            weights, as ``eval_raw``.
+        eval_weights: ``"averaged"`` evaluates the average, if there is one; ``"raw"`` the training weights; ``"both"``
+            the average, as ``eval``, and the training weights, as ``eval_raw``.
         log_interval: Time between logs of the training loss.
         device: Where to train; by default the GPU if there is one, and with ``parallelism`` that of ``LOCAL_RANK``.
         precision: ``"fp32"``, or automatic mixed precision as ``"amp_bf16"`` or ``"amp_fp16"``.
@@ -137,7 +138,7 @@ class Trainer:
         callbacks: Callback | Sequence[Callback] | None = None,
         loggers: Destination | Sequence[Destination] | None = None,
         eval_interval: str | Time | int | Question = "1ep",
-        eval_weights: Literal["averaged", "both"] = "averaged",
+        eval_weights: EvalWeights = "averaged",
         log_interval: str | Time | int = "1ba",
         device: str | torch.device | None = None,
         precision: Literal["fp32", "amp_bf16", "amp_fp16"] = "fp32",

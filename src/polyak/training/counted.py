@@ -132,7 +132,7 @@ class CountedLoop(Loop):
 
     def parts(self) -> dict[str, Any]:
         """Return everything that a copy needs except the algorithms, which their owner has, and the hooks."""
-        kept = {"algorithms", "hooks", "_uncounted"}
+        kept = {"algorithms", "hooks", "uncounted"}
         optimizer = self.hooks.optimizer if self.hooks is not None and not self.detached else None
         return {"optimizer": optimizer, **{name: value for name, value in vars(self).items() if name not in kept}}
 
@@ -147,7 +147,7 @@ class CountedLoop(Loop):
         loop = cls.__new__(cls)
         optimizer = parts["optimizer"]
         vars(loop).update({name: value for name, value in parts.items() if name != "optimizer"})
-        vars(loop).update(algorithms=_Reachable(algorithms), hooks=None, _uncounted=None, _met=False)
+        vars(loop).update(algorithms=_Reachable(algorithms), hooks=None, uncounted=None, _met=False)
         if optimizer is not None:
             loop.hooks = StepHooks(optimizer, loop.finish_batch, loop.begin)
         if _is_complete(loop.state.model):

@@ -61,6 +61,8 @@ class Handle(ABC):
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
         """
         average = self._begun()
+        self.loop.warn_of_uncounted()
+        average._average.warn_of_youth("read")  # noqa: SLF001
         model = average.ema_model
         assert model is not None
         if not average.ema_weights_active:

@@ -15,8 +15,10 @@ from polyak.time import Timestamp, TimeUnit
 from polyak.training.between import Between
 from polyak.training.optimizer import counted_optimizer, refuse_masters
 from polyak.training.saved import check_saved
+from polyak.training.second import warn_of_second_average
 from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
+from polyak.training.uncountable import refuse_unmoved
 from polyak.training.uncounted import Uncounted
 
 # Where a warning of weights that moved without a counted step is not too late.
@@ -51,6 +53,7 @@ class Loop:
         algorithms: As given.
         state: As given.
         counts: The units that are counted.
+        uncounted: Warns of weights that move without a counted step; None before steps are counted.
     """
 
     def __init__(
@@ -68,8 +71,8 @@ class Loop:
         self.counts = set(counts)
         self._callbacks = callbacks
         self._logger = logger or NoLogger()
-        self._met = False
-        self._uncounted: Uncounted | None = None
+        self._met = self._clock_checked = False  # the latter after a batch has shown which units are counted
+        self.uncounted: Uncounted | None = None
         self._counted = 0  # batches since steps are counted
 
     # Events
@@ -98,8 +101,13 @@ class Loop:
         """
         if not self._met:
             self.meet()
-        if event is Event.FIT_START:
+        if event is Event.BATCH_END and not self._clock_checked:
+            self._clock_checked = True
+            refuse_unmoved(self.algorithms, self.state, self.counts)
+        elif event is Event.FIT_START:
+            self._clock_checked = False
             self.refuse_uncounted()
+            warn_of_second_average(self)
         elif event in _CHECKED:
             self.warn_of_uncounted()
         if torch.is_inference_mode_enabled():
@@ -238,12 +246,12 @@ class Loop:
         Args:
             hooks: On the optimizer whose steps are counted; None if they are counted by hand.
         """
-        self._uncounted, self._counted = Uncounted(self.state.model, hooks), 0
+        self.uncounted, self._counted = Uncounted(self.state.model, hooks, self.warn_of_uncounted), 0
 
     def warn_of_uncounted(self) -> None:
         """Warn, once, if weights have moved and no step was counted."""
-        if self._uncounted is not None:
-            self._uncounted.warn(self._counted)
+        if self.uncounted is not None and len(self.algorithms):
+            self.uncounted.warn(self._counted)
 
     # State
 
@@ -272,8 +280,8 @@ class Loop:
             algorithm.load_state_dict(own)
         length = self.state.timestamp.epoch_length
         self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)
-        if self._uncounted is not None and not self._counted:
-            self._uncounted.reset()
+        if self.uncounted is not None and not self._counted:
+            self.uncounted.reset()
 
 
 def _refuse_flat(model: nn.Module) -> None:

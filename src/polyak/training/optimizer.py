@@ -113,6 +113,17 @@ def _covers(sizes: Iterable[int], wanted: Iterable[int]) -> bool:
     return True
 
 
+def moves_parameters(optimizer: Optimizer, model: nn.Module) -> bool:
+    """Return whether an optimizer moves a parameter of a model.
+
+    Args:
+        optimizer: Any of torch's.
+        model: Wrapped or not.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    return any(id(tensor) in own for tensor in tensors_of(optimizer))
+
+
 def tensors_of(optimizer: Optimizer) -> list[Tensor]:
     """Return the tensors that an optimizer moves.
 

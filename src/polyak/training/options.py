@@ -1,6 +1,7 @@
 """``LoopOptions``: the options of a training loop of your own, checked once."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from polyak.algorithm import MetricLogger
 from polyak.errors import ArgumentError
@@ -13,7 +14,7 @@ class LoopOptions:
 
     Args:
         max_duration: The length of the run, for times in ``dur`` and for warnings about the plan.
-        steps_per_epoch: Optimizer steps in an epoch, for times in ``ep``.
+        steps_per_epoch: Optimizer steps in an epoch, for times in ``ep``; or ``"by hand"`` if ``end_epoch`` is called.
         samples_per_step: Samples in a step, for times in ``sp``.
         tokens_per_step: Tokens in a step, for times in ``tok``.
         logger: Where the algorithms log.
@@ -24,7 +25,7 @@ class LoopOptions:
     """
 
     max_duration: Time | str | int | None = None
-    steps_per_epoch: int | None = None
+    steps_per_epoch: int | Literal["by hand"] | None = None
     samples_per_step: int = 0
     tokens_per_step: int = 0
     logger: MetricLogger | None = None
@@ -34,13 +35,18 @@ class LoopOptions:
             object.__setattr__(self, "max_duration", as_span("max_duration", self.max_duration, above=0, steps=True))
         for name, least in (("steps_per_epoch", 1), ("samples_per_step", 0), ("tokens_per_step", 0)):
             given = getattr(self, name)
-            if given is not None or name != "steps_per_epoch":
+            if name != "steps_per_epoch" or given not in (None, _BY_HAND):
                 object.__setattr__(self, name, _whole(name, given, least))
+
+    @property
+    def epoch_length(self) -> int | None:
+        """The steps in an epoch, if that number is known."""
+        return None if isinstance(self.steps_per_epoch, str) else self.steps_per_epoch
 
     @property
     def start(self) -> Timestamp:
         """The clock at the start of the run."""
-        return Timestamp(epoch_length=self.steps_per_epoch)
+        return Timestamp(epoch_length=self.epoch_length)
 
     @property
     def duration(self) -> Time | None:
@@ -51,8 +57,15 @@ class LoopOptions:
     @property
     def counts(self) -> set[TimeUnit]:
         """The units that are counted."""
-        per_step = {TimeUnit.SAMPLE: self.samples_per_step, TimeUnit.TOKEN: self.tokens_per_step}
-        return {TimeUnit.BATCH, TimeUnit.EPOCH, *(unit for unit, number in per_step.items() if number)}
+        given = {
+            TimeUnit.EPOCH: self.steps_per_epoch,
+            TimeUnit.SAMPLE: self.samples_per_step,
+            TimeUnit.TOKEN: self.tokens_per_step,
+        }
+        return {TimeUnit.BATCH, *(unit for unit, number in given.items() if number)}
+
+
+_BY_HAND = "by hand"
 
 
 def _whole(name: str, given: object, least: int) -> int:
@@ -62,4 +75,7 @@ def _whole(name: str, given: object, least: int) -> int:
             return number
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ArgumentError(f"{name} must be a whole number of at least {least} (got {given!r}); leave it out if unknown")
+    advice = ", or give 'by hand' and call end_epoch()" if name == "steps_per_epoch" else ""
+    raise ArgumentError(
+        f"{name} must be a whole number of at least {least} (got {given!r}); leave it out if unknown{advice}"
+    )

@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 from polyak.tensors import optimizers
 from polyak.training.optimizer import BY_HAND, tensors_of
 
+# Steps of another optimizer in a row that mean that it has replaced one that still exists.
+_MANY = 100
+
 
 @dataclass(slots=True)
 class _Call:
@@ -49,14 +52,18 @@ class StepHooks:
     Attributes:
         others: The number of steps of other optimizers of the same tensors after the last step that counted.
         other: The name of the last of these optimizers.
+        replaced: Called with another optimizer that steps these tensors while this one does not: in its first step if
+            this one no longer exists, else after many.
     """
 
     def __init__(
         self, optimizer: Optimizer, after: Callable[[], object], first: Callable[[], object] | None = None
     ) -> None:
         self.others, self.other = 0, ""
+        self.replaced: Callable[[Optimizer], object] | None = None
         self._after, self._first = after, first
         self._optimizer = weakref.ref(optimizer)
+        # Not weak references, with which torch cannot swap tensors. An id may be that of another tensor later.
         self._of = {id(tensor) for tensor in tensors_of(optimizer)}
         self._call: _Call | None = None
         self._guarded = False  # whether the hook on all optimizers has just run for this step
@@ -142,6 +149,21 @@ class StepHooks:
         first = (group["params"][0] for group in other.param_groups if group["params"])
         if any(id(tensor) in self._of for tensor in first):
             self.others, self.other = self.others + 1, type(other).__name__
+            if self.replaced is not None and self.others == (1 if self._optimizer() is None else _MANY):
+                self.replaced(other)
+
+    @property
+    def counting(self) -> bool:
+        """Whether steps are counted: the optimizer exists, and the hooks were not removed."""
+        return bool(self._hooks) and self._optimizer() is not None
+
+    def overlaps(self, other: "StepHooks") -> bool:
+        """Return whether another optimizer moves one of the same tensors.
+
+        Args:
+            other: On that optimizer.
+        """
+        return not self._of.isdisjoint(other._of)  # noqa: SLF001
 
     def remove(self) -> bool:
         """Stop calling; return whether that was not done before."""

@@ -1,15 +1,16 @@
 """``Uncounted``: a warning about weights that move without a step that is counted."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from polyak.errors import PlanWarning
 from polyak.sharding import local
-from polyak.training.optimizer import BY_HAND
+from polyak.training.optimizer import BY_HAND, moves_parameters
 from polyak.training.steps import StepHooks
 
 
@@ -19,15 +20,26 @@ class Uncounted:
     Args:
         model: In training, wrapped or not. Its weights are noted.
         hooks: On the optimizer whose steps are counted; None if they are counted by hand.
+        replaced: Called when another optimizer seems to have replaced it.
+
+    Attributes:
+        hooks: As given.
     """
 
-    def __init__(self, model: nn.Module, hooks: StepHooks | None) -> None:
-        self._model, self._hooks, self._warned = model, hooks, False
+    def __init__(self, model: nn.Module, hooks: StepHooks | None, replaced: Callable[[], object]) -> None:
+        self._model, self.hooks, self._warned = model, hooks, False
         self._before = _norms(model)
+        self._replaced = replaced
+        if hooks is not None:
+            hooks.replaced = self._check
 
     def reset(self) -> None:
         """Note the weights again: they were loaded."""
         self._before = _norms(self._model)
+
+    def _check(self, other: Optimizer) -> None:
+        if moves_parameters(other, self._model):
+            self._replaced()
 
     def warn(self, counted: int) -> None:
         """Warn if weights have moved since the last step that was counted, as far as that can be seen.
@@ -45,7 +57,7 @@ class Uncounted:
             warnings.warn(message, PlanWarning, stacklevel=5)
 
     def _message(self, counted: int) -> str | None:
-        hooks = self._hooks
+        hooks = self.hooks
         if hooks is not None and hooks.others:
             optimizer = hooks.optimizer
             name = "the optimizer that was attached" if optimizer is None else type(optimizer).__name__

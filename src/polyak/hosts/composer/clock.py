@@ -50,6 +50,14 @@ class View:
         """Count the skipped batches of an epoch from 0."""
         self.skipped_in_epoch = 0
 
+    @property
+    def counts(self) -> set[TimeUnit]:
+        """The units that Composer counts; tokens and samples only if the batches so far had any."""
+        now, length = self.composers.timestamp, self.composers._iteration_length  # noqa: SLF001
+        counted = {TimeUnit.BATCH, TimeUnit.EPOCH, TimeUnit.SECOND}
+        counted |= {unit for unit in (TimeUnit.SAMPLE, TimeUnit.TOKEN) if now.get(unit.value) > 0 or now.batch == 0}
+        return counted if length is None else {*counted, TimeUnit.ITERATION}
+
     def end_batch(self, *, stepped: bool) -> None:
         """Note a batch. Mixed precision may have skipped its step, and Composer's clock continues all the same.
 

@@ -1,26 +1,32 @@
 """Algorithms of polyak as algorithms of Composer's trainer: ``Hosted``, ``EMA`` and ``Recorder``."""
 
+import copy
 import functools
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer.algorithms.ema import ema as composers
 from composer.core import Algorithm as ComposerAlgorithm
+from torch.optim import Optimizer
 
 import polyak.averaging.ema
 import polyak.record.recorder
 from polyak.algorithm import Algorithm, MetricLogger, check_one_swaps, dispatch
-from polyak.errors import ArgumentError
+from polyak.errors import ArgumentError, PlanWarning
 from polyak.events import Event
 from polyak.hosts.composer.clock import View
 from polyak.sharding import whole
-from polyak.training.optimizer import counted_optimizer
+from polyak.training.evalweights import EvalWeights, eval_weights_of
+from polyak.training.optimizer import counted_optimizer, moves_parameters
 from polyak.training.steps import StepHooks
 
 _OURS: Mapping[str, Event] = {event.value: event for event in Event}
 # An evaluator whose label ends so evaluates the training weights.
 _RAW = "_raw"
+# Where the trainer's evaluators are known, and none of them has run.
+_BEFORE_EVALUATIONS = frozenset({Event.AFTER_LOAD, Event.FIT_START, Event.EVAL_STANDALONE_START})
 
 
 class Hosted(ComposerAlgorithm):
@@ -30,17 +36,21 @@ class Hosted(ComposerAlgorithm):
 
     Args:
         algorithm: Any. For ``EMA`` and ``Recorder`` there are classes of these names, which read Composer's states.
+        eval_weights: Which weights the evaluators use: ``"averaged"``, ``"raw"`` (the training weights) or ``"both"``.
+            With both, each evaluator of the trainer gets a second one on the same data, whose label ends in ``_raw``:
+            ``metrics/eval/...`` are those of the average, ``metrics/eval_raw/...`` those of the training weights.
 
     Attributes:
         algorithm: As given.
     """
 
-    def __init__(self, algorithm: Algorithm) -> None:
+    def __init__(self, algorithm: Algorithm, *, eval_weights: EvalWeights = "averaged") -> None:
         super().__init__()
         self.algorithm = algorithm
+        self._weights = eval_weights_of(eval_weights)
         self._view = View()
         self._hooks = list[StepHooks]()
-        self._stepped = False
+        self._stepped = self._clock_checked = False
 
     def __repr__(self) -> str:
         return repr(self.algorithm)
@@ -64,7 +74,7 @@ class Hosted(ComposerAlgorithm):
             event: Composer's.
             state: Composer's.
         """
-        raw = event.is_eval and str(state.dataloader_label).endswith(_RAW)
+        raw = event.is_eval and (self._weights == "raw" or str(state.dataloader_label).endswith(_RAW))
         return event.value in _OURS and not raw
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:
@@ -76,6 +86,8 @@ class Hosted(ComposerAlgorithm):
             logger: Composer's.
         """
         ours = _OURS[event.value]
+        if self._weights == "both" and ours in _BEFORE_EVALUATIONS:
+            _evaluate_raw_too(state)
         if ours is Event.INIT:
             _check(self, state)
         elif ours is Event.AFTER_LOAD and state.fsdp_enabled:
@@ -84,6 +96,8 @@ class Hosted(ComposerAlgorithm):
         elif ours is Event.FIT_START:
             self._view.learn(state)
             self._view.begin_fit()
+            self.algorithm.refuse_uncounted(self._view, self._view.counts)
+            self._clock_checked = False
             self._count_steps(state)
         elif ours is Event.EPOCH_START:
             self._view.begin_epoch()
@@ -91,6 +105,9 @@ class Hosted(ComposerAlgorithm):
             self._stepped = False
         elif ours is Event.BATCH_END:
             self._view.end_batch(stepped=self._stepped)
+            if not self._clock_checked:
+                self._clock_checked = True  # the first batch has shown what is counted
+                self.algorithm.refuse_uncounted(self._view, self._view.counts)
             if not self._stepped:
                 return
         self.fire(ours, state, logger)
@@ -118,9 +135,22 @@ class Hosted(ComposerAlgorithm):
         for hooks in self._hooks:
             hooks.remove()
         self._hooks = [StepHooks(counted_optimizer(optimizer), self._on_step) for optimizer in state.optimizers]
+        for hooks in self._hooks:
+            hooks.replaced = functools.partial(self._warn_of_replaced, hooks)
 
     def _on_step(self) -> None:
         self._stepped = True
+
+    def _warn_of_replaced(self, hooks: StepHooks, other: Optimizer) -> None:
+        if not moves_parameters(other, self._view.model):
+            return
+        warnings.warn(
+            "steps must be counted to be averaged: those of the optimizer that the trainer had at the begin of fit() "
+            f"are, and {hooks.others} of {hooks.other}, which steps the same parameters, were not; give the trainer "
+            "that optimizer, and call fit() again",
+            PlanWarning,
+            stacklevel=5,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the algorithm's state, and the batches that its clock leaves out."""
@@ -147,11 +177,12 @@ class EMA(Hosted):
 
     Args:
         *args: As ``polyak.EMA``, whose first four are those of Composer's.
+        eval_weights: As for ``Hosted``.
         **options: As ``polyak.EMA``.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(polyak.averaging.ema.EMA(*args, **options))
+    def __init__(self, *args: Any, eval_weights: EvalWeights = "averaged", **options: Any) -> None:
+        super().__init__(polyak.averaging.ema.EMA(*args, **options), eval_weights=eval_weights)
 
     if not TYPE_CHECKING:  # type checkers would take the other class for `self`
         __init__ = functools.wraps(polyak.averaging.ema.EMA.__init__)(__init__)
@@ -209,6 +240,25 @@ def hosted_in(state: Any) -> list[Hosted]:
         state: Composer's.
     """
     return [algorithm for algorithm in state.algorithms if isinstance(algorithm, Hosted)]
+
+
+def _evaluate_raw_too(state: Any) -> None:
+    """Give each evaluator a second one before it, which evaluates the training weights on the same data.
+
+    Args:
+        state: Composer's.
+    """
+    labels = {evaluator.label for evaluator in state.evaluators}
+    evaluators = []
+    for evaluator in state.evaluators:
+        label = f"{evaluator.label}{_RAW}"
+        if not evaluator.label.endswith(_RAW) and label not in labels:
+            raw = copy.copy(evaluator)
+            raw.label = label
+            state.eval_metrics[label] = copy.deepcopy(state.eval_metrics[evaluator.label])
+            evaluators.append(raw)
+        evaluators.append(evaluator)
+    state.evaluators = evaluators
 
 
 def _check(hosted: Hosted, state: Any) -> None:

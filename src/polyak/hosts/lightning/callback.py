@@ -16,7 +16,8 @@ from polyak.algorithm import Algorithm, as_algorithms
 from polyak.averaging.swap import swap_of
 from polyak.errors import PlanWarning
 from polyak.events import Event
-from polyak.hosts.lightning.evaluation import Evaluation, Weights, check_weights
+from polyak.hosts.lightning.evaluation import Evaluation, Weights, weights_of
+from polyak.hosts.lightning.raw import evaluate_raw_first
 from polyak.hosts.lightning.strategies import refuse_foreign
 from polyak.sharding import whole
 from polyak.tensors.slots import unwrap
@@ -26,6 +27,7 @@ from polyak.training.loop import Loop
 from polyak.training.sizes import BatchSizes
 from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
+from polyak.training.uncountable import refuse_uncountable
 
 _KEY = "polyak"
 
@@ -41,31 +43,32 @@ class Averaging(Callback):
 
     Args:
         algorithms: One or several; one of them at most may swap an average in.
-        eval_weights: ``"averaged"``, or ``"training"`` to evaluate and predict with those; or a list of these, one for
-            each dataloader that is validated or tested, so that ``["averaged", "training"]`` for the same dataloader
-            given twice shows both. It may be changed.
+        eval_weights: ``"averaged"``; ``"raw"`` to evaluate and predict with the training weights; or ``"both"``: then
+            ``val_loss`` and other plain names are metrics of the average, which checkpoints have, and ``raw_val_loss``
+            of the training weights. Or a list of the first two, one for each dataloader. It may be changed.
         num_samples: Function of a batch: how many samples it has; needed for times in ``sp``.
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
         optimizer: Of several optimizers, the number of the one whose steps are counted.
 
     Raises:
         ArgumentError: If more than one algorithm swaps an average in, or ``eval_weights`` is none of its values.
+        TimeError: If a time is in a unit that is not counted, or ``ProfileError`` if that is a profile's.
     """
 
     def __init__(
         self,
         algorithms: Algorithm | Sequence[Algorithm],
         *,
-        eval_weights: Weights | Sequence[Weights] = "averaged",
+        eval_weights: Weights = "averaged",
         num_samples: Callable[[Any], int] | None = None,
         num_tokens: Callable[[Any], int] | None = None,
         optimizer: int = 0,
     ) -> None:
         super().__init__()
-        check_weights(eval_weights)
         self.algorithms = as_algorithms(algorithms)
-        self.eval_weights = eval_weights
+        self._eval_weights = weights_of(eval_weights)
         self._sizes = BatchSizes(num_samples, num_tokens)
+        refuse_uncountable(self.algorithms, self._sizes.units)
         self._optimizer = optimizer
         self._trainer: Any = None
         self._loop: Loop | None = None
@@ -73,6 +76,15 @@ class Averaging(Callback):
         self._in_epoch = False
         self._evaluation = Evaluation()
         self._random: Mapping[str, Any] | None = None
+
+    @property
+    def eval_weights(self) -> Weights:
+        """Which weights are evaluated."""
+        return self._eval_weights
+
+    @eval_weights.setter
+    def eval_weights(self, eval_weights: Weights) -> None:
+        self._eval_weights = weights_of(eval_weights)
 
     # Set-up
 
@@ -95,6 +107,7 @@ class Averaging(Callback):
         if trainer is not self._trainer:
             self._trainer = trainer
             _surround_saving(trainer, lambda: self._loop)
+            evaluate_raw_first(trainer, lambda: self.eval_weights == "both" and self._evaluation.has_average(trainer))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics by the trainer's loggers.
@@ -124,24 +137,15 @@ class Averaging(Callback):
         """Begin to count steps."""
         assert self._loop is not None
         self._stop_counting()
-        self._set_lengths(trainer, pl_module)
+        _set_lengths(self._loop, trainer, pl_module)
         self._hooks = self._loop.count(trainer.optimizers[self._optimizer], self._after_step)
         self._sizes.take()
         self._loop.fire(Event.FIT_START)
 
-    def _set_lengths(self, trainer: Any, pl_module: Any) -> None:
-        assert self._loop is not None
-        state, batches = self._loop.state, trainer.num_training_batches
-        # In manual optimization only the model knows when it steps.
-        known = pl_module.automatic_optimization and math.isfinite(batches)
-        length = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
-        self._loop.set_epoch_length(length)
-        state.max_duration = _duration(trainer, length)
-
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin an epoch."""
         assert self._loop is not None
-        self._set_lengths(trainer, pl_module)
+        _set_lengths(self._loop, trainer, pl_module)
         self._loop.begin_epoch()
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -226,7 +230,7 @@ class Averaging(Callback):
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Swap the average in."""
         del pl_module
-        if self.eval_weights != "training":
+        if self.eval_weights != "raw":
             self._evaluation.begin(trainer, Event.PREDICT_START, Event.PREDICT_END)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
@@ -297,6 +301,16 @@ def _surround_saving(trainer: Any, loop_now: Callable[[], Loop | None]) -> None:
             save(filepath, *args, **kwargs)
 
     trainer.save_checkpoint = save_checkpoint
+
+
+def _set_lengths(loop: Loop, trainer: Any, pl_module: Any) -> None:
+    """Set the lengths of an epoch and of the run, as far as they are known."""
+    batches = trainer.num_training_batches
+    # In manual optimization only the model knows when it steps.
+    known = pl_module.automatic_optimization and math.isfinite(batches)
+    length = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
+    loop.set_epoch_length(length)
+    loop.state.max_duration = _duration(trainer, length)
 
 
 def _duration(trainer: Any, epoch_length: int | None) -> Time | None:

@@ -1,26 +1,33 @@
 """``Evaluation``: which weights the model has while Lightning evaluates it."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from polyak.errors import ArgumentError
 from polyak.events import Event
+from polyak.training.evalweights import EvalWeights, eval_weights_of
 from polyak.training.loop import Loop
 
-Weights = Literal["averaged", "training"]
+Weights = EvalWeights | Sequence[EvalWeights]
 
 
-def check_weights(eval_weights: Weights | Sequence[Weights]) -> None:
-    """Check the argument ``eval_weights``.
+def weights_of(given: object) -> Weights:
+    """Return the value of the argument ``eval_weights``: one for all dataloaders, or one for each.
 
     Args:
-        eval_weights: As given to ``Averaging``.
+        given: As given to ``Averaging``.
 
     Raises:
-        ArgumentError: If it is none of its values.
+        ArgumentError: If it is none of its values, or a list has ``"both"``.
     """
-    if not {"averaged", "training"}.issuperset([eval_weights] if isinstance(eval_weights, str) else eval_weights):
-        raise ArgumentError(f"eval_weights must be 'averaged' or 'training', or a list of them (got {eval_weights!r})")
+    if not isinstance(given, (list, tuple)):
+        return eval_weights_of(given, stacklevel=4)
+    weights = [eval_weights_of(one, stacklevel=4) for one in given]
+    if "both" in weights:
+        raise ArgumentError(
+            f"a list eval_weights must have 'averaged' or 'raw' for each dataloader (got {given!r}); give 'both' alone"
+        )
+    return weights
 
 
 class Evaluation:
@@ -34,6 +41,14 @@ class Evaluation:
         self.loop: Loop | None = None
         self._ends: list[Event] = []  # that end what has begun
 
+    def has_average(self, trainer: Any) -> bool:
+        """Return whether the model has an average of its own: not where a checkpoint is evaluated.
+
+        Args:
+            trainer: Lightning's.
+        """
+        return self.loop is not None and (trainer.state.fn.value == "fit" or trainer.ckpt_path is None)
+
     def begin(self, trainer: Any, start: Event, end: Event) -> None:
         """Fire the first event, unless a checkpoint is evaluated: then the model has its weights.
 
@@ -42,11 +57,12 @@ class Evaluation:
             start: To be fired.
             end: That ``end`` will fire.
         """
-        if self.loop is not None and (trainer.state.fn.value == "fit" or trainer.ckpt_path is None):
+        if self.has_average(trainer):
+            assert self.loop is not None
             self._ends = [end]
             self.loop.fire(start)
 
-    def begin_dataloaders(self, trainer: Any, weights: Weights | Sequence[Weights], dataloaders: int) -> None:
+    def begin_dataloaders(self, trainer: Any, weights: Weights, dataloaders: int) -> None:
         """Begin a validation or a test.
 
         Args:
@@ -68,17 +84,17 @@ class Evaluation:
             self.begin(trainer, Event.EVAL_STANDALONE_START, Event.EVAL_STANDALONE_END)
         self.choose(weights, 0)
 
-    def choose(self, weights: Weights | Sequence[Weights], dataloader: int) -> None:
+    def choose(self, weights: Weights, dataloader: int) -> None:
         """Swap the average in or restore the training weights, as a dataloader needs it.
 
         Args:
             weights: For all dataloaders, or for each.
             dataloader: Its number.
         """
-        chosen = weights if isinstance(weights, str) else weights[dataloader]
-        if self.loop is None or not self._ends or (chosen == "averaged") == (Event.EVAL_END in self._ends):
+        averaged = (weights if isinstance(weights, str) else weights[dataloader]) != "raw"
+        if self.loop is None or not self._ends or averaged == (Event.EVAL_END in self._ends):
             return
-        if chosen == "averaged":
+        if averaged:
             self._ends.insert(0, Event.EVAL_END)
             self.loop.fire(Event.EVAL_START)
         else:

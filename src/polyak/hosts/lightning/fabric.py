@@ -1,7 +1,7 @@
 """``attach`` for loops with Lightning's Fabric."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -35,7 +35,7 @@ def attach(
     optimizer: Optimizer | None,
     *,
     max_duration: Time | str | int | None = None,
-    steps_per_epoch: int | None = None,
+    steps_per_epoch: int | Literal["by hand"] | None = None,
     samples_per_step: int = 0,
     tokens_per_step: int = 0,
 ) -> Attached:
@@ -51,7 +51,7 @@ def attach(
         optimizer: As ``fabric.setup`` returned it, or as it was before; of several, the one that steps last in a batch.
             None if you call ``step`` of what this returns, once after each batch.
         max_duration: The length of the run, for times in ``dur`` and for warnings about the plan.
-        steps_per_epoch: Optimizer steps in an epoch, for times in ``ep``.
+        steps_per_epoch: Optimizer steps in an epoch, for times in ``ep``; or ``"by hand"`` if you call ``end_epoch``.
         samples_per_step: Samples in a step, of all processes, for times in ``sp``.
         tokens_per_step: Tokens in a step, of all processes, for times in ``tok``.
 

@@ -1,0 +1,41 @@
+"""``eval_weights``: which weights an evaluation uses, in one vocabulary for all trainers."""
+
+import warnings
+from typing import Literal
+
+from polyak.errors import ArgumentError
+
+EvalWeights = Literal["averaged", "raw", "both"]
+"""``"averaged"``: the average, if there is one. ``"raw"``: the training weights. ``"both"``: metrics under their plain
+names are those of the average, and those of the training weights have ``raw`` in their names."""
+
+_DEPRECATED: dict[object, EvalWeights] = {"training": "raw"}
+
+
+def eval_weights_of(given: object, *, stacklevel: int = 3) -> EvalWeights:
+    """Return the value of an argument ``eval_weights``.
+
+    Args:
+        given: As given; ``"training"`` is the deprecated name of ``"raw"``.
+        stacklevel: Of the warning, as for ``warnings.warn``.
+
+    Raises:
+        ArgumentError: If it is none of its values.
+
+    Example:
+        >>> eval_weights_of("both")
+        'both'
+    """
+    if isinstance(given, str):
+        if given in _DEPRECATED:
+            new = _DEPRECATED[given]
+            warnings.warn(
+                f"eval_weights={given!r} is deprecated; write {new!r}", DeprecationWarning, stacklevel=stacklevel
+            )
+            return new
+        if given in ("averaged", "raw", "both"):
+            return given
+    raise ArgumentError(
+        f"eval_weights must be 'averaged', 'raw' or 'both' (got {given!r}); 'averaged' evaluates the average, 'raw' "
+        "the training weights"
+    )

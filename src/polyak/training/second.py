@@ -1,0 +1,63 @@
+"""``warn_of_second_average``: a warning where two averages follow one model, as where a notebook's cell ran again."""
+
+import gc
+import warnings
+from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from polyak.errors import PlanWarning
+from polyak.tensors.slots import unwrap
+from polyak.training.steps import StepHooks
+
+if TYPE_CHECKING:
+    from polyak.training.loop import Loop
+
+_LOOPS: "WeakSet[Loop]" = WeakSet()  # those that have begun to train
+
+
+def warn_of_second_average(loop: "Loop") -> None:
+    """Warn if another loop averages the model too, counts the same steps, and was probably left by mistake.
+
+    Two averages that differ and begin together are meant.
+
+    Args:
+        loop: That begins to train.
+    """
+    if _others(loop):
+        gc.collect()  # what is only in a cycle of references is about to go
+        if others := _others(loop):
+            warnings.warn(
+                f"a model should have one average, and {others[0]} follows this one already: each step updates it and "
+                f"{_swapping(loop)[0]}; call detach() of what the first attach returned, or delete the first trainer, "
+                "before the second begins (to compare half-lives, keep a record by Recorder and choose afterwards)",
+                PlanWarning,
+                stacklevel=6,
+            )
+    _LOOPS.add(loop)
+
+
+def _others(loop: "Loop") -> list[object]:
+    """Return the averages of other loops that follow the same steps, and have begun before or are the same."""
+    ours, model = [repr(algorithm) for algorithm in _swapping(loop)], unwrap(loop.state.model)
+    found = list[object]()
+    for other in list(_LOOPS) if ours else []:
+        if other is loop or unwrap(other.state.model) is not model or not _follow_same(loop, other):
+            continue
+        began_before = other.state.timestamp.batch > loop.state.timestamp.batch
+        found += [algorithm for algorithm in _swapping(other) if began_before or repr(algorithm) in ours]
+    return found
+
+
+def _swapping(loop: "Loop") -> list[object]:
+    return [algorithm for algorithm in loop.algorithms if algorithm.swaps]
+
+
+def _follow_same(loop: "Loop", other: "Loop") -> bool:
+    own, theirs = _hooks(loop), _hooks(other)
+    return own is not None and theirs is not None and own.overlaps(theirs)
+
+
+def _hooks(loop: "Loop") -> StepHooks | None:
+    """Return the hooks by which a loop counts steps now; None if none do, or a caller counts."""
+    hooks = None if loop.uncounted is None else loop.uncounted.hooks
+    return hooks if hooks is not None and hooks.counting else None
