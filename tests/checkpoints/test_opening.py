@@ -163,6 +163,7 @@ def test_a_folder_with_two_models_lists_their_files(tmp_path) -> None:
         ("checkpoint12.pt", {"ep": 12}),
         ("checkpoint_3_5000.pt", {"ba": 5000, "ep": 3}),
         ("iter_0001000", {"ba": 1000}),
+        ("12epoch.pth", {"ep": 12}),
         ("global_step1000", {"ba": 1000}),
         ("model.pt", {}),
         ("fold2.pt", {}),

@@ -40,7 +40,7 @@ _NAMES = {
         r"(?:steps?|iter|iteration|ba|batch|updates?|checkpoint-|ckpt-)[-_=]*(\d+)",
         r"checkpoint_\d+_(\d+)",
     ),
-    TimeUnit.EPOCH: (r"(?:epochs?|ep)[-_=]*(\d+)", r"checkpoint(\d+)", r"checkpoint_(\d+)_\d+"),
+    TimeUnit.EPOCH: (r"(?:epochs?|ep)[-_=]*(\d+)", r"(?<!\d)(\d+)epochs?", r"checkpoint(\d+)", r"checkpoint_(\d+)_\d+"),
 }
 
 
@@ -56,7 +56,7 @@ def moment_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any]) 
     for source in (content, clock):
         for place in reversed(_PLACES):
             found |= dict(counters_in(at(source, place)))
-    return found
+    return {unit: found[unit] for unit in _COUNTERS if unit in found}
 
 
 def at(value: object, place: tuple[str | int, ...]) -> object:
