@@ -57,3 +57,4 @@ def test_what_gives_nan_never_joins(tmp_path) -> None:
     soup = greedy_soup(opened(tmp_path, [1, 2, 3]), evaluate)
     assert [one.path.stem for one in soup.plan.checkpoints] == ["0"]
     assert [one.kept for one in soup.ingredients] == [True, False, False]
+    assert [one.kept for one in greedy_soup(opened(tmp_path, [2, 3]), evaluate).ingredients] == [True, False]
