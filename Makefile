@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check quick test fuzz sanitize dist format clean
+.PHONY: help demo check quick test docs fuzz sanitize dist format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,10 @@ test: check ## Check, then run all tests and all examples
 # Composer imports torchvision. The stub is in these processes alone, so that no other library takes it for torchvision.
 STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/compat/test_composer_files.py tests/hosts/test_composer_surface.py \
 	tests/hosts/test_golden_trace.py tests/compat/test_convert_timm.py
+
+docs: $(VENV)/dev.stamp ## Build the site in docs/_build; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build
+	@echo "see docs/_build/index.html"
 
 SECONDS ?= 600
 fuzz: $(VENV)/dev.stamp ## Run random models, loops and events for SECONDS=600, with new seeds
@@ -79,7 +83,7 @@ format: $(VENV)/dev.stamp ## Format the code, and apply ruff's fixes
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment and the tools' caches
-	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build .hypothesis .import_linter_cache .pytest_cache .ruff_cache
 
 # Installs again only when one of these files has changed.
 $(VENV)/%.stamp: pyproject.toml constraints.txt tests/stubs/requirements.txt hatch_build.py $(wildcard src/polyak/kernels/*.[ch])

@@ -1,20 +1,23 @@
 """The examples in docstrings and Markdown run as tests.
 
-Examples of one document share a namespace and a working directory of their own, and run in order (``--dist=loadfile``).
+Examples in the docstrings of one module share a namespace and a working directory of their own. The blocks of a page
+run in a process of their own, as a reader pastes them: see ``tests/support/pages.py``.
 """
 
 import gc
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack, chdir
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from sybil import Sybil
 from sybil.document import PythonDocStringDocument
 from sybil.parsers.doctest import DocTestParser
-from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 # A busy machine fails no test: how long an example takes says nothing.
 settings.register_profile("polyak", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -42,6 +45,35 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+class Page(pytest.File):
+    """A Markdown page: one test, if it has blocks that run."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        import pages  # in tests/support, which is on the path once pytest is configured
+
+        if pages.runnable(self.path) or pages.unannounced(self.path):
+            yield Blocks.from_parent(self, name="blocks")
+
+
+class Blocks(pytest.Item):
+    """The blocks of a page, in order."""
+
+    def runtest(self) -> None:
+        import pages
+
+        lines = pages.unannounced(self.path)
+        if lines:
+            pytest.fail(f"{self.path}: the line before a block that does not run says so ({lines})", pytrace=False)
+        done = pages.in_process(self.path)
+        if done.returncode == pages.MISSING:
+            pytest.skip(done.stdout.strip())
+        if done.returncode:
+            pytest.fail(f"{done.stdout}\n{done.stderr}", pytrace=False)
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, 0, self.path.name
+
+
 _docstrings = Sybil(
     parsers=[DocTestParser(_OPTIONS)],
     path="src",
@@ -50,11 +82,11 @@ _docstrings = Sybil(
     setup=_enter,
     teardown=_leave,
 )
-_markdown = Sybil(
-    parsers=[PythonCodeBlockParser(doctest_optionflags=_OPTIONS), SkipParser()],
-    patterns=["*.md"],
-    setup=_enter,
-    teardown=_leave,
-)
+_of_docstrings = _docstrings.pytest()
 
-pytest_collect_file = (_docstrings + _markdown).pytest()
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Collect the examples of a module or a page."""
+    if file_path.suffix == ".md":
+        return Page.from_parent(parent, path=file_path)
+    return _of_docstrings(file_path, parent)

@@ -14,6 +14,10 @@ _YOUTH = pytest.mark.filterwarnings(
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
+        if " at 0x" in item.nodeid:  # the processes of pytest-xdist must collect the same names
+            raise pytest.UsageError(
+                f"the name of a test must be the same in each process (got {item.nodeid}): give ids="
+            )
         if Path(__file__).parent in item.path.parents:
             item.add_marker(_YOUTH, append=False)
 

@@ -176,7 +176,7 @@ def test_an_average_continues_where_a_second_fit_sets_the_clock_back(tmp_path, a
 
 
 def test_a_record_continues_where_a_second_fit_sets_the_clock_back(tmp_path):
-    keeps, recorder = KeepsEach(), Recorder(tmp_path / "record", interval="1ba", per_level=None)
+    keeps, recorder = KeepsEach(), Recorder(tmp_path / "record", interval="1ba", per_level=None, dtype=torch.float32)
     made = run(tmp_path, recorder, callbacks=keeps, save=None, max_duration="2ep")
     made.fit()
     made.fit(duration="1ep", reset_time=True)
@@ -188,7 +188,9 @@ def test_a_record_continues_where_a_second_fit_sets_the_clock_back(tmp_path):
 @pytest.mark.parametrize("kind", ["ema", "record"])
 def test_a_checkpoint_loads_with_its_clock_left_out(tmp_path, kind):
     def algorithm() -> Any:
-        return EMA("4ba") if kind == "ema" else Recorder(tmp_path / "record", interval="1ba", per_level=None)
+        if kind == "ema":
+            return EMA("4ba")
+        return Recorder(tmp_path / "record", interval="1ba", per_level=None, dtype=torch.float32)
 
     made = run(tmp_path / "a", first := algorithm(), max_duration="6ba", save="6ba")
     made.fit()

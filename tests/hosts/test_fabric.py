@@ -1,6 +1,5 @@
 """Loops in Lightning's Fabric, held to the contract, and to what only they can get wrong."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import loops
 import pytest
 import torch
 from host_contract import HostContract, Plan, Session, net_of
-from paths import ROOT
 from torch import Tensor, nn
 
 from polyak import EMA
@@ -102,15 +100,3 @@ def test_strategies_that_shard_the_weights_are_refused_before_training(name: str
     fabric._strategy = object.__new__(getattr(strategies, name))
     with pytest.raises(NotImplementedError, match=name):
         attach(EMA(), fabric, net, Plan().optimizer(net))
-
-
-# The how-to page
-
-
-def test_the_scripts_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = ROOT / "docs" / "hosts" / "fabric.md"
-    if not page.exists():
-        pytest.skip("the documentation is not here")
-    monkeypatch.chdir(tmp_path)
-    for script in re.findall("```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(script, str(page), "exec"), {"__name__": "__page__"})

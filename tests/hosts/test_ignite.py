@@ -1,6 +1,5 @@
 """Ignite's engines, held to the contract, and what goes wrong there without care."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import loops
 import pytest
 import torch
 from host_contract import HostContract, Plan, Probe, Session, Watched, loss_of, native, net_of, num_tokens
-from paths import ROOT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -355,15 +353,3 @@ def test_evaluators_that_are_not_given_use_the_training_weights(tmp_path: Path) 
 def test_two_averages_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="one average at a time"):
         session(tmp_path, [EMA(), EMA()])
-
-
-# The how-to page
-
-
-def test_the_script_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = ROOT / "docs" / "hosts" / "ignite.md"
-    if not page.exists():
-        pytest.skip("the documentation is not here")
-    monkeypatch.chdir(tmp_path)
-    for script in re.findall("```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(script, str(page), "exec"), {"__name__": "__page__"})

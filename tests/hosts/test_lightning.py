@@ -1,6 +1,5 @@
 """Lightning's ``Trainer``, held to the contract, and what goes wrong there without care."""
 
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -12,7 +11,6 @@ import loops
 import pytest
 import torch
 from host_contract import HostContract, Plan, Probe, Session, Watched, loss_of, native, net_of, num_tokens, of_net
-from paths import ROOT
 from torch import Tensor, nn
 
 from polyak import EMA, ArgumentError, Event, HalfLife, MismatchError, PlanWarning, ProfileError, Record, Recorder
@@ -635,15 +633,3 @@ def test_the_other_package_of_lightning_takes_the_callback_too(tmp_path: Path) -
     saved = torch.load(tmp_path / "end.ckpt", weights_only=True)
     assert not loops.differences(ema.average, of_net(saved["state_dict"]))
     assert not loops.differences(native(plan, "4ba").batches, ema.batches)
-
-
-# The how-to page
-
-
-def test_the_scripts_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = ROOT / "docs" / "hosts" / "lightning.md"
-    if not page.exists():
-        pytest.skip("the documentation is not here")
-    monkeypatch.chdir(tmp_path)
-    for script in re.findall("```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(script, str(page), "exec"), {"__name__": "__page__"})

@@ -48,7 +48,9 @@ def test_a_small_paired_difference_is_seen_where_the_intervals_of_the_means_over
     assert not is_worse(best, best, maximize=False)
 
 
-@pytest.mark.parametrize("form", [lambda loss: loss, lambda loss: loss.tolist(), lambda loss: loss.numpy()], ids=str)
+@pytest.mark.parametrize(
+    "form", [lambda loss: loss, lambda loss: loss.tolist(), lambda loss: loss.numpy()], ids=["tensor", "list", "array"]
+)
 def test_a_tensor_a_list_and_an_array_of_losses_count_as_their_mean(folder, form) -> None:
     results = sweep(folder, lambda state: {"loss": form(losses(state))}, points=3, refine=0)
     plain = sweep(folder, lambda state: {"loss": losses(state).double().mean()}, points=3, refine=0)
