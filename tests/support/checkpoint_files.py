@@ -3,6 +3,7 @@
 import argparse
 import collections
 import json
+import tarfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,17 @@ def _fairseq(number: float) -> dict[str, Any]:
     }
 
 
+def _nemo(path: Path, number: float) -> None:
+    config, weights = path.with_name("config"), path.with_name("weights")
+    config.write_text("target: test\n")
+    torch.save(state(number), weights)
+    with tarfile.open(path, "w:") as archive:
+        archive.add(config, "./model_config.yaml")
+        archive.add(weights, "./model_weights.ckpt")
+    config.unlink()
+    weights.unlink()
+
+
 def _timm(number: float) -> dict[str, Any]:
     kept = {"epoch": int(number), "arch": "test", "version": 2, "args": argparse.Namespace(lr=0.1), "metric": 71.5}
     return {**kept, "state_dict": state(number), "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}}
@@ -157,6 +169,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path, float], None]]] = {
     "Lightning": (".ckpt", _torch(lambda number: {"state_dict": state(number), "loops": {}, **beside(number)})),
     "Composer": (".pt", _torch(_composer)),
     "fairseq": (".pt", _torch(_fairseq)),
+    "NeMo, .nemo": (".nemo", _nemo),
     "timm": (".pth.tar", _torch(_timm)),
     "safetensors": (".safetensors", lambda path, number: save_file(_contiguous(state(number)), path)),
     "Transformers or Accelerate, one file": ("", _one),

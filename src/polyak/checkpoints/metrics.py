@@ -15,7 +15,7 @@ from polyak.errors import ArgumentError, CheckpointError
 from polyak.time import TimeUnit
 
 _IN_NAME = re.compile(r"([A-Za-z][\w/.]*)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
-_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+_SUFFIXES = (".ckpt", ".nemo", ".pt", ".pth", ".bin", ".safetensors")
 # Where Ultralytics and fairseq keep metrics; many scripts keep them next to the model.
 _PLACES = ((), ("extra_state",), ("metrics",), ("train_metrics",))
 _UNITS = (TimeUnit.BATCH, TimeUnit.EPOCH)

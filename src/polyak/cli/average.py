@@ -1,9 +1,9 @@
 """Average checkpoints that are on disk, without a record.
 
-A checkpoint is a file of torch (.pt, .pth, .ckpt, .bin) or safetensors, or a folder: of Transformers, diffusers, peft
-or Accelerate, or of torch.distributed.checkpoint (.distcp; FSDP, torchtitan, Composer, Lightning). The command finds
-the weights in it; if there are several, --key says which. It runs no code from a file, and needs memory for about one
-tensor, whatever the number and size of the checkpoints.
+A checkpoint is a file of torch (.pt, .pth, .ckpt, .bin), safetensors or NeMo, or a folder: of Transformers, diffusers,
+peft or Accelerate, or of torch.distributed.checkpoint (.distcp; FSDP, torchtitan, Composer, Lightning). The command
+finds the weights in it; if there are several, --key says which. It runs no code from a file, and needs memory for
+about one tensor, whatever the number and size of the checkpoints.
 """
 
 import sys
