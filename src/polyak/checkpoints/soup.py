@@ -8,6 +8,7 @@ from torch import Tensor
 
 from polyak.checkpoints.averaging import Plan, average, plan
 from polyak.checkpoints.opening import Checkpoint
+from polyak.errors import ArgumentError
 
 Evaluate = Callable[[str, dict[str, Tensor]], float]
 
@@ -63,6 +64,7 @@ def greedy_soup(
         common: As for `average_checkpoints`.
 
     Raises:
+        ArgumentError: If all values are NaN.
         CheckpointError: If the checkpoints are not of one model, or one is damaged.
 
     References:
@@ -81,12 +83,14 @@ def greedy_soup(
     higher = maximize() if callable(maximize) else maximize
     best_first = sorted(range(len(opened)), key=lambda i: rank(alone[i]))
     first = best_first[0]
+    if isnan(alone[first]):
+        raise ArgumentError(f"an evaluation must give a number (got NaN for all {len(alone)} checkpoints); correct it")
     soup, value = [opened[first]], alone[first]
     tried = [Ingredient(opened[first], value, value, kept=True)]
     for i in best_first[1:]:
         larger = [opened[i], *soup]  # the best stays the last, which counts as the newest
         joined = valued(f"a soup of {len(larger)} with {opened[i].path}", larger)
-        kept = rank(joined) <= rank(value) and not isnan(joined)
+        kept = rank(joined) <= rank(value)
         if kept:
             soup, value = larger, joined
         tried.append(Ingredient(opened[i], alone[i], joined, kept))

@@ -109,9 +109,10 @@ def _text(plain: dict[str, Any], shown: "Sequence[Distance]", total: int) -> str
     from polyak.compat.words import listed
 
     relative = plain["relative"]
+    above = f"; the {len(shown)} largest distances are above" if len(shown) < total else ""
     rows = [
         ("overall", "NaN" if isnan(relative) else f"{relative:.3g}"),
-        ("tensors", f"{total} compared, {plain['equal']} of them the same; the {len(shown)} largest are above"),
+        ("tensors", f"{total} compared, {plain['equal']} of them the same{above}"),
     ]
     for name in ("first", "second"):
         if only := plain[f"only_in_{name}"]:
