@@ -2,6 +2,7 @@
 
 import tarfile
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
 
 from polyak.checkpoints.stored import Files, Found
 from polyak.compat.files import load
@@ -35,7 +36,7 @@ def read(path: Path, files: Files) -> Found:
     """
     data = files.open(path)
     try:
-        with tarfile.open(fileobj=Window(data), mode="r:") as archive:
+        with tarfile.open(fileobj=cast(BinaryIO, Window(data)), mode="r:") as archive:
             entries = [one for one, _ in zip(archive, range(_MOST_ENTRIES), strict=False)]
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise CheckpointError(
