@@ -1,5 +1,6 @@
 """The average of checkpoints equals that in float64, rounded once."""
 
+import hashlib
 import json
 
 import checkpoint_files
@@ -101,12 +102,51 @@ def test_the_output_says_what_it_was_made_from(tmp_path) -> None:
     assert metadata["format"] == "pt"
     said = json.loads(metadata["polyak.average"])
     assert [one["weight"] for one in said] == [0.25, 0.5, 0.25]
+    assert said[1].pop("sha256") == {"step-200.ckpt": sha256(paths[1])}
     assert said[1] == {
         "path": "run/step-200.ckpt",
         "weights": "state_dict",
         "moment": {"ba": 200.0, "ep": 2.0},
         "weight": 0.5,
     }
+
+
+def sha256(path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_hashes_of_a_folder_are_those_of_its_files_with_weights(tmp_path) -> None:
+    for name in ("Transformers or Accelerate, several files", "distributed"):
+        (tmp_path / name).mkdir()
+        paths = [checkpoint_files.write(name, tmp_path / name, number) for number in NUMBERS]
+        out = tmp_path / f"{name}.safetensors"
+        average_checkpoints(paths, out)
+        with safe_open(out, framework="pt") as file:
+            said = json.loads(file.metadata()["polyak.average"])
+        weights = [one for one in paths[0].iterdir() if one.suffix in (".safetensors", ".distcp")]
+        assert said[0]["sha256"] == {one.name: sha256(one) for one in weights}
+
+
+def test_tensors_that_are_given_are_written_instead_of_their_average(tmp_path) -> None:
+    opened = save(tmp_path, {"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.zeros(2), "b": torch.ones(1)})
+    write_average(plan(opened, [1, 1]), tmp_path / "out.safetensors", given={"b": torch.tensor([7.0])})
+    assert {name: one.tolist() for name, one in load_file(tmp_path / "out.safetensors").items()} == {
+        "a": [0.5, 0.5],
+        "b": [7.0],
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+def test_extra_states_are_those_of_the_newest_whatever_their_length(tmp_path, dtype) -> None:
+    states = [{"w": torch.ones(2), "layer._extra_state": torch.arange(n).to(dtype)} for n in (3, 5)]
+    made = plan(save(tmp_path, *states), [1, 1])
+    assert torch.equal(average(made, "layer._extra_state"), torch.arange(5).to(dtype))
+
+
+def test_extra_states_that_are_no_tensors_are_listed(tmp_path) -> None:
+    torch.save({"w": torch.ones(2), "layer._extra_state": {"a": 1}}, tmp_path / "it.pt")
+    opened = open_checkpoint(tmp_path / "it.pt")
+    assert (list(opened.tensors), opened.extra) == (["w"], ("layer._extra_state",))
 
 
 def save(folder, *states):

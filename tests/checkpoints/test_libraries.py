@@ -162,3 +162,75 @@ def test_checkpoints_of_the_trainer_list_weights_and_average_and_a_key_chooses(t
     model.load_state_dict(torch.load(tmp_path / "averaged.pt", weights_only=True))
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter, mean(states, name), rtol=1e-5)
+
+
+def test_the_best_of_a_lightning_trainer_are_those_of_its_callback_whose_names_are_rounded(tmp_path) -> None:
+    import lightning
+
+    losses = iter((3.04, 3.01, 3.03, 3.02))
+    states = []
+
+    class Net(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 2)
+
+        def training_step(self, batch, number):
+            return self.net(batch[0]).square().mean()
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("val_loss", next(losses))
+
+        def validation_step(self, batch, number) -> None:
+            pass
+
+        def on_save_checkpoint(self, checkpoint) -> None:
+            states.append({name: one.clone() for name, one in checkpoint["state_dict"].items()})
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(12, 3)), batch_size=4)
+    saver = lightning.pytorch.callbacks.ModelCheckpoint(
+        tmp_path, filename="{epoch}-{val_loss:.1f}", monitor="val_loss", save_top_k=-1
+    )
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    with warnings.catch_warnings(action="ignore"):
+        trainer = lightning.Trainer(max_epochs=4, callbacks=[saver], num_sanity_val_steps=0, **options)
+        trainer.fit(Net(), data, data)
+    assert sorted(one.name for one in tmp_path.glob("*.ckpt"))[0] == "epoch=0-val_loss=3.0.ckpt"
+    averaged(tmp_path / "*.ckpt", "-o", tmp_path / "averaged.pt", "--best", 2, "--metric", "val_loss")
+    model = Net()
+    model.load_state_dict(torch.load(tmp_path / "averaged.pt", weights_only=True))
+    assert_is_mean(model, [states[1], states[3]])
+
+
+def test_the_best_of_a_transformers_trainer_are_averaged_and_evaluated(tmp_path) -> None:
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    data = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(8)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "out"),
+        num_train_epochs=4,
+        per_device_train_batch_size=4,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        learning_rate=0.05,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    with warnings.catch_warnings(action="ignore"):
+        trainer = transformers.Trainer(transformers.GPT2LMHeadModel(config), arguments, None, data, data)
+        trainer.train()
+        folders = sorted((tmp_path / "out").iterdir())
+        losses = {one: open_checkpoint(one).metrics["eval_loss"] for one in folders}
+        assert len(losses) == 4
+        best = sorted(sorted(losses, key=losses.__getitem__)[:2], key=lambda one: int(one.name.rpartition("-")[2]))
+        out = tmp_path / "averaged"
+        averaged(tmp_path / "out/checkpoint-*", "-o", out, "--best", 2, "--metric", "eval_loss")
+        states = [dict(transformers.GPT2LMHeadModel.from_pretrained(one).named_parameters()) for one in best]
+        again = transformers.GPT2LMHeadModel.from_pretrained(out)
+        assert_is_mean(again, [{name: one.detach() for name, one in state.items()} for state in states])
+        assert transformers.Trainer(again, arguments, None, data, data).evaluate()["eval_loss"] > 0

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import tarfile
 
 import checkpoint_files
 import pytest
@@ -136,6 +137,24 @@ def test_what_is_no_checkpoint_is_refused_by_name(tmp_path, make, said) -> None:
     assert str(tmp_path / "it") in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("mode", "names", "said"),
+    [
+        ("w:gz", ["model_weights.ckpt"], "must be an uncompressed tar archive"),
+        ("w:", ["model_config.yaml"], r"must have one model_weights.ckpt \(it has model_config.yaml\)"),
+        ("w:", ["a/model_weights.ckpt", "b/model_weights.ckpt"], "must have one model_weights.ckpt"),
+    ],
+    ids=["compressed", "no weights", "two weights"],
+)
+def test_an_archive_of_nemo_must_have_weights_that_can_be_read_in_place(tmp_path, mode, names, said) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "weights")
+    with tarfile.open(tmp_path / "it.nemo", mode) as archive:
+        for name in names:
+            archive.add(tmp_path / "weights", name)
+    with pytest.raises(CheckpointError, match=rf"it.nemo {said}"):
+        open_checkpoint(tmp_path / "it.nemo")
+
+
 def test_an_index_must_name_files_of_the_folder_and_tensors_in_them(tmp_path) -> None:
     path = checkpoint_files.write("Transformers or Accelerate, several files", tmp_path)
     index = path / "model.safetensors.index.json"
@@ -163,6 +182,7 @@ def test_a_folder_with_two_models_lists_their_files(tmp_path) -> None:
         ("checkpoint12.pt", {"ep": 12}),
         ("checkpoint_3_5000.pt", {"ba": 5000, "ep": 3}),
         ("iter_0001000", {"ba": 1000}),
+        ("12epoch.pth", {"ep": 12}),
         ("global_step1000", {"ba": 1000}),
         ("model.pt", {}),
         ("fold2.pt", {}),

@@ -1,10 +1,14 @@
 """The command `polyak average`."""
 
+import sys
+
 import checkpoint_files
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from polyak import update_bn
 from polyak.cli import main
 
 NUMBERS = (9.0, 10.0, 11.0)
@@ -113,3 +117,83 @@ def test_a_wrong_argument_is_refused_in_one_line(run, tmp_path, arguments, said)
     assert said in printed
     assert printed.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_best_by_a_metric_in_the_names_are_averaged(run, tmp_path) -> None:
+    for number, loss in zip(NUMBERS, (0.3, 0.2, 0.1), strict=True):
+        (tmp_path / f"step-{int(100 * number)}.ckpt").rename(tmp_path / f"step={int(number)}-val_loss={loss}.ckpt")
+    assert run("step=*.ckpt", "-o", "out.safetensors", "--best", "2", "--metric", "val_loss")[0] == 0
+    assert scale("out.safetensors") == 10.5
+    assert run("step=*.ckpt", "-o", "max.safetensors", "--best", "2", "--metric", "val_loss", "--max")[0] == 0
+    assert scale("max.safetensors") == 9.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--best", "2"], "the best must be those of a metric"),
+        (["--best", "2", "--metric", "wer"], "each checkpoint must have the metric wer (step-900.ckpt has best)"),
+        (["--best", "2", "--metric", "gain"], "whether a lower or a higher gain is better"),
+        (["--best", "2", "--last", "2"], "not allowed with"),
+        (["--max"], "must come with --metric"),
+    ],
+    ids=str,
+)
+def test_a_metric_that_is_not_clear_is_refused_in_one_line(run, arguments, said) -> None:
+    code, printed = run("step-*.ckpt", "-o", "out.pt", *arguments)
+    assert code == 2
+    assert said in printed
+    assert printed.count("\n") == 1
+
+
+BATCHES = """
+import torch
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)), [torch.randn(8, 2) for _ in range(3)]
+
+def other():
+    return nn.Linear(2, 2), []
+
+def nothing():
+    return None
+"""
+
+
+def test_the_statistics_of_batchnorm_are_recomputed_for_the_averaged_weights(run, tmp_path) -> None:
+    (tmp_path / "batches.py").write_text(BATCHES)
+    models = [nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)) for _ in range(2)]
+    for i, model in enumerate(models):
+        torch.save(model.state_dict(), tmp_path / f"{i}.pt")
+    torch.manual_seed(0)
+    code, said = run("[01].pt", "-o", "out.safetensors", "--update-bn", "batches.py:build")
+    assert code == 0
+    assert "running statistics" not in said
+    got, want = load_file("out.safetensors"), nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    weights = [model.state_dict() for model in models]
+    for name in ("0.weight", "0.bias", "1.weight"):
+        assert torch.allclose(got[name], (weights[0][name] + weights[1][name]) / 2)
+    want.load_state_dict(got)
+    torch.manual_seed(0)
+    nn.Linear(2, 3)  # which the function makes before its batches
+    update_bn(want, [torch.randn(8, 2) for _ in range(3)])
+    assert torch.allclose(got["1.running_var"], want[1].running_var)
+    assert got["1.num_batches_tracked"] == 3
+    sys.modules.pop("polyak_user_batches", None)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("nothing", "must return a model and batches (got None)"),
+        ("other", "the model must take the averaged weights and the batches"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_and_nothing_is_written(run, tmp_path, function, said) -> None:
+    (tmp_path / "batches.py").write_text(BATCHES)
+    code, printed = run("step-*.ckpt", "-o", "out.pt", "--update-bn", f"batches.py:{function}")
+    assert code == 2
+    assert said in printed
+    assert not (tmp_path / "out.pt").exists()
+    sys.modules.pop("polyak_user_batches", None)

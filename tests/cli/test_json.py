@@ -16,6 +16,9 @@ def validate(state):
     print("evaluating")
     return {"loss": [float(state["0.weight"].norm()) + n for n in range(9)], "accuracy": float("nan")}
 
+def norm(state):
+    return float(state["weight"].norm())
+
 def build():
     print("building")
     from records import build
@@ -25,10 +28,12 @@ def build():
 LINES = {
     "average": "average model-1.pt model-2.pt -o averaged.safetensors",
     "convert": "convert a.pt -o converted.safetensors",
+    "diff": "diff model-1.pt model-2.pt",
     "env": "env",
     "inspect": "inspect run",
     "plan": "plan evaluate.py:build",
     "reconstruct": "reconstruct run --half-life 20ba -o new.safetensors",
+    "soup": "soup model-1.pt model-2.pt --evaluate evaluate.py:norm -o soup.safetensors",
     "sweep": "sweep run --evaluate evaluate.py:validate --points 3 --refine 1",
 }
 

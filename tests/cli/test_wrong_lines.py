@@ -29,13 +29,13 @@ number = 3
 
 # Each line after "polyak", and what is said. RUN is a record; the current folder has evaluate.py and old.safetensors.
 LINES = [
-    ("swep RUN", "demo, env, inspect, plan, reconstruct or sweep (got 'swep'; did you mean sweep?)"),
+    ("swep RUN", "demo, diff, env, inspect, plan, reconstruct, soup or sweep (got 'swep'; did you mean sweep?)"),
     ("--verison", "unrecognized arguments: --verison (did you mean --version?)"),
     ("inspect", "the following arguments are required: RECORD"),
     ("inspect RUN more", "unrecognized arguments: more"),
     ("inspect RUN --verfy", "unrecognized arguments: --verfy (did you mean --verify?)"),
     ("inspect none", "a record must have a manifest.json, and there is none in"),
-    ("inspect evaluate.py", "RECORD must be a folder (evaluate.py is a file)"),
+    ("inspect evaluate.py", "evaluate.py cannot be read: it is neither a safetensors file nor one of torch.save"),
     ("env all", "unrecognized arguments: all"),
     ("plan evaluate.py", "MODEL must be FILE.py:FUNCTION or package.module:FUNCTION (got 'evaluate.py')"),
     ("plan evaluate.py:number", "there is no function 'number' in evaluate.py"),

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import json
+import tarfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -129,6 +130,32 @@ def _composer(number: float) -> dict[str, Any]:
     }
 
 
+def _fairseq(number: float) -> dict[str, Any]:
+    return {
+        "args": argparse.Namespace(lr=0.1),
+        "model": state(number),
+        "optimizer_history": [{"num_updates": int(100 * number), "optimizer_name": "FairseqAdam"}],
+        "last_optimizer_state": {"state": {0: {"exp_avg": torch.ones(3)}}},
+        "extra_state": {"train_iterator": {"epoch": int(number), "iterations_in_epoch": 0}, "val_loss": 0.5},
+    }
+
+
+def _nemo(path: Path, number: float) -> None:
+    config, weights = path.with_name("config"), path.with_name("weights")
+    config.write_text("target: test\n")
+    torch.save(state(number), weights)
+    with tarfile.open(path, "w:") as archive:
+        archive.add(config, "./model_config.yaml")
+        archive.add(weights, "./model_weights.ckpt")
+    config.unlink()
+    weights.unlink()
+
+
+def _timm(number: float) -> dict[str, Any]:
+    kept = {"epoch": int(number), "arch": "test", "version": 2, "args": argparse.Namespace(lr=0.1), "metric": 71.5}
+    return {**kept, "state_dict": state(number), "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}}
+
+
 # The suffix of the file, and what writes it.
 FORMATS: dict[str, tuple[str, Callable[[Path, float], None]]] = {
     "torch, state dict": (".pt", _torch(state)),
@@ -141,6 +168,9 @@ FORMATS: dict[str, tuple[str, Callable[[Path, float], None]]] = {
     ),
     "Lightning": (".ckpt", _torch(lambda number: {"state_dict": state(number), "loops": {}, **beside(number)})),
     "Composer": (".pt", _torch(_composer)),
+    "fairseq": (".pt", _torch(_fairseq)),
+    "NeMo, .nemo": (".nemo", _nemo),
+    "timm": (".pth.tar", _torch(_timm)),
     "safetensors": (".safetensors", lambda path, number: save_file(_contiguous(state(number)), path)),
     "Transformers or Accelerate, one file": ("", _one),
     "Transformers or Accelerate, several files": ("", _sharded),

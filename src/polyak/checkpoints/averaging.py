@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polyak.checkpoints.opening import Checkpoint
 from polyak.checkpoints.stored import StoredTensor
+from polyak.checkpoints.weights import is_extra_state
 from polyak.compat.words import listed, shown
 from polyak.errors import ArgumentError, CheckpointError
 
@@ -91,6 +92,8 @@ def plan(checkpoints: Sequence[Checkpoint], weights: Sequence[float], *, common:
 
 def _require_same_shapes(one: Checkpoint, newest: Checkpoint, names: Sequence[str]) -> None:
     for name in names:
+        if is_extra_state(name):  # its length may change from save to save
+            continue
         here, there = one.tensors[name], newest.tensors[name]
         if here.shape != there.shape:
             raise CheckpointError(
@@ -110,7 +113,9 @@ def _is_averaged(dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def average(plan: Plan, name: str) -> Tensor:
-    """Return the average of a tensor, in the dtype of the newest checkpoint. Integers are those of the newest.
+    """Return the average of a tensor, in the dtype of the newest checkpoint.
+
+    Integers and extra states are those of the newest.
 
     The sum is in float64, and rounded once.
 
@@ -123,7 +128,8 @@ def average(plan: Plan, name: str) -> Tensor:
     """
     like = plan.newest.tensors[name]
     try:
-        return _average(plan, name) if _is_averaged(like.dtype) else like.whole().clone()
+        copied = is_extra_state(name) or not _is_averaged(like.dtype)
+        return like.whole().clone() if copied else _average(plan, name)
     finally:
         _release(plan)
 

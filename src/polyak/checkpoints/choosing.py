@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from polyak.checkpoints.averaging import Plan, plan
+from polyak.checkpoints.metrics import values_of
 from polyak.checkpoints.moments import in_natural_order
 from polyak.checkpoints.opening import Checkpoint, open_checkpoint
 from polyak.checkpoints.output import check_output, write_average
 from polyak.checkpoints.profiles import weights_at
+from polyak.checkpoints.runs import require_one_run
 from polyak.compat.words import listed
 from polyak.errors import ArgumentError
 from polyak.profiles import NamedProfile
@@ -21,10 +23,15 @@ def average_checkpoints(
     weights: Sequence[float] | None = None,
     profile: NamedProfile | None = None,
     last: int | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    maximize: bool = False,
+    log: str | Path | None = None,
     times: Sequence[Time | str] | None = None,
     key: str | None = None,
     prefix: str | None = None,
     common: bool = False,
+    mixed: bool = False,
 ) -> Plan:
     """Average checkpoints, write the average, and return what was averaged.
 
@@ -36,13 +43,18 @@ def average_checkpoints(
         weights: How much each checkpoint counts; None for equal weights.
         profile: Gives the weights instead, at the times when the checkpoints were saved.
         last: Take the last so many only.
+        best: Take only so many with the best ``metric``. Of equal ones the newest are taken.
+        metric: The name of a metric in the checkpoints, in their names or in ``log``.
+        maximize: Whether a higher ``metric`` is better.
+        log: A file with a JSON object on each line: ``step`` or ``epoch``, and metrics.
         times: When each was saved, such as ``"100ba"``; None to read it from the checkpoints or their names.
         key: Where the weights are in a checkpoint, such as ``"model"``; None to find out.
         prefix: How the names of the tensors to take begin, such as ``"teacher."``, which is left out of them.
         common: Whether to average the tensors that all checkpoints have, where the names differ.
+        mixed: Whether checkpoints of one folder may be of several runs. With ``weights`` they may.
 
     Raises:
-        ArgumentError: If an argument is wrong or excludes another.
+        ArgumentError: If an argument is wrong or excludes another, or a checkpoint does not have the metric.
         CheckpointError: If a checkpoint cannot be read, or they are not of one model.
         OSError: If the disk refuses.
 
@@ -54,8 +66,19 @@ def average_checkpoints(
         >>> torch.load("averaged.pt")
         {'w': tensor([2.5000, 2.5000])}
     """
-    options = {"weights": weights, "profile": profile, "last": last, "times": times, "common": common}
-    made = choose([open_checkpoint(Path(path), key, prefix) for path in paths], **options)
+    made = choose(
+        [open_checkpoint(Path(path), key, prefix) for path in paths],
+        weights=weights,
+        profile=profile,
+        last=last,
+        best=best,
+        metric=metric,
+        maximize=maximize,
+        log=None if log is None else Path(log),
+        times=times,
+        common=common,
+        mixed=mixed,
+    )
     check_output(Path(output), made)
     write_average(made, Path(output))
     return made
@@ -67,8 +90,13 @@ def choose(
     weights: Sequence[float] | None = None,
     profile: NamedProfile | None = None,
     last: int | None = None,
+    best: int | None = None,
+    metric: str | None = None,
+    maximize: bool = False,
+    log: Path | None = None,
     times: Sequence[Time | str] | None = None,
     common: bool = False,
+    mixed: bool = False,
 ) -> Plan:
     """Return what is averaged. Without weights, checkpoints are sorted by when they were saved, or else by their names.
 
@@ -77,8 +105,13 @@ def choose(
         weights: As for `average_checkpoints`.
         profile: As for `average_checkpoints`.
         last: As for `average_checkpoints`.
+        best: As for `average_checkpoints`.
+        metric: As for `average_checkpoints`.
+        maximize: As for `average_checkpoints`.
+        log: As for `average_checkpoints`.
         times: As for `average_checkpoints`.
         common: As for `average_checkpoints`.
+        mixed: As for `average_checkpoints`.
 
     Raises:
         ArgumentError: As `average_checkpoints`.
@@ -87,16 +120,18 @@ def choose(
     for name, values in (("weights", weights), ("times", times)):
         if values is not None and len(values) != len(opened):
             raise ArgumentError(f"{name} must have a value for each checkpoint (got {len(values)} for {len(opened)})")
-    if weights is not None and profile is not None:
-        raise ArgumentError("weights must be given or follow a profile (got both); leave one out")
-    if last is not None and not last >= 1:
-        raise ArgumentError(f"last must be at least 1 (got {last})")
+    _require_one_choice(weights, profile, last, best, metric)
+    if weights is None and not mixed:
+        require_one_run(opened)
     unit = profile.unit if profile else None
     readings = _readings(opened, times, unit)
     if weights is None:
         keys = readings or [in_natural_order(one.path) for one in opened]
         order = sorted(range(len(opened)), key=keys.__getitem__)
         opened, readings = [opened[i] for i in order], [readings[i] for i in order] if readings else None
+    if best is not None and metric is not None:
+        taken = _best(opened, best, metric, log, maximize=maximize)
+        opened, readings = [opened[i] for i in taken], [readings[i] for i in taken] if readings else None
     begin = -min(last or len(opened), len(opened))
     opened, readings = opened[begin:], readings and readings[begin:]
     if profile is not None:
@@ -104,6 +139,34 @@ def choose(
     elif weights is not None:
         weights = weights[begin:]
     return plan(opened, weights or [1.0] * len(opened), common=common)
+
+
+def _require_one_choice(
+    weights: Sequence[float] | None,
+    profile: NamedProfile | None,
+    last: int | None,
+    best: int | None,
+    metric: str | None,
+) -> None:
+    if weights is not None and (profile is not None or best is not None):
+        other = "follow a profile" if best is None else "be equal for the best"
+        raise ArgumentError(f"weights must be given or {other} (got both); leave one out")
+    if last is not None and best is not None:
+        raise ArgumentError("checkpoints must be the last or the best (got both); leave one out")
+    if (best is None) != (metric is None):
+        raise ArgumentError("the best must be those of a metric (got one without the other); give best and metric")
+    for name, count in (("last", last), ("best", best)):
+        if count is not None and not count >= 1:
+            raise ArgumentError(f"{name} must be at least 1 (got {count})")
+
+
+def _best(opened: Sequence[Checkpoint], count: int, metric: str, log: Path | None, *, maximize: bool) -> list[int]:
+    """Return which checkpoints are the best, in their order."""
+    of_each = [(one.path, one.moment, one.metrics) for one in opened]
+    paths, moments, metrics = zip(*of_each, strict=True) if of_each else ((), (), ())
+    values = values_of(metric, paths, moments, metrics, log)
+    ranked = sorted(range(len(values)), key=lambda i: (-values[i] if maximize else values[i], -i))
+    return sorted(ranked[:count])
 
 
 def _readings(

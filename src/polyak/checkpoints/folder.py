@@ -48,7 +48,7 @@ def read(path: Path, files: Files) -> Found:
     found = sorted(one for one in path.iterdir() if _WEIGHTS.fullmatch(one.name))
     sharded = [one for one in path.iterdir() if distributed.accepts(one) and not one.name.startswith("optim")]
     if not found and len(sharded) == 1:  # of Accelerate under FSDP
-        return replace(distributed.read(sharded[0], files), clock=clock)
+        return replace(distributed.read(sharded[0], files), clock=clock, format=distributed.FORMAT)
     whole = [one for one in found if one.suffix == ".safetensors"] or found
     if len(whole) > 1:
         raise CheckpointError(

@@ -1,6 +1,7 @@
 """When a checkpoint was saved: as it says itself, or its name does."""
 
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from math import isfinite
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from polyak.checkpoints.stored import StoredTensor
+from polyak.compat.pickles import StandIn
 from polyak.time import TimeUnit
 
 # What libraries call them, the surest first.
@@ -30,13 +32,15 @@ _PLACES = (
     ("meta",),
     ("state",),
 )
+# How numpy's scalars are stored, by the name of their dtype.
+_NUMPY = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i"}
 _NAMES = {
     # `checkpoint-500` is a step; fairseq's `checkpoint12.pt` is an epoch, and its `checkpoint_3_500.pt` both.
     TimeUnit.BATCH: (
         r"(?:steps?|iter|iteration|ba|batch|updates?|checkpoint-|ckpt-)[-_=]*(\d+)",
         r"checkpoint_\d+_(\d+)",
     ),
-    TimeUnit.EPOCH: (r"(?:epochs?|ep)[-_=]*(\d+)", r"checkpoint(\d+)", r"checkpoint_(\d+)_\d+"),
+    TimeUnit.EPOCH: (r"(?:epochs?|ep)[-_=]*(\d+)", r"(?<!\d)(\d+)epochs?", r"checkpoint(\d+)", r"checkpoint_(\d+)_\d+"),
 }
 
 
@@ -51,11 +55,17 @@ def moment_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any]) 
     found = dict(_in_name(path))
     for source in (content, clock):
         for place in reversed(_PLACES):
-            found |= dict(_in_mapping(_at(source, place)))
-    return found
+            found |= dict(counters_in(at(source, place)))
+    return {unit: found[unit] for unit in _COUNTERS if unit in found}
 
 
-def _at(value: object, place: tuple[str | int, ...]) -> object:
+def at(value: object, place: tuple[str | int, ...]) -> object:
+    """Return what is at a place in mappings and lists; None if it is not there.
+
+    Args:
+        value: The outermost.
+        place: Keys of mappings, and numbers of items in lists.
+    """
     for key in place:
         if isinstance(key, int):
             value = value[key] if isinstance(value, (list, tuple)) and value else None
@@ -64,22 +74,58 @@ def _at(value: object, place: tuple[str | int, ...]) -> object:
     return value
 
 
-def _in_mapping(value: object) -> Iterator[tuple[TimeUnit, float]]:
+def counters_in(value: object) -> Iterator[tuple[TimeUnit, float]]:
+    """Yield the counters in a mapping, such as ``global_step``, by their unit.
+
+    Args:
+        value: A mapping; anything else has none.
+    """
     if isinstance(value, Mapping):
         for unit, names in _COUNTERS.items():
-            numbers = (_number(value.get(name)) for name in names)
+            numbers = (_count(value.get(name)) for name in names)
             if (number := next((one for one in numbers if one is not None), None)) is not None:
                 yield unit, number
 
 
-def _number(value: object) -> float | None:
+def is_counter(name: str) -> bool:
+    """Return whether a name is that of a counter, such as ``global_step``.
+
+    Args:
+        name: Of a value.
+    """
+    return any(name in names for names in _COUNTERS.values())
+
+
+def _count(value: object) -> float | None:
+    found = number(value)
+    return found if found is not None and 0 <= found < 1 << 62 else None
+
+
+def number(value: object) -> float | None:
+    """Return a finite number, out of a tensor or of numpy if it is in one; None if it is none.
+
+    Args:
+        value: What a checkpoint has.
+    """
     if isinstance(value, StoredTensor) and value.numel == 1:
         value = value.whole()
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
+    if isinstance(value, StandIn):
+        value = _of_numpy(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if 0 <= value < 1 << 62 and isfinite(value) else None
+    return float(value) if abs(value) < 1 << 62 and isfinite(value) else None
+
+
+def _of_numpy(value: StandIn) -> object:
+    """Return a scalar of numpy, out of what stands for it."""
+    if not value.of.endswith("multiarray.scalar") or not isinstance(value.arguments, tuple):
+        return None
+    dtype, data = value.arguments if len(value.arguments) == 2 else (None, None)
+    kind = dtype.arguments[:1] if isinstance(dtype, StandIn) and isinstance(dtype.arguments, tuple) else ()
+    form = _NUMPY.get(kind[0]) if kind and isinstance(kind[0], str) else None
+    return struct.unpack(form, data)[0] if form and isinstance(data, bytes) and len(data) == int(kind[0][1:]) else None
 
 
 def _in_name(path: Path) -> Iterator[tuple[TimeUnit, float]]:

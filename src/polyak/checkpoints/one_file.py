@@ -27,4 +27,8 @@ def read(path: Path, files: Files) -> Found:
     Raises:
         CheckpointError: If it is no such file, or is damaged.
     """
-    return Found(load(path, data=files.open(path), unchecked=files.unchecked))
+    data = files.open(path)
+    content = load(path, data=data, unchecked=files.unchecked)
+    if bytes(data[:2]) == b"PK":
+        return Found(content, format="torch file")
+    return Found(content, format="safetensors file" if bytes(data[8:9]) == b"{" else "torch file of before 1.6")

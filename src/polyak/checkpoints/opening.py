@@ -1,13 +1,15 @@
 """Opens a checkpoint, whatever its format."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
-from polyak.checkpoints import distributed, folder, one_file
+from polyak.checkpoints import distributed, folder, nemo, one_file
+from polyak.checkpoints.metrics import metrics_of
 from polyak.checkpoints.moments import moment_of
 from polyak.checkpoints.stored import Files, Found, StoredTensor
 from polyak.checkpoints.weights import weights_in
@@ -37,7 +39,7 @@ class Reader(Protocol):
 
 
 # The first that accepts a path reads it.
-READERS: Sequence[Reader] = (distributed, folder, one_file)
+READERS: Sequence[Reader] = (distributed, folder, nemo, one_file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,8 @@ class Checkpoint:
         place: Where the weights are in it, as ``state.model``; empty if it is all weights.
         tensors: The weights, by name.
         moment: When it was saved, in the units that are known.
+        metrics: Measured when it was saved, by name.
+        extra: The names of extra states that are no tensors, and stay behind.
         layout: By tensor the name of its file, for a folder of files with weights.
         files: Its files.
     """
@@ -59,6 +63,8 @@ class Checkpoint:
     place: str
     tensors: Mapping[str, StoredTensor]
     moment: Mapping[TimeUnit, float]
+    metrics: Mapping[str, float]
+    extra: Sequence[str]
     layout: Mapping[str, str]
     files: Files
 
@@ -79,22 +85,51 @@ def open_checkpoint(path: Path, key: str | None = None, prefix: str | None = Non
     Raises:
         CheckpointError: If it cannot be read safely, or it is not clear where the weights are.
     """
-    reader = next(reader for reader in READERS if reader.accepts(path))
     files = Files()
-    try:
-        found = reader.read(path, files)
-        place, tensors = weights_in(found.content, files, key, prefix)
+    with named_errors(path):
+        found = read(path, files)
+        place, tensors, extra = weights_in(found.content, files, key, prefix)
         moment = moment_of(path, found.content, found.clock)
-        if reader is not distributed:  # whose shards are compared with their tensors
+        metrics = metrics_of(path, found.content, found.clock)
+        if found.format != distributed.FORMAT:  # whose shards are compared with their tensors
             _require_possible(tensors, files.size_bytes)
+    named = {name: replace(tensor, read=_named(path, tensor.read)) for name, tensor in tensors.items()}
+    return Checkpoint(path, found.format, place, named, moment, metrics, extra, found.layout, files)
+
+
+def read(path: Path, files: Files) -> Found:
+    """Read what is at a path, but no tensor.
+
+    Args:
+        path: Of a checkpoint.
+        files: Opens its files.
+
+    Raises:
+        CheckpointError: If it cannot be read safely.
+    """
+    reader = next(reader for reader in READERS if reader.accepts(path))
+    found = reader.read(path, files)
+    return replace(found, format=found.format or reader.FORMAT)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Let errors in a ``with`` block name the checkpoint.
+
+    Args:
+        path: Of the checkpoint.
+
+    Raises:
+        CheckpointError: In place of any error.
+    """
+    try:
+        yield
     except CheckpointError as error:
         raise error if shown(path) in str(error) else CheckpointError(f"{shown(path)}: {error}") from None
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         # A file of a known format with something else where its numbers and tensors should be.
         said = f"{type(error).__name__}: {shown(error)}"
         raise CheckpointError(f"{shown(path)} must be whole (reading it gave {said}); save it again") from error
-    named = {name: replace(tensor, read=_named(path, tensor.read)) for name, tensor in tensors.items()}
-    return Checkpoint(path, reader.FORMAT, place, named, moment, found.layout, files)
 
 
 def _require_possible(tensors: Mapping[str, StoredTensor], held: int) -> None:

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from polyak.checkpoints.averaging import Plan, average
+from polyak.checkpoints.digests import Digests, hashing
 from polyak.checkpoints.folder import INDEX
 from polyak.checkpoints.one_file import read as read_file
 from polyak.checkpoints.stored import Files
@@ -63,13 +64,19 @@ def _require_dtypes(plan: Plan) -> None:
         raise ArgumentError(f"all tensors must have a dtype of safetensors (got {listed(other)}); write a .pt file")
 
 
-def write_average(plan: Plan, path: Path, progress: Progress = lambda name: None) -> None:
+def write_average(
+    plan: Plan, path: Path, progress: Progress = lambda name: None, given: Mapping[str, Tensor] | None = None
+) -> None:
     """Compute the average and write it. It is complete, or what was at ``path`` is as it was.
+
+    The header of safetensors files says what it was made from, with the SHA-256 of each file that has weights of a
+    checkpoint.
 
     Args:
         plan: What is averaged.
         path: A file, or a folder that is absent or empty.
         progress: Is called with the name of each tensor before it is averaged.
+        given: Tensors by name that are written instead of their average.
 
     Raises:
         CheckpointError: If a checkpoint is damaged or has changed.
@@ -78,16 +85,17 @@ def write_average(plan: Plan, path: Path, progress: Progress = lambda name: None
 
     def read(name: str) -> Tensor:
         progress(name)
-        return average(plan, name)
+        return average(plan, name) if given is None or name not in given else given[name]
 
-    if path.suffix == "":
-        with replacing(path, folder=True) as temporary:
-            _write_folder(plan, temporary, path, read)
-            _require_unchanged(plan)
-        return
-    with replacing(path) as temporary:
-        if path.suffix == ".safetensors":
-            _write(plan, temporary, plan.names, path, read)
+    with replacing(path, folder=path.suffix == "") as temporary:
+        if path.suffix in ("", ".safetensors"):
+            with hashing(plan.checkpoints) as digests:
+                said = {"format": "pt", "polyak.average": json.dumps(provenance(plan, path, digests))}
+                written = _write_folder(plan, temporary, said, read) if path.suffix == "" else [temporary]
+                if path.suffix:
+                    _write(plan, temporary, plan.names, said, read)
+                for file in written:
+                    digests.write_into(file)
         else:
             _write_torch(plan, temporary, read)
         _require_unchanged(plan)
@@ -98,13 +106,16 @@ def _require_unchanged(plan: Plan) -> None:
         one.files.require_unchanged()
 
 
-def _write(plan: Plan, to: Path, names: Sequence[str], path: Path, read: Callable[[str], Tensor]) -> None:
+Read = Callable[[str], Tensor]
+
+
+def _write(plan: Plan, to: Path, names: Sequence[str], said: Mapping[str, str], read: Read) -> None:
     tensors = plan.tensors
     infos = {name: TensorInfo(tensors[name].dtype, tensors[name].shape, averaged=False) for name in names}
-    write_tensors(to, infos, read, {"format": "pt", "polyak.average": json.dumps(provenance(plan, path))})
+    write_tensors(to, infos, read, said)
 
 
-def _write_torch(plan: Plan, to: Path, read: Callable[[str], Tensor]) -> None:
+def _write_torch(plan: Plan, to: Path, read: Read) -> None:
     """Write by ``torch.save``, which needs all tensors: they are in a file meanwhile, not in memory."""
     between = to.with_name(f"{to.name}.tensors")
     try:
@@ -120,11 +131,12 @@ def _write_torch(plan: Plan, to: Path, read: Callable[[str], Tensor]) -> None:
         between.unlink(missing_ok=True)
 
 
-def _write_folder(plan: Plan, to: Path, path: Path, read: Callable[[str], Tensor]) -> None:
+def _write_folder(plan: Plan, to: Path, said: Mapping[str, str], read: Read) -> list[Path]:
+    """Write the files of a folder; return those with weights."""
     layout = {name: _as_safetensors(plan.newest.layout[name]) for name in plan.names}
     files = dict.fromkeys(layout.values())
     for file in files:
-        _write(plan, to / file, [name for name in plan.names if layout[name] == file], path, read)
+        _write(plan, to / file, [name for name in plan.names if layout[name] == file], said, read)
     if len(files) > 1:
         size_bytes = sum(one.size_bytes for one in plan.tensors.values())
         index = {"metadata": {"total_size": size_bytes}, "weight_map": layout}
@@ -132,6 +144,7 @@ def _write_folder(plan: Plan, to: Path, path: Path, read: Callable[[str], Tensor
         (to / f"{stem}.safetensors{INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for one in files_of_folder(plan.newest.path):
         shutil.copyfile(one, to / one.name)
+    return [to / file for file in files]
 
 
 def _as_safetensors(file: str) -> str:
@@ -156,12 +169,13 @@ def files_of_folder(folder: Path) -> list[Path]:
     )
 
 
-def provenance(plan: Plan, path: Path) -> list[dict[str, object]]:
-    """Return what an average was made from: the path of each checkpoint from the output, its moment and its weight.
+def provenance(plan: Plan, path: Path, digests: Digests) -> list[dict[str, object]]:
+    """Return what an average was made from: of each checkpoint the path from the output, hashes, moment and weight.
 
     Args:
         plan: What is averaged.
         path: Of the output.
+        digests: Of the files.
     """
     here = Path(os.path.realpath(path)).parent
     return [
@@ -170,6 +184,7 @@ def provenance(plan: Plan, path: Path) -> list[dict[str, object]]:
             "weights": one.place,
             "moment": {str(unit): value for unit, value in one.moment.items()},
             "weight": weight,
+            "sha256": {file.name: digests.placeholder(file) for file in one.files.paths},
         }
         for one, weight in zip(plan.checkpoints, plan.weights, strict=True)
     ]

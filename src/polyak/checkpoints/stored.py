@@ -77,6 +77,11 @@ class Files:
         return self._open[path][0]
 
     @property
+    def paths(self) -> list[Path]:
+        """The files that were opened, which are those with weights."""
+        return [*self._open]
+
+    @property
     def size_bytes(self) -> int:
         """The size of all files that were opened."""
         return sum(len(data) for data, _ in self._open.values())
@@ -154,8 +159,10 @@ class Found:
         content: Mappings and lists, with `StoredTensor` or tensors whose memory is a file in them.
         layout: By tensor, the name of the file that it is in, for a folder of several such files.
         clock: When it was saved, as files next to the weights say: counts by their names.
+        format: What exactly it is, for people; empty for what the reader says.
     """
 
     content: Mapping[Any, Any]
     layout: Mapping[str, str] = field(default_factory=dict)
     clock: Mapping[str, Any] = field(default_factory=dict)
+    format: str = ""

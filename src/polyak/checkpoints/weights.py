@@ -1,7 +1,7 @@
 """Finds where the weights are in a checkpoint."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,11 +17,25 @@ _OTHERS = ("optim", "sched", "scaler", "rng", "random", "dataloader", "dataset",
 _ALSO_OTHERS = {"opt", "opt_state", "args", "config", "amp", "ddp", "batch"}
 _DEPTH = 5
 _MOST_ITEMS = 64  # of a list that is looked into
+# What layers keep in a state dict that is no weight: how torch names it, after the name of the layer.
+EXTRA_STATE = "_extra_state"
 
 
-def weights_in(
-    content: _Mapping, files: Files, key: str | None, prefix: str | None
-) -> tuple[str, dict[str, StoredTensor]]:
+class Weights(NamedTuple):
+    """The weights in a checkpoint.
+
+    Args:
+        place: Where they are.
+        tensors: By name.
+        extra: The names of extra states that are no tensors.
+    """
+
+    place: str
+    tensors: dict[str, StoredTensor]
+    extra: tuple[str, ...]
+
+
+def weights_in(content: _Mapping, files: Files, key: str | None, prefix: str | None) -> Weights:
     """Return where the weights are, and them, by name.
 
     Args:
@@ -35,6 +49,7 @@ def weights_in(
     """
     place, state = _place(content, key)
     found = {name: value for name, value in state.items() if isinstance(value, (Tensor, StoredTensor, Unread))}
+    extra = tuple(name for name in state if isinstance(name, str) and is_extra_state(name) and name not in found)
     if other := [name for name in found if not isinstance(name, str)]:
         raise CheckpointError(f"the names of weights must be text (got {shown(other[0])}); give --key")
     if prefix:
@@ -45,8 +60,27 @@ def weights_in(
     if unread := {name: value.kind for name, value in found.items() if isinstance(value, Unread)}:
         name, kind = next(iter(unread.items()))
         raise CheckpointError(f"all weights must be plain tensors ({shown(name)} is {kind}); save them as such")
-    stored = {name: files.stored(value) if isinstance(value, Tensor) else value for name, value in found.items()}
-    return place, {name: value for name, value in stored.items() if isinstance(value, StoredTensor)}
+    return Weights(place, stored_in(found, files), extra)
+
+
+def is_extra_state(name: str) -> bool:
+    """Return whether a name in a state dict is that of an extra state, which only its layer can interpret.
+
+    Args:
+        name: Such as ``layer.0._extra_state``.
+    """
+    return name.rpartition(".")[2] == EXTRA_STATE
+
+
+def stored_in(state: _Mapping, files: Files) -> dict[str, StoredTensor]:
+    """Return the tensors of a state dict, by name.
+
+    Args:
+        state: The state dict.
+        files: That its tensors are in.
+    """
+    stored = {name: files.stored(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+    return {name: value for name, value in stored.items() if isinstance(value, StoredTensor)}
 
 
 def _place(content: _Mapping, key: str | None) -> tuple[str, _Mapping]:

@@ -1,21 +1,20 @@
 """Average checkpoints that are on disk, without a record.
 
-A checkpoint is a file of torch (.pt, .pth, .ckpt, .bin) or safetensors, or a folder: of Transformers, diffusers, peft
-or Accelerate, or of torch.distributed.checkpoint (.distcp; FSDP, torchtitan, Composer, Lightning). The command finds
-the weights in it; if there are several, --key says which. It runs no code from a file, and needs memory for about one
-tensor, whatever the number and size of the checkpoints.
+A checkpoint is a file of torch (.pt, .pth, .ckpt, .bin), safetensors or NeMo, or a folder: of Transformers, diffusers,
+peft or Accelerate, or of torch.distributed.checkpoint (.distcp; FSDP, torchtitan, Composer, Lightning). The command
+finds the weights in it; if there are several, --key says which. It runs no code from a file, and needs memory for
+about one tensor, whatever the number and size of the checkpoints.
 """
 
-import glob
-import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyak.cli.asking import profile_of
+from polyak.cli.batchnorm import recomputed_statistics
+from polyak.cli.checkpoints import add_checkpoints, add_direction, add_place, maximize_of, open_all, require_new
 from polyak.cli.command import Answer, UsageError, whole
 from polyak.cli.output import fields, size, table, terminal_width
 from polyak.printable import printable
@@ -40,6 +39,7 @@ _EPILOG = """\
 examples:
   polyak average checkpoint-*.pt -o averaged.safetensors
   polyak average 'out/checkpoint-*' --last 5 -o averaged          (Transformers: a folder for from_pretrained)
+  polyak average 'run/*.ckpt' --best 5 --metric val_loss -o averaged.safetensors
   polyak average run/step-* --half-life 2000ba -o averaged.pt
   polyak average a.ckpt b.ckpt --weights 1,2 --key state_dict -o averaged.safetensors --dry-run
 """
@@ -52,7 +52,7 @@ def configure(parser: ArgumentParser) -> None:
         parser: The parser of this command.
     """
     parser.epilog = _EPILOG
-    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="a checkpoint, or a pattern such as 'run/*.pt'")
+    add_checkpoints(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -61,7 +61,16 @@ def configure(parser: ArgumentParser) -> None:
         metavar="OUT",
         help="a .safetensors or .pt file; without a suffix a folder as the newest checkpoint is",
     )
-    parser.add_argument("--last", type=whole(1), metavar="N", help="take the last N checkpoints only")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--last", type=whole(1), metavar="N", help="take the last N checkpoints only")
+    which.add_argument("--best", type=whole(1), metavar="N", help="take the N checkpoints with the best --metric only")
+    parser.add_argument(
+        "--metric", metavar="NAME", help="a metric in the checkpoints, their names or --log, such as val_loss"
+    )
+    add_direction(parser)
+    parser.add_argument(
+        "--log", type=Path, metavar="FILE", help="a JSON object on each line: step or epoch, and metrics"
+    )
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--weights", type=_numbers, metavar="W,W,...", help="the weight of each checkpoint, in the order given"
@@ -73,9 +82,15 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--times", type=_times, metavar="T,T,...", help="when each was saved, such as 100ba,200ba (default: found)"
     )
-    parser.add_argument("--key", metavar="KEY", help="where the weights are in a file, such as model or ema")
-    parser.add_argument("--prefix", metavar="PREFIX", help="take the tensors whose names begin so, such as teacher.")
+    add_place(parser)
     parser.add_argument("--common", action="store_true", help="average the tensors that all checkpoints have")
+    parser.add_argument("--mixed", action="store_true", help="checkpoints of one folder may be of several runs")
+    parser.add_argument(
+        "--update-bn",
+        metavar="FUNCTION",
+        help="FILE.py:FUNCTION that returns a model and batches of training data, to recompute the statistics of "
+        "BatchNorm layers; the model is in memory then",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan, and write nothing")
     parser.add_argument("--force", action="store_true", help="replace an existing output file")
 
@@ -104,68 +119,42 @@ def run(arguments: Namespace) -> Answer:
         UsageError: If the arguments exclude each other, or do not fit the checkpoints.
         PolyakError: If a checkpoint cannot be read, or they are not of one model.
     """
-    from polyak.checkpoints import choose, open_checkpoint
+    from polyak.checkpoints import choose
     from polyak.checkpoints.output import check_output, write_average
 
     output: Path = arguments.output
-    if output.exists() and not _is_empty_folder(output) and not (arguments.force and output.is_file()):
-        said = "a folder that has files; choose another" if output.is_dir() else "there; choose another, or add --force"
-        raise UsageError(f"-o must be new (got {output}, which is {said})")
-    _allow_many_files()
-    paths = _expanded(arguments.checkpoints)
-    opened = [open_checkpoint(path, arguments.key, arguments.prefix) for path in paths]
+    require_new(output, force=arguments.force)
+    if arguments.metric is None and (arguments.log or arguments.minimize or arguments.maximize):
+        raise UsageError("--log, --minimize and --maximize must come with --metric (got none); add it")
     made = choose(
-        opened,
+        open_all(arguments),
         weights=arguments.weights,
         profile=arguments.profile,
         last=arguments.last,
+        best=arguments.best,
+        metric=arguments.metric,
+        maximize=arguments.metric is not None and maximize_of(arguments, arguments.metric),
+        log=arguments.log,
         times=arguments.times,
         common=arguments.common,
+        mixed=arguments.mixed,
     )
     check_output(output, made)
     if not arguments.dry_run:
-        write_average(made, output, _Progress(len(made.names)))
-    return _answer(made, output, written=not arguments.dry_run)
+        given = None if arguments.update_bn is None else recomputed_statistics(made, arguments.update_bn)
+        write_average(made, output, _Progress(len(made.names)), given)
+    notes = list(_notes(made, output, recomputed=arguments.update_bn is not None))
+    return _answer(made, output, notes, written=not arguments.dry_run)
 
 
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
-
-
-def _allow_many_files() -> None:
-    """Let the process open as many files as the system allows: each checkpoint may be many."""
-    with suppress(ImportError, ValueError, OSError):
-        import resource
-
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _expanded(given: Sequence[str]) -> list[Path]:
-    """Return the paths that were given, those of a pattern in natural order."""
-    from polyak.checkpoints.moments import in_natural_order
-    from polyak.compat.words import listed
-
-    found = list[Path]()
-    for one in given:
-        matching = [one] if Path(one).exists() or not glob.has_magic(one) else glob.glob(one)  # noqa: PTH207  may be absolute
-        if not matching:
-            raise UsageError(f"a pattern must match checkpoints ({one} matches none); check the path")
-        found += sorted(map(Path, matching), key=in_natural_order)
-    real = [os.path.realpath(path) for path in found]
-    if twice := [path for i, path in enumerate(found) if real[i] in real[:i]]:
-        raise UsageError(f"each checkpoint must be given once (twice: {listed(twice)}); leave one out")
-    return found
-
-
-def _answer(made: "Plan", output: Path, *, written: bool) -> Answer:
+def _answer(made: "Plan", output: Path, notes: list[str], *, written: bool) -> Answer:
     rows, plain = list[tuple[str, ...]](), list[dict[str, Any]]()
     for one, weight in zip(made.checkpoints, made.weights, strict=True):
         moment = next((str(Time(value, unit)) for unit, value in one.moment.items()), None)
         rows.append((printable(str(one.path)), moment or "-", f"{weight:.4f}", one.place or f"all of the {one.format}"))
         entry = {"path": str(one.path), "format": one.format, "key": one.place or None}
         plain.append({**entry, "moment": moment, "weight": weight})
-    notes, size_bytes = list(_notes(made)), sum(one.size_bytes for one in made.tensors.values())
+    size_bytes = sum(one.size_bytes for one in made.tensors.values())
     said = f"{output}, {size(size_bytes)} of {len(made.names)} tensors"
     lines = [("written", said)] if written else [("dry run", f"nothing is written; the output would be {said}")]
     width = terminal_width()
@@ -184,7 +173,7 @@ def _answer(made: "Plan", output: Path, *, written: bool) -> Answer:
     )
 
 
-def _notes(made: "Plan") -> Iterator[str]:
+def _notes(made: "Plan", output: Path, *, recomputed: bool) -> Iterator[str]:
     from polyak.checkpoints.output import files_of_folder
     from polyak.compat.words import listed
 
@@ -195,11 +184,17 @@ def _notes(made: "Plan") -> Iterator[str]:
     ]
     if integers:
         yield f"of the newest checkpoint, since they are no numbers to average: {listed(integers)}"
-    if layers := [name.removesuffix(".running_var") for name in made.names if name.endswith(".running_var")]:
+    if made.newest.extra:
+        yield f"left out, since they are no tensors: {listed(made.newest.extra)}"
+    if not recomputed and (
+        layers := [name.removesuffix(".running_var") for name in made.names if name.endswith(".running_var")]
+    ):
         yield (
             f"{len(layers)} layers have running statistics ({listed(layers)}): their average is not that of the "
-            "averaged weights; recompute it with polyak.update_bn"
+            "averaged weights; recompute it with --update-bn, or polyak.update_bn"
         )
+    if output.suffix not in ("", ".safetensors"):
+        yield "such a file does not say what it was made from; a .safetensors file does, with hashes"
     if made.newest.layout and (others := files_of_folder(made.newest.path)):
         yield f"for a folder as the output, of the newest: {listed(one.name for one in others)}"
 

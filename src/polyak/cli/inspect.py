@@ -1,6 +1,7 @@
-"""Show what a record contains: the part of the run, its resolution, its size.
+"""Show what a record or a checkpoint contains: the part of the run, its resolution, its size.
 
-The finest half-life is the shortest that the record resolves at its end; further back the record is coarser.
+The finest half-life is the shortest that the record resolves at its end; further back the record is coarser. Of a
+checkpoint, in any format that polyak average reads, it shows the state dicts and when it was saved.
 """
 
 from argparse import ArgumentParser, Namespace
@@ -9,7 +10,9 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from polyak.cli.asking import add_record, open_record
-from polyak.cli.command import Answer
+from polyak.cli.command import Answer, UsageError
+from polyak.cli.inspect_checkpoint import JSON as JSON_OF_CHECKPOINT
+from polyak.cli.inspect_checkpoint import inspect_checkpoint, is_checkpoint
 from polyak.cli.output import clocks, fields, size, table, terminal_width, written
 from polyak.printable import printable
 from polyak.time import TimeUnit
@@ -40,7 +43,10 @@ examples:
   polyak inspect my-record
   polyak inspect my-record --verify
   polyak inspect my-record --json | jq .finest
-"""
+  polyak inspect checkpoint-500
+
+the object of --json for a checkpoint:
+""" + "\n".join(f"  {key:<16}  {meaning}" for key, meaning in JSON_OF_CHECKPOINT.items())
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -55,14 +61,20 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(arguments: Namespace) -> Answer:
-    """Return the contents of a record.
+    """Return the contents of a record or a checkpoint.
 
     Args:
         arguments: The parsed arguments.
 
     Raises:
+        UsageError: If ``--verify`` is given for a checkpoint.
+        CheckpointError: If a checkpoint cannot be read.
         RecordError: If there is no record, or with ``--verify`` a file has changed.
     """
+    if is_checkpoint(arguments.record):
+        if arguments.verify:
+            raise UsageError(f"--verify must be for a record ({arguments.record} is none); leave it out")
+        return inspect_checkpoint(arguments.record)
     record = open_record(arguments.record)
     if arguments.verify:
         record.verify()

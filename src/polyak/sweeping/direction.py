@@ -101,7 +101,7 @@ def direction(metric: str, function: str, *, maximize: bool | None) -> bool:
         return False
     hint = "higher is usually better" if higher and not lower else "its name does not say it"
     raise EvaluationError(
-        f"a sweep must know whether a lower or a higher {_shown(metric, function)} is better ({hint}); say so with "
+        f"it must be known whether a lower or a higher {_shown(metric, function)} is better ({hint}); say so with "
         "--maximize or --minimize, in Python with maximize=True or minimize=True"
     )
 

@@ -1,0 +1,68 @@
+"""Whether checkpoints are of one run. Two runs in one folder are a mistake that an average would hide."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from polyak.checkpoints.opening import Checkpoint
+from polyak.compat.files import read_json
+from polyak.compat.words import listed, shown
+from polyak.errors import CheckpointError
+from polyak.time import TimeUnit
+
+_CONFIG = "config.json"
+# They change with the library, not with the model.
+_VOLATILE = {"_name_or_path", "transformers_version", "_diffusers_version", "torch_dtype", "dtype", "use_cache"}
+
+
+def require_one_run(opened: Sequence[Checkpoint]) -> None:
+    """See that the checkpoints of each folder can be of one run.
+
+    Two are not if they were saved at the same step, if their steps grow while their epochs fall, or if the
+    configurations next to their weights differ.
+
+    Args:
+        opened: The checkpoints.
+
+    Raises:
+        CheckpointError: If they are of several.
+    """
+    folders = dict[Path, list[Checkpoint]]()
+    for one in opened:
+        folders.setdefault(one.path.absolute().parent, []).append(one)
+    for inside in folders.values():
+        _require_steps_to_grow(inside)
+        _require_one_config([one for one in inside if (one.path / _CONFIG).is_file()])
+
+
+def _require_steps_to_grow(opened: Iterable[Checkpoint]) -> None:
+    known = sorted((one for one in opened if TimeUnit.BATCH in one.moment), key=lambda one: one.moment[TimeUnit.BATCH])
+    for before, after in pairwise(known):
+        step = after.moment[TimeUnit.BATCH]
+        if before.moment[TimeUnit.BATCH] == step:
+            raise CheckpointError(
+                f"each checkpoint must be of another step ({shown(before.path)} and {shown(after.path)} are both of "
+                f"step {step:g}: one is a copy, or of another run); leave one out, or average both with --mixed"
+            )
+        epochs = [one.moment.get(TimeUnit.EPOCH, 0.0) for one in (before, after)]
+        if TimeUnit.EPOCH in before.moment and TimeUnit.EPOCH in after.moment and epochs[1] < epochs[0]:
+            raise CheckpointError(
+                f"checkpoints must be of one run ({shown(after.path)} is of a later step than {shown(before.path)}, "
+                f"but of an earlier epoch: {epochs[1]:g}, not {epochs[0]:g}); leave a run out, or average all with "
+                "--mixed"
+            )
+
+
+def _require_one_config(opened: Sequence[Checkpoint]) -> None:
+    configs = [(one, _settings(read_json(one.path / _CONFIG))) for one in opened]
+    for (before, first), (after, second) in pairwise(configs):
+        if differing := sorted(str(key) for key in first.keys() | second.keys() if first.get(key) != second.get(key)):
+            raise CheckpointError(
+                f"checkpoints must be of one run (in {_CONFIG} of {shown(after.path)} is another {listed(differing)} "
+                f"than in that of {shown(before.path)}); leave a run out, or average all with --mixed"
+            )
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _VOLATILE} if isinstance(config, dict) else {}

@@ -1,0 +1,58 @@
+"""Two runs that are mixed up in one folder are found, and averaged together only on request."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from polyak import CheckpointError
+from polyak.checkpoints import average_checkpoints
+
+
+def write(folder, name: str, config: dict[str, object] | None = None, **counters: int) -> None:
+    path = folder / name
+    if config is None:
+        torch.save({"model": {"w": torch.ones(2)}, **counters}, path)
+        return
+    path.mkdir()
+    save_file({"w": torch.ones(2)}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def average(folder, pattern: str, **options) -> int:
+    made = average_checkpoints(sorted(folder.glob(pattern)), folder / "out.safetensors", **options)
+    return len(made.checkpoints)
+
+
+def test_two_checkpoints_of_one_step_are_refused_as_a_copy_or_another_run(tmp_path) -> None:
+    for name, step in (("a.pt", 10), ("last.pt", 20), ("b.pt", 20)):
+        write(tmp_path, name, global_step=step)
+    with pytest.raises(CheckpointError, match=r"b.pt and .*last.pt are both of step 20: one is a copy"):
+        average(tmp_path, "*.pt")
+    assert average(tmp_path, "*.pt", mixed=True) == 3
+    assert average(tmp_path, "*.pt", weights=[1, 1, 1]) == 3
+
+
+def test_a_later_step_of_an_earlier_epoch_is_of_another_run(tmp_path) -> None:
+    for name, step, epoch in (("a.pt", 100, 1), ("b.pt", 200, 2), ("c.pt", 150, 3)):
+        write(tmp_path, name, global_step=step, epoch=epoch)
+    with pytest.raises(CheckpointError, match=r"b.pt is of a later step than .*c.pt, but of an earlier epoch: 2, not"):
+        average(tmp_path, "*.pt")
+
+
+def test_another_configuration_is_of_another_run_and_another_library_version_is_not(tmp_path) -> None:
+    write(tmp_path, "checkpoint-1", {"layers": 2, "dropout": 0.1, "transformers_version": "4"})
+    write(tmp_path, "checkpoint-2", {"layers": 2, "dropout": 0.1, "transformers_version": "5"})
+    assert average(tmp_path, "checkpoint-*") == 2
+    write(tmp_path, "checkpoint-3", {"layers": 2, "dropout": 0.2, "seed": 1})
+    with pytest.raises(CheckpointError, match=r"of .*checkpoint-3 is another dropout, seed than in that of"):
+        average(tmp_path, "checkpoint-*")
+    assert average(tmp_path, "checkpoint-*", mixed=True) == 3
+
+
+def test_runs_in_folders_of_their_own_are_averaged_without_a_question(tmp_path) -> None:
+    for seed in ("1", "2"):
+        (tmp_path / seed).mkdir()
+        write(tmp_path / seed, "best.pt", global_step=20)
+    assert average(tmp_path, "*/best.pt") == 2
