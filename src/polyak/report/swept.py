@@ -111,9 +111,9 @@ class Swept:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of all metrics, the one that decides first."""
-        names = self.points[self.best].result.metrics
-        return [self.metric, *(name for name in names if name != self.metric)]
+        """The names of all metrics with a finite value somewhere, the one that decides first."""
+        names = [name for name in self.points[self.best].result.metrics if name != self.metric]
+        return [self.metric, *(name for name in names if any(map(self.of(name).known, self.points)))]
 
     def of(self, metric: str) -> "Swept":
         """Return the same numbers with another metric in the drawings.
