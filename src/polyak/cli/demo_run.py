@@ -36,6 +36,8 @@ def run_demo(arguments: Namespace) -> Answer | None:
         if group.rank == 0:
             print(written(sentence), flush=True)
 
+    # Its curve shows the average from its first updates on, by intent.
+    warnings.filterwarnings("ignore", "the average that is .* is mostly its first weights|raw weights are", PlanWarning)
     if group.rank > 0:  # rank 0 prints all warnings
         for category in (PlanWarning, QuarantineWarning):
             warnings.simplefilter("ignore", category)

@@ -152,7 +152,7 @@ class Recorder(Algorithm):
         settings = self._settings if self._recording is None else self._recording.settings
         if settings.interval is None and state.max_duration is None and (self.folder / MANIFEST).exists():
             return  # a state that is loaded later has the interval of that record; without one, the run does not begin
-        interval = settings.interval_of(state)
+        interval = settings.interval_of(state) if settings.interval is None else settings.interval
         refuse_uncounted(f"interval='{interval}'", interval.unit, state, counted)
 
     def close(self) -> None:
