@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from numbers import Real
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -54,7 +53,7 @@ class BEMA(EMA):
         >>> ema = attach(BEMA(), model, optimizer)
         >>> model(torch.ones(1, 1)).square().sum().backward()
         >>> optimizer.step()
-        >>> ema.num_updates
+        >>> ema.average.num_updates
         1
 
     References:
@@ -120,7 +119,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _check(name: str, value: object, least: float, most: float) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not least <= value <= most or math.isinf(value):
         between = f"from {least:g} to {most:g}" if most < math.inf else f"finite and at least {least:g}"
         raise ArgumentError(f"{name} must be a number {between} (got {value!r}); leave it out for the authors' value")
