@@ -109,7 +109,7 @@ def test_the_errors_of_several_averages_do_not_depend_on_a_floor_among_them(tmp_
     again = Record(tmp_path)
     list(again.averages([HalfLife("20ba", unbiased=True), Cooldown("30ba", "cosine", floor=0.2)]))
     assert again.error(HalfLife("20ba", unbiased=True)) == alone
-    # Scaled alike: what is between the average and the last weights, and the error of it.
+    # A floor scales the distance from the last weights and the error by the same factor.
     assert again.error(Cooldown("30ba", "cosine", floor=0.2)) == again.error(Cooldown("30ba", "cosine"))
 
 
