@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from polyak.checkpoints import distributed, folder, nemo, one_file
 from polyak.checkpoints.metrics import metrics_of
 from polyak.checkpoints.moments import moment_of
+from polyak.checkpoints.settings import settings_in
 from polyak.checkpoints.stored import Files, Found, StoredTensor
 from polyak.checkpoints.weights import weights_in
 from polyak.compat.saved import most_bytes
@@ -56,6 +57,7 @@ class Checkpoint:
         extra: The names of extra states that are no tensors, and stay behind.
         layout: By tensor the name of its file, for a folder of files with weights.
         files: Its files.
+        settings: Hyper-parameters of the run, by their places in the checkpoint.
     """
 
     path: Path
@@ -67,6 +69,7 @@ class Checkpoint:
     extra: Sequence[str]
     layout: Mapping[str, str]
     files: Files
+    settings: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -91,10 +94,11 @@ def open_checkpoint(path: Path, key: str | None = None, prefix: str | None = Non
         place, tensors, extra = weights_in(found.content, files, key, prefix)
         moment = moment_of(path, found.content, found.clock)
         metrics = metrics_of(path, found.content, found.clock)
+        settings = settings_in(found.content)
         if found.format != distributed.FORMAT:  # whose shards are compared with their tensors
             _require_possible(tensors, files.size_bytes)
     named = {name: replace(tensor, read=_named(path, tensor.read)) for name, tensor in tensors.items()}
-    return Checkpoint(path, found.format, place, named, moment, metrics, extra, found.layout, files)
+    return Checkpoint(path, found.format, place, named, moment, metrics, extra, found.layout, files, settings)
 
 
 def read(path: Path, files: Files) -> Found:
