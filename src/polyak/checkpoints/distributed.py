@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.stored import Files, Found, StoredTensor
+from polyak.checkpoints.stored import Files, Found, Saved, StoredTensor
+from polyak.checkpoints.weights import EXTRA_STATE
 from polyak.compat.files import load
 from polyak.compat.folders import Distributed, Shards, metadata_shape
 from polyak.compat.pickles import StandIn
@@ -53,7 +54,8 @@ def read(path: Path, files: Files) -> Found:
     except CheckpointError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
     beside = path / _LIGHTNING
-    return Found(content, clock=load(beside) if beside.exists() else {})
+    clock = load(beside) if beside.exists() else {}
+    return Found(content, clock=clock, blobs=saved.blobs(lambda name: EXTRA_STATE in name))
 
 
 def _with_separate_optimizer(content: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -97,4 +99,5 @@ def _stored(saved: Distributed, files: Files, name: str, item: Mapping[str, Any]
                 whole[place] = shard[low - begin : high - begin]
         return whole.reshape(-1)
 
-    return StoredTensor(dtype, shape, row if shape else 1, read_elements)
+    where = Saved(name, saved.keys(name), tuple(saved.boxes(name, item, shape)))
+    return StoredTensor(dtype, shape, row if shape else 1, read_elements, where)
