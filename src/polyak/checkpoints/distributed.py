@@ -14,7 +14,7 @@ from torch import Tensor
 from polyak.checkpoints.stored import Files, Found, Saved, StoredTensor
 from polyak.checkpoints.weights import EXTRA_STATE
 from polyak.compat.files import load
-from polyak.compat.folders import Distributed, Shards, metadata_shape
+from polyak.compat.folders import Distributed, Shards, metadata_shape, with_rest
 from polyak.compat.pickles import StandIn
 from polyak.compat.tensors import Unread
 from polyak.compat.words import shown
@@ -50,7 +50,7 @@ def read(path: Path, files: Files) -> Found:
         def stored(name: str, item: Mapping[str, Any]) -> StoredTensor | Unread:
             return _stored(saved, files, name, item)
 
-        content = _with_separate_optimizer(saved.load(stored))
+        content = _with_separate_optimizer(with_rest(path, saved.load(stored)))
     except CheckpointError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
     beside = path / _LIGHTNING

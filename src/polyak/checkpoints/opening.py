@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from polyak.checkpoints import distributed, folder, nemo, one_file
+from polyak.checkpoints import deepspeed, distributed, folder, megatron, nemo, one_file
 from polyak.checkpoints.metrics import metrics_of
 from polyak.checkpoints.moments import moment_of
 from polyak.checkpoints.settings import settings_in
@@ -40,7 +40,7 @@ class Reader(Protocol):
 
 
 # The first that accepts a path reads it.
-READERS: Sequence[Reader] = (distributed, folder, nemo, one_file)
+READERS: Sequence[Reader] = (distributed, deepspeed, megatron, folder, nemo, one_file)
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,8 @@ def _place(content: _Mapping, key: str | None) -> tuple[str, _Mapping]:
         )
     if len(places) > 1:
         sizes = ", ".join(f"{shown(place) or 'the file itself'} ({_count(state)})" for place, state in places.items())
-        raise CheckpointError(f"it must be clear which weights are meant (it has {sizes}); say which by --key")
+        hint = "; the state_dict of mmengine's EMAHook is the average" if "message_hub" in content else ""
+        raise CheckpointError(f"it must be clear which weights are meant (it has {sizes}{hint}); say which by --key")
     return next(iter(places.items()))
 
 

@@ -78,13 +78,25 @@ def load_distributed(path: Path) -> Content:
     """
     try:
         content = Distributed(path).load()
-        return _with_rest(load(path / _REST), content) if (path / _REST).exists() else content
+        return with_rest(path, content)
     except CheckpointError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
 
 
+def with_rest(path: Path, tensors: Content) -> Content:
+    """Return what polyak's Trainer keeps in a file next to its sharded tensors, with those put in.
+
+    Args:
+        path: Of the folder. Without that file the tensors are returned.
+        tensors: By their names in the metadata.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or names other tensors.
+    """
+    return _with_rest(load(path / _REST), tensors) if (path / _REST).exists() else tensors
+
+
 def _with_rest(value: Any, tensors: Content) -> Any:
-    """Return what polyak's Trainer keeps in a file next to its sharded tensors, with those put in."""
     if isinstance(value, Mapping) and _SHARDED in value:
         if value[_SHARDED] not in tensors:
             raise CheckpointError(

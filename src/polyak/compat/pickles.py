@@ -387,15 +387,23 @@ class Window:
         data: What is read.
         most: How many bytes may be read in all; None for any number.
         at_once: How many by one call.
+        viewed: From how many bytes on a read is of the file's own memory, which counts nothing; None for never.
     """
 
-    def __init__(self, data: memoryview, most: int | None = MOST_BYTES, at_once: int = MOST_BYTES) -> None:
+    def __init__(
+        self,
+        data: memoryview,
+        most: int | None = MOST_BYTES,
+        at_once: int = MOST_BYTES,
+        viewed: int | None = None,
+    ) -> None:
         self._data = data
         self._at = 0
         self._left = most
         self._at_once = at_once
+        self._viewed = viewed
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int = -1) -> bytes | memoryview:
         """Return the next bytes.
 
         Args:
@@ -405,6 +413,9 @@ class Window:
             CheckpointError: If these are more than may be read.
         """
         size = min(size if size >= 0 else len(self._data), max(0, len(self._data) - self._at))
+        if self._viewed is not None and size >= self._viewed:
+            self._at += size
+            return self._data[self._at - size : self._at]
         return self._take(size)
 
     def readline(self) -> bytes:
