@@ -164,10 +164,13 @@ def _release(plan: Plan) -> None:
 
 def _mean(plan: Plan, name: str, first: int, last: int) -> Tensor:
     wide = torch.complex128 if plan.newest.tensors[name].dtype.is_complex else torch.float64
-    total, values = torch.zeros(last - first, dtype=wide), torch.empty(last - first, dtype=wide)
-    for one, amount in zip(plan.checkpoints, plan.amounts, strict=True):
-        if amount:
-            total.add_(values.copy_(one.tensors[name].read(first, last)), alpha=amount)
+    counted = [(one, amount) for one, amount in zip(plan.checkpoints, plan.amounts, strict=True) if amount]
+    (begin, amount), *others = counted
+    total = begin.tensors[name].read(first, last).to(wide, copy=True)
+    if amount != 1:
+        total.mul_(amount)
+    for one, amount in others:
+        total.add_(one.tensors[name].read(first, last), alpha=amount)
     total.div_(fsum(plan.amounts))  # at the end: a third of a number is not exact, the sum of three is
     if bool(total.sum().isnan()):
         _require_no_nan(plan, name, first, last)

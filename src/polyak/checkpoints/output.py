@@ -184,10 +184,10 @@ class _Work:
         pool, marked = ThreadPoolExecutor(1, "polyak-sha256"), list[Future[None]]()
         with ThreadPoolExecutor(1, "polyak-done") as marking, _ending(pool):
             digests = Digests([path for name, path in files.items() if name not in done], pool)
-            for i, unit in enumerate(own, 1):
-                facts = unit.write()
-                marked.append(marking.submit(self.staging.mark, unit.name, facts))
-                digests.advance(i / len(own))
+            digests.advance(1 / len(own) if own else 1)
+            for i, unit in enumerate(own, 2):
+                digests.advance(min(1, i / len(own)))  # it reads what the next unit needs, one file after the other
+                marked.append(marking.submit(self.staging.mark, unit.name, unit.write()))
             for one in marked:
                 one.result()
             found = digests.results()

@@ -90,7 +90,10 @@ class Files:
         """
         if path not in self._open:
             state = _state(path)
-            self._open[path] = opened(path), state
+            data = opened(path)
+            if isinstance(data.obj, mmap.mmap) and hasattr(mmap, "MADV_SEQUENTIAL"):
+                data.obj.madvise(mmap.MADV_SEQUENTIAL)
+            self._open[path] = data, state
         return self._open[path][0]
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 from polyak.checkpoints.averaging import Plan
 
 # Of the tensors that a unit writes, if one alone is not larger.
-UNIT_BYTES = 256 << 20
+UNIT_BYTES = 64 << 20
 Facts = Mapping[str, Mapping[str, Any]]
 
 
