@@ -93,7 +93,8 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--mixed", action="store_true", help="checkpoints of one folder may be of several runs")
     parser.add_argument(
         "--update-bn",
-        metavar="FUNCTION",
+        "--bn",
+        metavar="FILE:LOADER",
         help="FILE.py:FUNCTION that returns a model and batches of training data, to recompute the statistics of "
         "BatchNorm layers; the model is in memory then",
     )
