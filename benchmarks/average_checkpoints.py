@@ -118,11 +118,13 @@ def main() -> None:
                 best[name] = [min(best[name][0], seconds), max(best[name][1], peak)]
         largest = 4 * _LAYER * _LAYER * dtype.itemsize / 2**20
         print(
-            f"{len(paths)} x {size / len(paths) / 1e9:.2f} GB of {arguments.dtype}, {suffix}, {'warm' if arguments.warm else 'cold'}"
+            f"{len(paths)} x {size / len(paths) / 1e9:.2f} GB of {arguments.dtype}, {suffix}, "
+            f"{'warm' if arguments.warm else 'cold'}"
         )
         for name, (seconds, peak) in best.items():
             print(
-                f"{name:34} {seconds:7.2f} s  {size / seconds / 1e9:6.2f} GB/s  {seconds / best['cat'][0]:6.2f} x cat  {peak:8.0f} MiB"
+                f"{name:34} {seconds:7.2f} s  {size / seconds / 1e9:6.2f} GB/s  "
+                f"{seconds / best['cat'][0]:6.2f} x cat  {peak:8.0f} MiB"
             )
         print(f"largest tensor {largest:.0f} MiB; the limit is {3 * largest + 300:.0f} MiB")
         print(json.dumps({name: {"s": seconds, "mib": peak} for name, (seconds, peak) in best.items()}))

@@ -161,7 +161,7 @@ def test_a_run_that_was_stopped_is_resumed_and_does_no_finished_unit_again(tmp_p
     assert sorted(one.name for one in tmp_path.iterdir()) == ["in", out.name]
 
 
-def test_a_run_of_another_plan_begins_anew_where_one_was_stopped(tmp_path) -> None:
+def test_a_run_of_another_plan_does_not_resume_the_one_that_was_stopped(tmp_path) -> None:
     (tmp_path / "in").mkdir()
     made, out = opened("Lightning", tmp_path / "in"), tmp_path / "out.safetensors"
     with pytest.raises(KeyboardInterrupt):

@@ -98,7 +98,7 @@ def finish(job: Job, to: Path, facts: Facts) -> list[Path]:
     checksums = {entry: checksum for of_unit in facts.values() for entry, checksum in of_unit.items()}
     entries = _entries(to)
     with zipfile.ZipFile(to) as archive:
-        begin = archive.start_dir  # pyrefly: ignore
+        begin = archive.start_dir
     with to.open("r+b") as file:
         file.seek(begin)
         directory = bytearray(file.read())

@@ -9,7 +9,7 @@ import operator
 import pickletools
 from collections.abc import Callable, Mapping
 from functools import partialmethod
-from typing import Any
+from typing import Any, cast
 
 from polyak.compat.words import shown
 from polyak.errors import CheckpointError
@@ -403,7 +403,7 @@ class Window:
         self._at_once = at_once
         self._viewed = viewed
 
-    def read(self, size: int = -1) -> bytes | memoryview:
+    def read(self, size: int = -1) -> bytes:
         """Return the next bytes.
 
         Args:
@@ -415,7 +415,7 @@ class Window:
         size = min(size if size >= 0 else len(self._data), max(0, len(self._data) - self._at))
         if self._viewed is not None and size >= self._viewed:
             self._at += size
-            return self._data[self._at - size : self._at]
+            return cast(bytes, self._data[self._at - size : self._at])  # its length is all that pickletools asks for
         return self._take(size)
 
     def readline(self) -> bytes:
