@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from polyak.checkpoints import distributed, folder, nemo, one_file
+from polyak.checkpoints import distributed, folder, modules, nemo, one_file
 from polyak.checkpoints.metrics import metrics_of
 from polyak.checkpoints.moments import moment_of
 from polyak.checkpoints.stored import Files, Found, StoredTensor
@@ -39,7 +39,7 @@ class Reader(Protocol):
 
 
 # The first that accepts a path reads it.
-READERS: Sequence[Reader] = (distributed, folder, nemo, one_file)
+READERS: Sequence[Reader] = (distributed, folder, nemo, modules, one_file)
 
 
 @dataclass(frozen=True, slots=True)

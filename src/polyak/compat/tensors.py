@@ -218,12 +218,13 @@ _MADE: Builders = {
 _LAYOUTS = {"torch.serialization._get_layout": lambda name=None: StandIn("torch.layout", name)}
 
 
-def unpickler(persistent: Any, *, aligned: bool = True) -> Unpickler:
+def unpickler(persistent: Any, *, aligned: bool = True, builders: Builders | None = None) -> Unpickler:
     """Return an unpickler that builds tensors too.
 
     Args:
         persistent: Makes a `Storage` from a persistent id.
         aligned: Whether tensors that the file has unaligned are copied.
+        builders: Further functions by the name of what they make, which come before those of tensors.
     """
 
     def from_type(function: object, kind: object, arguments: object, state: object = None) -> Any:
@@ -245,7 +246,7 @@ def unpickler(persistent: Any, *, aligned: bool = True) -> Unpickler:
 
         return made
 
-    builders = {
+    tensors = {
         name: counted(build)
         for name, build in {
             **_MADE,
@@ -254,5 +255,5 @@ def unpickler(persistent: Any, *, aligned: bool = True) -> Unpickler:
         }.items()
     }
     types = {name: Name(name) for name in [*STORAGES, "torch.Tensor", "torch.nn.parameter.Parameter"]}
-    reader = Unpickler({**builders, **_LAYOUTS}, {**DTYPES, **types}, persistent)
+    reader = Unpickler({**tensors, **_LAYOUTS, **(builders or {})}, {**DTYPES, **types}, persistent)
     return reader
