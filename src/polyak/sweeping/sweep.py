@@ -11,7 +11,7 @@ from polyak.storage.safetensors import disk_errors
 from polyak.sweeping.direction import asked, direction
 from polyak.sweeping.evaluation import Batchnorm, Evaluator
 from polyak.sweeping.grid import grid, narrowed, newest
-from polyak.sweeping.held import held, up_to
+from polyak.sweeping.held import HeldRecord, held, up_to
 from polyak.sweeping.moments import ends, moment
 from polyak.sweeping.outcome import SweepResult
 from polyak.sweeping.results import Kept, Result, value_of
@@ -123,7 +123,7 @@ def sweep(
             run.add(name, lambda name=name, file=file: run.evaluator.given(whole, name, file))
         for end, one in records.items():
             run.moment(one, end, planned[end], refine)
-    read = record if whole is record else whole.source
+    read = whole.source if isinstance(whole, HeldRecord) and whole is not record else record
     return SweepResult(run.found, read, run.name, maximize=run.maximize, batchnorm=batchnorm is not None)
 
 
