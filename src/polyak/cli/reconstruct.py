@@ -79,7 +79,7 @@ def run(arguments: Namespace) -> Answer:
         PolyakError: If the record does not give the average.
     """
     profile, output = _profile(arguments), arguments.output
-    record = open_record(arguments.record)
+    record = open_record(arguments.record, arguments)
     check_output(output, force=arguments.force, source=record.folder)
     import torch
     from safetensors import safe_open

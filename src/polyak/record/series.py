@@ -37,6 +37,8 @@ _HELD_BYTES = 32 << 20
 _SAMPLE, _SAMPLED_TENSORS, _SAMPLED_AVERAGES = 2048, 64, 64
 # What rounding to a dtype loses of a number on average, relative to half of the largest relative step.
 _LOST = 0.4
+# As much is assumed of weights that do not move, or by less than what rounding loses.
+_MOST_LOST = 1e-2
 
 
 class SeriesFile(SegmentFile):
@@ -185,8 +187,7 @@ class SeriesRecord(Record):
         basis = basis_of(taken, self.max_duration)
         expected = basis.profiles.diff(dim=0).square() @ basis.weights
         variance = moved.clamp(min=0).sum() / expected.sum().clamp(min=1e-300)
-        # If the weights did not move, what is lost is all there is.
-        relative = (lost / variance.clamp(min=float(lost.max()) or 1e-300)).sqrt()
+        relative = (lost / variance.clamp(min=1e-300)).sqrt().clamp(max=_MOST_LOST)
         number = {one.index: float(relative[i]) for i, one in enumerate(taken)}
         nearest = [min(number, key=lambda i, one=one: abs(i - one.index)) for one in segments]
         return tuple(replace(one, rounding=number[i]) for one, i in zip(segments, nearest, strict=True))

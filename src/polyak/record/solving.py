@@ -28,6 +28,8 @@ MOST_ERROR = 0.25
 _EXACT = 1e-6
 # In the place of the rounding of the files where a combination that is exact is looked for.
 _TINY = 1e-13
+# What is lost by rounding that is not worth to be stated, and how much more of it is accepted for the right profile.
+_ROUNDED, _LITTLE = 1e-3, 1.02
 # Points of a segment at which ``Fit.profile`` is given.
 _POINTS = 32
 
@@ -214,9 +216,11 @@ def _solve(averages: tuple[StoredAverage, ...], basis: Basis, curve: Tensor) -> 
         return found, residual, float((found * lost).square().sum())
 
     found, residual, amplified = solved(exact=True)
-    if residual / size < _EXACT**2 and amplified / size < MISSING_SHARE**2 / 100:
+    if residual / size < _EXACT**2 and amplified / size < _ROUNDED**2:
         return found, math.sqrt(residual / size)
-    found, residual, amplified = solved(exact=False)
+    other = solved(exact=False)
+    if amplified + residual > _LITTLE**2 * (other[1] + other[2]):
+        found, residual, amplified = other
     return found, math.sqrt((residual + amplified) / size)
 
 

@@ -10,7 +10,7 @@ from polyak.record import Record, fit
 from polyak.storage.safetensors import disk_errors
 from polyak.sweeping.direction import asked, direction
 from polyak.sweeping.evaluation import Batchnorm, Evaluator
-from polyak.sweeping.grid import grid, narrowed, newest
+from polyak.sweeping.grid import grid, narrowed, newest, resolves
 from polyak.sweeping.held import HeldRecord, held, up_to
 from polyak.sweeping.moments import ends, moment
 from polyak.sweeping.outcome import SweepResult
@@ -198,13 +198,15 @@ class _Run:
             refine: The largest number of further half-lives.
         """
         suffix = "" if at is None else f" at {at}"
-        first, mean = len(self.found), newest(record)
-        averages = self.evaluator.averages(record, [mean, *planned])
+        first = len(self.found)
+        means = [mean for mean in [newest(record)] if resolves(record, mean)]  # checkpoints of moments give none
+        averages = self.evaluator.averages(record, [*means, *planned])
 
         def average(name: str, profile: Profile) -> None:
             self.add(f"{name}{suffix}", lambda: self.evaluator.average(averages, name, profile, at))
 
-        average("newest mean", mean)
+        for mean in means:
+            average("newest mean", mean)
         for profile in planned:
             average(named(profile).describe(), profile)
         unit = _unit(planned)

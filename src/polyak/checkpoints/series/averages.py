@@ -123,6 +123,9 @@ class PlainMean:
         """
         return 1.0 if now == before else before / now
 
+    def __str__(self) -> str:
+        return "plain mean of all updates"
+
 
 def as_count(path: Path, name: str, value: float | None) -> int:
     """Return a count that a checkpoint says.

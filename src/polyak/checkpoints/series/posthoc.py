@@ -70,6 +70,10 @@ class Strided:
             log, exponent = log + self._log(earlier + 1, later + 1), exponent * self.every / 2
         return math.exp(exponent * log)
 
+    def __str__(self) -> str:
+        corrected = ", corrected" if self.corrected else ""
+        return f"power function with gamma {self.gamma:.4g}, every {self.every} steps{corrected}"
+
     def _number(self, step: float) -> float:
         """Return the number of the last update before a step, with a fraction."""
         return max(0.0, (step - 1 - (self.every - 1) / 2) / self.every)
