@@ -110,7 +110,9 @@ def write_swa(folder: Path, steps: int, every: int, stride: int = 10) -> None:
         if step % stride == 0:
             averaged.update_parameters(model)
         if step % every == 0:
-            torch.save({"model": model.state_dict(), "swa": averaged.state_dict(), "step": step}, folder / f"step-{step}.pt")
+            torch.save(
+                {"model": model.state_dict(), "swa": averaged.state_dict(), "step": step}, folder / f"step-{step}.pt"
+            )
 
 
 class EasyDict(dict):  # as EDM2's, with which it pickles snapshots

@@ -9,7 +9,6 @@ from pathlib import Path
 import ema_pytorch
 import nitrous_ema
 import torch
-
 from foreign_runs import follow, module
 
 FOLDER = Path(__file__).parents[1] / "checkpoints" / "series_files"

@@ -40,7 +40,8 @@ JSON = {
     "verified": "whether all files were compared with their hashes",
 }
 
-_EPILOG = """\
+_EPILOG = (
+    """\
 examples:
   polyak inspect my-record
   polyak inspect my-record --verify
@@ -49,10 +50,14 @@ examples:
   polyak inspect folder-of-checkpoints
 
 the object of --json for a checkpoint:
-""" + "\n".join(f"  {key:<16}  {meaning}" for key, meaning in JSON_OF_CHECKPOINT.items()) + """
+"""
+    + "\n".join(f"  {key:<16}  {meaning}" for key, meaning in JSON_OF_CHECKPOINT.items())
+    + """
 
 the object of --json for a folder of checkpoints:
-""" + "\n".join(f"  {key:<16}  {meaning}" for key, meaning in JSON_OF_SERIES.items())
+"""
+    + "\n".join(f"  {key:<16}  {meaning}" for key, meaning in JSON_OF_SERIES.items())
+)
 
 
 def configure(parser: ArgumentParser) -> None:

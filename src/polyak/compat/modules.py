@@ -119,5 +119,3 @@ def _tensors(held: object) -> Iterator[tuple[str, Tensor | Unread]]:
     for name, one in held.items() if isinstance(held, Mapping) else ():
         if isinstance(name, str) and isinstance(one, (Tensor, Unread)):
             yield name, one
-
-

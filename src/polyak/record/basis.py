@@ -129,9 +129,7 @@ def clock_at(edges: Sequence[Edge], at: Tensor, unit: TimeUnit | None, max_durat
     return values[right - 1] + share * (values[right] - values[right - 1])
 
 
-def _curves(
-    averages: Sequence[StoredAverage], edges: Sequence[Edge], at: Tensor, max_duration: Time | None
-) -> Tensor:
+def _curves(averages: Sequence[StoredAverage], edges: Sequence[Edge], at: Tensor, max_duration: Time | None) -> Tensor:
     """Return the share of each average that is of the weights up to each point."""
     logs = dict[tuple[Profile, float], tuple[Tensor, Tensor]]()
     curves = torch.zeros(len(averages), len(at), dtype=torch.float64)

@@ -183,7 +183,7 @@ def fit(
         TimeError: As ``coefficients``.
     """
     if all_stored(segments):
-        from polyak.record.solving import fit_stored
+        from polyak.record.solving import fit_stored  # noqa: PLC0415  it needs this module
 
         return fit_stored(profile, segments, at, max_duration)
     up_to = _until(segments, at, max_duration)
@@ -239,7 +239,7 @@ def error_estimate(fitted: Fit, products: Sequence[Sequence[float]]) -> float:
         The error; 0 if the segments give the profile exactly, else infinite if there is a single segment.
     """
     if all_stored(fitted.segments):
-        from polyak.record.solving import StoredFit, error_of
+        from polyak.record.solving import StoredFit, error_of  # noqa: PLC0415  it needs this module
 
         assert isinstance(fitted, StoredFit)
         return error_of(fitted, products)

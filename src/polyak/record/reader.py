@@ -117,12 +117,14 @@ class Record:
             >>> round(record.error(Window("800 steps")), 2)  # of |last weights - average|
             0.03
         """
-        from polyak.checkpoints.series import Options
-        from polyak.record.series import open_checkpoints
+        from polyak.checkpoints.series import Options  # noqa: PLC0415  it needs this module
+        from polyak.record.series import open_checkpoints  # noqa: PLC0415  it needs this module
 
         given = [paths] if isinstance(paths, str | Path) else list(paths)
         if times is not None and len(times) != len(given):
-            raise ArgumentError(f"times must have a value for each path (got {len(times)} for {len(given)}); give as many")
+            raise ArgumentError(
+                f"times must have a value for each path (got {len(times)} for {len(given)}); give as many"
+            )
         profiles = None if stored is None else tuple(stored) if isinstance(stored, Sequence) else (stored,)
         options = Options(
             profiles,

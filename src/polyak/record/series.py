@@ -127,10 +127,9 @@ class SeriesRecord(Record):
         self.max_duration = max_duration
         self._averages, self._held = averages, [0]
         self._passes, self._verified = Passes(), set[Path]()
-        self.segments = tuple(_segments(series, averages))
-        self.segments = self._with_rounding(self.segments)
+        self.segments = self._with_rounding(tuple(_segments(series, averages)))
         self._raw = series.raw
-        self.raw = None if series.raw is None else replace(self.segments[-1], name=f"{self.segments[-1].name}:raw")
+        self.raw = None if series.raw is None else replace(_stored(self.segments[-1]), name=f"{averages[-1].name}:raw")
 
     def open(self, segment: Segment) -> AbstractContextManager[SegmentFile]:
         """Return a checkpoint for the length of a ``with`` block; its ``read(name)`` returns one tensor.
@@ -141,8 +140,7 @@ class SeriesRecord(Record):
         Raises:
             CheckpointError: If the file has changed since it was opened.
         """
-        assert isinstance(segment, StoredAverage)
-        one = self._averages[segment.index]
+        one = self._averages[_stored(segment).index]
         one.checkpoint.files.require_unchanged()
         every = [average.checkpoint.files for average in self._averages]
         return nullcontext(SeriesFile(one.name, one.checkpoint.tensors, one.checkpoint.files, self._held, every))
@@ -158,8 +156,8 @@ class SeriesRecord(Record):
         """
         if self._raw is None:
             raise RecordError(
-                f"the raw weights must be in the newest checkpoint, and {self.segments[-1].name} has only averages; take "
-                "them from another file"
+                f"the raw weights must be in the newest checkpoint, and {self._averages[-1].name} has only averages; "
+                "take them from another file"
             )
         return {name: self._raw[name].whole().clone().to(device) for name in self.tensors if name in self._raw}
 
@@ -223,6 +221,11 @@ def open_checkpoints(paths: Sequence[str | Path], options: Options, max_duration
     return SeriesRecord(open_series([Path(path) for path in paths], options), max_duration)
 
 
+def _stored(segment: Segment) -> StoredAverage:
+    assert isinstance(segment, StoredAverage)
+    return segment
+
+
 def _info(tensor: StoredTensor, *, averaged: bool) -> TensorInfo:
     floating = tensor.dtype.is_floating_point or tensor.dtype.is_complex
     return TensorInfo(tensor.dtype, tensor.shape, averaged and floating)
@@ -247,7 +250,16 @@ def _segments(series: Series, averages: Sequence[Average]) -> list[StoredAverage
         sha256, size = digest.hexdigest(), one.checkpoint.size_bytes
         found.append(
             StoredAverage(
-                start, before, 0, size, sha256, name=one.name, profile=one.profile, origin=one.origin, last=one.last, index=i
+                start,
+                before,
+                0,
+                size,
+                sha256,
+                name=one.name,
+                profile=one.profile,
+                origin=one.origin,
+                last=one.last,
+                index=i,
             )
         )
     return found

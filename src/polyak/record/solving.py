@@ -3,7 +3,7 @@
 Each stored average has a cumulative profile: the share of it that is of the weights up to a moment. A combination of
 them has the combination of these. The coefficients make that nearest to the profile that is asked for, which is the
 best linear prediction if the weights are a random walk. Karras et al., 2024, https://arxiv.org/abs/2312.02696,
-appendix C, compare densities instead, for power functions alone: the best if the weights were independent of each other.
+appendix C, compare densities instead, for power functions alone: the best if weights were independent of each other.
 """
 
 import math
@@ -135,6 +135,8 @@ def error_of(fitted: StoredFit, products: Sequence[Sequence[float]]) -> float:
     # ... and the last weights from that by the steps that it lags behind.
     lag = basis.profiles[-1]
     distance += max(0.0, float((local * (2 * curve * lag - lag.square())).sum()))
+    if error <= 0:
+        return 0.0
     return math.sqrt(error / distance) if distance > 0 else math.inf
 
 

@@ -49,8 +49,8 @@ def open_series(paths: Sequence[Path], options: Options) -> Series:
         first = next(iter(kinds))
         other = next(path for path, family in kinds.items() if family is not kinds[first])
         raise CheckpointError(
-            f"checkpoints must be of one kind ({shown(first)} is of the {kinds[first].KIND}, {shown(other)} of the "
-            f"{kinds[other].KIND}); give those of one, by a pattern"
+            f"checkpoints must be of one kind ({shown(first)}: {kinds[first].KIND}, {shown(other)}: {kinds[other].KIND}); "
+            "give those of one, by a pattern"
         )
     series = kinds[found[0]].read(found, options)
     averages = sorted(series.averages, key=lambda one: (one.updates, -_age(one)))
@@ -76,7 +76,7 @@ def _family(path: Path) -> Family:
 
 
 def _expanded(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Return the checkpoints in natural order, each once, and what is in folders beside them."""
+    """Return the checkpoints in natural order, each once, and what else is in the folders."""
     found, left_out = list[Path](), list[str]()
     for path in paths:
         if not path.exists() and glob.has_magic(str(path)):
@@ -96,7 +96,7 @@ def _expanded(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 
 def _inside(folder: Path) -> tuple[list[Path], list[str]]:
-    """Return the checkpoints in a folder. Where some have a number in their names, one without is a copy or the last."""
+    """Return the checkpoints in a folder. If some have a number in their names, one without is a copy or the last."""
     every = [one for one in folder.iterdir() if one.suffix in _SUFFIXES or (one.is_dir() and _is_checkpoint(one))]
     numbered = [one for one in every if any(character.isdigit() for character in one.name)]
     if not numbered:

@@ -18,7 +18,15 @@ _CONFIG = "config.json"
 # Where training scripts keep what a run was started with.
 _SETTINGS = ("args", "config", "cfg", "hparams", "hyper_parameters", "model_args", "model_config")
 # They change with the library or from save to save, not with the run.
-_VOLATILE = {"_name_or_path", "transformers_version", "_diffusers_version", "torch_dtype", "dtype", "use_cache", "resume"}
+_VOLATILE = {
+    "_name_or_path",
+    "transformers_version",
+    "_diffusers_version",
+    "torch_dtype",
+    "dtype",
+    "use_cache",
+    "resume",
+}
 _PLAIN = (str, int, float, bool)
 
 
@@ -69,8 +77,8 @@ def _require_same_tensors(one: Average, newest: Average) -> None:
     names = shown(one.checkpoint.path), shown(newest.checkpoint.path)
     if differing := sorted(here ^ there):
         raise CheckpointError(
-            f"checkpoints must be of one run ({names[0]} has other tensors than {names[1]}: {listed(differing)}); leave "
-            "a run out"
+            f"checkpoints must be of one run ({names[0]} has other tensors than {names[1]}: {listed(differing)}); "
+            "leave a run out"
         )
     for name in here:
         mine, other = one.checkpoint.tensors[name], newest.checkpoint.tensors[name]

@@ -48,8 +48,8 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     prefixes = {match[1] for path in paths if (match := _NAME.fullmatch(path.name))}
     if len(prefixes) > 1:
         raise CheckpointError(
-            f"snapshots must be of one run (their names begin with {listed(sorted(prefixes))}); give a pattern, such as "
-            f"{shown(str(paths[0].parent / sorted(prefixes)[0]))}-*"
+            f"snapshots must be of one run (their names begin with {listed(sorted(prefixes))}); give a pattern, such "
+            f"as {shown(str(paths[0].parent / sorted(prefixes)[0]))}-*"
         )
     return Series(KIND, [_average(path, options) for path in paths])
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from polyak.checkpoints.moments import number
-from polyak.checkpoints.opening import open_checkpoint, read as read_content
+from polyak.checkpoints.opening import open_checkpoint
+from polyak.checkpoints.opening import read as read_content
 from polyak.checkpoints.series.averages import Average, Options, PlainMean, Series, as_count
 from polyak.checkpoints.stored import Files
 from polyak.compat.words import shown
@@ -45,7 +46,9 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     found = [_average(path, options) for path in paths]
     periods = {one.name: period for one, period in found}
     if len(set(periods.values())) > 1:
-        first, second = (next(k for k, v in periods.items() if v == period) for period in sorted(set(periods.values()))[:2])
+        first, second = (
+            next(k for k, v in periods.items() if v == period) for period in sorted(set(periods.values()))[:2]
+        )
         raise CheckpointError(
             f"checkpoints must be of one run ({first} has {_PERIOD} {periods[first]}, and {second} {periods[second]}); "
             "leave a run out"

@@ -1,4 +1,4 @@
-"""Checkpoints with states of ``EMA``, of polyak or Composer: as many averages as there were, each with its half-life."""
+"""Checkpoints with states of ``EMA``, of polyak or Composer: as many averages as there are, each with its profile."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from polyak.checkpoints.moments import counters_in
-from polyak.checkpoints.opening import Checkpoint, open_checkpoint, read as read_content
+from polyak.checkpoints.opening import Checkpoint, open_checkpoint
+from polyak.checkpoints.opening import read as read_content
 from polyak.checkpoints.series.averages import Average, Options, Series
 from polyak.checkpoints.stored import Files
 from polyak.compat.words import shown
@@ -57,7 +58,7 @@ def _averages(path: Path, options: Options) -> Iterator[Average]:
     for i, (place, state) in enumerate(states):
         if not state[_STARTED] or state.get("lent") or state.get("ema_weights_active"):
             raise CheckpointError(
-                f"a checkpoint must hold the average, and the weights apart from it ({shown(path)} was saved before "
+                f"a checkpoint must hold the average, separate from the weights ({shown(path)} was saved before "
                 "averaging began, or with the average in the model); leave it out"
             )
         given = None if options.stored is None else options.stored[min(i, len(options.stored) - 1)]

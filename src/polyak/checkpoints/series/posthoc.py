@@ -143,7 +143,9 @@ def read(paths: Sequence[Path], options: Options) -> Series:
 
 def _strided(profile: Profile, options: Options) -> Strided:
     if not isinstance(profile, PowerFunction):
-        raise CheckpointError(f"averages of PostHocEMA must be power functions (got {profile!r}); give their sigma_rels")
+        raise CheckpointError(
+            f"averages of PostHocEMA must be power functions (got {profile!r}); give their sigma_rels"
+        )
     return Strided(profile.exponent, options.update_every or 1, options.corrected)
 
 

@@ -48,15 +48,15 @@ def read(paths: Sequence[Path], options: Options) -> Series:
         said = f"{one.place} {options.prefix or ''}"
         if profile is None and _AVERAGE.search(said):
             raise CheckpointError(
-                f"the profile of an average must be known ({shown(one.path)} has one at {shown(said.strip())}); give it "
-                "as stored=HalfLife('1000ba'), or --stored half-life=1000ba, or take the weights by key"
+                f"the profile of an average must be known ({shown(one.path)} has one at {shown(said.strip())}); give "
+                "it as stored=HalfLife('1000ba'), or --stored half-life=1000ba, or take the weights by key"
             )
     clocks = [{t.unit: float(t)} if (t := options.times.get(one.path)) else dict(one.moment) for one in opened]
     for one, clock in zip(opened, clocks, strict=True):
         if not clock:
             raise CheckpointError(
-                f"a checkpoint must say when it was saved ({shown(one.path)} does not); name it so: step-500.pt, or give "
-                "times, such as 100ba,200ba, for all"
+                f"a checkpoint must say when it was saved ({shown(one.path)} does not); name it so: step-500.pt, or "
+                "give times, such as 100ba,200ba, for all"
             )
     unit = next((unit for unit in _UNITS if all(unit in clock for clock in clocks)), None)
     if unit is None:
@@ -84,5 +84,3 @@ def read(paths: Sequence[Path], options: Options) -> Series:
 
 def _units(clock: Mapping[TimeUnit, float]) -> str:
     return ", ".join(map(str, clock))
-
-

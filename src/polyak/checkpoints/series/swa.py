@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from polyak.checkpoints.moments import number
-from polyak.checkpoints.opening import open_checkpoint, read as read_content
+from polyak.checkpoints.opening import open_checkpoint
+from polyak.checkpoints.opening import read as read_content
 from polyak.checkpoints.series.averages import Average, Options, PlainMean, Series, as_count, clock_before
 from polyak.checkpoints.stored import Files
 from polyak.checkpoints.weights import state_dicts
@@ -41,8 +42,8 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     """
     if options.stored is None:
         warnings.warn(
-            f"{shown(paths[0])} does not say how its AveragedModel averages: it is read as a plain mean, the default of "
-            "torch; if it is, say so by stored=Uniform() or --stored uniform-from=0ba, and else give its profile",
+            f"{shown(paths[0])} does not say how its AveragedModel averages: it is read as a plain mean, the default "
+            "of torch; if it is, say so by stored=Uniform() or --stored uniform-from=0ba, and else give its profile",
             PlanWarning,
             stacklevel=5,
         )
@@ -79,5 +80,6 @@ def _places(content: Mapping[Any, Any]) -> dict[str, Mapping[Any, Any]]:
     return {
         place: state
         for place, state in state_dicts(content)
-        if _COUNT in state and all(isinstance(name, str) and name.startswith(_PREFIX) for name in state if name != _COUNT)
+        if _COUNT in state
+        and all(isinstance(name, str) and name.startswith(_PREFIX) for name in state if name != _COUNT)
     }
