@@ -104,7 +104,7 @@ def test_snapshots_of_two_runs_of_edm2_are_refused_by_their_names(tmp_path: Path
 def test_checkpoints_of_two_kinds_are_refused(tmp_path: Path) -> None:
     runs.write_icefall(tmp_path, 200, 100)
     torch.save({"model": runs.weights(1)}, tmp_path / "step-300.pt")
-    refused(tmp_path, r"must be of one kind .*step-300\.pt is of the checkpoints of training weights")
+    refused(tmp_path, r"must be of one kind .*step-300\.pt: checkpoints of training weights")
 
 
 def test_a_snapshot_of_an_unknown_profile_is_refused(tmp_path: Path) -> None:
