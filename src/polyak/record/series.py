@@ -88,7 +88,10 @@ class SeriesFile(SegmentFile):
         shape = tuple(side.stop - side.start for side in sides)
         row = torch.Size(stored.shape[1:]).numel()
         first, last = (sides[0].start * row, sides[0].stop * row) if sides else (0, 1)
+        unchecked = len(self._files.unchecked)
         found = stored.read(first, last).reshape(shape)
+        if len(self._files.unchecked) < unchecked:  # all of the tensor was read, for its checksum
+            self._files.release()
         if found.dtype.is_floating_point and not bool(found.sum(dtype=torch.float64).isfinite()):
             raise RecordError(
                 f"weights must be finite ({shown(name)} in {self._name} has NaN or inf); leave this checkpoint out"
@@ -194,16 +197,21 @@ class SeriesRecord(Record):
         return self._averages[segment.index].checkpoint.tensors[name].dtype
 
     def _sample(self, segment: StoredAverage) -> dict[str, Tensor]:
-        stored = self._averages[segment.index].checkpoint.tensors
+        checkpoint = self._averages[segment.index].checkpoint
+        stored = checkpoint.tensors
         names = [name for name, info in self.tensors.items() if info.averaged and stored[name].numel]
         names = names[:: max(1, len(names) // _SAMPLED_TENSORS)]
         found = dict[str, Tensor]()
+        # The checksum of a tensor is that of all of it, and is compared when it is averaged.
+        unchecked, checkpoint.files.unchecked = checkpoint.files.unchecked, {}
         for name in names:
             grain = stored[name].grain
             most = min(stored[name].numel, max(grain, _SAMPLE // grain * grain))
             values = stored[name].read(0, most)
             wide = torch.view_as_real(values).reshape(-1) if values.is_complex() else values
-            found[name] = wide.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+            found[name] = wide.to(torch.float64, copy=True).nan_to_num(0.0, 0.0, 0.0)
+        checkpoint.files.unchecked = unchecked
+        checkpoint.files.release()
         return found or {"": torch.zeros(1, dtype=torch.float64)}
 
 

@@ -49,8 +49,8 @@ def open_series(paths: Sequence[Path], options: Options) -> Series:
         first = next(iter(kinds))
         other = next(path for path, family in kinds.items() if family is not kinds[first])
         raise CheckpointError(
-            f"checkpoints must be of one kind ({shown(first)}: {kinds[first].KIND}, {shown(other)}: {kinds[other].KIND}); "
-            "give those of one, by a pattern"
+            f"checkpoints must be of one kind ({shown(first)}: {kinds[first].KIND}, {shown(other)}: "
+            f"{kinds[other].KIND}); give those of one, by a pattern"
         )
     series = kinds[found[0]].read(found, options)
     averages = sorted(series.averages, key=lambda one: (one.updates, -_age(one)))
