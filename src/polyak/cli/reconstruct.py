@@ -80,7 +80,8 @@ def run(arguments: Namespace) -> Answer:
     """
     profile, output = _profile(arguments), arguments.output
     record = open_record(arguments.record, arguments)
-    check_output(output, force=arguments.force, source=record.folder)
+    # Next to the checkpoints of a pattern, an average is none of them.
+    check_output(output, force=arguments.force, source=record.folder if arguments.record.is_dir() else arguments.record)
     import torch
     from safetensors import safe_open
 
