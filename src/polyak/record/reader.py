@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
 
+from polyak.checkpoints.series.averages import Said
 from polyak.errors import ArgumentError, RecordError
 from polyak.profiles import Profile
 from polyak.record.appender import settle
@@ -72,72 +73,21 @@ class Record:
         self._verified = set[Path]()
 
     @staticmethod
-    def from_checkpoints(
-        paths: str | Path | Sequence[str | Path],
-        *,
-        stored: Profile | Sequence[Profile] | None = None,
-        update_every: int | None = None,
-        step_size_correction: bool = False,
-        batch_size: int | None = None,
-        times: Sequence[Time | str] | None = None,
-        key: str | None = None,
-        prefix: str | None = None,
-        max_duration: Time | str | None = None,
-    ) -> "SeriesRecord":
-        """Return the checkpoints of a run as a record: averages that any library stored, or weights of moments.
-
-        Snapshots of EDM2, icefall's ``model_avg``, folders of ``PostHocEMA``, torch's ``AveragedModel`` and states of
-        ``EMA`` of polyak and Composer are averages of known profiles. All others are the weights of moments: their
-        averages have a large error, which is stated as for any record. An average whose error would be above 25 % of
-        its distance from the last weights is refused.
+    def from_checkpoints(paths: str | Path | Sequence[str | Path], **said: Unpack[Said]) -> "SeriesRecord":
+        """Return the checkpoints of a run of any library as a record; see ``docs/foreign-runs.md``.
 
         Args:
             paths: Checkpoints, patterns such as ``"run/*.pt"``, or folders of checkpoints.
-            stored: The profiles of the averages where the files do not say them: one for each average of a step.
-            update_every: The number of steps between two updates, of ``PostHocEMA``.
-            step_size_correction: Whether nitrous-ema's option of that name was on.
-            batch_size: Images in a batch, of EDM2; None for what its ``training_options.json`` says, or else 1.
-            times: When each checkpoint was saved, such as ``"100ba"``; None to read it from the files or their names.
-            key: Where the weights are in a file, such as ``"ema"``; None to find out.
-            prefix: How the names of the tensors to take begin; None for all.
-            max_duration: The length of the run; needed for times in ``dur``.
+            **said: What they do not say themselves, by the names of ``polyak.record.Said``.
 
         Raises:
             ArgumentError: If there is no time for each path.
-            CheckpointError: If there is no checkpoint, one cannot be read safely, they are not of one run, or what they
-                store is not known.
-
-        Example:
-            >>> from polyak.profiles import Window
-            >>> for step in range(100, 900, 100):
-            ...     torch.save({"weight": torch.tensor([float(step)])}, f"step-{step}.pt")
-            >>> record = Record.from_checkpoints("step-*.pt")
-            >>> record.kind, len(record.segments)
-            ('checkpoints of training weights', 8)
-            >>> record.average(Window("800 steps"))
-            {'weight': tensor([406.2500])}
-            >>> round(record.error(Window("800 steps")), 2)  # of |last weights - average|
-            0.03
+            CheckpointError: If there is none, one cannot be read safely, they are not of one run, or what they store is
+                not known.
         """
-        from polyak.checkpoints.series import Options  # noqa: PLC0415  it needs this module
         from polyak.record.series import open_checkpoints  # noqa: PLC0415  it needs this module
 
-        given = [paths] if isinstance(paths, str | Path) else list(paths)
-        if times is not None and len(times) != len(given):
-            raise ArgumentError(
-                f"times must have a value for each path (got {len(times)} for {len(given)}); give as many"
-            )
-        profiles = None if stored is None else tuple(stored) if isinstance(stored, Sequence) else (stored,)
-        options = Options(
-            profiles,
-            update_every,
-            step_size_correction,
-            batch_size,
-            {Path(path): Time.from_input(time) for path, time in zip(given, times or (), strict=False)},
-            key,
-            prefix,
-        )
-        return open_checkpoints(given, options, None if max_duration is None else Time.from_input(max_duration))
+        return open_checkpoints([paths] if isinstance(paths, str | Path) else paths, said)
 
     @property
     def finest(self) -> int:

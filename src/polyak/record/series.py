@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.series import Average, Options, Series, open_series
+from polyak.checkpoints.series import Average, Options, Said, Series, open_series
 from polyak.checkpoints.stored import Files, StoredTensor
 from polyak.checkpoints.weights import is_extra_state
+from polyak.compat.saved import Checksum
 from polyak.compat.words import shown
 from polyak.errors import RecordError
 from polyak.record.basis import basis_of
@@ -203,7 +204,7 @@ class SeriesRecord(Record):
         names = names[:: max(1, len(names) // _SAMPLED_TENSORS)]
         found = dict[str, Tensor]()
         # The checksum of a tensor is that of all of it, and is compared when it is averaged.
-        unchecked, checkpoint.files.unchecked = checkpoint.files.unchecked, {}
+        unchecked, checkpoint.files.unchecked = checkpoint.files.unchecked, dict[int, Checksum]()
         for name in names:
             grain = stored[name].grain
             most = min(stored[name].numel, max(grain, _SAMPLE // grain * grain))
@@ -215,18 +216,38 @@ class SeriesRecord(Record):
         return found or {"": torch.zeros(1, dtype=torch.float64)}
 
 
-def open_checkpoints(paths: Sequence[str | Path], options: Options, max_duration: Time | None) -> SeriesRecord:
-    """Return the record that checkpoints are.
+def open_checkpoints(paths: Sequence[str | Path], said: Said) -> SeriesRecord:
+    """Return the record that the checkpoints of a run are.
+
+    Snapshots of EDM2, icefall's ``model_avg``, folders of ``PostHocEMA``, torch's ``AveragedModel`` and states of
+    ``EMA`` of polyak and Composer are averages of known profiles. All others are the weights of moments: averages of these have
+    a large error, which is stated as for any record. An average whose error would be above 25 % of its distance from
+    the last weights is refused.
 
     Args:
-        paths: Checkpoints, patterns, or folders of checkpoints.
-        options: What the user says of them.
-        max_duration: The length of the run, if it is known.
+        paths: Checkpoints, patterns such as ``"run/*.pt"``, or folders of checkpoints.
+        said: What they do not say themselves.
 
     Raises:
-        CheckpointError: If there is none, one cannot be read safely, or they are not of one run.
+        ArgumentError: If there is no time for each path.
+        CheckpointError: If there is none, one cannot be read safely, they are not of one run, or what they store is not
+            known.
+
+    Example:
+        >>> from polyak.profiles import Window
+        >>> for step in range(100, 900, 100):
+        ...     torch.save({"weight": torch.tensor([float(step)])}, f"step-{step}.pt")
+        >>> record = Record.from_checkpoints("step-*.pt")
+        >>> record.kind, len(record.segments)
+        ('checkpoints of training weights', 8)
+        >>> record.average(Window("800 steps"))
+        {'weight': tensor([406.2500])}
+        >>> round(record.error(Window("800 steps")), 2)  # of |last weights - average|
+        0.03
     """
-    return SeriesRecord(open_series([Path(path) for path in paths], options), max_duration)
+    given, length = [Path(path) for path in paths], said.get("max_duration")
+    series = open_series(given, Options.of(given, said))
+    return SeriesRecord(series, None if length is None else Time.from_input(length))
 
 
 def _stored(segment: Segment) -> StoredAverage:

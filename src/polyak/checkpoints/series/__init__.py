@@ -10,17 +10,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from polyak.checkpoints import distributed
 from polyak.checkpoints.moments import in_natural_order
 from polyak.checkpoints.opening import named_errors
 from polyak.checkpoints.opening import read as read_content
 from polyak.checkpoints.series import edm2, icefall, own, posthoc, raw, swa
-from polyak.checkpoints.series.averages import Average, Family, Options, Series
+from polyak.checkpoints.series.averages import Average, Family, Options, Said, Series
 from polyak.checkpoints.series.checks import require_one_run
 from polyak.checkpoints.stored import Files
 from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
 
-__all__ = ["FAMILIES", "Average", "Options", "Series", "holds_checkpoints", "open_series"]
+__all__ = ["FAMILIES", "Average", "Options", "Said", "Series", "holds_checkpoints", "open_series"]
 
 # The first that accepts a checkpoint reads it.
 FAMILIES: Sequence[Family] = (edm2, posthoc, icefall, own, swa, raw)
@@ -105,8 +106,10 @@ def _inside(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is one checkpoint, and not a folder of them."""
-    return any(_WEIGHTS.fullmatch(one.name) for one in folder.iterdir())
+    """Return whether a folder is one checkpoint, and not a folder of them: it has weights, or Accelerate's shards."""
+    inside = list(folder.iterdir())
+    sharded = [one for one in inside if distributed.accepts(one) and not one.name.startswith("optim")]
+    return any(_WEIGHTS.fullmatch(one.name) for one in inside) or len(sharded) == 1
 
 
 def holds_checkpoints(path: Path) -> bool:

@@ -4,14 +4,38 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isclose
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, TypedDict
 
 from polyak.checkpoints.opening import Checkpoint
 from polyak.checkpoints.stored import StoredTensor
 from polyak.compat.words import shown
-from polyak.errors import CheckpointError
+from polyak.errors import ArgumentError, CheckpointError
 from polyak.profiles import Profile
 from polyak.time import Time, TimeUnit
+
+
+class Said(TypedDict, total=False):
+    """What ``Record.from_checkpoints`` is told of checkpoints, where they do not say it themselves.
+
+    Attributes:
+        stored: The profiles of the averages: one, or one for each average of a step, in their order.
+        update_every: The number of steps between two updates, of ``PostHocEMA``.
+        step_size_correction: Whether nitrous-ema's option of that name was on.
+        batch_size: Images in a batch, of EDM2. Otherwise it is what ``training_options.json`` says, or else 1.
+        times: When each checkpoint was saved, such as ``"100ba"``. Otherwise the files or their names say it.
+        key: Where the weights are in a file, such as ``"ema"``.
+        prefix: How the names of the tensors to take begin, such as ``"teacher."``.
+        max_duration: The length of the run; needed for times in ``dur``.
+    """
+
+    stored: Profile | Sequence[Profile] | None
+    update_every: int | None
+    step_size_correction: bool
+    batch_size: int | None
+    times: Sequence[Time | str] | None
+    key: str | None
+    prefix: str | None
+    max_duration: Time | str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +59,32 @@ class Options:
     times: Mapping[Path, Time] = field(default_factory=dict)
     key: str | None = None
     prefix: str | None = None
+
+    @classmethod
+    def of(cls, paths: Sequence[Path], said: Said) -> Self:
+        """Return options with a time for each path.
+
+        Args:
+            paths: Of the checkpoints.
+            said: What the user says of them.
+
+        Raises:
+            ArgumentError: If there are more or fewer times than paths.
+        """
+        stored, times = said.get("stored"), said.get("times")
+        if times is not None and len(times) != len(paths):
+            raise ArgumentError(
+                f"times must have a value for each path (got {len(times)} for {len(paths)}); give as many"
+            )
+        return cls(
+            None if stored is None else tuple(stored) if isinstance(stored, Sequence) else (stored,),
+            said.get("update_every"),
+            said.get("step_size_correction", False),
+            said.get("batch_size"),
+            {path: Time.from_input(time) for path, time in zip(paths, times or (), strict=False)},
+            said.get("key"),
+            said.get("prefix"),
+        )
 
 
 @dataclass(frozen=True, slots=True)
