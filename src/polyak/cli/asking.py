@@ -29,7 +29,7 @@ def add_record(parser: ArgumentParser) -> None:
         help="the folder that a Recorder wrote, a folder of checkpoints of another library, or a pattern such as "
         "'run/*.pt'",
     )
-    group = parser.add_argument_group("if RECORD is checkpoints of another library")
+    group = parser.add_argument_group("checkpoints of another library")
     group.add_argument(
         "--stored",
         type=profiles,

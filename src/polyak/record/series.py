@@ -220,9 +220,9 @@ def open_checkpoints(paths: Sequence[str | Path], said: Said) -> SeriesRecord:
     """Return the record that the checkpoints of a run are.
 
     Snapshots of EDM2, icefall's ``model_avg``, folders of ``PostHocEMA``, torch's ``AveragedModel`` and states of
-    ``EMA`` of polyak and Composer are averages of known profiles. All others are the weights of moments: averages of these have
-    a large error, which is stated as for any record. An average whose error would be above 25 % of its distance from
-    the last weights is refused.
+    ``EMA`` of polyak and Composer are averages of known profiles. All others are the weights of moments: averages of
+    these have a large error, which is stated as for any record. An average whose error would be above 25 % of its
+    distance from the last weights is refused.
 
     Args:
         paths: Checkpoints, patterns such as ``"run/*.pt"``, or folders of checkpoints.
