@@ -55,10 +55,13 @@ class Basis:
         """
         return clock_at(self.edges, self.at, unit, self.max_duration).tolist()
 
-    @property
-    def size(self) -> float:
-        """The number of updates."""
-        return float(self.edges[-1].updates - self.edges[0].updates)
+    def readings(self, unit: TimeUnit | None) -> list[float]:
+        """Return the reading of a clock at each edge.
+
+        Args:
+            unit: Of the clock; None for updates.
+        """
+        return [edge.clock(unit, self.max_duration) for edge in self.edges]
 
 
 @lru_cache(maxsize=16)

@@ -149,6 +149,16 @@ class SeriesRecord(Record):
         every = [average.checkpoint.files for average in self._averages]
         return nullcontext(SeriesFile(one.name, one.checkpoint.tensors, one.checkpoint.files, self._held, every))
 
+    def open_raw(self) -> AbstractContextManager[SegmentFile]:
+        """Return the weights of the last moment themselves for the length of a ``with`` block.
+
+        Raises:
+            RecordError: If the newest checkpoint does not have them.
+        """
+        newest = self._averages[-1]
+        every = [average.checkpoint.files for average in self._averages]
+        return nullcontext(SeriesFile(newest.name, self._raw_tensors(), newest.checkpoint.files, self._held, every))
+
     def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """Return the weights of the last moment themselves, if the newest checkpoint has them.
 
@@ -158,12 +168,16 @@ class SeriesRecord(Record):
         Raises:
             RecordError: If it does not.
         """
+        raw = self._raw_tensors()
+        return {name: raw[name].whole().clone().to(device) for name in self.tensors if name in raw}
+
+    def _raw_tensors(self) -> Mapping[str, StoredTensor]:
         if self._raw is None:
             raise RecordError(
                 f"the raw weights must be in the newest checkpoint, and {self._averages[-1].name} has only averages; "
                 "take them from another file"
             )
-        return {name: self._raw[name].whole().clone().to(device) for name in self.tensors if name in self._raw}
+        return self._raw
 
     def verify(self) -> None:
         """Read all checkpoints and compare them with the checksums that they have.

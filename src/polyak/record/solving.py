@@ -51,8 +51,8 @@ class StoredFit(Fit):
 
     @property
     def coefficients(self) -> list[float]:
-        """The weight of each average. Their sum is 1."""
-        return [*self.solved]
+        """The weight of each average. Their sum is 1, less the share of the raw weights."""
+        return [(1 - self.raw) * one for one in self.solved]
 
     @property
     def expected_error(self) -> float:
@@ -82,7 +82,9 @@ def fit_stored(
     """
     used = _until(tuple(averages), at, max_duration)
     basis = basis_of(used, max_duration)
-    curve, missing = _target(profile, basis)
+    readings = basis.readings(profile.unit)
+    placed, raw = named(profile).placed([one - readings[0] for one in readings])
+    curve, missing = _target(placed, basis)
     solved, residual = _solve(used, basis, curve)
     shown = named(profile).describe()
     if not residual <= MOST_ERROR:
@@ -101,7 +103,15 @@ def fit_stored(
     mixed = solved @ basis.profiles
     cumulative = _at_edges(used, basis, mixed)
     return StoredFit(
-        used, _shown(used, basis, curve), cumulative, missing, tuple(solved.tolist()), residual, curve, max_duration
+        used,
+        _shown(used, basis, curve),
+        cumulative,
+        missing,
+        raw,
+        tuple(solved.tolist()),
+        residual,
+        curve,
+        max_duration,
     )
 
 
@@ -175,6 +185,11 @@ def _target(profile: Profile, basis: Basis) -> tuple[Tensor, float]:
         share = share * profile.decay(before, after) if profile.recursive else profile.decay(before, now)
         values.append(share)
     missing = values[-1]
+    if missing < -_EXACT:
+        raise ProfileError(
+            f"a profile must not subtract weights from before the first checkpoint (got {missing:.1%} of them under "
+            f"{profile}); use another profile"
+        )
     if not missing < 1:
         raise ProfileError(f"{profile} must give weight to the record (got all weight before it): use a shorter one")
     return (torch.tensor(values[::-1], dtype=torch.float64) - missing) / (1 - missing), missing
