@@ -1,11 +1,11 @@
 """The arguments of commands that read a record: the record, and profiles."""
 
-from argparse import ArgumentParser, ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak.cli.command import UsageError
+from polyak.cli.command import UsageError, whole
 from polyak.cli.output import size
 from polyak.errors import PolyakError
 from polyak.profiles import NamedProfile, forms, options, parse, parse_words
@@ -22,19 +22,42 @@ def add_record(parser: ArgumentParser) -> None:
     Args:
         parser: The parser of a command.
     """
-    parser.add_argument("record", type=Path, metavar="RECORD", help="the folder that a Recorder wrote")
+    parser.add_argument(
+        "record",
+        type=Path,
+        metavar="RECORD",
+        help="the folder that a Recorder wrote, a folder of checkpoints of another library, or a pattern such as "
+        "'run/*.pt'",
+    )
+    group = parser.add_argument_group("checkpoints of another library")
+    group.add_argument(
+        "--stored",
+        type=profiles,
+        metavar="LIST",
+        help="the profiles of the averages in them, where the files do not say them, such as half-life=1000ba or "
+        "power=0.05,power=0.28",
+    )
+    group.add_argument("--update-every", type=whole(1), metavar="N", help="steps between two updates, of PostHocEMA")
+    group.add_argument("--step-size-correction", action="store_true", help="nitrous-ema's option of that name was on")
+    group.add_argument("--batch-size", type=whole(1), metavar="N", help="images in a batch, of EDM2")
+    group.add_argument("--key", metavar="KEY", help="where the weights are in a file, such as model or ema")
+    group.add_argument("--prefix", metavar="PREFIX", help="take the tensors whose names begin so, such as teacher.")
 
 
-def open_record(folder: Path) -> "Record":
+def open_record(folder: Path, arguments: Namespace | None = None) -> "Record":
     """Open a record in a folder that can contain anything.
 
     Args:
-        folder: The folder.
+        folder: The folder, or a pattern of checkpoints.
+        arguments: The parsed arguments, with those of `add_record`; None for a record that a Recorder wrote.
 
     Raises:
         UsageError: If it is a file, or the manifest is not a file, or is far too large.
         RecordError: If there is no record, or it is not valid.
+        CheckpointError: If checkpoints cannot be read safely, or are not of one run.
     """
+    if arguments is not None and (found := _of_checkpoints(folder, arguments)) is not None:
+        return found
     from polyak.record import Record
     from polyak.record.manifest import MANIFEST
 
@@ -47,6 +70,26 @@ def open_record(folder: Path) -> "Record":
             "give the folder that a Recorder wrote"
         )
     return Record(folder)
+
+
+def _of_checkpoints(folder: Path, arguments: Namespace) -> "Record | None":
+    from polyak.checkpoints.series import holds_checkpoints
+    from polyak.cli.checkpoints import allow_many_files
+    from polyak.record import Record
+    from polyak.record.manifest import MANIFEST
+
+    names = ("stored", "update_every", "step_size_correction", "batch_size", "key", "prefix")
+    given = {name: value for name in names if (value := getattr(arguments, name))}
+    if (folder / MANIFEST).exists() or not holds_checkpoints(folder):
+        if given:
+            option = f"--{next(iter(given)).replace('_', '-')}"
+            raise UsageError(
+                f"{option} must be for checkpoints of another library ({folder} has none in it); leave it out, or give "
+                "their folder"
+            )
+        return None
+    allow_many_files()
+    return Record.from_checkpoints(folder, **given)
 
 
 def profile_of(form: str) -> Callable[[str], NamedProfile]:

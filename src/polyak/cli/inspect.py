@@ -1,4 +1,4 @@
-"""Show what a record or a checkpoint contains: the part of the run, its resolution, its size.
+"""Show what a record, a checkpoint or a folder of checkpoints contains: the part of the run, its resolution, its size.
 
 The finest half-life is the shortest that the record resolves at its end; further back the record is coarser. Of a
 checkpoint, in any format that polyak average reads, it shows the state dicts and when it was saved.
@@ -13,6 +13,8 @@ from polyak.cli.asking import add_record, open_record
 from polyak.cli.command import Answer, UsageError
 from polyak.cli.inspect_checkpoint import JSON as JSON_OF_CHECKPOINT
 from polyak.cli.inspect_checkpoint import inspect_checkpoint, is_checkpoint
+from polyak.cli.inspect_series import JSON as JSON_OF_SERIES
+from polyak.cli.inspect_series import inspect_series
 from polyak.cli.output import clocks, fields, size, table, terminal_width, written
 from polyak.printable import printable
 from polyak.time import TimeUnit
@@ -38,15 +40,24 @@ JSON = {
     "verified": "whether all files were compared with their hashes",
 }
 
-_EPILOG = """\
+_EPILOG = (
+    """\
 examples:
   polyak inspect my-record
   polyak inspect my-record --verify
   polyak inspect my-record --json | jq .finest
   polyak inspect checkpoint-500
+  polyak inspect folder-of-checkpoints
 
 the object of --json for a checkpoint:
-""" + "\n".join(f"  {key:<16}  {meaning}" for key, meaning in JSON_OF_CHECKPOINT.items())
+"""
+    + "\n".join(f"  {key:<16}  {meaning}" for key, meaning in JSON_OF_CHECKPOINT.items())
+    + """
+
+the object of --json for a folder of checkpoints:
+"""
+    + "\n".join(f"  {key:<16}  {meaning}" for key, meaning in JSON_OF_SERIES.items())
+)
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -71,11 +82,16 @@ def run(arguments: Namespace) -> Answer:
         CheckpointError: If a checkpoint cannot be read.
         RecordError: If there is no record, or with ``--verify`` a file has changed.
     """
+    from polyak.checkpoints.series import holds_checkpoints
+    from polyak.record.manifest import MANIFEST
+
+    if not (arguments.record / MANIFEST).exists() and holds_checkpoints(arguments.record):
+        return inspect_series(arguments)
     if is_checkpoint(arguments.record):
         if arguments.verify:
             raise UsageError(f"--verify must be for a record ({arguments.record} is none); leave it out")
         return inspect_checkpoint(arguments.record)
-    record = open_record(arguments.record)
+    record = open_record(arguments.record, arguments)
     if arguments.verify:
         record.verify()
     plain = _describe(record, verified=arguments.verify)

@@ -76,8 +76,9 @@ def run(arguments: Namespace) -> Answer:
         PolyakError: If the record does not give the average.
     """
     profile, output = _profile(arguments), arguments.output
-    record = open_record(arguments.record)
-    check_output(output, force=arguments.force, source=record.folder)
+    record = open_record(arguments.record, arguments)
+    # Next to the checkpoints of a pattern, an average is none of them.
+    check_output(output, force=arguments.force, source=record.folder if arguments.record.is_dir() else arguments.record)
     import torch
     from safetensors import safe_open
 

@@ -41,7 +41,7 @@ def run_sweep(arguments: Namespace) -> Answer:
         UsageError: If a function cannot be imported, or the output folder has other files.
         PolyakError: If the record does not give an average, or an evaluation fails.
     """
-    record, out = open_record(arguments.record), arguments.out
+    record, out = open_record(arguments.record, arguments), arguments.out
     if arguments.at is not None and record.segments:
         _check_moments(record, arguments.at)
     evaluate = load_function(arguments.evaluate, "--evaluate")

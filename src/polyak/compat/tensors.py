@@ -246,7 +246,7 @@ def unpickler(persistent: Any, *, aligned: bool = True, storage: Callable[[objec
 
         return made
 
-    builders = {
+    tensors = {
         name: counted(build)
         for name, build in {
             **_MADE,
@@ -255,7 +255,7 @@ def unpickler(persistent: Any, *, aligned: bool = True, storage: Callable[[objec
         }.items()
     }
     if storage is not None:
-        builders["torch.storage._load_from_bytes"] = storage
+        tensors["torch.storage._load_from_bytes"] = storage
     types = {name: Name(name) for name in [*STORAGES, "torch.Tensor", "torch.nn.parameter.Parameter"]}
-    reader = Unpickler({**builders, **_LAYOUTS}, {**DTYPES, **types}, persistent)
+    reader = Unpickler({**tensors, **_LAYOUTS}, {**DTYPES, **types}, persistent)
     return reader

@@ -3,6 +3,7 @@
 ``docs/record-format.md`` describes the format.
 """
 
+from polyak.checkpoints.series.averages import Said
 from polyak.errors import RecordError
 from polyak.record.appender import Appender, Ended
 from polyak.record.files import Box, SegmentFile, check_content, check_size, full_box, hash_in, open_segment
@@ -27,6 +28,7 @@ __all__ = [
     "Record",
     "RecordError",
     "Recorder",
+    "Said",
     "Segment",
     "SegmentFile",
     "Stretch",

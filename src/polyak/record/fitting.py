@@ -15,13 +15,14 @@ from itertools import pairwise
 from polyak.errors import PlanWarning, ProfileError, TimeError
 from polyak.profiles import NamedProfile, Profile, named
 from polyak.record.manifest import Segment
+from polyak.record.stored import all_stored
 from polyak.time import Time, TimeUnit
 
 # Points per segment at which the profile is evaluated. Segments of fewer updates are evaluated at each of them.
 _POINTS = 64
 # Above these, an average is so far from what was asked for that there is a warning: the share of weights from before
 # the record, and the error relative to |last weights - average|.
-_MISSING_SHARE = 0.01
+MISSING_SHARE = 0.01
 _LARGE_ERROR = 0.05
 # Below this error, the segments give the profile exactly.
 _EXACT = 1e-6
@@ -73,6 +74,11 @@ class Fit:
             for segment, values in zip(self.segments, self.profile, strict=True)
         )
         return math.sqrt(sum(self.residuals) / total)
+
+    @property
+    def remedy(self) -> str:
+        """What makes the error smaller in another run."""
+        return "record with a larger per_level or a shorter interval"
 
     @property
     def is_exact(self) -> bool:
@@ -132,7 +138,7 @@ def coefficients(
         TimeError: If ``at`` is not the end of a segment.
     """
     fitted = fit(profile, segments, at, max_duration=max_duration)
-    warn_of_error(profile, fitted.expected_error)
+    warn_of_error(profile, fitted.expected_error, fitted.remedy)
     return fitted.coefficients
 
 
@@ -180,6 +186,10 @@ def fit(
         ProfileError: As ``coefficients``.
         TimeError: As ``coefficients``.
     """
+    if all_stored(segments):
+        from polyak.record.solving import fit_stored  # noqa: PLC0415  it needs this module
+
+        return fit_stored(profile, segments, at, max_duration)
     up_to = _until(segments, at, max_duration)
     placed, raw = _placed(profile, up_to, max_duration)
     curve, missing = _curve(placed, up_to, max_duration)
@@ -192,7 +202,7 @@ def fit(
             f"or more (got {shown}, whose median age is {result.median_age:.4g} updates): ask for a longer one, or "
             "record with a shorter interval"
         )
-    if missing > _MISSING_SHARE:
+    if missing > MISSING_SHARE:
         warnings.warn(
             f"{missing:.1%} of the average under {shown} are weights from before the record, which it does not hold: "
             "they are left out, as HalfLife(..., unbiased=True) leaves them out by itself",
@@ -202,18 +212,19 @@ def fit(
     return result
 
 
-def warn_of_error(profile: Profile, error: float) -> None:
+def warn_of_error(profile: Profile, error: float, remedy: str) -> None:
     """Warn if the error of an average is above 5 %.
 
     Args:
         profile: As asked for.
         error: In units of |last weights - average|.
+        remedy: What makes it smaller in another run.
     """
     if not error <= _LARGE_ERROR:
         shown = named(profile).describe()
         warnings.warn(
             f"the record resolves {shown} only coarsely: the error of the average is about {error:.1%} of its "
-            "distance from the last weights; record with a larger per_level or a shorter interval",
+            f"distance from the last weights; {remedy}",
             PlanWarning,
             stacklevel=3,
         )
@@ -232,6 +243,11 @@ def error_estimate(fitted: Fit, products: Sequence[Sequence[float]]) -> float:
     Returns:
         The error; 0 if the segments give the profile exactly, else infinite if there is a single segment.
     """
+    if all_stored(fitted.segments):
+        from polyak.record.solving import StoredFit, error_of  # noqa: PLC0415  it needs this module
+
+        assert isinstance(fitted, StoredFit)
+        return error_of(fitted, products)
     segments, residuals = fitted.segments, fitted.residuals
     if fitted.is_exact:
         return 0.0

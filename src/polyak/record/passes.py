@@ -66,7 +66,7 @@ class Passes:
             part = asked[start : start + together]
             results = self._combined(record, [fitted for _, fitted in part], infos)
             for profile, fitted in part:
-                warn_of_error(profile, self.error(record, fitted))
+                warn_of_error(profile, self.error(record, fitted), fitted.remedy)
                 yield results.pop(0)  # this frame keeps none
 
     def error(self, record: Readable, fitted: Fit) -> float:

@@ -4,10 +4,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
 
+from polyak.checkpoints.series.averages import Said
 from polyak.errors import ArgumentError, RecordError
 from polyak.profiles import Profile
 from polyak.record.appender import settle
@@ -18,6 +20,9 @@ from polyak.record.manifest import Segment, load_manifest
 from polyak.record.passes import Passes
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time
+
+if TYPE_CHECKING:
+    from polyak.record.series import SeriesRecord
 
 
 class Record:
@@ -66,6 +71,23 @@ class Record:
         self.raw: Segment | None = manifest.raw
         self._passes = Passes()
         self._verified = set[Path]()
+
+    @staticmethod
+    def from_checkpoints(paths: str | Path | Sequence[str | Path], **said: Unpack[Said]) -> "SeriesRecord":
+        """Return the checkpoints of a run of any library as a record; see ``docs/foreign-runs.md``.
+
+        Args:
+            paths: Checkpoints, patterns such as ``"run/*.pt"``, or folders of checkpoints.
+            **said: What they do not say themselves, by the names of ``polyak.record.Said``.
+
+        Raises:
+            ArgumentError: If there is no time for each path.
+            CheckpointError: If there is none, one cannot be read safely, they are not of one run, or what they store is
+                not known.
+        """
+        from polyak.record.series import open_checkpoints  # noqa: PLC0415  it needs this module
+
+        return open_checkpoints([paths] if isinstance(paths, str | Path) else paths, said)
 
     @property
     def finest(self) -> int:
@@ -225,7 +247,7 @@ class Record:
         """
         fitted = self._fit(profile, at)
         error = self._passes.error(self, fitted)
-        warn_of_error(profile, error)
+        warn_of_error(profile, error, fitted.remedy)
         export(self, profile, fitted, error, Path(path), dtype)
 
     def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:

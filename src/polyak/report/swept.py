@@ -277,8 +277,8 @@ def _point(result: Result, fitted: Fit, times: Sequence[float], curve: Sequence[
     since = _clock_at(fitted, times, fitted.stretches[-1].end.updates - fitted.median_age)
     half_life = times[-1] - since if result.half_life is None else float(result.half_life)
     steps = [
-        share / (end - start) if end > start else 0.0
-        for share, (start, end) in zip(fitted.coefficients, pairwise(times), strict=True)
+        (share - before) / (end - start) if end > start else 0.0
+        for (before, share), (start, end) in zip(pairwise(fitted.cumulative), pairwise(times), strict=True)
     ]
     return Point(result, half_life, since, tuple(steps), tuple(curve))
 

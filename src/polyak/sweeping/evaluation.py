@@ -19,6 +19,7 @@ from polyak.averaging.batchnorm import update_bn
 from polyak.errors import PlanWarning, RecordError
 from polyak.profiles import Profile
 from polyak.record import Record
+from polyak.record.stored import all_stored
 from polyak.sweeping.averages import Averages
 from polyak.sweeping.results import EvaluationError, Kept, Result
 from polyak.sweeping.returned import Evaluate, measured
@@ -75,9 +76,9 @@ class Evaluator:
         """
         record = averages.record
 
-        def state_and_numbers() -> tuple[dict[str, Tensor], float, float]:
+        def state_and_numbers() -> tuple[dict[str, Tensor], float, float | None]:
             state, error = averages.take(profile)
-            distance = _distance(record, state)
+            distance = None if all_stored(record.segments) else _distance(record, state)  # which have no newest mean
             if self.batchnorm is not None:
                 try:
                     state = recomputed(state, self.batchnorm)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 
 from polyak.errors import ProfileError
-from polyak.profiles import HalfLife, Uniform
+from polyak.profiles import HalfLife, Profile, Uniform
 from polyak.record import Record, fit
 from polyak.time import Time, TimeUnit
 
@@ -39,6 +39,20 @@ def newest(record: Record) -> Uniform:
         raise ProfileError("a record must have at least one segment for a sweep (got none); record for longer")
     first, last = record.stretches[0], record.stretches[-1]
     return Uniform(Time(last.start.clock(TimeUnit.BATCH) - first.start.clock(TimeUnit.BATCH), TimeUnit.BATCH))
+
+
+def resolves(record: Record, profile: Profile) -> bool:
+    """Return whether a record gives an average at its end.
+
+    Args:
+        record: The record.
+        profile: Of the average.
+    """
+    try:
+        fit(profile, record.segments, max_duration=record.max_duration)
+    except ProfileError:
+        return False
+    return True
 
 
 def finest_half_life(record: Record, unit: TimeUnit = TimeUnit.BATCH) -> HalfLife:

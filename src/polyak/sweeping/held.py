@@ -12,6 +12,7 @@ from pathlib import Path
 
 from polyak.errors import RecordError
 from polyak.record import Record, Segment, SegmentFile, check_size, open_segment
+from polyak.record.series import SeriesRecord
 
 # How often a record is opened again because a run has merged a file between reading its name and opening it.
 _TRIES = 20
@@ -77,7 +78,7 @@ def up_to(record: Record, segment: Segment) -> Record:
 
 
 @contextmanager
-def held(record: Record) -> Iterator[HeldRecord]:
+def held(record: Record) -> Iterator[Record]:
     """Open a record with all its files for a ``with`` block: a run may go on, and the record stays as it was.
 
     Args:
@@ -86,7 +87,7 @@ def held(record: Record) -> Iterator[HeldRecord]:
     Raises:
         RecordError: If a file is missing or damaged.
     """
-    if isinstance(record, HeldRecord):
+    if isinstance(record, HeldRecord | SeriesRecord):  # whose files are open
         yield record
         return
     for attempt in range(_TRIES):

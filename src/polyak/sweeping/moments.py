@@ -41,7 +41,9 @@ def moment(segment: Segment) -> Time:
 def _end(record: Record, at: str | Time) -> Segment:
     if isinstance(at, str) and at.strip().endswith("%"):
         share = _share(at.strip())
-        return min(record.segments, key=lambda one: abs(one.end.updates - share * record.segments[-1].end.updates))
+        return min(
+            reversed(record.segments), key=lambda one: abs(one.end.updates - share * record.segments[-1].end.updates)
+        )
     try:
         time = Time.from_input(at)
     except TimeError as error:
@@ -49,7 +51,7 @@ def _end(record: Record, at: str | Time) -> Segment:
             f"a moment must be a share of the record such as 50%, or a time (got {at!r}): {error}"
         ) from None
     clocks = [one.end.clock(time.unit, record.max_duration) for one in record.segments]
-    near = sorted(range(len(clocks)), key=lambda i: abs(clocks[i] - float(time)))
+    near = sorted(range(len(clocks) - 1, -1, -1), key=lambda i: abs(clocks[i] - float(time)))  # of equal ones the last
     if time.unit is not TimeUnit.DURATION and not math.isclose(clocks[near[0]], float(time), abs_tol=1e-9):
         listed = ", ".join(str(Time(clocks[i], time.unit)) for i in sorted(near[:_SHOWN]))
         raise TimeError(

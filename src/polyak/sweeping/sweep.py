@@ -10,8 +10,8 @@ from polyak.record import Record, fit
 from polyak.storage.safetensors import disk_errors
 from polyak.sweeping.direction import asked, direction
 from polyak.sweeping.evaluation import Batchnorm, Evaluator
-from polyak.sweeping.grid import grid, narrowed, newest
-from polyak.sweeping.held import held, up_to
+from polyak.sweeping.grid import grid, narrowed, newest, resolves
+from polyak.sweeping.held import HeldRecord, held, up_to
 from polyak.sweeping.moments import ends, moment
 from polyak.sweeping.outcome import SweepResult
 from polyak.sweeping.results import Kept, Result, value_of
@@ -123,7 +123,7 @@ def sweep(
             run.add(name, lambda name=name, file=file: run.evaluator.given(whole, name, file))
         for end, one in records.items():
             run.moment(one, end, planned[end], refine)
-    read = record if whole is record else whole.source
+    read = whole.source if isinstance(whole, HeldRecord) and whole is not record else record
     return SweepResult(run.found, read, run.name, maximize=run.maximize, batchnorm=batchnorm is not None)
 
 
@@ -198,13 +198,15 @@ class _Run:
             refine: The largest number of further half-lives.
         """
         suffix = "" if at is None else f" at {at}"
-        first, mean = len(self.found), newest(record)
-        averages = self.evaluator.averages(record, [mean, *planned])
+        first = len(self.found)
+        means = [mean for mean in [newest(record)] if resolves(record, mean)]  # checkpoints of moments give none
+        averages = self.evaluator.averages(record, [*means, *planned])
 
         def average(name: str, profile: Profile) -> None:
             self.add(f"{name}{suffix}", lambda: self.evaluator.average(averages, name, profile, at))
 
-        average("newest mean", mean)
+        for mean in means:
+            average("newest mean", mean)
         for profile in planned:
             average(named(profile).describe(), profile)
         unit = _unit(planned)

@@ -1,0 +1,95 @@
+"""Snapshots of EDM2: ``network-snapshot-0001234-0.050.pkl``, power functions of relative width 0.050 in images.
+
+Karras et al., 2024, https://arxiv.org/abs/2312.02696. Files of ``torch.save`` and safetensors with such names are read
+too, as ports of EDM2 write them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from polyak.checkpoints import modules
+from polyak.checkpoints.opening import Checkpoint, open_checkpoint
+from polyak.checkpoints.series.averages import Average, Options, Series
+from polyak.checkpoints.stored import Files
+from polyak.compat.files import read_json
+from polyak.compat.words import listed, shown
+from polyak.errors import CheckpointError, ProfileError
+from polyak.profiles import PowerFunction
+from polyak.time import TimeUnit
+
+KIND = "snapshots of EDM2"
+_NAME = re.compile(r"(.*)-(\d+)-(\d+\.\d+)\.(pkl|pt|pth|safetensors)")
+_SETTINGS = "training_options.json"
+
+
+def accepts(path: Path, content: Mapping[Any, Any]) -> bool:
+    """Return whether a checkpoint is named like a snapshot of EDM2.
+
+    Args:
+        path: Of the checkpoint.
+        content: What is in it.
+    """
+    del content
+    return _NAME.fullmatch(path.name) is not None
+
+
+def read(paths: Sequence[Path], options: Options) -> Series:
+    """Return the averages in snapshots.
+
+    Args:
+        paths: Of the snapshots.
+        options: What the user says.
+
+    Raises:
+        CheckpointError: If a snapshot cannot be read, or they are of several runs.
+    """
+    prefixes = {match[1] for path in paths if (match := _NAME.fullmatch(path.name))}
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f"snapshots must be of one run (their names begin with {listed(sorted(prefixes))}); give a pattern, such "
+            f"as {shown(str(paths[0].parent / sorted(prefixes)[0]))}-*"
+        )
+    return Series(KIND, [_average(path, options) for path in paths])
+
+
+def _average(path: Path, options: Options) -> Average:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    if options.stored is not None:
+        raise CheckpointError(f"the name of a snapshot says its profile ({shown(path)}); leave out stored")
+    try:
+        profile = PowerFunction(sigma_rel=float(match[3]), unit=TimeUnit.SAMPLE)
+    except ProfileError as error:
+        raise CheckpointError(f"the profile of a snapshot must be known ({shown(path)}: {error}); rename it") from None
+    images = _images(int(match[2]))
+    if not images:
+        raise CheckpointError(f"a snapshot must be of a run that has begun ({shown(path)} is of image 0); leave it out")
+    batch_size = options.batch_size or _batch_size(path.parent)
+    steps = max(1, round(images / batch_size))
+    checkpoint, copied = _opened(path, options)
+    clock = {TimeUnit.SAMPLE: float(images), TimeUnit.BATCH: float(steps)}
+    return Average(checkpoint, path.name, steps, clock, profile, copied=copied)
+
+
+def _images(thousands: int) -> int:
+    """Return the number of images of a snapshot, a multiple of 1,024 whose full thousands are in the name."""
+    images = -(-thousands * 1000 // 1024) * 1024
+    return images if images // 1000 == thousands else thousands * 1000
+
+
+def _batch_size(folder: Path) -> int:
+    """Return the images in a batch, as the options of the run say, or else 1."""
+    path = folder / _SETTINGS
+    settings = read_json(path) if path.is_file() else None
+    found = settings.get("batch_size") if isinstance(settings, Mapping) else None
+    return found if type(found) is int and found > 0 else 1
+
+
+def _opened(path: Path, options: Options) -> tuple[Checkpoint, frozenset[str]]:
+    if not modules.accepts(path):
+        return open_checkpoint(path, options.key, options.prefix), frozenset()
+    checkpoint = open_checkpoint(path, options.key, options.prefix)
+    buffers = modules.modules_in(path, Files())[checkpoint.place].buffers if not options.prefix else {}
+    return checkpoint, frozenset(buffers)

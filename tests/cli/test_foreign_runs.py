@@ -1,0 +1,52 @@
+"""The commands on folders of checkpoints of other libraries."""
+
+import json
+from pathlib import Path
+
+import foreign_runs as runs
+import pytest
+from safetensors.torch import load_file
+
+from polyak import Window
+from polyak.cli import main
+
+FILES = Path(__file__).parents[1] / "checkpoints" / "series_files"
+STORED = ["--stored", "power=0.05,power=0.28", "--update-every", "1"]
+
+
+def test_reconstruct_reads_a_folder_of_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.write_icefall(tmp_path, 800, 100, period=1)
+    output = tmp_path.parent / "averaged.safetensors"
+    assert main(["reconstruct", str(tmp_path), "--window", "400ba", "-o", str(output), "--json", "--force"]) == 0
+    assert json.loads(capsys.readouterr().out)["error_estimate"] == 0
+    assert runs.error(load_file(output), Window("400ba"), 800) < 1e-4
+
+
+def test_reconstruct_reads_a_folder_of_post_hoc_ema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "averaged.safetensors"
+    folder = str(FILES / "ema_pytorch")
+    assert main(["reconstruct", folder, "--power", "0.15", "-o", str(output)]) != 0
+    assert "--stored power=0.05,power=0.28 --update-every 10" in capsys.readouterr().err
+    assert main(["reconstruct", folder, "--power", "0.15", "-o", str(output), *STORED]) == 0
+
+
+def test_inspect_lists_what_checkpoints_store_and_the_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.write_raw(tmp_path, 1600, 100)
+    assert main(["inspect", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "checkpoints of training weights" in shown
+    assert "the weights of the moment" in shown
+    assert "25ba: refused" in shown
+    assert main(["inspect", str(FILES / "ema_pytorch"), "--json", "--verify", *STORED]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["kind"] == "folder of PostHocEMA"
+    assert plain["averages"][-1]["profile"].startswith("power function with gamma")
+    assert plain["verified"]
+
+
+def test_options_of_checkpoints_are_refused_for_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path / "none")
+    assert main(["reconstruct", folder, "--window", "4ba", "-o", str(tmp_path / "o.safetensors"), *STORED]) != 0
+    assert "--stored must be for checkpoints of another library" in capsys.readouterr().err
