@@ -191,6 +191,7 @@ class Record:
         at: Time | str | int | None = None,
         *,
         dtype: torch.dtype | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Write the average to a safetensors file, with its profile, moment and error in the file's metadata.
 
@@ -198,15 +199,18 @@ class Record:
 
         Args:
             profile: As for ``average``.
-            path: The file. An existing one is replaced once the new one is complete.
+            path: The file.
             at: As for ``average``.
             dtype: As for ``average``.
+            overwrite: Whether an existing file is replaced, once the new one is complete.
 
         Raises:
+            FileExistsError: If there is a file already.
             ProfileError: As ``average``.
             TimeError: As ``average``.
             RecordError: As ``average``, and if the disk refuses.
         """
+        require_new(Path(path), overwrite=overwrite)
         fitted = self._fit(profile, at)
         error = self._passes.error(self, fitted)
         warn_of_error(profile, error)
