@@ -63,7 +63,6 @@ def test_weights_beyond_the_range_are_warned_of_once() -> None:
                 _ = ema.num_updates
         _ = ema.model
     assert len(caught) == 1
-    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -22,7 +22,9 @@ def warn_of_range(averaged: Iterable[tuple[Slot, Tensor]]) -> bool:
         averaged: The averages, each with the place of its tensor in the model.
     """
     reached = [
-        (slot.name, average.dtype) for slot, average in averaged if _is_narrow(average, slot.tensor) and _is_full(average)
+        (slot.name, average.dtype)
+        for slot, average in averaged
+        if _is_narrow(average, slot.tensor) and _is_full(average)
     ]
     if not reached:
         return False

@@ -52,7 +52,7 @@ class Attached(Handle, TrainerCallback):
         eval_weights: As given to ``attach``.
 
     Attributes:
-        algorithms: At work on the model that was trained last; none before ``train``.
+        algorithms: At work on the model that was trained last; none before ``train`` if a function makes them.
     """
 
     def __init__(self, make: Callable[[], Sequence[Algorithm]], trainer: Trainer, eval_weights: EvalWeights) -> None:
@@ -306,5 +306,7 @@ def attach(
         )
     if isinstance(algorithms, (Algorithm, Sequence)):
         refuse_uncountable(as_algorithms(algorithms), _counts(trainer.args))
-        return Attached(_made_once(algorithms), trainer, eval_weights)
+        attached = Attached(_made_once(algorithms), trainer, eval_weights)
+        attached.algorithms = as_algorithms(algorithms)
+        return attached
     return Attached(lambda: as_algorithms(algorithms()), trainer, eval_weights)

@@ -16,6 +16,7 @@ from polyak.record.files import SegmentFile, check_content, check_size, hash_in,
 from polyak.record.fitting import Fit, finest, fit, warn_of_error
 from polyak.record.manifest import Segment, load_manifest
 from polyak.record.passes import Passes
+from polyak.storage.atomic import require_new
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time
 
@@ -207,7 +208,7 @@ class Record:
             overwrite: Whether an existing file is replaced, once the new one is complete.
 
         Raises:
-            FileExistsError: If there is a file already.
+            ExistsError: If there is a file already.
             ProfileError: As ``average``.
             TimeError: As ``average``.
             RecordError: As ``average``, and if the disk refuses.

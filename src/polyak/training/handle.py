@@ -149,7 +149,7 @@ class Handle(ABC):
             overwrite: Whether what was saved there before is replaced.
 
         Raises:
-            FileExistsError: If there is something already.
+            ExistsError: If there is something already.
             LoanError: If averaging has not begun, or the model holds another average.
             ArgumentError: If the name has another ending, as ``.pt``.
             CheckpointError: If the model has a tensor that safetensors cannot hold.
@@ -161,8 +161,8 @@ class Handle(ABC):
         followed = self._follows()
         if followed is None:
             raise LoanError(
-                "the trainer must have begun to train its model before there is an average of it (it has not); train "
-                "first"
+                "the trainer must have begun to train its model before there is an average of it (it has not); call "
+                "its train() or fit() first"
             )
         return followed
 
