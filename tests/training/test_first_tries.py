@@ -260,7 +260,9 @@ def here(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("code", "says"), REFUSED, ids=[code for code, _ in REFUSED])
 def test_a_first_try_that_is_wrong_is_an_error_that_says_what_to_write(code, says) -> None:
-    with pytest.raises((PolyakError, FileExistsError, RuntimeError, TypeError, ValueError), match=f"(?s){says}"):
+    with pytest.raises(
+        (PolyakError, AttributeError, FileExistsError, RuntimeError, TypeError, ValueError), match=f"(?s){says}"
+    ):
         run(code)
 
 

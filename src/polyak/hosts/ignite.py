@@ -38,8 +38,8 @@ class Averaging(Handle):
 
     An optimizer step that moved weights is one batch of their clock; half-lives may be in ``ba``, ``ep``, ``dur`` and,
     if they are counted, ``sp`` and ``tok``. What they log becomes metrics of the trainer's state, where Ignite's
-    loggers find them. Put this object among a ``Checkpoint``'s ``to_save``, after the model. It is also the handle of the
-    average: ``model``, ``applied()``, ``save`` and more.
+    loggers find them. Put this object among a ``Checkpoint``'s ``to_save``, after the model. It is also the handle of
+    the average: ``model``, ``applied()``, ``save`` and more.
 
     Args:
         algorithms: One or several; one of them at most may swap an average in.
