@@ -5,6 +5,7 @@ first; each name is imported when it is first read. What writers of integrations
 ``polyak.events``, ``polyak.training`` and ``polyak.tensors``.
 """
 
+import difflib
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         CheckpointError,
         CopyError,
         DtypeError,
+        ExistsError,
         FixedError,
         KernelError,
         LoanError,
@@ -138,6 +140,7 @@ __all__ = [  # noqa: RUF022
     "OptimizerError",
     "LoanError",
     "CheckpointError",
+    "ExistsError",
     "MismatchError",
     "RecordError",
     "CopyError",
@@ -214,7 +217,10 @@ if not TYPE_CHECKING:  # type checkers know the names by the imports above, and 
             return getattr(import_module(module), name)
         if name in _WINGS:
             return import_module(f"polyak.{name}")
-        raise AttributeError(f"module 'polyak' has no attribute {name!r}")
+        close = difflib.get_close_matches(name.lower(), {known.lower(): known for known in __all__}, n=1)
+        meant = next((known for known in __all__ if close and known.lower() == close[0]), None)
+        advice = f"; did you mean polyak.{meant}?" if meant and not name.startswith("_") else ""
+        raise AttributeError(f"module 'polyak' has no attribute {name!r}{advice}")
 
     def __dir__() -> list[str]:
         return [*__all__, *(name for name in globals() if name.startswith("__"))]

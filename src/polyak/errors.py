@@ -90,6 +90,10 @@ class CopyError(PolyakError, RuntimeError):
     """A model, an average or a recorder that cannot be copied or pickled."""
 
 
+class ExistsError(PolyakError, FileExistsError):
+    """A file or folder that is there already, and would be replaced: ``overwrite=True`` asks for that."""
+
+
 class CheckpointError(PolyakError, ValueError):
     """A checkpoint, or a state in it, that is not what it should be."""
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from polyak.averaging.agreement import agree_on_plain
 from polyak.averaging.ema import EMA
-from polyak.averaging.habits import kind_of
-from polyak.errors import ArgumentError, CheckpointError
+from polyak.averaging.habits import explained, kind_of
+from polyak.errors import ArgumentError, CheckpointError, ExistsError
 from polyak.sharding import Communicator, Ranks, communicator_of, local, refuse_stage
 from polyak.storage.atomic import new_folder, put, remove, temporary_path
 from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, write_tensors
@@ -36,6 +36,7 @@ class HasAverage(Protocol):
         ...
 
 
+@explained("export_averaged(ema, model, 'averaged')", {})
 def export_averaged(
     ema: EMA | HasAverage,
     model: nn.Module,
@@ -61,7 +62,8 @@ def export_averaged(
             other files is refused all the same: they would be lost.
 
     Raises:
-        FileExistsError: If ``folder`` is not empty, and with ``overwrite`` if it has more than an earlier export.
+        ArgumentError: If ``folder`` has the name of a file.
+        ExistsError: If ``folder`` is not empty, and with ``overwrite`` if it has more than an earlier export.
         CheckpointError: If the model's state dict has a tensor that safetensors cannot hold: sparse, nested, without
             values, or of a dtype such as complex128 or quantized ones.
         LoanError: If averaging has not begun, or the model holds another average.
@@ -81,6 +83,8 @@ def export_averaged(
         ['bias', 'weight']
     """
     average, folder = _average_of(ema, model), Path(folder)
+    if folder.suffix in {".safetensors", *_PICKLES}:
+        raise ArgumentError(f"an export is a folder (got '{folder}'); for one file, ema.save('averaged.safetensors')")
     refuse_stage(model, "an export")
     ranks = communicator_of(model)
     ranks.on_every_rank("the export", lambda: _check(folder, model, overwrite=overwrite))
@@ -100,7 +104,7 @@ def save_averaged(ema: EMA | HasAverage, model: nn.Module, path: str | Path, *, 
         overwrite: Whether an earlier file, or an earlier export in the folder, is replaced.
 
     Raises:
-        FileExistsError: If there is a file, or a folder that is not empty.
+        ExistsError: If there is a file, or a folder that is not empty.
         ArgumentError: If the name has another ending, as ``.pt``.
         CheckpointError: If the model's state dict has a tensor that safetensors cannot hold.
         LoanError: If averaging has not begun, or the model holds another average.
@@ -178,17 +182,17 @@ def _export(
 def _check(folder: Path, model: nn.Module, *, overwrite: bool) -> None:
     found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     if overwrite and (others := sorted(name for name in found if not _EXPORTED.fullmatch(name))):
-        raise FileExistsError(
+        raise ExistsError(
             f"overwrite=True replaces an earlier export and nothing else (got {folder}, which also has "
             f"{', '.join(others[:5])}): move these files, or choose another folder"
         )
     if found and not overwrite:
-        raise FileExistsError(
+        raise ExistsError(
             f"an export needs a new or empty folder (got {folder}, which is not): choose another, or replace an "
             "earlier export by overwrite=True"
         )
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(
+        raise ExistsError(
             f"an export needs a new or empty folder (got {folder}, which is not a folder): choose another"
         )
     _require_exportable(model)
@@ -196,7 +200,7 @@ def _check(folder: Path, model: nn.Module, *, overwrite: bool) -> None:
 
 def _check_file(path: Path, model: nn.Module, *, overwrite: bool) -> None:
     if path.is_dir() or (path.exists() and not overwrite):
-        raise FileExistsError(
+        raise ExistsError(
             f"averaged weights need a new file (got {path}, which is there): choose another"
             f"{'' if path.is_dir() else ', or replace it by overwrite=True'}"
         )

@@ -54,7 +54,7 @@ class AccelerateSession:
         self.net, self.optimizer, self.loader, self.eval_loader = self.accelerator.prepare(
             net, plan.optimizer(net), plan.loader, plan.eval_loader
         )
-        self.attached = attach(
+        self.attached = self.handle = attach(
             algorithms,
             self.accelerator,
             self.net,

@@ -53,6 +53,7 @@ class ComposerSession:
         self.net, self.algorithm, self.folder, self.plan = net, algorithm, folder, plan
         self.trainer: Any = None
         self.log = InMemoryLogger()
+        self.handle = Hosted(algorithm, eval_weights=plan.eval_weights)
 
     def fit(self, resume: Path | None = None) -> None:
         self.trainer = self.trainer or self._made(resume)
@@ -63,7 +64,7 @@ class ComposerSession:
         loader = DataLoader(plan.data, batch_size=loops.BATCH * plan.accumulate, shuffle=plan.shuffle)
         made = trainer(
             self.folder,
-            Hosted(self.algorithm, eval_weights=plan.eval_weights),
+            self.handle,
             net=self.net,
             train_dataloader=DataSpec(loader, get_num_tokens_in_batch=num_tokens if plan.counted else None),
             device_train_microbatch_size=loops.BATCH,

@@ -51,7 +51,7 @@ class IgniteSession:
                 Events.EPOCH_COMPLETED,
                 lambda engine: self.log.append(engine.state.metrics | self.evaluator.state.metrics),
             )
-        self.averaging = Averaging(
+        self.averaging = self.handle = Averaging(
             algorithm,
             self.trainer,
             net,

@@ -122,6 +122,7 @@ class LightningSession:
                 saves.append(ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=plan.save_every))
         counts = {"num_samples": num_samples, "num_tokens": num_tokens} if plan.counted else {}
         averaging, self.log = Averaging(algorithm, eval_weights=plan.eval_weights, **counts), Kept()
+        self.handle = averaging
         precision = MixedPrecision("16-mixed", "cpu", plan.scaler) if plan.scaled else []
         self.trainer = trainer_for(folder, plan, averaging, *saves, logger=self.log, plugins=precision)
 

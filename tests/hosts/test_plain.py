@@ -31,7 +31,7 @@ class PlainSession:
         self.net, self.optimizer = net, plan.optimizer(net)
         self.loader, self.eval_loader = plan.loader, plan.eval_loader
         self.done, self.epoch_rng = 0, torch.get_rng_state()
-        self.attached = self.attach(algorithms, **(plan.lengths if plan.counted else {}))
+        self.attached = self.handle = self.attach(algorithms, **(plan.lengths if plan.counted else {}))
 
     def attach(self, algorithms: Any, **counts: Any) -> Any:
         return attach(algorithms, self.net, self.optimizer, logger=self.log, **counts)

@@ -85,7 +85,7 @@ class TransformersSession:
             optimizers=(optimizer := plan.optimizer(model), torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
         )
         self.trainer.accelerator.scaler = plan.scaler  # which it makes for a GPU
-        attach(algorithms, self.trainer, eval_weights=eval_weights or plan.eval_weights)
+        self.handle = attach(algorithms, self.trainer, eval_weights=eval_weights or plan.eval_weights)
 
     def fit(self, resume: Path | None = None) -> None:
         self.trainer.train(resume_from_checkpoint=None if resume is None else str(resume))

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
 
@@ -21,7 +22,7 @@ from polyak.report.figures import render
 from polyak.report.page import page
 from polyak.report.sweep_figure import sweep_figure
 from polyak.report.swept import swept
-from polyak.report.words import compared, headline, level_label, written
+from polyak.report.words import compared, headline, level_label, written, younger
 from polyak.report.written import numbers as written_numbers
 from polyak.report.written import write_report
 from polyak.sweeping import Result, sweep
@@ -392,3 +393,42 @@ def test_the_axis_begins_near_the_best_where_others_are_far(run) -> None:
     assert near.near_range is near.log_range is None
     assert 'id="pick-scale"' in page(far)
     assert 'id="pick-scale"' not in page(near)
+
+
+@pytest.fixture(scope="module")
+def of_two_metrics(run):
+    def both(state):
+        loss = torch.as_tensor(validate(state)["loss"]) * torch.linspace(0.9, 1.1, 8)
+        return {"loss": loss, "accuracy": 1 / (1 + loss)}
+
+    return page(swept(run, found := sweep(run, both, points=3, refine=0), found.metric))
+
+
+def test_captions_are_true_whichever_metric_is_chosen(of_two_metrics) -> None:
+    assert "that with the lowest loss" in of_two_metrics
+    assert "is better" not in re.sub(r"<script.*?</script>", "", of_two_metrics, flags=re.DOTALL)
+
+
+def test_the_interval_names_its_metric_where_there_are_several(of_two_metrics, results, run) -> None:
+    assert ">95 % interval of loss<" in of_two_metrics
+    assert "interval of" not in page(swept(run, results, "loss"))
+
+
+def test_the_page_promises_no_file_that_a_report_does_not_have(results, tmp_path) -> None:
+    results.report(tmp_path)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    promised = set(
+        re.findall(
+            r"\b[\w-]+\.(?:safetensors|png|svg|json)\b", re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+        )
+    )
+    assert promised <= {"averaged.safetensors", *(path.name for path in tmp_path.iterdir())}
+
+
+@pytest.mark.parametrize(
+    ("age", "shown"), [(224.1234, "224"), (31.0412, "31"), (0.51234, "0.512"), (12345.6, "12,346")]
+)
+def test_the_age_of_an_average_is_not_more_precise_than_anybody_needs(results, run, age, shown) -> None:
+    numbers = swept(run, results, "loss")
+    point = replace(numbers.points[0], since=numbers.edges[-1] - age)
+    assert younger(numbers, point) == f"{shown} {numbers.unit}"

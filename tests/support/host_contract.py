@@ -32,12 +32,14 @@ import pytest
 import reference
 import torch
 from paths import ROOT
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from polyak import EMA, Event, HalfLife, Recorder, Trainer
 from polyak.averaging.swap import swap_of
-from polyak.errors import ProfileError, TimeError
+from polyak.errors import AbsentError, LoanError, ProfileError, TimeError
+from polyak.training.handle import Handle
 
 # Capabilities that a host may lack, for the reason in ``Host.lacks``; tests that need one are skipped with that reason.
 # The table in the README has a row for each.
@@ -520,6 +522,43 @@ class HostContract:
         found = [str(warning.message) for warning in caught if re.search("mostly its|not begun", str(warning.message))]
         assert len(found) == (message is not None), found
         assert message is None or re.search(message, found[0]), found
+
+    # The handle
+
+    def test_what_users_hold_is_the_handle_of_the_average(self, tmp_path) -> None:
+        run = Run(self.host, tmp_path, Plan())
+        handle = getattr(run.session, "handle", None)
+        if handle is None:
+            pytest.skip("its users hold no handle")
+        assert isinstance(handle, Handle)
+        text = repr(handle)
+        assert "half" in text.lower()
+        with pytest.raises(LoanError, match=r"train until then|train\(\) or fit\(\) first"):
+            _ = handle.model
+        run.fit()
+        assert handle.average is run.ema
+        assert not loops.differences(run.ema.average, of_net(dict(handle.model.named_parameters())))
+        assert handle.num_updates >= 17
+        assert handle.metrics() == run.ema.metrics()
+        assert isinstance(handle.state_dict(), dict)
+        with handle.applied() as model:
+            assert not loops.differences(run.ema.average, of_net(loops.bits(model)))
+            if "evaluation" not in self.host.lacks and not hasattr(run.session, "attached"):
+                run.session.evaluate()  # whose end does not end the block
+                assert not loops.differences(run.ema.average, run.probe.evaluated[-1])
+            assert not loops.differences(run.ema.average, run.weights)
+            handle.save(tmp_path / "inside.safetensors")
+            with pytest.raises(LoanError, match="one average at a time"), handle.applied():
+                pass
+        run.assert_training_weights()
+        handle.save(tmp_path / "averaged.safetensors")
+        for name in ("inside", "averaged"):
+            assert not loops.differences(run.ema.average, of_net(load_file(tmp_path / f"{name}.safetensors")))
+        with pytest.raises(FileExistsError, match="overwrite=True"):
+            handle.save(tmp_path / "averaged.safetensors")
+        with pytest.raises(AbsentError, match="has no 'update'; the average follows"):
+            handle.update()
+        run.assert_training_weights()
 
     # What is saved
 

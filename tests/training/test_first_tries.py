@@ -30,7 +30,9 @@ def names() -> dict[str, Any]:
         optimizer.zero_grad()
         model(inputs).square().mean().backward()
         optimizer.step()
-    public = {name: getattr(polyak, name) for name in ("EMA", "attach", "export_averaged", "update_bn", "Recorder")}
+    public = {
+        name: getattr(polyak, name) for name in ("EMA", "attach", "export_averaged", "update_bn", "Recorder", "sweep")
+    }
     given = {"model": model, "optimizer": optimizer, "ema": ema, "inputs": inputs, "copy": copy, "torch": torch}
     others = {
         "new_model": nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
@@ -73,6 +75,12 @@ ARGUMENTS: list[tuple[str, str]] = [
     ("EMA('10 steps', update_interval=0)", "update_interval must be above 0"),
     ("EMA('10 steps', dtype='float32')", "dtype must be a torch.dtype"),
     ("EMA('10 steps', offload='cpu')", r"offload must be an Offload, as Offload\(\)"),
+    ("EMA('10 steps', dtype=torch.int8)", "dtype must be a floating-point .*got torch.int8"),
+    ("EMA('10 steps', policy='all')", "policy must be a function of a Slot"),
+    ("EMA('10 steps', ema_start='1 foo')", "ema_start must be a time"),
+    ("EMA(profile='uniform')", r"an instance of a profile, such as HalfLife\('1000ba'\) \(got 'uniform'"),
+    ("Recorder('my-run', every=100)", "interval='100 steps' is the time"),
+    ("Recorder(model)", r"folder must be a path \(got a Sequential\); the model goes to attach"),
 ]
 ATTACHING: list[tuple[str, str]] = [
     (
@@ -111,6 +119,9 @@ ATTACHING: list[tuple[str, str]] = [
     ("attach(EMA('1e6 tokens'), model, optimizer)", "tok"),
     ("attach(EMA('2 epochs'), model, optimizer)", "the loop must count ep .*steps_per_epoch="),
     ("attach(ema.average, new_model, torch.optim.SGD(new_model.parameters(), 0.1))", "make a new EMA"),
+    ("attach(EMA('10 steps'), model, optimizer, logger=print)", r"method log_metrics\(metrics, step\)"),
+    ("attach(EMA('10 steps'), model, optimizer, samples_per_step=-1)", "whole number of at least 0"),
+    ("attach(EMA('0.5dur'), model, optimizer)", "give max_duration, or use another unit"),
 ]
 USING: list[tuple[str, str]] = [
     ("ema.update()", "follows the optimizer's steps by itself: delete this line"),
@@ -149,6 +160,10 @@ USING: list[tuple[str, str]] = [
     ("attach(EMA('10 steps'), model, optimizer).save('new.safetensors')", "averaging must have begun"),
     ("attach(Recorder('run', interval='10ba'), model, optimizer).model", "there must be an EMA among the algorithms"),
     ("update_bn(loader, model)", r"update_bn\(model, loader\) \(got a list, a Sequential\)"),
+    ("sweep(ema, lambda state: 0.0)", "record the run by a Recorder first"),
+    ("polyak.Ema(decay=0.999)", r"has no attribute 'Ema'; did you mean polyak\.EMA\?"),
+    ("polyak.export_average", r"did you mean polyak\.export_averaged\?"),
+    ("polyak.polish(model, optimizer, model, 10)", r"what attach returned, an EMA or a Record \(got a Sequential\)"),
 ]
 SAVING: list[tuple[str, str]] = [
     ("ema.load_state_dict(model.state_dict())", r"tensors by name.*give them to model\.load_state_dict"),
@@ -168,6 +183,11 @@ SAVING: list[tuple[str, str]] = [
     ),
     ("export_averaged(EMA, model, 'averaged')", r"what attach returned, then the model in training"),
     ("ema.save_checkpoint('run.pt')", r"save ema\.state_dict\(\)"),
+    ("export_averaged(ema, 'averaged')", "missing a required argument: 'folder'"),
+    (
+        "export_averaged(ema, model, 'averaged.safetensors')",
+        r"an export is a folder .*ema\.save\('averaged\.safetensors'\)",
+    ),
 ]
 REFUSED = [*ARGUMENTS, *ATTACHING, *USING, *SAVING]
 
@@ -240,7 +260,9 @@ def here(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("code", "says"), REFUSED, ids=[code for code, _ in REFUSED])
 def test_a_first_try_that_is_wrong_is_an_error_that_says_what_to_write(code, says) -> None:
-    with pytest.raises((PolyakError, FileExistsError, RuntimeError, TypeError, ValueError), match=f"(?s){says}"):
+    with pytest.raises(
+        (PolyakError, AttributeError, FileExistsError, RuntimeError, TypeError, ValueError), match=f"(?s){says}"
+    ):
         run(code)
 
 

@@ -46,9 +46,10 @@ def _start_run(average: OnlineAverage, event: Event, state: State, logger: Metri
 
 
 def _end_run(average: OnlineAverage, event: Event, state: State, logger: MetricLogger) -> None:
-    """Warn if the run was not averaged, or weights were kept out."""
+    """Warn if the run was not averaged, weights were kept out, or values exceeded the dtype."""
     del event, logger
     average.warn_of_quarantine()
+    average.warn_of_range()
     if average.shadow is not None:
         forecast.warn_not_updated(average.schedule, average.progress, average.num_updates, state)
     elif average.progress.waits:
@@ -100,7 +101,7 @@ def _swap_in(average: OnlineAverage, event: Event, state: State, logger: MetricL
     if event is Event.EVAL_START:
         _log(average, state, logger)
     average.warn_of_quarantine()
-    average.warn_of_youth(_USED[event])
+    average.warn_before_use(_USED[event])
     # Set before the swap and reset after the restore, so that an interrupt in between leaves nothing swapped in.
     average.restore_at = SWAPS[event]
     average.shadow.swap_in(average.name)

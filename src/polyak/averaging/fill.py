@@ -27,10 +27,10 @@ def fill_with_average(average: OnlineAverage, model: nn.Module) -> None:
             "until then"
         )
     if not in_training:
-        average.warn_of_youth("copied")
+        average.warn_before_use("copied")
         average.shadow.copy_to(model)
     elif not average.active:
-        average.warn_of_youth("swapped in")
+        average.warn_before_use("swapped in")
         average.shadow.swap_in(f"{average.name} (get_ema_model)")
 
 

@@ -113,7 +113,7 @@ def absent(owner: object, name: str, instead: Mapping[str, str]) -> AttributeErr
 
 
 def _shown(kind: str) -> str:
-    return {"EMA": "an EMA", "Attached": "what attach returned"}.get(kind, f"a {kind}")
+    return "what attach returned" if kind == "Attached" else f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"
 
 
 def explained(example: str, instead: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:

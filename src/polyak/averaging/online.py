@@ -60,6 +60,7 @@ class OnlineAverage:
         pending: A state that waits for the model, and whether its names must match.
         given: What the user has set as the average, until the model is known.
         quarantine_warned: How many tensors with NaN or inf the last warning has told of.
+        warned_of_range: Whether a warning has told of values beyond the range of the average's dtype.
         restore_at: The event at which the training weights are restored; None if no event has swapped the average in.
     """
 
@@ -74,6 +75,7 @@ class OnlineAverage:
         self._shadow: Shadow | None = None
         self._copied: Mapping[str, Any] | None = None
         self.quarantine_warned = 0
+        self.warned_of_range = False
 
     @property
     def shadow(self) -> Shadow | None:
@@ -180,13 +182,19 @@ class OnlineAverage:
         if self.shadow is not None:
             self.quarantine_warned = self.shadow.warn_of_quarantine(self.quarantine_warned)
 
-    def warn_of_youth(self, what: str) -> None:
-        """Warn, once, if the first weights are more than half of the average.
+    def warn_before_use(self, what: str) -> None:
+        """Warn, once each, if the first weights are more than half of the average, or values exceed its dtype.
 
         Args:
             what: What is done with the average, such as ``"evaluated"``.
         """
         youth.warn_of_youth(self.schedule, self.progress, self.num_updates, what)
+        self.warn_of_range()
+
+    def warn_of_range(self) -> None:
+        """Warn, once, if weights exceed the range of the average's dtype."""
+        if self.shadow is not None and not self.warned_of_range:
+            self.warned_of_range = self.shadow.warn_of_range()
 
     def _would_warn(self, state: State) -> bool:
         return not self.progress.warned_of_youth and state.timestamp.batch.value > 0
@@ -234,7 +242,7 @@ class OnlineAverage:
         new = memo[id(self)] = OnlineAverage(self.schedule, self.settings, self.name, self.kind)
         state = None if self.shadow is None else states.cloned(states.state_of(self))
         new.progress, new.ranks = copy.copy(self.progress), self.ranks
-        new.quarantine_warned = self.quarantine_warned
+        new.quarantine_warned, new.warned_of_range = self.quarantine_warned, self.warned_of_range
         new.given = copy.deepcopy(self.given, memo)
         new.model = self._copied_model(memo)
         if state is not None:

@@ -79,7 +79,10 @@ def check_options(**given: Any) -> None:
         ArgumentError: If one has another type; it names the argument.
     """
     must = {
-        "dtype": ("a torch.dtype or None", isinstance(given["dtype"], torch.dtype | None)),
+        "dtype": (
+            _DTYPE if isinstance(given["dtype"], torch.dtype) else "a torch.dtype or None",
+            _is_wide(given["dtype"]),
+        ),
         "policy": ("a function of a Slot that returns a Policy", callable(given["policy"])),
         "mesh": ("a DeviceMesh or None", given["mesh"] is None or hasattr(given["mesh"], "get_group")),
         "offload": ("an Offload, as Offload(), or None", isinstance(given["offload"], Offload | None)),
@@ -87,6 +90,13 @@ def check_options(**given: Any) -> None:
     for name, (what, holds) in must.items():
         if not holds or isinstance(given[name], type):
             raise ArgumentError(f"{name} must be {what} (got {given[name]!r}, a {type(given[name]).__name__})")
+
+
+_DTYPE = "a floating-point dtype of 16 bits or more, or None"
+
+
+def _is_wide(dtype: object) -> bool:
+    return dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2)
 
 
 def one_decay(decay: float | None, smoothing: float | None) -> float | None:

@@ -12,6 +12,7 @@ from polyak.averaging.distance import relative_distance
 from polyak.averaging.modules import averaged_module, copy_into, module_of, own_tensors
 from polyak.averaging.movement import Movement
 from polyak.averaging.offload import Offload
+from polyak.averaging.outofrange import warn_of_range
 from polyak.averaging.saving import load_tensors, tensors_state
 from polyak.averaging.settings import settings_for
 from polyak.averaging.swap import refuse_averaged_weights, refuse_merged
@@ -131,6 +132,11 @@ class Shadow:
         """
         self._movement.wait()
         return self._movement.quarantine.warn(since)
+
+    def warn_of_range(self) -> bool:
+        """Warn of averages that have reached the limit of their dtype; return whether any have."""
+        self._movement.wait()
+        return warn_of_range(self._movement.listing.averaged)
 
     def distance(self, ranks: Ranks | None = None) -> float:
         """Return the norm of weights minus average over that of the average, both over all averaged parameters.

@@ -13,6 +13,7 @@ from polyak.checkpoints.profiles import weights_at
 from polyak.compat.words import listed
 from polyak.errors import ArgumentError
 from polyak.profiles import NamedProfile
+from polyak.storage.atomic import require_new
 from polyak.time import Time, TimeUnit
 
 
@@ -32,14 +33,14 @@ def average_checkpoints(
     prefix: str | None = None,
     common: bool = False,
     mixed: bool = False,
+    overwrite: bool = False,
 ) -> Plan:
     """Average checkpoints, write the average, and return what was averaged.
 
     Args:
         paths: Files of torch or safetensors, or folders of Transformers, diffusers, peft, Accelerate or
             ``torch.distributed.checkpoint``.
-        output: A ``.safetensors`` or ``.pt`` file; without a suffix a folder like the newest checkpoint's. What is
-            there is replaced.
+        output: A ``.safetensors`` or ``.pt`` file; without a suffix a folder like the newest checkpoint's.
         weights: How much each checkpoint counts; None for equal weights.
         profile: Gives the weights instead, at the times when the checkpoints were saved.
         last: Take the last so many only.
@@ -52,8 +53,10 @@ def average_checkpoints(
         prefix: How the names of the tensors to take begin, such as ``"teacher."``, which is left out of them.
         common: Whether to average the tensors that all checkpoints have, where the names differ.
         mixed: Whether checkpoints of one folder may be of several runs. With ``weights`` they may.
+        overwrite: Whether a file at ``output`` is replaced, once the new one is complete.
 
     Raises:
+        ExistsError: If there is something at ``output`` already.
         ArgumentError: If an argument is wrong or excludes another, or a checkpoint does not have the metric.
         CheckpointError: If a checkpoint cannot be read, or they are not of one model.
         OSError: If the disk refuses.
@@ -80,6 +83,7 @@ def average_checkpoints(
         mixed=mixed,
     )
     check_output(Path(output), made)
+    require_new(Path(output), overwrite=overwrite)
     write_average(made, Path(output))
     return made
 

@@ -138,7 +138,7 @@ def choose(digits: Digits, folder: RunFolder, say: Callable[[str], None]) -> Cho
     found = best([result for result in results if result.half_life is not None], "loss")
     assert found.profile is not None
     assert found.half_life is not None
-    record.export(found.profile, folder.sweep / "best.safetensors")
+    record.export(found.profile, folder.sweep / "best.safetensors", overwrite=True)
     if not (folder.sweep / "report.html").exists():
         write_report(results, folder.sweep)
     tested = measure(load_file(folder.sweep / "best.safetensors"), data=test)

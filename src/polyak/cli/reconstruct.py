@@ -85,7 +85,7 @@ def run(arguments: Namespace) -> Answer:
     from polyak.report.words import percent
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    record.export(profile, output, arguments.at, dtype=dtype)
+    record.export(profile, output, arguments.at, dtype=dtype, overwrite=True)  # it was asked before
     with safe_open(output, framework="pt") as file:
         metadata, tensors = file.metadata(), len(list(file.keys()))
     moment = json.loads(metadata["polyak.moment"])

@@ -68,7 +68,7 @@ def run_sweep(arguments: Namespace) -> Answer:
         best = results.best
         if best.profile is None:
             raise EvaluationError("a sweep must have an average (got other weights alone); give a profile")
-        export(snapshot, best.profile, out / BEST, batchnorm, at=best.at)
+        export(snapshot, best.profile, out / BEST, batchnorm, at=best.at, overwrite=True)
     files = [*write_report(results, out), BEST, RESULTS]
     return Answer(_text(results, out, files), _plain(results, out, files))
 

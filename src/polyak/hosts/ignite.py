@@ -16,6 +16,7 @@ from polyak.events import Event
 from polyak.time import Time, TimeUnit
 from polyak.training import rng
 from polyak.training.evalweights import EvalWeights, eval_weights_of
+from polyak.training.handle import Handle
 from polyak.training.loop import Loop
 from polyak.training.sizes import BatchSizes
 from polyak.training.state import LoopState
@@ -32,12 +33,13 @@ class _Logger:
         self._trainer.state.metrics.update(metrics)
 
 
-class Averaging:
+class Averaging(Handle):
     """Run ``EMA``, ``Recorder`` or other algorithms in an Ignite trainer.
 
     An optimizer step that moved weights is one batch of their clock; half-lives may be in ``ba``, ``ep``, ``dur`` and,
     if they are counted, ``sp`` and ``tok``. What they log becomes metrics of the trainer's state, where Ignite's
-    loggers find them. Put this object among a ``Checkpoint``'s ``to_save``, after the model.
+    loggers find them. Put this object among a ``Checkpoint``'s ``to_save``, after the model. It is also the handle of
+    the average: ``model``, ``applied()``, ``save`` and more.
 
     Args:
         algorithms: One or several; one of them at most may swap an average in.
@@ -93,6 +95,9 @@ class Averaging:
             self._swap_in(engine, Event.EVAL_START, Event.EVAL_END, raw_first=eval_weights == "both")
         for engine in predictors:
             self._swap_in(engine, Event.PREDICT_START, Event.PREDICT_END)
+
+    def _follows(self) -> Loop:
+        return self._loop
 
     # Training
 

@@ -19,6 +19,7 @@ from polyak.tensors.slots import unwrap
 from polyak.time import Time, TimeUnit
 from polyak.training import rng, sharded
 from polyak.training.evalweights import EvalWeights, eval_weights_of
+from polyak.training.handle import Handle
 from polyak.training.loop import Loop
 from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
@@ -39,8 +40,11 @@ class _Logger:
         self._trainer.log(dict(metrics))
 
 
-class Attached(TrainerCallback):
-    """Algorithms at work in a ``Trainer``; ``attach`` makes it.
+class Attached(Handle, TrainerCallback):
+    """Algorithms at work in a ``Trainer``, and the handle of their average; ``attach`` makes it.
+
+    ``model`` is the averaged module, ``applied()`` swaps the average into the trainer's model for a block, ``save``
+    writes the averaged weights. They need a trainer that has begun to train.
 
     Args:
         make: Returns the algorithms for a model that is to be trained.
@@ -48,7 +52,7 @@ class Attached(TrainerCallback):
         eval_weights: As given to ``attach``.
 
     Attributes:
-        algorithms: At work on the model that was trained last; none before ``train``.
+        algorithms: At work on the model that was trained last; none before ``train`` if a function makes them.
     """
 
     def __init__(self, make: Callable[[], Sequence[Algorithm]], trainer: Trainer, eval_weights: EvalWeights) -> None:
@@ -64,6 +68,19 @@ class Attached(TrainerCallback):
         for name in ("train", "training_step", "evaluation_loop", "save_model"):
             setattr(trainer, name, functools.partial(getattr(self, f"_{name}"), getattr(trainer, name)))
         trainer.add_callback(self)
+
+    def _follows(self) -> Loop | None:
+        return self._loop
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of the algorithms and the clock, which checkpoints of the trainer have in ``polyak.pt``.
+
+        Raises:
+            LoanError: If the trainer has not begun to train.
+        """
+        self._met()
+        assert self._loop is not None
+        return self._loop.state_dict()
 
     # The trainer's public methods, wrapped: it has no event on an exception, nor around ``save_model``.
 
@@ -289,5 +306,7 @@ def attach(
         )
     if isinstance(algorithms, (Algorithm, Sequence)):
         refuse_uncountable(as_algorithms(algorithms), _counts(trainer.args))
-        return Attached(_made_once(algorithms), trainer, eval_weights)
+        attached = Attached(_made_once(algorithms), trainer, eval_weights)
+        attached.algorithms = as_algorithms(algorithms)
+        return attached
     return Attached(lambda: as_algorithms(algorithms()), trainer, eval_weights)

@@ -18,6 +18,7 @@ from polyak.record.files import SegmentFile, check_content, check_size, hash_in,
 from polyak.record.fitting import Fit, finest, fit, warn_of_error
 from polyak.record.manifest import Segment, load_manifest
 from polyak.record.passes import Passes
+from polyak.storage.atomic import require_new
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time
 
@@ -229,6 +230,7 @@ class Record:
         at: Time | str | int | None = None,
         *,
         dtype: torch.dtype | None = None,
+        overwrite: bool = False,
     ) -> None:
         """Write the average to a safetensors file, with its profile, moment and error in the file's metadata.
 
@@ -236,15 +238,18 @@ class Record:
 
         Args:
             profile: As for ``average``.
-            path: The file. An existing one is replaced once the new one is complete.
+            path: The file.
             at: As for ``average``.
             dtype: As for ``average``.
+            overwrite: Whether an existing file is replaced, once the new one is complete.
 
         Raises:
+            ExistsError: If there is a file already.
             ProfileError: As ``average``.
             TimeError: As ``average``.
             RecordError: As ``average``, and if the disk refuses.
         """
+        require_new(Path(path), overwrite=overwrite)
         fitted = self._fit(profile, at)
         error = self._passes.error(self, fitted)
         warn_of_error(profile, error, fitted.remedy)

@@ -7,13 +7,22 @@ from typing import Any
 import torch
 
 from polyak.algorithm import Algorithm, MetricLogger, check_event, check_pickles
-from polyak.errors import CheckpointError, CopyError, MismatchError, RecordError
+from polyak.averaging.habits import explained, kind_of
+from polyak.errors import ArgumentError, CheckpointError, CopyError, MismatchError, RecordError
 from polyak.events import Event, State, refuse_uncounted
 from polyak.record.manifest import MANIFEST
 from polyak.record.recording import Recording
 from polyak.record.settings import Settings
 from polyak.tensors.slots import PolicyRule, default_policy, unwrap
 from polyak.time import Time, TimeUnit, as_span
+
+_OFTEN = "interval='100 steps' is the time between two segments"
+_ARGUMENTS = {
+    **dict.fromkeys(("every", "every_n_steps", "update_interval", "update_every", "freq"), _OFTEN),
+    **dict.fromkeys(("path", "dir", "directory", "out"), "the folder is folder=, the first argument"),
+    **dict.fromkeys(("model", "optimizer"), "it goes to attach: attach(Recorder('my-run'), model, optimizer)"),
+    "force": "overwrite=True replaces a record",
+}
 
 
 class Recorder(Algorithm):
@@ -76,6 +85,7 @@ class Recorder(Algorithm):
         <All keys matched successfully>
     """
 
+    @explained("Recorder('my-run', interval='100 steps')", _ARGUMENTS)
     def __init__(
         self,
         folder: str | Path,
@@ -87,6 +97,11 @@ class Recorder(Algorithm):
         policy: PolicyRule = default_policy,
         overwrite: bool = False,
     ) -> None:
+        if not isinstance(folder, str | Path):
+            raise ArgumentError(
+                f"folder must be a path (got {kind_of(folder)}); the model goes to attach: "
+                "attach(Recorder('my-run'), model, optimizer)"
+            )
         if per_level is not None and per_level < 1:
             raise RecordError(f"per_level must be at least 1, or None to merge nothing (got {per_level!r})")
         self.folder = Path(folder).absolute()

@@ -220,7 +220,4 @@ def _command(swept: Swept) -> str:
         return ""
     at = f" --at {swept.at}" if swept.at else ""
     command = f"polyak reconstruct {swept.record} {options}{at} -o averaged.safetensors"
-    return (
-        '<p class="quiet">The best average is in best.safetensors, next to this page. To export it again:</p>'
-        f"<pre><code>{escape(command)}</code></pre>"
-    )
+    return f'<p class="quiet">To export the best average, run:</p><pre><code>{escape(command)}</code></pre>'

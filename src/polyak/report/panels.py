@@ -23,8 +23,8 @@ def panels(sweeps: Sequence[Swept]) -> str:
 
 def _metric(sweeps: Sequence[Swept]) -> str:
     swept = sweeps[0]
-    best = "Higher" if swept.maximize else "Lower"
-    caption = f"{best} {swept.metric} is better. The ring is the best average, the dot is the chosen one: move the "
+    best = "highest" if swept.maximize else "lowest"
+    caption = f"The ring is the best average, that with the {best} {swept.metric}; the dot is the chosen one: move the "
     caption += "slider, or click a point."
     if any(not point.on_line for point in swept.points):
         caption += " Hollow: other profiles, at the median age of what they average."
@@ -101,7 +101,7 @@ def table(sweeps: Sequence[Swept]) -> str:
     """
     first = sweeps[0]
     intervals = any(one.margins(point) for one in sweeps for point in one.points)
-    names = [*first.metrics, *(["95 % interval"] if intervals else []), "error", "distance"]
+    names = [*first.metrics, *([_interval_of(first)] if intervals else []), "error", "distance"]
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     rows, folders = list[str](), set[str]()
     for one in sweeps:
@@ -117,6 +117,10 @@ def table(sweeps: Sequence[Swept]) -> str:
         f"<caption>All results</caption><thead><tr><th scope=col>weights</th>{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )
+
+
+def _interval_of(swept: Swept) -> str:
+    return f"95 % interval of {swept.metric}" if len(swept.metrics) > 1 else "95 % interval"
 
 
 def _row(swept: Swept, result: Result, metrics: Sequence[str], *, intervals: bool) -> str:

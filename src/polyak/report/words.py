@@ -152,4 +152,4 @@ def younger(swept: Swept, point: Point) -> str:
         point: The average.
     """
     age = swept.edges[-1] - point.since
-    return f"{age:,.4g} {swept.unit}" if age < 10_000 else f"{age:,.0f} {swept.unit}"
+    return f"{age:,.0f} {swept.unit}" if age >= 100 else f"{age:.3g} {swept.unit}"

@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from polyak.errors import ExistsError
+
 # The end of the name of everything that is not complete yet.
 TEMPORARY = ".tmp"
 _MOST_BYTES = 255  # of a name, on almost all file systems
@@ -68,6 +70,24 @@ def replacing(path: Path, *, folder: bool = False, exclusive: bool = False) -> I
         with suppress(OSError):
             remove(temporary)
         raise
+
+
+def require_new(path: Path, *, overwrite: bool) -> None:
+    """Check that nothing is lost when ``path`` is written.
+
+    Args:
+        path: Of a file, or of a folder, which may be empty.
+        overwrite: Whether the user has asked to replace it.
+
+    Raises:
+        ExistsError: If there is something that the user has not asked to replace, or a folder with files.
+    """
+    if path.is_dir() and any(path.iterdir()):
+        raise ExistsError(f"the output must be new (got {path}, a folder that has files); choose another")
+    if not overwrite and path.exists() and not path.is_dir():
+        raise ExistsError(
+            f"the output must be new (got {path}, which is there); choose another, or replace it by overwrite=True"
+        )
 
 
 def new_folder(path: Path) -> None:

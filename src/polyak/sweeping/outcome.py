@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from polyak.errors import PolyakError
+from polyak.errors import ExistsError
 from polyak.record import Record
 from polyak.sweeping.examples import is_worse
 from polyak.sweeping.held import up_to
@@ -119,14 +119,14 @@ class SweepResult(list[Result]):
 
         Raises:
             MissingExtraError: If plotly or matplotlib is missing.
-            PolyakError: If there is a report and ``overwrite`` is not set.
+            ExistsError: If there is a report and ``overwrite`` is not set.
         """
         from polyak.report.written import PAGE, require_pictures, write_report  # noqa: PLC0415
 
         require_pictures()
         page = Path(folder) / PAGE
         if page.exists() and not overwrite:
-            raise PolyakError(
+            raise ExistsError(
                 f"a report must not replace another one ({page} exists); pass overwrite=True to replace it"
             )
         write_report(self, page.parent)

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from polyak.errors import ProfileError
+from polyak.averaging.habits import kind_of
+from polyak.errors import ArgumentError, ProfileError
 from polyak.profiles import HalfLife, Profile, named
 from polyak.record import Record, fit
 from polyak.storage.safetensors import disk_errors
@@ -107,6 +108,11 @@ def sweep(
         direction(metric, function, maximize=wanted)  # before anything is evaluated
     if refine < 0:
         raise ProfileError(f"refine must be at least 0 (got {refine}); 0 evaluates the grid alone")
+    if not isinstance(record, Record | str | Path):
+        raise ArgumentError(
+            f"a sweep takes a record, or the folder of one, then a function of the weights (got {kind_of(record)}); "
+            "record the run by a Recorder first"
+        )
     record = Record(record) if isinstance(record, str | Path) else record
     newest(record)  # checks that it has a segment
     path = None if results is None else Path(results)

@@ -2,24 +2,25 @@
 
 import copy
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from torch import nn
 from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm, as_algorithms
-from polyak.averaging.swap import refuse_second_swap
-from polyak.errors import CopyError, PolyakError
+from polyak.averaging.habits import OF_AN_AVERAGE, kind_of
+from polyak.errors import CallError, CopyError, FixedError, PolyakError
 from polyak.events import Event
 from polyak.tensors.slots import unwrap
 from polyak.time import Timestamp
-from polyak.training.block import block
 from polyak.training.counted import CountedLoop
-from polyak.training.handle import Handle
+from polyak.training.handle import Followed, Handle
 from polyak.training.options import LoopOptions
+from polyak.training.summary import summary
 
 
 class Attached(Handle):
@@ -89,18 +90,11 @@ class Attached(Handle):
         """Count an epoch. With ``steps_per_epoch`` epochs are counted without this call."""
         self._loop.end_epoch()
 
-    @block
-    def applied(self) -> Iterator[nn.Module]:
-        """Swap the average into the model for a ``with`` block: to evaluate it, or to export it.
+    def _follows(self) -> CountedLoop:
+        return self._loop
 
-        Before averaging has begun, the model keeps its own weights.
-
-        Raises:
-            LoanError: If the model holds an average already.
-        """
-        refuse_second_swap(self._loop.state.model, "applied()")
-        with self._loop.between(Event.EVAL_START, Event.EVAL_END):
-            yield unwrap(self._loop.state.model)
+    def _swapped_in(self, followed: Followed) -> AbstractContextManager[None]:
+        return followed.between(Event.EVAL_START, Event.EVAL_END)  # which logs, as an evaluation does
 
     def state_dict(self, path: str | Path | None = None) -> dict[str, Any]:
         """Return the state of the algorithms and the clock, to be saved next to the model's and the optimizer's.
@@ -135,6 +129,25 @@ class Attached(Handle):
         if error is not None:
             self._loop.fire(Event.EXCEPTION)
         self.detach()
+
+    def __repr__(self) -> str:
+        loop = self._loop
+        return summary(unwrap(loop.state.model), self.algorithms, loop.state.timestamp, detached=loop.detached)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_") and name != "algorithms":
+            what = OF_AN_AVERAGE.get(name, "it is read, and its settings are those of the EMA that was attached")
+            raise FixedError(f"{name} of what attach returned cannot be assigned (got {kind_of(value)}); {what}")
+        object.__setattr__(self, name, value)
+
+    if not TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+            """Refuse a call: the averaged module is ``model``."""
+            del args, kwargs
+            raise CallError(
+                "what attach returned cannot be called; call ema.model(...), or the model in `with ema.applied():`"
+            )
 
     # Copies
 

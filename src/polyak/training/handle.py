@@ -1,37 +1,59 @@
-"""``Handle``: what one reads, evaluates and saves of an attached average."""
+"""``Handle``: what one reads, evaluates and saves of an attached average, in a loop of one's own or a trainer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
 from polyak.algorithm import Algorithm
 from polyak.averaging.ema import EMA
 from polyak.averaging.evalmode import keep_evaluating
-from polyak.averaging.habits import OF_AN_AVERAGE, absent, explained, kind_of
-from polyak.errors import ArgumentError, CallError, FixedError, LoanError
+from polyak.averaging.habits import OF_AN_AVERAGE, absent, explained
+from polyak.averaging.swap import refuse_second_swap
+from polyak.errors import ArgumentError, LoanError
+from polyak.events import Event, State
 from polyak.export import save_averaged
 from polyak.tensors.slots import unwrap
-from polyak.training.counted import CountedLoop
+from polyak.training.between import Between
+from polyak.training.block import block
 from polyak.training.summary import in_words, summary, updates_of
 
 
+class Followed(Protocol):
+    """The members of a ``Loop`` that a handle needs."""
+
+    @property
+    def state(self) -> State:
+        """What the algorithms read: the model and the clock."""
+        ...
+
+    def between(self, start: Event, end: Event) -> AbstractContextManager[None]:
+        """Return a context that fires ``start`` before its block and ``end`` after it."""
+        ...
+
+    def warn_of_uncounted(self) -> None:
+        """Warn, once, if weights have moved and no step was counted."""
+
+
 class Handle(ABC):
-    """The average among the algorithms of a loop.
+    """The average among the algorithms of a loop or of a trainer: the members that all integrations have.
 
     Attributes:
         algorithms: At work.
     """
 
     algorithms: Sequence[Algorithm]
-    _own: ClassVar[frozenset[str]] = frozenset({"algorithms"})
 
-    @property
     @abstractmethod
-    def loop(self) -> CountedLoop:
-        """The loop that follows the steps."""
+    def _follows(self) -> Followed | None:
+        """Return what follows the steps; None before a trainer has shown its model."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, or what of it the framework saves by this name."""
 
     @property
     def average(self) -> EMA:
@@ -61,13 +83,43 @@ class Handle(ABC):
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
         """
         average = self._begun()
-        self.loop.warn_of_uncounted()
-        average._average.warn_of_youth("read")  # noqa: SLF001
+        self._met().warn_of_uncounted()
+        average._average.warn_before_use("read")  # noqa: SLF001
         model = average.ema_model
         assert model is not None
         if not average.ema_weights_active:
             keep_evaluating(model)
         return model
+
+    @block
+    def applied(self) -> Iterator[nn.Module]:
+        """Swap the average into the model for a ``with`` block: to evaluate it, or to export it.
+
+        Before averaging has begun, the model keeps its own weights. In the block of a trainer's average all that the
+        trainer evaluates, predicts and saves has the average, whatever ``eval_weights`` says.
+
+        Raises:
+            LoanError: If the model holds an average already, or a trainer has not begun to train it.
+        """
+        followed = self._met()
+        refuse_second_swap(followed.state.model, "applied()")
+        with self._swapped_in(followed):
+            yield unwrap(followed.state.model)
+
+    def _swapped_in(self, followed: Followed) -> AbstractContextManager[None]:
+        """Return the context of ``applied``. No event of the trainer in its block ends it."""
+        average, model = self.average, followed.state.model
+        if not average.ema_started:
+            return followed.between(Event.EVAL_START, Event.EVAL_END)
+
+        def fire(event: Event) -> None:
+            if event is Event.EVAL_START:
+                followed.warn_of_uncounted()
+                average.get_ema_model(model)
+            else:
+                average.get_training_model(model)
+
+        return Between(fire, followed.state, Event.EVAL_START, Event.EVAL_END)
 
     @property
     def num_updates(self) -> int:
@@ -97,17 +149,27 @@ class Handle(ABC):
             overwrite: Whether what was saved there before is replaced.
 
         Raises:
-            FileExistsError: If there is something already.
+            ExistsError: If there is something already.
             LoanError: If averaging has not begun, or the model holds another average.
             ArgumentError: If the name has another ending, as ``.pt``.
             CheckpointError: If the model has a tensor that safetensors cannot hold.
         """
-        save_averaged(self._begun(), self.loop.state.model, path, overwrite=overwrite)
+        average = self._begun()
+        save_averaged(average, self._met().state.model, path, overwrite=overwrite)
+
+    def _met(self) -> Followed:
+        followed = self._follows()
+        if followed is None:
+            raise LoanError(
+                "the trainer must have begun to train its model before there is an average of it (it has not); call "
+                "its train() or fit() first"
+            )
+        return followed
 
     def _begun(self) -> EMA:
-        average = self.average
+        followed, average = self._met(), self.average
         if not average.ema_started:
-            counted = self.loop.state.timestamp.batch.value
+            counted = followed.state.timestamp.batch.value
             start = (
                 f"the first update after {in_words(average.ema_start)}"
                 if average.ema_start.value
@@ -120,24 +182,19 @@ class Handle(ABC):
         return average
 
     def __repr__(self) -> str:
-        return summary(unwrap(self.loop.state.model), self.algorithms, self.loop)
+        followed = self._follows()
+        if followed is None:
+            return f"<Average of a model that is not trained yet: {', '.join(map(repr, self.algorithms))}>"
+        return summary(unwrap(followed.state.model), self.algorithms, followed.state.timestamp)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not name.startswith("_") and name not in self._own:
-            what = OF_AN_AVERAGE.get(name, "it is read, and its settings are those of the EMA that was attached")
-            raise FixedError(f"{name} of what attach returned cannot be assigned (got {kind_of(value)}); {what}")
-        object.__setattr__(self, name, value)
-
-    if not TYPE_CHECKING:  # these would hide misspelled names from type checkers
+    if not TYPE_CHECKING:  # it would hide misspelled names from type checkers
 
         def __getattr__(self, name: str) -> Any:
             if not name.startswith("_") and hasattr(type(self), name):
                 return object.__getattribute__(self, name)  # a property has failed with an AttributeError of its own
-            raise absent(self, name, OF_AN_AVERAGE)
+            raise absent(self, name, OF_AN_AVERAGE if hasattr(type(self), "detach") else OF_A_TRAINERS)
 
-        def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
-            """Refuse a call: the averaged module is ``model``."""
-            del args, kwargs
-            raise CallError(
-                "what attach returned cannot be called; call ema.model(...), or the model in `with ema.applied():`"
-            )
+
+OF_A_TRAINERS: Mapping[str, str] = {
+    name: advice for name, advice in OF_AN_AVERAGE.items() if "ema.detach()" not in advice
+}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from polyak.algorithm import MetricLogger
+from polyak.averaging.habits import kind_of
 from polyak.errors import ArgumentError
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 
@@ -21,7 +22,7 @@ class LoopOptions:
 
     Raises:
         TimeError: If ``max_duration`` is no time above 0.
-        ArgumentError: If one of the numbers is not whole, or too small.
+        ArgumentError: If one of the numbers is not whole, or too small, or the logger has no ``log_metrics``.
     """
 
     max_duration: Time | str | int | None = None
@@ -33,6 +34,11 @@ class LoopOptions:
     def __post_init__(self) -> None:
         if self.max_duration is not None:
             object.__setattr__(self, "max_duration", as_span("max_duration", self.max_duration, above=0, steps=True))
+        if self.logger is not None and not callable(getattr(self.logger, "log_metrics", None)):
+            raise ArgumentError(
+                f"logger must have a method log_metrics(metrics, step) (got {kind_of(self.logger)}); give a "
+                "TensorBoardLogger, or an object with that method"
+            )
         for name, least in (("steps_per_epoch", 1), ("samples_per_step", 0), ("tokens_per_step", 0)):
             given = getattr(self, name)
             if name != "steps_per_epoch" or given not in (None, _BY_HAND):

@@ -6,21 +6,20 @@ from torch import nn
 
 from polyak.algorithm import Algorithm
 from polyak.averaging.ema import EMA
-from polyak.time import Time, TimeUnit
-from polyak.training.counted import CountedLoop
+from polyak.time import Time, Timestamp, TimeUnit
 
 
-def summary(model: nn.Module, algorithms: Sequence[Algorithm], loop: CountedLoop) -> str:
+def summary(model: nn.Module, algorithms: Sequence[Algorithm], now: Timestamp, *, detached: bool = False) -> str:
     """Return what is averaged, how, and how far it is.
 
     Args:
         model: In training, unwrapped.
         algorithms: At work in the loop.
-        loop: That follows the steps.
+        now: What has been counted.
+        detached: Whether counting has stopped.
     """
     size = sum(parameter.numel() for parameter in model.parameters())
     name = f"{type(model).__name__} ({size:,} parameters)"
-    now = loop.state.timestamp
     counted = f"{now.batch.value:,} step{'' if now.batch == 1 else 's'} counted"
     others = [repr(algorithm) for algorithm in algorithms if not isinstance(algorithm, EMA)]
     averages = [algorithm for algorithm in algorithms if isinstance(algorithm, EMA)]
@@ -29,7 +28,7 @@ def summary(model: nn.Module, algorithms: Sequence[Algorithm], loop: CountedLoop
         text += f"; with {', '.join(others)}" if others else ""
     else:
         text = f"{', '.join(others) or 'no algorithm'} on {name}; {counted}"
-    return f"<{text}{'; detached' if loop.detached else ''}>"
+    return f"<{text}{'; detached' if detached else ''}>"
 
 
 def updates_of(ema: EMA) -> int:

@@ -13,12 +13,15 @@ from torch.optim import Optimizer
 
 import polyak.averaging.ema
 import polyak.record.recorder
-from polyak.algorithm import Algorithm, MetricLogger, check_one_swaps, dispatch
-from polyak.errors import ArgumentError, PlanWarning
+from polyak.algorithm import Algorithm, MetricLogger, NoLogger, check_one_swaps, dispatch
+from polyak.averaging.habits import absent
+from polyak.errors import AbsentError, ArgumentError, PlanWarning
 from polyak.events import Event
 from polyak.hosts.composer.clock import View
 from polyak.sharding import whole
+from polyak.training.between import Between
 from polyak.training.evalweights import EvalWeights, eval_weights_of
+from polyak.training.handle import OF_A_TRAINERS, Handle
 from polyak.training.optimizer import counted_optimizer, moves_parameters
 from polyak.training.steps import StepHooks
 
@@ -29,8 +32,10 @@ _RAW = "_raw"
 _BEFORE_EVALUATIONS = frozenset({Event.AFTER_LOAD, Event.FIT_START, Event.EVAL_STANDALONE_START})
 
 
-class Hosted(ComposerAlgorithm):
+class Hosted(Handle, ComposerAlgorithm):
     """An algorithm of polyak as one of Composer's. It has the attributes of the algorithm.
+
+    It is also the handle of the average: ``model``, ``applied()``, ``save`` and more, once ``fit`` has begun.
 
     Evaluators whose label ends in ``_raw`` see the training weights, all others those that the algorithm swaps in.
 
@@ -52,13 +57,29 @@ class Hosted(ComposerAlgorithm):
         self._hooks = list[StepHooks]()
         self._stepped = self._clock_checked = False
 
+    @property
+    def algorithms(self) -> list[Algorithm]:  # type: ignore[override]
+        """The algorithm alone."""
+        return [self.algorithm]
+
+    def _follows(self) -> "_Followed | None":
+        return None if self._view.composers is None else _Followed(self)
+
+    @property
+    def num_updates(self) -> int:
+        """That of the algorithm."""
+        return self.algorithm.num_updates  # type: ignore[attr-defined]
+
     def __repr__(self) -> str:
         return repr(self.algorithm)
 
     def __getattr__(self, name: str) -> Any:
         if name == "algorithm":  # not set yet
             raise AttributeError(name)
-        return getattr(self.algorithm, name)
+        try:
+            return getattr(self.algorithm, name)
+        except AbsentError:
+            raise absent(self, name, OF_A_TRAINERS) from None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # An attribute of the algorithm is set, or refused, there: set here it would have no effect.
@@ -168,6 +189,30 @@ class Hosted(ComposerAlgorithm):
 
     def _load_clock(self, state: Mapping[str, Any]) -> None:
         self._view.load(state.get("composer_skipped", []))
+
+
+class _Followed:
+    """What ``Handle`` needs of a trainer of Composer's.
+
+    Args:
+        hosted: In it.
+    """
+
+    def __init__(self, hosted: Hosted) -> None:
+        self._hosted = hosted
+        self.state = hosted._view  # noqa: SLF001  this is a part of it
+
+    def between(self, start: Event, end: Event) -> Between:
+        """Return a context that fires ``start`` before its block and ``end`` after it.
+
+        Args:
+            start: Such as ``EVAL_START``.
+            end: Such as ``EVAL_END``.
+        """
+        return Between(lambda e: self._hosted.fire(e, self.state.composers, NoLogger()), self.state, start, end)
+
+    def warn_of_uncounted(self) -> None:
+        """Do nothing: Composer's own clock counts."""
 
 
 class EMA(Hosted):

@@ -23,6 +23,7 @@ from polyak.sharding import whole
 from polyak.tensors.slots import unwrap
 from polyak.time import Time, TimeUnit
 from polyak.training import rng, sharded
+from polyak.training.handle import Handle
 from polyak.training.loop import Loop
 from polyak.training.sizes import BatchSizes
 from polyak.training.state import LoopState
@@ -32,14 +33,15 @@ from polyak.training.uncountable import refuse_uncountable
 _KEY = "polyak"
 
 
-class Averaging(Callback):
+class Averaging(Handle, Callback):
     """Run ``EMA``, ``Recorder`` or other algorithms in a Lightning ``Trainer``.
 
     An optimizer step that moved weights is one batch of their clock; half-lives may be in ``ba``, ``ep``, ``dur`` and,
     if they are counted, ``sp`` and ``tok``. Validation, test and prediction run with the average, and the model has its
     training weights before and after. A checkpoint has the average as ``state_dict``, from which
     ``load_from_checkpoint`` takes it, and the training weights under ``polyak``, with which ``fit(ckpt_path=...)``
-    resumes. Where a checkpoint is evaluated (``test(ckpt_path=...)``), the model has that checkpoint's average.
+    resumes. Where a checkpoint is evaluated (``test(ckpt_path=...)``), the model has that checkpoint's average. This is
+    also the handle of the average: ``model``, ``applied()``, ``save`` and more, once ``fit`` has begun.
 
     Args:
         algorithms: One or several; one of them at most may swap an average in.
@@ -85,6 +87,9 @@ class Averaging(Callback):
     @eval_weights.setter
     def eval_weights(self, eval_weights: Weights) -> None:
         self._eval_weights = weights_of(eval_weights)
+
+    def _follows(self) -> Loop | None:
+        return self._loop
 
     # Set-up
 
