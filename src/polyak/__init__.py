@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from polyak.profiles import Cooldown, HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
     from polyak.record import Record
     from polyak.record.recorder import Recorder
+    from polyak.sweeping.recommending import recommend
     from polyak.sweeping.sweep import sweep
     from polyak.tensors.slots import Policy, default_policy
     from polyak.time import Time, Timestamp, TimeUnit
@@ -81,6 +82,7 @@ __all__ = [  # noqa: RUF022
     "Recorder",
     "Record",
     "sweep",
+    "recommend",
     "polish",
     # How much each moment counts in an average.
     "HalfLife",
@@ -150,6 +152,7 @@ _MODULES = {
     "Recorder": "record.recorder",
     "Record": "record",
     "sweep": "sweeping.sweep",
+    "recommend": "sweeping.recommending",
     "polish": "polishing",
     **dict.fromkeys(
         ("HalfLife", "Smoothing", "Uniform", "Window", "Cooldown", "PowerFunction", "Warmup", "Profile"),

@@ -13,14 +13,14 @@ from contextlib import nullcontext, redirect_stdout
 from functools import partial
 
 import polyak
-from polyak.cli import average, convert, demo, diff, env, inspect, plan, reconstruct, soup, sweep
+from polyak.cli import average, convert, demo, diff, env, inspect, plan, recommend, reconstruct, soup, sweep
 from polyak.cli.command import REFUSED, Command, UserCodeError, either
 from polyak.cli.messages import in_words, show_warning, tell, tell_traceback
 from polyak.cli.output import to_json
 from polyak.cli.parser import Formatter, Parser, meant
 from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
 
-COMMANDS: tuple[Command, ...] = (average, convert, demo, diff, env, inspect, plan, reconstruct, soup, sweep)
+COMMANDS: tuple[Command, ...] = (average, convert, demo, diff, env, inspect, plan, recommend, reconstruct, soup, sweep)
 
 _INTERRUPTED = 130  # 128 plus the number of SIGINT, as in shells
 _RESUMABLE = (demo.NAME, sweep.NAME)

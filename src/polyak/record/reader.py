@@ -1,9 +1,10 @@
 """``Record``: reads a record that is on disk, one tensor at a time."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from polyak.record.files import SegmentFile, check_content, check_size, hash_in,
 from polyak.record.fitting import Fit, finest, fit, warn_of_error
 from polyak.record.manifest import Segment, load_manifest
 from polyak.record.passes import Passes
+from polyak.record.recommendation import Recommendation
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time
 
@@ -211,6 +213,21 @@ class Record:
         error = self._passes.error(self, fitted)
         warn_of_error(profile, error)
         export(self, profile, fitted, error, Path(path), dtype)
+
+    def recommend(self, evaluate: Callable[[dict[str, Tensor]], Any] | None = None, **options: Any) -> Recommendation:
+        """Return the average to take, and why: as ``polyak.recommend``, which has the options.
+
+        Args:
+            evaluate: As for ``polyak.sweep``; None for a half-life of a sixteenth of the run.
+            **options: Of ``polyak.recommend``.
+
+        Raises:
+            ProfileError: If the record resolves no half-life.
+            RecordError: As ``average``.
+        """
+        import polyak  # noqa: PLC0415  sweeps are built on records: the function is found by its public name
+
+        return polyak.recommend(self, evaluate, **options)
 
     def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """Return the raw weights at the end of the record by name, bit for bit, in the model's dtypes.

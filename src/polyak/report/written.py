@@ -7,7 +7,7 @@ from types import EllipsisType
 from polyak.errors import MissingExtraError
 from polyak.report.provenance import provenance
 from polyak.report.swept import Swept, swept
-from polyak.report.text import as_good
+from polyak.report.text import advice, as_good
 from polyak.storage.atomic import replacing
 from polyak.sweeping import SweepResult
 from polyak.time import Time
@@ -76,7 +76,9 @@ def write_report(results: SweepResult, folder: Path, *others: SweepResult) -> li
         with replacing(folder / PAGE, exclusive=True) as temporary:
             more = [*_others(results), *(one for other in others for one in (numbers(other), *_others(other)))]
             about = provenance([one.folder for one in (shown, *more)])
-            temporary.write_text(page(shown, *more, about=about, notes=[as_good(results)]), encoding="utf-8")
+            temporary.write_text(
+                page(shown, *more, about=about, notes=[as_good(results), advice(results)]), encoding="utf-8"
+            )
         written.append(PAGE)
     if _installed("matplotlib"):
         from polyak.report.figures import render  # noqa: PLC0415  an extra
