@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         WandBLogger,
     )
     from polyak.training.attached import Attached
+    from polyak.watching.algorithm import Watch
 
 __version__ = "0.1.0"
 
@@ -83,6 +84,7 @@ __all__ = [  # noqa: RUF022
     "Record",
     "sweep",
     "recommend",
+    "Watch",
     "polish",
     # How much each moment counts in an average.
     "HalfLife",
@@ -153,6 +155,7 @@ _MODULES = {
     "Record": "record",
     "sweep": "sweeping.sweep",
     "recommend": "sweeping.recommending",
+    "Watch": "watching.algorithm",
     "polish": "polishing",
     **dict.fromkeys(
         ("HalfLife", "Smoothing", "Uniform", "Window", "Cooldown", "PowerFunction", "Warmup", "Profile"),
@@ -184,7 +187,7 @@ _WINGS = frozenset(
             "polishing",
             "profiles",
         ),
-        *("record", "sharding", "storage", "sweeping", "tensors", "time", "trainer", "training"),
+        *("record", "sharding", "storage", "sweeping", "tensors", "time", "trainer", "training", "watching"),
     }
 )
 

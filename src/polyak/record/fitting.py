@@ -94,12 +94,17 @@ class Fit:
 def finest(segments: Sequence[Segment]) -> int:
     """Return the shortest half-life, in recorded updates, that ``segments`` resolve at their end.
 
-    It is the length of the longer of the last two: the last alone may have been cut short by the end of the run.
+    It is the length of the longer of the last two: the last alone may have been cut short by the end of the run. Where
+    the last has just been added, and the one before is merged, it is the length of a segment before merging.
 
     Args:
         segments: Oldest first. The result is 0 if there are none.
     """
-    return max((segment.num_updates for segment in segments[-2:]), default=0)
+    if len(segments) < 2:
+        return sum(segment.num_updates for segment in segments)
+    before, last = segments[-2:]
+    merged = 1 if last.level else 2**before.level
+    return max(last.num_updates, math.ceil(before.num_updates / merged))
 
 
 def coefficients(
@@ -181,7 +186,8 @@ def fit(
     result = Fit(up_to, curve, tuple(_spline(up_to, curve)), missing)
     limit = finest(up_to)
     shown = named(profile).describe()
-    if not result.is_exact and result.median_age < limit * (1 - _EXACT):
+    # Segments of one update resolve everything, even half-lives below one update.
+    if limit > 1 and not result.is_exact and result.median_age < limit * (1 - _EXACT):
         raise ProfileError(
             f"a profile must not be finer than the record, which at this moment resolves half-lives of {limit} updates "
             f"or more (got {shown}, whose median age is {result.median_age:.4g} updates): ask for a longer one, or "

@@ -15,6 +15,7 @@ from polyak.record.exporting import export
 from polyak.record.files import SegmentFile, check_content, check_size, hash_in, open_segment
 from polyak.record.fitting import Fit, finest, fit, warn_of_error
 from polyak.record.manifest import Segment, load_manifest
+from polyak.record.moments import moment, resolved
 from polyak.record.passes import Passes
 from polyak.record.recommendation import Recommendation
 from polyak.storage.safetensors import TensorInfo
@@ -37,6 +38,7 @@ class Record:
         aliases: Further names of tied tensors, and the name that each is kept under.
         max_duration: The length of the run, if that was known.
         raw: Where the raw weights at the end of the record are kept; None if it has none. ``raw_weights`` reads them.
+        owner: What keeps the folder, if it is deleted with a ``Recorder``.
 
     Raises:
         RecordError: If there is no record, or its manifest is wrong.
@@ -64,6 +66,7 @@ class Record:
         self.aliases: Mapping[str, str] = manifest.aliases
         self.max_duration: Time | None = manifest.max_duration
         self.raw: Segment | None = manifest.raw
+        self.owner: object = None
         self._passes = Passes()
         self._verified = set[Path]()
 
@@ -71,6 +74,11 @@ class Record:
     def finest(self) -> int:
         """The shortest half-life, in recorded updates, that the record resolves at its end."""
         return finest(self.segments)
+
+    @property
+    def moments(self) -> tuple[Time, ...]:
+        """Where an average can end, in batches: the end of each segment. They are dense at the end of the run."""
+        return tuple(moment(segment) for segment in self.segments)
 
     @property
     def stretches(self) -> tuple[Segment, ...]:
@@ -103,8 +111,8 @@ class Record:
 
         Args:
             profile: Its clock starts where the record does.
-            at: The moment of the average, counted from the start of the run, which must be the end of a segment; None
-                for the last.
+            at: The moment of the average, counted from the start of the run, which must be one of ``moments``; or a
+                share of the record such as ``"50%"``, for the nearest of them; None for the last.
             device: For the result; None for the CPU.
             dtype: For the tensors that are averaged; None for float32, and float64 where the record keeps that.
 
@@ -267,4 +275,4 @@ class Record:
             check_content(self.folder, name, sha256)
 
     def _fit(self, profile: Profile, at: Time | str | int | None) -> Fit:
-        return fit(profile, self.segments, at, max_duration=self.max_duration)
+        return fit(profile, self.segments, resolved(self, at), max_duration=self.max_duration)
