@@ -96,7 +96,7 @@ class Recorder(Algorithm):
         if per_level is not None and per_level < 1:
             raise RecordError(f"per_level must be at least 1, or None to merge nothing (got {per_level!r})")
         self._temporary = TemporaryFolder() if folder is None else None
-        self.folder = Path(folder).absolute() if self._temporary is None else self._temporary.path
+        self.folder = self._temporary.path if self._temporary is not None else Path(str(folder)).absolute()
         self.interval = None if interval is None else as_span("interval", interval, above=0, steps=True)
         where = None if folder is None else str(folder)
         shown = f"Recorder({where!r}, interval={self.interval}, per_level={per_level})"

@@ -188,7 +188,7 @@ def _heat(columns: Sequence[Column], metric: str, unit: str, *, maximize: bool) 
             for share, row in zip(rows, table, strict=True)
         ],
         hoverinfo="text",
-        colorscale=[[0, LIGHT["averaged"]], [1, LIGHT["paper"]]],
+        colorscale=[[0, LIGHT["averaged"]], [1, LIGHT["rule"]]],
         zmin=0,
         zmax=_far([abs(v - b) for row in table for v, b in zip(row, best, strict=True) if v is not None]),
         colorbar={"title": {"text": "from the best", "side": "right"}, "thickness": 12, "outlinewidth": 0},
@@ -199,7 +199,7 @@ def _heat(columns: Sequence[Column], metric: str, unit: str, *, maximize: bool) 
     ticks = [2.0**-n for n in range(12) if rows[0] / 1.5 <= 2.0**-n <= rows[-1] * 1.5]
     figure.update_yaxes(
         type="log",
-        title={"text": "half-life, as a share of the training so far"},
+        title={"text": "half-life"},
         tickvals=ticks,
         ticktext=[_share(tick) for tick in ticks],
         showgrid=False,
@@ -210,8 +210,8 @@ def _heat(columns: Sequence[Column], metric: str, unit: str, *, maximize: bool) 
         Panel(
             "heatmap",
             f"{metric} by half-life and moment of training",
-            "Dark: near the best half-life of that moment, which has a ring. Half-lives are shares of the training up "
-            "to the moment; the dotted line is a sixteenth.",
+            "Blue: near the best half-life of that moment, which has a ring; grey: far from it. Half-lives are shares "
+            "of the training up to the moment; the dotted line is a sixteenth.",
             f"The distance of {metric} from the best half-life of each moment: {spoken}",
             figure,
         )
@@ -241,9 +241,9 @@ def _between(values: Mapping[float, float], share: float) -> float | None:
 
 
 def _far(distances: Sequence[float]) -> float:
-    """Return the distance of the palest colour: three quarters of the cells are below, so no outlier hides them."""
+    """Return the distance of the palest colour: nine tenths of the cells are below, so no outlier hides them."""
     ordered = sorted(distances)
-    return ordered[len(ordered) * 3 // 4] or ordered[-1] or 1.0
+    return ordered[len(ordered) * 9 // 10] or ordered[-1] or 1.0
 
 
 def _share(share: float) -> str:

@@ -86,8 +86,8 @@ def _headline(last: Moment, name: str) -> str:
 
 
 def _table(moments: Sequence[Moment]) -> str:
-    names = list(dict.fromkeys(name for moment in moments for name, _ in moment.named()))
-    heads = "".join(f'<th scope="col">{escape(name.replace("_", " "))}</th>' for name in names)
+    names = list(dict.fromkeys(name for moment in reversed(moments) for name, _ in moment.named()))
+    heads = "".join(f'<th scope="col">{escape(_words(name))}</th>' for name in names)
     rows = list[str]()
     for moment in moments:
         found = dict(moment.named())
@@ -99,3 +99,9 @@ def _table(moments: Sequence[Moment]) -> str:
         f"<thead><tr><th scope=col>updates</th>{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )
+
+
+def _words(name: str) -> str:
+    """Return the name of a reading for people: ``cooldown_10`` is a cooldown over 10 % of the training."""
+    words = {"sixteenth": "T/16", "best_half_life": "best half-life", "newest": "newest mean"}
+    return words.get(name, f"{name.replace('_', ' ')} %" if name.startswith("cooldown") else name)
