@@ -1,4 +1,4 @@
-"""``watch`` beside a run, and ``Watch`` inside it."""
+"""``watch`` in another process than the run, and ``Watch`` inside it."""
 
 import json
 import math

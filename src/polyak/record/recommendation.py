@@ -168,7 +168,7 @@ def share_of(record: Recorded, share: float) -> Time:
 def sixteenth(record: Recorded) -> HalfLife:
     """Return the average that needs no evaluation: a half-life of a sixteenth of what was recorded, unbiased.
 
-    At the end of a run of known length it is that of ``EMA("auto")``.
+    At the end of a run whose ``max_duration`` is known it is that of ``EMA("auto")``.
 
     Args:
         record: A record with a segment.

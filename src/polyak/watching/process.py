@@ -1,4 +1,4 @@
-"""``watch``: reads a record from a process beside the run that writes it, until the run ends."""
+"""``watch``: reads a record while another process writes it, until the run ends."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +101,7 @@ def watch(
     Args:
         record: The folder of the record. It need not exist yet.
         evaluate: As for ``sweep``.
-        every: The time of training between two moments; None for a twentieth of a run of known length.
+        every: The time of training between two moments; None for a twentieth of the run, where its ``max_duration`` is known.
         results: A JSON Lines file that keeps the moments. It is continued if it exists.
         half_lives: Shares of the run so far.
         cooldowns: Shares of the run so far.
