@@ -77,7 +77,7 @@ def recommend(
         half-life 4ba: a sixteenth of the run, the default without an evaluation
         >>> result = recommend("run-to-average", lambda state: [float(state["weight"].abs())] * 10, refine=0)
         >>> result.half_life, round(result.comparison.gain, 3)
-        (Time(64.0, 'ba'), 0.041)
+        (Time(64, 'ba'), 0.041)
     """
     record = Record(record) if isinstance(record, str | Path) else record
     newest(record)  # checks that it has a segment

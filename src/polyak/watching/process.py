@@ -101,7 +101,8 @@ def watch(
     Args:
         record: The folder of the record. It need not exist yet.
         evaluate: As for ``sweep``.
-        every: The time of training between two moments; None for a twentieth of the run, where its ``max_duration`` is known.
+        every: The time of training between two moments; None for a twentieth of the run, where its
+            ``max_duration`` is known.
         results: A JSON Lines file that keeps the moments. It is continued if it exists.
         half_lives: Shares of the run so far.
         cooldowns: Shares of the run so far.
