@@ -2,8 +2,8 @@
 
 Run it in another terminal while the run records. At each interval the newest mean of the record, which is nearly raw,
 is evaluated, half-lives of a sixteenth and other shares of the run so far, and virtual cooldowns of 10 and 20 %. The
-record is read as it is, and nothing of the run is changed. It ends with the run, with Ctrl-C, or if the record is deleted. The raw
-weights are evaluated when the run has ended. With --json, each moment is one object on a line.
+record is read as it is, and nothing of the run is changed. It ends with the run, with Ctrl-C, or if the record is
+deleted. The raw weights are evaluated when the run has ended. With --json, each moment is one object on a line.
 """
 
 from argparse import ArgumentParser, Namespace

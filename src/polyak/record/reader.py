@@ -39,7 +39,7 @@ class Record:
         aliases: Further names of tied tensors, and the name that each is kept under.
         max_duration: The length of the run, if that was known.
         raw: Where the raw weights at the end of the record are kept; None if it has none. ``raw_weights`` reads them.
-        owner: What keeps the folder, if it is deleted with a ``Recorder``.
+        owner: What keeps a temporary folder.
 
     Raises:
         RecordError: If there is no record, or its manifest is wrong.
@@ -80,7 +80,7 @@ class Record:
     @property
     def moments(self) -> tuple[Time, ...]:
         """Where an average can end, in batches: the end of each segment. They are dense at the end of the run."""
-        return tuple(moment(segment) for segment in self.segments)
+        return tuple(map(moment, self.segments))
 
     @property
     def stretches(self) -> tuple[Segment, ...]:
@@ -225,15 +225,11 @@ class Record:
         export(self, profile, fitted, error, Path(path), dtype)
 
     def recommend(self, evaluate: Callable[[dict[str, Tensor]], Any] | None = None, **options: Any) -> Recommendation:
-        """Return the average to take, and why: as ``polyak.recommend``, which has the options.
+        """Return the average to take, and why: what ``polyak.recommend`` returns.
 
         Args:
-            evaluate: As for ``polyak.sweep``; None for a half-life of a sixteenth of the run.
-            **options: Of ``polyak.recommend``.
-
-        Raises:
-            ProfileError: If the record resolves no half-life.
-            RecordError: As ``average``.
+            evaluate: As for ``polyak.recommend``.
+            **options: As for ``polyak.recommend``.
         """
         import polyak  # noqa: PLC0415  sweeps are built on records: the function is found by its public name
 

@@ -177,14 +177,7 @@ def _heat(columns: Sequence[Column], metric: str, unit: str, *, maximize: bool) 
         y=rows,
         z=[[None if v is None else abs(v - b) for v, b in zip(row, best, strict=True)] for row in table],
         text=[
-            [
-                ""
-                if v is None
-                else escape(
-                    f"half-life {_share(share)} of the training up to {t:,.6g}: {metric} {measured(v)}", quote=False
-                )
-                for v, t in zip(row, times, strict=True)
-            ]
+            [_cell(metric, share, t, v) for v, t in zip(row, times, strict=True)]
             for share, row in zip(rows, table, strict=True)
         ],
         hoverinfo="text",
@@ -197,13 +190,8 @@ def _heat(columns: Sequence[Column], metric: str, unit: str, *, maximize: bool) 
     figure.add_scatter(x=times, y=at_best, mode="markers", marker=ring, hoverinfo="skip", name="best")
     figure.add_hline(y=AUTO_SHARE, line={"color": LIGHT["ink"], "width": 1, "dash": "dot"})
     ticks = [2.0**-n for n in range(12) if rows[0] / 1.5 <= 2.0**-n <= rows[-1] * 1.5]
-    figure.update_yaxes(
-        type="log",
-        title={"text": "half-life"},
-        tickvals=ticks,
-        ticktext=[_share(tick) for tick in ticks],
-        showgrid=False,
-    )
+    shown = {"tickvals": ticks, "ticktext": [_share(tick) for tick in ticks], "title": {"text": "half-life"}}
+    figure.update_yaxes(type="log", showgrid=False, **shown)
     figure.update_xaxes(showgrid=False)
     spoken = "; ".join(f"at {t:,.6g} the best is {_share(x)}" for t, x in zip(times, at_best, strict=True))
     return [
@@ -216,6 +204,14 @@ def _heat(columns: Sequence[Column], metric: str, unit: str, *, maximize: bool) 
             figure,
         )
     ]
+
+
+def _cell(metric: str, share: float, moment: float, value: float | None) -> str:
+    """Return what is shown of a cell under the pointer."""
+    if value is None:
+        return ""
+    where = f"half-life {_share(share)} of the training up to {moment:,.6g}"
+    return escape(f"{where}: {metric} {measured(value)}", quote=False)
 
 
 def _rows(columns: Sequence[Column]) -> list[float]:

@@ -45,13 +45,12 @@ def page(
     Args:
         swept: The numbers of the sweep that is shown first.
         *others: Those of the same record at other moments, or of other records.
-        about: Where the page comes from; None for nothing about it.
+        about: Where the page comes from.
         notes: Further sentences about the result.
         watched: What ``polyak watch`` has read of the record while the run trained.
     """
     here, sweeps = files("polyak.report"), [swept, *others]
-    more = [*sweep_panels(of_one_record(sweeps)), *(one for one in _watched(watched))]
-    more = list({one.name: one for one in more}.values())  # of two heat maps, that of more moments
+    more = _over_training(sweeps, watched)
     style, script = (here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     notes = "".join(f'<p class="quiet">{escape(note)}</p>' for note in filter(None, (compared(swept), *notes)))
     return f"""<!doctype html>
@@ -87,8 +86,10 @@ def page(
 """
 
 
-def _watched(moments: Sequence[Moment]) -> list[Panel]:
-    return watched_panels(moments) if moments else []
+def _over_training(sweeps: Sequence[Swept], watched: Sequence[Moment]) -> list[Panel]:
+    """Return the charts over training. Of two heat maps, that of ``polyak watch`` is shown: it has more moments."""
+    found = [*sweep_panels(of_one_record(sweeps)), *(watched_panels(watched) if watched else [])]
+    return list({panel.name: panel for panel in found}.values())
 
 
 def embedded(identity: str, data: Any) -> str:

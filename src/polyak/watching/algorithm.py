@@ -26,10 +26,10 @@ class Watch(Algorithm):
 
     Goes after its ``Recorder`` in the list of algorithms. At each interval the weights are evaluated as ``polyak
     watch`` does in another process: a half-life of a sixteenth of the run so far, the best of a few half-lives, and
-    virtual cooldowns of 10 and 20 %; and the raw weights, where each process holds all of them. The function is given copies of
-    the weights: it loads them into a model of its own, never into the one in training. The states of the random number
-    generators are restored afterwards, so that training is the same with and without this. Of several ranks, rank 0
-    evaluates and the others wait.
+    virtual cooldowns of 10 and 20 %; and the raw weights, where each process holds all of them. The function is given
+    copies of the weights: it loads them into a model of its own, never into the one in training. The states of the
+    random number generators are restored afterwards, so that training is the same with and without this. Of several
+    ranks, rank 0 evaluates and the others wait.
 
     The logger gets ``watch/METRIC/raw``, ``newest``, ``sixteenth``, ``best_half_life``, ``cooldown_10`` and
     ``cooldown_20``. If the first evaluation fails, its error is raised; later ones give a warning.
