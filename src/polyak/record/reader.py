@@ -39,7 +39,6 @@ class Record:
         aliases: Further names of tied tensors, and the name that each is kept under.
         max_duration: The length of the run, if that was known.
         raw: Where the raw weights at the end of the record are kept; None if it has none. ``raw_weights`` reads them.
-        owner: What keeps a temporary folder.
 
     Raises:
         RecordError: If there is no record, or its manifest is wrong.
@@ -68,7 +67,7 @@ class Record:
         self.aliases: Mapping[str, str] = manifest.aliases
         self.max_duration: Time | None = manifest.max_duration
         self.raw: Segment | None = manifest.raw
-        self.owner: object = None
+        self.owner: object = None  # of a temporary folder
         self._passes = Passes()
         self._verified = set[Path]()
 
