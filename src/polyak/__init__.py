@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     )
     from polyak.record import Record
     from polyak.record.recorder import Recorder
+    from polyak.sweeping.recommending import recommend
     from polyak.sweeping.sweep import sweep
     from polyak.tensors.slots import Policy, default_policy
     from polyak.time import Time, Timestamp, TimeUnit
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
         WandBLogger,
     )
     from polyak.training.attached import Attached
+    from polyak.watching.algorithm import Watch
 
 __version__ = "0.1.0"
 
@@ -95,6 +97,8 @@ __all__ = [  # noqa: RUF022
     "Recorder",
     "Record",
     "sweep",
+    "recommend",
+    "Watch",
     "polish",
     # How much each moment counts in an average.
     "HalfLife",
@@ -167,6 +171,8 @@ _MODULES = {
     "Recorder": "record.recorder",
     "Record": "record",
     "sweep": "sweeping.sweep",
+    "recommend": "sweeping.recommending",
+    "Watch": "watching.algorithm",
     "polish": "polishing",
     **dict.fromkeys(
         ("HalfLife", "Smoothing", "Uniform", "Window", "Cooldown", "PowerFunction", "Warmup", "Momentum", "Profile"),
@@ -198,7 +204,7 @@ _WINGS = frozenset(
             "polishing",
             "profiles",
         ),
-        *("record", "sharding", "storage", "sweeping", "tensors", "time", "trainer", "training"),
+        *("record", "sharding", "storage", "sweeping", "tensors", "time", "trainer", "training", "watching"),
     }
 )
 

@@ -32,6 +32,7 @@ LINES = {
     "env": "env",
     "inspect": "inspect run",
     "plan": "plan evaluate.py:build",
+    "recommend": "recommend run",
     "reconstruct": "reconstruct run --half-life 20ba -o new.safetensors",
     "soup": "soup model-1.pt model-2.pt --evaluate evaluate.py:norm -o soup.safetensors",
     "sweep": "sweep run --evaluate evaluate.py:validate --points 3 --refine 1",

@@ -29,7 +29,10 @@ number = 3
 
 # Each line after "polyak", and what is said. RUN is a record; the current folder has evaluate.py and old.safetensors.
 LINES = [
-    ("swep RUN", "demo, diff, env, inspect, plan, reconstruct, soup or sweep (got 'swep'; did you mean sweep?)"),
+    (
+        "swep RUN",
+        "demo, diff, env, inspect, plan, recommend, reconstruct, soup or sweep (got 'swep'; did you mean sweep?)",
+    ),
     ("--verison", "unrecognized arguments: --verison (did you mean --version?)"),
     ("inspect", "the following arguments are required: RECORD"),
     ("inspect RUN more", "unrecognized arguments: more"),

@@ -342,7 +342,7 @@ def test_a_page_may_have_several_moments_and_records(several, tmp_path) -> None:
     sweeps = reader.data("sweeps")
     assert len(sweeps) == 4
     for one in sweeps:
-        assert list(one["charts"]) == ["metric", "metric-1", "profile", "error", "distance", "training"]
+        assert list(one["charts"]) == ["metric", "metric-1", "profile", "error", "distance", "training", "heatmap"]
         assert set(one["scales"]) == {"metric", "metric-1"}
         lines = [trace for trace in one["charts"]["metric"]["data"] if trace.get("hoverinfo") == "name"]
         assert len(lines) == 3

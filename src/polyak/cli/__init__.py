@@ -8,19 +8,32 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from functools import partial
 
 import polyak
-from polyak.cli import average, convert, demo, diff, env, inspect, plan, reconstruct, soup, sweep
-from polyak.cli.command import REFUSED, Command, UserCodeError, either
+from polyak.cli import average, convert, demo, diff, env, inspect, plan, recommend, reconstruct, soup, sweep, watch
+from polyak.cli.command import REFUSED, Answer, Command, UserCodeError, either
 from polyak.cli.messages import in_words, show_warning, tell, tell_traceback
 from polyak.cli.output import to_json
 from polyak.cli.parser import Formatter, Parser, meant
 from polyak.errors import PlanWarning, PolyakError, QuarantineWarning
 
-COMMANDS: tuple[Command, ...] = (average, convert, demo, diff, env, inspect, plan, reconstruct, soup, sweep)
+COMMANDS: tuple[Command, ...] = (
+    average,
+    convert,
+    demo,
+    diff,
+    env,
+    inspect,
+    plan,
+    recommend,
+    reconstruct,
+    soup,
+    sweep,
+    watch,
+)
 
 _INTERRUPTED = 130  # 128 plus the number of SIGINT, as in shells
 _RESUMABLE = (demo.NAME, sweep.NAME)
@@ -97,11 +110,8 @@ def _parsed(parser: Parser, argv: Sequence[str]) -> argparse.Namespace | None:
 
 def _run(arguments: argparse.Namespace, name: str) -> int:
     try:
-        # Functions of the user may print: with --json, stdout has the object alone.
-        with redirect_stdout(sys.stderr) if arguments.json else nullcontext():
-            answer = arguments.run(arguments)
-        if answer is not None:
-            print(to_json(answer.plain) if arguments.json else answer.text)
+        for answer in _answers(arguments):
+            print(to_json(answer.plain, one_line=answer.one_line) if arguments.json else answer.text, flush=True)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -121,6 +131,23 @@ def _run(arguments: argparse.Namespace, name: str) -> int:
         tell(f"{name}: interrupted{resume}")
         return _INTERRUPTED
     return 0
+
+
+def _answers(arguments: argparse.Namespace) -> Iterator[Answer]:
+    """Yield what a command prints: one answer, or one after another as long as it runs."""
+    # Functions of the user may print: with --json, stdout has the object alone.
+    quiet = partial(redirect_stdout, sys.stderr) if arguments.json else nullcontext
+    with quiet():
+        found = arguments.run(arguments)
+    if not isinstance(found, Iterator):
+        yield from () if found is None else (found,)
+        return
+    while True:
+        with quiet():
+            answer = next(found, None)
+        if answer is None:
+            return
+        yield answer
 
 
 def _tell_users_error(error: PolyakError) -> None:

@@ -2,7 +2,7 @@
 
 import importlib.util
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,10 +17,12 @@ class Answer:
     Args:
         text: For people, with the line breaks of the terminal.
         plain: For programs. It has the keys of the command's ``JSON``.
+        one_line: Whether the object is printed on one line, since others follow.
     """
 
     text: str
     plain: Mapping[str, Any]
+    one_line: bool = False
 
 
 class Command(Protocol):
@@ -48,8 +50,8 @@ class Command(Protocol):
         """
         ...
 
-    def run(self, arguments: Namespace) -> Answer | None:
-        """Run the command; return what it prints, or None on ranks other than rank 0.
+    def run(self, arguments: Namespace) -> Answer | Iterator[Answer] | None:
+        """Run the command; return what it prints, one after another if it is several; None on ranks but rank 0.
 
         Args:
             arguments: The parsed arguments.

@@ -44,6 +44,30 @@ def load_function(spec: str, option: str) -> Callable[..., Any]:
     return function
 
 
+def load_batchnorm(spec: str) -> Any:
+    """Return the model and the batches that a custom function returns, for ``--update-bn``.
+
+    Args:
+        spec: As for ``load_function``.
+
+    Raises:
+        UsageError: If there is no such function, or it returns something else.
+    """
+    function = load_function(spec, "--update-bn")
+    try:
+        found = function()
+    except Exception as error:  # the function can raise anything
+        raise UserCodeError(
+            f"--update-bn: the function must return a model and batches when it is called without arguments "
+            f"({last_line(error)}); change it"
+        ) from error
+    if not (isinstance(found, tuple) and len(found) == 2):
+        raise UsageError(
+            f"--update-bn: the function must return a model and batches (got a {type(found).__name__}); change it"
+        )
+    return found
+
+
 def last_line(error: BaseException) -> str:
     """Return the kind of an error and its message, as a traceback ends.
 

@@ -29,13 +29,14 @@ def written(*sentences: str) -> str:
     return "\n".join(wrapped(printable(one), terminal_width()) for one in sentences)
 
 
-def to_json(plain: Mapping[str, Any]) -> str:
+def to_json(plain: Mapping[str, Any], *, one_line: bool = False) -> str:
     """Return an object as JSON. What is NaN or infinite becomes null.
 
     Args:
         plain: The object.
+        one_line: Whether without line breaks.
     """
-    return json.dumps(_finite(plain), indent=2, ensure_ascii=True, allow_nan=False)
+    return json.dumps(_finite(plain), indent=None if one_line else 2, ensure_ascii=True, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from polyak.cli.asking import open_record
-from polyak.cli.command import Answer, UsageError, UserCodeError
-from polyak.cli.functions import last_line, load_function
+from polyak.cli.command import Answer, UsageError
+from polyak.cli.functions import load_batchnorm, load_function
 from polyak.cli.output import fields, terminal_width, written
 from polyak.cli.progress import Progress
 from polyak.errors import TimeError
 from polyak.printable import printable
 from polyak.profiles import named
 from polyak.record import Record
-from polyak.report.text import as_good
+from polyak.record.moments import ends
+from polyak.report.text import advice, as_good
 from polyak.report.words import compared, headline
 from polyak.report.written import FIGURES, PAGE, missing_pictures, numbers, write_report
 from polyak.storage.atomic import remove
 from polyak.sweeping import EvaluationError, Result, SweepResult, export, held, records_in, sweep
-from polyak.sweeping.moments import ends
 
 RESULTS = "sweep.jsonl"
 BEST = "best.safetensors"
@@ -45,7 +45,7 @@ def run_sweep(arguments: Namespace) -> Answer:
     if arguments.at is not None and record.segments:
         _check_moments(record, arguments.at)
     evaluate = load_function(arguments.evaluate, "--evaluate")
-    batchnorm = None if arguments.update_bn is None else _batchnorm(arguments.update_bn)
+    batchnorm = None if arguments.update_bn is None else load_batchnorm(arguments.update_bn)
     _check_folder(out, record, force=arguments.force)
     with held(record) as snapshot:
         with Progress("polyak sweep") as progress:
@@ -80,22 +80,6 @@ def _check_moments(record: Record, at: list[str]) -> None:
         raise UsageError(f"--at: {error}") from None
 
 
-def _batchnorm(spec: str) -> Any:
-    function = load_function(spec, "--update-bn")
-    try:
-        found = function()
-    except Exception as error:  # the function can raise anything
-        raise UserCodeError(
-            f"--update-bn: the function must return a model and batches when it is called without arguments "
-            f"({last_line(error)}); change it"
-        ) from error
-    if not (isinstance(found, tuple) and len(found) == 2):
-        raise UsageError(
-            f"--update-bn: the function must return a model and batches (got a {type(found).__name__}); change it"
-        )
-    return found
-
-
 def _check_folder(out: Path, record: Record, *, force: bool) -> None:
     """Check that the output folder is new, or has results of this record; with ``force``, remove other results."""
     if out.exists() and not out.is_dir():
@@ -128,6 +112,7 @@ def _text(results: SweepResult, out: Path, files: list[str]) -> str:
         "error: estimated, relative to |last weights - average|; distance: from the newest mean, relative to it",
         f"{headline(shown)}. {compared(shown)}",
         as_good(results),
+        advice(results),
         "If this was the test set, the result is biased: choose on validation data.",
     ]
     if missing := missing_pictures():

@@ -10,6 +10,7 @@ from polyak.record.files import Box, SegmentFile, check_content, check_size, ful
 from polyak.record.fitting import Fit, coefficients, error_estimate, finest, fit, shares
 from polyak.record.manifest import Edge, Manifest, Pin, Segment, load_manifest
 from polyak.record.reader import Record
+from polyak.record.recommendation import Comparison, Recommendation
 from polyak.record.recorder import Recorder
 from polyak.record.writer import Writer
 from polyak.storage.safetensors import TensorInfo, cast, disk_errors, write_tensors
@@ -20,11 +21,13 @@ Stretch, StretchFile, open_stretch, whole = Segment, SegmentFile, open_segment, 
 __all__ = [
     "Appender",
     "Box",
+    "Comparison",
     "Edge",
     "Ended",
     "Fit",
     "Manifest",
     "Pin",
+    "Recommendation",
     "Record",
     "RecordError",
     "Recorder",

@@ -102,12 +102,21 @@ class Fit:
 def finest(segments: Sequence[Segment]) -> int:
     """Return the shortest half-life, in recorded updates, that ``segments`` resolve at their end.
 
-    It is the length of the longer of the last two: the last alone may have been cut short by the end of the run.
+    It is the length of the longer of the last two: the last alone may have been cut short by the end of the run. Where
+    the last has just been added, and the one before is merged, it is the length of a segment before merging.
 
     Args:
         segments: Oldest first. The result is 0 if there are none.
     """
-    return max((segment.num_updates for segment in segments[-2:]), default=0)
+    return math.ceil(_finest(segments, None, None))
+
+
+def _finest(segments: Sequence[Segment], unit: TimeUnit | None, max_duration: Time | None) -> float:
+    """Return what ``finest`` does in a unit of the clock, or in updates for None."""
+    lengths = [one.end.clock(unit, max_duration) - one.start.clock(unit, max_duration) for one in segments[-2:]]
+    if len(lengths) == 2 and not segments[-1].level:
+        lengths[0] /= 2 ** segments[-2].level
+    return max(lengths, default=0)
 
 
 def coefficients(
@@ -196,7 +205,8 @@ def fit(
     result = Fit(up_to, curve, tuple(_spline(up_to, curve)), missing, raw)
     limit = finest(up_to)
     shown = named(profile).describe()
-    if not result.is_exact and result.median_age < limit * (1 - _EXACT):
+    # Segments of one update resolve everything, even half-lives below one update.
+    if limit > 1 and not result.is_exact and _is_finer(result, profile, limit, max_duration):
         raise ProfileError(
             f"a profile must not be finer than the record, which at this moment resolves half-lives of {limit} updates "
             f"or more (got {shown}, whose median age is {result.median_age:.4g} updates): ask for a longer one, or "
@@ -210,6 +220,17 @@ def fit(
             stacklevel=4,
         )
     return result
+
+
+def _is_finer(fitted: Fit, profile: Profile, limit: int, max_duration: Time | None) -> bool:
+    """Return whether a profile is finer than the segments resolve.
+
+    Without bias, more than half of an average is younger than its half-life, so that a half-life counts as it is.
+    """
+    span = named(profile).half_life
+    if span is not None and float(span) >= _finest(fitted.segments, span.unit, max_duration) * (1 - _EXACT):
+        return False
+    return fitted.median_age < limit * (1 - _EXACT)
 
 
 def warn_of_error(profile: Profile, error: float, remedy: str) -> None:

@@ -1,10 +1,10 @@
 """``Record``: reads a record that is on disk, one tensor at a time."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from polyak.record.exporting import export
 from polyak.record.files import SegmentFile, check_content, check_size, hash_in, open_segment
 from polyak.record.fitting import Fit, finest, fit, warn_of_error
 from polyak.record.manifest import Segment, load_manifest
+from polyak.record.moments import moment, resolved
 from polyak.record.passes import Passes
+from polyak.record.recommendation import Recommendation
 from polyak.storage.atomic import require_new
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time
@@ -70,6 +72,7 @@ class Record:
         self.aliases: Mapping[str, str] = manifest.aliases
         self.max_duration: Time | None = manifest.max_duration
         self.raw: Segment | None = manifest.raw
+        self.owner: object = None  # of a temporary folder
         self._passes = Passes()
         self._verified = set[Path]()
 
@@ -94,6 +97,11 @@ class Record:
     def finest(self) -> int:
         """The shortest half-life, in recorded updates, that the record resolves at its end."""
         return finest(self.segments)
+
+    @property
+    def moments(self) -> tuple[Time, ...]:
+        """Where an average can end, in batches: the end of each segment. They are dense at the end of the run."""
+        return tuple(map(moment, self.segments))
 
     @property
     def stretches(self) -> tuple[Segment, ...]:
@@ -140,8 +148,8 @@ class Record:
 
         Args:
             profile: Its clock starts where the record does.
-            at: The moment of the average, counted from the start of the run, which must be the end of a segment; None
-                for the last.
+            at: The moment of the average, counted from the start of the run, which must be one of ``moments``; or a
+                share of the record such as ``"50%"``, for the nearest of them; None for the last.
             device: For the result; None for the CPU.
             dtype: For the tensors that are averaged; None for float32, and float64 where the record keeps that.
 
@@ -255,6 +263,17 @@ class Record:
         warn_of_error(profile, error, fitted.remedy)
         export(self, profile, fitted, error, Path(path), dtype)
 
+    def recommend(self, evaluate: Callable[[dict[str, Tensor]], Any] | None = None, **options: Any) -> Recommendation:
+        """Return the average to take, and why: what ``polyak.recommend`` returns.
+
+        Args:
+            evaluate: As for ``polyak.recommend``.
+            **options: As for ``polyak.recommend``.
+        """
+        import polyak  # noqa: PLC0415  sweeps are built on records: the function is found by its public name
+
+        return polyak.recommend(self, evaluate, **options)
+
     def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """Return the raw weights at the end of the record by name, bit for bit, in the model's dtypes.
 
@@ -287,7 +306,7 @@ class Record:
             check_content(self.folder, name, sha256)
 
     def _fit(self, profile: Profile, at: Time | str | int | None) -> Fit:
-        fitted = fit(profile, self.segments, at, max_duration=self.max_duration)
+        fitted = fit(profile, self.segments, resolved(self, at), max_duration=self.max_duration)
         if fitted.raw and (self.raw is None or self.raw.end.updates != fitted.segments[-1].end.updates):
             has = "it has none" if self.raw is None else f"it has those at {self.raw.end.timestamp.batch}"
             raise RecordError(

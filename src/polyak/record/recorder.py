@@ -1,6 +1,7 @@
 """``Recorder``: keeps a record of the weights while training, for averages under any profile afterwards."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from polyak.averaging.habits import explained, kind_of
 from polyak.errors import ArgumentError, CheckpointError, CopyError, MismatchError, RecordError
 from polyak.events import Event, State, refuse_uncounted
 from polyak.record.manifest import MANIFEST
+from polyak.record.reader import Record
 from polyak.record.recording import Recording
 from polyak.record.settings import Settings
+from polyak.record.temporary import TemporaryFolder
 from polyak.tensors.slots import PolicyRule, default_policy, unwrap
 from polyak.time import Time, TimeUnit, as_span
 
@@ -46,7 +49,10 @@ class Recorder(Algorithm):
     model is lost, since the other ranks may be at another batch.
 
     Args:
-        folder: Where the record is kept, on a disk that all ranks see. A record that exists is continued from a
+        folder: Where the record is kept, on a disk that all ranks see. None, for short runs in one process, takes a
+            temporary folder, which is deleted with this object and the records that ``record`` has returned: files in
+            the folder for temporary files, so that all that reads a record reads this one. A checkpoint of such a run
+            can be resumed only while this object exists. A record that exists is continued from a
             checkpoint, replaced with ``overwrite``, and otherwise an error. Under ``Trainer(autoresume=True)``, if
             there is no checkpoint yet, such a record is moved to ``backup-1`` in the folder, with a warning, and a new
             one begins.
@@ -88,7 +94,7 @@ class Recorder(Algorithm):
     @explained("Recorder('my-run', interval='100 steps')", _ARGUMENTS)
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | None = None,
         interval: str | Time | int | None = None,
         per_level: int | None = 4,
         *,
@@ -104,16 +110,36 @@ class Recorder(Algorithm):
             )
         if per_level is not None and per_level < 1:
             raise RecordError(f"per_level must be at least 1, or None to merge nothing (got {per_level!r})")
-        self.folder = Path(folder).absolute()
+        self._temporary = TemporaryFolder() if folder is None else None
+        self.folder = self._temporary.path if self._temporary is not None else Path(str(folder)).absolute()
         self.interval = None if interval is None else as_span("interval", interval, above=0, steps=True)
-        shown = f"Recorder('{folder}', interval={self.interval}, per_level={per_level})"
-        self._settings = Settings(self.folder, self.interval, per_level, dtype, device, policy, shown, overwrite)
+        where = None if folder is None else str(folder)
+        shown = f"Recorder({where!r}, interval={self.interval}, per_level={per_level})"
+        temporary = self._temporary is not None
+        self._settings = Settings(
+            self.folder, self.interval, per_level, dtype, device, policy, shown, overwrite, temporary
+        )
         self._recording: Recording | None = None
 
     @property
     def num_updates(self) -> int:
         """How many updates were recorded."""
         return self._recording.queue.num_updates if self._recording else 0
+
+    @property
+    def record(self) -> Record:
+        """The record as it is on disk now; a segment that has ended and is being written is waited for.
+
+        Raises:
+            RecordError: If no run has begun, if rank 0 has the record and this is another rank, or if the segment
+                cannot be written.
+        """
+        if self._recording is None:
+            raise RecordError(f"a run must have begun before it has a record, and {self!r} has seen none: train first")
+        self._recording.flush()
+        record = Record(self.folder)
+        record.owner = self._temporary
+        return record
 
     def __repr__(self) -> str:
         return self._settings.shown
@@ -130,7 +156,15 @@ class Recorder(Algorithm):
                 "already; make a new Recorder with another folder"
             )
         check_pickles("policy", self._settings.policy)
-        return vars(self).copy()
+        return {**vars(self), "_temporary": None}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Take what was copied; a record in a temporary folder gets another folder."""
+        vars(self).update(state)
+        if self._settings.temporary:
+            self._temporary = TemporaryFolder()
+            self.folder = self._temporary.path
+            self._settings = replace(self._settings, folder=self.folder)
 
     def match(self, event: Event, state: State) -> bool:
         """Return whether to act: at set-up, after each batch, and at the end of the run."""

@@ -65,6 +65,7 @@ class Recording:
         interval = self.settings.interval_of(state)
         refuse_stage(state.model, "a record")
         if roles.several is not None:
+            roles.refuse_temporary(temporary=self.settings.temporary)
             roles.refuse_unsynchronized(state.model, self.settings.policy)
             if roles.sharded:
                 self._mean = self._mean or self.settings.new_mean(state)
@@ -135,6 +136,17 @@ class Recording:
         if self._mean is not None and self.queue.appender is not None:
             self._num_quarantined = self._mean.warn_of_quarantine(self._num_quarantined)
         self.queue.end_segment(now, self._mean, with_raw=with_raw)
+
+    def flush(self) -> None:
+        """Wait until the segment that has ended is on disk.
+
+        Raises:
+            RecordError: If it cannot be written, or this rank does not record.
+        """
+        if self._roles.follows:
+            raise RecordError("a record must be read on rank 0, which alone records this model (got another rank)")
+        if self.queue.appender is not None and not self.queue.is_forked:
+            self.queue.wait()
 
     def end(self) -> None:
         """Close at the end of a run, if a record is open."""

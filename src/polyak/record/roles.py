@@ -80,6 +80,21 @@ class Roles:
         """
         refuse_unsynchronized(self.several, model, policy)
 
+    def refuse_temporary(self, *, temporary: bool) -> None:
+        """Refuse a temporary folder, which other ranks do not see.
+
+        Args:
+            temporary: Whether the folder of the record is one.
+
+        Raises:
+            RecordError: If it is, and there are several ranks.
+        """
+        if temporary and self.several is not None:
+            raise RecordError(
+                "ranks that train one model must have a folder for its record that all see (got Recorder(None), whose "
+                "folder is temporary): use Recorder(folder)"
+            )
+
     def refuse_seconds(self, interval: Time, max_duration: Time | None) -> None:
         """Refuse segments whose length the clock of each rank decides.
 

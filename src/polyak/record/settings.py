@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.averaging.weights import Shadow
-from polyak.errors import TimeError
+from polyak.errors import RecordError, TimeError
 from polyak.events import State
 from polyak.record.writer import Writer
 from polyak.sharding import Communicator
@@ -37,6 +37,7 @@ class Settings:
         policy: As for ``Recorder``.
         shown: The recorder as text, which ranks compare: without the paths of their disks.
         overwrite: As for ``Recorder``.
+        temporary: Whether the folder is deleted with the ``Recorder``.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Settings:
     policy: PolicyRule
     shown: str
     overwrite: bool = False
+    temporary: bool = False
 
     def interval_of(self, state: State) -> Time:
         """Return the length of a segment.
@@ -68,14 +70,23 @@ class Settings:
     def to_resume(self) -> dict[str, str]:
         """Return what a run that resumes must continue with where its ``Recorder`` is given nothing else."""
         dtype = {} if self.dtype is None else {"dtype": str(self.dtype).removeprefix("torch.")}
-        return {"interval": (self.interval or _INTERVAL).to_timestring(), "dtype": "", **dtype}
+        kept = {"temporary": str(self.folder)} if self.temporary else {}
+        return {"interval": (self.interval or _INTERVAL).to_timestring(), "dtype": "", **dtype, **kept}
 
     def resumed(self, plain: Mapping[str, Any]) -> "Settings":
         """Return these settings with those of the record that a run resumes where the ``Recorder`` is given none.
 
         Args:
             plain: What ``to_resume`` returned, among other entries; earlier versions saved none.
+
+        Raises:
+            RecordError: If that record was in a temporary folder of another ``Recorder``.
         """
+        if plain.get("temporary", str(self.folder)) != str(self.folder):
+            raise RecordError(
+                "the record of a resumed run must be in a folder, and this one was in a temporary folder, which is "
+                "deleted with its Recorder(None): begin a new run, with Recorder(folder)"
+            )
         if "interval" not in plain:
             return replace(self, interval=self.interval or _EARLIER_INTERVAL, dtype=self.dtype or _EARLIER_DTYPE)
         dtype = getattr(torch, plain["dtype"]) if plain["dtype"] else None

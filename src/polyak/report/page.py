@@ -10,11 +10,15 @@ from plotly.offline import get_plotlyjs
 
 from polyak.profiles import named
 from polyak.report.charts import DARK, LIGHT, charts, distance_of, error_of, training
+from polyak.report.over_training import Panel, sweep_panels, watched_panels
 from polyak.report.panels import panels, table
 from polyak.report.provenance import Provenance
 from polyak.report.swept import Point, Swept
 from polyak.report.words import compared, headline, percent, written, younger
+from polyak.watching import Moment
 
+# Nothing comes from a network. Plotly draws a heat map as an image in the page.
+CONTENT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _SCALES = {"near": "near the best", "all": "all averages", "log": "logarithmic"}
 # After the headline: what the numbers are, and how to choose by them.
 _EXPLAINED = """\
@@ -29,16 +33,24 @@ the best of many values is partly luck. Report the metric of the chosen average 
 <noscript><p class="note">The charts need JavaScript. The table below has all numbers.</p></noscript>"""
 
 
-def page(swept: Swept, *others: Swept, about: Provenance | None = None, notes: Sequence[str] = ()) -> str:
+def page(
+    swept: Swept,
+    *others: Swept,
+    about: Provenance | None = None,
+    notes: Sequence[str] = (),
+    watched: Sequence[Moment] = (),
+) -> str:
     """Return the HTML of the page.
 
     Args:
         swept: The numbers of the sweep that is shown first.
         *others: Those of the same record at other moments, or of other records.
-        about: Where the page comes from; None for nothing about it.
+        about: Where the page comes from.
         notes: Further sentences about the result.
+        watched: What ``polyak watch`` has read of the record while the run trained.
     """
     here, sweeps = files("polyak.report"), [swept, *others]
+    more = _over_training(sweeps, watched)
     style, script = (here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     notes = "".join(f'<p class="quiet">{escape(note)}</p>' for note in filter(None, (compared(swept), *notes)))
     return f"""<!doctype html>
@@ -46,8 +58,7 @@ def page(swept: Swept, *others: Swept, about: Provenance | None = None, notes: S
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
 <title>{escape(f"Sweep of {swept.record}")}</title>
 <style>
 {style}</style>
@@ -60,13 +71,13 @@ script-src 'unsafe-inline'">
 {_EXPLAINED}
 {_chooser(sweeps)}
 <div class="panels">
-{panels(sweeps)}
+{panels(sweeps, more)}
 </div>
 {table(sweeps)}
 {_about(swept, about)}
 </main>
-{_data("sweeps", _sweeps(sweeps))}
-{_data("colours", {LIGHT[name]: DARK[name] for name in LIGHT})}
+{embedded("sweeps", _sweeps(sweeps, more))}
+{embedded("colours", {LIGHT[name]: DARK[name] for name in LIGHT})}
 <script>{get_plotlyjs()}</script>
 <script>
 {script}</script>
@@ -75,14 +86,25 @@ script-src 'unsafe-inline'">
 """
 
 
-def _data(identity: str, data: Any) -> str:
-    """Return an element that holds JSON."""
+def _over_training(sweeps: Sequence[Swept], watched: Sequence[Moment]) -> list[Panel]:
+    """Return the charts over training. Of two heat maps, that of ``polyak watch`` is shown: it has more moments."""
+    found = [*sweep_panels(of_one_record(sweeps)), *(watched_panels(watched) if watched else [])]
+    return list({panel.name: panel for panel in found}.values())
+
+
+def embedded(identity: str, data: Any) -> str:
+    """Return an element that holds JSON.
+
+    Args:
+        identity: Of the element.
+        data: Anything that JSON can hold.
+    """
     # A script element ends at the first "</script", even inside a string.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     return f'<script type="application/json" id="{identity}">{text}</script>'
 
 
-def _sweeps(sweeps: Sequence[Swept]) -> list[dict[str, Any]]:
+def _sweeps(sweeps: Sequence[Swept], more: Sequence[Panel]) -> list[dict[str, Any]]:
     """Return what the script draws: for each sweep its charts, the scales of the axis, and what the slider changes."""
     moments = of_one_record(sweeps)
     plain = list[dict[str, Any]]()
@@ -90,6 +112,7 @@ def _sweeps(sweeps: Sequence[Swept]) -> list[dict[str, Any]]:
         drawn = charts(one, [other for other in sweeps if other is not one])
         if len(moments) > 1:
             drawn["training"] = training(moments)
+        drawn |= {panel.name: panel.figure for panel in more}
         metrics = {f"metric-{i}" if i else "metric": one.of(name) for i, name in enumerate(one.metrics)}
         plain.append(
             {

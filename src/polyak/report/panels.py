@@ -3,21 +3,24 @@
 from collections.abc import Callable, Sequence
 from html import escape
 
+from polyak.report.over_training import Panel
 from polyak.report.swept import Point, Swept
 from polyak.report.words import level_label, number, other_name, percent, written
 from polyak.sweeping import Result
 
 
-def panels(sweeps: Sequence[Swept]) -> str:
+def panels(sweeps: Sequence[Swept], more: Sequence[Panel] = ()) -> str:
     """Return the frames.
 
     Args:
         sweeps: The numbers of the sweeps; the first is shown first.
+        more: Charts over training.
     """
     swept = sweeps[0]
     shown = [_metric(sweeps), _profile(swept), _error(swept), _distance(swept)]
     if sum(one.folder == swept.folder for one in sweeps) > 1:
         shown.insert(1, _training(sweeps))
+    shown += [frame(one.name, one.heading, one.caption, one.summary, "wide") for one in more]
     return "\n".join(shown)
 
 
@@ -35,7 +38,7 @@ def _metric(sweeps: Sequence[Swept]) -> str:
     values = "; ".join(f"{point.result.name} {written(swept, swept.value(point))}" for point in swept.points)
     values += "".join(f"; {level_label(level, swept)}" for level in swept.levels)
     summary = f"{swept.metric} against half-life in {swept.unit}: {values}"
-    return _figure("metric", f"{swept.metric} against half-life", caption, summary, "wide")
+    return frame("metric", f"{swept.metric} against half-life", caption, summary, "wide")
 
 
 def _training(sweeps: Sequence[Swept]) -> str:
@@ -47,11 +50,11 @@ def _training(sweeps: Sequence[Swept]) -> str:
     )
     metric = sweeps[0].metric
     caption = "The best average at each moment, and the weights nearly as they were, without averaging."
-    return _figure("training", f"{metric} over training", caption, f"{metric} over training: {values}", "wide low")
+    return frame("training", f"{metric} over training", caption, f"{metric} over training: {values}", "wide low")
 
 
 def _profile(swept: Swept) -> str:
-    return _figure(
+    return frame(
         "profile",
         "How much each moment of training counts in the chosen average",
         "Steps: the segments of the record; the newer half of the average is dark. Dashed: what was asked for.",
@@ -62,7 +65,7 @@ def _profile(swept: Swept) -> str:
 
 
 def _error(swept: Swept) -> str:
-    return _figure(
+    return frame(
         "error",
         "How exact the average is",
         "Estimated error, in % of the distance between the last weights and the average. It is no bound: the band "
@@ -72,7 +75,7 @@ def _error(swept: Swept) -> str:
 
 
 def _distance(swept: Swept) -> str:
-    return _figure(
+    return frame(
         "distance",
         "How far the average is from the last weights",
         "Distance from the newest mean of the record, in % of the norm of that mean.",
@@ -84,8 +87,16 @@ def _spoken(heading: str, points: Sequence[Point], value_of: Callable[[Point], f
     return f"{heading}: " + "; ".join(f"{point.result.name} {percent(value_of(point))}" for point in points)
 
 
-def _figure(name: str, heading: str, caption: str, summary: str, kind: str = "") -> str:
-    """Return a frame for a chart, with a summary in words for screen readers."""
+def frame(name: str, heading: str, caption: str, summary: str, kind: str = "") -> str:
+    """Return a frame for a chart, with a summary in words for screen readers.
+
+    Args:
+        name: The key of the chart.
+        heading: Of the frame.
+        caption: Below the heading.
+        summary: For screen readers.
+        kind: Classes of the frame.
+    """
     return (
         f'<figure class="{kind}"><h2 id="{name}-heading">{escape(heading)}</h2>'
         f"<figcaption>{escape(caption)}</figcaption>"

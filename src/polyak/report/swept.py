@@ -21,7 +21,7 @@ _FAR = 2.5
 # A log axis is offered for values that differ by such a factor.
 _WIDE = 3.0
 
-_WORDS = {
+UNIT_WORDS = {
     TimeUnit.ITERATION: "iterations",
     TimeUnit.EPOCH: "epochs",
     TimeUnit.BATCH: "batches",
@@ -259,7 +259,7 @@ def swept(
     points.sort(key=lambda point: point.half_life)
     return Swept(
         record=record.folder.resolve().name,
-        unit=_WORDS[unit],
+        unit=UNIT_WORDS[unit],
         metric=next(iter(chosen.metrics)) if metric is None else metric,
         maximize=maximize,
         points=tuple(points),

@@ -1,8 +1,9 @@
 """The outcome of a sweep as plain text, for a terminal."""
 
+from polyak.errors import ProfileError
 from polyak.report.columns import table
 from polyak.report.words import measured, other_name, percent
-from polyak.sweeping import Result, SweepResult
+from polyak.sweeping import Result, SweepResult, recommended
 
 
 def sweep_table(results: SweepResult, width: int) -> str:
@@ -52,6 +53,19 @@ def as_good(results: SweepResult) -> str:
     shortest, longest = found[0].half_life, found[-1].half_life
     which = f"{shortest} alone" if len(found) == 1 else f"{shortest} to {longest}"
     return f"As good as the best: {which}, by the paired difference over {examples:,} examples (95 % interval)."
+
+
+def advice(results: SweepResult) -> str:
+    """Return a sentence that says which average to take, by the rule of ``recommend``; "" if nothing can be said.
+
+    Args:
+        results: The results of a sweep.
+    """
+    try:
+        found = recommended(results)
+    except ProfileError:  # no half-life near a sixteenth of the run was evaluated
+        return ""
+    return f"Recommended: {found}."
 
 
 def _place(result: Result) -> tuple[int, float]:

@@ -7,10 +7,12 @@ from types import EllipsisType
 from polyak.errors import MissingExtraError
 from polyak.report.provenance import provenance
 from polyak.report.swept import Swept, swept
-from polyak.report.text import as_good
+from polyak.report.text import advice, as_good
 from polyak.storage.atomic import replacing
 from polyak.sweeping import SweepResult
 from polyak.time import Time
+from polyak.watching import Moment, read_moments
+from polyak.watching.log import FILE
 
 PAGE = "report.html"
 FIGURES = ("sweep.png", "sweep.svg")
@@ -76,7 +78,8 @@ def write_report(results: SweepResult, folder: Path, *others: SweepResult) -> li
         with replacing(folder / PAGE, exclusive=True) as temporary:
             more = [*_others(results), *(one for other in others for one in (numbers(other), *_others(other)))]
             about = provenance([one.folder for one in (shown, *more)])
-            temporary.write_text(page(shown, *more, about=about, notes=[as_good(results)]), encoding="utf-8")
+            notes, watched = [as_good(results), advice(results)], _watched(folder / FILE, results)
+            temporary.write_text(page(shown, *more, about=about, notes=notes, watched=watched), encoding="utf-8")
         written.append(PAGE)
     if _installed("matplotlib"):
         from polyak.report.figures import render  # noqa: PLC0415  an extra
@@ -88,6 +91,13 @@ def write_report(results: SweepResult, folder: Path, *others: SweepResult) -> li
                 temporary.write_bytes(render(figure, name.rpartition(".")[2]))
             written.append(name)
     return written
+
+
+def _watched(path: Path, results: SweepResult) -> list[Moment]:
+    """Return what ``polyak watch`` has read of the record, if it has written to the same folder."""
+    if not path.is_file():
+        return []
+    return [one for one in read_moments(path) if Path(one.record) == results.record.folder]
 
 
 def _installed(module: str) -> bool:

@@ -4,6 +4,7 @@ from polyak.sweeping.export import export
 from polyak.sweeping.grid import finest_half_life, grid, narrowed, newest
 from polyak.sweeping.held import held
 from polyak.sweeping.outcome import SweepResult
+from polyak.sweeping.recommending import recommend, recommended
 from polyak.sweeping.results import EvaluationError, Result, best, records_in, value_of
 from polyak.sweeping.returned import Evaluate
 from polyak.sweeping.sweep import sweep
@@ -20,6 +21,8 @@ __all__ = [
     "held",
     "narrowed",
     "newest",
+    "recommend",
+    "recommended",
     "records_in",
     "sweep",
     "value_of",

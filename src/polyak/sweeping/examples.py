@@ -4,14 +4,13 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist, fmean, variance
 
-_Z = NormalDist().inv_cdf(0.975)
 
-
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
+def interval(values: Sequence[float], comparisons: int = 1) -> tuple[float, float] | None:
     """Return the 95 % interval of the mean of values; None for fewer than two values.
 
     Args:
         values: One for each example, of which one tells nothing about another.
+        comparisons: How many such intervals together hold with 95 %, by Bonferroni's inequality.
 
     Example:
         >>> low, high = interval([0.0, 1.0] * 50)
@@ -24,7 +23,8 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
     mean, free = fmean(values), len(values) - 1
-    t = _Z + (_Z**3 + _Z) / (4 * free) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * free**2)
+    z = NormalDist().inv_cdf(1 - 0.025 / max(1, comparisons))
+    t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)
     margin = t * math.sqrt(variance(values, mean) / len(values))
     return mean - margin, mean + margin
 

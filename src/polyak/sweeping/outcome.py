@@ -6,9 +6,9 @@ from pathlib import Path
 
 from polyak.errors import ExistsError
 from polyak.record import Record
+from polyak.record.moments import ends
 from polyak.sweeping.examples import is_worse
 from polyak.sweeping.held import up_to
-from polyak.sweeping.moments import ends
 from polyak.sweeping.results import Result, best, value_of
 from polyak.time import Time
 

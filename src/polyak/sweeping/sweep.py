@@ -8,12 +8,12 @@ from polyak.averaging.habits import kind_of
 from polyak.errors import ArgumentError, ProfileError
 from polyak.profiles import HalfLife, Profile, named
 from polyak.record import Record, fit
+from polyak.record.moments import ends, moment
 from polyak.storage.safetensors import disk_errors
 from polyak.sweeping.direction import asked, direction
 from polyak.sweeping.evaluation import Batchnorm, Evaluator
 from polyak.sweeping.grid import grid, narrowed, newest, resolves
 from polyak.sweeping.held import HeldRecord, held, up_to
-from polyak.sweeping.moments import ends, moment
 from polyak.sweeping.outcome import SweepResult
 from polyak.sweeping.results import Kept, Result, value_of
 from polyak.sweeping.returned import Evaluate

@@ -1,16 +1,24 @@
-"""The end moments of a sweep: shares of the record or times, each the end of a segment."""
+"""The moments at which averages of a record can end: shares of the record or times, each the end of a segment."""
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 from polyak.errors import TimeError
-from polyak.record import Record, Segment
+from polyak.record.manifest import Segment
 from polyak.time import Time, TimeUnit
 
 _SHOWN = 4
 
 
-def ends(record: Record, at: str | Time | Sequence[str | Time]) -> list[Segment]:
+class Ending(Protocol):
+    """The members of a ``Record`` that say where averages can end."""
+
+    segments: tuple[Segment, ...]
+    max_duration: Time | None
+
+
+def ends(record: Ending, at: str | Time | Sequence[str | Time]) -> list[Segment]:
     """Return the segments that end at given moments, oldest first.
 
     Args:
@@ -38,7 +46,22 @@ def moment(segment: Segment) -> Time:
     return Time(segment.end.clock(TimeUnit.BATCH), TimeUnit.BATCH)
 
 
-def _end(record: Record, at: str | Time) -> Segment:
+def resolved(record: Ending, at: str | Time | int | None) -> str | Time | int | None:
+    """Return a moment as ``fit`` takes it: for a share such as ``"50%"`` the nearest end of a segment, in batches.
+
+    Args:
+        record: The record.
+        at: A moment.
+
+    Raises:
+        TimeError: If it is a share that is out of range.
+    """
+    if isinstance(at, str) and at.strip().endswith("%") and record.segments:
+        return moment(_end(record, at))
+    return at
+
+
+def _end(record: Ending, at: str | Time) -> Segment:
     if isinstance(at, str) and at.strip().endswith("%"):
         share = _share(at.strip())
         return min(
@@ -51,7 +74,8 @@ def _end(record: Record, at: str | Time) -> Segment:
             f"a moment must be a share of the record such as 50%, or a time (got {at!r}): {error}"
         ) from None
     clocks = [one.end.clock(time.unit, record.max_duration) for one in record.segments]
-    near = sorted(range(len(clocks) - 1, -1, -1), key=lambda i: abs(clocks[i] - float(time)))  # of equal ones the last
+    # Of equal ones the last.
+    near = sorted(range(len(clocks) - 1, -1, -1), key=lambda i: abs(clocks[i] - float(time)))
     if time.unit is not TimeUnit.DURATION and not math.isclose(clocks[near[0]], float(time), abs_tol=1e-9):
         listed = ", ".join(str(Time(clocks[i], time.unit)) for i in sorted(near[:_SHOWN]))
         raise TimeError(

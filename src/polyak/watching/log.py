@@ -1,0 +1,109 @@
+"""The moments that were read, in a JSON Lines file that is complete after each of them."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from polyak.errors import PolyakError
+from polyak.printable import printable
+from polyak.storage.atomic import flush
+from polyak.storage.lock import Lock
+from polyak.watching.moment import Moment
+
+FILE = "watch.jsonl"
+
+
+class WatchError(PolyakError, ValueError):
+    """A file of moments is not as ``watch`` writes it, or is of another record."""
+
+
+@dataclass(slots=True)
+class Log:
+    """A file of moments, open inside a ``with`` block: one JSON object per line.
+
+    Args:
+        path: The file; None keeps the moments in memory only.
+
+    Raises:
+        WatchError: If the file is not such a file, or another process is writing it.
+    """
+
+    path: Path | None
+    moments: list[Moment] = field(default_factory=list[Moment], init=False)
+    _file: BinaryIO | None = field(default=None, init=False)
+    _lock: Lock | None = field(default=None, init=False)
+
+    def __enter__(self) -> Self:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+            try:
+                self._lock = Lock(self.path, _busy(self.path))
+                self.moments = read_moments(self.path)
+                self._file.seek(0)
+                content = self._file.read()
+                self._file.truncate(content.rfind(b"\n") + 1)  # without the incomplete line of a killed process
+            except BaseException:
+                self.__exit__()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def add(self, moment: Moment) -> None:
+        """Append a moment. It takes the place of those that are not before it, as after a run was resumed.
+
+        Args:
+            moment: The moment.
+        """
+        self.moments = _in_order([*self.moments, moment])
+        if self._file is not None:
+            self._file.write(json.dumps(moment.to_plain(), ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            flush(self._file)
+
+
+def read_moments(path: Path) -> list[Moment]:
+    """Return the moments in a file, oldest first. Of a run that was resumed, the later ones count.
+
+    Args:
+        path: The file.
+
+    Raises:
+        WatchError: If a complete line is no moment.
+        OSError: If the file cannot be read.
+    """
+    content = path.read_bytes()
+    found = list[Moment]()
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            found.append(Moment.from_plain(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            shown = printable(line[:60].decode(errors="replace"))
+            raise WatchError(
+                f"line {number} of {path} must be a moment of polyak watch (got {shown}); remove the line"
+            ) from None
+    return _in_order(found)
+
+
+def _in_order(moments: Iterable[Moment]) -> list[Moment]:
+    found = list[Moment]()
+    for moment in moments:
+        while found and found[-1].updates >= moment.updates:
+            found.pop()
+        found.append(moment)
+    return found
+
+
+def _busy(path: Path) -> Callable[[str], WatchError]:
+    def busy(owner: str) -> WatchError:
+        return WatchError(f"{path} must have one writer at a time (it has {owner}); wait, or choose another file")
+
+    return busy
