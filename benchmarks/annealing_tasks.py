@@ -199,7 +199,7 @@ TASKS = {
             "CNN-long",
             "as the CNN, four times as long, with 24,000 signals",
             5120,
-            (0.01, 0.03, 0.1),
+            (0.005, 0.01, 0.03, 0.1),
             (0.03, 0.1, 0.2),
             *(50, 32, partial(signals, 24_000), convolutions, sgd),
         ),

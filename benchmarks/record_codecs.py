@@ -53,8 +53,8 @@ class Encoded:
     key: bool = True
 
 
-# Encodes a mean, given what a reader decodes of the segment before on its level, or None.
-Codec = Callable[[np.ndarray, np.ndarray | None], Encoded]
+# Encodes a mean, given what a reader decodes of the segment before, or None, and whether that is on the same level.
+Codec = Callable[[np.ndarray, np.ndarray | None, bool], Encoded]
 
 
 def packed(*arrays: np.ndarray) -> int:
@@ -63,20 +63,20 @@ def packed(*arrays: np.ndarray) -> int:
     return sum(len(zlib.compress(plane, 6)) for plane in planes)
 
 
-def float32(mean: np.ndarray, _: np.ndarray | None) -> Encoded:
+def float32(mean: np.ndarray, _: np.ndarray | None, __: bool) -> Encoded:
     return Encoded(mean.astype(np.float32), 4 * mean.size)
 
 
-def float16(mean: np.ndarray, _: np.ndarray | None) -> Encoded:
+def float16(mean: np.ndarray, _: np.ndarray | None, __: bool) -> Encoded:
     return Encoded(mean.astype(np.float16).astype(np.float32), 2 * mean.size)
 
 
-def bfloat16(mean: np.ndarray, _: np.ndarray | None) -> Encoded:
+def bfloat16(mean: np.ndarray, _: np.ndarray | None, __: bool) -> Encoded:
     bits = mean.astype(np.float32).view(np.uint32)
     return Encoded(((bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)).view(np.float32), 2 * mean.size)
 
 
-def float16_or_32(mean: np.ndarray, before: np.ndarray | None) -> Encoded:
+def float16_or_32(mean: np.ndarray, before: np.ndarray | None, _: bool) -> Encoded:
     """Choose by tensor, by the record's rule."""
     found, size = [], 0
     for part, other in zip(tensors(mean), tensors(mean if before is None else before), strict=True):
@@ -89,8 +89,8 @@ def float16_or_32(mean: np.ndarray, before: np.ndarray | None) -> Encoded:
     return Encoded(np.concatenate(found), size)
 
 
-def float16_zlib(mean: np.ndarray, before: np.ndarray | None) -> Encoded:
-    return replace(float16(mean, before), size_bytes=packed(mean.astype(np.float16)))
+def float16_zlib(mean: np.ndarray, before: np.ndarray | None, same: bool) -> Encoded:
+    return replace(float16(mean, before, same), size_bytes=packed(mean.astype(np.float16)))
 
 
 def rounded(vector: np.ndarray, by_row: bool, bits: int = 8) -> tuple[list[np.ndarray], np.ndarray, int]:
@@ -106,7 +106,7 @@ def rounded(vector: np.ndarray, by_row: bool, bits: int = 8) -> tuple[list[np.nd
 
 
 def int8(by_row: bool) -> Codec:
-    def encode(mean: np.ndarray, _: np.ndarray | None) -> Encoded:
+    def encode(mean: np.ndarray, _: np.ndarray | None, __: bool) -> Encoded:
         _, found, scales = rounded(mean, by_row)
         return Encoded(found, mean.size + scales)
 
@@ -114,11 +114,11 @@ def int8(by_row: bool) -> Codec:
 
 
 def difference(by_row: bool = True, bits: int = 8, entropy: bool = False) -> Codec:
-    """Encode the difference to what is decoded before it, so that no error adds up; the first of a level in float16."""
+    """Encode the difference to what is decoded before it, so that no error adds up; the first of a level by itself."""
 
-    def encode(mean: np.ndarray, before: np.ndarray | None) -> Encoded:
-        if before is None:
-            return float16_zlib(mean, None) if entropy else float16(mean, None)
+    def encode(mean: np.ndarray, before: np.ndarray | None, same: bool) -> Encoded:
+        if before is None or not same:
+            return float16_or_32(mean, before, same)
         levels, found, scales = rounded(mean - before, by_row, bits)
         size = packed(*(level.ravel() for level in levels)) if entropy else mean.size * bits / 8
         return Encoded(before + found, size + scales, key=False)
@@ -150,10 +150,12 @@ def record(weights: np.ndarray, number: int, per_level: int, codec: Codec) -> tu
     """Return the segments of a record, what a reader decodes, the bytes at the peak, and how often it encoded."""
     steps, segments, encoded, peak, count = len(weights), list[Segment](), list[Encoded](), 0.0, 0
 
-    def put(at: int, mean: np.ndarray) -> None:
+    def put(at: int, mean: np.ndarray, merged: np.ndarray | None = None) -> None:
         nonlocal count
         same = at > 0 and segments[at - 1].level == segments[at].level
-        encoded[at] = codec(mean, encoded[at - 1].vector if same else None)
+        by_itself = merged is not None and (codec is float16_or_32 or not same)
+        before = merged if by_itself else encoded[at - 1].vector if at else None
+        encoded[at] = codec(mean, before, same)
         count += 1
 
     ends = np.unique(np.ceil(np.arange(1, number + 1) * steps / number).astype(int))
@@ -168,8 +170,8 @@ def record(weights: np.ndarray, number: int, per_level: int, codec: Codec) -> tu
             lengths = np.array([old.num_updates, new.num_updates], dtype=np.float64)
             mean = (lengths / lengths.sum()) @ np.stack([encoded[i].vector, encoded[i + 1].vector])
             segments[i : i + 2] = [Segment(old.start, new.end, level + 1, 0, "")]
-            encoded[i : i + 2] = [Encoded(np.empty(0), 0)]
-            put(i, mean.astype(np.float32))
+            older, encoded[i : i + 2] = encoded[i].vector, [Encoded(np.empty(0), 0)]
+            put(i, mean.astype(np.float32), older)
             if i + 1 < len(segments) and not encoded[i + 1].key:
                 put(
                     i + 1, encoded[i + 1].vector
@@ -220,13 +222,13 @@ def draw(found: Sequence[dict], path: Path) -> None:
         for axes, (title, names) in zip(both, PANELS.items(), strict=True):
             for (family, _, stores), colour in zip(FAMILIES, mpl.color_sequences["Paired"], strict=True):
                 x, y, _ = zip(*points(found, names, family), strict=True)
-                mark = "o-" if len(stores) > 1 else "D"
-                axes.plot(x, y, mark, color=colour, markersize=5, linewidth=1.2, label=family)
+                mark = "o" if len(stores) > 1 else "D"
+                axes.plot(x, y, mark, color=colour, markersize=6, label=family)
             axes.set(xscale="log", yscale="log", xlabel="size at the peak, models of float32")
             axes.set_title(title, loc="left", fontsize=10)
             axes.set_xticks([5, 10, 20, 40, 60], ["5", "10", "20", "40", "60"])
             axes.set_xticks([], minor=True)
-            axes.set_yticks([0.1, 0.3, 1, 3, 10, 30], ["0.1", "0.3", "1", "3", "10", "30"])
+            axes.set_yticks(ticks := [0.1, 1, 10, 100, 1e3, 1e4, 1e5], [f"{tick:,g}" for tick in ticks])
             axes.grid(alpha=0.25)
         both[0].set_ylabel("worst error, %")
         figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
@@ -236,9 +238,10 @@ def draw(found: Sequence[dict], path: Path) -> None:
 def page(found: Sequence[dict]) -> list[str]:
     about = (
         "Encodings of the segments of a record, simulated in memory with the record's own merges and coefficients. A "
-        "merged mean is encoded again. Differences are taken to what a reader decodes of the segment before on the same "
-        "level, so that errors do not add up; the oldest segment of a level is in float16. When it merges, the next is "
-        "encoded anew. An MLP of 14,154 parameters on MNIST-1D. Sizes are in models of float32, at their peak, scales "
+        "merged mean is encoded again. Differences are taken to what a reader decodes of the segment before on the "
+        "same level, so that errors do not add up; the oldest segment of a level is in float16, or float32 by tensor. "
+        "When it merges, the next is encoded again. An MLP of 14,154 parameters on MNIST-1D. "
+        "Sizes are in models of float32, at their peak, scales "
         "included; errors in % of |last weights - true average|, the worst over half-lives from T/256 to T/2 and over "
         "the runs named."
     )
