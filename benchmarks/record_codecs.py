@@ -215,7 +215,7 @@ def points(found: Sequence[dict], names: Sequence[str], family: str) -> list[tup
 
 
 def draw(found: Sequence[dict], path: Path) -> None:
-    """Draw size against error, the runs at a constant rate apart from the others."""
+    """Draw size against error, the runs at a constant rate in a panel of their own."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 5.0), layout="constrained")
         both = figure.subplots(1, 2, sharey=True)
