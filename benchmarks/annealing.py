@@ -9,7 +9,6 @@ validation loss over all seeds, on the test set. Runs are kept in ``--cache``: a
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -39,12 +38,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "annealing.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    began = time.perf_counter()
     found = [train(TASKS[name], arguments.seeds, arguments.cache) for name in arguments.task or TASKS]
     if not arguments.train_only:
         how = provenance("torch", "numpy", "scipy")
         data = {"tasks": [summary(one) for one in found], "how": how}
-        write(arguments.out, page(found, how, time.perf_counter() - began), data)
+        write(arguments.out, page(found, how), data)
 
 
 if __name__ == "__main__":

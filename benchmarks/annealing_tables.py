@@ -190,7 +190,7 @@ def rules(found: Sequence[Found]) -> tuple[list[list], int]:
     return rows, runs
 
 
-def page(found: Sequence[Found], how: Mapping[str, str], wall_s: float) -> list[str]:
+def page(found: Sequence[Found], how: Mapping[str, str]) -> list[str]:
     rows, runs = rules(found)
     lines = ["# Averaging next to schedules", ""]
     for text in _ABOUT:
@@ -202,7 +202,7 @@ def page(found: Sequence[Found], how: Mapping[str, str], wall_s: float) -> list[
     for one in found:
         lines += [f"## {one.task.name}", "", *paragraph(f"{one.task.about}; {one.task.steps:,} steps."), ""]
         lines += [*by_method(one), "", *by_rate(one), ""]
-    return [*lines, *measured(how, wall_s)]
+    return [*lines, *measured(how)]
 
 
 def summary(found: Found) -> dict:
