@@ -50,7 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class Scale(nn.Module):
-    """Has a running statistic, which each rank computes from its own batches, and a buffer that is copied."""
+    """Has a running statistic, of which DeepSpeed saves that of rank 0, and a buffer that is copied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,6 +62,7 @@ class Scale(nn.Module):
             with torch.no_grad():
                 self.running_scale.lerp_(x.abs().mean().to(self.running_scale.dtype).view(1), 0.1)
                 self.seen += 1
+            return x
         return x / self.running_scale.to(x.dtype)
 
 
@@ -98,10 +99,11 @@ def engine_of(kind: str, accumulate: int = 1, **more: Any) -> Any:
 
     comm.cdb = None  # of the group of an earlier job
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled
-    for name, value in vars(groups).items():
-        if name.startswith("_") and not name.startswith("__") and not callable(value) and hasattr(value, "size"):
+    for name, value in list(vars(groups).items()):
+        if isinstance(value, dist.ProcessGroup) or name == "mesh_device":
             setattr(groups, name, None)
     os.environ.update(LOCAL_RANK=str(dist.get_rank()), RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # slowly, on CPUs
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
     model = net()
@@ -200,6 +202,14 @@ def single(reference: dict[str, Tensor], engine: Any, buffers: dict[str, Tensor]
     state = {**model.state_dict(), **{n: t.to(dtype(engine)) for n, t in reference.items()}, **buffers}
     model.load_state_dict(state)
     return model.eval()(torch.randn(5, 37, generator=torch.Generator().manual_seed(9)).to(dtype(engine))).detach()
+
+
+def in_process(rank: int, size: int, meeting: str, job: str, *args: Any) -> None:
+    """Run a job in a process of its own, which it may kill."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    globals()[job](*args)
+    dist.destroy_process_group()
 
 
 # Jobs

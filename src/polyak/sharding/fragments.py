@@ -43,7 +43,16 @@ class Fragment(Tensor):
         fragment._offset, fragment._length, fragment._source = offset, length, tensor
         return fragment
 
-    # The protocol of `torch.distributed.checkpoint`.
+    # The protocol of `torch.distributed.checkpoint`, which compares sizes too.
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the size of the flattened tensor.
+
+        Args:
+            dim: 0 for its length.
+        """
+        size = torch.Size([self._length])
+        return size if dim is None else size[dim]
 
     def __create_write_items__(self, fqn: str, obj: Any) -> "list[WriteItem]":  # noqa: PLW3201
         """Return what this rank writes."""
