@@ -33,7 +33,7 @@ test: check ## Check, then run all tests and all examples
 STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/compat/test_composer_files.py tests/hosts/test_composer_surface.py \
 	tests/hosts/test_golden_trace.py tests/compat/test_convert_timm.py
 
-ENGINES := tests/hosts/test_deepspeed.py
+ENGINES := tests/hosts/test_deepspeed.py tests/hosts/test_torchtitan.py
 test-engines: build/engines.stamp ## Run the tests of DeepSpeed, torchtitan and Megatron-core
 	OMP_NUM_THREADS=1 build/engines/bin/python -m pytest -n 0 $(ENGINES)
 

@@ -168,7 +168,7 @@ def _export(
     _write_all(ema, tensors, source, target, ranks, max_file_bytes=max_file_bytes, finish=finish)
 
 
-def export_from(
+def export_from(  # noqa: PLR0917
     ema: EMA,
     model: nn.Module,
     tensors: Mapping[str, Tensor],

@@ -1,4 +1,4 @@
-"""An average under DeepSpeed's engine: right against float64, harmless, local, resumed under any stage and world size."""
+"""An average under DeepSpeed's engine: right against float64, harmless, and resumed on any number of ranks."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator

@@ -307,7 +307,9 @@ def refuses(kind: str, folder: str) -> dict[str, str]:
         attempt("second", lambda: ema.applied().__enter__())
     after = master(engine)
     found["lost"] = str([n for n in before if not torch.equal(before[n], after[n])])
-    found["gradients"] = str([n for n, p in engine.module.named_parameters() if p.grad is not None and bool(p.grad.any())])
+    found["gradients"] = str(
+        [n for n, p in engine.module.named_parameters() if p.grad is not None and bool(p.grad.any())]
+    )
     import copy
 
     attempt("model", lambda: ema.model)
@@ -369,5 +371,6 @@ def is_killed(kind: str, folder: str, at: int) -> None:
         engine.save_checkpoint(folder)
     with ema.applied():
         average = master(engine)
+    raw = master(engine)
     if dist.get_rank() == 0:
-        torch.save({"raw": master(engine), "average": average}, Path(folder, "end.pt"))
+        torch.save({"raw": raw, "average": average}, Path(folder, "end.pt"))

@@ -16,8 +16,8 @@ from torchtitan.components.loss import CrossEntropyLoss
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.components.validate import Validator
 from torchtitan.config import ParallelismConfig, TrainingConfig
-from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from torchtitan.models.common.config_utils import decoder_vocab_size
+from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
 STEPS, HALF_LIFE = 8, 3
 

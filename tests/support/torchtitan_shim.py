@@ -41,10 +41,10 @@ if importlib.util.find_spec("datasets") is None:
             setattr(module, member, object)
         sys.modules[name] = module
 
-import torchtitan.distributed.utils
-import torchtitan.models.common.config_utils
-from torch.distributed.fsdp import FSDPModule
-from torchtitan.models.common.attention import ScaledDotProductAttention
+import torchtitan.distributed.utils  # noqa: E402
+import torchtitan.models.common.config_utils  # noqa: E402
+from torch.distributed.fsdp import FSDPModule  # noqa: E402
+from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 
 # FlexAttention has no backward pass on CPUs.
 ScaledDotProductAttention.sdpa_backends = [torch.nn.attention.SDPBackend.MATH]

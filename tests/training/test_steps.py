@@ -572,7 +572,7 @@ def test_an_optimizer_of_other_tensors_than_the_models_is_refused(make, why) -> 
 
 def test_an_optimizer_with_masters_is_refused_with_the_integration_that_averages_them() -> None:
     model = halves()
-    with pytest.raises(OptimizerError, match=r"polyak\.hosts\.deepspeed with DeepSpeed, polyak\.hosts\.megatron with"):
+    with pytest.raises(OptimizerError, match=r"polyak\.hosts\.deepspeed with DeepSpeed"):
         attach(EMA(), model, torch.optim.SGD(masters(model.parameters()), lr=0.1))
     zero = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
     with pytest.raises(OptimizerError, match=r"DeepSpeedZeroOptimizer is none; .*: use polyak\.hosts\.deepspeed"):

@@ -117,7 +117,7 @@ class EngineAttached(Attached):
         self._loop.load_state_dict(self._masters.without_fragments(state))
 
     def save(self, path: str | Path, *, overwrite: bool = False, dtype: torch.dtype | None = None) -> None:
-        """Save the averaged weights as safetensors, under the model's names and in its shapes. All ranks must call this.
+        """Save the averaged weights as safetensors, under the model's names, in its shapes. All ranks must call this.
 
         Each rank writes its parts to disk, and rank 0 puts them together, one tensor after the other.
 

@@ -40,7 +40,10 @@ def masters_of(engine: Any) -> Masters:
     def found() -> Mapping[int, Master]:
         return {id(parameter): master for parameter, master in find(engine.optimizer)}
 
-    return Masters(engine.module, found, lambda: publish(engine.optimizer), ranks)
+    def publish_weights() -> None:
+        publish(engine.optimizer)
+
+    return Masters(engine.module, found, publish_weights, ranks)
 
 
 def _refuse(engine: Any) -> None:
@@ -64,8 +67,8 @@ def _refuse(engine: Any) -> None:
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
         raise OptimizerError(
-            f"the masters must be in memory, divided over all ranks, to be averaged (got {'; '.join(found)}); train with "
-            "ZeRO stage 0 to 3, with or without offload to the CPU"
+            f"the masters must be in memory, divided over all ranks, to be averaged (got {'; '.join(found)}); train "
+            "with ZeRO stage 0 to 3, with or without offload to the CPU"
         )
 
 
@@ -105,7 +108,7 @@ def _publish_stage_3(optimizer: Any) -> None:
     optimizer.invalidate_secondary_tensor()
 
 
-# ZeRO-1 and 2, and bf16 with float32 gradients: parameters are flattened into one buffer, of which each rank has a part.
+# ZeRO-1 and 2, and bf16 with float32 gradients: parameters are in one flat buffer, of which each rank has a part.
 
 
 def _of_fragments(optimizer: Any) -> _Found:
@@ -151,8 +154,8 @@ def _own(optimizer: Any) -> _Found:
 def _whole(master: Tensor) -> Master:
     if not master.is_contiguous():
         raise OptimizerError(
-            f"a master must be contiguous to be averaged (got strides {master.stride()} of shape {tuple(master.shape)});"
-            " give the model its channels_last format after deepspeed.initialize, or use ZeRO"
+            f"a master must be contiguous to be averaged (got strides {master.stride()} of shape {tuple(master.shape)}"
+            "); give the model its channels_last format after deepspeed.initialize, or use ZeRO"
         )
     return Master(master.detach().view(-1), 0, master.numel())
 
@@ -182,4 +185,3 @@ _KINDS: Mapping[str, tuple[Callable[[Any], _Found], Callable[[Any], object], boo
     "FP16_Optimizer": (_of_fused, _publish_fused, True),
     "FP16_UnfusedOptimizer": (_of_unfused, _publish_unfused, True),
 }
-

@@ -40,7 +40,9 @@ def save_average(ema: EMA, masters: Masters, path: Path, dtype: torch.dtype | No
             averaged = name in masters.names and dtype is not None
             shape = getattr(tensor, "ds_shape", tensor.shape)
             outputs[slot.name] = torch.empty(shape, dtype=dtype if averaged else tensor.dtype, device="meta")
-            flat[name] = torch.empty(outputs[slot.name].numel(), dtype=_dtype(ema, masters, name, tensor), device="meta")
+            flat[name] = torch.empty(
+                outputs[slot.name].numel(), dtype=_dtype(ema, masters, name, tensor), device="meta"
+            )
 
     def source(folder: Path) -> Read:
         read = shards(saved, flat, folder, ranks)
@@ -68,11 +70,12 @@ def _saved(ema: EMA, masters: Masters) -> tuple[Mapping[str, Any], Mapping[str, 
             if name in averages:
                 saved[name] = Fragment.of(averages[name], *masters.places[name])
         elif hasattr(slot.tensor, "ds_id"):
-            part = slot.tensor.ds_tensor.detach()
-            offset = part.numel() * torch.distributed.get_rank(slot.tensor.ds_process_group)
-            own = min(max(slot.tensor.ds_numel - offset, 0), part.numel())
+            divided: Any = slot.tensor  # by ZeRO-3, and frozen
+            part = divided.ds_tensor.detach()
+            offset = part.numel() * torch.distributed.get_rank(divided.ds_process_group)
+            own = min(max(divided.ds_numel - offset, 0), part.numel())
             if own:
-                saved[name] = Fragment.of(part.view(-1)[:own], offset, slot.tensor.ds_numel)
+                saved[name] = Fragment.of(part.view(-1)[:own], offset, divided.ds_numel)
         else:
             tensor = averages.get(name, tensor).reshape(-1)
             saved[name] = Fragment.of(tensor, 0, tensor.numel())
@@ -81,7 +84,8 @@ def _saved(ema: EMA, masters: Masters) -> tuple[Mapping[str, Any], Mapping[str, 
 
 def _dtype(ema: EMA, masters: Masters, name: str, tensor: Tensor) -> torch.dtype:
     """Return the dtype in which a tensor is saved, also where this rank has no part of it."""
-    average = ema._average.shadow.averaged_tensors().get(name)  # noqa: SLF001
+    shadow = ema._average.shadow  # noqa: SLF001
+    average = None if shadow is None else shadow.averaged_tensors().get(name)
     if average is not None:
         return average.dtype
     return ema._average.settings.dtype or torch.float32 if name in masters.names else tensor.dtype  # noqa: SLF001

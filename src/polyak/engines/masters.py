@@ -49,6 +49,9 @@ class Masters(nn.Module):
         ranks_of_model: As given.
     """
 
+    model: nn.Module
+    ranks_of_model: Ranks | None
+
     def __init__(
         self,
         model: nn.Module,

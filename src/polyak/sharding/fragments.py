@@ -40,7 +40,7 @@ class Fragment(Tensor):
             [ChunkStorageMetadata(offsets=torch.Size([2]), sizes=torch.Size([3]))]
         """
         fragment = tensor.detach().as_subclass(Fragment)
-        fragment._offset, fragment._length, fragment._source = offset, length, tensor
+        fragment._offset, fragment._length, fragment._source = offset, length, tensor  # noqa: SLF001
         return fragment
 
     # The protocol of `torch.distributed.checkpoint`, which compares sizes too.
@@ -54,7 +54,7 @@ class Fragment(Tensor):
         size = torch.Size([self._length])
         return size if dim is None else size[dim]
 
-    def __create_write_items__(self, fqn: str, obj: Any) -> "list[WriteItem]":  # noqa: PLW3201
+    def __create_write_items__(self, fqn: str, obj: Any) -> "list[WriteItem]":
         """Return what this rank writes."""
         from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties  # noqa: PLC0415
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType  # noqa: PLC0415
@@ -68,13 +68,13 @@ class Fragment(Tensor):
         )
         return [WriteItem(index=MetadataIndex(fqn, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)]
 
-    def __create_chunk_list__(self) -> "list[ChunkStorageMetadata]":  # noqa: PLW3201
+    def __create_chunk_list__(self) -> "list[ChunkStorageMetadata]":
         """Return where the elements are in the flattened tensor."""
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata  # noqa: PLC0415
 
         return [ChunkStorageMetadata(torch.Size([self._offset]), torch.Size([self.numel()]))]
 
-    def __get_tensor_shard__(self, index: "MetadataIndex") -> Tensor:  # noqa: PLW3201
+    def __get_tensor_shard__(self, index: "MetadataIndex") -> Tensor:
         """Return the memory that is written, or read into."""
         del index
         return self.as_subclass(Tensor)

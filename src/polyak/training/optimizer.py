@@ -16,7 +16,7 @@ _DELEGATES = {"AcceleratedOptimizer": "optimizer", "_FabricOptimizer": "optimize
 BY_HAND = "give attach(..., None) instead, and call step() of what it returns once after each batch"
 
 
-INTEGRATIONS = "polyak.hosts.deepspeed with DeepSpeed, polyak.hosts.megatron with Megatron-core"
+_INTEGRATION = "polyak.hosts.deepspeed with DeepSpeed"
 
 
 def counted_optimizer(optimizer: object) -> Optimizer:
@@ -62,9 +62,8 @@ def _instead(given: object) -> str:
     """Return what to give in place of what is no optimizer."""
     if isinstance(given, type):
         return f"make one over the model's parameters: {given.__name__}(model.parameters(), ...)"
-    engine = type(given).__module__.partition(".")[0]
-    if engine in {"deepspeed", "megatron"}:
-        return f"its engine steps float32 masters: use polyak.hosts.{engine}, which averages these"
+    if type(given).__module__.partition(".")[0] == "deepspeed":
+        return "its engine steps float32 masters: use polyak.hosts.deepspeed, which averages these"
     if isinstance(given, nn.Module):
         return "it is a model, the second argument: attach(EMA(...), model, optimizer)"
     if isinstance(getattr(given, "optimizer", None), Optimizer) and hasattr(given, "get_last_lr"):
@@ -95,7 +94,7 @@ def refuse_masters(optimizer: Optimizer, model: nn.Module) -> None:
         raise OptimizerError(
             f"optimizer must step parameters of the model, and {what} has none of them; give it the optimizer of "
             f"list(model.parameters()) as they are now. If it steps float32 masters, as those of DeepSpeed, Megatron "
-            f"and apex do, use {INTEGRATIONS}; or, as for another model, {BY_HAND}, when the weights of the model have "
+            f"and apex do, use {_INTEGRATION}; or, as for another model, {BY_HAND}, when the weights of the model have "
             "moved"
         )
     halves = [name for name, p in parameters.items() if id(p) not in stepped and _is_half(p)]
@@ -105,7 +104,7 @@ def refuse_masters(optimizer: Optimizer, model: nn.Module) -> None:
         raise OptimizerError(
             f"optimizer must step the model's parameters themselves, and {what} steps float32 masters of "
             f"'{halves[0]}' and {len(halves) - 1} others, which are copied to the model after its step; use "
-            f"{INTEGRATIONS}; or {BY_HAND}, when that is done"
+            f"{_INTEGRATION}; or {BY_HAND}, when that is done"
         )
 
 
