@@ -186,6 +186,8 @@ def _readings(
             return [one.moment[known] for one in opened]
     if unit is None:
         return None
+    if unit is TimeUnit.DURATION and (found := _readings(opened, None, None)) is not None:
+        return [reading / max(found) for reading in found]  # the run is what there is of it
     unknown = [one.path for one in opened if unit not in one.moment]
     known = sorted({str(unit) for one in opened for unit in one.moment})
     raise ArgumentError(

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak.cli.asking import profile_of
+from polyak.cli.asking import add_profiles
 from polyak.cli.batchnorm import recomputed_statistics
 from polyak.cli.checkpoints import add_checkpoints, add_direction, add_place, maximize_of, open_all, require_new
 from polyak.cli.command import Answer, UsageError, whole
 from polyak.cli.output import fields, size, table, terminal_width
 from polyak.printable import printable
-from polyak.profiles import options
 from polyak.time import Time
 
 if TYPE_CHECKING:
@@ -75,10 +74,7 @@ def configure(parser: ArgumentParser) -> None:
     group.add_argument(
         "--weights", type=_numbers, metavar="W,W,...", help="the weight of each checkpoint, in the order given"
     )
-    for form in options():
-        group.add_argument(
-            f"--{form.name}", dest="profile", type=profile_of(form.name), metavar=form.metavar, help=form.help
-        )
+    add_profiles(group)
     parser.add_argument(
         "--times", type=_times, metavar="T,T,...", help="when each was saved, such as 100ba,200ba (default: found)"
     )
