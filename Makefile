@@ -34,10 +34,10 @@ STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/co
 	tests/hosts/test_golden_trace.py tests/compat/test_convert_timm.py
 
 ENGINES := tests/hosts/test_deepspeed.py tests/hosts/test_torchtitan.py
-test-engines: build/engines.stamp ## Run the tests of DeepSpeed, torchtitan and Megatron-core
-	OMP_NUM_THREADS=1 build/engines/bin/python -m pytest -n 0 $(ENGINES)
+test-engines: build/engines.stamp ## Run the tests of DeepSpeed and torchtitan
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src build/engines/bin/python -m pytest -n 0 $(ENGINES)
 
-# Beside what the other tests need, without what they ask for: that would be another torch, and CUDA.
+# In addition to what the other tests need, without what they ask for: that would be another torch, and CUDA.
 build/engines.stamp: $(VENV)/dev.stamp tests/stubs/engines.txt
 	$(PYTHON) -m venv build/engines
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(build/engines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"

@@ -561,7 +561,7 @@ def all_but_norms_flat(model: nn.Sequential) -> list[Tensor]:
         (all_but_norms_flat, "steps float32 masters of '0.weight' and 3 others"),
         (lambda model: nn.Linear(4, 3).parameters(), "or another model"),
     ],
-    ids=["masters", "one flat tensor", "a rank's part of it", "apex O2", "flat beside norms", "another model"],
+    ids=["masters", "one flat tensor", "a rank's part of it", "apex O2", "flat, and norms", "another model"],
 )
 def test_an_optimizer_of_other_tensors_than_the_models_is_refused(make, why) -> None:
     model = halves()
