@@ -3,10 +3,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check quick test docs fuzz sanitize dist format clean
+.PHONY: help demo check quick test test-engines docs fuzz sanitize dist format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp ## Install what the demo needs, and run it
 	$(BIN)/polyak demo
@@ -32,6 +32,17 @@ test: check ## Check, then run all tests and all examples
 # Composer imports torchvision. The stub is in these processes alone, so that no other library takes it for torchvision.
 STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/compat/test_composer_files.py tests/hosts/test_composer_surface.py \
 	tests/hosts/test_golden_trace.py tests/compat/test_convert_timm.py
+
+ENGINES := tests/hosts/test_deepspeed.py tests/hosts/test_torchtitan.py
+test-engines: build/engines.stamp ## Run the tests of DeepSpeed and torchtitan
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src build/engines/bin/python -m pytest -n 0 $(ENGINES)
+
+# In addition to what the other tests need, without what they ask for: that would be another torch, and CUDA.
+build/engines.stamp: $(VENV)/dev.stamp tests/stubs/engines.txt
+	$(PYTHON) -m venv build/engines
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(build/engines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+	DS_BUILD_OPS=0 build/engines/bin/python -m pip install --quiet --no-deps --no-build-isolation --requirement tests/stubs/engines.txt
+	touch $@
 
 docs: $(VENV)/dev.stamp ## Build the site in docs/_build; a warning is an error
 	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs docs/_build

@@ -3,10 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -162,14 +162,59 @@ def _export(
     max_file_bytes: float,
     finish: Callable[[Path, Path], None],
 ) -> None:
+    tensors = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
+    if isinstance(ranks, Ranks):
+        agree_on_plain(ranks, {s.name: s.tensor for s in all_slots(model) if s.is_parameter})
+
+    def source(folder: Path) -> Read:
+        return _full(tensors) if ranks.replicas else shards(tensors, tensors, folder, ranks)
+
+    _write_all(ema, tensors, source, target, ranks, max_file_bytes=max_file_bytes, finish=finish)
+
+
+def export_from(  # noqa: PLR0917
+    ema: EMA,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    source: Callable[[Path], Read],
+    path: Path,
+    ranks: Communicator,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write tensors that are read from elsewhere than the model, to one file or a folder. All ranks must call this.
+
+    Args:
+        ema: Whose average it is, for the metadata.
+        model: In training, unwrapped.
+        tensors: Their dtypes and shapes.
+        source: Given a folder for temporary files, it returns what reads full tensors by their names on rank 0. It may
+            communicate.
+        path: A file whose name ends in ``.safetensors``, or a folder.
+        ranks: That train the model.
+        overwrite: Whether an earlier export is replaced.
+    """
+    single = path.suffix == ".safetensors"
+    check, finish = (_check_file, _finish_file) if single else (_check, _finish)
+    ranks.on_every_rank("the export", lambda: check(path, model, overwrite=overwrite))
+    _write_all(ema, tensors, source, path, ranks, max_file_bytes=math.inf if single else 5e9, finish=finish)
+
+
+def _write_all(
+    ema: EMA,
+    tensors: Mapping[str, Tensor],
+    source: Callable[[Path], Read],
+    target: Path,
+    ranks: Communicator,
+    *,
+    max_file_bytes: float,
+    finish: Callable[[Path, Path], None],
+) -> None:
     temporary = temporary_path(target)
     metadata = {"format": "pt", "polyak.algorithm": repr(ema), "polyak.updates": str(ema.num_updates)}
     try:
-        tensors = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
-        if isinstance(ranks, Ranks):
-            agree_on_plain(ranks, {s.name: s.tensor for s in all_slots(model) if s.is_parameter})
         ranks.on_rank_0(lambda: new_folder(temporary), f"make {temporary}")
-        read = _full(tensors) if ranks.replicas else _shards(tensors, temporary / _SHARDS, ranks)
+        read = source(temporary / _SHARDS)
         ranks.on_rank_0(lambda: _write(tensors, temporary, max_file_bytes, metadata, read), f"write {target}")
         ranks.on_rank_0(lambda: finish(temporary, target), f"write {target}")
     except BaseException:
@@ -247,22 +292,29 @@ def _full(tensors: dict[str, Tensor]) -> Read:
     return lambda names: {name: local(tensors[name]) for name in names}
 
 
-def _shards(tensors: dict[str, Tensor], folder: Path, ranks: Communicator) -> Read:
-    """Write the shards of all ranks; return a function that reads full tensors from them."""
+def shards(saved: Mapping[str, Any], full: Mapping[str, Tensor], folder: Path, ranks: Communicator) -> Read:
+    """Write the shards of all ranks; return a function that reads full tensors from them.
+
+    Args:
+        saved: By name, as ``torch.distributed.checkpoint`` saves it.
+        full: Of the shapes and dtypes of the full tensors.
+        folder: To be made.
+        ranks: All of which must call this.
+    """
     from polyak.sharding import dcp  # noqa: PLC0415  half a second that few need
 
-    dcp.save(tensors, folder, ranks.group)
+    dcp.save(saved, folder, ranks.group)
 
     def read(names: list[str]) -> dict[str, Tensor]:
-        full = {name: torch.empty(tensors[name].shape, dtype=tensors[name].dtype) for name in names}
-        dcp.load(full, folder, alone=True)
-        return full
+        found = {name: torch.empty(full[name].shape, dtype=full[name].dtype) for name in names}
+        dcp.load(found, folder, alone=True)
+        return found
 
     return read
 
 
 def _write(
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     folder: Path,
     max_file_bytes: float,
     metadata: dict[str, str],

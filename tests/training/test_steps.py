@@ -544,6 +544,13 @@ def all_but_norms(model: nn.Sequential) -> list[Tensor]:
     return [*masters([*model[0].parameters(), *model[2].parameters()]), *model[1].parameters()]
 
 
+def all_but_norms_flat(model: nn.Sequential) -> list[Tensor]:
+    model[1].float()
+    (one,) = flat([*model[0].parameters(), *model[2].parameters()])
+    padded = torch.cat([one.detach(), torch.zeros(9)]).requires_grad_()  # as engines pad it
+    return [padded, *model[1].parameters()]
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
@@ -551,15 +558,25 @@ def all_but_norms(model: nn.Sequential) -> list[Tensor]:
         (lambda model: flat(model.parameters()), "with 1 of its 1 tensors elsewhere. has none of them"),
         (lambda model: flat(list(model.parameters())[3:]), "has none of them"),
         (all_but_norms, "steps float32 masters of '0.weight' and 3 others"),
+        (all_but_norms_flat, "steps float32 masters of '0.weight' and 3 others"),
         (lambda model: nn.Linear(4, 3).parameters(), "or another model"),
     ],
-    ids=["masters", "one flat tensor", "a rank's part of it", "apex O2", "another model"],
+    ids=["masters", "one flat tensor", "a rank's part of it", "apex O2", "flat, and norms", "another model"],
 )
 def test_an_optimizer_of_other_tensors_than_the_models_is_refused(make, why) -> None:
     model = halves()
     optimizer = torch.optim.SGD(make(model), lr=0.1)
     with pytest.raises(OptimizerError, match=f"SGD .*{why}.*{BY_HAND}"):
         attach(EMA(), model, optimizer)
+
+
+def test_an_optimizer_with_masters_is_refused_with_the_integration_that_averages_them() -> None:
+    model = halves()
+    with pytest.raises(OptimizerError, match=r"polyak\.hosts\.deepspeed with DeepSpeed"):
+        attach(EMA(), model, torch.optim.SGD(masters(model.parameters()), lr=0.1))
+    zero = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
+    with pytest.raises(OptimizerError, match=r"DeepSpeedZeroOptimizer is none; .*: use polyak\.hosts\.deepspeed"):
+        attach(EMA(), model, zero())
 
 
 def part(model: nn.Sequential) -> list[Tensor]:

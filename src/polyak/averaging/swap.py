@@ -136,6 +136,7 @@ class Swap:
                 if not self._exchanged[i]:
                     memory.write_(tensor, shard)
             self._gather()
+            self._publish()
             self._sums = kernels.checksums(self._all_watched())
             self.phase = Phase.IN
 
@@ -262,12 +263,18 @@ class Swap:
         for buffer in self._buffers:
             attempt(buffer.slot.name, lambda buffer=buffer: buffer.restore(moved=moved))
         attempt("the gathered rows", self._gather)
+        attempt("the weights that follow masters", self._publish)
         return failures
 
     def _gather(self) -> None:
         """Give every rank all rows of tensors whose average is sharded and which are not."""
         if self._gathered and self._mesh is not None:
             sharding.gather([slot.tensor for slot in self._gathered], self._mesh)
+
+    def _publish(self) -> None:
+        """Let the weights follow, if this model stands for the masters of an engine."""
+        if (publish := getattr(self.model, "publish_weights", None)) is not None:
+            publish()
 
     def _reshard(self) -> None:
         """Reshard, so that no module holds full tensors that were gathered from averaged shards."""

@@ -296,5 +296,6 @@ def _refuse_flat(model: nn.Module) -> None:
     if flat or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise NotImplementedError(
             "each process must hold a model's parameters as they are for them to be averaged, and under "
-            f"{'FullyShardedDataParallel' if flat else 'DeepSpeed ZeRO-3'} it does not; train with DDP or on one device"
+            f"{'FullyShardedDataParallel' if flat else 'DeepSpeed ZeRO-3'} it does not; "
+            + ("train with FSDP2 (fully_shard), DDP or on one device" if flat else "use polyak.hosts.deepspeed")
         )

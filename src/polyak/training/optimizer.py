@@ -8,11 +8,15 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from polyak.errors import OptimizerError
+from polyak.sharding import is_initialized
 
 # Wrappers whose `step` does nothing to the weights but call the step of the optimizer under this attribute: those of
 # Accelerate, Fabric and Opacus. Any other wrapper may move the weights after that step, as Lookahead does.
 _DELEGATES = {"AcceleratedOptimizer": "optimizer", "_FabricOptimizer": "optimizer", "DPOptimizer": "original_optimizer"}
 BY_HAND = "give attach(..., None) instead, and call step() of what it returns once after each batch"
+
+
+_INTEGRATION = "polyak.hosts.deepspeed with DeepSpeed"
 
 
 def counted_optimizer(optimizer: object) -> Optimizer:
@@ -58,6 +62,8 @@ def _instead(given: object) -> str:
     """Return what to give in place of what is no optimizer."""
     if isinstance(given, type):
         return f"make one over the model's parameters: {given.__name__}(model.parameters(), ...)"
+    if type(given).__module__.partition(".")[0] == "deepspeed":
+        return "its engine steps float32 masters: use polyak.hosts.deepspeed, which averages these"
     if isinstance(given, nn.Module):
         return "it is a model, the second argument: attach(EMA(...), model, optimizer)"
     if isinstance(getattr(given, "optimizer", None), Optimizer) and hasattr(given, "get_last_lr"):
@@ -87,16 +93,18 @@ def refuse_masters(optimizer: Optimizer, model: nn.Module) -> None:
     if foreign and len(foreign) == len(stepped):
         raise OptimizerError(
             f"optimizer must step parameters of the model, and {what} has none of them; give it the optimizer of "
-            f"list(model.parameters()) as they are now. If it steps float32 masters, as DeepSpeed, Megatron and apex "
-            f"do, or another model, {BY_HAND}, when the weights of the model have moved"
+            f"list(model.parameters()) as they are now. If it steps float32 masters, as those of DeepSpeed, Megatron "
+            f"and apex do, use {_INTEGRATION}; or, as for another model, {BY_HAND}, when the weights of the model have "
+            "moved"
         )
     halves = [name for name, p in parameters.items() if id(p) not in stepped and _is_half(p)]
-    masters = [tensor.numel() for tensor in foreign if tensor.dtype == torch.float32]
-    if halves and _covers(masters, (parameters[name].numel() for name in halves)):
+    masters = [tensor for tensor in foreign if tensor.dtype == torch.float32]
+    sizes = [parameters[name].numel() for name in halves]
+    if halves and (_covers([tensor.numel() for tensor in masters], sizes) or _covers_flat(masters, sum(sizes))):
         raise OptimizerError(
             f"optimizer must step the model's parameters themselves, and {what} steps float32 masters of "
-            f"'{halves[0]}' and {len(halves) - 1} others, which are copied to the model after its step; {BY_HAND}, "
-            "when that is done"
+            f"'{halves[0]}' and {len(halves) - 1} others, which are copied to the model after its step; use "
+            f"{_INTEGRATION}; or {BY_HAND}, when that is done"
         )
 
 
@@ -111,6 +119,16 @@ def _covers(sizes: Iterable[int], wanted: Iterable[int]) -> bool:
             return False
         left.remove(size)
     return True
+
+
+def _covers_flat(masters: Iterable[Tensor], wanted: int) -> bool:
+    """Return whether flat masters are this rank's part of so many elements, with padding."""
+    ranks = torch.distributed.get_world_size() if is_initialized() else 1
+    found = ranks * sum(tensor.numel() for tensor in masters if tensor.dim() == 1)
+    return wanted <= found <= min(2 * wanted, wanted + ranks * _PADDING)
+
+
+_PADDING = 4096  # elements at most, by which an engine rounds up the size of a flat buffer
 
 
 def moves_parameters(optimizer: Optimizer, model: nn.Module) -> bool:
