@@ -171,14 +171,22 @@ def pipeline_of(model: nn.Module) -> list["ProcessGroup"]:
     Args:
         model: Any. A stage of ``torch.distributed.pipelining`` may run it, or modules of it.
     """
-    given = [model.group] if isinstance(model, ModelParts) and model.group is not None else []
+    if isinstance(model, ModelParts) and model.group is not None:
+        return [model.group]
     module = sys.modules.get("torch.distributed.pipelining.stage")
     if module is None:
-        return given
-    # A stage knows its module, and not the reverse.
-    stages = [one for one in gc.get_objects() if issubclass(type(one), module._PipelineStageBase)]  # noqa: SLF001
+        return []
+    # A stage knows its module, and not the reverse; its class knows no stages, but each refers to its class.
+    kinds = _with_subclasses(module._PipelineStageBase)  # noqa: SLF001
+    stages = [one for one in gc.get_referrers(*kinds) if type(one) in kinds]
     own = set(map(id, model.modules()))
-    for stage in stages:
-        if getattr(stage, "group_size", 1) > 1 and not own.isdisjoint(map(id, stage.submod.modules())):
-            given.append(stage.group or torch.distributed.group.WORLD)
-    return list(dict.fromkeys(given))
+    found = [
+        stage.group or torch.distributed.group.WORLD
+        for stage in stages
+        if getattr(stage, "group_size", 1) > 1 and not own.isdisjoint(map(id, stage.submod.modules()))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _with_subclasses(kind: type) -> list[type]:
+    return [kind, *chain.from_iterable(map(_with_subclasses, kind.__subclasses__()))]
