@@ -6,11 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyak.errors import ArgumentError, RecordError
 from polyak.profiles import Profile
 from polyak.record.exporting import export
+from polyak.record.filling import fill
 from polyak.record.files import SegmentFile, check_content, check_size, hash_in, open_segment
 from polyak.record.fitting import Fit, finest, fit, warn_of_error
 from polyak.record.manifest import Segment, load_manifest
@@ -211,6 +212,28 @@ class Record:
         error = self._passes.error(self, fitted)
         warn_of_error(profile, error)
         export(self, profile, fitted, error, Path(path), dtype)
+
+    def average_into(
+        self, model: nn.Module, profile: Profile, at: Time | str | int | None = None
+    ) -> None:
+        """Overwrite a model's tensors with their average; of a sharded model each rank reads only its shards.
+
+        Nothing is communicated, and no rank holds the full average. The values are those of ``average`` in the model's
+        dtypes, bit for bit. Tensors that the record does not keep, such as frozen ones, stay. ``error`` is not computed:
+        ask for it in one process.
+
+        Args:
+            model: With the names of the recorded one, wrapped, sharded by ``fully_shard`` or as ``DTensor``, or not.
+            profile: As for ``average``.
+            at: As for ``average``.
+
+        Raises:
+            MismatchError: If a recorded tensor is missing from the model or has another shape; nothing is changed.
+            ProfileError: As ``average``.
+            TimeError: As ``average``.
+            RecordError: As ``average``.
+        """
+        fill(self, model, self._fit(profile, at))
 
     def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """Return the raw weights at the end of the record by name, bit for bit, in the model's dtypes.

@@ -9,6 +9,7 @@ from polyak.sharding.communicator import (
 )
 from polyak.sharding.experts import Places, declare_experts, declared, has_experts
 from polyak.sharding.parts import ModelParts
+from polyak.sharding.start import start_process_group
 from polyak.sharding.tensors import (
     copy_,
     divided,
@@ -61,5 +62,6 @@ __all__ = [
     "rows",
     "sharded_like",
     "sharded_over",
+    "start_process_group",
     "whole",
 ]

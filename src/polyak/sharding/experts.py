@@ -167,6 +167,11 @@ class Places:
     def __init__(self, named: Iterator[tuple[str, nn.Module]]) -> None:
         self._experts = {prefix: _DECLARED[module] for prefix, module in named if module in _DECLARED}
 
+    @property
+    def partial(self) -> bool:
+        """Whether other ranks hold tensors of the full model that this one does not have."""
+        return any(experts.dim is None for experts in self._experts.values())
+
     def _of(self, name: str) -> tuple[str, Experts] | None:
         return next((item for item in self._experts.items() if name.startswith(item[0])), None)
 

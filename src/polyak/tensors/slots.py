@@ -129,11 +129,13 @@ def _is_wrapped(parent: nn.Module, child: str) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside its outermost wrappers.
+    """Return the model inside its outermost wrappers; ``ModelParts`` are not unwrapped.
 
     Args:
         model: Wrapped or not.
     """
+    if isinstance(model, ModelParts):
+        return model
     for name, child in model.named_children():
         if _is_wrapped(model, name):
             return unwrap(child)
