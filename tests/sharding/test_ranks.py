@@ -83,6 +83,42 @@ def test_experts_in_another_order_are_distinguished(ranks) -> None:
         assert "sum of the bits of experts: rank 0: " in said
 
 
+@pytest.mark.parametrize("kind", ["fsdp", "ddp", "fsdp, numbers", "ddp, numbers"])
+def test_declared_experts_are_swapped_saved_exported_and_recorded_as_those_of_the_full_model(
+    ranks, tmp_path, kind
+) -> None:
+    first, second = ranks.run(2, jobs.declares, kind, str(tmp_path))
+    assert first["distance"] == second["distance"] > 0
+    exported = load_file(tmp_path / "export/model.safetensors")
+    mean = Record(tmp_path / "record").average(Uniform())
+    assert exported.keys() == mean.keys()
+    for rank, (averages, read) in enumerate(zip(first["averages"], first["read"], strict=True)):
+        for name in read:
+            if "numbers" in kind:
+                _, number, rest = name.split(".", 2)
+                there = f"experts.{2 * rank + int(number)}.{rest}"
+                found, recorded = exported[there], mean[there]
+            else:
+                found, recorded = exported[name].chunk(2)[rank], mean[name].chunk(2)[rank]
+            assert torch.equal(found, averages[name]), name
+            assert torch.equal(recorded, read[name]), name
+
+
+def test_each_rank_reads_its_shards_of_a_record_with_the_bits_of_one_process(ranks, tmp_path) -> None:
+    for *unequal, said in ranks.run(2, jobs.reads_its_shards, str(tmp_path / "record")):
+        assert unequal == []
+        assert said.startswith("MismatchError: the model must have the recorded tensors")
+
+
+def test_experts_that_do_not_fit_together_are_refused_on_all_ranks(ranks) -> None:
+    for found in ranks.run(2, jobs.declares_wrongly):
+        assert "same names and shapes, or numbers on each rank" in found["shapes"]
+        assert "each expert must be on one rank of the mesh (got ['0'] twice)" in found["numbers"]
+        assert "there are 2 child modules and 1 numbers" in found["count"]
+        assert "have no dimension 1" in found["dim"]
+        assert "a mesh of one dimension (got 2)" in found["mesh"]
+
+
 # Models on part of the ranks.
 
 

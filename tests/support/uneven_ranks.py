@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from polyak import EMA, ModelParts, Record, Recorder, Uniform, attach, declare_experts, export_averaged
+from polyak import EMA, HalfLife, ModelParts, Record, Recorder, Uniform, attach, declare_experts, export_averaged
 from polyak.export import save_averaged
 from polyak.sharding import Ranks, local, reshard, whole
 from polyak.tensors.slots import Policy, Slot, default_policy, slots, unwrap
@@ -198,6 +198,85 @@ def hold_the_same_rows_in_another_order() -> str:
     attached = attach(EMA("2ba"), model, optimizer)
     step(model, optimizer)
     return said(lambda: attached.applied().__enter__())
+
+
+class Mixture(nn.Module):
+    """Experts of this rank, stacked in one tensor or as modules, next to a layer that all have."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp = nn.Linear(D, D)
+        torch.manual_seed(1 + dist.get_rank())
+        if "numbers" in kind:
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)) for _ in range(2))
+        else:
+            self.experts = nn.ParameterDict({"up": torch.randn(2, D, D), "down": torch.randn(2, D)})
+            self.experts.register_buffer("tokens", torch.full((2,), dist.get_rank()))
+
+
+def declares(kind: str, folder: str) -> dict[str, Any]:
+    """Declare experts; swap, save, load, export, record and read them. Return what all ranks have, and rank 0 reads."""
+    model, mesh, rank = Mixture(kind), init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+    declare_experts(model.experts, mesh, numbers=[2 * rank, 2 * rank + 1] if "numbers" in kind else None)
+    if kind.startswith("ddp"):
+        ignored = [f"experts.{name}" for name, _ in model.experts.named_parameters()]
+        ignored += [f"experts.{name}" for name, _ in model.experts.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        model = DistributedDataParallel(model)
+    else:
+        model = fully_shard(model, mesh=mesh, ignored_params=set(model.experts.parameters()))
+    algorithm = EMA("2ba")
+    attached = trained(model, [algorithm, Recorder(f"{folder}/record", 1, None, dtype=torch.float32)])
+    attached.algorithms[1].close()
+    before = own(model)
+    with attached.applied():
+        inside = own(model)
+    assert unequal(before, own(model)) == []
+    assert unequal(before, inside) != []
+    distance = algorithm.metrics()["ema/distance"]
+    want = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    dcp.save({"ema": algorithm}, checkpoint_id=f"{folder}/state", planner=planner)
+    for average in algorithm._shadow.averages.values():
+        local(average).zero_()
+    dcp.load({"ema": algorithm}, checkpoint_id=f"{folder}/state")
+    assert unequal(want, {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}) == []
+    export_averaged(algorithm, model, f"{folder}/export")
+    Record(f"{folder}/record").average_into(model, Uniform())
+    read = own(model)
+    everything = [None] * dist.get_world_size()
+    mine = {name: tensor for name, tensor in read.items() if name.startswith("experts")}
+    dist.all_gather_object(everything, (want, mine))
+    return {"distance": distance, "averages": [one for one, _ in everything], "read": [one for _, one in everything]}
+
+
+def declares_wrongly() -> dict[str, str]:
+    """Return what is said of declarations that do not fit together."""
+    mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+    two = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+    grid = init_device_mesh("cpu", (dist.get_world_size(), 1))
+    return {
+        "shapes": said(lambda: declare_experts(nn.ParameterDict({"up": torch.zeros(1 + rank, 2)}), mesh)),
+        "numbers": said(lambda: declare_experts(two, mesh, numbers=[0, 1 + rank])),
+        "count": said(lambda: declare_experts(two, mesh, numbers=[rank])),
+        "dim": said(lambda: declare_experts(nn.ParameterDict({"scale": torch.zeros(2)}), mesh, dim=1)),
+        "mesh": said(lambda: declare_experts(two, grid)),
+    }
+
+
+def reads_its_shards(folder: str) -> list[str]:
+    """Read a record into a sharded model; return the names of tensors that differ from the average."""
+    if dist.get_rank() == 0:
+        trained(net(width=51), Recorder(folder, 1, None), steps=5).detach()
+    dist.barrier()
+    average = Record(folder).average(HalfLife("2ba"))
+    found = []
+    for model in (net(seed=7, width=51), fully_shard(net(seed=8, width=51))):
+        Record(folder).average_into(model, HalfLife("2ba"))
+        reshard(model)
+        found += unequal(average, {slot.name: full(slot.tensor) for slot in slots(model)})
+    return found + [said(lambda: Record(folder).average_into(net(width=3), Uniform()))]
 
 
 # On part of the ranks

@@ -11,7 +11,7 @@ from polyak.record.combining import combine
 from polyak.record.files import Box, SegmentFile, full_box
 from polyak.record.fitting import Fit
 from polyak.record.passes import Readable, averaged_as, opened
-from polyak.sharding import local, offset, reshard
+from polyak.sharding import local, offset, pipeline_of, reshard
 from polyak.tensors.slots import all_slots, places_of
 
 
@@ -34,7 +34,8 @@ def fill(record: Readable, model: nn.Module, fitted: Fit) -> None:
     here = {name for name in record.tensors if name in tensors}
     shapes = {name: (record.tensors[name].shape, tuple(tensors[name].shape)) for name in here}
     misshaped = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
-    missing = set[str]() if places.partial else record.tensors.keys() - here
+    elsewhere = places.partial or bool(pipeline_of(model))
+    missing = set[str]() if elsewhere else record.tensors.keys() - here
     if misshaped or missing:
         raise MismatchError("the model must have the recorded tensors", missing=missing, misshaped=misshaped)
     with opened(record, fitted.segments) as files:

@@ -8,6 +8,7 @@ from polyak.sharding.communicator import (
     pipeline_communicator_of,
 )
 from polyak.sharding.experts import Places, declare_experts, declared, has_experts
+from polyak.sharding.groups import pipeline_of
 from polyak.sharding.parts import ModelParts
 from polyak.sharding.start import start_process_group
 from polyak.sharding.tensors import (
@@ -57,6 +58,7 @@ __all__ = [
     "local",
     "offset",
     "pipeline_communicator_of",
+    "pipeline_of",
     "reshard",
     "reshard_after_an_error",
     "rows",
