@@ -323,6 +323,23 @@ def test_another_dtype_at_the_same_address_is_seen() -> None:
     assert torch.equal(shadow.averages["weight"], model.weight.float())
 
 
+@pytest.mark.parametrize("updates_before", [0, 1, 2])
+@pytest.mark.parametrize("model_changes", [False, True])
+@pytest.mark.parametrize("average_moves", [False, True])
+def test_an_average_that_somebody_has_is_updated_where_it_is_now(updates_before, model_changes, average_moves) -> None:
+    model = nn.Linear(3, 3, bias=False)
+    shadow = Shadow(model)
+    for _ in range(updates_before):
+        shadow.update_(0.5)
+    if model_changes:  # before anybody has the average: what is noted at that moment is not that of the last update
+        model.weight.data = torch.full((3, 3), 2.0)
+    given = shadow.averages["weight"]
+    if average_moves:
+        given.data = torch.zeros(3, 3)
+    shadow.update_(1.0)
+    assert torch.equal(given, model.weight)
+
+
 def test_the_policy_can_be_another() -> None:
     def only_the_head(slot) -> Policy:
         return default_policy(slot) if slot.name.startswith("2.") else Policy.LEAVE

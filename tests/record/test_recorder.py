@@ -285,6 +285,25 @@ def test_a_segment_that_is_being_written_is_not_touched_by_the_next_steps(tmp_pa
         torch.testing.assert_close(file.read("0.weight").double(), loop.mean("0.weight", 0, 4), rtol=1e-5, atol=1e-6)
 
 
+def test_a_record_opened_beside_its_recorder_has_all_segments_that_have_ended(tmp_path, monkeypatch) -> None:
+    loop = Loop(short(tmp_path, per_level=None)).run(4)
+    assert len(Record(tmp_path).segments) == 1
+    release, real = threading.Event(), Writer.append
+
+    def slow(self, *args):
+        release.wait(600)
+        return real(self, *args)
+
+    monkeypatch.setattr(Writer, "append", slow)
+    loop.run(4)
+    threading.Timer(0.2, release.set).start()
+    record = Record(tmp_path)
+    assert [s.num_updates for s in record.segments] == [4, 4]
+    loop.run(3)  # no segment ends
+    assert torch.equal(record.average(Uniform())["0.weight"], Record(tmp_path).average(Uniform())["0.weight"])
+    loop.attached.detach()
+
+
 def test_an_error_in_the_thread_is_raised_at_the_next_call(tmp_path, monkeypatch) -> None:
     def full(*_: object):
         raise RecordError("adding a segment failed: no space left on device")

@@ -1,9 +1,11 @@
 """The communicator of one process behaves as that of several ranks does, and sends nothing."""
 
 import inspect
+import os
 
 import pytest
 import torch
+from ranks import Ranks as GlooRanks
 
 from polyak.errors import ShardingError
 from polyak.sharding import Communicator, OneProcess, Ranks, communicator_of
@@ -76,3 +78,19 @@ def test_the_error_of_rank_0_is_a_sharding_error_on_the_others(ranks, monkeypatc
     monkeypatch.setattr(torch.distributed, "broadcast_object_list", received)
     with pytest.raises(ShardingError, match=r"rank 0 must succeed.* it failed to write a file \(OSError: full\)"):
         ranks.on_rank_0(lambda: None, "write a file")
+
+
+def _rank(end_at: int | None) -> int:
+    if torch.distributed.get_rank() == end_at:
+        os._exit(1)
+    torch.distributed.barrier()
+    return torch.distributed.get_rank()
+
+
+def test_processes_of_tests_that_die_or_make_no_group_fail_no_other_test(tmp_path) -> None:
+    processes = GlooRanks(tmp_path, most=2)
+    with pytest.raises(AssertionError, match="a rank died without an error"):
+        processes.attempt(2, _rank, 0)
+    processes._processes[1].kill()  # the first try to make a group fails
+    assert processes.run(2, _rank, None) == [0, 1]
+    processes.close()

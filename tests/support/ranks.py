@@ -6,13 +6,15 @@ import traceback
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from waiting import END_S
+
+TRIES = 5
 
 
 class Ranks:
@@ -26,12 +28,17 @@ class Ranks:
 
     def __init__(self, folder: Path, most: int = 4, backend: str = "gloo") -> None:
         self._folder, self._backend = folder, backend
+        self._most = most
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._ends, self._processes = [], []
-        for _ in range(most):
+        for _ in range(self._most):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
+            theirs.close()
             self._ends.append(ours)
             self._processes.append(process)
 
@@ -44,16 +51,45 @@ class Ranks:
 
     def attempt(self, size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
         """Do the same as ``run``, and return a ``_Raised`` with a ``text`` for a rank that raised."""
-        meeting = self._folder / uuid.uuid4().hex
-        for rank in range(size):
-            self._ends[rank].send((self._backend, rank, size, str(meeting), job, args))
-        received = [self._ends[rank].recv_bytes() for rank in range(size)]
+        for _ in range(TRIES):
+            if self._connect(size):
+                break
+            # On a busy machine gloo's connections are sometimes closed while they are made.
+            self.close()
+            self._start()
+        else:
+            raise AssertionError(f"{size} processes made no group in {TRIES} tries; see their messages above")
+        for end in self._ends[:size]:
+            end.send((job, args))
+        try:
+            received = [end.recv_bytes() for end in self._ends[:size]]
+        except (EOFError, ConnectionError):
+            self.close()
+            self._start()  # for the tests that follow
+            raise AssertionError("a rank died without an error; see its messages above") from None
         return [torch.load(io.BytesIO(one), weights_only=False) for one in received]
+
+    def _connect(self, size: int) -> bool:
+        """Make a group of the first processes; return whether all are in it, as soon as that is known."""
+        meeting = self._folder / uuid.uuid4().hex
+        waiting = self._ends[:size]
+        try:
+            for rank, end in enumerate(waiting):
+                end.send((self._backend, rank, size, str(meeting)))
+        except ConnectionError:
+            return False
+        while waiting:
+            for end in wait(waiting):
+                waiting.remove(end)
+                if not _answer(end):
+                    return False
+        return True
 
     def close(self) -> None:
         """End the processes."""
-        for end, process in zip(self._ends, self._processes, strict=True):
+        for end in self._ends:
             end.close()
+        for process in self._processes:
             process.join(timeout=5)
             process.kill()
 
@@ -67,18 +103,32 @@ class _Raised:
         self.text = text
 
 
+def _answer(end: Connection) -> bool:
+    try:
+        return end.recv()
+    except (EOFError, ConnectionError):  # the process died
+        return False
+
+
 def _work(end: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            backend, rank, size, meeting, job, args = end.recv()
-        except EOFError:
+            backend, rank, size, meeting = end.recv()
+        except (EOFError, ConnectionError):
             return
         if backend == "nccl":
             torch.cuda.set_device(rank)
-        dist.init_process_group(
-            backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=END_S)
-        )
+        try:
+            dist.init_process_group(
+                backend, init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=END_S)
+            )
+        except Exception:
+            traceback.print_exc()
+            end.send(False)
+            return
+        end.send(True)
+        job, args = end.recv()
         try:
             result = job(*args)
         except BaseException:

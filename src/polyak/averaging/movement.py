@@ -67,9 +67,10 @@ class Movement:
             copied.copy_(tensor.detach())
 
     def expose(self) -> dict[str, Tensor]:
-        """Return the averages by name, for others to use: from then on autograd counts their changes."""
+        """Return the averages by name, for others to use, who may move them, or compute gradients with them."""
         self.wait()
         self._exposed = True
+        self.listing.guard()
         return self.listing.averages
 
     @torch.no_grad()

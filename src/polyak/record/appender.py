@@ -1,8 +1,10 @@
 """Writing segments on a background thread, one at a time."""
 
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -50,6 +52,8 @@ class Appender:
         self.writer = writer
         self.process = os.getpid()
         self._thread = Worker("polyak-record")
+        self._closed = False
+        _APPENDERS.add(self)
 
     @property
     def forked(self) -> bool:
@@ -84,8 +88,14 @@ class Appender:
     def close(self) -> None:
         """Wait for the thread, end it and let the next writer in. In a forked process, do nothing."""
         if not self.forked:
+            self._closed = True
             self._thread.close()
             self.writer.close()
+
+    def settle(self) -> None:
+        """Wait until every segment that was begun is on disk, or has failed to be written."""
+        if not (self._closed or self.forked):
+            self._thread.finish(lambda: None)
 
     def _write(self, ended: Ended) -> None:
         if ended.written or ended.error is not None:
@@ -109,3 +119,17 @@ class Appender:
                 f"a run must be recorded by the process that began it, {self.process} (got {os.getpid()}, forked from "
                 "it): detach the Recorder in the forked process"
             )
+
+
+_APPENDERS = weakref.WeakSet[Appender]()
+
+
+def settle(folder: Path) -> None:
+    """Wait for what this process is writing to a record, so that a reader finds all segments that have ended.
+
+    Args:
+        folder: Of the record.
+    """
+    for appender in list(_APPENDERS):
+        if appender.writer.folder == folder:
+            appender.settle()

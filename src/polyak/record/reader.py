@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from polyak.errors import ArgumentError, RecordError
 from polyak.profiles import Profile
+from polyak.record.appender import settle
 from polyak.record.exporting import export
 from polyak.record.filling import fill
 from polyak.record.files import SegmentFile, check_content, check_size, hash_in, open_segment
@@ -57,6 +58,7 @@ class Record:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).absolute()
+        settle(self.folder)  # a loop that has just ended may still be writing
         manifest = load_manifest(self.folder)
         self.segments: tuple[Segment, ...] = manifest.segments
         self.tensors: Mapping[str, TensorInfo] = manifest.tensors
