@@ -12,7 +12,6 @@ import math
 import os
 import pickle
 import re
-import pickle
 import tempfile
 import time
 import tracemalloc
@@ -84,7 +83,9 @@ class Decoder:
 MODELS = (
     Decoder("1 B", layers=16, width=2048, key_width=512, feed_forward=8192, tied=True),  # Llama 3.2 1B
     Decoder("70 B", layers=80, width=8192, key_width=1024, feed_forward=28_672, tensor_parallel=8),  # Llama 3 70B
-    Decoder("1 T", layers=136, width=24_576, key_width=1024, feed_forward=81_920, tensor_parallel=8, stages=16),  # invented
+    Decoder(
+        "1 T", layers=136, width=24_576, key_width=1024, feed_forward=81_920, tensor_parallel=8, stages=16
+    ),  # invented
 )
 
 
@@ -461,7 +462,12 @@ def inputs(a: Assumed, m: Measured) -> list[str]:
             "assumed",
             "float32, Adam",
         ),
-        ("devices that share one copy of the model", f"at most {a.group}", "assumed", "by TP, PP and FSDP; replicated beyond"),
+        (
+            "devices that share one copy of the model",
+            f"at most {a.group}",
+            "assumed",
+            "by TP, PP and FSDP; replicated beyond",
+        ),
     ]
     machines = [line for name in ("update_time", "loan_time", "scale") for line in item(machine(name))]
     return [*prose(("input", "value", "kind", "source"), rows), "", *machines]
@@ -651,7 +657,8 @@ def breaks(a: Assumed, m: Measured) -> list[str]:
         ),
         (
             "a failed agreement of the ranks",
-            f"{devices:,} ranks send at most {agreement.MOST_FACTS} facts each to rank 0: {size(devices * fact_bytes())}",
+            f"{devices:,} ranks send at most {agreement.MOST_FACTS} facts each to rank 0: "
+            f"{size(devices * fact_bytes())}",
             f"rank 0 alone shows ranges of ranks, at most {agreement.MOST_FACTS} lines; another `all_reduce` of "
             f"{size(2 * agreement.digests({}).nbytes)} finds which facts to send",
         ),
@@ -661,7 +668,8 @@ def breaks(a: Assumed, m: Measured) -> list[str]:
 
 def fact_bytes() -> int:
     """Return how many bytes a rank sends of facts that differ, of the longest that are sent."""
-    facts = {("tensors", f"layers.{i}.feed_forward.down_proj.weight"): "x" * 1000 for i in range(agreement.MOST_FACTS)}
+    names = [f"layers.{i}.feed_forward.down_proj.weight" for i in range(agreement.MOST_FACTS)]
+    facts = {("tensors", name): "x" * 1000 for name in names}
     return len(pickle.dumps(agreement.in_buckets(facts, range(agreement.digests(facts).numel()))))
 
 

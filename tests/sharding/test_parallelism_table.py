@@ -39,7 +39,10 @@ def test_the_page_has_the_table_of_what_is_tested() -> None:
 
 def pipelines_and_experts() -> list[str]:
     """Return the rows of the second table, of the parameters of the tests."""
-    rows = [f"| pipeline, {kind} | {size} |" for kind, size in _cells(test_ranks.test_stages_of_a_pipeline_swap_save_export_and_record_one_model)]
+    rows = [
+        f"| pipeline, {kind} | {size} |"
+        for kind, size in _cells(test_ranks.test_stages_of_a_pipeline_swap_save_export_and_record_one_model)
+    ]
     for test in (
         test_ranks.test_declared_experts_are_swapped_saved_exported_and_recorded_as_those_of_the_full_model,
         test_ranks.test_experts_as_dtensors_are_saved_exported_and_recorded_whole,

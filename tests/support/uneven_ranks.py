@@ -276,7 +276,7 @@ def reads_its_shards(folder: str) -> list[str]:
         Record(folder).average_into(model, HalfLife("2ba"))
         reshard(model)
         found += unequal(average, {slot.name: full(slot.tensor) for slot in slots(model)})
-    return found + [said(lambda: Record(folder).average_into(net(width=3), Uniform()))]
+    return [*found, said(lambda: Record(folder).average_into(net(width=3), Uniform()))]
 
 
 # On part of the ranks
@@ -468,7 +468,9 @@ def is_a_stage(kind: str, folder: str) -> dict[str, Any]:
         else:
             optimizer.step()
         now = {name: full(tensor).double() for name, tensor in _trained(model).items()}
-        means = {name: means.get(name, 0) + (tensor - means.get(name, 0)) / (number + 1) for name, tensor in now.items()}
+        means = {
+            name: means.get(name, 0) + (tensor - means.get(name, 0)) / (number + 1) for name, tensor in now.items()
+        }
     attached.algorithms[1].close()
     before = own(model)
     with attached.applied():

@@ -1,4 +1,4 @@
-"""What ranks that train together must have in common: equal averages of what is not sharded, and other names by stage."""
+"""What ranks that train together must have in common, and that no two stages of a pipeline share a name."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,8 @@ _CHUNK = 1 << 20
 _AS_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _REMEDY = (
     "a parameter of which each rank holds a shard, such as experts, must be a DTensor (DTensor.from_local with Shard), "
-    "or be left out by policy, or be declared by declare_experts; if all ranks should have the same, one of them is wrong: resume from a checkpoint"
+    "or be left out by policy, or be declared by declare_experts; if all ranks should have the same, one of them is "
+    "wrong: resume from a checkpoint"
 )
 
 
@@ -104,7 +105,7 @@ def agree_on_names(pipeline: Ranks, stage: Communicator, model: nn.Module) -> No
     held = {name: names[name] for name in twice if name in names}
     plain = {name: tensor for name, tensor in held.items() if not is_spread(tensor)}
     facts = {name: str(total) for name, total in sums_of_bits(plain).items()}
-    facts |= {name: f"a shard of rank {pipeline.rank}" for name in held.keys() - plain.keys()}
+    facts |= dict.fromkeys(held.keys() - plain.keys(), f"a shard of rank {pipeline.rank}")
     every = pipeline.gather_to_rank_0(facts)
     pipeline.on_rank_0(lambda: _refuse_different(every))
 

@@ -12,7 +12,7 @@ _CHUNK = 1 << 22  # elements that are compared together, so that the differences
 
 
 @torch.no_grad()
-def relative_distance(
+def relative_distance(  # noqa: PLR0917  the tensors of both, and who holds them
     names: Iterable[str],
     averages: Mapping[str, Tensor],
     online: Mapping[str, Tensor],

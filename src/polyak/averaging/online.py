@@ -208,7 +208,7 @@ class OnlineAverage:
         Args:
             shadow: The average to compare, if it is not this one's.
         """
-        facts = {"algorithm": self.name, "averaging has begun": self.started}
+        facts: dict[str, Any] = {"algorithm": self.name, "averaging has begun": self.started}
         if (pipeline := self.pipeline()) is None:
             self._agree(shadow, facts)
         else:

@@ -12,8 +12,8 @@ from polyak.errors import ArgumentError, RecordError
 from polyak.profiles import Profile
 from polyak.record.appender import settle
 from polyak.record.exporting import export
-from polyak.record.filling import fill
 from polyak.record.files import SegmentFile, check_content, check_size, hash_in, open_segment
+from polyak.record.filling import fill
 from polyak.record.fitting import Fit, finest, fit, warn_of_error
 from polyak.record.manifest import Segment, load_manifest
 from polyak.record.passes import Passes
@@ -215,14 +215,12 @@ class Record:
         warn_of_error(profile, error)
         export(self, profile, fitted, error, Path(path), dtype)
 
-    def average_into(
-        self, model: nn.Module, profile: Profile, at: Time | str | int | None = None
-    ) -> None:
+    def average_into(self, model: nn.Module, profile: Profile, at: Time | str | int | None = None) -> None:
         """Overwrite a model's tensors with their average; of a sharded model each rank reads only its shards.
 
         Nothing is communicated, and no rank holds the full average. The values are those of ``average`` in the model's
-        dtypes, bit for bit. Tensors that the record does not keep, such as frozen ones, stay. ``error`` is not computed:
-        ask for it in one process.
+        dtypes, bit for bit. Tensors that the record does not keep, such as frozen ones, stay. ``error`` is not
+        computed: ask for it in one process.
 
         Args:
             model: With the names of the recorded one, wrapped, sharded by ``fully_shard`` or as ``DTensor``, or not.

@@ -290,7 +290,8 @@ class Ranks:
             items: Those of this rank, by name: what can be pickled, and shown as text.
         """
         digests = self.sums(agreement.digest(agreement.flat(items)))
-        found = self.gather_to_rank_0(items if digests.index(digests[self.rank]) == self.rank else {})
+        first = digests.index(digests[self.rank]) == self.rank
+        found = self.gather_to_rank_0(dict(items if first else ()))
         return self.from_rank_0({name: item for one in found for name, item in one.items()})
 
     def totals(self, *numbers: float) -> list[float]:
@@ -405,6 +406,4 @@ def _unsynchronized(ddp: nn.parallel.DistributedDataParallel) -> tuple[Tensor, .
     later = set(map(id, getattr(ddp, "_delay_all_reduce_params", ())))
     ignored, known = ddp.parameters_to_ignore, set(map(id, declared(ddp.module)))
     named = ddp.module.named_parameters(remove_duplicate=False)
-    return tuple(
-        p for name, p in named if name in ignored and id(p) not in later | known and not is_sharded(p)
-    )
+    return tuple(p for name, p in named if name in ignored and id(p) not in later | known and not is_sharded(p))

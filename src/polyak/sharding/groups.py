@@ -180,8 +180,10 @@ def pipeline_of(model: nn.Module) -> list["ProcessGroup"]:
     kinds = _with_subclasses(module._PipelineStageBase)  # noqa: SLF001
     stages = [one for one in gc.get_referrers(*kinds) if type(one) in kinds]
     own = set(map(id, model.modules()))
-    found = [
-        stage.group or torch.distributed.group.WORLD
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    found: list[ProcessGroup] = [
+        stage.group or world
         for stage in stages
         if getattr(stage, "group_size", 1) > 1 and not own.isdisjoint(map(id, stage.submod.modules()))
     ]

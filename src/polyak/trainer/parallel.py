@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from polyak.errors import PlanWarning, ShardingError
+from polyak.errors import PlanWarning
 from polyak.sharding import Communicator, OneProcess, Ranks, is_sharded, start_process_group
 from polyak.tensors.slots import slots
 from polyak.trainer.wrapping import kind_of, ranks_of_wrapped
