@@ -621,8 +621,8 @@ def breaks(a: Assumed, m: Measured) -> list[str]:
         (
             "reading a record on one machine",
             f"1 T: {size(last * stretch)}, {duration(reading_s)} at the limit of two CPU cores",
-            f"each of 64 ranks reads its shards, by `Record.average_into`: {duration(reading_s / 64)}; several profiles in "
-            "one pass",
+            f"each of 64 ranks reads its shards, by `Record.average_into`: {duration(reading_s / 64)}; several "
+            "profiles in one pass",
         ),
         (
             "DDP: the full average on every rank",
