@@ -76,6 +76,8 @@ class Writer:
             held, tied = dict(tensors), dict(aliases or {})
             if isinstance(self._ranks, Ranks) and self._ranks.differ:
                 held, tied = self._ranks.union(held), self._ranks.union(tied)
+                wrong = {name: str(info) for name, info in tensors.items() if held[name] != info}
+                self._ranks.agree(f"the tensors of the record in {self.folder}", {"kept otherwise": wrong})
             wanted = Manifest(held, per_level, max_duration, tied)
             self._shared.open(wanted, back_up=back_up, overwrite=overwrite)
         except BaseException:
@@ -161,7 +163,7 @@ class Writer:
         if not self.segments:
             raise RecordError(f"raw weights must follow a segment, and {self.folder} has none: append one first")
         averaged = {name: info for name, info in self._held(self._manifest.tensors).items() if info.averaged}
-        check_tensors(averaged, weights)
+        self._ranks.on_every_rank("the raw weights", lambda: check_tensors(averaged, weights))
         kept = {name: replace(info, dtype=own_dtype(weights[name], DTYPE_NAMES)) for name, info in averaged.items()}
         end = self.segments[-1].end
         with self._shared.changing(f"adding the raw weights to {self.folder}"):
