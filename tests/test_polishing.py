@@ -136,7 +136,17 @@ def test_what_cannot_be_polished_is_refused_by_name_and_nothing_changes(tmp_path
         polish(model, optimizer, attached, steps=5)
     attached.detach()
     other = net(5)
+    wide = net(5)
     wrong = [
+        (ArgumentError, "model must be the torch.nn.Module", lambda: polish(before, optimizer, ema, 5)),
+        (ArgumentError, "optimizer must be one of torch.optim", lambda: polish(model, model.parameters(), ema, 5)),
+        (ArgumentError, "optimizer must move the model's", lambda: polish(wide, optimizer, ema, 5)),
+        (ArgumentError, "factor must be above 0", lambda: polish(model, optimizer, ema, 5, factor=float("nan"))),
+        (
+            MismatchError,
+            "the model to polish must be the one that was averaged",
+            lambda: polish(wide, torch.optim.SGD(wide.parameters()), ema, 5),
+        ),
         (ArgumentError, "steps must be a whole number of at least 1", lambda: polish(model, optimizer, ema, 0)),
         (ArgumentError, "steps must be", lambda: polish(model, optimizer, ema, 0.05)),
         (ArgumentError, "factor must be above 0", lambda: polish(model, optimizer, ema, 5, factor=0)),
@@ -164,4 +174,4 @@ def test_an_average_that_has_not_begun_and_an_empty_record_are_refused(tmp_path)
     with Writer(tmp_path, {"weight": TensorInfo(torch.float32, (1, 3), averaged=True)}):
         model = nn.Linear(3, 1, bias=False)
     with pytest.raises(RecordError, match="is empty"):
-        polish(model, optimizer, Record(tmp_path), steps=5)
+        polish(model, torch.optim.SGD(model.parameters()), Record(tmp_path), steps=5)

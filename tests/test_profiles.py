@@ -8,8 +8,20 @@ import reference
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from polyak import EMA, HalfLife, PowerFunction, ProfileError, Smoothing, Time, TimeError, Uniform, Warmup, Window
-from polyak.profiles import Cooldown, NamedProfile, Profile, forms, named, options, parse
+from polyak import (
+    EMA,
+    HalfLife,
+    Momentum,
+    PowerFunction,
+    ProfileError,
+    Smoothing,
+    Time,
+    TimeError,
+    Uniform,
+    Warmup,
+    Window,
+)
+from polyak.profiles import Cooldown, NamedProfile, Profile, forms, named, options, parse, parse_words
 from polyak.profiles.cooldown import SHAPES
 
 
@@ -47,6 +59,11 @@ PROFILES = [
     *(Cooldown("10ba", shape) for shape in SHAPES),
     Cooldown("infba", "1-sqrt"),
     Cooldown("50ba", cubic),
+    Cooldown("10ba", floor=0.25),
+    Cooldown("50ba", "cosine", floor=0.1, snap=True),
+    Momentum(0.9, 1.0, over="100ba"),
+    Momentum(0.5, 0.75, "linear", over="7ba"),
+    Momentum(0.0, 1.0, over="20ba"),
     *(parse(name, form.example) for name, form in forms().items()),  # a new profile is tested without a line here
 ]
 moments = st.floats(0, 200) | st.integers(0, 200).map(float)
@@ -164,11 +181,16 @@ def test_a_window_weights_its_moments_equally() -> None:
     st.integers(1, 60),
     st.integers(1, 60),
     st.sampled_from([*SHAPES, lambda x: (1 - x) ** 3, lambda x: float(x < 0.5)]),
+    st.sampled_from([0.0, 0.1, 0.5]),
     st.integers(0, 2**32),
 )
-def test_a_cooldown_is_the_run_whose_updates_are_scaled_by_the_falling_rate(steps, width, shape, seed) -> None:
+def test_a_cooldown_is_the_run_whose_updates_are_scaled_by_the_falling_rate(steps, width, shape, floor, seed) -> None:
     random = Random(seed)
-    profile, rate = Cooldown(Time(width, "ba"), shape), SHAPES[shape] if isinstance(shape, str) else shape
+    profile, falling = Cooldown(Time(width, "ba"), shape, floor), SHAPES[shape] if isinstance(shape, str) else shape
+
+    def rate(x: float) -> float:
+        return floor + (1 - floor) * falling(x)
+
     updates = [random.gauss(0, 1) for _ in range(steps)]
     weights, position = [], random.gauss(0, 1)
     first, width = position, min(width, steps)
@@ -182,6 +204,33 @@ def test_a_cooldown_is_the_run_whose_updates_are_scaled_by_the_falling_rate(step
     assert average == pytest.approx(scaled, rel=1e-12, abs=1e-12)
 
 
+@pytest.mark.parametrize("k", [0, 1, 37, 99])
+def test_a_momentum_is_that_of_byol_at_each_step(k) -> None:
+    momentum = Momentum(0.996, 1.0, "cosine", over="100ba")
+    assert momentum.decay(k, k + 1) == pytest.approx(1 - (1 - 0.996) * (math.cos(math.pi * k / 100) + 1) / 2, rel=1e-14)
+    assert Momentum(0.996, over="100ba").decay(100, 1000) == 1.0
+    assert Momentum(0.5, 0.75, "linear", over="2ba").decay(0, 4) == pytest.approx(0.5 * 0.625 * 0.75 * 0.75)
+
+
+@pytest.mark.parametrize(
+    ("shape", "online"),
+    [("linear", Uniform()), ("1-sqrt", PowerFunction(gamma=-0.5)), ("1-square", PowerFunction(gamma=1.0))],
+)
+def test_the_alternative_to_a_cooldown_in_one_buffer_is_the_same_average(shape, online) -> None:
+    with pytest.raises(ProfileError, match="record the run.*or fix its start: EMA") as error:
+        EMA(profile=Cooldown("20ba", shape))
+    assert repr(online).split("(")[0] in str(error.value)
+    cooldown = Cooldown("20ba", shape)
+    for before in (100, 104, 117, 120):
+        assert cooldown.decay(before, 120) == pytest.approx(online.decay(before - 100, 20))
+
+
+@pytest.mark.parametrize("profile", [Cooldown("20ba", "cosine"), Cooldown("20ba", floor=0.1), Window("3ba")])
+def test_a_profile_that_one_buffer_cannot_follow_names_what_can(profile) -> None:
+    with pytest.raises(ProfileError, match="record the run and take this average from the record"):
+        EMA(profile=profile)
+
+
 def test_a_linear_cooldown_is_a_window() -> None:
     for before in range(21):
         assert Cooldown("7ba").decay(before, 20) == pytest.approx(Window("7ba").decay(before, 20))
@@ -189,6 +238,10 @@ def test_a_linear_cooldown_is_a_window() -> None:
 
 def test_a_cooldown_is_read_from_the_words_of_a_command_line() -> None:
     assert parse("cooldown", "20%, 1-sqrt") == Cooldown("0.2dur", "1-sqrt")
+    assert parse("cooldown", "20%, 1-sqrt, floor 0.1, snap") == Cooldown("0.2dur", "1-sqrt", floor=0.1, snap=True)
+    assert parse_words("cooldown 20%, snap, floor 0.1") == Cooldown("0.2dur", floor=0.1, snap=True)
+    assert parse_words("unbiased 500ba") == HalfLife("500ba", unbiased=True)
+    assert Cooldown("5ba", floor=0.25, snap=True).describe() == "cooldown 5ba, linear, floor 0.25, snap"
     assert parse("cooldown", "3ep") == Cooldown("3ep", "linear")
     assert Cooldown("0.5ep", "cosine").describe() == "cooldown 0.5ep, cosine"
     assert repr(Cooldown("5ba", cubic)) == "Cooldown(span=Time(5, 'ba'), shape=cubic)"
@@ -206,6 +259,26 @@ def test_a_cooldown_is_read_from_the_words_of_a_command_line() -> None:
         (lambda: Window("0ba"), "window must be above 0"),
         (lambda: Cooldown("0ba"), "cooldown must be above 0"),
         (lambda: Cooldown("9ba", "sqrt"), "shape must be one of linear, 1-sqrt, cosine, 1-square, or a function"),
+        (lambda: Cooldown("9ba", 0.1), "shape must be one of linear"),
+        (lambda: Cooldown("9ba", floor=1.0), "floor must be a number from 0 to below 1"),
+        (lambda: Cooldown("9ba", floor=-0.1), "floor must be a number from 0 to below 1"),
+        (lambda: Cooldown("9ba", floor=math.nan), "floor must be a number from 0 to below 1"),
+        (lambda: Cooldown("9ba", floor=True), "floor must be a number from 0 to below 1"),
+        (lambda: Cooldown("9ba", snap="20%"), "snap must be True or False"),
+        (lambda: parse_words("cooldown"), "a profile in words must be a name and a value"),
+        (lambda: parse_words("cool 20%"), "a profile in words must be a name and a value"),
+        (lambda: parse_words("cooldown 20%, floor"), "a cooldown must have numbers"),
+        (lambda: parse_words("cooldown twenty%"), "a cooldown must have numbers"),
+        (lambda: parse_words("cooldown 20%, linear, cosine"), "at most .got 'cosine'"),
+        (lambda: parse_words("cooldown 20%, 1-cbrt"), "shape must be one of linear"),
+        (lambda: Momentum(1.2), "first must be a number from 0 to 1"),
+        (lambda: Momentum(0.99, 0.9), "a momentum must rise"),
+        (lambda: Momentum(True), "first must be a number"),
+        (lambda: Momentum(shape="step"), "shape must be one of cosine, linear"),
+        (lambda: Momentum(over="1e6tok"), "over must be a finite number of steps, epochs or dur"),
+        (lambda: Momentum(over="infba"), "over must be a finite number"),
+        (lambda: Momentum(over="0ep"), "over must be above 0"),
+        (lambda: Momentum().decay(0, 1), "a momentum must know how many steps 1.0dur are"),
         (lambda: Cooldown("9ba", lambda x: x), "shape must be a function that falls from 1 at 0 to 0 at 1"),
         (lambda: Cooldown("9ba", lambda x: 2 - x), "shape must be a function that falls from 1 at 0 to 0 at 1"),
         (PowerFunction, "exactly one of sigma_rel, gamma and half_life_fraction"),
@@ -245,7 +318,7 @@ def test_each_form_in_the_registry_parses_its_example(form) -> None:
 def test_the_options_of_a_profile_parse_to_the_same_profile(profile) -> None:
     if profile.options is None:
         own_function = isinstance(profile, Cooldown) and callable(profile.shape)
-        assert own_function or isinstance(profile, Warmup) or profile.sigma_rel is None
+        assert own_function or isinstance(profile, (Warmup, Momentum)) or profile.sigma_rel is None
         return
     option, value, *unbiased = profile.options.split()
     again = parse(option.removeprefix("--"), value)

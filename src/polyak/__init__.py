@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from polyak.algorithm import Algorithm
     from polyak.averaging.batchnorm import update_bn
+    from polyak.averaging.bema import BEMA
     from polyak.averaging.ema import EMA
     from polyak.averaging.functional import compute_ema
     from polyak.averaging.offload import Offload
@@ -42,7 +43,17 @@ if TYPE_CHECKING:
     from polyak.export import export_averaged
     from polyak.hosts.optimizer import attach
     from polyak.polishing import polish
-    from polyak.profiles import Cooldown, HalfLife, PowerFunction, Profile, Smoothing, Uniform, Warmup, Window
+    from polyak.profiles import (
+        Cooldown,
+        HalfLife,
+        Momentum,
+        PowerFunction,
+        Profile,
+        Smoothing,
+        Uniform,
+        Warmup,
+        Window,
+    )
     from polyak.record import Record
     from polyak.record.recorder import Recorder
     from polyak.sharding.experts import declare_experts
@@ -74,6 +85,7 @@ __all__ = [  # noqa: RUF022
     # Average while training.
     "attach",
     "EMA",
+    "BEMA",
     "Attached",
     "Offload",
     "export_averaged",
@@ -92,6 +104,7 @@ __all__ = [  # noqa: RUF022
     "Cooldown",
     "PowerFunction",
     "Warmup",
+    "Momentum",
     "Profile",
     # Which tensors are averaged.
     "Policy",
@@ -147,6 +160,7 @@ __all__ = [  # noqa: RUF022
 _MODULES = {
     "attach": "hosts.optimizer",
     "EMA": "averaging.ema",
+    "BEMA": "averaging.bema",
     "Attached": "training.attached",
     "Offload": "averaging.offload",
     "export_averaged": "export",
@@ -157,7 +171,7 @@ _MODULES = {
     "sweep": "sweeping.sweep",
     "polish": "polishing",
     **dict.fromkeys(
-        ("HalfLife", "Smoothing", "Uniform", "Window", "Cooldown", "PowerFunction", "Warmup", "Profile"),
+        ("HalfLife", "Smoothing", "Uniform", "Window", "Cooldown", "PowerFunction", "Warmup", "Momentum", "Profile"),
         "profiles",
     ),
     "Policy": "tensors.slots",

@@ -24,6 +24,9 @@ from polyak.time import Time, TimeUnit
 if TYPE_CHECKING:
     from polyak.training.handle import Handle
 
+# The first rate of a polish, as a share of the rate before.
+FACTOR = 0.3
+
 
 def polish(
     model: nn.Module,
@@ -31,7 +34,7 @@ def polish(
     average: Handle | EMA | Record,
     steps: int,
     *,
-    factor: float = 0.3,
+    factor: float = FACTOR,
     profile: Profile | None = None,
 ) -> LambdaLR:
     """Load the average into the model as the start of a new phase, and return the learning rates of that phase.
@@ -73,7 +76,7 @@ def polish(
         0.020
         0.010
     """
-    _check(steps, factor)
+    _check(model, optimizer, steps, factor)
     refuse_second_swap(model, "polish()")
     if isinstance(average, Record):
         _load(unwrap(model), average, profile)
@@ -86,13 +89,47 @@ def polish(
                 f"average must be what attach returned, an EMA or a Record (got {kind_of(average)}); attach one, or "
                 "open the record"
             )
-        _copy(unwrap(model), _averaged(ema))
+        load_average(model, ema)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # else that of an earlier scheduler would count
     return LambdaLR(optimizer, lambda n: factor * max(0.0, 1 - n / steps))
 
 
-def _check(steps: int, factor: float) -> None:
+def load_average(model: nn.Module, ema: EMA) -> None:
+    """Copy an average into the model in training, as the start of a new phase.
+
+    Args:
+        model: The one that is averaged, wrapped or not.
+        ema: Its average.
+
+    Raises:
+        LoanError: If averaging has not begun.
+        MismatchError: If it is the average of another model.
+    """
+    averages = _averaged(ema)
+    own = {slot.name: slot.tensor for slot in all_slots(unwrap(model))}
+    misshaped = {n: (tuple(a.shape), tuple(own[n].shape)) for n, a in averages.items() if n in own}
+    misshaped = {name: shapes for name, shapes in misshaped.items() if shapes[0] != shapes[1]}
+    if misshaped or averages.keys() - own.keys():
+        raise MismatchError(
+            "the model to polish must be the one that was averaged:",
+            missing=averages.keys() - own.keys(),
+            unexpected=set(),
+            misshaped=misshaped,
+        )
+    _copy(unwrap(model), averages)
+
+
+def _check(model: nn.Module, optimizer: Optimizer, steps: int, factor: float) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model must be the torch.nn.Module in training (got {kind_of(model)}); give it first")
+    if not isinstance(optimizer, Optimizer):
+        raise ArgumentError(f"optimizer must be one of torch.optim (got {kind_of(optimizer)}); unwrap it")
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(one) in own for group in optimizer.param_groups for one in group["params"]):
+        raise ArgumentError(
+            "optimizer must move the model's parameters (got one that has none of them); give the one of this model"
+        )
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ArgumentError(
             f"steps must be a whole number of at least 1 (got {steps!r}); a twentieth of the run is usual"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from fractions import Fraction
 
 import checkpoint_files
 import pytest
@@ -143,10 +144,17 @@ def test_extra_states_are_those_of_the_newest_whatever_their_length(tmp_path, dt
     assert torch.equal(average(made, "layer._extra_state"), torch.arange(5).to(dtype))
 
 
-def test_extra_states_that_are_no_tensors_are_listed(tmp_path) -> None:
-    torch.save({"w": torch.ones(2), "layer._extra_state": {"a": 1}}, tmp_path / "it.pt")
-    opened = open_checkpoint(tmp_path / "it.pt")
-    assert (list(opened.tensors), opened.extra) == (["w"], ("layer._extra_state",))
+def test_extra_states_that_are_no_tensors_are_those_of_the_newest_if_they_are_plain_and_else_listed(tmp_path) -> None:
+    for i in (1, 2):
+        state = {"w": torch.full((2,), float(i)), "a._extra_state": {"n": [i]}, "b._extra_state": Fraction(1, 2)}
+        torch.save(state, tmp_path / f"{i}.pt")
+    opened = [open_checkpoint(tmp_path / f"{i}.pt") for i in (1, 2)]
+    assert (list(opened[1].tensors), opened[1].extra) == (["w"], {"a._extra_state": {"n": [2]}})
+    assert opened[1].left == ("b._extra_state",)
+    write_average(plan(opened, [1, 1]), tmp_path / "out.pt")
+    got = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert got["w"].tolist() == [1.5, 1.5]
+    assert got["a._extra_state"] == {"n": [2]}
 
 
 def save(folder, *states):

@@ -1,5 +1,6 @@
 """Checkpoints that the real libraries wrote are averaged, and load again in the library that wrote them."""
 
+import copy
 import warnings
 
 import pytest
@@ -134,6 +135,58 @@ def test_checkpoints_of_a_lightning_trainer_are_averaged_by_their_steps(tmp_path
     assert model.net[1].num_batches_tracked == 9
 
 
+def test_folders_of_a_trl_trainer_become_a_folder_for_from_pretrained(tmp_path) -> None:
+    pytest.importorskip("trl")
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from trl import create_reference_model
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=31, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    teacher, states = create_reference_model(model), []
+    for step in (1, 2):
+        states.append(move(teacher, step))
+        teacher.save_pretrained(tmp_path / f"checkpoint-{step}")
+    averaged(tmp_path / "checkpoint-*", "-o", tmp_path / "averaged")
+    assert_is_mean(GPT2LMHeadModel.from_pretrained(tmp_path / "averaged"), states)
+
+
+def test_checkpoints_of_timm_are_averaged_and_loaded_again(tmp_path) -> None:
+    pytest.importorskip("torchvision", reason="timm needs it, or its stub in tests/stubs", exc_type=ImportError)
+    import timm
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    model = timm.create_model("test_vit", num_classes=3)
+    ema, states = ModelEmaV3(model), []
+    saver = CheckpointSaver(
+        model, torch.optim.SGD(model.parameters(), 0.1), model_ema=ema, checkpoint_dir=tmp_path, recovery_dir=tmp_path
+    )
+    for epoch in (1, 2):
+        states.append(move(model, epoch))
+        saver.save_checkpoint(epoch, metric=epoch)
+    averaged(tmp_path / "checkpoint-*.pth.tar", "--key", "state_dict", "-o", tmp_path / "averaged.safetensors")
+    again = timm.create_model("test_vit", num_classes=3, checkpoint_path=str(tmp_path / "averaged.safetensors"))
+    assert_is_mean(again, states)
+
+
+def test_checkpoints_of_ultralytics_are_read_without_it_and_loaded_into_its_network(tmp_path) -> None:
+    pytest.importorskip("ultralytics")
+    from ultralytics import YOLO
+
+    yolo, states = YOLO("yolo11n.yaml"), []
+    for step in (1, 2):
+        move(yolo.model, step)
+        state = {name: one.clone().half() for name, one in yolo.model.state_dict().items()}
+        states.append(state)
+        content = {"epoch": step, "model": None, "ema": copy.deepcopy(yolo.model).half()}
+        torch.save(
+            {**content, "train_args": {}, "train_metrics": {"fitness": 0.1 * step}}, tmp_path / f"epoch{step}.pt"
+        )
+    averaged(tmp_path / "epoch*.pt", "-o", tmp_path / "averaged.pt")
+    got = torch.load(tmp_path / "averaged.pt", weights_only=True)
+    assert got.keys() == states[0].keys()
+    assert all(torch.equal(got[name], mean(states, name)) for name in got if got[name].is_floating_point())
+    yolo.model.load_state_dict(got)
+
+
 def test_checkpoints_of_the_trainer_list_weights_and_average_and_a_key_chooses(tmp_path, capsys) -> None:
     from polyak import EMA, CheckpointSaver, Trainer
 
@@ -162,6 +215,40 @@ def test_checkpoints_of_the_trainer_list_weights_and_average_and_a_key_chooses(t
     model.load_state_dict(torch.load(tmp_path / "averaged.pt", weights_only=True))
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter, mean(states, name), rtol=1e-5)
+
+
+def test_checkpoints_of_mmengine_with_its_ema_are_averaged_by_their_epochs(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("mmengine")
+    from mmengine.model import BaseModel
+    from mmengine.runner import Runner
+
+    class Net(BaseModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(3, 2)
+
+        def forward(self, inputs, mode="tensor"):
+            return {"loss": self.net(torch.stack(inputs)).square().mean()}
+
+    monkeypatch.chdir(tmp_path)
+    data = {"dataset": [torch.randn(3) for _ in range(8)], "batch_size": 4, "sampler": {"type": "DefaultSampler"}}
+    data["collate_fn"] = {"type": "pseudo_collate"}
+    with warnings.catch_warnings(action="ignore"):
+        Runner(
+            model=Net(),
+            work_dir=str(tmp_path / "work"),
+            train_dataloader={**data, "collate_fn": lambda rows: {"inputs": rows}},
+            train_cfg={"by_epoch": True, "max_epochs": 3},
+            optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
+            custom_hooks=[{"type": "EMAHook"}],
+            default_hooks={"checkpoint": {"type": "CheckpointHook", "interval": 1}},
+            default_scope="mmengine",
+        ).train()
+    files = [tmp_path / f"work/epoch_{n}.pth" for n in (2, 3)]
+    averaged(*files, "--key", "state_dict", "-o", tmp_path / "averaged.pt")
+    model = Net()
+    model.load_state_dict(torch.load(tmp_path / "averaged.pt", weights_only=True))
+    assert_is_mean(model, [torch.load(one, weights_only=False)["state_dict"] for one in files])
 
 
 def test_the_best_of_a_lightning_trainer_are_those_of_its_callback_whose_names_are_rounded(tmp_path) -> None:

@@ -4,6 +4,7 @@ No code of these is in here, and fairseq is not installed: the formulas are.
 """
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -31,6 +32,34 @@ def test_a_uniform_average_is_the_sum_divided_by_the_number_as_fairseq_has_it(tm
     assert torch.equal(got, exact.to(dtype))
     in_float32 = sum(value.float() for value in values) / count  # as it computes: rounded at each sum
     assert torch.allclose(got.float(), in_float32, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_an_average_is_that_of_mergekits_linear_merge_within_its_float32(tmp_path, dtype) -> None:
+    pytest.importorskip("mergekit")
+    from mergekit.merge_methods.base import TensorBatch
+    from mergekit.merge_methods.linear import linear_merge
+
+    paths, values = write(tmp_path, 3, dtype)
+    weights = [0.5, 1.0, 2.5]
+    average_checkpoints(paths, tmp_path / "out.safetensors", weights=weights)
+    got = load_file(tmp_path / "out.safetensors")["w"]
+    batch = TensorBatch(tuple(value.to(dtype).unsqueeze(0) for value in values))
+    theirs = linear_merge.implementation(batch, torch.tensor([weights]))[0]
+    assert torch.allclose(got.double(), theirs.double(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_a_merge_of_megatron_is_a_sum_in_float32_with_weights_that_are_divided_by_their_sum(tmp_path) -> None:
+    paths, values = write(tmp_path, 4)
+    shares = [1 - math.sqrt(i / 4) for i in range(5)]
+    weights = [before - after for before, after in pairwise(shares)]  # as its "minus-sqrt" has them
+    average_checkpoints(paths, tmp_path / "out.safetensors", weights=weights)
+    theirs = torch.zeros(1000)
+    for weight, value in zip(weights, values, strict=True):
+        theirs += value.float() * weight
+    got = load_file(tmp_path / "out.safetensors")["w"]
+    assert torch.allclose(got, theirs / sum(weights), rtol=1e-5, atol=1e-6)
+    assert torch.equal(got, (sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)).float())
 
 
 # The share of the full learning rate that is left at a fraction of the decay.

@@ -285,7 +285,7 @@ def test_a_segment_that_is_being_written_is_not_touched_by_the_next_steps(tmp_pa
         torch.testing.assert_close(file.read("0.weight").double(), loop.mean("0.weight", 0, 4), rtol=1e-5, atol=1e-6)
 
 
-def test_a_record_opened_beside_its_recorder_has_all_segments_that_have_ended(tmp_path, monkeypatch) -> None:
+def test_a_record_opened_while_its_recorder_writes_has_all_segments_that_have_ended(tmp_path, monkeypatch) -> None:
     loop = Loop(short(tmp_path, per_level=None)).run(4)
     assert len(Record(tmp_path).segments) == 1
     release, real = threading.Event(), Writer.append

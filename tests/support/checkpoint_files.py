@@ -151,6 +151,19 @@ def _nemo(path: Path, number: float) -> None:
     weights.unlink()
 
 
+def _megatron_ranks(path: Path, number: float) -> None:
+    (path / "mp_rank_00").mkdir(parents=True)
+    tensors = state(number)
+    first = next(iter(tensors))
+    nested = {
+        "net": {"conv": {"weight": tensors.pop(first)}, **{n.removeprefix("net."): t for n, t in tensors.items()}}
+    }
+    content = {"iteration": int(100 * number), "args": argparse.Namespace(lr=0.1), "checkpoint_version": 3.0}
+    torch.save(
+        {**content, "model": nested, "optimizer": {"state": torch.ones(3)}}, path / "mp_rank_00/model_optim_rng.pt"
+    )
+
+
 def _timm(number: float) -> dict[str, Any]:
     kept = {"epoch": int(number), "arch": "test", "version": 2, "args": argparse.Namespace(lr=0.1), "metric": 71.5}
     return {**kept, "state_dict": state(number), "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}}}
@@ -170,6 +183,12 @@ FORMATS: dict[str, tuple[str, Callable[[Path, float], None]]] = {
     "Composer": (".pt", _torch(_composer)),
     "fairseq": (".pt", _torch(_fairseq)),
     "NeMo, .nemo": (".nemo", _nemo),
+    "Megatron, older format": ("", _megatron_ranks),
+    "ESPnet, WeNet or icefall": (".pth", _torch(lambda number: {"model": state(number), **beside(number)})),
+    "mmengine without EMAHook": (
+        ".pth",
+        _torch(lambda number: {"meta": {"iter": int(100 * number)}, "state_dict": state(number), "message_hub": {}}),
+    ),
     "timm": (".pth.tar", _torch(_timm)),
     "safetensors": (".safetensors", lambda path, number: save_file(_contiguous(state(number)), path)),
     "Transformers or Accelerate, one file": ("", _one),

@@ -228,7 +228,6 @@ FILES: Mapping[str, tuple[str, Callable[[], bytes]]] = {
     ),
     "a tensor on the meta device": (".pt", lambda: saved(average(torch.ones(2, device="meta")))),
     "a complex128 tensor": (".pt", lambda: saved(average(torch.ones(2, dtype=torch.complex128)))),
-    "a module in place of its state": (".pt", lambda: saved({"model": {}, "state_dict_ema": torch.nn.Linear(2, 2)})),
     "safetensors, truncated": (".safetensors", lambda: safetensors(HEADER, b"\0")),
     "safetensors, a header of 80 MB": (".safetensors", lambda: safetensors(HEADER[:-1] + b" " * (80 << 20) + b"}")),
     "safetensors, a header that is too long": (".safetensors", lambda: safetensors(HEADER, length=1 << 40)),

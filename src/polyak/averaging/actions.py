@@ -6,7 +6,7 @@ from polyak.algorithm import MetricLogger, NoLogger
 from polyak.averaging import forecast, youth
 from polyak.averaging.online import SWAPS, Action, OnlineAverage
 from polyak.averaging.swap import swap_of
-from polyak.errors import LoanError, TimeError
+from polyak.errors import LoanError, ProfileError, TimeError
 from polyak.events import Event, State
 from polyak.sharding import local
 from polyak.tensors.slots import averaged_parameters
@@ -36,6 +36,7 @@ def _start_run(average: OnlineAverage, event: Event, state: State, logger: Metri
         raise TimeError(
             f"max_duration must be known for times in dur (got None); give it, or other units to {average.name}"
         )
+    schedule.profile_in(state).decay(0, 1)  # a momentum raises if it needs the length of the run
     progress.counts_seconds = schedule.counts_seconds(state.max_duration)
     progress.fit_from = state.timestamp.batch, average.num_updates
     if average.started:
@@ -80,6 +81,11 @@ def _update(average: OnlineAverage, event: Event, state: State, logger: MetricLo
         decay = schedule.profile.decay(shadow.num_updates, shadow.num_updates + 1)
     else:
         decay = schedule.decay(progress.origin, progress.updated_at, state)
+    if not 0 <= decay <= 1:
+        raise ProfileError(
+            f"an update must keep from none to all of the average (got {decay!r} from {schedule.profile!r}); a profile "
+            "with negative shares can be taken from a record, and BEMA(...) keeps its own"
+        )
     progress.decay = decay
     shadow.update_(1 - decay)
     progress.updated_at = state.timestamp

@@ -1,7 +1,7 @@
 """The average of one model while it trains, and the one decision that is made at each event."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -52,6 +52,7 @@ class OnlineAverage:
         schedule: When and how much it moves.
         settings: How it is kept.
         name: What it is called in errors and states.
+        kind: Makes the averaged tensors of a model.
 
     Attributes:
         model: The model in training, unwrapped; None until it is known.
@@ -63,8 +64,8 @@ class OnlineAverage:
         restore_at: The event at which the training weights are restored; None if no event has swapped the average in.
     """
 
-    def __init__(self, schedule: Schedule, settings: Settings, name: str) -> None:
-        self.schedule, self.settings, self.name = schedule, settings, name
+    def __init__(self, schedule: Schedule, settings: Settings, name: str, kind: Callable[..., Shadow] = Shadow) -> None:
+        self.schedule, self.settings, self.name, self.kind = schedule, settings, name, kind
         self.model: nn.Module | None = None
         self.ranks: Ranks | None = None
         self._pipeline: Ranks | None = None
@@ -114,7 +115,7 @@ class OnlineAverage:
             model: Wrapped or not.
         """
         own = self.settings
-        return Shadow(model, dtype=own.dtype, policy=own.policy, mesh=own.mesh, offload=own.offload)
+        return self.kind(model, dtype=own.dtype, policy=own.policy, mesh=own.mesh, offload=own.offload)
 
     # The decision
 
@@ -250,7 +251,7 @@ class OnlineAverage:
             CopyError: If the average is sharded, or the model cannot be copied.
         """
         self.check_copyable()
-        new = memo[id(self)] = OnlineAverage(self.schedule, self.settings, self.name)
+        new = memo[id(self)] = OnlineAverage(self.schedule, self.settings, self.name, self.kind)
         state = None if self.shadow is None else states.cloned(states.state_of(self))
         new.progress, new.ranks = copy.copy(self.progress), self.ranks
         new.quarantine_warned = self.quarantine_warned

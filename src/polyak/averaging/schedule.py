@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from polyak.errors import ProfileError, TimeError
-from polyak.profiles import HalfLife, Profile, Smoothing, named
+from polyak.profiles import HalfLife, Momentum, Profile, Smoothing, named
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 
 # A default that needs no evaluation: the values that others have tuned lie around it (docs/which-half-life.md).
@@ -200,18 +200,30 @@ class Schedule:
         """
         unit, length, timestamp = self.unit, run.max_duration, run.timestamp
         assert unit is not None
+        profile = self.profile_in(run)
         start, now = origin.elapsed(unit, length), timestamp.elapsed(unit, length)
         if updated_at is None:
             interval = self._interval_in(unit, run)
             now = max(now - start, interval)
-            return self.profile.decay(now - interval, now)
+            return profile.decay(now - interval, now)
         last = updated_at.elapsed(unit, length)
         if now <= last and not self.is_due(updated_at, run):
             raise TimeError(
                 f"time must have passed since the last update (it was at {_moment(updated_at)}, now is "
                 f"{_moment(timestamp)}); set state.timestamp = state.timestamp.to_next_batch()"
             )
-        return self.profile.decay(max(0.0, last - start), max(0.0, now - start))
+        return profile.decay(max(0.0, last - start), max(0.0, now - start))
+
+    def profile_in(self, run: Run) -> Profile:
+        """Return the profile; one of momentum in steps, if the run says how many.
+
+        Args:
+            run: Has the length of an epoch and of the run, if they are known.
+        """
+        profile = self.profile
+        if isinstance(profile, Momentum):
+            return profile.in_steps(convert(profile.over, TimeUnit.BATCH, run))
+        return profile
 
     def _interval_in(self, unit: TimeUnit, run: Run) -> float:
         interval = convert(self.interval, unit, run)
@@ -262,7 +274,7 @@ def _check_profile(profile: Any) -> None:
     if not profile.recursive:
         raise ProfileError(
             f"one buffer must be able to follow the profile (got {profile!r}, which forgets what leaves its window); "
-            "record the run and take this average from the record, or use HalfLife"
+            f"{named(profile).online}"
         )
 
 

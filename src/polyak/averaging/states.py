@@ -41,7 +41,11 @@ def state_of(average: "OnlineAverage") -> dict[str, Any]:
         agree_on_names(pipeline, average.ranks or OneProcess(), model)
     saved = shadow.state_dict()
     saved |= _joined(pipeline or average.ranks, saved)
-    state |= {"ema_model": saved["averages"], **{name: saved[name] for name in _SAME}, **average.progress.state_dict()}
+    state |= {
+        "ema_model": saved["averages"],
+        **{name: saved[name] for name in (*_SAME, *shadow.extra)},
+        **average.progress.state_dict(),
+    }
     if active:
         state["training_model"] = saved["training"]
     return state
@@ -93,7 +97,7 @@ def load(average: "OnlineAverage", state: Mapping[str, Any], strict: bool = True
     averages, training = state["ema_model"], state.get("training_model")
     if not strict:
         averages, training = fitted(average.model, shadow.averages, averages, training)
-    same = {name: state.get(name) for name in _SAME}
+    same = {name: state.get(name) for name in (*_SAME, *shadow.extra)}
     shadow.load_state_dict({"averages": averages, "training": training, **same})
     average.shadow = shadow
     average.progress.load_state_dict(state)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class Shadow:
             wrapper of inner tensors, or has a dtype that cannot be averaged.
 
     Attributes:
+        extra: What its state has besides, by name.
         averages: The averaged and the copied tensors by canonical name. While swapped into a model of the same dtype,
             they may hold the training weights.
         num_updates: How often it has moved.
@@ -62,6 +63,8 @@ class Shadow:
         >>> model.weight.item()
         2.0
     """
+
+    extra: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,

@@ -112,7 +112,7 @@ def _is_averaged(dtype: torch.dtype) -> bool:
 
 
 @torch.no_grad()
-def average(plan: Plan, name: str) -> Tensor:
+def average(plan: Plan, name: str, first: int = 0, last: int | None = None) -> Tensor:
     """Return the average of a tensor, in the dtype of the newest checkpoint.
 
     Integers and extra states are those of the newest.
@@ -122,35 +122,39 @@ def average(plan: Plan, name: str) -> Tensor:
     Args:
         plan: What is averaged.
         name: Of the tensor.
+        first: The first element that is averaged, a multiple of the grain of all.
+        last: The one after the last, and the result has one dimension; None for all, in their shape.
 
     Raises:
         CheckpointError: If a file is damaged, has changed, or holds NaN.
     """
     like = plan.newest.tensors[name]
     try:
+        end = like.numel if last is None else last
         copied = is_extra_state(name) or not _is_averaged(like.dtype)
-        return like.whole().clone() if copied else _average(plan, name)
+        found = like.read(first, end).clone() if copied else _average(plan, name, first, end)
+        return found.reshape(like.shape) if last is None else found
     finally:
         _release(plan)
 
 
-def _average(plan: Plan, name: str) -> Tensor:
+def _average(plan: Plan, name: str, begin: int, end: int) -> Tensor:
     like = plan.newest.tensors[name]
     stored = [one.tensors[name] for one in plan.checkpoints]
     for one in stored:
-        one.read(0, min(one.grain, like.numel))  # before there is memory for what a damaged file may claim
-    found = torch.empty(like.numel, dtype=like.dtype)
+        one.read(begin, min(begin + one.grain, end))  # before there is memory for what a damaged file may claim
+    found = torch.empty(end - begin, dtype=like.dtype)
     grain = lcm(*(one.grain for one in stored))
     step = max(grain, _PIECE // grain * grain)
     held = 0
-    for first in range(0, like.numel, step):
-        last = min(first + step, like.numel)
-        found[first:last] = _mean(plan, name, first, last)
+    for first in range(begin, end, step):
+        last = min(first + step, end)
+        found[first - begin : last - begin] = _mean(plan, name, first, last)
         held += sum((last - first) * one.dtype.itemsize for one in stored)
         if held > _HELD_BYTES:
             _release(plan)
             held = 0
-    return found.reshape(like.shape)
+    return found
 
 
 def _release(plan: Plan) -> None:
@@ -160,10 +164,13 @@ def _release(plan: Plan) -> None:
 
 def _mean(plan: Plan, name: str, first: int, last: int) -> Tensor:
     wide = torch.complex128 if plan.newest.tensors[name].dtype.is_complex else torch.float64
-    total, values = torch.zeros(last - first, dtype=wide), torch.empty(last - first, dtype=wide)
-    for one, amount in zip(plan.checkpoints, plan.amounts, strict=True):
-        if amount:
-            total.add_(values.copy_(one.tensors[name].read(first, last)), alpha=amount)
+    counted = [(one, amount) for one, amount in zip(plan.checkpoints, plan.amounts, strict=True) if amount]
+    (begin, amount), *others = counted
+    total = begin.tensors[name].read(first, last).to(wide, copy=True)
+    if amount != 1:
+        total.mul_(amount)
+    for one, amount in others:
+        total.add_(one.tensors[name].read(first, last), alpha=amount)
     total.div_(fsum(plan.amounts))  # at the end: a third of a number is not exact, the sum of three is
     if bool(total.sum().isnan()):
         _require_no_nan(plan, name, first, last)

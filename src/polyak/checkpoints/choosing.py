@@ -5,11 +5,11 @@ from pathlib import Path
 
 from polyak.checkpoints.averaging import Plan, plan
 from polyak.checkpoints.metrics import values_of
+from polyak.checkpoints.mixed import require_one_run
 from polyak.checkpoints.moments import in_natural_order
 from polyak.checkpoints.opening import Checkpoint, open_checkpoint
 from polyak.checkpoints.output import check_output, write_average
 from polyak.checkpoints.profiles import weights_at
-from polyak.checkpoints.runs import require_one_run
 from polyak.compat.words import listed
 from polyak.errors import ArgumentError
 from polyak.profiles import NamedProfile
@@ -186,6 +186,8 @@ def _readings(
             return [one.moment[known] for one in opened]
     if unit is None:
         return None
+    if unit is TimeUnit.DURATION and (found := _readings(opened, None, None)) is not None:
+        return [reading / max(found) for reading in found]  # the run is what there is of it
     unknown = [one.path for one in opened if unit not in one.moment]
     known = sorted({str(unit) for one in opened for unit in one.moment})
     raise ArgumentError(

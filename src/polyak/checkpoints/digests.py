@@ -1,12 +1,9 @@
 """The SHA-256 of the files of checkpoints, computed on another thread while they are averaged."""
 
 import hashlib
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
 
 from polyak.checkpoints.opening import Checkpoint
 from polyak.errors import CheckpointError
@@ -14,74 +11,86 @@ from polyak.errors import CheckpointError
 _CHUNK_BYTES = 1 << 20
 
 
-class Digests:
-    """The hashes of files. Each has a placeholder of the same length until it is known.
+def files_of(checkpoints: Sequence[Checkpoint]) -> list[Path]:
+    """Return the files with weights of checkpoints.
 
     Args:
-        checkpoints: Whose files are hashed.
+        checkpoints: Which.
+    """
+    return [path for one in checkpoints for path in one.files.paths]
+
+
+def placeholder(path: Path, fingerprint: str) -> str:
+    """Return what stands for the hash of a file until it is known: as long, and the same in each run of a plan.
+
+    Args:
+        path: Of the file.
+        fingerprint: Of the plan.
+    """
+    return hashlib.sha256(f"{fingerprint}{path.absolute()}".encode()).hexdigest()
+
+
+class Digests:
+    """Hashes files next to a reader of all of them, so that each is read from the disk once.
+
+    Args:
+        paths: Of the files.
         pool: The thread that hashes them.
     """
 
-    def __init__(self, checkpoints: Sequence[Checkpoint], pool: ThreadPoolExecutor) -> None:
-        self._stopped = Event()
-        self._placeholders = {path: secrets.token_hex(32) for one in checkpoints for path in one.files.paths}
-        self._found: dict[Path, Future[str]] = {path: pool.submit(self._hash, path) for path in self._placeholders}
+    def __init__(self, paths: Sequence[Path], pool: ThreadPoolExecutor) -> None:
+        self._pool = pool
+        self._hashes = {path: hashlib.sha256() for path in paths}
+        self._at = dict.fromkeys(paths, 0)
+        self._waiting = list[Future[None]]()
 
-    def placeholder(self, path: Path) -> str:
-        """Return what stands for the hash of a file.
+    def advance(self, share: float) -> None:
+        """Hash up to a share of each file.
 
         Args:
-            path: Of the file.
+            share: How much the reader has read; 1 for all.
         """
-        return self._placeholders[path]
+        self._waiting = [one for one in self._waiting if not one.done() or one.exception()]
+        self._waiting += [self._pool.submit(self._hash, path, share) for path in self._hashes]
 
-    def write_into(self, path: Path) -> None:
-        """Replace the placeholders in the header of a safetensors file, once all hashes are known.
-
-        Args:
-            path: Of the file.
+    def results(self) -> Mapping[Path, str]:
+        """Return the hashes, once all files are hashed.
 
         Raises:
             CheckpointError: If a file could not be read.
-            OSError: If the disk refuses.
         """
-        with path.open("r+b") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-            for of, text in self._placeholders.items():
-                header = header.replace(text.encode(), self._result(of).encode())
-            file.seek(8)
-            file.write(header)
+        self.advance(1)
+        for one in self._waiting:
+            one.result()
+        return {path: digest.hexdigest() for path, digest in self._hashes.items()}
 
-    def _result(self, path: Path) -> str:
+    def _hash(self, path: Path, share: float) -> None:
         try:
-            return self._found[path].result()
+            with path.open("rb", buffering=0) as file:
+                end = path.stat().st_size if share >= 1 else int(path.stat().st_size * share)
+                file.seek(self._at[path])
+                while (left := end - self._at[path]) > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
+                    self._hashes[path].update(chunk)
+                    self._at[path] += len(chunk)
         except OSError as error:
             raise CheckpointError(
                 f"a checkpoint must stay readable ({path}: {error.strerror}); save it again"
             ) from None
 
-    def stop(self) -> None:
-        """Hash no more."""
-        self._stopped.set()
 
-    def _hash(self, path: Path) -> str:
-        digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            while not self._stopped.is_set() and (chunk := file.read(_CHUNK_BYTES)):
-                digest.update(chunk)
-        return digest.hexdigest()
-
-
-@contextmanager
-def hashing(checkpoints: Sequence[Checkpoint]) -> Iterator[Digests]:
-    """Hash the files of checkpoints during a ``with`` block. After an error it stops.
+def fill(path: Path, hashes: Mapping[str, str]) -> None:
+    """Replace the placeholders in the header of a safetensors file.
 
     Args:
-        checkpoints: Whose files are hashed.
+        path: Of the file.
+        hashes: By their placeholders.
+
+    Raises:
+        OSError: If the disk refuses.
     """
-    with ThreadPoolExecutor(1, "polyak-sha256") as pool:
-        digests = Digests(checkpoints, pool)
-        try:
-            yield digests
-        finally:
-            digests.stop()
+    with path.open("r+b") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        for stands, found in hashes.items():
+            header = header.replace(stands.encode(), found.encode())
+        file.seek(8)
+        file.write(header)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.stored import Files, Found, StoredTensor
+from polyak.checkpoints.stored import Files, Found, Saved, StoredTensor
+from polyak.checkpoints.weights import EXTRA_STATE
 from polyak.compat.files import load
-from polyak.compat.folders import Distributed, Shards, metadata_shape
+from polyak.compat.folders import Distributed, Shards, metadata_shape, with_rest
 from polyak.compat.pickles import StandIn
 from polyak.compat.tensors import Unread
 from polyak.compat.words import shown
@@ -49,11 +50,12 @@ def read(path: Path, files: Files) -> Found:
         def stored(name: str, item: Mapping[str, Any]) -> StoredTensor | Unread:
             return _stored(saved, files, name, item)
 
-        content = _with_separate_optimizer(saved.load(stored))
+        content = _with_separate_optimizer(with_rest(path, saved.load(stored)))
     except CheckpointError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
     beside = path / _LIGHTNING
-    return Found(content, clock=load(beside) if beside.exists() else {})
+    clock = load(beside) if beside.exists() else {}
+    return Found(content, clock=clock, blobs=saved.blobs(lambda name: EXTRA_STATE in name))
 
 
 def _with_separate_optimizer(content: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -97,4 +99,5 @@ def _stored(saved: Distributed, files: Files, name: str, item: Mapping[str, Any]
                 whole[place] = shard[low - begin : high - begin]
         return whole.reshape(-1)
 
-    return StoredTensor(dtype, shape, row if shape else 1, read_elements)
+    where = Saved(name, saved.keys(name), tuple(saved.boxes(name, item, shape)))
+    return StoredTensor(dtype, shape, row if shape else 1, read_elements, where)

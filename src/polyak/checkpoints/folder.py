@@ -45,11 +45,12 @@ def read(path: Path, files: Files) -> Found:
     if indexes:
         layout = _indexed(min(indexes, key=lambda one: ".safetensors" not in one.name))
         return Found(_tensors(path, layout, files), layout, clock)
-    found = sorted(one for one in path.iterdir() if _WEIGHTS.fullmatch(one.name))
+    models = sorted(one for one in path.iterdir() if _WEIGHTS.fullmatch(one.name))
     sharded = [one for one in path.iterdir() if distributed.accepts(one) and not one.name.startswith("optim")]
-    if not found and len(sharded) == 1:  # of Accelerate under FSDP
-        return replace(distributed.read(sharded[0], files), clock=clock, format=distributed.FORMAT)
-    whole = [one for one in found if one.suffix == ".safetensors"] or found
+    if not models and len(sharded) == 1:  # of Accelerate under FSDP
+        found = distributed.read(sharded[0], files)
+        return replace(found, clock=clock, format=distributed.FORMAT, folder=sharded[0].name)
+    whole = [one for one in models if one.suffix == ".safetensors"] or models
     if len(whole) > 1:
         raise CheckpointError(
             f"a folder must have the weights of one model ({shown(path)} has {listed(one.name for one in whole)}); "

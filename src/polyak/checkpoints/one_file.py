@@ -4,6 +4,7 @@ from pathlib import Path
 
 from polyak.checkpoints.stored import Files, Found
 from polyak.compat.files import load
+from polyak.compat.saved import is_legacy
 
 FORMAT = "file"
 
@@ -31,4 +32,6 @@ def read(path: Path, files: Files) -> Found:
     content = load(path, data=data, unchecked=files.unchecked)
     if bytes(data[:2]) == b"PK":
         return Found(content, format="torch file")
-    return Found(content, format="safetensors file" if bytes(data[8:9]) == b"{" else "torch file of before 1.6")
+    if bytes(data[8:9]) == b"{":
+        return Found(content, format="safetensors file")
+    return Found(content, format="torch file of before 1.6" if is_legacy(data) else "pickle")

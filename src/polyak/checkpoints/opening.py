@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from polyak.checkpoints import distributed, folder, nemo, one_file
+from polyak.checkpoints import deepspeed, distributed, folder, megatron, nemo, one_file
 from polyak.checkpoints.metrics import metrics_of
 from polyak.checkpoints.moments import moment_of
+from polyak.checkpoints.settings import settings_in
 from polyak.checkpoints.stored import Files, Found, StoredTensor
 from polyak.checkpoints.weights import weights_in
 from polyak.compat.saved import most_bytes
@@ -39,7 +40,7 @@ class Reader(Protocol):
 
 
 # The first that accepts a path reads it.
-READERS: Sequence[Reader] = (distributed, folder, nemo, one_file)
+READERS: Sequence[Reader] = (distributed, deepspeed, megatron, folder, nemo, one_file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,13 @@ class Checkpoint:
         tensors: The weights, by name.
         moment: When it was saved, in the units that are known.
         metrics: Measured when it was saved, by name.
-        extra: The names of extra states that are no tensors, and stay behind.
+        extra: Extra states that are no tensors, but plain values, by name.
+        left: The names of extra states that are neither, and stay behind.
         layout: By tensor the name of its file, for a folder of files with weights.
         files: Its files.
+        settings: Hyper-parameters of the run, by their places in the checkpoint.
+        folder: In which folder of the checkpoint the weights are; empty for itself.
+        blobs: Extra states of ``torch.distributed.checkpoint`` by their names, each with its keys and its bytes.
     """
 
     path: Path
@@ -64,9 +69,13 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     moment: Mapping[TimeUnit, float]
     metrics: Mapping[str, float]
-    extra: Sequence[str]
+    extra: Mapping[str, Any]
+    left: Sequence[str]
     layout: Mapping[str, str]
     files: Files
+    settings: Mapping[str, object] = field(default_factory=dict)
+    folder: str = ""
+    blobs: Mapping[str, tuple[tuple[str | int, ...], memoryview]] = field(default_factory=dict)
 
     @property
     def size_bytes(self) -> int:
@@ -88,13 +97,28 @@ def open_checkpoint(path: Path, key: str | None = None, prefix: str | None = Non
     files = Files()
     with named_errors(path):
         found = read(path, files)
-        place, tensors, extra = weights_in(found.content, files, key, prefix)
+        place, tensors, extra, left = weights_in(found.content, files, key, prefix)
         moment = moment_of(path, found.content, found.clock)
         metrics = metrics_of(path, found.content, found.clock)
+        settings = settings_in(found.content)
         if found.format != distributed.FORMAT:  # whose shards are compared with their tensors
             _require_possible(tensors, files.size_bytes)
     named = {name: replace(tensor, read=_named(path, tensor.read)) for name, tensor in tensors.items()}
-    return Checkpoint(path, found.format, place, named, moment, metrics, extra, found.layout, files)
+    return Checkpoint(
+        path,
+        found.format,
+        place,
+        named,
+        moment,
+        metrics,
+        extra,
+        left,
+        found.layout,
+        files,
+        settings,
+        found.folder,
+        found.blobs,
+    )
 
 
 def read(path: Path, files: Files) -> Found:

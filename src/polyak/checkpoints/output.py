@@ -1,41 +1,85 @@
-"""Writes an average of checkpoints as what they are: a safetensors file, a file of torch, or a folder."""
+"""Writes an average of checkpoints: as a safetensors file, a file of torch, or a folder of either kind."""
 
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from polyak.checkpoints import as_dcp, as_safetensors, as_torch
 from polyak.checkpoints.averaging import Plan, average
-from polyak.checkpoints.digests import Digests, hashing
-from polyak.checkpoints.folder import INDEX
-from polyak.checkpoints.one_file import read as read_file
-from polyak.checkpoints.stored import Files
+from polyak.checkpoints.digests import Digests, files_of, fill, placeholder
+from polyak.checkpoints.staging import Staging, fingerprint_of, keep_plan, staged
+from polyak.checkpoints.units import Job, Unit, Writer
 from polyak.compat.words import listed, shown
 from polyak.errors import ArgumentError
-from polyak.storage.atomic import replacing
-from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, write_tensors
+from polyak.sharding.communicator import Communicator, OneProcess
+from polyak.storage.safetensors import DTYPE_NAMES
 
 _TORCH = (".pt", ".pth", ".ckpt", ".bin")
-# What belongs to a usable folder; all else, such as the states of optimizers, is left out.
-_BELONGS = {".json", ".txt", ".model", ".py", ".md", ".jinja", ".tiktoken", ".vocab"}
-_TRAINING = ("trainer_state", "training_args", "optimizer", "scheduler", "rng_state", "random_states")
+_SAFETENSORS = ".safetensors"
+# By what ``--as`` calls them.
+WRITERS: Mapping[str, Writer] = {
+    "hf": as_safetensors,
+    "safetensors": as_safetensors,
+    "pt": as_torch,
+    "dcp": as_dcp,
+}
+_FOLDERS = ("hf", "dcp")
 
 Progress = Callable[[str], None]
 
 
-def check_output(path: Path, plan: Plan) -> None:
-    """See that an average can be written to a path.
+def form_of(path: Path, plan: Plan, form: str | None = None) -> str:
+    """Return the format of an output: what it is told to be, what its suffix says, or what the newest checkpoint is.
+
+    Args:
+        path: Of the output.
+        plan: What is averaged.
+        form: One of `WRITERS`; None to find out.
+
+    Raises:
+        ArgumentError: If it is not clear, or does not fit the suffix.
+    """
+    suffix = path.suffix
+    if form is not None:
+        wanted = "no suffix of a file" if form in _FOLDERS else _SAFETENSORS if form == "safetensors" else "a suffix of"
+        fits = {"safetensors": suffix == _SAFETENSORS, "pt": suffix in _TORCH}
+        if form not in WRITERS or not fits.get(form, suffix not in (_SAFETENSORS, *_TORCH)):
+            wanted = f"{', '.join(_TORCH)}" if form == "pt" else wanted
+            raise ArgumentError(f"the output must have {wanted} as {form} (got {shown(path)}); choose another name")
+        return form
+    if suffix not in (_SAFETENSORS, "", *_TORCH):
+        raise ArgumentError(
+            f"the output must be .safetensors, {', '.join(_TORCH)}, or a folder without a suffix (got {shown(path)}); "
+            "choose another, or say which by --as"
+        )
+    if suffix:
+        return "safetensors" if suffix == _SAFETENSORS else "pt"
+    if all(one.saved is not None and one.saved.keys[-1] == name for name, one in plan.tensors.items()):
+        return "dcp"
+    if not plan.newest.layout.keys() >= {*plan.names}:
+        raise ArgumentError(
+            f"the output must have a suffix, such as .safetensors, where the checkpoints are no folders with model "
+            f"files, or --prefix changes names (got {shown(path)}); add one, or say which folder by --as"
+        )
+    return "hf"
+
+
+def check_output(path: Path, plan: Plan, form: str | None = None) -> str:
+    """Return the format of an output, once it is known that the average can be written there.
 
     Args:
         path: Its suffix says the format.
         plan: What is averaged.
+        form: One of `WRITERS` instead.
 
     Raises:
-        ArgumentError: If it is not so.
+        ArgumentError: If it cannot.
     """
     inputs = [Path(os.path.realpath(one.path)) for one in plan.checkpoints]
     to = Path(os.path.realpath(path))
@@ -45,18 +89,10 @@ def check_output(path: Path, plan: Plan) -> None:
         )
     if not to.parent.is_dir():
         raise ArgumentError(f"the output must be in a folder that exists (got {shown(path)}); make the folder")
-    if path.suffix not in (".safetensors", "", *_TORCH):
-        raise ArgumentError(
-            f"the output must be .safetensors, {', '.join(_TORCH)}, or a folder without a suffix (got {shown(path)}); "
-            "choose another"
-        )
-    if path.suffix == "" and not plan.newest.layout.keys() >= {*plan.names}:
-        raise ArgumentError(
-            f"the output must have a suffix, such as .safetensors, where the checkpoints are no folders with model "
-            f"files, or --prefix changes names (got {shown(path)}); add one"
-        )
-    if path.suffix in ("", ".safetensors"):
+    found = form_of(path, plan, form)
+    if found in ("hf", "safetensors"):
         _require_dtypes(plan)
+    return found
 
 
 def _require_dtypes(plan: Plan) -> None:
@@ -65,40 +101,108 @@ def _require_dtypes(plan: Plan) -> None:
 
 
 def write_average(
-    plan: Plan, path: Path, progress: Progress = lambda name: None, given: Mapping[str, Tensor] | None = None
+    plan: Plan,
+    path: Path,
+    progress: Progress = lambda name: None,
+    *,
+    given: Mapping[str, Tensor] | None = None,
+    form: str | None = None,
+    communicator: Communicator | None = None,
 ) -> None:
     """Compute the average and write it. It is complete, or what was at ``path`` is as it was.
 
     The header of safetensors files says what it was made from, with the SHA-256 of each file that has weights of a
-    checkpoint.
+    checkpoint. A run that was stopped is resumed.
 
     Args:
         plan: What is averaged.
         path: A file, or a folder that is absent or empty.
         progress: Is called with the name of each tensor before it is averaged.
         given: Tensors by name that are written instead of their average.
+        form: One of `WRITERS`; None for what the suffix or the newest checkpoint says.
+        communicator: Of processes that all call this, and share the work; None for this one alone.
 
     Raises:
         CheckpointError: If a checkpoint is damaged or has changed.
         OSError: If the disk refuses.
     """
+    given, together = given or {}, communicator or OneProcess()
+    form = form_of(path, plan, form)
+    writer = WRITERS[form]
+    fingerprint = fingerprint_of(plan, form, given)
 
-    def read(name: str) -> Tensor:
+    def read(name: str, first: int = 0, last: int | None = None) -> Tensor:
         progress(name)
-        return average(plan, name) if given is None or name not in given else given[name]
+        if name in given:
+            return given[name].contiguous() if last is None else given[name].reshape(-1)[first:last]
+        return average(plan, name, first, last)
 
-    with replacing(path, folder=path.suffix == "") as temporary:
-        if path.suffix in ("", ".safetensors"):
-            with hashing(plan.checkpoints) as digests:
-                said = {"format": "pt", "polyak.average": json.dumps(provenance(plan, path, digests))}
-                written = _write_folder(plan, temporary, said, read) if path.suffix == "" else [temporary]
-                if path.suffix:
-                    _write(plan, temporary, plan.names, said, read)
-                for file in written:
-                    digests.write_into(file)
-        else:
-            _write_torch(plan, temporary, read)
-        _require_unchanged(plan)
+    said = {"format": "pt", "polyak.average": json.dumps(provenance(plan, path, fingerprint))}
+    job = Job(plan, read, said)
+    with staged(path, fingerprint, together, folder=form in _FOLDERS) as (staging, resumed):
+
+        def prepare() -> None:
+            if not resumed:
+                writer.prepare(job, staging.output)
+                keep_plan(path, fingerprint)
+
+        together.on_rank_0(prepare, f"begin {path}")
+        work = _Work(staging, together, files_of(plan.checkpoints) if form in ("hf", "safetensors") else [])
+        together.on_every_rank("whether all could write their part", lambda: work.do(writer.units(job, staging.output)))
+        together.on_every_rank("whether the checkpoints stayed as they were", lambda: _require_unchanged(plan))
+        together.on_rank_0(lambda: _finish(job, writer, staging, fingerprint), f"complete {path}")
+
+
+def _finish(job: Job, writer: Writer, staging: Staging, fingerprint: str) -> None:
+    facts = staging.facts()
+    hashes = {one["path"]: one["sha256"] for name, one in facts.items() if name.startswith("sha256-")}
+    tensors = {name: one for name, one in facts.items() if not name.startswith("sha256-")}
+    for file in writer.finish(job, staging.output, tensors):
+        fill(file, {placeholder(Path(path), fingerprint): found for path, found in hashes.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The units of this process, with the hashes of its share of the input files.
+
+    Args:
+        staging: Keeps what is done.
+        communicator: Of the processes.
+        files: That are hashed by any of them.
+    """
+
+    staging: Staging
+    communicator: Communicator
+    files: Sequence[Path]
+
+    def do(self, units: Sequence[Unit]) -> None:
+        """Do the units of this process that are not done."""
+        rank, size = self.communicator.rank, self.communicator.world_size
+        done = self.staging.facts()
+        own = [one for i, one in enumerate(units) if i % size == rank and one.name not in done]
+        files = {f"sha256-{i}": path for i, path in enumerate(self.files) if i % size == rank}
+        pool, marked = ThreadPoolExecutor(1, "polyak-sha256"), list[Future[None]]()
+        with ThreadPoolExecutor(1, "polyak-done") as marking, _ending(pool):
+            digests = Digests([path for name, path in files.items() if name not in done], pool)
+            digests.advance(1 / len(own) if own else 1)
+            for i, unit in enumerate(own, 2):
+                digests.advance(min(1, i / len(own)))  # it reads what the next unit needs, one file after the other
+                marked.append(marking.submit(self.staging.mark, unit.name, unit.write()))
+            for one in marked:
+                one.result()
+            found = digests.results()
+            for name, path in files.items():
+                if path in found:
+                    self.staging.mark(name, {"path": str(path), "sha256": found[path]})
+
+
+@contextmanager
+def _ending(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Let a pool end after a ``with`` block, and do nothing more: after an error much may wait."""
+    try:
+        yield
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _require_unchanged(plan: Plan) -> None:
@@ -106,76 +210,13 @@ def _require_unchanged(plan: Plan) -> None:
         one.files.require_unchanged()
 
 
-Read = Callable[[str], Tensor]
-
-
-def _write(plan: Plan, to: Path, names: Sequence[str], said: Mapping[str, str], read: Read) -> None:
-    tensors = plan.tensors
-    infos = {name: TensorInfo(tensors[name].dtype, tensors[name].shape, averaged=False) for name in names}
-    write_tensors(to, infos, read, said)
-
-
-def _write_torch(plan: Plan, to: Path, read: Read) -> None:
-    """Write by ``torch.save``, which needs all tensors: they are in a file meanwhile, not in memory."""
-    between = to.with_name(f"{to.name}.tensors")
-    try:
-        known = {name: one for name, one in plan.tensors.items() if one.dtype in DTYPE_NAMES}
-        infos = {name: TensorInfo(one.dtype, one.shape, averaged=False) for name, one in known.items()}
-        write_tensors(between, infos, read, {})
-        files = Files()
-        on_disk = read_file(between, files).content
-        state = {name: on_disk[name] if name in known else read(name) for name in plan.names}
-        torch.save(state, to)
-        files.release()
-    finally:
-        between.unlink(missing_ok=True)
-
-
-def _write_folder(plan: Plan, to: Path, said: Mapping[str, str], read: Read) -> list[Path]:
-    """Write the files of a folder; return those with weights."""
-    layout = {name: _as_safetensors(plan.newest.layout[name]) for name in plan.names}
-    files = dict.fromkeys(layout.values())
-    for file in files:
-        _write(plan, to / file, [name for name in plan.names if layout[name] == file], said, read)
-    if len(files) > 1:
-        size_bytes = sum(one.size_bytes for one in plan.tensors.values())
-        index = {"metadata": {"total_size": size_bytes}, "weight_map": layout}
-        stem = min(files).partition("-")[0]
-        (to / f"{stem}.safetensors{INDEX}").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for one in files_of_folder(plan.newest.path):
-        shutil.copyfile(one, to / one.name)
-    return [to / file for file in files]
-
-
-def _as_safetensors(file: str) -> str:
-    """Return the name that Transformers, diffusers and peft look for, of a file with such tensors."""
-    name = Path(file).with_suffix(".safetensors").name
-    return name.removeprefix("pytorch_") if name.startswith("pytorch_model") else name
-
-
-def files_of_folder(folder: Path) -> list[Path]:
-    """Return the files that a usable folder has next to its weights, such as configurations and tokenizers.
-
-    Args:
-        folder: Of a checkpoint.
-    """
-    return sorted(
-        one
-        for one in folder.iterdir()
-        if one.is_file()
-        and one.suffix in _BELONGS
-        and not one.name.endswith(INDEX)
-        and not one.name.startswith(_TRAINING)
-    )
-
-
-def provenance(plan: Plan, path: Path, digests: Digests) -> list[dict[str, object]]:
+def provenance(plan: Plan, path: Path, fingerprint: str) -> list[dict[str, object]]:
     """Return what an average was made from: of each checkpoint the path from the output, hashes, moment and weight.
 
     Args:
         plan: What is averaged.
         path: Of the output.
-        digests: Of the files.
+        fingerprint: Of the plan; placeholders stand for the hashes.
     """
     here = Path(os.path.realpath(path)).parent
     return [
@@ -184,7 +225,7 @@ def provenance(plan: Plan, path: Path, digests: Digests) -> list[dict[str, objec
             "weights": one.place,
             "moment": {str(unit): value for unit, value in one.moment.items()},
             "weight": weight,
-            "sha256": {file.name: digests.placeholder(file) for file in one.files.paths},
+            "sha256": {file.name: placeholder(file, fingerprint) for file in one.files.paths},
         }
         for one, weight in zip(plan.checkpoints, plan.weights, strict=True)
     ]

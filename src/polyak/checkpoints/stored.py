@@ -21,6 +21,21 @@ _CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class Saved:
+    """Where ``torch.distributed.checkpoint`` saved a tensor.
+
+    Args:
+        fqn: Its name in the metadata.
+        keys: By which it is in the mappings that were saved.
+        shards: The files that have its shards: where each begins and ends in each dimension, and the name of the file.
+    """
+
+    fqn: str
+    keys: tuple[str | int, ...]
+    shards: tuple[tuple[tuple[tuple[int, int], ...], str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in a file.
 
@@ -29,12 +44,14 @@ class StoredTensor:
         shape: Of the tensor.
         grain: What is read begins and ends at multiples of this number of elements.
         read: Returns the elements from one number to another, in order, as a tensor of one dimension.
+        saved: Where it is in a folder of ``torch.distributed.checkpoint``; None in any other checkpoint.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     grain: int
     read: Callable[[int, int], Tensor]
+    saved: Saved | None = None
 
     @property
     def numel(self) -> int:
@@ -73,13 +90,21 @@ class Files:
         """
         if path not in self._open:
             state = _state(path)
-            self._open[path] = opened(path), state
+            data = opened(path)
+            if isinstance(data.obj, mmap.mmap) and hasattr(mmap, "MADV_SEQUENTIAL"):
+                data.obj.madvise(mmap.MADV_SEQUENTIAL)
+            self._open[path] = data, state
         return self._open[path][0]
 
     @property
     def paths(self) -> list[Path]:
         """The files that were opened, which are those with weights."""
         return [*self._open]
+
+    @property
+    def states(self) -> list[tuple[str, tuple[int, ...]]]:
+        """What tells the files from others of their names: inode, size and time of the last change."""
+        return [(str(path.absolute()), state) for path, (_, state) in self._open.items()]
 
     @property
     def size_bytes(self) -> int:
@@ -160,9 +185,13 @@ class Found:
         layout: By tensor, the name of the file that it is in, for a folder of several such files.
         clock: When it was saved, as files next to the weights say: counts by their names.
         format: What exactly it is, for people; empty for what the reader says.
+        folder: In which folder of the checkpoint the weights are; empty for itself.
+        blobs: Extra states of ``torch.distributed.checkpoint`` by their names, each with its keys and its bytes.
     """
 
     content: Mapping[Any, Any]
     layout: Mapping[str, str] = field(default_factory=dict)
     clock: Mapping[str, Any] = field(default_factory=dict)
     format: str = ""
+    folder: str = ""
+    blobs: Mapping[str, tuple[tuple[str | int, ...], memoryview]] = field(default_factory=dict)

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from polyak.checkpoints.stored import Files, StoredTensor
+from polyak.compat.pickles import StandIn
 from polyak.compat.reading import dig
 from polyak.compat.tensors import Unread
 from polyak.compat.words import listed, shown
@@ -27,12 +29,14 @@ class Weights(NamedTuple):
     Args:
         place: Where they are.
         tensors: By name.
-        extra: The names of extra states that are no tensors.
+        extra: Extra states that are no tensors, but plain values, by name.
+        left: The names of extra states that are neither.
     """
 
     place: str
     tensors: dict[str, StoredTensor]
-    extra: tuple[str, ...]
+    extra: dict[str, Any]
+    left: tuple[str, ...]
 
 
 def weights_in(content: _Mapping, files: Files, key: str | None, prefix: str | None) -> Weights:
@@ -49,7 +53,12 @@ def weights_in(content: _Mapping, files: Files, key: str | None, prefix: str | N
     """
     place, state = _place(content, key)
     found = {name: value for name, value in state.items() if isinstance(value, (Tensor, StoredTensor, Unread))}
-    extra = tuple(name for name in state if isinstance(name, str) and is_extra_state(name) and name not in found)
+    states = {
+        name.removeprefix(prefix or ""): value
+        for name, value in state.items()
+        if isinstance(name, str) and is_extra_state(name) and name not in found and name.startswith(prefix or "")
+    }
+    extra = {name: value for name, value in states.items() if _is_plain(value)}
     if other := [name for name in found if not isinstance(name, str)]:
         raise CheckpointError(f"the names of weights must be text (got {shown(other[0])}); give --key")
     if prefix:
@@ -60,7 +69,18 @@ def weights_in(content: _Mapping, files: Files, key: str | None, prefix: str | N
     if unread := {name: value.kind for name, value in found.items() if isinstance(value, Unread)}:
         name, kind = next(iter(unread.items()))
         raise CheckpointError(f"all weights must be plain tensors ({shown(name)} is {kind}); save them as such")
-    return Weights(place, stored_in(found, files), extra)
+    return Weights(place, stored_in(found, files), extra, tuple(states.keys() - extra.keys()))
+
+
+def _is_plain(value: object, depth: int = _DEPTH) -> bool:
+    """Return whether a value has no object in it that was not built."""
+    if isinstance(value, (StandIn, Unread)) or not depth:
+        return False
+    if isinstance(value, Mapping):
+        return all(_is_plain(one, depth - 1) for pair in value.items() for one in pair)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(_is_plain(one, depth - 1) for one in value)
+    return isinstance(value, (str, bytes, int, float, complex, type(None), torch.dtype))
 
 
 def is_extra_state(name: str) -> bool:
@@ -96,7 +116,8 @@ def _place(content: _Mapping, key: str | None) -> tuple[str, _Mapping]:
         )
     if len(places) > 1:
         sizes = ", ".join(f"{shown(place) or 'the file itself'} ({_count(state)})" for place, state in places.items())
-        raise CheckpointError(f"it must be clear which weights are meant (it has {sizes}); say which by --key")
+        hint = "; the state_dict of mmengine's EMAHook is the average" if "message_hub" in content else ""
+        raise CheckpointError(f"it must be clear which weights are meant (it has {sizes}{hint}); say which by --key")
     return next(iter(places.items()))
 
 

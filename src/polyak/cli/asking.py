@@ -3,12 +3,12 @@
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polyak.cli.command import UsageError
 from polyak.cli.output import size
 from polyak.errors import PolyakError
-from polyak.profiles import NamedProfile, forms, parse
+from polyak.profiles import NamedProfile, forms, options, parse, parse_words
 
 if TYPE_CHECKING:
     from polyak.record import Record
@@ -65,6 +65,34 @@ def profile_of(form: str) -> Callable[[str], NamedProfile]:
             raise ArgumentTypeError(f"it must be a number (got {text!r})") from None
 
     return read
+
+
+def add_profiles(group: Any) -> None:
+    """Add an option for each kind of profile, and one for any in words.
+
+    Args:
+        group: Of options that exclude each other, of a parser.
+    """
+    for form in options():
+        group.add_argument(
+            f"--{form.name}", dest="profile", type=profile_of(form.name), metavar=form.metavar, help=form.help
+        )
+    group.add_argument(
+        "--profile",
+        dest="profile",
+        type=_profile_in_words,
+        metavar="WORDS",
+        help="any of these in words, such as 'cooldown 20%%, 1-sqrt, floor 0.1, snap'",
+    )
+
+
+def _profile_in_words(text: str) -> NamedProfile:
+    try:
+        return parse_words(text)
+    except PolyakError as error:
+        raise ArgumentTypeError(str(error)) from None
+    except ValueError:
+        raise ArgumentTypeError(f"its value must be a number (got {text!r})") from None
 
 
 def half_lives(text: str) -> list[NamedProfile]:

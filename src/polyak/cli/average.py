@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak.cli.asking import profile_of
+from polyak.cli.asking import add_profiles
 from polyak.cli.batchnorm import recomputed_statistics
 from polyak.cli.checkpoints import add_checkpoints, add_direction, add_place, maximize_of, open_all, require_new
 from polyak.cli.command import Answer, UsageError, whole
 from polyak.cli.output import fields, size, table, terminal_width
 from polyak.printable import printable
-from polyak.profiles import options
 from polyak.time import Time
 
 if TYPE_CHECKING:
@@ -61,6 +60,12 @@ def configure(parser: ArgumentParser) -> None:
         metavar="OUT",
         help="a .safetensors or .pt file; without a suffix a folder as the newest checkpoint is",
     )
+    parser.add_argument(
+        "--as",
+        dest="form",
+        choices=("hf", "safetensors", "pt", "dcp"),
+        help="the format of OUT: a folder for from_pretrained, a file, or a folder of torch.distributed.checkpoint",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--last", type=whole(1), metavar="N", help="take the last N checkpoints only")
     which.add_argument("--best", type=whole(1), metavar="N", help="take the N checkpoints with the best --metric only")
@@ -75,10 +80,7 @@ def configure(parser: ArgumentParser) -> None:
     group.add_argument(
         "--weights", type=_numbers, metavar="W,W,...", help="the weight of each checkpoint, in the order given"
     )
-    for form in options():
-        group.add_argument(
-            f"--{form.name}", dest="profile", type=profile_of(form.name), metavar=form.metavar, help=form.help
-        )
+    add_profiles(group)
     parser.add_argument(
         "--times", type=_times, metavar="T,T,...", help="when each was saved, such as 100ba,200ba (default: found)"
     )
@@ -87,7 +89,8 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--mixed", action="store_true", help="checkpoints of one folder may be of several runs")
     parser.add_argument(
         "--update-bn",
-        metavar="FUNCTION",
+        "--bn",
+        metavar="FILE:LOADER",
         help="FILE.py:FUNCTION that returns a model and batches of training data, to recompute the statistics of "
         "BatchNorm layers; the model is in memory then",
     )
@@ -109,8 +112,8 @@ def _times(text: str) -> list[Time]:
         raise ArgumentTypeError(f"it must be times, such as 100ba,200ba (got {text!r})") from None
 
 
-def run(arguments: Namespace) -> Answer:
-    """Average the checkpoints, and return what was done.
+def run(arguments: Namespace) -> Answer | None:
+    """Average the checkpoints; return what was done, or None on other ranks than rank 0.
 
     Args:
         arguments: The parsed arguments.
@@ -121,6 +124,7 @@ def run(arguments: Namespace) -> Answer:
     """
     from polyak.checkpoints import choose
     from polyak.checkpoints.output import check_output, write_average
+    from polyak.checkpoints.processes import all_processes
 
     output: Path = arguments.output
     require_new(output, force=arguments.force)
@@ -139,10 +143,13 @@ def run(arguments: Namespace) -> Answer:
         common=arguments.common,
         mixed=arguments.mixed,
     )
-    check_output(output, made)
-    if not arguments.dry_run:
-        given = None if arguments.update_bn is None else recomputed_statistics(made, arguments.update_bn)
-        write_average(made, output, _Progress(len(made.names)), given)
+    form = check_output(output, made, arguments.form)
+    with all_processes() as communicator:
+        if not arguments.dry_run:
+            given = None if arguments.update_bn is None else recomputed_statistics(made, arguments.update_bn)
+            write_average(made, output, _Progress(len(made.names)), given=given, form=form, communicator=communicator)
+        if communicator.rank:
+            return None
     notes = list(_notes(made, output, recomputed=arguments.update_bn is not None))
     return _answer(made, output, notes, written=not arguments.dry_run)
 
@@ -174,7 +181,7 @@ def _answer(made: "Plan", output: Path, notes: list[str], *, written: bool) -> A
 
 
 def _notes(made: "Plan", output: Path, *, recomputed: bool) -> Iterator[str]:
-    from polyak.checkpoints.output import files_of_folder
+    from polyak.checkpoints.companions import companions
     from polyak.compat.words import listed
 
     if made.left_out:
@@ -184,8 +191,8 @@ def _notes(made: "Plan", output: Path, *, recomputed: bool) -> Iterator[str]:
     ]
     if integers:
         yield f"of the newest checkpoint, since they are no numbers to average: {listed(integers)}"
-    if made.newest.extra:
-        yield f"left out, since they are no tensors: {listed(made.newest.extra)}"
+    if left := [*made.newest.left, *(made.newest.extra if output.suffix in ("", ".safetensors") else ())]:
+        yield f"left out, since they are no tensors: {listed(left)}"
     if not recomputed and (
         layers := [name.removesuffix(".running_var") for name in made.names if name.endswith(".running_var")]
     ):
@@ -195,7 +202,7 @@ def _notes(made: "Plan", output: Path, *, recomputed: bool) -> Iterator[str]:
         )
     if output.suffix not in ("", ".safetensors"):
         yield "such a file does not say what it was made from; a .safetensors file does, with hashes"
-    if made.newest.layout and (others := files_of_folder(made.newest.path)):
+    if made.newest.layout and (others := companions(made.newest.path)):
         yield f"for a folder as the output, of the newest: {listed(one.name for one in others)}"
 
 

@@ -8,12 +8,12 @@ next to a copy of the model's config.json, and load the folder with from_pretrai
 import json
 from argparse import ArgumentParser, Namespace
 
-from polyak.cli.asking import add_record, open_record, profile_of
+from polyak.cli.asking import add_profiles, add_record, open_record
 from polyak.cli.command import Answer, UsageError, one_of
 from polyak.cli.files import add_output, check_output
 from polyak.cli.output import clocks, fields, size, terminal_width
 from polyak.printable import printable
-from polyak.profiles import NamedProfile, named, options
+from polyak.profiles import NamedProfile, named
 from polyak.time import Time, Timestamp
 
 NAME = "reconstruct"
@@ -49,10 +49,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_record(parser)
     group = parser.add_mutually_exclusive_group(required=True)
-    for form in options():
-        group.add_argument(
-            f"--{form.name}", dest="profile", type=profile_of(form.name), metavar=form.metavar, help=form.help
-        )
+    add_profiles(group)
     parser.add_argument(
         "--unbiased", action="store_true", help="with --half-life: the first weights count no more than others"
     )

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from polyak.compat.modules import with_state_dicts
 from polyak.compat.saved import Checksum, load_saved
 from polyak.compat.tensors import copy_if_unaligned
 from polyak.compat.words import shown
@@ -94,6 +95,7 @@ def load(
     data = opened(path) if data is None else data
     try:
         content = load_bytes(data, path, mapped=mapped, strict=strict, unchecked=unchecked)
+        content = content if strict else with_state_dicts(content)
     except CheckpointError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
     except MemoryError:

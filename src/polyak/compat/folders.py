@@ -78,13 +78,25 @@ def load_distributed(path: Path) -> Content:
     """
     try:
         content = Distributed(path).load()
-        return _with_rest(load(path / _REST), content) if (path / _REST).exists() else content
+        return with_rest(path, content)
     except CheckpointError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
 
 
+def with_rest(path: Path, tensors: Content) -> Content:
+    """Return what polyak's Trainer keeps in a file next to its sharded tensors, with those put in.
+
+    Args:
+        path: Of the folder. Without that file the tensors are returned.
+        tensors: By their names in the metadata.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or names other tensors.
+    """
+    return _with_rest(load(path / _REST), tensors) if (path / _REST).exists() else tensors
+
+
 def _with_rest(value: Any, tensors: Content) -> Any:
-    """Return what polyak's Trainer keeps in a file next to its sharded tensors, with those put in."""
     if isinstance(value, Mapping) and _SHARDED in value:
         if value[_SHARDED] not in tensors:
             raise CheckpointError(
@@ -147,10 +159,7 @@ class Distributed:
                 value = (tensor or self.tensor)(name, _fields(item, "TensorStorageMetadata"))
             else:
                 value = self._object(name)
-            keys = self._paths.get(name, (name,))
-            if not isinstance(keys, tuple) or not keys or not all(isinstance(key, (str, int)) for key in keys):
-                raise CheckpointError(f"its metadata must say where {shown(name)} belongs")
-            *outer, last = keys
+            *outer, last = self.keys(name)
             inner = found
             for key in outer:
                 inner = inner.setdefault(key, {})
@@ -159,6 +168,51 @@ class Distributed:
             inner[last] = value
         content = _with_lists(found)
         return content if isinstance(content, Mapping) else found
+
+    def keys(self, name: str) -> tuple[str | int, ...]:
+        """Return the keys by which an item is in the mappings that were saved.
+
+        Args:
+            name: In the metadata.
+
+        Raises:
+            CheckpointError: If the metadata do not say it.
+        """
+        keys = self._paths.get(name, (name,))
+        if not isinstance(keys, tuple) or not keys or not all(isinstance(key, (str, int)) for key in keys):
+            raise CheckpointError(f"its metadata must say where {shown(name)} belongs")
+        return keys
+
+    def boxes(self, name: str, item: Mapping[str, Any], shape: tuple[int, ...]) -> Iterator[tuple[Box, str]]:
+        """Yield where each shard of a tensor begins and ends in each dimension, and the name of its file.
+
+        Args:
+            name: In the metadata.
+            item: What the metadata say of it.
+            shape: Of the tensor.
+
+        Raises:
+            CheckpointError: If the metadata do not say it.
+        """
+        chunks = [_fields(one, "ChunkStorageMetadata") for one in item.get("chunks") or ()]
+        sizes = {metadata_shape(one.get("offsets")): metadata_shape(one.get("sizes")) for one in chunks}
+        for index, place in self._places(name):
+            offset = index.get("offset")
+            begin = (0,) * len(shape) if offset is None else metadata_shape(offset)
+            size = sizes.get(begin, shape)
+            yield tuple((a, a + n) for a, n in zip(begin, size, strict=True)), str(place.get("relative_path"))
+
+    def blobs(self, wanted: Callable[[str], bool]) -> dict[str, tuple[tuple[str | int, ...], memoryview]]:
+        """Return items that are no tensors by their names: the keys and the bytes of each.
+
+        Args:
+            wanted: Whether an item of a name is.
+        """
+        return {
+            name: (self.keys(name), self._bytes(self._places(name, 1)[0][1]))
+            for name, item in self._items.items()
+            if wanted(name) and isinstance(item, StandIn) and item.of.endswith(".BytesStorageMetadata")
+        }
 
     def _object(self, name: str) -> Any:
         ((_, place),) = self._places(name, 1)

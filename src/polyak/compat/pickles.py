@@ -9,7 +9,7 @@ import operator
 import pickletools
 from collections.abc import Callable, Mapping
 from functools import partialmethod
-from typing import Any
+from typing import Any, cast
 
 from polyak.compat.words import shown
 from polyak.errors import CheckpointError
@@ -387,13 +387,21 @@ class Window:
         data: What is read.
         most: How many bytes may be read in all; None for any number.
         at_once: How many by one call.
+        viewed: From how many bytes on a read is of the file's own memory, which counts nothing; None for never.
     """
 
-    def __init__(self, data: memoryview, most: int | None = MOST_BYTES, at_once: int = MOST_BYTES) -> None:
+    def __init__(
+        self,
+        data: memoryview,
+        most: int | None = MOST_BYTES,
+        at_once: int = MOST_BYTES,
+        viewed: int | None = None,
+    ) -> None:
         self._data = data
         self._at = 0
         self._left = most
         self._at_once = at_once
+        self._viewed = viewed
 
     def read(self, size: int = -1) -> bytes:
         """Return the next bytes.
@@ -405,6 +413,9 @@ class Window:
             CheckpointError: If these are more than may be read.
         """
         size = min(size if size >= 0 else len(self._data), max(0, len(self._data) - self._at))
+        if self._viewed is not None and size >= self._viewed:
+            self._at += size
+            return cast(bytes, self._data[self._at - size : self._at])  # its length is all that pickletools asks for
         return self._take(size)
 
     def readline(self) -> bytes:

@@ -21,6 +21,8 @@ _SMALL_BYTES = 64 << 20
 _MOST_DIRECTORY_BYTES = 16 << 20
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
+# From so many bytes on, what is in a pickle may be of the file's own memory.
+_VIEWED_BYTES = 1 << 20
 
 
 def most_bytes(size_bytes: int) -> int:
@@ -61,7 +63,37 @@ def load_saved(data: memoryview, *, mapped: bool, strict: bool, unchecked: dict[
     """
     if bytes(data[:4]) == b"PK\x03\x04":
         return _Archive(data, mapped=mapped, unchecked=unchecked).load(strict=strict)
+    if bytes(data[:1]) == b"\x80" and not is_legacy(data):
+        return _pickled(data, mapped=mapped, strict=strict, aligned=unchecked is None)
     return _Legacy(data, mapped=mapped, aligned=unchecked is None).load(strict=strict)
+
+
+def is_legacy(data: memoryview) -> bool:
+    """Return whether a number of torch is what a file begins with.
+
+    Args:
+        data: Of the file.
+    """
+    return _LEGACY_MAGIC.to_bytes(10, "little") in bytes(data[:32])
+
+
+def _pickled(data: memoryview, *, mapped: bool, strict: bool, aligned: bool) -> Any:
+    """Return what ``pickle.dump`` wrote: its tensors are in the pickle, each as ``torch.save`` writes storages."""
+
+    def storage(saved: object) -> Any:
+        if not isinstance(saved, (bytes, memoryview)):
+            raise CheckpointError("a storage must be bytes")
+        held = saved if isinstance(saved, memoryview) else memoryview(bytearray(saved))
+        return load_saved(held, mapped=mapped, strict=strict)
+
+    def persistent(_: object) -> Any:
+        raise CheckpointError("it must hold all that it is made of; save it with torch.save")
+
+    reader = unpickler(persistent, aligned=aligned, storage=storage)
+    content = reader.load(Window(data, viewed=_VIEWED_BYTES))
+    if strict:
+        _refuse_unknown(reader.unknown)
+    return content
 
 
 def compare(checksum: int, expected: int, entry: str) -> None:

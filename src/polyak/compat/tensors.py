@@ -1,6 +1,6 @@
 """Tensors in the files of ``torch.save``, built from bytes that were measured before."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,12 +218,13 @@ _MADE: Builders = {
 _LAYOUTS = {"torch.serialization._get_layout": lambda name=None: StandIn("torch.layout", name)}
 
 
-def unpickler(persistent: Any, *, aligned: bool = True) -> Unpickler:
+def unpickler(persistent: Any, *, aligned: bool = True, storage: Callable[[object], Any] | None = None) -> Unpickler:
     """Return an unpickler that builds tensors too.
 
     Args:
         persistent: Makes a `Storage` from a persistent id.
         aligned: Whether tensors that the file has unaligned are copied.
+        storage: Makes a `Storage` from the bytes of one that is in the pickle itself; None if none is.
     """
 
     def from_type(function: object, kind: object, arguments: object, state: object = None) -> Any:
@@ -253,6 +254,8 @@ def unpickler(persistent: Any, *, aligned: bool = True) -> Unpickler:
             "torch._tensor._rebuild_from_type_v2": from_type,
         }.items()
     }
+    if storage is not None:
+        builders["torch.storage._load_from_bytes"] = storage
     types = {name: Name(name) for name in [*STORAGES, "torch.Tensor", "torch.nn.parameter.Parameter"]}
     reader = Unpickler({**builders, **_LAYOUTS}, {**DTYPES, **types}, persistent)
     return reader

@@ -19,13 +19,25 @@ from numbers import Real
 from typing import ClassVar, Self
 
 from polyak.errors import ProfileError
-from polyak.profiles.base import Form, NamedProfile, Profile, forms, in_order, named, options, parse, register
+from polyak.profiles.base import (
+    Form,
+    NamedProfile,
+    Profile,
+    forms,
+    in_order,
+    named,
+    options,
+    parse,
+    parse_words,
+    register,
+)
 from polyak.time import Time, TimeUnit, as_span
 
 __all__ = [
     "Cooldown",
     "Form",
     "HalfLife",
+    "Momentum",
     "NamedProfile",
     "PowerFunction",
     "Profile",
@@ -37,6 +49,7 @@ __all__ = [
     "named",
     "options",
     "parse",
+    "parse_words",
     "register",
 ]
 
@@ -456,3 +469,4 @@ class Warmup(NamedProfile):
 
 # Last, so that the options of the command line come in the order of use.
 from polyak.profiles.cooldown import Cooldown  # noqa: E402
+from polyak.profiles.momentum import Momentum  # noqa: E402

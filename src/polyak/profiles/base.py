@@ -1,6 +1,7 @@
 """What a profile is, and the registry of all of them. The profiles themselves are in ``polyak.profiles``."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self, TypeVar
 
@@ -86,6 +87,23 @@ class NamedProfile(ABC):
             before: The earlier reading of the clock.
             now: The later reading.
         """
+
+    def placed(self, edges: Sequence[float]) -> tuple["NamedProfile", float]:
+        """Return the profile as it applies to means between edges, and the share of the last raw weights besides.
+
+        Args:
+            edges: Readings of the clock between which there are means, in order; the last is the moment of the average.
+
+        Raises:
+            ProfileError: If it needs weights from before the first edge, and cannot do without them.
+        """
+        del edges
+        return self, 0.0
+
+    @property
+    def online(self) -> str:
+        """What to do instead of following the profile in one buffer, for error messages."""
+        return "record the run and take this average from the record, or use HalfLife"
 
     @property
     def constant(self) -> bool:
@@ -220,3 +238,26 @@ def parse(form: str, text: str) -> NamedProfile:
     """
     (profile,) = [one for one in _REGISTRY if any(known.name == form for known in one.FORMS)]
     return profile.parse(form, text)
+
+
+def parse_words(text: str) -> NamedProfile:
+    """Return the profile that words give: the name of a form, then its value.
+
+    Args:
+        text: Such as ``"half-life 500ba"`` or ``"cooldown 20%, 1-sqrt, floor 0.1"``.
+
+    Raises:
+        PolyakError: If there is no such form, or the value is out of range.
+        ValueError: If the text is no value.
+
+    Example:
+        >>> parse_words("cooldown 20%, 1-sqrt, floor 0.1").describe()
+        'cooldown 0.2dur, 1-sqrt, floor 0.1'
+    """
+    name, _, value = text.strip().partition(" ")
+    if name not in forms() or not value.strip():
+        raise ProfileError(
+            f"a profile in words must be a name and a value, such as 'cooldown 20%, 1-sqrt' (got {text!r}); the names "
+            f"are {', '.join(forms())}"
+        )
+    return parse(name, value.strip())

@@ -82,18 +82,20 @@ def combine(  # noqa: PLR0917  one pass, with all that it needs
     bits of an average and of ``products``.
 
     Args:
-        files: The segments, oldest first.
+        files: The segments, oldest first, and after them the raw weights if they count.
         name: The tensor's name.
         info: The tensor.
-        coefficients: For each average, the weight of each segment.
+        coefficients: For each average, the weight of each file.
         results: For each average, the tensor that is overwritten.
-        products: To be added to; None for none.
+        products: Of the segments, to be added to; None for none.
 
     Raises:
         RecordError: If a file is damaged, or a value is infinite in the dtype of a result.
     """
-    for box in _boxes(info.shape, _CHUNK // (len(files) + 2)):
-        needed = [products is not None or any(weights) for weights in zip(*coefficients, strict=True)]
+    segments = len(files) if products is None else len(products.sums) + 1
+    for box in _boxes(info.shape, _CHUNK // (segments + 2)):
+        in_products = [products is not None and i < segments for i in range(len(files))]
+        needed = [one or any(weights) for one, *weights in zip(in_products, *coefficients, strict=True)]
         means = [file.read(name, box) if one else None for file, one in zip(files, needed, strict=True)]
         if len(results) > 1:  # each number is converted once, and not for each average
             means = [mean if mean is None else mean.to(_exact(mean)) for mean in means]
@@ -101,7 +103,7 @@ def combine(  # noqa: PLR0917  one pass, with all that it needs
             target = result if box is None else result[box]
             target.copy_(cast(name, _sum(means, weights, target), result.dtype))
         if products is not None:
-            products.add_means([mean for mean in means if mean is not None])
+            products.add_means([mean for mean in means[:segments] if mean is not None])
 
 
 def _exact(tensor: Tensor) -> torch.dtype:

@@ -9,7 +9,7 @@ from torch import Tensor
 from polyak.profiles import Profile
 from polyak.record.combining import combine
 from polyak.record.fitting import Fit
-from polyak.record.passes import Readable, averaged_as, opened
+from polyak.record.passes import Readable, averaged_as, opened, weights
 from polyak.storage.atomic import replacing
 from polyak.storage.safetensors import disk_errors, write_tensors
 
@@ -30,7 +30,8 @@ def export(  # noqa: PLR0917  the average, and all that is written about it
     Raises:
         RecordError: As ``Record.average``, and if the disk refuses.
     """
-    end = fitted.segments[-1].end
+    end, raw = fitted.segments[-1].end, bool(fitted.raw)
+    shares = weights(fitted, len(fitted.segments), raw=raw)
     metadata = {
         "format": "pt",
         "polyak.profile": repr(profile),
@@ -40,14 +41,14 @@ def export(  # noqa: PLR0917  the average, and all that is written about it
     }
     names = {name: name for name in record.tensors} | dict(record.aliases)
     infos = {name: averaged_as(record.tensors[kept], dtype) for name, kept in names.items()}
-    with disk_errors(f"exporting to {path}"), opened(record, fitted.segments) as files:
+    with disk_errors(f"exporting to {path}"), opened(record, fitted.segments, raw=raw) as files:
 
         def read(name: str) -> Tensor:
             info = record.tensors[names[name]]
             if not info.averaged:
-                return files[-1].read(names[name])
+                return files[len(fitted.segments) - 1].read(names[name])
             total = torch.empty(info.shape, dtype=torch.complex128 if info.dtype.is_complex else torch.float64)
-            combine(files, names[name], info, [fitted.coefficients], [total])
+            combine(files, names[name], info, [shares], [total])
             return total
 
         with replacing(path) as temporary:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from polyak.errors import PlanWarning, ProfileError, TimeError
-from polyak.profiles import Profile, named
+from polyak.profiles import NamedProfile, Profile, named
 from polyak.record.manifest import Segment
 from polyak.time import Time, TimeUnit
 
@@ -37,12 +37,14 @@ class Fit:
             from before the record is left out and the rest scaled up.
         cumulative: The cumulative profile of the combination, at each edge.
         missing: The share that was left out.
+        raw: The share of the last raw weights besides, as the floor of a cooldown. All else is about the rest.
     """
 
     segments: tuple[Segment, ...]
     profile: tuple[tuple[float, ...], ...]
     cumulative: tuple[float, ...]
     missing: float
+    raw: float = 0.0
 
     @property
     def stretches(self) -> tuple[Segment, ...]:
@@ -51,8 +53,8 @@ class Fit:
 
     @property
     def coefficients(self) -> list[float]:
-        """The weight of each segment. Their sum is 1."""
-        return [after - before for before, after in pairwise(self.cumulative)]
+        """The weight of each segment. Their sum is 1, less the share of the raw weights."""
+        return [(1 - self.raw) * (after - before) for before, after in pairwise(self.cumulative)]
 
     @property
     def residuals(self) -> list[float]:
@@ -122,7 +124,8 @@ def coefficients(
         max_duration: The length of the run; needed for times in ``dur``.
 
     Returns:
-        A coefficient for each segment that ends by then. Their sum is 1; some may be slightly negative.
+        A coefficient for each segment that ends by then. Their sum is 1, less the share of the last raw weights that
+        the floor of a cooldown is; some may be slightly negative.
 
     Raises:
         ProfileError: If the segments do not resolve the profile, or it has no share in them.
@@ -153,8 +156,9 @@ def shares(
         TimeError: If ``at`` is not the end of a segment.
     """
     up_to = _until(segments, at, max_duration)
-    curve, _ = _curve(profile, up_to, max_duration)
-    return [values[-1] - values[0] for values in curve]
+    placed, raw = _placed(profile, up_to, max_duration)
+    curve, _ = _curve(placed, up_to, max_duration)
+    return [(1 - raw) * (values[-1] - values[0]) for values in curve]
 
 
 def fit(
@@ -177,8 +181,9 @@ def fit(
         TimeError: As ``coefficients``.
     """
     up_to = _until(segments, at, max_duration)
-    curve, missing = _curve(profile, up_to, max_duration)
-    result = Fit(up_to, curve, tuple(_spline(up_to, curve)), missing)
+    placed, raw = _placed(profile, up_to, max_duration)
+    curve, missing = _curve(placed, up_to, max_duration)
+    result = Fit(up_to, curve, tuple(_spline(up_to, curve)), missing, raw)
     limit = finest(up_to)
     shown = named(profile).describe()
     if not result.is_exact and result.median_age < limit * (1 - _EXACT):
@@ -268,6 +273,13 @@ def _until(segments: Sequence[Segment], at: Time | str | int | None, max_duratio
     return tuple(segments[: nearest + 1])
 
 
+def _placed(profile: Profile, segments: Sequence[Segment], max_duration: Time | None) -> tuple[NamedProfile, float]:
+    """Return the profile of the segments, and the share of the last raw weights besides."""
+    edges = [segments[0].start, *(segment.end for segment in segments)]
+    readings = [edge.clock(profile.unit, max_duration) for edge in edges]
+    return named(profile).placed([reading - readings[0] for reading in readings])
+
+
 def _curve(
     profile: Profile, segments: Sequence[Segment], max_duration: Time | None
 ) -> tuple[tuple[tuple[float, ...], ...], float]:
@@ -293,6 +305,11 @@ def _curve(
     missing = curve[-1][0]
     if not missing < 1:
         raise ProfileError(f"{profile} must give weight to the record (got all weight before it): use a shorter one")
+    if missing < -_EXACT:
+        raise ProfileError(
+            "a profile must not subtract weights from before the record, which it does not hold (got a share of "
+            f"{missing:.1%} of them under {profile}); average while training, as by BEMA(...), or use another profile"
+        )
     return tuple(tuple((f - missing) / (1 - missing) for f in values) for values in reversed(curve)), missing
 
 

@@ -33,6 +33,10 @@ class Readable(Protocol):
         """
         ...
 
+    def open_raw(self) -> AbstractContextManager[SegmentFile]:
+        """Open the raw weights at the end of the record for the length of a ``with`` block."""
+        ...
+
 
 class Passes:
     """Computes averages and errors. It keeps the products that errors follow from, so that they are computed once."""
@@ -88,11 +92,11 @@ class Passes:
         self, record: Readable, fits: Sequence[Fit], infos: Mapping[str, TensorInfo]
     ) -> list[dict[str, Tensor]]:
         """Return averages from one pass over the files, and keep the products that their errors follow from."""
-        segments = max((fitted.segments for fitted in fits), key=len)
-        coefficients = [[*one.coefficients, *[0.0] * (len(segments) - len(one.segments))] for one in fits]
+        segments, raw = max((fitted.segments for fitted in fits), key=len), any(fitted.raw for fitted in fits)
+        coefficients = [weights(one, len(segments), raw=raw) for one in fits]
         products = None if all(one.is_exact for one in fits) else self._unknown(segments)
         results: list[dict[str, Tensor]] = [{} for _ in fits]
-        with opened(record, segments) as files:
+        with opened(record, segments, raw=raw) as files:
             for name, info in record.tensors.items():
                 if info.averaged:
                     made = [torch.empty(info.shape, dtype=infos[name].dtype) for _ in fits]
@@ -113,19 +117,33 @@ class Passes:
         self._products, self._segments = products.sums.tolist(), segments
 
 
+def weights(fitted: Fit, segments: int, *, raw: bool) -> list[float]:
+    """Return the weight of each file in an average.
+
+    Args:
+        fitted: What ``fit`` returned for the average.
+        segments: How many segments are read; it has no share in those after its own.
+        raw: Whether the raw weights are read after them.
+    """
+    later = [0.0] * (segments - len(fitted.segments))
+    return [*fitted.coefficients, *later, *([fitted.raw] if raw else [])]
+
+
 @contextmanager
-def opened(record: Readable, segments: Sequence[Segment]) -> Iterator[list[SegmentFile]]:
+def opened(record: Readable, segments: Sequence[Segment], *, raw: bool = False) -> Iterator[list[SegmentFile]]:
     """Open the files of segments for the length of a ``with`` block.
 
     Args:
         record: What is read.
         segments: Of the record.
+        raw: Whether to open the raw weights after them.
 
     Raises:
         RecordError: If a file is missing, truncated or foreign.
     """
     with ExitStack() as stack:
-        yield [stack.enter_context(record.open(segment)) for segment in segments]
+        files = [stack.enter_context(record.open(segment)) for segment in segments]
+        yield [*files, *([stack.enter_context(record.open_raw())] if raw else [])]
 
 
 def averaged_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:

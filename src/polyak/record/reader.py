@@ -90,6 +90,20 @@ class Record:
         """
         return open_segment(self.folder, segment, self.tensors, self._verified)
 
+    def open_raw(self) -> AbstractContextManager[SegmentFile]:
+        """Open the raw weights of what is averaged, at the end of the record, for the length of a ``with`` block.
+
+        Raises:
+            RecordError: If the record has none, or the file is missing, truncated or foreign.
+        """
+        if self.raw is None:
+            raise RecordError(
+                f"a record keeps the raw weights once its run has ended without an error, and {self.folder} has none: "
+                "the run has not ended so, or an earlier version of polyak recorded it; take them from a checkpoint"
+            )
+        averaged = {name: info for name, info in self.tensors.items() if info.averaged}
+        return open_segment(self.folder, self.raw, averaged, self._verified)
+
     def average(
         self,
         profile: Profile,
@@ -244,17 +258,11 @@ class Record:
         Raises:
             RecordError: If the record has none, or a file is missing, truncated, damaged or foreign.
         """
-        if self.raw is None:
-            raise RecordError(
-                f"a record keeps the raw weights once its run has ended without an error, and {self.folder} has none: "
-                "the run has not ended so, or an earlier version of polyak recorded it; take them from a checkpoint"
-            )
-        averaged = {name: info for name, info in self.tensors.items() if info.averaged}
         result: dict[str, Tensor] = {}
-        with open_segment(self.folder, self.raw, averaged, self._verified) as raw, self.open(self.segments[-1]) as last:
-            for name in self.tensors:
+        with self.open_raw() as raw, self.open(self.segments[-1]) as last:
+            for name, info in self.tensors.items():
                 # A copy: what is read is backed by the file, which a resumed run deletes.
-                result[name] = (raw if name in averaged else last).read(name).clone()
+                result[name] = (raw if info.averaged else last).read(name).clone()
         return self._completed(result, device)
 
     def verify(self) -> None:
@@ -273,4 +281,11 @@ class Record:
             check_content(self.folder, name, sha256)
 
     def _fit(self, profile: Profile, at: Time | str | int | None) -> Fit:
-        return fit(profile, self.segments, at, max_duration=self.max_duration)
+        fitted = fit(profile, self.segments, at, max_duration=self.max_duration)
+        if fitted.raw and (self.raw is None or self.raw.end.updates != fitted.segments[-1].end.updates):
+            has = "it has none" if self.raw is None else f"it has those at {self.raw.end.timestamp.batch}"
+            raise RecordError(
+                f"a floor needs the raw weights at the moment of the average, and {self.folder} lacks them ({has}: "
+                "a record keeps them where its run has ended without an error); leave out the floor, or the moment"
+            )
+        return fitted

@@ -33,8 +33,9 @@ def start_process_group(backend: str = "gloo") -> None:
 
     Example:
         >>> start_process_group()
-        >>> torch.distributed.is_initialized()
-        True
+        >>> torch.distributed.get_world_size()
+        1
+        >>> torch.distributed.destroy_process_group()
     """
     if torch.distributed.is_initialized():
         return

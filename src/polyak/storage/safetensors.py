@@ -106,26 +106,43 @@ def disk_errors(doing: str) -> Iterator[None]:
         ) from error
 
 
-def _layout(tensors: Mapping[str, TensorInfo]) -> list[str]:
+def _order(tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Return the names in the order of their data: the widest first, so that all tensors are aligned."""
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
-def _header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+def layout_of(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """Return the header of a file, the place of each tensor in the file in order, and the size of the file.
+
+    Args:
+        tensors: What is in the file.
+        metadata: For the header.
+
+    Example:
+        >>> header, places, size = layout_of({"a": TensorInfo(torch.float32, (2,), averaged=False)}, {})
+        >>> places["a"] == len(header), size - len(header)
+        (True, 8)
+    """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
-    for name in _layout(tensors):
+    for name in _order(tensors):
         info = tensors[name]
         end = offset + torch.Size(info.shape).numel() * info.dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    begin = 8 + len(text)
+    places = {name: begin + header[name]["data_offsets"][0] for name in _order(tensors)}
+    return len(text).to_bytes(8, "little") + text, places, begin + offset
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor without a copy. They are valid while the tensor exists."""
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous CPU tensor without a copy. They are valid while the tensor exists.
+
+    Args:
+        tensor: Contiguous, on the CPU.
+    """
     size_bytes = tensor.numel() * tensor.element_size()
     if not size_bytes:
         return memoryview(b"")
@@ -152,12 +169,12 @@ def write_tensors(
     digest = hashlib.sha256()
     try:
         with path.open("wb") as file:
-            header = _header(tensors, metadata)
+            header, _, _ = layout_of(tensors, metadata)
             digest.update(header)
             file.write(header)
-            for name in _layout(tensors):
+            for name in _order(tensors):
                 tensor = _cast(name, read(name), tensors[name])
-                raw = _raw(tensor)
+                raw = raw_bytes(tensor)
                 digest.update(raw)
                 file.write(raw)
                 del raw, tensor  # before the next one is read

@@ -105,6 +105,19 @@ class Evaluation:
         self._logger.log_metrics(found)
         return found
 
+    def figures(self, prefix: str) -> dict[str, float]:
+        """Return the figures of the weights in the model by all evaluators, without events.
+
+        Args:
+            prefix: Before their labels.
+        """
+        found: dict[str, float] = {}
+        self._group.share_buffers(self._state.model)
+        for evaluator in self._state.evaluators:
+            with self._shown(evaluator):
+                found |= self._run_on(evaluator, f"{prefix}/{evaluator.label}", lambda event: None)
+        return found
+
     def _fire_unswapped(self, event: Event) -> None:
         """Fire an event for all but the algorithms that would swap an average in."""
         others = [algorithm for algorithm in self._loop.algorithms if not algorithm.swaps]

@@ -9,6 +9,7 @@ from polyak.trainer.epochs import Epochs
 from polyak.trainer.evaluation import Evaluation
 from polyak.trainer.interrupts import Rollback, signals_held
 from polyak.trainer.options import Checked
+from polyak.trainer.polish import Polish
 from polyak.trainer.step import Step
 
 
@@ -23,16 +24,26 @@ class Fitting:
         epochs: Gives the batches.
         step: Trains on a batch.
         evaluation: Evaluates.
+        polish: The last phase of the run.
         checked: The arguments of the trainer.
     """
 
-    def __init__(self, context: Context, epochs: Epochs, step: Step, evaluation: Evaluation, checked: Checked) -> None:
+    def __init__(  # noqa: PLR0917  the parts of a trainer
+        self,
+        context: Context,
+        epochs: Epochs,
+        step: Step,
+        evaluation: Evaluation,
+        polish: Polish,
+        checked: Checked,
+    ) -> None:
         self._context = context
         self._state = context.state
         self._loop = context.loop
         self._epochs = epochs
         self._step = step
         self._evaluation = evaluation
+        self._polish = polish
         self._log_due = checked.log_due
         self._num_samples = checked.given.num_samples
         self._num_tokens = checked.given.num_tokens
@@ -43,6 +54,7 @@ class Fitting:
         state.stopping = False
         rollback = Rollback(state.model, self._context.stream)
         try:
+            self._polish.start_run()
             fire(Event.FIT_START)
             state.model.train()
             state.dataloader, state.dataloader_label = state.train_dataloader, "train"
@@ -50,6 +62,9 @@ class Fitting:
                 self._run_epoch(rollback)
             fire(Event.FIT_END)
             self._evaluate_if_due(Event.FIT_END, rollback)
+            rollback.begin()
+            self._polish.measure_after()
+            rollback.done()
         except BaseException:
             try:
                 fire(Event.EXCEPTION)
@@ -63,9 +78,11 @@ class Fitting:
         self._loop.reset_clock()
         self._epochs.completed = 0
         self._evaluation.evaluated_at = {}
+        self._polish.reset()
 
     def _run_epoch(self, rollback: Rollback) -> None:
         state, fire = self._state, self._loop.fire
+        self._polish_if_due(rollback)
         rollback.begin()
         if self._epochs.completed == 0:
             if state.timestamp.epoch_in_iteration == 0:
@@ -76,6 +93,7 @@ class Fitting:
             state.batch = batch
             fire(Event.AFTER_DATALOADER)
             fire(Event.BATCH_START)
+            self._polish.set_rates()
             self._step.compute_gradients()
             # An interrupt, and a checkpoint that its handler saves, must not find weights that have moved without being
             # counted, or been counted without being averaged.
@@ -87,6 +105,7 @@ class Fitting:
             self._loop.notify(Event.BATCH_END)
             self._evaluate_if_due(Event.BATCH_END, rollback)
             fire(Event.BATCH_CHECKPOINT)
+            self._polish_if_due(rollback)
             rollback.begin()
             began = time.perf_counter()
             if state.finished:
@@ -126,6 +145,18 @@ class Fitting:
         if due:
             rollback.begin()  # an evaluation that is left early has drawn random numbers too
             self._evaluation.run_in_training(due)
+            rollback.done()
+
+    def _polish_if_due(self, rollback: Rollback) -> None:
+        """Begin the polish between two batches, where a resumed run would begin it too."""
+        if self._state.finished:
+            return
+        if self._polish.is_due:
+            with signals_held():
+                self._polish.begin()
+        if self._polish.wants_figures:
+            rollback.begin()
+            self._polish.measure_before()
             rollback.done()
 
     def _log_if_due(self, event: Event) -> None:

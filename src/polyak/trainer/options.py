@@ -50,6 +50,7 @@ class Options:
     parallelism: Literal["ddp", "fsdp2"] | None = None
     grad_accum: int = 1
     step_schedulers_every_batch: bool = False
+    polish: str | Time | int | None = None
     seed: int | None = None
     deterministic_mode: bool = False
     run_name: str | None = None

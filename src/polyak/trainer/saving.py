@@ -20,13 +20,18 @@ from polyak.trainer.context import Context
 from polyak.trainer.epochs import Epochs
 from polyak.trainer.evaluation import Evaluation
 from polyak.trainer.options import Options
+from polyak.trainer.polish import Polish
 from polyak.trainer.saver import CheckpointSaver
 from polyak.trainer.step import Step
 from polyak.training import rng
 from polyak.training.uncountable import refuse_uncountable
 
 # Entries that are ignored together: without the clock a new epoch begins, random numbers are ignored as a whole.
-_WITH = {"timestamp": ("drawn", "evaluated_at"), "rng": ("epoch_rng", "data_rng"), "model": ("training_model",)}
+_WITH = {
+    "timestamp": ("drawn", "evaluated_at", "polish"),
+    "rng": ("epoch_rng", "data_rng"),
+    "model": ("training_model",),
+}
 _ENTRIES = ("model", "optimizers", "schedulers", "scaler", "algorithms", "callbacks", "timestamp", "rng")
 
 
@@ -38,9 +43,10 @@ class Checkpoints:
         epochs: Knows how many batches of the epoch are completed.
         step: Has the gradient scaler.
         evaluation: Knows when evaluators last ran.
+        polish: Knows whether it has begun.
     """
 
-    def __init__(self, context: Context, epochs: Epochs, step: Step, evaluation: Evaluation) -> None:
+    def __init__(self, context: Context, epochs: Epochs, step: Step, evaluation: Evaluation, polish: Polish) -> None:
         self._context = context
         self._state = context.state
         self._loop = context.loop
@@ -49,6 +55,7 @@ class Checkpoints:
         self._epochs = epochs
         self._step = step
         self._evaluation = evaluation
+        self._polish = polish
         self._state.save_checkpoint = self.save
 
     def begin(self, options: Options) -> None:
@@ -114,6 +121,7 @@ class Checkpoints:
             "timestamp": state.timestamp.state_dict(details=True),
             "evaluated_at": self._evaluation.evaluated_at,
             "eval_metrics": state.eval_metrics,
+            "polish": self._polish.state_dict(),
             "drawn": self._epochs.completed,
             "skipped_in_a_row": self._step.skipped_in_a_row,
             **self._random_states(),
@@ -156,6 +164,7 @@ class Checkpoints:
             ArgumentError: If ``ignored`` names something else.
         """
         saved = _without(saved, ignored)
+        self._polish.load_state_dict(saved.get("polish"))
         for name, ours in (("optimizers", self._state.optimizers), ("schedulers", self._state.schedulers)):
             if saved[name] is not None and len(saved[name]) != len(ours):
                 raise CheckpointError(

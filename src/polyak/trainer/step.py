@@ -30,6 +30,7 @@ class Step:
         metrics: Of training.
         scaler: Of gradients; it does nothing unless the precision is ``amp_fp16``.
         skipped_in_a_row: How many steps mixed precision has skipped since the last step that it has not.
+        schedules: Whether schedulers step; they rest while an average is polished.
     """
 
     def __init__(self, context: Context, epochs: Epochs, checked: Checked) -> None:
@@ -45,6 +46,7 @@ class Step:
         self.metrics = Metrics(checked.train_metrics, context.group)
         self.scaler = torch.amp.GradScaler(context.group.device.type, enabled=given.precision == "amp_fp16")
         self.skipped_in_a_row = 0
+        self.schedules = True
 
     def compute_gradients(self) -> None:
         """Compute the gradients of the state's batch, complete and unscaled."""
@@ -118,7 +120,7 @@ class Step:
 
     def step_schedulers(self) -> None:
         """Step all schedulers."""
-        for scheduler in self._state.schedulers:
+        for scheduler in self._state.schedulers if self.schedules else ():
             scheduler.step()
 
     def abandon(self) -> None:

@@ -25,6 +25,7 @@ from polyak.trainer.intervals import Question
 from polyak.trainer.loggers import Destination
 from polyak.trainer.metrics import Metric
 from polyak.trainer.options import Options
+from polyak.trainer.polish import Polish
 from polyak.trainer.saving import Checkpoints
 from polyak.trainer.state import Scheduler
 from polyak.trainer.step import Step
@@ -75,6 +76,11 @@ class Trainer:
             ``DistributedDataParallel`` or under ``fully_shard`` already is trained as it is.
         grad_accum: The number of microbatches of each batch, or of each rank's share of it.
         step_schedulers_every_batch: Whether schedulers step with batches instead of epochs.
+        polish: How long, at the end of the run, to train on from the average instead: ``"5%"`` or a time, in steps as a
+            number. The average is loaded into the model, the optimizers keep their state, and their rates fall from 0.3
+            of what they are then to 0. The average is evaluated before it, as ``polish/before/...``, and the weights
+            after it, as ``polish/after/...``. From its begin on the training weights are evaluated, predicted with and
+            saved, since they are the result. It needs an ``EMA`` among ``algorithms``.
         seed: For all global random number generators, set here.
         deterministic_mode: Whether torch uses only deterministic algorithms, from now on in this process.
         run_name: The name of this run, as ``state.run_name``; made from the date by default.
@@ -145,6 +151,7 @@ class Trainer:
         parallelism: Literal["ddp", "fsdp2"] | None = None,
         grad_accum: int = 1,
         step_schedulers_every_batch: bool = False,
+        polish: str | Time | int | None = None,
         seed: int | None = None,
         deterministic_mode: bool = False,
         run_name: str | None = None,
@@ -166,8 +173,9 @@ class Trainer:
         self._epochs = Epochs(self._context, train_dataloader)
         self._step = Step(self._context, self._epochs, checked)
         self._evaluation = Evaluation(self._context, checked)
-        self._fitting = Fitting(self._context, self._epochs, self._step, self._evaluation, checked)
-        self._checkpoints = Checkpoints(self._context, self._epochs, self._step, self._evaluation)
+        phase = Polish(self._context, self._step, self._evaluation, checked.given.polish)
+        self._fitting = Fitting(self._context, self._epochs, self._step, self._evaluation, phase, checked)
+        self._checkpoints = Checkpoints(self._context, self._epochs, self._step, self._evaluation, phase)
         self._fitted = self._closed = False
         self._checkpoints.begin(checked.given)
 

@@ -21,8 +21,9 @@ from polyak.training.steps import StepHooks
 from polyak.training.uncountable import refuse_unmoved
 from polyak.training.uncounted import Uncounted
 
+_SWAPPED_IN = frozenset({Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START})
 # Where a warning of weights that moved without a counted step is not too late.
-_CHECKED = frozenset({Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START, Event.FIT_END})
+_CHECKED = frozenset({*_SWAPPED_IN, Event.FIT_END})
 
 
 class Listener(Protocol):
@@ -54,6 +55,7 @@ class Loop:
         state: As given.
         counts: The units that are counted.
         uncounted: Warns of weights that move without a counted step; None before steps are counted.
+        swapping: Whether algorithms may swap an average in; not so while an average is polished.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Loop:
         self._met = self._clock_checked = False  # the latter after a batch has shown which units are counted
         self.uncounted: Uncounted | None = None
         self._counted = 0  # batches since steps are counted
+        self.swapping = True
 
     # Events
 
@@ -110,12 +113,15 @@ class Loop:
             warn_of_second_average(self)
         elif event in _CHECKED:
             self.warn_of_uncounted()
+        algorithms = self.algorithms
+        if not self.swapping and event in _SWAPPED_IN:
+            algorithms = [one for one in algorithms if not one.swaps]
         if torch.is_inference_mode_enabled():
             # A tensor made in inference mode cannot be changed outside it, where training weights may be restored.
             with torch.inference_mode(mode=False):
-                dispatch(event, self.state, self.algorithms, self._logger)
+                dispatch(event, self.state, algorithms, self._logger)
         else:
-            dispatch(event, self.state, self.algorithms, self._logger)
+            dispatch(event, self.state, algorithms, self._logger)
 
     def notify(self, event: Event) -> None:
         """Dispatch an event to the callbacks alone.

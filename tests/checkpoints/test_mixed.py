@@ -1,5 +1,6 @@
 """Two runs that are mixed up in one folder are found, and averaged together only on request."""
 
+import argparse
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from polyak import CheckpointError
 from polyak.checkpoints import average_checkpoints
 
 
-def write(folder, name: str, config: dict[str, object] | None = None, **counters: int) -> None:
+def write(folder, name: str, config: dict[str, object] | None = None, **counters: object) -> None:
     path = folder / name
     if config is None:
         torch.save({"model": {"w": torch.ones(2)}, **counters}, path)
@@ -56,3 +57,21 @@ def test_runs_in_folders_of_their_own_are_averaged_without_a_question(tmp_path) 
         (tmp_path / seed).mkdir()
         write(tmp_path / seed, "best.pt", global_step=20)
     assert average(tmp_path, "*/best.pt") == 2
+
+
+def test_another_hyper_parameter_is_of_another_run_and_another_log_folder_is_not(tmp_path) -> None:
+    settings = {"lr": 0.1, "log_dir": "a", "net": {"width": 3}}
+    write(tmp_path, "step-1.ckpt", hyper_parameters=settings)
+    write(tmp_path, "step-2.ckpt", hyper_parameters={**settings, "log_dir": "b"})
+    assert average(tmp_path, "*.ckpt") == 2
+    write(tmp_path, "step-3.ckpt", hyper_parameters={**settings, "net": {"width": 4}})
+    with pytest.raises(CheckpointError, match=r"step-3.ckpt hyper_parameters.net.width is 4, not 3 as in .*step-2"):
+        average(tmp_path, "*.ckpt")
+    assert average(tmp_path, "*.ckpt", mixed=True) == 3
+
+
+def test_the_arguments_of_a_script_are_compared_as_hyper_parameters_are(tmp_path) -> None:
+    for step, rate in ((1, 0.1), (2, 0.2)):
+        write(tmp_path, f"step-{step}.pt", args=argparse.Namespace(lr=rate, seed=1, resume=str(step)))
+    with pytest.raises(CheckpointError, match=r"args.lr is 0.2, not 0.1"):
+        average(tmp_path, "*.pt")

@@ -19,8 +19,8 @@ _VOLATILE = {"_name_or_path", "transformers_version", "_diffusers_version", "tor
 def require_one_run(opened: Sequence[Checkpoint]) -> None:
     """See that the checkpoints of each folder can be of one run.
 
-    Two are not if they were saved at the same step, if their steps grow while their epochs fall, or if the
-    configurations next to their weights differ.
+    Two are not if they were saved at the same step, if their steps grow while their epochs fall, or if their
+    hyper-parameters or the configurations next to their weights differ.
 
     Args:
         opened: The checkpoints.
@@ -34,6 +34,7 @@ def require_one_run(opened: Sequence[Checkpoint]) -> None:
     for inside in folders.values():
         _require_steps_to_grow(inside)
         _require_one_config([one for one in inside if (one.path / _CONFIG).is_file()])
+        _require_same_settings([one for one in inside if one.settings])
 
 
 def _require_steps_to_grow(opened: Iterable[Checkpoint]) -> None:
@@ -62,6 +63,25 @@ def _require_one_config(opened: Sequence[Checkpoint]) -> None:
                 f"checkpoints must be of one run (in {_CONFIG} of {shown(after.path)} is another {listed(differing)} "
                 f"than in that of {shown(before.path)}); leave a run out, or average all with --mixed"
             )
+
+
+def _require_same_settings(opened: Sequence[Checkpoint]) -> None:
+    for before, after in pairwise(opened):
+        both = before.settings.keys() & after.settings.keys()  # a later release may save more of them
+        differing = [name for name in before.settings if name in both and _differ(before, after, name)]
+        if differing:
+            name = differing[0]
+            values = f"{name} is {shown(after.settings[name])}, not {shown(before.settings[name])}"
+            more = f", and {listed(differing[1:])} differ" if len(differing) > 1 else ""
+            raise CheckpointError(
+                f"checkpoints must be of one run (in {shown(after.path)} {values} as in {shown(before.path)}{more}); "
+                "leave a run out, or average all with --mixed"
+            )
+
+
+def _differ(before: Checkpoint, after: Checkpoint, name: str) -> bool:
+    first, second = before.settings[name], after.settings[name]
+    return first != second and str(first) != str(second)  # NaN is the same setting
 
 
 def _settings(config: Any) -> dict[str, Any]:

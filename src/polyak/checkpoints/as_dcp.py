@@ -1,0 +1,137 @@
+"""Writes a folder of ``torch.distributed.checkpoint``, in the files and shards of the newest checkpoint."""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyak.checkpoints.companions import copy_companions
+from polyak.checkpoints.stored import Saved
+from polyak.checkpoints.units import Facts, Job, Unit, in_groups
+
+_FILE_BYTES = 1 << 30
+_METADATA = ".metadata"
+_Box = Sequence[tuple[int, int]]
+
+
+def _saved(job: Job) -> dict[str, Saved]:
+    """Return where each tensor goes: where the newest checkpoint has it, or in files of one size."""
+    tensors = job.plan.tensors
+    if all(one.saved is not None and one.saved.keys[-1] == name for name, one in tensors.items()):
+        return {name: one.saved for name, one in tensors.items() if one.saved is not None}
+    groups = in_groups(job.plan.names, lambda name: tensors[name].size_bytes, _FILE_BYTES)
+    return {
+        name: Saved(name, (name,), ((tuple((0, n) for n in tensors[name].shape), f"__{i}_0.distcp"),))
+        for i, group in enumerate(groups)
+        for name in group
+    }
+
+
+def _folder(job: Job, to: Path) -> Path:
+    return to / job.plan.newest.folder
+
+
+def prepare(job: Job, to: Path) -> None:
+    """Make the folder in which the shards are.
+
+    Args:
+        job: What is written.
+        to: A folder that exists.
+    """
+    _folder(job, to).mkdir(exist_ok=True)
+
+
+def units(job: Job, to: Path) -> list[Unit]:
+    """Return the work: a unit for each file.
+
+    Args:
+        job: What is written.
+        to: As for `prepare`.
+    """
+    files = dict[str, list[tuple[str, _Box]]]()
+    for name, saved in _saved(job).items():
+        for box, file in saved.shards:
+            files.setdefault(file, []).append((name, box))
+    return [_unit(job, _folder(job, to) / file, shards) for file, shards in files.items()]
+
+
+def _unit(job: Job, file: Path, shards: Sequence[tuple[str, _Box]]) -> Unit:
+    def write() -> dict[str, list[Any]]:
+        places = list[Any]()
+        with file.open("wb") as opened:
+            for name, box in shards:
+                begin = opened.tell()
+                torch.save(_shard(job, name, box), opened)
+                places.append([name, [list(one) for one in box], begin, opened.tell() - begin])
+        return {file.name: places}
+
+    return Unit(file.name, write)
+
+
+def _shard(job: Job, name: str, box: _Box) -> Tensor:
+    """Return the average of a shard, in memory of its own."""
+    shape = job.plan.tensors[name].shape
+    if all((begin, end) == (0, n) for (begin, end), n in zip(box, shape, strict=True)):
+        return job.read(name)
+    row = torch.Size(shape[1:]).numel()
+    (first, last), *others = box
+    rows = job.read(name, first * row, last * row).reshape(last - first, *shape[1:])
+    return rows[(slice(None), *(slice(*one) for one in others))].clone(memory_format=torch.contiguous_format)
+
+
+def finish(job: Job, to: Path, facts: Facts) -> list[Path]:
+    """Write the metadata, and copy what belongs to the folder.
+
+    Args:
+        job: What is written.
+        to: As for `prepare`.
+        facts: Where the shards are.
+    """
+    folder = _folder(job, to)
+    shards = {file: [*places] for of_unit in facts.values() for file, places in of_unit.items()}
+    extra = _copy_blobs(job, folder, next(iter(shards)))
+    with (folder / _METADATA).open("wb") as file:
+        pickle.dump(_metadata(job, shards, extra), file)
+    copy_companions(job.plan.newest.path, to)
+    return []
+
+
+def _copy_blobs(job: Job, folder: Path, into: str) -> dict[str, tuple[str, int, int]]:
+    """Write the extra states of the newest checkpoint after the shards of a file; return where they are."""
+    places = dict[str, tuple[str, int, int]]()
+    with (folder / into).open("ab") as file:
+        for fqn, (_, data) in job.plan.newest.blobs.items():
+            places[fqn] = into, file.tell(), len(data)
+            file.write(data)
+    return places
+
+
+def _metadata(job: Job, shards: Mapping[str, Sequence[Any]], extra: Mapping[str, tuple[str, int, int]]) -> object:
+    from torch.distributed.checkpoint import metadata as dcp  # noqa: PLC0415  it takes half a second
+    from torch.distributed.checkpoint.filesystem import _StorageInfo  # noqa: PLC0415
+
+    saved, tensors = _saved(job), job.plan.tensors
+    items, keys, places = dict[str, Any](), dict[str, Any](), dict[Any, Any]()
+    for name in job.plan.names:
+        of, one = saved[name], tensors[name]
+        chunks = [
+            dcp.ChunkStorageMetadata(torch.Size(a for a, _ in box), torch.Size(b - a for a, b in box))
+            for box, _ in of.shards
+        ]
+        properties = dcp.TensorProperties(dtype=one.dtype)
+        items[of.fqn] = dcp.TensorStorageMetadata(properties, torch.Size(one.shape), chunks)
+        keys[of.fqn] = of.keys
+    for file, inside in shards.items():
+        for name, box, begin, length in inside:
+            offsets = [torch.Size(a for a, _ in one) for one, _ in saved[name].shards]
+            offset = torch.Size(a for a, _ in box)
+            index = dcp.MetadataIndex(saved[name].fqn, offset, offsets.index(offset))
+            places[index] = _StorageInfo(file, begin, length)
+    for fqn, (file, begin, length) in extra.items():
+        items[fqn] = dcp.BytesStorageMetadata()
+        keys[fqn] = job.plan.newest.blobs[fqn][0]
+        places[dcp.MetadataIndex(fqn)] = _StorageInfo(file, begin, length)
+    return dcp.Metadata(items, keys, places)
