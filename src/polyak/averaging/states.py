@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from polyak.averaging.agreement import agree_on_names, refuse_unsynchronized
 from polyak.compat.composer import from_composer
-from polyak.errors import CheckpointError, PlanWarning
-from polyak.sharding import OneProcess, Ranks, is_initialized
+from polyak.errors import CheckpointError, PlanWarning, ShardingError
+from polyak.sharding import OneProcess, Ranks, has_experts, is_initialized
 from polyak.tensors.slots import slots
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ def state_of(average: "OnlineAverage") -> dict[str, Any]:
     if shadow is None or model is None:
         return state
     refuse_unsynchronized(average.ranks, model, average.settings.policy)
+    if shadow.extra and has_experts(model):
+        raise ShardingError(
+            f"experts that were declared to differ by rank must be averaged in one buffer to be saved (got {average.name}, "
+            "which keeps more); make them DTensors, or use another profile"
+        )
     pipeline = average.pipeline()
     if (pipeline or (average.ranks is not None and not average.ranks.replicas)) and not active:
         average.agree(shadow)
