@@ -36,8 +36,8 @@ def state_of(average: "OnlineAverage") -> dict[str, Any]:
     refuse_unsynchronized(average.ranks, model, average.settings.policy)
     if shadow.extra and has_experts(model):
         raise ShardingError(
-            f"experts that were declared to differ by rank must be averaged in one buffer to be saved (got {average.name}, "
-            "which keeps more); make them DTensors, or use another profile"
+            "experts that were declared to differ by rank must be averaged in one buffer to be saved (got "
+            f"{average.name}, which keeps more); make them DTensors, or use another profile"
         )
     pipeline = average.pipeline()
     if (pipeline or (average.ranks is not None and not average.ranks.replicas)) and not active:
