@@ -53,9 +53,13 @@ def with_state_dicts(content: Any, depth: int = _DEPTH) -> Any:
     """
     if isinstance(content, StandIn) and not content and (parts := _parts(content)) is not None:
         return NetworkState(parts)
-    if depth and isinstance(content, dict) and not isinstance(content, StandIn):
-        return {key: with_state_dicts(value, depth - 1) for key, value in content.items()}
-    return content
+    if not depth or not isinstance(content, dict):
+        return content
+    inside = {key: with_state_dicts(value, depth - 1) for key, value in content.items()}
+    if isinstance(content, StandIn):  # of a class derived from dict, such as EDM2's EasyDict
+        content.update(inside)
+        return content
+    return inside
 
 
 def _parts(value: object) -> Mapping[Any, Any] | None:
