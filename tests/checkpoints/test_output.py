@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from polyak import ArgumentError, CheckpointError
 from polyak.checkpoints import as_safetensors, open_checkpoint, units
@@ -69,6 +70,42 @@ def test_folders_of_dcp_become_such_a_folder_without_the_optimizer(tmp_path, nam
         assert metadata.planner_data[key] == before.planner_data[key]
     assert (out / "meta.pt").exists() == name.endswith("Lightning")
     assert {one.name for one in out.glob("*.distcp")} <= {one.name for one in made.newest.path.iterdir()}
+
+
+def module_like(tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """Return a model whose state dict has these names, with other numbers."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        inner = root
+        for one in path:
+            inner = inner._modules.setdefault(one, nn.Module())  # "half" is a method of modules too
+        inner.register_buffer(last, torch.full_like(tensor, 7))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "key"),
+    [
+        ("distributed, torchtitan", "", ""),
+        ("distributed, Megatron", "", ""),
+        ("distributed, Lightning", "", "state_dict"),
+        ("distributed, Accelerate or Transformers", "pytorch_model_fsdp_0", "model"),
+    ],
+    ids=["torchtitan", "Megatron", "Lightning", "Accelerate or Transformers"],
+)
+def test_a_model_loads_by_dcp_what_became_of_the_folders_of_a_library(tmp_path, name, folder, key) -> None:
+    made, out = opened(name, tmp_path), tmp_path / "out"
+    write_average(made, out)
+    want = {name: average(made, name) for name in made.names}
+    model = module_like(want)
+    state = model.state_dict()
+    with warnings.catch_warnings(action="ignore"):  # that there is one process
+        dcp.load({key: state} if key else state, checkpoint_id=out / folder)
+    model.load_state_dict(state)
+    got = dict(model.named_buffers())
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
 
 
 def test_a_folder_of_accelerate_under_fsdp_keeps_its_folder(tmp_path) -> None:
