@@ -1,6 +1,7 @@
 """An output is written in any format, by one process or several, and a run that was stopped is resumed."""
 
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import nn
+from waiting import wait_until
 
 from polyak import ArgumentError, CheckpointError
 from polyak.checkpoints import as_safetensors, open_checkpoint, units
@@ -196,6 +198,50 @@ def test_a_run_that_was_stopped_is_resumed_and_does_no_finished_unit_again(tmp_p
     assert len(again.names) == len(made.names) - 4
     assert all(torch.equal(tensor, average(made, key)) for key, tensor in loaded(form, out, made).items())
     assert sorted(one.name for one in tmp_path.iterdir()) == ["in", out.name]
+
+
+# Notes each tensor, and holds before the sixth until it is stopped; the next process does not hold.
+HELD = """
+import sys, time
+from pathlib import Path
+from polyak.checkpoints import as_safetensors
+from polyak.cli import average, main
+
+as_safetensors.in_groups = lambda names, size_of: [[name] for name in names]
+noted = Path("noted")
+
+def note(self, name):
+    begun = noted.read_text().splitlines() if noted.exists() else []
+    while len(begun) == 5 and not Path("stopped").exists():
+        time.sleep(0.01)
+    noted.write_text("\\n".join([*begun, name]))
+
+average._Progress.__call__ = note
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_is_stopped_leaves_what_the_same_command_resumes(tmp_path, number) -> None:
+    (tmp_path / "run.py").write_text(HELD)
+    made = opened("Lightning", tmp_path)
+    line = [sys.executable, "run.py", "average", *(one.path.name for one in made.checkpoints), "-o", "out.safetensors"]
+    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len([*tmp_path.rglob("done/tensors-*.json")]) == 5 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    process.send_signal(number)
+    said = process.communicate()[1]
+    if number is signal.SIGINT:
+        assert process.returncode == 130
+        assert said == "polyak average: interrupted; run the same command again to resume\n"
+    assert not (tmp_path / "out.safetensors").exists()
+    (tmp_path / "stopped").touch()
+    subprocess.run(line, cwd=tmp_path, check=True, capture_output=True)
+    assert sorted((tmp_path / "noted").read_text().splitlines()) == sorted(made.names)  # each once
+    got = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(got[name], average(made, name)) for name in made.names)
+    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
 
 
 def test_a_run_of_another_plan_does_not_resume_the_one_that_was_stopped(tmp_path) -> None:
