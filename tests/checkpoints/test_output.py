@@ -1,11 +1,13 @@
 """An output is written in any format, by one process or several, and a run that was stopped is resumed."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import warnings
 import zipfile
+from hashlib import sha256
 
 import checkpoint_files
 import pytest
@@ -113,7 +115,7 @@ def test_a_model_loads_by_dcp_what_became_of_the_folders_of_a_library(tmp_path, 
 def test_a_folder_of_accelerate_under_fsdp_keeps_its_folder(tmp_path) -> None:
     made, out = opened("distributed, Accelerate or Transformers", tmp_path), tmp_path / "out"
     write_average(made, out)
-    assert sorted(one.name for one in out.iterdir()) == ["config.json", "pytorch_model_fsdp_0"]
+    assert sorted(one.name for one in out.iterdir()) == ["config.json", "polyak.average.json", "pytorch_model_fsdp_0"]
     assert torch.equal(open_checkpoint(out).tensors["net.scale"].whole(), average(made, "net.scale"))
 
 
@@ -130,6 +132,18 @@ def test_an_average_of_several_ranks_keeps_their_shards_and_loads_by_dcp(ranks, 
     with warnings.catch_warnings(action="ignore"):
         dcp.load({"model": state}, checkpoint_id=out)
     assert all(torch.equal(state[name], tensor) for name, tensor in want.items())
+
+
+def test_a_folder_of_dcp_says_what_it_was_made_from_in_a_file_that_no_other_output_takes(tmp_path) -> None:
+    made, out = opened("distributed", tmp_path), tmp_path / "out"
+    write_average(made, out)
+    said = json.loads((out / "polyak.average.json").read_text())
+    assert [one["path"] for one in said] == ["step-100", "step-200", "step-400"]
+    for one in said:
+        files = [path for path in (tmp_path / one["path"]).glob("*.distcp") if path.name in one["sha256"]]
+        assert {file.name: sha256(file.read_bytes()).hexdigest() for file in files} == one["sha256"]
+    write_average(plan([open_checkpoint(out)], [1]), tmp_path / "again", form="hf")
+    assert [one.name for one in (tmp_path / "again").iterdir()] == ["model.safetensors"]
 
 
 def test_extra_states_of_dcp_are_those_of_the_newest(tmp_path) -> None:
