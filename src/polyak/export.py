@@ -113,7 +113,8 @@ def save_averaged(ema: EMA | HasAverage, model: nn.Module, path: str | Path, *, 
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ArgumentError(
-            f"path must be a file .safetensors or a folder (got {kind_of(path)}); write ema.save('averaged.safetensors')"
+            f"path must be a file .safetensors or a folder (got {kind_of(path)}); write "
+            "ema.save('averaged.safetensors')"
         )
     path = Path(path)
     if path.suffix in _PICKLES:

@@ -567,9 +567,9 @@ class HostContract:
             pytest.skip("its users evaluate by hand")
         evaluate = getattr(run.session, "evaluate_both", run.session.evaluate)
         seen = len(run.probe.evaluated)
-        with pytest.raises(LoanError, match="the raw weights must be in the model to be evaluated"):
-            with run.session.handle.applied():
-                evaluate()
+        refused = pytest.raises(LoanError, match="the raw weights must be in the model to be evaluated")
+        with refused, run.session.handle.applied():
+            evaluate()
         assert len(run.probe.evaluated) == seen
         run.assert_training_weights()
         evaluate()
