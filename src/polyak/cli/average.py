@@ -64,7 +64,7 @@ def configure(parser: ArgumentParser) -> None:
         "--as",
         dest="form",
         choices=("hf", "safetensors", "pt", "dcp"),
-        help="the format of OUT: a folder for from_pretrained, a file, or a folder of torch.distributed.checkpoint",
+        help="the format of OUT: a folder for from_pretrained, a file, or a folder of .distcp files",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--last", type=whole(1), metavar="N", help="take the last N checkpoints only")
