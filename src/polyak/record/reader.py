@@ -1,6 +1,7 @@
 """``Record``: reads a record that is on disk, one tensor at a time."""
 
 import importlib
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -94,6 +95,11 @@ class Record:
         from polyak.record.series import open_checkpoints  # noqa: PLC0415  it needs this module
 
         return open_checkpoints([paths] if isinstance(paths, str | Path) else paths, said)
+
+    @property
+    def arguments(self) -> str | None:
+        """The arguments by which commands open the record; None if a command line cannot say it."""
+        return shlex.quote(str(self.folder))
 
     @property
     def finest(self) -> int:
