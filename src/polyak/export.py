@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -110,6 +111,11 @@ def save_averaged(ema: EMA | HasAverage, model: nn.Module, path: str | Path, *, 
         CheckpointError: If the model's state dict has a tensor that safetensors cannot hold.
         LoanError: If averaging has not begun, or the model holds another average.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ArgumentError(
+            f"path must be a file .safetensors or a folder (got {kind_of(path)}); write "
+            "ema.save('averaged.safetensors')"
+        )
     path = Path(path)
     if path.suffix in _PICKLES:
         raise ArgumentError(

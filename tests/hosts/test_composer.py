@@ -83,6 +83,9 @@ class ComposerSession:
     def evaluate(self) -> None:
         self.trainer.eval(self.plan.eval_loader)
 
+    def evaluate_both(self) -> None:  # `eval` with data evaluates these data once, with the average
+        self.trainer.eval()
+
     def predict(self) -> None:
         self.trainer.predict(self.plan.eval_loader)
 

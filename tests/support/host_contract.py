@@ -560,6 +560,21 @@ class HostContract:
             handle.update()
         run.assert_training_weights()
 
+    def test_raw_metrics_are_refused_in_a_block_in_which_the_model_holds_the_average(self, tmp_path) -> None:
+        self.needs("choice")
+        run = Run(self.host, tmp_path, Plan(evaluate=True, choice=True)).fit()
+        if hasattr(run.session, "attached") or not hasattr(run.session, "handle"):
+            pytest.skip("its users evaluate by hand")
+        evaluate = getattr(run.session, "evaluate_both", run.session.evaluate)
+        seen = len(run.probe.evaluated)
+        refused = pytest.raises(LoanError, match="the raw weights must be in the model to be evaluated")
+        with refused, run.session.handle.applied():
+            evaluate()
+        assert len(run.probe.evaluated) == seen
+        run.assert_training_weights()
+        evaluate()
+        assert len(run.probe.evaluated) == seen + 4
+
     # What is saved
 
     def test_users_find_the_average_in_what_is_saved_and_the_model_keeps_its_weights(self, tmp_path) -> None:

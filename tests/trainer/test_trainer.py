@@ -123,6 +123,17 @@ def test_each_data_set_of_an_evaluation_has_a_start_and_an_end():
     assert trace.events == ["predict_start", "predict_end"]
 
 
+def test_raw_weights_are_not_evaluated_while_the_model_holds_the_average():
+    ema = EMA("1ba")
+    trainer = build("2ba", eval_dataloader=batches(1), algorithms=ema, eval_weights="both")
+    trainer.fit()
+    ema.get_ema_model(trainer.state.model)
+    with pytest.raises(LoanError, match="the raw weights must be in the model to be evaluated"):
+        trainer.eval()
+    ema.get_training_model(trainer.state.model)
+    assert any("eval_raw/" in name for name in trainer.eval())
+
+
 def test_a_run_that_ends_inside_an_epoch_fires_no_end_of_epoch():
     trace = Trace()
     trainer = build("3ba", callbacks=trace)

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from polyak.averaging.habits import kind_of
+from polyak.averaging.habits import explained, kind_of
 from polyak.errors import ArgumentError
 
 
+@explained("update_bn(model, loader)", {})
 @torch.no_grad()
 def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
     """Replace the running statistics of every BatchNorm layer by their mean over all batches of ``loader``.

@@ -13,7 +13,9 @@ from polyak.report.columns import wrapped
 
 _COMMAND = re.compile(r"\s+(\$ )?(polyak|torchrun|pip) ")
 _FIELD = re.compile(r"( +)(\S+(?: \S+)*) {2,}(\S.*)")
+_OPTION = re.compile(r"(?<= )(--?[a-z][a-z-]*) (?=[^-\s])")
 _WIDEST = 100
+_NARROW = 60  # below it, what an option does begins on a line of its own
 
 
 class Formatter(argparse.HelpFormatter):
@@ -24,7 +26,8 @@ class Formatter(argparse.HelpFormatter):
     """
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=min(terminal_width(), _WIDEST))
+        width = min(terminal_width(), _WIDEST)
+        super().__init__(prog, max_help_position=24 if width >= _NARROW else 12, width=width)
 
     def _format_usage(
         self, usage: str | None, actions: Iterable[argparse.Action], groups: Iterable[Any], prefix: str | None
@@ -35,6 +38,12 @@ class Formatter(argparse.HelpFormatter):
         words = [str(action.metavar) for action in listed if not action.option_strings]
         words += [f"{one.option_strings[0]} {one.metavar}" for one in listed if one.option_strings and one.required]
         return wrapped(" ".join([self._prog, *words, "[OPTIONS]"]), self._width, first="usage: ") + "\n\n"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        value = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {value}"
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return wrapped(text, width).splitlines()
@@ -56,17 +65,25 @@ class Formatter(argparse.HelpFormatter):
 def _indented(line: str, width: int) -> str:
     if len(line) <= width:
         return line
-    if _COMMAND.match(line):
-        *broken, last = wrapped(line.strip(), width - 2, first="  ", rest="      ").splitlines()
-        return "\n".join([*(f"{part} \\" for part in broken), last])
     if field := _FIELD.fullmatch(line):
         indent, name, text = field.groups()
         column = field.start(3)
         if width - column >= len(indent) + 16:
             return wrapped(text, width, first=line[:column])
-        return f"{indent}{name}\n{wrapped(text, width, first=f'{indent}    ')}"
+        return f"{_indented(indent + name, width)}\n{wrapped(text, width, first=f'{indent}    ')}"
+    if _COMMAND.match(line):
+        return _broken(line.strip(), width)
     indent = line[: len(line) - len(line.lstrip())]
     return wrapped(line.strip(), width, first=indent, rest=f"{indent}  ")
+
+
+def _broken(command: str, width: int) -> str:
+    """Return a command in lines as a shell reads them, each option on the line of its value."""
+    kept = _OPTION.sub("\\1\xa0", command)
+    if max(map(len, kept.split(" "))) > width - 8:
+        kept = command
+    *lines, last = wrapped(kept, width - 2, first="  ", rest="      ").replace("\xa0", " ").splitlines()
+    return "\n".join([*(f"{line} \\" for line in lines), last])
 
 
 class Parser(argparse.ArgumentParser):

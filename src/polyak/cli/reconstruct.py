@@ -1,8 +1,8 @@
 """Export the average of a record under any profile, at any recorded moment.
 
-Give one of the profiles: --half-life, --window, --uniform-from, --power or --smoothing. Load the file with load_file of
-safetensors.torch, for model.load_state_dict. For a model of transformers or diffusers, write it as model.safetensors
-next to a copy of the model's config.json, and load the folder with from_pretrained.
+Give one of the profiles: --half-life, --window, --uniform-from, --power, --smoothing, --cooldown or --profile. Load the
+file with load_file of safetensors.torch, for model.load_state_dict. For a model of transformers or diffusers, write it
+as model.safetensors next to a copy of the model's config.json, and load the folder with from_pretrained.
 """
 
 import json

@@ -56,7 +56,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_checkpoints(parser)
     parser.add_argument(
-        "--evaluate", required=True, metavar="FUNCTION", help="FILE.py:FUNCTION or package.module:FUNCTION; see above"
+        "--evaluate", required=True, metavar="FUNCTION", help="FILE.py:FUNCTION or package.module:FUNCTION; see below"
     )
     parser.add_argument("--metric", metavar="NAME", help="the metric that decides (default: the first)")
     add_direction(parser)

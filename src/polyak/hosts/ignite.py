@@ -15,7 +15,7 @@ from polyak.algorithm import Algorithm, as_algorithms
 from polyak.events import Event
 from polyak.time import Time, TimeUnit
 from polyak.training import rng
-from polyak.training.evalweights import EvalWeights, eval_weights_of
+from polyak.training.evalweights import EvalWeights, eval_weights_of, refuse_raw_of_averaged
 from polyak.training.handle import Handle
 from polyak.training.loop import Loop
 from polyak.training.sizes import BatchSizes
@@ -196,6 +196,8 @@ class Averaging(Handle):
         # Wrapped, because an engine that is terminated or interrupted may never complete.
         @wraps(run)
         def run_with_average(*args: Any, **kwargs: Any) -> Any:
+            if raw_first:
+                refuse_raw_of_averaged(self._loop.state.model)
             raw = _raw_metrics(engine, run, *args, **kwargs) if raw_first else {}
             engine.state.metrics.update(raw)
             with self._loop.between(start, end):

@@ -8,7 +8,7 @@ from polyak.averaging.habits import ARGUMENTS_OF_ATTACH, explained
 from polyak.engines.hooks import Methods
 from polyak.errors import ArgumentError, ShardingError
 from polyak.training.attached import Attached
-from polyak.training.evalweights import EvalWeights, eval_weights_of
+from polyak.training.evalweights import EvalWeights, eval_weights_of, refuse_raw_of_averaged
 from polyak.training.options import LoopOptions
 
 
@@ -95,6 +95,7 @@ def attach(
 def _validation(applied: Callable[..., Any], validator: Any, both: bool) -> Callable[..., Any]:
     def validate(inner: Any, model_parts: Any, step: int) -> None:
         if both:
+            refuse_raw_of_averaged(model_parts[0])
             metrics = validator.metrics_processor
             validator.metrics_processor = _Raw(metrics)
             try:

@@ -18,7 +18,7 @@ from polyak.events import Event
 from polyak.tensors.slots import unwrap
 from polyak.time import Time, TimeUnit
 from polyak.training import rng, sharded
-from polyak.training.evalweights import EvalWeights, eval_weights_of
+from polyak.training.evalweights import EvalWeights, eval_weights_of, refuse_raw_of_averaged
 from polyak.training.handle import Handle
 from polyak.training.loop import Loop
 from polyak.training.state import LoopState
@@ -112,6 +112,8 @@ class Attached(Handle, TrainerCallback):
                 return run(dataloader, description, *args, **kwargs)
         raw: dict[str, float] = {}
         if self._eval_weights == "both":
+            if self._loop is not None:
+                refuse_raw_of_averaged(self._loop.state.model)
             prefix = kwargs.get("metric_key_prefix", "eval")
             with rng.preserved():
                 raw = run(dataloader, description, *args, **kwargs | {"metric_key_prefix": f"{prefix}_raw"}).metrics

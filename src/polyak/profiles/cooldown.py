@@ -63,9 +63,9 @@ class Cooldown(NamedProfile):
     FORMS: ClassVar[tuple[Form, ...]] = (
         Form(
             "cooldown",
-            "TIME[:SHAPE][:floor=F][:snap]",
+            "TIME:SHAPE:floor=F:snap",
             f"as if the learning rate had fallen over the last TIME to 0, or to F of itself; SHAPE is "
-            f"{', '.join(SHAPES)}; snap begins at the nearest edge",
+            f"{', '.join(SHAPES)}; snap begins at the nearest edge; all but TIME may be left out",
             "10ep",
         ),
     )

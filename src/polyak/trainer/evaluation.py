@@ -18,6 +18,7 @@ from polyak.trainer.options import Checked
 from polyak.trainer.parallel import Group
 from polyak.trainer.wrapping import divides_itself
 from polyak.training import rng
+from polyak.training.evalweights import refuse_raw_of_averaged
 
 
 class Evaluation:
@@ -90,7 +91,12 @@ class Evaluation:
 
         Args:
             evaluators: Which.
+
+        Raises:
+            LoanError: If raw weights are to be evaluated while the model holds an average.
         """
+        if self._weights == "both":
+            refuse_raw_of_averaged(self._state.model)
         found: dict[str, float] = {}
         self._group.share_buffers(self._state.model)
         for evaluator in evaluators:

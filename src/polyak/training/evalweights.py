@@ -3,7 +3,10 @@
 import warnings
 from typing import Literal
 
-from polyak.errors import ArgumentError
+from torch import nn
+
+from polyak.averaging.swap import swap_of
+from polyak.errors import ArgumentError, LoanError
 
 EvalWeights = Literal["averaged", "raw", "both"]
 """``"averaged"``: the average, if there is one. ``"raw"``: the training weights. ``"both"``: metrics under their plain
@@ -39,3 +42,19 @@ def eval_weights_of(given: object, *, stacklevel: int = 3) -> EvalWeights:
         f"eval_weights must be 'averaged', 'raw' or 'both' (got {given!r}); 'averaged' evaluates the average, 'raw' "
         "the training weights"
     )
+
+
+def refuse_raw_of_averaged(model: nn.Module) -> None:
+    """Refuse to evaluate the raw weights of a model that holds an average: the figures would be those of the average.
+
+    Args:
+        model: Wrapped or not.
+
+    Raises:
+        LoanError: If the model holds an average.
+    """
+    if swap := swap_of(model):
+        raise LoanError(
+            f"the raw weights must be in the model to be evaluated ({swap.owner} has swapped its average in); evaluate "
+            "both after the block, or read ema.model in it"
+        )

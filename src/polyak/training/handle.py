@@ -92,11 +92,13 @@ class Handle(ABC):
         return model
 
     @block
+    @explained("ema.applied()", {})
     def applied(self) -> Iterator[nn.Module]:
         """Swap the average into the model for a ``with`` block: to evaluate it, or to export it.
 
         Before averaging has begun, the model keeps its own weights. In the block of a trainer's average all that the
-        trainer evaluates, predicts and saves has the average, whatever ``eval_weights`` says.
+        trainer evaluates, predicts and saves has the average, also with ``eval_weights="raw"``. With ``"both"`` the
+        trainer refuses to evaluate in it, since the raw weights are not in the model.
 
         Raises:
             LoanError: If the model holds an average already, or a trainer has not begun to train it.

@@ -20,7 +20,7 @@ from polyak.events import Event
 from polyak.hosts.composer.clock import View
 from polyak.sharding import whole
 from polyak.training.between import Between
-from polyak.training.evalweights import EvalWeights, eval_weights_of
+from polyak.training.evalweights import EvalWeights, eval_weights_of, refuse_raw_of_averaged
 from polyak.training.handle import OF_A_TRAINERS, Handle
 from polyak.training.optimizer import counted_optimizer, moves_parameters
 from polyak.training.steps import StepHooks
@@ -94,8 +94,14 @@ class Hosted(Handle, ComposerAlgorithm):
         Args:
             event: Composer's.
             state: Composer's.
+
+        Raises:
+            LoanError: If an evaluator of raw weights begins while the model holds an average.
         """
-        raw = event.is_eval and (self._weights == "raw" or str(state.dataloader_label).endswith(_RAW))
+        labelled = event.is_eval and str(state.dataloader_label).endswith(_RAW)
+        if labelled and event.value == Event.EVAL_START.value:
+            refuse_raw_of_averaged(state.model)
+        raw = labelled or (event.is_eval and self._weights == "raw")
         return event.value in _OURS and not raw
 
     def apply(self, event: Any, state: Any, logger: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from polyak.errors import ArgumentError
 from polyak.events import Event
-from polyak.training.evalweights import EvalWeights, eval_weights_of
+from polyak.training.evalweights import EvalWeights, eval_weights_of, refuse_raw_of_averaged
 from polyak.training.loop import Loop
 
 Weights = EvalWeights | Sequence[EvalWeights]
@@ -72,12 +72,15 @@ class Evaluation:
 
         Raises:
             ArgumentError: If a list has another length.
+            LoanError: If it has "raw", and the model holds an average.
         """
         if not isinstance(weights, str) and len(weights) != dataloaders:
             raise ArgumentError(
                 f"a list eval_weights must have an entry for each of the {dataloaders} dataloaders (got "
                 f"{weights!r}); or give it one value for all"
             )
+        if "raw" in weights and not isinstance(weights, str) and self.loop is not None:
+            refuse_raw_of_averaged(self.loop.state.model)
         if trainer.state.fn.value == "fit":
             self.begin(trainer, Event.EVAL_BEFORE_ALL, Event.EVAL_AFTER_ALL)
         else:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from polyak.training import rng
+from polyak.training.evalweights import refuse_raw_of_averaged
 
 # Before the name of a metric of the raw weights.
 PREFIX = "raw_"
@@ -31,6 +32,7 @@ def _twice(trainer: Any, loop: Any, run: Callable[[], Any], wanted: Callable[[],
     def run_twice() -> Any:
         if trainer.sanity_checking or not wanted():
             return run()
+        refuse_raw_of_averaged(trainer.strategy.model)
         shown, logged = _raw_metrics(trainer, loop, run)
         trainer.callback_metrics.update(shown)
         result = run()
