@@ -164,12 +164,21 @@ def check_algorithms(algorithms: Sequence[object]) -> None:
                 f"parentheses: {one.__name__}(...)"
             )
         kind, advice = type(one), "derive from polyak.Algorithm"
-        if any(cls.__module__.partition(".")[0] == "composer" for cls in kind.__mro__):
+        if is_composers(one):
             advice = f"this one is for Composer's trainer: `from polyak import {kind.__name__}` for any other loop"
         raise ArgumentError(
             f"algorithms must be instances of polyak.Algorithm (got {one!r} of {kind.__module__}.{kind.__qualname__}); "
             f"{advice}"
         )
+
+
+def is_composers(algorithm: object) -> bool:
+    """Return whether an object is an algorithm for Composer's trainer.
+
+    Args:
+        algorithm: Of any class.
+    """
+    return any(cls.__module__.partition(".")[0] == "composer" for cls in type(algorithm).__mro__)
 
 
 def check_event(event: object, name: str) -> None:

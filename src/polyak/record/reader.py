@@ -48,7 +48,7 @@ class Record(Contents):
 
     Example:
         >>> from polyak.profiles import Uniform
-        >>> from polyak.record import Edge, Writer
+        >>> from polyak.record import Edge, TensorInfo, Writer
         >>> from polyak.time import Timestamp
         >>> now = Timestamp()
         >>> with Writer("run", {"weight": TensorInfo(torch.float32, (1,), averaged=True)}) as writer:
@@ -143,7 +143,7 @@ class Record(Contents):
 
         Example:
             >>> from polyak.profiles import HalfLife, Window
-            >>> from polyak.record import Edge, Writer
+            >>> from polyak.record import Edge, TensorInfo, Writer
             >>> from polyak.time import Timestamp
             >>> edges = [Edge(n, Timestamp().to_next_batch(steps=n)) for n in range(4)]
             >>> with Writer("three", {"weight": TensorInfo(torch.float32, (1,), averaged=True)}) as writer:

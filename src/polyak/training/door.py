@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sized
 from torch import nn
 from torch.optim import Optimizer
 
-from polyak.algorithm import Algorithm
+from polyak.algorithm import Algorithm, is_composers
 from polyak.averaging.habits import kind_of
 from polyak.errors import ArgumentError
 from polyak.training.handle import Handle
@@ -25,7 +25,7 @@ def check_order(algorithms: object, model: object, optimizer: object) -> None:
         ArgumentError: If not; it says the order, and what came.
     """
     given = (algorithms, model, optimizer)
-    if isinstance(algorithms, Handle):
+    if isinstance(algorithms, Handle) and not is_composers(algorithms):
         raise ArgumentError(
             "algorithms must be an EMA, a Recorder or a list of them (got what attach returned): it is attached "
             "already, and follows the optimizer by itself"
