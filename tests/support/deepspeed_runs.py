@@ -331,9 +331,13 @@ def saves(kind: str, folder: str) -> dict[str, Tensor]:
         saved = master(engine)
     ema.save(folder + "/averaged.safetensors")
     ema.save(folder + "/averaged32.safetensors", dtype=torch.float32)
+    published = dict[str, Tensor]()
+    before = master(engine)
+    ema.publish(lambda name, tensor: published.update({name: tensor.clone()}), every_rank=True)
+    assert all(torch.equal(before[name], now) for name, now in master(engine).items())
     train(engine, range(4, 7))
     with ema.applied():
-        return {"saved": saved, "later": master(engine)}
+        return {"saved": saved, "later": master(engine), "published": published}
 
 
 def resumes(kind: str, folder: str) -> dict[str, Any]:
