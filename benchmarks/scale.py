@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from polyak.record import Edge, Writer
 from polyak.record.writer import due
 from polyak.report.figures import AVERAGED, GREY, INK, RAW, RULE, STYLE, render
+from polyak.sharding import agreement
 from polyak.storage.atomic import replacing
 from polyak.storage.safetensors import TensorInfo
 from polyak.time import Timestamp
@@ -42,7 +43,8 @@ from polyak.time import Timestamp
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, PICTURE, MEASURED = DOCS / "scale.md", DOCS / "images" / "scale.png", RESULTS / "scale.json"
 DEVICES = (8, 64, 512, 4096, 16_384)
-STRETCHES, PER_LEVEL = 512, 4
+# What a Recorder writes by default: segments of T/1024 in float16.
+STRETCHES, PER_LEVEL, RECORDED_BYTES = 1024, 4, 2
 FLOAT, MIXED, HALF = "float32", "bfloat16 model, float32 average", "bfloat16"
 LARGE = ("GPT-2", "ResNet-50", "one of 50 M")  # the time is that of the bytes
 
@@ -58,6 +60,8 @@ class Decoder:
     feed_forward: int
     tied: bool = False
     vocabulary: int = 128_256
+    tensor_parallel: int = 1
+    stages: int = 1
 
     @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -78,8 +82,10 @@ class Decoder:
 
 MODELS = (
     Decoder("1 B", layers=16, width=2048, key_width=512, feed_forward=8192, tied=True),  # Llama 3.2 1B
-    Decoder("70 B", layers=80, width=8192, key_width=1024, feed_forward=28_672),  # Llama 3 70B
-    Decoder("1 T", layers=136, width=24_576, key_width=1024, feed_forward=81_920),  # invented
+    Decoder("70 B", layers=80, width=8192, key_width=1024, feed_forward=28_672, tensor_parallel=8),  # Llama 3 70B
+    Decoder(
+        "1 T", layers=136, width=24_576, key_width=1024, feed_forward=81_920, tensor_parallel=8, stages=16
+    ),  # invented
 )
 
 
@@ -157,7 +163,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model on devices: sharded over groups of at most ``Assumed.group``, replicated over the groups (HSDP)."""
+    """A model on devices: each group of at most ``Assumed.group`` shares one copy, by TP, PP and FSDP together."""
 
     model: Decoder
     devices: int
@@ -171,6 +177,15 @@ class Deployment:
     @cached_property
     def shard(self) -> int:
         return self.model.fullest_shard(self.shards)
+
+    @property
+    def data_parallel(self) -> int:
+        """Return how many ranks see other data than the rest: all, divided by those of TP and PP."""
+        return max(1, self.devices // (self.model.tensor_parallel * self.model.stages))
+
+    @property
+    def tokens_per_rank(self) -> float:
+        return self.assumed.tokens / self.data_parallel
 
     @property
     def average_bytes(self) -> int:
@@ -215,13 +230,18 @@ class Deployment:
     # Checkpoints
 
     def plan_items(self, states: int) -> int:
-        return self.devices * len(self.model.shapes) * states
+        return self.devices * math.ceil(len(self.model.shapes) / self.model.stages) * states
 
     # Records: one replica writes, and each of its ranks writes its shard of each segment.
 
     @property
-    def stretch_bytes(self) -> int:
+    def averaged_bytes(self) -> int:
+        """Return the bytes of the average on all ranks together, each element once."""
         return 4 * self.model.parameters
+
+    @property
+    def stretch_bytes(self) -> int:
+        return RECORDED_BYTES * self.model.parameters
 
     @property
     def stretch_s(self) -> float:
@@ -230,7 +250,7 @@ class Deployment:
     def append_s(self, merges: int, shared: float | None = None) -> float:
         """Return the time for one segment and its merges: that of the threads or of the file system, whichever is
         slower."""
-        threads = 4 * self.shard * (self.measured.write_s + merges * self.measured.merge_s)
+        threads = RECORDED_BYTES * self.shard * (self.measured.write_s + merges * self.measured.merge_s)
         transfer = self.stretch_bytes * (1 + 3 * merges) / (shared or self.assumed.shared)
         return max(threads, transfer) + file_operations(self.shards, merges) / self.assumed.operations
 
@@ -442,7 +462,12 @@ def inputs(a: Assumed, m: Measured) -> list[str]:
             "assumed",
             "float32, Adam",
         ),
-        ("devices that share one copy of the model", f"at most {a.group}", "assumed", "replicated beyond: HSDP"),
+        (
+            "devices that share one copy of the model",
+            f"at most {a.group}",
+            "assumed",
+            "by TP, PP and FSDP; replicated beyond",
+        ),
     ]
     machines = [line for name in ("update_time", "loan_time", "scale") for line in item(machine(name))]
     return [*prose(("input", "value", "kind", "source"), rows), "", *machines]
@@ -481,8 +506,10 @@ def training(of: Sequence[Deployment]) -> list[str]:
             else ("does not fit", *[""] * 5)
         )
         cut = f"{d.shards} x {d.devices // d.shards}"
-        rows.append((d.model.name, f"{d.devices:,}", cut, size(d.state_bytes), size(d.average_bytes), *times))
-    head = ("model", "devices", "shards x replicas", "training state per rank", "average per rank", "step", "update")
+        within = f"{d.model.tensor_parallel} x {d.model.stages}, {round(d.tokens_per_rank):,}"
+        rows.append((d.model.name, f"{d.devices:,}", cut, within, size(d.state_bytes), size(d.average_bytes), *times))
+    head = ("model", "devices", "shards x replicas", "TP x PP, tokens per data-parallel rank")
+    head += ("training state per rank", "average per rank", "step", "update")
     return table((*head, "of a step", "offloaded", "swap and restore", "agreement"), rows)
 
 
@@ -497,8 +524,8 @@ def checkpoints(of: Sequence[Deployment]) -> list[str]:
                 d.model.name,
                 f"{d.devices:,}",
                 size(d.assumed.saved * d.model.parameters),
-                size(d.stretch_bytes),
-                duration(d.stretch_bytes / d.assumed.shared),
+                size(d.averaged_bytes),
+                duration(d.averaged_bytes / d.assumed.shared),
                 f"{d.devices + 1:,}",
                 f"{number(before)}, {number(after)}",
                 f"{size(before * d.measured.plan_bytes)}, {size(after * d.measured.plan_bytes)}",
@@ -521,7 +548,7 @@ def records(of: Sequence[Deployment]) -> list[str]:
             (
                 d.model.name,
                 f"{d.devices:,}",
-                size(4 * d.shard),
+                size(RECORDED_BYTES * d.shard),
                 size(most * d.stretch_bytes),
                 f"{most * (d.shards + 1):,}",
                 number(written * (d.shards + 1)),
@@ -548,9 +575,9 @@ def breaks(a: Assumed, m: Measured) -> list[str]:
     worst = max(one.merges for one in appends)
     within = max(one.kept + 2 * one.merges for one in appends)
     fewer = max(one.kept for one in ageing(STRETCHES, 2))
-    plan, replica = large_all.plan_items(4), a.group * len(large.shapes) * 4
-    threads_s = 4 * large_all.shard * (m.write_s + worst * m.merge_s)
-    reading_s = last * stretch / (m.limit / 5)  # of 20 bytes, 4 are read from disk and 16 are the sum in float64
+    plan, replica = large_all.plan_items(4), a.group * math.ceil(len(large.shapes) / large.stages) * 4
+    threads_s = RECORDED_BYTES * large_all.shard * (m.write_s + worst * m.merge_s)
+    reading_s = last * stretch / (m.limit / 9)  # of 18 bytes, 2 are read from disk and 16 are the sum in float64
     rows = [
         (
             "DCP plans a save on one rank",
@@ -576,7 +603,7 @@ def breaks(a: Assumed, m: Measured) -> list[str]:
             "short segments of a record",
             f"1 T: training waits in runs below {duration(STRETCHES * large_all.append_s(worst))}; 70 B on {a.group}: "
             f"below {duration(STRETCHES * middle_group.append_s(worst))}",
-            "a longer interval; 16-bit files; a faster disk, up to "
+            "a longer interval; a faster disk, up to "
             f"{rate(stretch * (1 + 3 * worst) / threads_s)} for 1 T; beyond that, more threads for merging",
         ),
         (
@@ -589,13 +616,13 @@ def breaks(a: Assumed, m: Measured) -> list[str]:
         (
             "the size of a record",
             f"1 T: {size(most * stretch)}, {size(within * stretch)} during a merge",
-            f"16-bit files: half; `per_level=2`: {fewer} segments instead of {most}",
+            f"`per_level=2`: {fewer} segments instead of {most}",
         ),
         (
             "reading a record on one machine",
             f"1 T: {size(last * stretch)}, {duration(reading_s)} at the limit of two CPU cores",
-            f"each of 64 machines reads a part of the tensors: {duration(reading_s / 64)}; several profiles in one "
-            "pass",
+            f"each of 64 ranks reads its shards, by `Record.average_into`: {duration(reading_s / 64)}; several "
+            "profiles in one pass",
         ),
         (
             "DDP: the full average on every rank",
@@ -628,8 +655,22 @@ def breaks(a: Assumed, m: Measured) -> list[str]:
             f"no limit: one `all_reduce` on {devices:,} takes {duration(large_all.agreement_s)}",
             f"through a store in one process, at 50 µs per rank (assumed), it would take {duration(devices * 50e-6)}",
         ),
+        (
+            "a failed agreement of the ranks",
+            f"{devices:,} ranks send at most {agreement.MOST_FACTS} facts each to rank 0: "
+            f"{size(devices * fact_bytes())}",
+            f"rank 0 alone shows ranges of ranks, at most {agreement.MOST_FACTS} lines; another `all_reduce` of "
+            f"{size(2 * agreement.digests({}).nbytes)} finds which facts to send",
+        ),
     ]
     return prose(("what", "limit", "remedy"), rows)
+
+
+def fact_bytes() -> int:
+    """Return how many bytes a rank sends of facts that differ, of the longest that are sent."""
+    names = [f"layers.{i}.feed_forward.down_proj.weight" for i in range(agreement.MOST_FACTS)]
+    facts = {("tensors", name): "x" * 1000 for name in names}
+    return len(pickle.dumps(agreement.in_buckets(facts, range(agreement.digests(facts).numel()))))
 
 
 def blocks(a: Assumed, m: Measured) -> dict[str, list[str]]:

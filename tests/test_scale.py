@@ -130,8 +130,9 @@ def test_training_waits_as_long_as_in_a_simulation_with_two_clocks(scale, append
 def test_an_append_takes_as_long_as_the_slower_of_the_file_system_and_the_threads(scale, costs, merges) -> None:
     deployment = deploy(scale, costs, scale.MODELS[1], 512, operations=float("inf"))
     # A merge reads two segments and writes one.
-    assert deployment.append_s(merges, shared=1e9) == pytest.approx(4 * 70.554 * (1 + 3 * merges), rel=1e-4)
-    threads = 4 * deployment.shard * (costs.write_s + merges * costs.merge_s)
+    append_s = scale.RECORDED_BYTES * 70.554 * (1 + 3 * merges)
+    assert deployment.append_s(merges, shared=1e9) == pytest.approx(append_s, rel=1e-4)
+    threads = scale.RECORDED_BYTES * deployment.shard * (costs.write_s + merges * costs.merge_s)
     assert deployment.append_s(merges, shared=1e15) == pytest.approx(threads)
     slow = replace(deployment, assumed=scale.Assumed(operations=1))
     assert slow.append_s(merges, shared=1e15) == pytest.approx(threads + 513 * (1 + 5 * merges))

@@ -58,6 +58,8 @@ if TYPE_CHECKING:
     )
     from polyak.record import Record
     from polyak.record.recorder import Recorder
+    from polyak.sharding.experts import declare_experts
+    from polyak.sharding.parts import ModelParts
     from polyak.sweeping.recommending import recommend
     from polyak.sweeping.sweep import sweep
     from polyak.tensors.slots import Policy, default_policy
@@ -113,6 +115,9 @@ __all__ = [  # noqa: RUF022
     # Which tensors are averaged.
     "Policy",
     "default_policy",
+    # Models that ranks hold in parts.
+    "ModelParts",
+    "declare_experts",
     # Times.
     "Time",
     "TimeUnit",
@@ -180,6 +185,8 @@ _MODULES = {
     ),
     "Policy": "tensors.slots",
     "default_policy": "tensors.slots",
+    "ModelParts": "sharding.parts",
+    "declare_experts": "sharding.experts",
     "Time": "time",
     "TimeUnit": "time",
     "Timestamp": "time",

@@ -11,14 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from polyak.averaging.agreement import agree_on_plain
+from polyak.averaging.agreement import agree_on_names, agree_on_plain
 from polyak.averaging.ema import EMA
 from polyak.averaging.habits import explained, kind_of
 from polyak.errors import ArgumentError, CheckpointError, ExistsError
-from polyak.sharding import Communicator, Ranks, communicator_of, local, refuse_stage
+from polyak.sharding import Communicator, Ranks, communicator_of, local, pipeline_communicator_of
 from polyak.storage.atomic import new_folder, put, remove, temporary_path
 from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, write_tensors
-from polyak.tensors.slots import all_slots
+from polyak.tensors.slots import all_slots, places_of
 
 Read = Callable[[list[str]], dict[str, Tensor]]
 # In the temporary folder: what all ranks write, and rank 0 reads.
@@ -51,7 +51,7 @@ def export_averaged(
     names. They are named as those of Hugging Face: ``model.safetensors``, or several files with an index. Their
     metadata says how the average was made. Of a sharded model each rank writes its shards by
     ``torch.distributed.checkpoint``, and rank 0 puts them together from disk, a file at a time: no rank holds the full
-    model. All ranks must call this.
+    model. The stages of a pipeline write one folder, with the names of all stages. All ranks must call this.
 
     Args:
         ema: What ``attach`` returned, or the algorithm itself, whose average is written.
@@ -67,7 +67,7 @@ def export_averaged(
         CheckpointError: If the model's state dict has a tensor that safetensors cannot hold: sparse, nested, without
             values, or of a dtype such as complex128 or quantized ones.
         LoanError: If averaging has not begun, or the model holds another average.
-        ShardingError: If ranks disagree, or the model is a stage of a pipeline.
+        ShardingError: If ranks disagree, or stages of a pipeline have different tensors of one name.
 
     Example:
         >>> from polyak import attach
@@ -85,10 +85,11 @@ def export_averaged(
     average, folder = _average_of(ema, model), Path(folder)
     if folder.suffix in {".safetensors", *_PICKLES}:
         raise ArgumentError(f"an export is a folder (got '{folder}'); for one file, ema.save('averaged.safetensors')")
-    refuse_stage(model, "an export")
-    ranks = communicator_of(model)
+    stage = communicator_of(model)
+    ranks = pipeline_communicator_of(model, stage) or stage
     ranks.on_every_rank("the export", lambda: _check(folder, model, overwrite=overwrite))
     with swapped_in(average, model):
+        _agree(model, ranks, stage)
         _export(average, model, folder, ranks, max_file_bytes=max_file_bytes, finish=_finish)
 
 
@@ -119,10 +120,11 @@ def save_averaged(ema: EMA | HasAverage, model: nn.Module, path: str | Path, *, 
         export_averaged(ema, model, path, overwrite=overwrite)
         return
     average = _average_of(ema, model)
-    refuse_stage(model, "an export")
-    ranks = communicator_of(model)
+    stage = communicator_of(model)
+    ranks = pipeline_communicator_of(model, stage) or stage
     ranks.on_every_rank("the export", lambda: _check_file(path, model, overwrite=overwrite))
     with swapped_in(average, model):
+        _agree(model, ranks, stage)
         _export(average, model, path, ranks, max_file_bytes=math.inf, finish=_finish_file)
 
 
@@ -158,6 +160,18 @@ def swapped_in(average: EMA, model: nn.Module) -> Iterator[None]:
         average.get_training_model(model)
 
 
+def _agree(model: nn.Module, ranks: Communicator, stage: Communicator) -> None:
+    """Check that each name stands for one tensor: equal on all ranks of a stage, and on one stage only."""
+    places = places_of(model)
+    plain = {s.name: s.tensor for s in all_slots(model) if s.is_parameter and not places.differs(s.name, s.tensor)}
+    if isinstance(stage, Ranks):
+        ranks.on_every_rank("the export", lambda: agree_on_plain(stage, plain))
+    elif stage is not ranks:
+        ranks.agree("the export", {})  # what other stages do
+    if stage is not ranks and isinstance(ranks, Ranks):
+        agree_on_names(ranks, stage, model)
+
+
 def _export(
     ema: EMA,
     model: nn.Module,
@@ -167,14 +181,16 @@ def _export(
     max_file_bytes: float,
     finish: Callable[[Path, Path], None],
 ) -> None:
-    tensors = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
-    if isinstance(ranks, Ranks):
-        agree_on_plain(ranks, {s.name: s.tensor for s in all_slots(model) if s.is_parameter})
+    own = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
+    tensors = places_of(model).as_full(own)
+    infos = {name: _info(tensor) for name, tensor in tensors.items()}
+    if isinstance(ranks, Ranks) and ranks.differ:
+        infos = ranks.union(infos)
 
     def source(folder: Path) -> Read:
-        return _full(tensors) if ranks.replicas else shards(tensors, tensors, folder, ranks)
+        return _full(tensors) if ranks.replicas else shards(tensors, infos, folder, ranks)
 
-    _write_all(ema, tensors, source, target, ranks, max_file_bytes=max_file_bytes, finish=finish)
+    _write_all(ema, infos, source, target, ranks, max_file_bytes=max_file_bytes, finish=finish)
 
 
 def export_from(  # noqa: PLR0917
@@ -202,12 +218,13 @@ def export_from(  # noqa: PLR0917
     single = path.suffix == ".safetensors"
     check, finish = (_check_file, _finish_file) if single else (_check, _finish)
     ranks.on_every_rank("the export", lambda: check(path, model, overwrite=overwrite))
-    _write_all(ema, tensors, source, path, ranks, max_file_bytes=math.inf if single else 5e9, finish=finish)
+    infos = {name: _info(tensor) for name, tensor in tensors.items()}
+    _write_all(ema, infos, source, path, ranks, max_file_bytes=math.inf if single else 5e9, finish=finish)
 
 
 def _write_all(
     ema: EMA,
-    tensors: Mapping[str, Tensor],
+    infos: Mapping[str, TensorInfo],
     source: Callable[[Path], Read],
     target: Path,
     ranks: Communicator,
@@ -220,7 +237,7 @@ def _write_all(
     try:
         ranks.on_rank_0(lambda: new_folder(temporary), f"make {temporary}")
         read = source(temporary / _SHARDS)
-        ranks.on_rank_0(lambda: _write(tensors, temporary, max_file_bytes, metadata, read), f"write {target}")
+        ranks.on_rank_0(lambda: _write(infos, temporary, max_file_bytes, metadata, read), f"write {target}")
         ranks.on_rank_0(lambda: finish(temporary, target), f"write {target}")
     except BaseException:
         if ranks.rank == 0:
@@ -297,12 +314,18 @@ def _full(tensors: dict[str, Tensor]) -> Read:
     return lambda names: {name: local(tensors[name]) for name in names}
 
 
-def shards(saved: Mapping[str, Any], full: Mapping[str, Tensor], folder: Path, ranks: Communicator) -> Read:
+def _info(tensor: Tensor) -> TensorInfo:
+    return TensorInfo(tensor.dtype, tuple(tensor.shape), averaged=True)
+
+
+def shards(
+    saved: Mapping[str, Any], full: Mapping[str, TensorInfo | Tensor], folder: Path, ranks: Communicator
+) -> Read:
     """Write the shards of all ranks; return a function that reads full tensors from them.
 
     Args:
         saved: By name, as ``torch.distributed.checkpoint`` saves it.
-        full: Of the shapes and dtypes of the full tensors.
+        full: What the full tensors are.
         folder: To be made.
         ranks: All of which must call this.
     """
@@ -319,7 +342,7 @@ def shards(saved: Mapping[str, Any], full: Mapping[str, Tensor], folder: Path, r
 
 
 def _write(
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, TensorInfo],
     folder: Path,
     max_file_bytes: float,
     metadata: dict[str, str],
@@ -327,22 +350,22 @@ def _write(
 ) -> None:
     """Write files of at most ``max_file_bytes``, reading the tensors of one file at a time."""
     files, size = [list[str]()], 0
-    for name, tensor in tensors.items():
-        size += tensor.nbytes
+    size_bytes = {name: math.prod(info.shape) * info.dtype.itemsize for name, info in tensors.items()}
+    for name in tensors:
+        size += size_bytes[name]
         if files[-1] and size > max_file_bytes:
             files.append([])
-            size = tensor.nbytes
+            size = size_bytes[name]
         files[-1].append(name)
     weight_map = dict[str, str]()
     for number, names in enumerate(files, start=1):
         file = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
         held = read(names)
-        infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape), averaged=True) for name, tensor in held.items()}
-        write_tensors(folder / file, infos, held.__getitem__, metadata)
+        write_tensors(folder / file, {name: tensors[name] for name in names}, held.__getitem__, metadata)
         weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:
         index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "metadata": {"total_size": sum(size_bytes.values())},
             "weight_map": weight_map,
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

@@ -10,7 +10,17 @@ from polyak.averaging.ema import EMA
 from polyak.averaging.habits import kind_of
 from polyak.errors import ArgumentError, ShardingError
 from polyak.export import swapped_in
-from polyak.sharding import Communicator, Ranks, communicator_of, is_sharded, local, refuse_stage, sharded_like
+from polyak.sharding import (
+    Communicator,
+    Ranks,
+    communicator_of,
+    has_experts,
+    is_initialized,
+    is_sharded,
+    local,
+    pipeline_of,
+    sharded_like,
+)
 from polyak.tensors.slots import all_slots
 
 Load = Callable[[str, Tensor], object]
@@ -28,15 +38,27 @@ def publish_averaged(ema: EMA, model: nn.Module, load: Load, *, every_rank: bool
     Raises:
         ArgumentError: If ``load`` cannot be called.
         LoanError: If the model holds another average, or ``load`` has changed a parameter.
-        ShardingError: If ranks disagree, ``load`` failed on another rank, or the model is a stage of a pipeline.
+        ShardingError: If ranks disagree, ``load`` failed on another rank, the model is a stage of a pipeline, or it has
+            declared experts.
     """
-    refuse_stage(model, "publishing")
     ranks = communicator_of(model)
+    _refuse_parts(model)
     ranks.on_every_rank("publishing", lambda: check_loader(load))
     with swapped_in(ema, model):
         if isinstance(ranks, Ranks):
             agree_on_plain(ranks, {slot.name: slot.tensor for slot in all_slots(model) if slot.is_parameter})
         stream(model, ranks, load, every_rank=every_rank, gathered=_gathered)
+
+
+def _refuse_parts(model: nn.Module) -> None:
+    """Refuse a model of which ranks have other tensors. Nothing is communicated: all of them refuse."""
+    stage = is_initialized() and bool(pipeline_of(model))
+    if stage or has_experts(model):
+        raise ShardingError(
+            "every rank must have all names of the model for them to be published (this is "
+            f"{'a stage of a pipeline' if stage else 'a model with declared experts'}); write the average by "
+            "ema.save(path), and load that"
+        )
 
 
 def check_loader(load: object) -> None:

@@ -5,7 +5,7 @@ from paths import ROOT
 
 from tests import test_export
 from tests.record import test_recorder_sharded
-from tests.sharding import test_sharded_checkpoints, test_sharding
+from tests.sharding import test_ranks, test_sharded_checkpoints, test_sharding
 
 PAGE = ROOT / "docs" / "distributed.md"
 BEGIN, END = "<!--- table of parallelism by feature -->", "<!--- end of the table -->"
@@ -35,6 +35,31 @@ def lines() -> list[str]:
 def test_the_page_has_the_table_of_what_is_tested() -> None:
     inside = PAGE.read_text().partition(BEGIN)[2].partition(END)[0]
     assert inside.strip().splitlines() == lines(), "\n".join(["the table should be:", *lines()])
+
+
+def pipelines_and_experts() -> list[str]:
+    """Return the rows of the second table, of the parameters of the tests."""
+    rows = [
+        f"| pipeline, {kind} | {size} |"
+        for kind, size in _cells(test_ranks.test_stages_of_a_pipeline_swap_save_export_and_record_one_model)
+    ]
+    for test in (
+        test_ranks.test_declared_experts_are_swapped_saved_exported_and_recorded_as_those_of_the_full_model,
+        test_ranks.test_experts_as_dtensors_are_saved_exported_and_recorded_whole,
+    ):
+        rows += [f"| experts, {kind} | 2 |" for (kind,) in _cells(test)]
+    return ["| parallelism | ranks |", "| --- | --- |", *rows]
+
+
+def _cells(test) -> list[tuple]:
+    values = next(mark.args[1] for mark in test.pytestmark if mark.name == "parametrize")
+    return [value if isinstance(value, tuple) else (value,) for value in values]
+
+
+def test_the_page_has_the_table_of_pipelines_and_experts() -> None:
+    begin, end = "<!--- table of pipelines and experts -->", "<!--- end of the table of pipelines and experts -->"
+    inside = PAGE.read_text().partition(begin)[2].partition(end)[0]
+    assert inside.strip().splitlines() == pipelines_and_experts()
 
 
 def test_no_cell_of_the_table_is_empty() -> None:

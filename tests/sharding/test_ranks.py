@@ -5,7 +5,9 @@ import re
 import pytest
 import torch
 import uneven_ranks as jobs
+from safetensors.torch import load_file
 
+from polyak import ArgumentError, ModelParts, Record, Uniform
 from polyak.averaging.agreement import sums_of_bits
 from polyak.sharding import agreement
 
@@ -81,6 +83,42 @@ def test_experts_in_another_order_are_distinguished(ranks) -> None:
         assert "sum of the bits of experts: rank 0: " in said
 
 
+@pytest.mark.parametrize("kind", ["fsdp", "ddp", "fsdp, numbers", "ddp, numbers"])
+def test_declared_experts_are_swapped_saved_exported_and_recorded_as_those_of_the_full_model(
+    ranks, tmp_path, kind
+) -> None:
+    first, second = ranks.run(2, jobs.declares, kind, str(tmp_path))
+    assert first["distance"] == second["distance"] > 0
+    exported = load_file(tmp_path / "export/model.safetensors")
+    mean = Record(tmp_path / "record").average(Uniform())
+    assert exported.keys() == mean.keys()
+    for rank, (averages, read) in enumerate(zip(first["averages"], first["read"], strict=True)):
+        for name in read:
+            if "numbers" in kind:
+                _, number, rest = name.split(".", 2)
+                there = f"experts.{2 * rank + int(number)}.{rest}"
+                found, recorded = exported[there], mean[there]
+            else:
+                found, recorded = exported[name].chunk(2)[rank], mean[name].chunk(2)[rank]
+            assert torch.equal(found, averages[name]), name
+            assert torch.equal(recorded, read[name]), name
+
+
+def test_each_rank_reads_its_shards_of_a_record_with_the_bits_of_one_process(ranks, tmp_path) -> None:
+    for *unequal, said in ranks.run(2, jobs.reads_its_shards, str(tmp_path / "record")):
+        assert unequal == []
+        assert said.startswith("MismatchError: the model must have the recorded tensors")
+
+
+def test_experts_that_do_not_fit_together_are_refused_on_all_ranks(ranks) -> None:
+    for found in ranks.run(2, jobs.declares_wrongly):
+        assert "same names and shapes, or numbers on each rank" in found["shapes"]
+        assert "each expert must be on one rank of the mesh (got ['0'] twice)" in found["numbers"]
+        assert "there are 2 child modules and 1 numbers" in found["count"]
+        assert "have no dimension 1" in found["dim"]
+        assert "a mesh of one dimension (got 2)" in found["mesh"]
+
+
 # Models on part of the ranks.
 
 
@@ -120,14 +158,50 @@ def test_meshes_that_no_rank_connects_are_refused_on_all_ranks(ranks) -> None:
 # Pipelines.
 
 
-@pytest.mark.parametrize(("kind", "size"), [("plain", 2), ("ddp", 4), ("fsdp", 4)])
-def test_a_stage_of_a_pipeline_swaps_and_saves_and_refuses_the_rest_on_all_ranks(ranks, tmp_path, kind, size) -> None:
-    for rank, found in enumerate(ranks.run(size, jobs.is_a_stage, kind, str(tmp_path))):
-        assert found["saved"] == [f"block{i}.{name}" for i in (0, 1) for name in ("bias", "weight")]
-        for what in ("export", "record"):
-            assert f"and this is stage {rank * 2 // size} of a pipeline of 2" in found[what]
-    assert not (tmp_path / "export").exists()
-    assert not (tmp_path / "record").exists()
+@pytest.mark.parametrize(
+    ("kind", "size"), [("plain", 2), ("ddp", 4), ("fsdp", 4), ("several parts", 2), ("by hand", 2), ("tied", 2)]
+)
+def test_stages_of_a_pipeline_swap_save_export_and_record_one_model(ranks, tmp_path, kind, size) -> None:
+    first, *others = ranks.run(size, jobs.is_a_stage, kind, str(tmp_path))
+    assert all(one["distance"] == first["distance"] > 0 for one in others)
+    names = {
+        *(f"block{i}.layer.{name}" for i in range(4) for name in ("weight", "bias")),
+        *(f"block{i}.norm.{name}" for i in (1, 3) for name in ("weight", "bias")),
+        *(f"block{i}.norm.{name}" for i in (1, 3) for name in ("running_mean", "running_var", "num_batches_tracked")),
+    }
+    tied = {"shared.weight", "shared.bias"} if kind == "tied" else set()  # frozen
+    averages = first["averages"]
+    assert averages.keys() == names
+    for file in ("export/model.safetensors", "model.safetensors"):
+        exported = load_file(tmp_path / file)
+        assert exported.keys() == names | tied
+        assert [n for n in names if not torch.equal(exported[n], averages[n].to(exported[n].dtype))] == []
+    record = Record(tmp_path / "record")
+    assert record.tensors.keys() == record.raw_weights().keys() == names
+    mean = record.average(Uniform())
+    for name, expected in first["means"].items():
+        assert torch.allclose(mean[name].double(), expected, rtol=1e-6, atol=1e-7), name
+
+
+def test_stages_with_the_same_names_are_refused_on_all_ranks_until_they_have_prefixes(ranks, tmp_path) -> None:
+    for found in ranks.run(2, jobs.has_stages_of_the_same_names, str(tmp_path)):
+        assert found.pop("with a prefix") == "nothing"
+        for what, said in found.items():
+            assert "each stage of a pipeline must have other names (got ['0.layer.bias', " in said, what
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["export"]
+    assert len(load_file(tmp_path / "export/model.safetensors")) == 18
+
+
+def test_a_swap_is_refused_on_all_stages_if_one_has_made_another_update(ranks) -> None:
+    for said in ranks.run(2, jobs.stages_differ_in_updates):
+        assert "number of updates: rank 0: 2; rank 1: 3" in said
+
+
+def test_the_parts_of_a_model_must_have_different_names() -> None:
+    with pytest.raises(ArgumentError, match=r"different names \(got \['bias', 'weight'\] in parts 0 and 1\)"):
+        ModelParts(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    with pytest.raises(ArgumentError, match="one or more modules"):
+        ModelParts()
 
 
 # What one rank refuses.

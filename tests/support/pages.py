@@ -23,7 +23,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 MISSING = 77  # the exit status of a page that needs one of these packages, where it is not installed
-OPTIONAL = {"accelerate", "composer", "ignite", "lightning", "sklearn", "torchmetrics", "transformers", "wandb"}
+_OPTIONAL = "accelerate composer ignite lightning ray sklearn torchft torchmetrics transformers wandb"
+OPTIONAL = set(_OPTIONAL.split())
 DECIMALS = 0.25  # how far a printed decimal may be from that of the page; whole numbers are equal
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from polyak import EMA, Record, Recorder, Uniform, attach, export_averaged
-from polyak.sharding import Ranks, reshard, whole
+from polyak import EMA, HalfLife, ModelParts, Record, Recorder, Uniform, attach, declare_experts, export_averaged
+from polyak.export import save_averaged
+from polyak.sharding import Ranks, local, reshard, whole
 from polyak.tensors.slots import Policy, Slot, default_policy, slots, unwrap
 
 D = 4
@@ -198,6 +200,85 @@ def hold_the_same_rows_in_another_order() -> str:
     return said(lambda: attached.applied().__enter__())
 
 
+class Mixture(nn.Module):
+    """Experts of this rank, stacked in one tensor or as modules, next to a layer that all have."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inp = nn.Linear(D, D)
+        torch.manual_seed(1 + dist.get_rank())
+        if "numbers" in kind:
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)) for _ in range(2))
+        else:
+            self.experts = nn.ParameterDict({"up": torch.randn(2, D, D), "down": torch.randn(2, D)})
+            self.experts.register_buffer("tokens", torch.full((2,), dist.get_rank()))
+
+
+def declares(kind: str, folder: str) -> dict[str, Any]:
+    """Declare experts; swap, save, load, export, record and read them. Return what all ranks have, and rank 0 reads."""
+    model, mesh, rank = Mixture(kind), init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+    declare_experts(model.experts, mesh, numbers=[2 * rank, 2 * rank + 1] if "numbers" in kind else None)
+    if kind.startswith("ddp"):
+        ignored = [f"experts.{name}" for name, _ in model.experts.named_parameters()]
+        ignored += [f"experts.{name}" for name, _ in model.experts.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        model = DistributedDataParallel(model)
+    else:
+        model = fully_shard(model, mesh=mesh, ignored_params=set(model.experts.parameters()))
+    algorithm = EMA("2ba")
+    attached = trained(model, [algorithm, Recorder(f"{folder}/record", 1, None, dtype=torch.float32)])
+    attached.algorithms[1].close()
+    before = own(model)
+    with attached.applied():
+        inside = own(model)
+    assert unequal(before, own(model)) == []
+    assert unequal(before, inside) != []
+    distance = algorithm.metrics()["ema/distance"]
+    want = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    dcp.save({"ema": algorithm}, checkpoint_id=f"{folder}/state", planner=planner)
+    for average in algorithm._shadow.averages.values():
+        local(average).zero_()
+    dcp.load({"ema": algorithm}, checkpoint_id=f"{folder}/state")
+    assert unequal(want, {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}) == []
+    export_averaged(algorithm, model, f"{folder}/export")
+    Record(f"{folder}/record").average_into(model, Uniform())
+    read = own(model)
+    everything = [None] * dist.get_world_size()
+    mine = {name: tensor for name, tensor in read.items() if name.startswith("experts")}
+    dist.all_gather_object(everything, (want, mine))
+    return {"distance": distance, "averages": [one for one, _ in everything], "read": [one for _, one in everything]}
+
+
+def declares_wrongly() -> dict[str, str]:
+    """Return what is said of declarations that do not fit together."""
+    mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+    two = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
+    grid = init_device_mesh("cpu", (dist.get_world_size(), 1))
+    return {
+        "shapes": said(lambda: declare_experts(nn.ParameterDict({"up": torch.zeros(1 + rank, 2)}), mesh)),
+        "numbers": said(lambda: declare_experts(two, mesh, numbers=[0, 1 + rank])),
+        "count": said(lambda: declare_experts(two, mesh, numbers=[rank])),
+        "dim": said(lambda: declare_experts(nn.ParameterDict({"scale": torch.zeros(2)}), mesh, dim=1)),
+        "mesh": said(lambda: declare_experts(two, grid)),
+    }
+
+
+def reads_its_shards(folder: str) -> list[str]:
+    """Read a record into a sharded model; return the names of tensors that differ from the average."""
+    if dist.get_rank() == 0:
+        trained(net(width=51), Recorder(folder, 1, None), steps=5).detach()
+    dist.barrier()
+    average = Record(folder).average(HalfLife("2ba"))
+    found = []
+    for model in (net(seed=7, width=51), fully_shard(net(seed=8, width=51))):
+        Record(folder).average_into(model, HalfLife("2ba"))
+        reshard(model)
+        found += unequal(average, {slot.name: full(slot.tensor) for slot in slots(model)})
+    return [*found, said(lambda: Record(folder).average_into(net(width=3), Uniform()))]
+
+
 # On part of the ranks
 
 
@@ -318,54 +399,146 @@ def crossing(kind: str) -> Any:
 # Pipelines
 
 
-def is_a_stage(kind: str, folder: str) -> dict[str, Any]:
-    """Train a stage of a pipeline of two; swap, save and load it, and return what is said of an export and a record."""
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
-
-    grid = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("pp", "dp"))
-    number = grid["pp"].get_local_rank()
-    model = Stage(number)
-    if kind == "fsdp":
-        fully_shard(model, mesh=grid["dp"])
-    wrapped = DistributedDataParallel(model, process_group=grid["dp"].get_group()) if kind == "ddp" else model
-    stage = PipelineStage(wrapped, number, 2, torch.device("cpu"), group=grid["pp"].get_group())
-    schedule = Schedule1F1B(stage, 4, loss_fn=nn.functional.mse_loss)
-    optimizer, algorithm = torch.optim.SGD(wrapped.parameters(), lr=0.1), EMA("2ba")
-    attached = attach(algorithm, wrapped, optimizer)
-    data = torch.randn(8, D, generator=torch.Generator().manual_seed(grid["dp"].get_local_rank()))
-    for _ in range(3):
-        optimizer.zero_grad()
-        schedule.step(data) if number == 0 else schedule.step(target=data)
-        optimizer.step()
-    before = own(wrapped)
-    with attached.applied():
-        inside = own(wrapped)
-    assert unequal(before, own(wrapped)) == []
-    assert unequal(before, inside) != []
-    want = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
-    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
-    dcp.save({"ema": attached}, checkpoint_id=f"{folder}/state", planner=planner)
-    dcp.load({"ema": attached}, checkpoint_id=f"{folder}/state")
-    assert unequal(want, {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}) == []
-    saved = dcp.FileSystemReader(f"{folder}/state").read_metadata().state_dict_metadata
-    return {
-        "saved": sorted(name.rpartition("ema_model.")[2] for name in saved if "ema_model." in name),
-        "export": said(lambda: export_averaged(algorithm, wrapped, f"{folder}/export")),
-        "record": said(lambda: trained(wrapped, Recorder(f"{folder}/record", "2ba"))),
-    }
+STAGES = {"plain": 2, "ddp": 4, "fsdp": 4, "several parts": 2, "by hand": 2, "same names": 2, "tied": 2}
+NUMBER_OF_BLOCKS = 4
 
 
-class Stage(nn.Module):
-    """A layer with a custom name."""
+class Block(nn.Module):
+    """A layer of a stage; every second one has buffers."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
         torch.manual_seed(number)
-        self.name = f"block{number}"
-        self.add_module(self.name, nn.Linear(D, D))
+        self.layer = nn.Linear(D, D)
+        self.norm = nn.BatchNorm1d(D) if number % 2 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.get_submodule(self.name)(x)
+        return self.norm(self.layer(x))
+
+
+def stage_of(kind: str, number: int, stages: int) -> nn.Module:
+    """Return the blocks of a stage under the names that they have in the whole model."""
+    per = NUMBER_OF_BLOCKS // stages
+    blocks = {f"block{i}": Block(i) for i in range(number * per, (number + 1) * per)}
+    if kind == "same names":
+        return nn.Sequential(*blocks.values())
+    if kind == "tied":
+        torch.manual_seed(9)
+        blocks["shared"] = nn.Linear(D, D).requires_grad_(False)
+    return nn.Sequential(OrderedDict(blocks))
+
+
+def pipeline(kind: str) -> tuple[nn.Module, Callable[[], None]]:
+    """Return what this rank holds of a pipeline over two ranks, and a function that computes gradients."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
+
+    grid = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("pp", "dp"))
+    rank, stages = grid["pp"].get_local_rank(), NUMBER_OF_BLOCKS if kind == "several parts" else 2
+    parts = [stage_of(kind, number, stages) for number in range(rank, stages, 2)]
+    model = parts[0] if kind != "several parts" else ModelParts(*parts)
+    if kind == "by hand":
+        return ModelParts(*parts, group=grid["pp"].get_group()), lambda: None
+    if kind == "fsdp":
+        fully_shard(model, mesh=grid["dp"])
+    if kind == "ddp":
+        model = DistributedDataParallel(model, process_group=grid["dp"].get_group())
+    run = parts if kind == "several parts" else [model]
+    numbers = range(rank, stages, 2)
+    held = [
+        PipelineStage(part, number, stages, torch.device("cpu"), group=grid["pp"].get_group())
+        for part, number in zip(run, numbers, strict=True)
+    ]
+    loss = nn.functional.mse_loss
+    schedule = ScheduleInterleaved1F1B(held, 4, loss_fn=loss) if held[1:] else Schedule1F1B(held[0], 4, loss_fn=loss)
+    data = torch.randn(8, D, generator=torch.Generator().manual_seed(grid["dp"].get_local_rank()))
+    return model, lambda: schedule.step(data) if rank == 0 else schedule.step(target=data)
+
+
+def is_a_stage(kind: str, folder: str) -> dict[str, Any]:
+    """Train a stage of a pipeline; swap, save, load, export and record it. Return errors, and what rank 0 reads."""
+    model, differentiate = pipeline(kind)
+    optimizer, algorithm = torch.optim.SGD(model.parameters(), lr=0.1), EMA("2ba")
+    attached = attach([algorithm, Recorder(f"{folder}/record", 1, None, dtype=torch.float32)], model, optimizer)
+    means: dict[str, Tensor] = {}
+    for number in range(3):
+        optimizer.zero_grad()
+        differentiate()
+        if number == 0:  # stages find out shapes by a forward pass of memory that nobody has written
+            for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm1d)):
+                norm.reset_running_stats()
+        if kind == "by hand":
+            step(model, optimizer)
+        else:
+            optimizer.step()
+        now = {name: full(tensor).double() for name, tensor in _trained(model).items()}
+        means = {
+            name: means.get(name, 0) + (tensor - means.get(name, 0)) / (number + 1) for name, tensor in now.items()
+        }
+    attached.algorithms[1].close()
+    before = own(model)
+    with attached.applied():
+        inside = own(model)
+    assert unequal(before, own(model)) == []
+    assert unequal(before, inside) != []
+    want = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
+    distance = algorithm.metrics()["ema/distance"]
+    planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    dcp.save({"ema": algorithm}, checkpoint_id=f"{folder}/state", planner=planner)
+    for average in algorithm._shadow.averages.values():
+        local(average).zero_()
+    dcp.load({"ema": algorithm}, checkpoint_id=f"{folder}/state")
+    assert unequal(want, {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}) == []
+    export_averaged(algorithm, model, f"{folder}/export")
+    save_averaged(algorithm, model, f"{folder}/model.safetensors")
+    everything = [None] * dist.get_world_size()
+    dist.all_gather_object(everything, (want, means))
+    return {
+        "distance": distance,
+        "averages": {name: tensor for one, _ in everything for name, tensor in one.items()},
+        "means": {name: tensor for _, one in everything for name, tensor in one.items()},
+    }
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    reshard(model)
+    return {slot.name: slot.tensor for slot in slots(model) if slot.tensor.requires_grad}
+
+
+def has_stages_of_the_same_names(folder: str) -> dict[str, str]:
+    """Return what is said of a pipeline whose stages have the same names."""
+    model, differentiate = pipeline("same names")
+    optimizer, algorithm = torch.optim.SGD(model.parameters(), lr=0.1), EMA("2ba")
+    attached = attach(algorithm, model, optimizer)
+    differentiate()
+    optimizer.step()
+    with attached.applied():
+        pass
+    found = {
+        "save": said(lambda: dcp.save({"ema": attached}, checkpoint_id=f"{folder}/state")),
+        "export": said(lambda: export_averaged(algorithm, model, f"{folder}/export")),
+        "record": said(lambda: trained(model, Recorder(f"{folder}/record", "2ba"))),
+    }
+    named = nn.ModuleDict({f"stage{dist.get_rank()}": model})
+    attached = trained(named, EMA("2ba"))
+    return found | {"with a prefix": said(lambda: export_averaged(attached, named, f"{folder}/export"))}
+
+
+def stages_differ_in_updates() -> str:
+    """Return what is said of a swap where one stage has made another update."""
+    model, differentiate = pipeline("plain")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA("2ba"), model, optimizer)
+    for _ in range(3):
+        differentiate()
+        optimizer.step()
+    if dist.get_rank() == 1:
+        attached.algorithm._shadow.update_(0.5)
+
+    def swap() -> None:
+        with attached.applied():
+            pass
+
+    return said(swap)
 
 
 # An error on one rank

@@ -16,7 +16,7 @@ from waiting import END_S
 import polyak
 from polyak import CheckpointError, CheckpointSaver, HalfLife, PlanWarning, Record
 from polyak.cli import main
-from polyak.trainer.parallel import _of_this_start
+from polyak.sharding.start import _of_this_start
 from polyak.trainer.wrapping import blocks
 
 pytestmark = pytest.mark.slow  # processes of several ranks

@@ -110,7 +110,8 @@ def _swap_in(average: OnlineAverage, event: Event, state: State, logger: MetricL
 def _log(average: OnlineAverage, state: State, logger: MetricLogger) -> None:
     """Log metrics once for each batch. All ranks that train together measure, whichever of them logs."""
     now, progress = state.timestamp.batch, average.progress
-    if now != progress.logged_at and (average.ranks is not None or not isinstance(logger, NoLogger)):
+    together = average.ranks is not None or average.pipeline() is not None
+    if now != progress.logged_at and (together or not isinstance(logger, NoLogger)):
         progress.logged_at = now
         logger.log_metrics(average.metrics(), step=int(now.value))
 

@@ -1,20 +1,23 @@
-"""What ranks that train together must have in common: equal averages of what is not sharded."""
+"""What ranks that train together must have in common, and that no two stages of a pipeline share a name."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from polyak.errors import ShardingError
-from polyak.sharding import Ranks, is_spread
-from polyak.tensors.slots import Policy, PolicyRule, slots
+from polyak.sharding import Communicator, Ranks, is_spread
+from polyak.tensors.slots import Policy, PolicyRule, all_slots, places_of, slots
 
 # Rows that a sum takes together: what it needs in memory next to the tensors.
 _CHUNK = 1 << 20
 _AS_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _REMEDY = (
     "a parameter of which each rank holds a shard, such as experts, must be a DTensor (DTensor.from_local with Shard), "
-    "or be left out by policy; if all ranks should have the same, one of them is wrong: resume from a checkpoint"
+    "or be left out by policy, or be declared by declare_experts; if all ranks should have the same, one of them is "
+    "wrong: resume from a checkpoint"
 )
 
 
@@ -77,5 +80,49 @@ def refuse_unsynchronized(ranks: Ranks | None, model: nn.Module, policy: PolicyR
         raise ShardingError(
             "a parameter must be the same on all ranks for one of them to save its average (got "
             f"{names[:8]}{' and more' if len(names) > 8 else ''}, which DistributedDataParallel ignores): make each a "
-            "DTensor (DTensor.from_local with Shard), or leave it out by policy"
+            "DTensor (DTensor.from_local with Shard), leave it out by policy, or declare it by declare_experts"
+        )
+
+
+def agree_on_names(pipeline: Ranks, stage: Communicator, model: nn.Module) -> None:
+    """Check that no two stages of a pipeline have different tensors of one name: one of them would be lost.
+
+    Tied tensors that are the same on both stages, bit for bit, may have one name.
+
+    Args:
+        pipeline: The ranks of all stages. All of them must call this.
+        stage: The ranks that hold the same stage.
+        model: The stage, or the ``ModelParts`` of this rank.
+
+    Raises:
+        ShardingError: If they have; it names the tensors.
+    """
+    names = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
+    found = pipeline.gather_to_rank_0(list(places_of(model).as_full(names)) if stage.rank == 0 else [])
+    twice = pipeline.on_rank_0(lambda: _repeated(found))
+    if not twice:
+        return
+    held = {name: names[name] for name in twice if name in names}
+    plain = {name: tensor for name, tensor in held.items() if not is_spread(tensor)}
+    facts = {name: str(total) for name, total in sums_of_bits(plain).items()}
+    facts |= dict.fromkeys(held.keys() - plain.keys(), f"a shard of rank {pipeline.rank}")
+    every = pipeline.gather_to_rank_0(facts)
+    pipeline.on_rank_0(lambda: _refuse_different(every))
+
+
+def _repeated(found: Sequence[Sequence[str]]) -> list[str]:
+    counts = Counter(chain.from_iterable(found))
+    return [name for name, count in counts.items() if count > 1]
+
+
+def _refuse_different(every: Sequence[Mapping[str, str]]) -> None:
+    values: dict[str, set[str]] = {}
+    for one in every:
+        for name, fact in one.items():
+            values.setdefault(name, set()).add(fact)
+    if names := sorted(name for name, facts in values.items() if len(facts) > 1):
+        raise ShardingError(
+            f"each stage of a pipeline must have other names (got {names[:5]}{' and more' if names[5:] else ''} on "
+            "several, with different values): keep the names of the whole model, or give each stage a prefix, as "
+            "nn.ModuleDict({'stage1': module})"
         )

@@ -17,6 +17,7 @@ from polyak.averaging.settings import Settings
 from polyak.averaging.swap import swap_of
 from polyak.kernels import Update, counted, lerp
 from polyak.sharding import Ranks, is_spread, local, rows
+from polyak.tensors.slots import places_of
 
 
 class Movement:
@@ -153,7 +154,8 @@ class Movement:
         else:
             self.quarantine.sum_over(ranks)
         ranks.agree("the average", known)
-        averages, slots = self.listing.averages, self.listing.slots
+        averages, places = self.listing.averages, places_of(self.model)
+        slots = [slot for slot in self.listing.slots if not places.differs(slot.name, slot.tensor)]
         agree_on_plain(ranks, {slot.name: averages[slot.name] for slot in slots if slot.is_parameter})
         ranks.broadcast(averages[s.name] for s in slots if not s.is_parameter and not is_spread(s.tensor))
 
@@ -161,9 +163,10 @@ class Movement:
         """Return what ranks must agree on besides values. An error here on one rank is raised on all."""
         self.follow_model()
         self.wait()
-        swap = swap_of(self.model)
+        swap, places = swap_of(self.model), places_of(self.model)
+        same = {name: a for name, a in self.listing.averages.items() if not places.differs(name, a)}
         return {
             "swapped in": swap.owner if swap else None,
             "number of updates": self.num_updates,
-            "tensors": {name: f"{tuple(a.shape)} of {a.dtype}" for name, a in self.listing.averages.items()},
+            "tensors": {name: f"{tuple(a.shape)} of {a.dtype}" for name, a in same.items()},
         }

@@ -12,10 +12,11 @@ from polyak.averaging import states, youth
 from polyak.averaging.progress import Progress
 from polyak.averaging.schedule import Schedule
 from polyak.averaging.settings import Settings
+from polyak.averaging.swap import swap_of
 from polyak.averaging.weights import Shadow
 from polyak.errors import CopyError, MismatchError, PolyakError
 from polyak.events import Event, State
-from polyak.sharding import Ranks
+from polyak.sharding import OneProcess, Ranks, pipeline_communicator_of
 from polyak.tensors import optimizers
 from polyak.tensors.slots import unwrap
 
@@ -68,6 +69,7 @@ class OnlineAverage:
         self.schedule, self.settings, self.name, self.kind = schedule, settings, name, kind
         self.model: nn.Module | None = None
         self.ranks: Ranks | None = None
+        self._pipeline: Ranks | None = None
         self.progress = Progress(counts_seconds=schedule.counts_seconds(None))
         self.pending: tuple[Mapping[str, Any], bool] | None = None
         self.given: nn.Module | None = None
@@ -145,7 +147,8 @@ class OnlineAverage:
             return Action.UPDATE if started else Action.BEGIN
         if event in SWAPS:
             # Ranks that train together compare what they have, also if averaging has not begun.
-            wanted = by_hand or ((started or self.ranks is not None or self._would_warn(state)) and not self.active)
+            together = self.ranks is not None or self._pipeline is not None
+            wanted = by_hand or ((started or together or self._would_warn(state)) and not self.active)
             return Action.SWAP_IN if wanted else Action.NOTHING
         if self.restore_at is not None and event in (self.restore_at, Event.EXCEPTION):
             return Action.RESTORE
@@ -170,6 +173,15 @@ class OnlineAverage:
         if self.pending is not None:
             (state, strict), self.pending = self.pending, None
             states.load(self, state, strict)
+
+    def pipeline(self) -> Ranks | None:
+        """Return the ranks of all stages if the model is a stage of a pipeline. All of them must call this.
+
+        A stage may be made after averaging has begun, so that this looks for it until there is one.
+        """
+        if self._pipeline is None and self.model is not None:
+            self._pipeline = pipeline_communicator_of(self.model, self.ranks or OneProcess())
+        return self._pipeline
 
     def restore(self) -> None:
         """Restore the training weights, if the model holds the average."""
@@ -200,14 +212,22 @@ class OnlineAverage:
         return not self.progress.warned_of_youth and state.timestamp.batch.value > 0
 
     def agree(self, shadow: Shadow | None = None) -> None:
-        """Check that the ranks that train together have the same average.
+        """Check that the ranks that train together have the same average, and all stages of a pipeline as many updates.
 
         Args:
             shadow: The average to compare, if it is not this one's.
         """
+        facts: dict[str, Any] = {"algorithm": self.name, "averaging has begun": self.started}
+        if (pipeline := self.pipeline()) is None:
+            self._agree(shadow, facts)
+        else:
+            facts["number of updates"] = self.num_updates
+            facts["swapped in"] = (swap_of(self.model) if self.model is not None else None) is not None
+            pipeline.on_every_rank("the average", lambda: self._agree(shadow, {}), facts)
+
+    def _agree(self, shadow: Shadow | None, facts: dict[str, Any]) -> None:
         if self.ranks is None:
             return
-        facts = {"algorithm": self.name, "averaging has begun": self.started}
         if shadow := shadow or self.shadow:
             shadow.agree(self.ranks, facts)
         else:
@@ -223,7 +243,7 @@ class OnlineAverage:
         if self.shadow is None:
             return {}
         decay = {} if self.progress.decay is None else {"ema/decay": self.progress.decay}
-        return decay | {"ema/distance": self.shadow.distance(self.ranks)}
+        return decay | {"ema/distance": self.shadow.distance(self.ranks, self.pipeline())}
 
     # Copies
 
@@ -274,7 +294,8 @@ class OnlineAverage:
         Raises:
             CopyError: If it does not.
         """
-        if self.settings.mesh is not None or (self.ranks is not None and not self.ranks.replicas):
+        sharded = self.ranks is not None and not self.ranks.replicas
+        if self.settings.mesh is not None or sharded or self._pipeline is not None:
             raise CopyError(
                 f"one process must have the full average to copy or pickle an EMA, and {self.name} is sharded; save "
                 "its state_dict() with torch.distributed.checkpoint"

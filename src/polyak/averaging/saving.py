@@ -1,6 +1,7 @@
 """The state of averaged tensors: taken, and loaded under any wrapper of the model."""
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from polyak.averaging.swap import swap_of
 from polyak.averaging.swapper import Swapper
 from polyak.errors import LoanError
 from polyak.sharding import local
-from polyak.tensors.slots import Policy, check_match
+from polyak.tensors.slots import Policy, check_match, places_of
 
 
 def tensors_state(movement: Movement, swapper: Swapper) -> dict[str, Any]:
@@ -24,20 +25,25 @@ def tensors_state(movement: Movement, swapper: Swapper) -> dict[str, Any]:
         swapper: Where they are.
     """
     averages, policies = swapper.averaged(), movement.listing.policies
+    places = places_of(movement.model)
+    copied = sorted(places.name(name) for name in averages if policies.get(name) is Policy.COPY)
     state: dict[str, Any] = {
         "averages": averages,
         "num_updates": movement.num_updates,
         "num_quarantined": movement.quarantine.total,
         # As text, since `torch.distributed.checkpoint` flattens lists.
-        "copied": "\n".join(sorted(name for name in averages if policies.get(name) is Policy.COPY)),
-        "waiting": "\n".join(movement.listing.waiting()),
+        "copied": "\n".join(copied),
+        "waiting": "\n".join(map(places.name, movement.listing.waiting())),
         "dtype": str(movement.settings.dtype),
     }
     if swapper.active:
-        state["training"] = swapper.training()
+        state["training"] = places.as_full(swapper.training())
+        state["averages"] = places.as_full(averages)
     else:
-        state["averages"] = {n: sharding.beside(a, local(a).detach()) for n, a in averages.items()}
-        swapper.expose(state["averages"].values())
+        own = {name: sharding.beside(average, local(average).detach()) for name, average in averages.items()}
+        state["averages"] = places.as_full(own)
+        # Those of experts are over the memory of the tensors in `own`.
+        swapper.expose(chain(own.values(), state["averages"].values()))
     return state
 
 
@@ -59,17 +65,19 @@ def load_tensors(movement: Movement, state: Mapping[str, Any]) -> None:
     sharding.reshard(model)
     if movement.offloader is not None:
         movement.offloader.settle()  # a state replaces a broken average as well
-    averages: Mapping[str, Tensor] = state["averages"]
-    held = listing.expect(averages, set((state.get("waiting") or "").splitlines()))
+    places = places_of(model)
+    averages: Mapping[str, Tensor] = places.as_local(state["averages"])
+    waiting, copied = (set(places.as_local(_listed(state.get(key)))) for key in ("waiting", "copied"))
+    held = listing.expect(averages, waiting)
     online = {name: slot.tensor.detach() for name, slot in held.items()}
     check_match("a saved average must fit the model", online, averages)
     training: Mapping[str, Tensor] | None = state.get("training")
     if training:
+        training = places.as_local(training)
         check_match("saved training weights must fit the model", online, training)
     hold_writes()
     # What was decided in the saved run holds: a mask that was infinite may be finite now.
     if state.get("copied") is not None:
-        copied = state["copied"].splitlines()
         listing.policies |= {name: Policy.COPY if name in copied else Policy.AVERAGE for name in online}
     keeps_dtypes = state.get("dtype") == str(settings.dtype)  # the model may have had another when averaging began
     for name, tensor in online.items():
@@ -80,3 +88,7 @@ def load_tensors(movement: Movement, state: Mapping[str, Any]) -> None:
         if training:
             sharding.copy_(tensor, training[name])
     movement.reset(int(state["num_updates"]), int(state["num_quarantined"]))
+
+
+def _listed(names: str | None) -> dict[str, Tensor]:
+    return dict.fromkeys((names or "").splitlines(), torch.empty(0))

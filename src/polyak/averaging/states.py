@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from polyak.averaging.agreement import refuse_unsynchronized
+from polyak.averaging.agreement import agree_on_names, refuse_unsynchronized
 from polyak.compat.composer import from_composer
-from polyak.errors import CheckpointError, PlanWarning
-from polyak.sharding import is_initialized
+from polyak.errors import CheckpointError, PlanWarning, ShardingError
+from polyak.sharding import OneProcess, Ranks, has_experts, is_initialized
 from polyak.tensors.slots import slots
 
 if TYPE_CHECKING:
@@ -34,9 +34,18 @@ def state_of(average: "OnlineAverage") -> dict[str, Any]:
     if shadow is None or model is None:
         return state
     refuse_unsynchronized(average.ranks, model, average.settings.policy)
-    if average.ranks is not None and not average.ranks.replicas and not active:
+    if shadow.extra and has_experts(model):
+        raise ShardingError(
+            "experts that were declared to differ by rank must be averaged in one buffer to be saved (got "
+            f"{average.name}, which keeps more); make them DTensors, or use another profile"
+        )
+    pipeline = average.pipeline()
+    if (pipeline or (average.ranks is not None and not average.ranks.replicas)) and not active:
         average.agree(shadow)
+    if pipeline:
+        agree_on_names(pipeline, average.ranks or OneProcess(), model)
     saved = shadow.state_dict()
+    saved |= _joined(pipeline or average.ranks, saved)
     state |= {
         "ema_model": saved["averages"],
         **{name: saved[name] for name in (*_SAME, *shadow.extra)},
@@ -45,6 +54,15 @@ def state_of(average: "OnlineAverage") -> dict[str, Any]:
     if active:
         state["training_model"] = saved["training"]
     return state
+
+
+def _joined(ranks: Ranks | None, saved: Mapping[str, Any]) -> dict[str, str]:
+    """Return the lists of names of all ranks where these differ: of text, only that of rank 0 is saved."""
+    if ranks is None or not ranks.differ:
+        return {}
+    keys = ("copied", "waiting")
+    names = ranks.union({f"{key} {name}": "" for key in keys for name in saved[key].splitlines()})
+    return {key: "\n".join(n.partition(" ")[2] for n in names if n.startswith(f"{key} ")) for key in keys}
 
 
 def load(average: "OnlineAverage", state: Mapping[str, Any], strict: bool = True) -> None:

@@ -19,7 +19,7 @@ from polyak.averaging.swap import refuse_averaged_weights, refuse_merged
 from polyak.averaging.swapper import Swapper
 from polyak.sharding import Ranks
 from polyak.tensors import optimizers
-from polyak.tensors.slots import PolicyRule, default_policy, unwrap
+from polyak.tensors.slots import PolicyRule, default_policy, places_of, unwrap
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -138,13 +138,14 @@ class Shadow:
         self._movement.wait()
         return warn_of_range(self._movement.listing.averaged)
 
-    def distance(self, ranks: Ranks | None = None) -> float:
+    def distance(self, ranks: Ranks | None = None, pipeline: Ranks | None = None) -> float:
         """Return the norm of weights minus average over that of the average, both over all averaged parameters.
 
         It takes a pass over both, and waits for the device.
 
         Args:
             ranks: The ranks that train the model together, if there are several. All must call this.
+            pipeline: The ranks of all stages, if the model is a stage of a pipeline.
 
         Raises:
             LoanError: If the model holds another average.
@@ -152,7 +153,8 @@ class Shadow:
         self._swapper.refuse_other()
         sharding.reshard(self._model)
         names = (slot.name for slot, _ in self._movement.listing.averaged if slot.is_parameter)
-        return relative_distance(names, self._swapper.averaged(), self._swapper.training(), ranks)
+        places, averaged, training = places_of(self._model), self._swapper.averaged(), self._swapper.training()
+        return relative_distance(names, averaged, training, places, ranks, pipeline)
 
     def agree(self, ranks: Ranks, facts: Mapping[str, Any]) -> None:
         """Check that all ranks average the same, and give all of them rank 0's averages of buffers.
@@ -225,6 +227,14 @@ class Shadow:
         self._movement.follow_model()
         found = self._swapper.training_anywhere()
         return {name: found[name].detach() for name, (_, averaged) in self.kinds().items() if averaged}
+
+    def as_full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors under the names and with the shapes of the full model, where experts differ by rank.
+
+        Args:
+            tensors: By name here.
+        """
+        return places_of(self._model).as_full(tensors)
 
     def averaged_model(self) -> nn.Module:
         """Return a module whose tensors are the averages: not copies of them, in eval mode, without gradients.

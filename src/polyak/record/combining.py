@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,19 @@ from polyak.storage.safetensors import TensorInfo, cast
 
 # How many numbers of all segments together are in memory.
 _CHUNK = 1 << 22
+
+
+class Reader(Protocol):
+    """What is read of a segment: each tensor, or the local shard of a rank."""
+
+    def read(self, name: str, box: Box | None = None) -> Tensor:
+        """Return a tensor, or a box of it.
+
+        Args:
+            name: The tensor's name.
+            box: Which of its elements; None for all.
+        """
+        ...
 
 
 class Products:
@@ -54,7 +68,7 @@ class Products:
 
 @torch.no_grad()
 def combine(  # noqa: PLR0917  one pass, with all that it needs
-    files: Sequence[SegmentFile],
+    files: Sequence[Reader],
     name: str,
     info: TensorInfo,
     coefficients: Sequence[Sequence[float]],

@@ -13,6 +13,9 @@ from polyak.record.precision import narrow, shard_of, widened
 from polyak.sharding import Communicator, local
 from polyak.storage.safetensors import TensorInfo
 
+# What this rank has of tensors that only other stages of a pipeline have.
+_NOTHING = torch.empty(0)
+
 Infos = Mapping[str, TensorInfo]
 
 
@@ -29,15 +32,19 @@ def kept_as(
         ranks: Those that write together.
     """
     names = narrow(infos)
+
+    def own(name: str) -> Tensor:
+        return local(tensors[name]) if name in tensors else _NOTHING
+
     if not names or before is None:
-        return widened(infos, names, lambda name: local(tensors[name]), lambda _: None, ranks)
+        return widened(infos, names, own, lambda name: None if name in tensors else _NOTHING, ranks)
     # Damage in the segment before would change at most how this one is kept: no hash is needed.
     with open_segment(folder, before, infos, set(check_size(folder, before))) as file:
         return widened(
             infos,
             names,
-            lambda name: local(tensors[name]),
-            lambda name: shard_of(file.read, name, tensors[name]),
+            own,
+            lambda name: shard_of(file.read, name, tensors[name]) if name in tensors else _NOTHING,
             ranks,
         )
 
@@ -62,8 +69,8 @@ def merged_as(
             return widened(
                 infos,
                 wide,
-                lambda name: _or_empty(shard_of(read, name, like[name])),
-                lambda name: shard_of(old.read, name, like[name]),
+                lambda name: _or_empty(shard_of(read, name, like[name])) if name in like else _NOTHING,
+                lambda name: shard_of(old.read, name, like[name]) if name in like else _NOTHING,
                 ranks,
             )
 
@@ -112,4 +119,4 @@ def own_dtype(tensor: Tensor, names: Mapping[torch.dtype, str]) -> torch.dtype:
 
 
 def _or_empty(shard: Tensor | None) -> Tensor:
-    return torch.empty(0) if shard is None else shard
+    return _NOTHING if shard is None else shard

@@ -101,8 +101,8 @@ class SegmentQueue:
         """
         end, ended = Edge(self.num_updates, now), None
         if mean is not None and self.appender is not None:
-            raw = _copies(mean.training_tensors()) if with_raw and end.updates else None
-            ended = Ended(_copies(mean.averages) if self.open.count else {}, self.open.start, end, raw)
+            raw = _copies(mean.as_full(mean.training_tensors())) if with_raw and end.updates else None
+            ended = Ended(_copies(mean.as_full(mean.averages)) if self.open.count else {}, self.open.start, end, raw)
         self.open = OpenSegment(end, before=ended)
         if ended is not None and self.appender is not None:
             self.appender.begin(ended)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyak.checkpoints.series.averages import Said
 from polyak.errors import ArgumentError, RecordError
@@ -16,6 +16,7 @@ from polyak.profiles import Profile
 from polyak.record.appender import settle
 from polyak.record.exporting import export
 from polyak.record.files import SegmentFile, check_content, check_size, hash_in, open_segment
+from polyak.record.filling import fill
 from polyak.record.fitting import Fit, finest, fit, warn_of_error
 from polyak.record.manifest import Segment, load_manifest
 from polyak.record.moments import moment, resolved
@@ -263,6 +264,26 @@ class Record:
         error = self._passes.error(self, fitted)
         warn_of_error(profile, error, fitted.remedy)
         export(self, profile, fitted, error, Path(path), dtype)
+
+    def average_into(self, model: nn.Module, profile: Profile, at: Time | str | int | None = None) -> None:
+        """Overwrite a model's tensors with their average; of a sharded model each rank reads only its shards.
+
+        Nothing is communicated, and no rank holds the full average. The values are those of ``average`` in the model's
+        dtypes, bit for bit. Tensors that the record does not keep, such as frozen ones, stay. ``error`` is not
+        computed: ask for it in one process.
+
+        Args:
+            model: With the names of the recorded one, wrapped, sharded by ``fully_shard`` or as ``DTensor``, or not.
+            profile: As for ``average``.
+            at: As for ``average``.
+
+        Raises:
+            MismatchError: If a recorded tensor is missing from the model or has another shape; nothing is changed.
+            ProfileError: As ``average``.
+            TimeError: As ``average``.
+            RecordError: As ``average``.
+        """
+        fill(self, model, self._fit(profile, at))
 
     def recommend(self, evaluate: Callable[[dict[str, Tensor]], Any] | None = None, **options: Any) -> Recommendation:
         """Return the average to take, and why: what ``polyak.recommend`` returns.

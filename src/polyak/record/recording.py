@@ -15,7 +15,7 @@ from polyak.record.queue import OpenSegment, SegmentQueue
 from polyak.record.roles import Roles
 from polyak.record.settings import Settings, pinned
 from polyak.record.writer import Writer
-from polyak.sharding import is_initialized, refuse_stage
+from polyak.sharding import is_initialized
 from polyak.time import Timestamp
 
 
@@ -56,20 +56,21 @@ class Recording:
 
         Raises:
             RecordError: If it cannot be opened, or does not end where this run continues.
-            ShardingError: If ranks disagree, or the model is a stage of a pipeline.
+            ShardingError: If ranks disagree, or stages of a pipeline have different tensors of one name.
             TimeError: If the length of a segment is not known.
         """
         if self._fitting:
             return
-        roles, state = self._roles, self.state
+        roles, state = Roles(self.state.model), self.state
+        self._roles = roles  # a stage of a pipeline may have been made since
         interval = self.settings.interval_of(state)
-        refuse_stage(state.model, "a record")
         if roles.several is not None:
             roles.refuse_temporary(temporary=self.settings.temporary)
             roles.refuse_unsynchronized(state.model, self.settings.policy)
             if roles.sharded:
                 self._mean = self._mean or self.settings.new_mean(state)
             self._agree(self._mean)
+            roles.agree_on_names(state.model)
             roles.refuse_seconds(interval, state.max_duration)
         roles.run(self._open_record)
         if roles.several is not None:  # ranks that only count must count the segments of the record that rank 0 resumes

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from polyak.averaging.agreement import refuse_unsynchronized
+from polyak.averaging.agreement import agree_on_names, refuse_unsynchronized
 from polyak.averaging.weights import Shadow
 from polyak.errors import RecordError
-from polyak.sharding import Communicator, Ranks, communicator_of
+from polyak.sharding import Communicator, Ranks, communicator_of, pipeline_communicator_of
 from polyak.tensors.slots import PolicyRule
 from polyak.time import Time, TimeUnit
 
@@ -21,7 +21,9 @@ class Roles:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._ranks: Communicator = communicator_of(model)
+        self._stage: Communicator = communicator_of(model)
+        self._pipeline = pipeline_communicator_of(model, self._stage)
+        self._ranks: Communicator = self._pipeline or self._stage
 
     @property
     def several(self) -> Ranks | None:
@@ -63,10 +65,25 @@ class Roles:
         Raises:
             ShardingError: If something differs.
         """
-        if mean is not None and self.sharded and self.several is not None:
-            mean.agree(self.several, facts)
-        else:
+        stage = self._stage
+        if mean is None or not self.sharded or not isinstance(stage, Ranks):
             self._ranks.agree("what is recorded", facts)
+        elif self._pipeline is None:
+            mean.agree(stage, facts)
+        else:
+            self._pipeline.on_every_rank("what is recorded", lambda: mean.agree(stage, {}), facts)
+
+    def agree_on_names(self, model: nn.Module) -> None:
+        """Check that no two stages of a pipeline have different tensors of one name.
+
+        Args:
+            model: As it is trained.
+
+        Raises:
+            ShardingError: If they have.
+        """
+        if self._pipeline is not None:
+            agree_on_names(self._pipeline, self._stage, model)
 
     def refuse_unsynchronized(self, model: nn.Module, policy: PolicyRule) -> None:
         """Refuse a model with recorded parameters that may differ by rank.
@@ -78,7 +95,8 @@ class Roles:
         Raises:
             ShardingError: If there are such parameters.
         """
-        refuse_unsynchronized(self.several, model, policy)
+        if isinstance(self._stage, Ranks):
+            refuse_unsynchronized(self._stage, model, policy)
 
     def refuse_temporary(self, *, temporary: bool) -> None:
         """Refuse a temporary folder, which other ranks do not see.

@@ -14,7 +14,7 @@ from polyak.events import State
 from polyak.record.writer import Writer
 from polyak.sharding import Communicator
 from polyak.storage.safetensors import TensorInfo
-from polyak.tensors.slots import PolicyRule, all_slots, views_of
+from polyak.tensors.slots import PolicyRule, all_slots, places_of, views_of
 from polyak.time import Time, TimeUnit
 
 # A checkpoint may be written over the last one of its path, and if that fails the last one is still needed.
@@ -111,9 +111,11 @@ class Settings:
             new: Whether a run begins that resumes nothing. Then a record that exists is replaced with ``overwrite``,
                 and moved to a backup if the trainer has found no checkpoint to continue it from.
         """
+        places, kinds = places_of(state.model), mean.kinds()
+        full = places.as_full({name: tensor for name, (tensor, _) in kinds.items()})
+        averaged = places.as_full({name: averaged for name, (_, averaged) in kinds.items()})
         tensors = {
-            name: TensorInfo.of(tensor, averaged=averaged, dtype=self.dtype)
-            for name, (tensor, averaged) in mean.kinds().items()
+            name: TensorInfo.of(tensor, averaged=averaged[name], dtype=self.dtype) for name, tensor in full.items()
         }
         return Writer(
             self.folder,
@@ -150,4 +152,6 @@ def _aliases(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, str]:
     """Return the further names of tied tensors, and the name that each is kept under."""
     persistent = {slot.name for slot in all_slots(model) if slot.persistent}
     tied = views_of(model, tied=True)
-    return {name: own.name for name, (own, _) in tied.items() if own.name in kept and name in persistent}
+    place = places_of(model).name
+    found = ((name, own.name) for name, (own, _) in tied.items() if own.name in kept and name in persistent)
+    return {place(name): place(own) for name, own in found}

@@ -15,7 +15,7 @@ from polyak.record.merging import given, kept_as, mean_of, merged_as, own_dtype
 from polyak.record.output import OneFile, Output
 from polyak.record.pins import check_kept, pin_of, without_gone
 from polyak.record.shared import SharedManifest
-from polyak.sharding import Communicator, OneProcess
+from polyak.sharding import Communicator, OneProcess, Ranks
 from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo
 from polyak.time import Time
 
@@ -72,7 +72,13 @@ class Writer:
         self._output = _output(self._ranks)
         self._shared = SharedManifest(self.folder, self._ranks)
         try:
-            wanted = Manifest(dict(tensors), per_level, max_duration, dict(aliases or {}))
+            self._own = set(tensors)
+            held, tied = dict(tensors), dict(aliases or {})
+            if isinstance(self._ranks, Ranks) and self._ranks.differ:
+                held, tied = self._ranks.union(held), self._ranks.union(tied)
+                wrong = {name: str(info) for name, info in tensors.items() if held[name] != info}
+                self._ranks.agree(f"the tensors of the record in {self.folder}", {"kept otherwise": wrong})
+            wanted = Manifest(held, per_level, max_duration, tied)
             self._shared.open(wanted, back_up=back_up, overwrite=overwrite)
         except BaseException:
             self.close()
@@ -116,7 +122,7 @@ class Writer:
             ShardingError: If the ranks that write together give different segments.
         """
         manifest = self._manifest
-        check_tensors(manifest.tensors, tensors)
+        check_tensors(self._held(manifest.tensors), tensors)
         facts = {"start": start.updates, "end": end.updates, "segments so far": len(manifest.segments)}
         self._ranks.agree("the segment to be written", facts)
         if manifest.segments:
@@ -156,8 +162,8 @@ class Writer:
         """
         if not self.segments:
             raise RecordError(f"raw weights must follow a segment, and {self.folder} has none: append one first")
-        averaged = {name: info for name, info in self._manifest.tensors.items() if info.averaged}
-        check_tensors(averaged, weights)
+        averaged = {name: info for name, info in self._held(self._manifest.tensors).items() if info.averaged}
+        self._ranks.on_every_rank("the raw weights", lambda: check_tensors(averaged, weights))
         kept = {name: replace(info, dtype=own_dtype(weights[name], DTYPE_NAMES)) for name, info in averaged.items()}
         end = self.segments[-1].end
         with self._shared.changing(f"adding the raw weights to {self.folder}"):
@@ -230,6 +236,10 @@ class Writer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _held(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Return those tensors of the record that this rank has, in full or in part."""
+        return {name: info for name, info in tensors.items() if name in self._own}
 
     def _set_pins(self, pins: Mapping[str, Pin]) -> None:
         if pins != self.pins:

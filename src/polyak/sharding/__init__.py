@@ -1,7 +1,16 @@
 """Models that are sharded over processes: their tensors, the ranks that hold them, and how these communicate."""
 
-from polyak.sharding.communicator import Communicator, OneProcess, Ranks, communicator_of
-from polyak.sharding.groups import refuse_stage
+from polyak.sharding.communicator import (
+    Communicator,
+    OneProcess,
+    Ranks,
+    communicator_of,
+    pipeline_communicator_of,
+)
+from polyak.sharding.experts import Places, declare_experts, declared, has_experts
+from polyak.sharding.groups import pipeline_of
+from polyak.sharding.parts import ModelParts
+from polyak.sharding.start import start_process_group
 from polyak.sharding.tensors import (
     copy_,
     divided,
@@ -18,6 +27,7 @@ from polyak.sharding.tensors import (
     reshard_after_an_error,
     rows,
     sharded_like,
+    sharded_over,
 )
 
 # Earlier names.
@@ -25,15 +35,20 @@ beside, has_spread, is_spread, whole = sharded_like, has_sharded, is_sharded, fu
 
 __all__ = [
     "Communicator",
+    "ModelParts",
     "OneProcess",
+    "Places",
     "Ranks",
     "beside",
     "communicator_of",
     "copy_",
+    "declare_experts",
+    "declared",
     "divided",
     "empty",
     "full",
     "gather",
+    "has_experts",
     "has_sharded",
     "has_spread",
     "is_fsdp",
@@ -42,10 +57,13 @@ __all__ = [
     "is_spread",
     "local",
     "offset",
-    "refuse_stage",
+    "pipeline_communicator_of",
+    "pipeline_of",
     "reshard",
     "reshard_after_an_error",
     "rows",
     "sharded_like",
+    "sharded_over",
+    "start_process_group",
     "whole",
 ]

@@ -19,6 +19,8 @@ Facts = dict[tuple[str, ...], str]
 Sent = dict[tuple[str, ...], tuple[int, str]]
 
 MOST_FACTS = 8
+# In larger groups only rank 0 shows what differs: thousands of equal errors would hide it.
+MOST_SHOWING = 16
 _MOST_VALUES = 4
 _MOST_RUNS = 12
 _HEAD, _TAIL = 140, 60

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from polyak.errors import ShardingError
 from polyak.sharding import agreement
-from polyak.sharding.groups import ddp_of, device_of, group_of, meshes_of, new_group
+from polyak.sharding.experts import declared, has_experts, has_numbered_experts
+from polyak.sharding.groups import ddps_of, device_of, group_of, meshes_of, new_group, pipeline_of
 from polyak.sharding.tensors import broadcast, is_initialized, is_sharded
 
 if TYPE_CHECKING:
@@ -80,6 +82,14 @@ class OneProcess:
         """
         return [value]
 
+    def union(self, items: Mapping[str, T]) -> dict[str, T]:
+        """Return ``items``.
+
+        Args:
+            items: By name.
+        """
+        return dict(items)
+
     def totals(self, *numbers: float) -> list[float]:
         """Return ``numbers``.
 
@@ -115,12 +125,14 @@ class Ranks:
         group: The group of these processes, and of no others.
         device: Where tensors must be for a message in the group.
         replicas: Whether each rank has the full model.
+        differ: Whether ranks have tensors of other names: stages of a pipeline, or whole experts.
         unsynchronized: Parameters that ``DistributedDataParallel`` was told to ignore, and so may differ by rank.
     """
 
     group: "ProcessGroup"
     device: torch.device
     replicas: bool
+    differ: bool = False
     unsynchronized: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
@@ -137,12 +149,15 @@ class Ranks:
             return None
         if isinstance(known := getattr(model, "ranks_of_model", None), cls):  # a module over the masters of an engine
             return known
-        ddp, meshes = ddp_of(model), meshes_of(model)
-        group = group_of(ddp, meshes) if ddp or meshes else None
+        ddps, meshes = ddps_of(model), meshes_of(model)
+        groups = [ddp.process_group for ddp in ddps if ddp.process_group is not None]
+        group = group_of(groups, meshes) if groups or meshes else None
         if group is None or group.size() == 1:
             return None
         sharded = any(is_sharded(tensor) and _shards(tensor) > 1 for tensor in model.parameters())
-        return cls(group, device_of(group), ddp is not None and not sharded, _unsynchronized(ddp) if ddp else ())
+        unsynchronized = tuple(chain.from_iterable(map(_unsynchronized, ddps)))
+        replicas = bool(ddps) and not sharded and not has_experts(model)
+        return cls(group, device_of(group), replicas, has_numbered_experts(model), unsynchronized)
 
     @property
     def rank(self) -> int:
@@ -216,14 +231,20 @@ class Ranks:
             remedy: What to do if they do not, for the error.
 
         Raises:
-            ShardingError: If they do not; it shows which rank has which value, for at most 8 facts.
+            ShardingError: If they do not; it shows which rank has which value, for at most 8 facts. Of more than 16
+                ranks, only rank 0 shows that, and the others refer to it.
         """
         own = agreement.flat(facts)
         if self._differing(torch.tensor([agreement.digest(own)])).numel() == 0:
             return
         buckets = self._differing(agreement.digests(own)).tolist()
-        found = self.gather(agreement.in_buckets(own, buckets[: agreement.MOST_FACTS]))
-        lines = agreement.differences(found, torch.distributed.get_process_group_ranks(self.group))
+        found = self.gather_to_rank_0(agreement.in_buckets(own, buckets[: agreement.MOST_FACTS]))
+        members = torch.distributed.get_process_group_ranks(self.group)
+        if self.world_size > agreement.MOST_SHOWING and self.rank > 0:
+            raise ShardingError(f"all ranks must agree on {what}: see the error of rank {members[0]}")
+        lines = agreement.differences(found, members) if self.rank == 0 else []
+        if self.world_size <= agreement.MOST_SHOWING:
+            lines = self.from_rank_0(lines)
         if hidden := len(buckets[agreement.MOST_FACTS :]):
             lines.append(f"  and at least {hidden} more")
         raise ShardingError("\n".join([f"all ranks must agree on {what}:", *lines, *([remedy] if remedy else [])]))
@@ -263,6 +284,17 @@ class Ranks:
         found: list[Any] = [None] * self.world_size if self.rank == 0 else []
         torch.distributed.gather_object(value, found or None, group=self.group, group_dst=0)
         return found
+
+    def union(self, items: Mapping[str, T]) -> dict[str, T]:
+        """Return the items of all ranks, in the order of the ranks. Of ranks with the same items only one sends them.
+
+        Args:
+            items: Those of this rank, by name: what can be pickled, and shown as text.
+        """
+        digests = self.sums(agreement.digest(agreement.flat(items)))
+        first = digests.index(digests[self.rank]) == self.rank
+        found = self.gather_to_rank_0(dict(items if first else ()))
+        return self.from_rank_0({name: item for one in found for name, item in one.items()})
 
     def totals(self, *numbers: float) -> list[float]:
         """Return the sum over all ranks of each number; whole numbers are exact below 2 ** 53.
@@ -323,7 +355,7 @@ class Ranks:
     def separate(self) -> "Ranks":
         """Return the same ranks in a new group, for a thread that communicates while training does."""
         members = torch.distributed.get_process_group_ranks(self.group)
-        return Ranks(new_group(members, [self.group]), torch.device("cpu"), self.replicas)
+        return Ranks(new_group(members, [self.group]), torch.device("cpu"), self.replicas, self.differ)
 
     def close(self) -> None:
         """Destroy a group that ``separate`` made."""
@@ -346,6 +378,25 @@ def communicator_of(model: nn.Module) -> Communicator:
     return Ranks.of(model) or OneProcess()
 
 
+def pipeline_communicator_of(model: nn.Module, own: Communicator) -> Ranks | None:
+    """Return the communicator of all ranks of the pipeline that a model is a stage of; None if it is in no pipeline.
+
+    They are the ranks of all stages, with their replicas and shards. All of them must call this.
+
+    Args:
+        model: A stage, or the ``ModelParts`` of this rank.
+        own: The ranks of the same stage, as of ``communicator_of``.
+
+    Raises:
+        ShardingError: If the groups of the pipeline do not connect its ranks.
+    """
+    pipeline = pipeline_of(model) if is_initialized() else []
+    if not pipeline:
+        return None
+    group = group_of([own.group, *pipeline] if own.group is not None else pipeline, [])
+    return None if group is None or group.size() == 1 else Ranks(group, device_of(group), replicas=False, differ=True)
+
+
 def _shards(tensor: Any) -> int:
     """Return into how many shards a ``DTensor`` is divided."""
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
@@ -355,6 +406,6 @@ def _shards(tensor: Any) -> int:
 def _unsynchronized(ddp: nn.parallel.DistributedDataParallel) -> tuple[Tensor, ...]:
     """Return the parameters that ``ddp`` ignores, except those that it reduces later."""
     later = set(map(id, getattr(ddp, "_delay_all_reduce_params", ())))
-    ignored = ddp.parameters_to_ignore
+    ignored, known = ddp.parameters_to_ignore, set(map(id, declared(ddp.module)))
     named = ddp.module.named_parameters(remove_duplicate=False)
-    return tuple(p for name, p in named if name in ignored and id(p) not in later and not is_sharded(p))
+    return tuple(p for name, p in named if name in ignored and id(p) not in later | known and not is_sharded(p))

@@ -90,7 +90,18 @@ def load(state: dict[str, Any], folder: Path, group: "ProcessGroup | None" = Non
         try:
             dcp.load(state, storage_reader=reader, process_group=group, no_dist=no_dist)
         except dcp.CheckpointException as error:
-            raise CheckpointError(f"the shards in {folder} cannot be read: {_failures(error)}") from error
+            raise CheckpointError(f"the shards in {folder} cannot be read: {_failures(error)}{_hint(error)}") from error
+
+
+def _hint(error: dcp.CheckpointException) -> str:
+    """Return what to do if the checkpoint has no state of an algorithm that the run has now."""
+    missing = any("Missing key" in str(one) for one, _ in error.failures.values())
+    return (
+        "; if it was saved before the algorithm was added, load the rest by dcp.load(..., "
+        "planner=DefaultLoadPlanner(allow_partial_load=True)), and averaging begins with the weights that are loaded"
+        if missing
+        else ""
+    )
 
 
 def _failures(error: dcp.CheckpointException) -> str:

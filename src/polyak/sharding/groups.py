@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from polyak.errors import ShardingError
+from polyak.sharding.parts import ModelParts
 from polyak.sharding.tensors import is_fsdp, is_sharded, reshard, reshard_after_an_error
 
 if TYPE_CHECKING:
@@ -23,15 +24,17 @@ if TYPE_CHECKING:
 _MADE: "weakref.WeakKeyDictionary[ProcessGroup, dict[frozenset[int], ProcessGroup]]" = weakref.WeakKeyDictionary()
 
 
-def ddp_of(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """Return the ``DistributedDataParallel`` that a model is, compiled or not.
+def ddps_of(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
+    """Return the ``DistributedDataParallel`` that a model is, compiled or not, or those of its parts.
 
     Args:
         model: Any.
     """
+    if isinstance(model, ModelParts):
+        return list(chain.from_iterable(map(ddps_of, model.parts)))
     while "_orig_mod" in model._modules:  # noqa: SLF001  of torch.compile
         model = model.get_submodule("_orig_mod")
-    return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    return [model] if isinstance(model, nn.parallel.DistributedDataParallel) else []
 
 
 def meshes_of(model: nn.Module) -> list["DeviceMesh"]:
@@ -57,40 +60,38 @@ def _meshes(model: nn.Module) -> list["DeviceMesh"]:
     return list(dict.fromkeys(by_id.values()))
 
 
-def group_of(ddp: nn.parallel.DistributedDataParallel | None, meshes: Sequence["DeviceMesh"]) -> "ProcessGroup | None":
+def group_of(groups: Iterable["ProcessGroup"], meshes: Sequence["DeviceMesh"]) -> "ProcessGroup | None":
     """Return a group of exactly the ranks that hold a model; None if this rank holds nothing of it.
 
-    They are the ranks of its meshes and of its ``DistributedDataParallel``. All of them must call this, and no others.
-    A group is made only where there is none; it lasts as long as the group of all ranks.
+    They are the ranks of its meshes, of its ``DistributedDataParallel`` and of its pipeline. All of them must call
+    this, and no others. A group is made only where there is none; it lasts as long as the group of all ranks.
 
     Args:
-        ddp: The model, if it is one.
+        groups: Those of ``DistributedDataParallel`` and of a pipeline.
         meshes: As of ``meshes_of``.
 
     Raises:
         ShardingError: If the ranks of some meshes cannot communicate with those of the others.
     """
     sources = [(frozenset[int](mesh.mesh.flatten().tolist()), _groups(mesh)) for mesh in meshes]
-    if ddp is not None:
-        assert ddp.process_group is not None
-        sources.append((_ranks(ddp.process_group), [ddp.process_group]))
+    sources += [(_ranks(group), [group]) for group in groups]
     members = frozenset(chain.from_iterable(ranks for ranks, _ in sources))
     world = torch.distributed.group.WORLD
     assert world is not None
     if torch.distributed.get_rank() not in members:
         return None
     # A mesh over all of them, or meshes that cross, such as rows and columns of a grid.
-    groups = next((groups for ranks, groups in sources if ranks == members and groups), None)
-    if groups is None:
-        groups = list(dict.fromkeys(chain.from_iterable(groups for _, groups in sources)))
-        members = _reached(members, groups)
+    through = next((through for ranks, through in sources if ranks == members and through), None)
+    if through is None:
+        through = list(dict.fromkeys(chain.from_iterable(through for _, through in sources)))
+        members = _reached(members, through)
     if members == _ranks(world):
         return world
-    if len(groups) == 1:
-        return groups[0]
+    if len(through) == 1:
+        return through[0]
     made = _MADE.setdefault(world, {})
     if members not in made:
-        made[members] = new_group(members, groups)
+        made[members] = new_group(members, through)
     return made[members]
 
 
@@ -164,26 +165,30 @@ def new_group(members: Iterable[int], groups: Sequence["ProcessGroup"]) -> "Proc
     return made
 
 
-def refuse_stage(model: nn.Module, what: str) -> None:
-    """Refuse what needs a full model for a stage of a pipeline. Nothing is communicated: each stage refuses by itself.
+def pipeline_of(model: nn.Module) -> list["ProcessGroup"]:
+    """Return the groups over which a model is a pipeline: those of its stages, or of its ``ModelParts``.
 
     Args:
-        model: Any.
-        what: That cannot be done.
-
-    Raises:
-        ShardingError: If ``torch.distributed.pipelining`` runs the model, or a submodule, as a stage of several ranks.
+        model: Any. A stage of ``torch.distributed.pipelining`` may run it, or modules of it.
     """
+    if isinstance(model, ModelParts) and model.group is not None:
+        return [model.group]
     module = sys.modules.get("torch.distributed.pipelining.stage")
     if module is None:
-        return
-    # A stage knows its module, and not the reverse.
-    stages = [one for one in gc.get_objects() if issubclass(type(one), module._PipelineStageBase)]  # noqa: SLF001
+        return []
+    # A stage knows its module, and not the reverse; its class knows no stages, but each refers to its class.
+    kinds = _with_subclasses(module._PipelineStageBase)  # noqa: SLF001
+    stages = [one for one in gc.get_referrers(*kinds) if type(one) in kinds]
     own = set(map(id, model.modules()))
-    for stage in stages:
-        if getattr(stage, "group_size", 1) > 1 and not own.isdisjoint(map(id, stage.submod.modules())):
-            raise ShardingError(
-                f"{what} needs the full model on these ranks, and this is stage {stage.stage_index} of a pipeline of "
-                f"{stage.num_stages}: save the state by torch.distributed.checkpoint, which puts the "
-                "stages together, and load it in a process that has the full model"
-            )
+    world = torch.distributed.group.WORLD
+    assert world is not None
+    found: list[ProcessGroup] = [
+        stage.group or world
+        for stage in stages
+        if getattr(stage, "group_size", 1) > 1 and not own.isdisjoint(map(id, stage.submod.modules()))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _with_subclasses(kind: type) -> list[type]:
+    return [kind, *chain.from_iterable(map(_with_subclasses, kind.__subclasses__()))]

@@ -101,6 +101,21 @@ def _sharded(shard: Tensor, mesh: "DeviceMesh", placements: Any, full: Tensor) -
     return DTensor(shard, DTensorSpec(mesh, tuple(placements), tensor_meta=meta), requires_grad=False)
 
 
+def sharded_over(shard: Tensor, mesh: "DeviceMesh", dim: int) -> Tensor:
+    """Return a tensor of which each rank of a mesh has a shard of the same size, over the memory of this one.
+
+    Args:
+        shard: That of this rank.
+        mesh: The ranks; of one dimension.
+        dim: Along which the shards follow one another.
+    """
+    from torch.distributed.tensor import Shard  # noqa: PLC0415
+
+    shape = list(shard.shape)
+    shape[dim] *= mesh.size()
+    return _sharded(shard.detach(), mesh, [Shard(dim)], torch.empty(shape, dtype=shard.dtype, device="meta"))
+
+
 def offset(tensor: Tensor) -> tuple[int, ...] | None:
     """Return where the local shard of a tensor begins in the full tensor; None if it is the full tensor, or empty.
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.errors import MismatchError
-from polyak.sharding import local
+from polyak.sharding import ModelParts, Places, local
 from polyak.tensors import memory, optimizers
 
 # Names under which wrappers keep the wrapped module; no other module uses them. The parallel wrappers keep theirs under
@@ -123,15 +123,19 @@ PolicyRule = Callable[[Slot], Policy]
 
 
 def _is_wrapped(parent: nn.Module, child: str) -> bool:
-    return child in WRAPPED_NAMES or (child == "module" and isinstance(parent, _PARALLEL))
+    if child in WRAPPED_NAMES or isinstance(parent, ModelParts):
+        return True
+    return child == "module" and isinstance(parent, _PARALLEL)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside its outermost wrappers.
+    """Return the model inside its outermost wrappers; ``ModelParts`` are not unwrapped.
 
     Args:
         model: Wrapped or not.
     """
+    if isinstance(model, ModelParts):
+        return model
     for name, child in model.named_children():
         if _is_wrapped(model, name):
             return unwrap(child)
@@ -142,6 +146,15 @@ def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     yield prefix, module
     for name, child in module.named_children():
         yield from _modules(child, prefix if _is_wrapped(module, name) else f"{prefix}{name}.")
+
+
+def places_of(model: nn.Module) -> Places:
+    """Return the places in the full model of a model's tensors, where ranks hold different experts.
+
+    Args:
+        model: Wrapped or not.
+    """
+    return Places(_modules(model, ""))
 
 
 def all_slots(model: nn.Module) -> Iterator[Slot]:

@@ -1,30 +1,19 @@
 """The processes that train a model together: how they start and communicate."""
 
-import atexit
 import os
-import time
-import uuid
 import warnings
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from polyak.errors import PlanWarning, ShardingError
-from polyak.sharding import Communicator, OneProcess, Ranks, is_sharded
+from polyak.errors import PlanWarning
+from polyak.sharding import Communicator, OneProcess, Ranks, is_sharded, start_process_group
 from polyak.tensors.slots import slots
 from polyak.trainer.wrapping import kind_of, ranks_of_wrapped
 
-if TYPE_CHECKING:
-    from torch.distributed import Store
-
 KINDS = ("ddp", "fsdp2")
-# How long a rank waits for rank 0, as torch's own process groups do.
-_PATIENCE_S = 1800
 
 
 @dataclass(frozen=True)
@@ -122,55 +111,9 @@ def join(kind: str | None, device: str | torch.device | None) -> Group:
         if own.index is None:
             own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(own)
-    _begin(own)
+    start_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
     world = torch.distributed.group.WORLD
     assert world is not None
     only_gpu = torch.distributed.get_backend() == torch.distributed.Backend.NCCL
     ranks = Ranks(world, own if only_gpu else torch.device("cpu"), replicas=kind == "ddp")
     return Group(kind, own, ranks if world.size() > 1 else OneProcess())
-
-
-def _begin(device: torch.device) -> None:
-    if torch.distributed.is_initialized():
-        return
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        from torch.distributed.rendezvous import rendezvous  # noqa: PLC0415
-
-        store, rank, size = next(rendezvous("env://"))
-        store = _of_this_start(store, rank, size)
-    elif {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-        store, rank, size = None, -1, -1  # from the environment
-    else:
-        store, rank, size = torch.distributed.HashStore(), 0, 1
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
-    atexit.register(_end)
-
-
-def _of_this_start(store: "Store", rank: int, size: int) -> "Store":
-    """Return a section of torchrun's store without entries of processes that it has restarted.
-
-    torchrun keeps one store over restarts. It has the addresses of processes that have ended, and a process that starts
-    before the others would wait for such an address (https://github.com/pytorch/pytorch/issues/135712). So rank 0
-    invents a name for this start, and another rank uses that name only after rank 0 has listed the rank under it.
-    """
-    own, last = uuid.uuid4().hex, time.monotonic() + _PATIENCE_S
-    if rank == 0:
-        store.set("polyak/start", own)
-        came = [store.get(f"polyak/{own}/{other}").decode() for other in range(1, size)]
-        store.set(f"polyak/{own}/came", " ".join(came))
-        return torch.distributed.PrefixStore(own, store)
-    while time.monotonic() < last:
-        name = store.get("polyak/start").decode()
-        store.set(f"polyak/{name}/{rank}", own)
-        with suppress(RuntimeError):  # the name is that of an earlier start, which has ended
-            store.wait([f"polyak/{name}/came"], timedelta(seconds=1))
-            if own in store.get(f"polyak/{name}/came").decode().split():
-                return torch.distributed.PrefixStore(name, store)
-            time.sleep(0.05)
-    raise ShardingError(f"all ranks must start within {_PATIENCE_S} s (rank 0 has not started); see its error")
-
-
-def _end() -> None:
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

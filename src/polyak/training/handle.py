@@ -174,7 +174,8 @@ class Handle(ABC):
         Raises:
             ArgumentError: If ``load`` cannot be called.
             LoanError: If averaging has not begun, the model holds another average, or ``load`` has changed a parameter.
-            ShardingError: If ranks disagree, ``load`` failed on another rank, or the model is a stage of a pipeline.
+            ShardingError: If ranks disagree, ``load`` failed on another rank, the model is a stage of a pipeline, or
+                it has declared experts.
 
         Example:
             >>> import torch
