@@ -31,7 +31,8 @@ test: check ## Check, then run all tests and all examples
 
 # Composer imports torchvision. The stub is in these processes alone, so that no other library takes it for torchvision.
 STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/compat/test_composer_files.py tests/hosts/test_composer_surface.py \
-	tests/hosts/test_golden_trace.py tests/compat/test_convert_timm.py
+	tests/hosts/test_golden_trace.py tests/compat/test_convert_timm.py \
+	tests/checkpoints/test_libraries.py::test_checkpoints_of_timm_are_averaged_and_loaded_again
 
 ENGINES := tests/hosts/test_deepspeed.py tests/hosts/test_torchtitan.py
 test-engines: build/engines.stamp ## Run the tests of DeepSpeed and torchtitan

@@ -263,7 +263,7 @@ def test_the_order_is_that_of_the_times_and_without_times_and_with_weights_the_g
     out = tmp_path / "out.safetensors"
 
     def order(**options) -> list[str]:
-        made = average_checkpoints(paths, out, **options)
+        made = average_checkpoints(paths, out, overwrite=True, **options)
         return [one.path.stem for one in made.checkpoints]
 
     assert order() == ["step-4", "step-30", "step-100"]

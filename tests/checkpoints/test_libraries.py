@@ -135,7 +135,7 @@ def test_checkpoints_of_a_lightning_trainer_are_averaged_by_their_steps(tmp_path
     assert model.net[1].num_batches_tracked == 9
 
 
-def test_folders_of_a_trl_trainer_become_a_folder_for_from_pretrained(tmp_path) -> None:
+def test_folders_of_a_reference_model_of_trl_become_a_folder_for_from_pretrained(tmp_path) -> None:
     pytest.importorskip("trl")
     from transformers import GPT2Config, GPT2LMHeadModel
     from trl import create_reference_model

@@ -71,7 +71,7 @@ def folder(tmp_path):
 
 
 def averaged(folder, **options) -> list[float]:
-    made = average_checkpoints(sorted(folder.glob("*.ckpt")), folder / "out.safetensors", **options)
+    made = average_checkpoints(sorted(folder.glob("*.ckpt")), folder / "out.safetensors", overwrite=True, **options)
     return [one.moment["ba"] for one in made.checkpoints]
 
 

@@ -22,7 +22,7 @@ def write(folder, name: str, config: dict[str, object] | None = None, **counters
 
 
 def average(folder, pattern: str, **options) -> int:
-    made = average_checkpoints(sorted(folder.glob(pattern)), folder / "out.safetensors", **options)
+    made = average_checkpoints(sorted(folder.glob(pattern)), folder / "out.safetensors", overwrite=True, **options)
     return len(made.checkpoints)
 
 

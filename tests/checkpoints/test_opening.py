@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from polyak import CheckpointError, TimeUnit
 from polyak.checkpoints import open_checkpoint
 from polyak.checkpoints.moments import in_natural_order, moment_of
+from polyak.record import Writer
+from polyak.storage.safetensors import TensorInfo
 
 FORMATS = list(checkpoint_files.FORMATS)
 
@@ -171,6 +173,21 @@ def test_a_folder_with_two_models_lists_their_files(tmp_path) -> None:
         save_file({"w": torch.ones(2)}, tmp_path / file)
     with pytest.raises(CheckpointError, match=r"has model.safetensors, model_1.safetensors\); give the file"):
         open_checkpoint(tmp_path)
+
+
+def test_a_pipeline_of_diffusers_and_a_record_are_refused_with_what_to_do(tmp_path) -> None:
+    pipeline, record = tmp_path / "pipeline", tmp_path / "record"
+    for model in ("unet", "vae"):
+        (pipeline / model).mkdir(parents=True)
+        save_file({"w": torch.ones(2)}, pipeline / model / "diffusion_pytorch_model.safetensors")
+    (pipeline / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"by itself: {pipeline}/unet, {pipeline}/vae$"):
+        open_checkpoint(pipeline)
+    assert open_checkpoint(pipeline / "unet").tensors.keys() == {"w"}
+    with Writer(record, {"w": TensorInfo(torch.float32, (1,), averaged=True)}):
+        pass
+    with pytest.raises(CheckpointError, match="of a record, polyak reconstruct gives the averages"):
+        open_checkpoint(record)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,21 @@
 """An output is written in any format, by one process or several, and a run that was stopped is resumed."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
 import zipfile
+from hashlib import sha256
 
 import checkpoint_files
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch import nn
+from waiting import wait_until
 
 from polyak import ArgumentError, CheckpointError
 from polyak.checkpoints import as_safetensors, open_checkpoint, units
@@ -71,10 +76,46 @@ def test_folders_of_dcp_become_such_a_folder_without_the_optimizer(tmp_path, nam
     assert {one.name for one in out.glob("*.distcp")} <= {one.name for one in made.newest.path.iterdir()}
 
 
+def module_like(tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """Return a model whose state dict has these names, with other numbers."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        inner = root
+        for one in path:
+            inner = inner._modules.setdefault(one, nn.Module())  # "half" is a method of modules too
+        inner.register_buffer(last, torch.full_like(tensor, 7))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "key"),
+    [
+        ("distributed, torchtitan", "", ""),
+        ("distributed, Megatron", "", ""),
+        ("distributed, Lightning", "", "state_dict"),
+        ("distributed, Accelerate or Transformers", "pytorch_model_fsdp_0", "model"),
+    ],
+    ids=["torchtitan", "Megatron", "Lightning", "Accelerate or Transformers"],
+)
+def test_a_model_loads_by_dcp_what_became_of_the_folders_of_a_library(tmp_path, name, folder, key) -> None:
+    made, out = opened(name, tmp_path), tmp_path / "out"
+    write_average(made, out)
+    want = {name: average(made, name) for name in made.names}
+    model = module_like(want)
+    state = model.state_dict()
+    with warnings.catch_warnings(action="ignore"):  # that there is one process
+        dcp.load({key: state} if key else state, checkpoint_id=out / folder)
+    model.load_state_dict(state)
+    got = dict(model.named_buffers())
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
+
+
 def test_a_folder_of_accelerate_under_fsdp_keeps_its_folder(tmp_path) -> None:
     made, out = opened("distributed, Accelerate or Transformers", tmp_path), tmp_path / "out"
     write_average(made, out)
-    assert sorted(one.name for one in out.iterdir()) == ["config.json", "pytorch_model_fsdp_0"]
+    assert sorted(one.name for one in out.iterdir()) == ["config.json", "polyak.average.json", "pytorch_model_fsdp_0"]
     assert torch.equal(open_checkpoint(out).tensors["net.scale"].whole(), average(made, "net.scale"))
 
 
@@ -91,6 +132,18 @@ def test_an_average_of_several_ranks_keeps_their_shards_and_loads_by_dcp(ranks, 
     with warnings.catch_warnings(action="ignore"):
         dcp.load({"model": state}, checkpoint_id=out)
     assert all(torch.equal(state[name], tensor) for name, tensor in want.items())
+
+
+def test_a_folder_of_dcp_says_what_it_was_made_from_in_a_file_that_no_other_output_takes(tmp_path) -> None:
+    made, out = opened("distributed", tmp_path), tmp_path / "out"
+    write_average(made, out)
+    said = json.loads((out / "polyak.average.json").read_text())
+    assert [one["path"] for one in said] == ["step-100", "step-200", "step-400"]
+    for one in said:
+        files = [path for path in (tmp_path / one["path"]).glob("*.distcp") if path.name in one["sha256"]]
+        assert {file.name: sha256(file.read_bytes()).hexdigest() for file in files} == one["sha256"]
+    write_average(plan([open_checkpoint(out)], [1]), tmp_path / "again", form="hf")
+    assert [one.name for one in (tmp_path / "again").iterdir()] == ["model.safetensors"]
 
 
 def test_extra_states_of_dcp_are_those_of_the_newest(tmp_path) -> None:
@@ -159,6 +212,50 @@ def test_a_run_that_was_stopped_is_resumed_and_does_no_finished_unit_again(tmp_p
     assert len(again.names) == len(made.names) - 4
     assert all(torch.equal(tensor, average(made, key)) for key, tensor in loaded(form, out, made).items())
     assert sorted(one.name for one in tmp_path.iterdir()) == ["in", out.name]
+
+
+# Notes each tensor, and holds before the sixth until it is stopped; the next process does not hold.
+HELD = """
+import sys, time
+from pathlib import Path
+from polyak.checkpoints import as_safetensors
+from polyak.cli import average, main
+
+as_safetensors.in_groups = lambda names, size_of: [[name] for name in names]
+noted = Path("noted")
+
+def note(self, name):
+    begun = noted.read_text().splitlines() if noted.exists() else []
+    while len(begun) == 5 and not Path("stopped").exists():
+        time.sleep(0.01)
+    noted.write_text("\\n".join([*begun, name]))
+
+average._Progress.__call__ = note
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_that_is_stopped_leaves_what_the_same_command_resumes(tmp_path, number) -> None:
+    (tmp_path / "run.py").write_text(HELD)
+    made = opened("Lightning", tmp_path)
+    line = [sys.executable, "run.py", "average", *(one.path.name for one in made.checkpoints), "-o", "out.safetensors"]
+    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: len([*tmp_path.rglob("done/tensors-*.json")]) == 5 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()
+    process.send_signal(number)
+    said = process.communicate()[1]
+    if number is signal.SIGINT:
+        assert process.returncode == 130
+        assert said == "polyak average: interrupted; run the same command again to resume\n"
+    assert not (tmp_path / "out.safetensors").exists()
+    (tmp_path / "stopped").touch()
+    subprocess.run(line, cwd=tmp_path, check=True, capture_output=True)
+    assert sorted((tmp_path / "noted").read_text().splitlines()) == sorted(made.names)  # each once
+    got = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(got[name], average(made, name)) for name in made.names)
+    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
 
 
 def test_a_run_of_another_plan_does_not_resume_the_one_that_was_stopped(tmp_path) -> None:

@@ -66,6 +66,21 @@ def test_options_give_the_weights(run, options, want) -> None:
     assert scale("out.safetensors") == pytest.approx(want, rel=1e-6)
 
 
+def test_averages_of_mmcv_next_to_the_weights_are_averaged_and_said(run, tmp_path) -> None:
+    for number in (1.0, 3.0):
+        state = {"net.w": torch.ones(2) * number, "ema_net_w": torch.ones(2) * number * 10}
+        torch.save({"meta": {"iter": int(number)}, "state_dict": state}, tmp_path / f"iter_{int(number)}.pth")
+    code, said = run("iter_*.pth", "-o", "out.safetensors")
+    assert code == 0
+    assert "averages of mmcv's EMAHook are next to the weights (ema_net_w)" in said
+    assert {name: one.tolist() for name, one in load_file("out.safetensors").items()} == {
+        "net.w": [2, 2],
+        "ema_net_w": [20, 20],
+    }
+    assert main(["convert", "iter_1.pth", "-o", "alone.safetensors"]) == 0
+    assert load_file("alone.safetensors")["net.w"].tolist() == [10, 10]
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(run, tmp_path) -> None:
     before = sorted(tmp_path.iterdir())
     code, said = run("step-*.ckpt", "-o", "out.pt", "--dry-run")

@@ -36,6 +36,7 @@ LINES = {
     "reconstruct": "reconstruct run --half-life 20ba -o new.safetensors",
     "soup": "soup model-1.pt model-2.pt --evaluate evaluate.py:norm -o soup.safetensors",
     "sweep": "sweep run --evaluate evaluate.py:validate --points 3 --refine 1",
+    "watch": "watch run --evaluate evaluate.py:validate --patience 1",  # a line for each moment: there is one
 }
 
 

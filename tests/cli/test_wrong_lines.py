@@ -31,7 +31,7 @@ number = 3
 LINES = [
     (
         "swep RUN",
-        "demo, diff, env, inspect, plan, recommend, reconstruct, soup or sweep (got 'swep'; did you mean sweep?)",
+        "inspect, plan, recommend, reconstruct, soup, sweep or watch (got 'swep'; did you mean sweep?)",
     ),
     ("--verison", "unrecognized arguments: --verison (did you mean --version?)"),
     ("inspect", "the following arguments are required: RECORD"),

@@ -421,7 +421,7 @@ def test_an_exported_average_loads_and_says_where_it_comes_from(tmp_path) -> Non
     assert json.loads(metadata["polyak.moment"])["updates"] == HISTORY
     assert float(metadata["polyak.error_estimate"]) == pytest.approx(record.error(profile), rel=0.01)
     assert str(tmp_path) not in json.dumps(metadata)
-    record.export(profile, path, dtype=torch.float16)
+    record.export(profile, path, dtype=torch.float16, overwrite=True)
     assert load_file(path)["weight"].dtype is torch.float16
     assert sorted(one.name for one in tmp_path.iterdir()) == ["average.safetensors", "my record"]
     model = nn.ParameterDict({name: nn.Parameter(torch.zeros(4, 3)) for name in ("weight", "tied")})
@@ -437,7 +437,7 @@ def test_an_export_that_fails_leaves_the_file_that_was_there(tmp_path) -> None:
     with record.open(record.segments[0]):
         (tmp_path / "record" / record.segments[0].file).unlink()
     with pytest.raises(OSError, match="cannot be opened"):
-        record.export(HalfLife("8ba"), path)
+        record.export(HalfLife("8ba"), path, overwrite=True)
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(OSError, match=r"exporting to .* failed"):

@@ -211,7 +211,7 @@ def test_the_parts_of_a_model_must_have_different_names() -> None:
 @pytest.mark.parametrize(
     ("what", "where", "on_others"),
     [
-        ("export to a folder", "FileExistsError: .* which is not", "the export:\n  error: rank 1: FileExists"),
+        ("export to a folder", "ExistsError: .* which is not", "the export:\n  error: rank 1: Exists"),
         ("beginning", "", "averaging has begun: rank 1: False; ranks 0, 2: True"),
         (
             "a tensor",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.companions import copy_companions
+from polyak.checkpoints.companions import PROVENANCE, copy_companions
 from polyak.checkpoints.stored import Saved
 from polyak.checkpoints.units import Facts, Job, Unit, in_groups
 
@@ -83,7 +83,7 @@ def _shard(job: Job, name: str, box: _Box) -> Tensor:
 
 
 def finish(job: Job, to: Path, facts: Facts) -> list[Path]:
-    """Write the metadata, and copy what belongs to the folder.
+    """Write the metadata and what the folder was made from, and copy what belongs to it.
 
     Args:
         job: What is written.
@@ -96,7 +96,9 @@ def finish(job: Job, to: Path, facts: Facts) -> list[Path]:
     with (folder / _METADATA).open("wb") as file:
         pickle.dump(_metadata(job, shards, extra), file)
     copy_companions(job.plan.newest.path, to)
-    return []
+    beside = to / PROVENANCE
+    beside.write_text(job.said["polyak.average"] + "\n", encoding="utf-8")
+    return [beside]
 
 
 def _copy_blobs(job: Job, folder: Path, into: str) -> dict[str, tuple[str, int, int]]:

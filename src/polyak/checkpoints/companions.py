@@ -5,9 +5,11 @@ from pathlib import Path
 
 from polyak.checkpoints.folder import INDEX
 
+# Says what an average was made from, in a folder whose files have no header for it.
+PROVENANCE = "polyak.average.json"
 # All else, such as the states of optimizers, is left out.
 _BELONGS = {".json", ".txt", ".model", ".py", ".md", ".jinja", ".tiktoken", ".vocab", ".yaml", ".yml"}
-_TRAINING = ("trainer_state", "training_args", "optimizer", "scheduler", "rng_state", "random_states")
+_TRAINING = ("trainer_state", "training_args", "optimizer", "scheduler", "rng_state", "random_states", PROVENANCE)
 # Without them Lightning and Megatron do not load the weights next to them.
 _BELONG = {"meta.pt", "common.pt"}
 

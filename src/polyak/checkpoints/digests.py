@@ -79,7 +79,7 @@ class Digests:
 
 
 def fill(path: Path, hashes: Mapping[str, str]) -> None:
-    """Replace the placeholders in the header of a safetensors file.
+    """Replace the placeholders in the header of a safetensors file, or in a file of JSON.
 
     Args:
         path: Of the file.
@@ -88,9 +88,10 @@ def fill(path: Path, hashes: Mapping[str, str]) -> None:
     Raises:
         OSError: If the disk refuses.
     """
+    is_header = path.suffix != ".json"
     with path.open("r+b") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
+        header = file.read(int.from_bytes(file.read(8), "little")) if is_header else file.read()
         for stands, found in hashes.items():
             header = header.replace(stands.encode(), found.encode())
-        file.seek(8)
+        file.seek(8 if is_header else 0)
         file.write(header)

@@ -16,6 +16,8 @@ FORMAT = "folder"
 INDEX = ".index.json"
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = re.compile(r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+)?\.(safetensors|bin)")
+_RECORD = "manifest.json"
+_PIPELINE = "model_index.json"  # of diffusers
 _TRAINER_STATE = "trainer_state.json"
 
 
@@ -59,10 +61,20 @@ def read(path: Path, files: Files) -> Found:
     if not whole:
         raise CheckpointError(
             f"a checkpoint that is a folder must have weights in it, such as model.safetensors ({shown(path)} has "
-            f"{listed(sorted(one.name for one in path.iterdir())) or 'nothing'}); give the checkpoints themselves"
+            f"{listed(sorted(one.name for one in path.iterdir())) or 'nothing'}); {_instead(path)}"
         )
     content = load(whole[0], data=files.open(whole[0]), unchecked=files.unchecked)
     return Found(content, dict.fromkeys((name for name in content if isinstance(name, str)), whole[0].name), clock)
+
+
+def _instead(path: Path) -> str:
+    """Return what to do with a folder that has no weights in it."""
+    if (path / _RECORD).is_file():
+        return "of a record, polyak reconstruct gives the averages"
+    if (path / _PIPELINE).is_file():
+        models = sorted(one.parent for one in path.glob("*/*") if _WEIGHTS.fullmatch(one.name) or INDEX in one.name)
+        return f"average each model of a pipeline by itself: {listed(dict.fromkeys(models))}"
+    return "give the checkpoints themselves"
 
 
 def _indexed(path: Path) -> dict[str, str]:

@@ -61,6 +61,7 @@ class Checkpoint:
         settings: Hyper-parameters of the run, by their places in the checkpoint.
         folder: In which folder of the checkpoint the weights are; empty for itself.
         blobs: Extra states of ``torch.distributed.checkpoint`` by their names, each with its keys and its bytes.
+        buffers: Which of the weights are buffers, of a network that was pickled as an object; none of a state dict.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class Checkpoint:
     settings: Mapping[str, object] = field(default_factory=dict)
     folder: str = ""
     blobs: Mapping[str, tuple[tuple[str | int, ...], memoryview]] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
 
     @property
     def size_bytes(self) -> int:
@@ -97,7 +99,7 @@ def open_checkpoint(path: Path, key: str | None = None, prefix: str | None = Non
     files = Files()
     with named_errors(path):
         found = read(path, files)
-        place, tensors, extra, left = weights_in(found.content, files, key, prefix)
+        place, tensors, extra, left, buffers = weights_in(found.content, files, key, prefix)
         moment = moment_of(path, found.content, found.clock)
         metrics = metrics_of(path, found.content, found.clock)
         settings = settings_in(found.content)
@@ -118,6 +120,7 @@ def open_checkpoint(path: Path, key: str | None = None, prefix: str | None = Non
         settings,
         found.folder,
         found.blobs,
+        buffers,
     )
 
 

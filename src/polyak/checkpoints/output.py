@@ -111,8 +111,8 @@ def write_average(
 ) -> None:
     """Compute the average and write it. It is complete, or what was at ``path`` is as it was.
 
-    The header of safetensors files says what it was made from, with the SHA-256 of each file that has weights of a
-    checkpoint. A run that was stopped is resumed.
+    The header of safetensors files, and a file in a folder of DCP, say what it was made from, with the SHA-256 of each
+    file that has weights of a checkpoint. A run that was stopped is resumed.
 
     Args:
         plan: What is averaged.
@@ -147,7 +147,7 @@ def write_average(
                 keep_plan(path, fingerprint)
 
         together.on_rank_0(prepare, f"begin {path}")
-        work = _Work(staging, together, files_of(plan.checkpoints) if form in ("hf", "safetensors") else [])
+        work = _Work(staging, together, files_of(plan.checkpoints) if form != "pt" else [])
         together.on_every_rank("whether all could write their part", lambda: work.do(writer.units(job, staging.output)))
         together.on_every_rank("whether the checkpoints stayed as they were", lambda: _require_unchanged(plan))
         together.on_rank_0(lambda: _finish(job, writer, staging, fingerprint), f"complete {path}")

@@ -71,7 +71,7 @@ class Writer(Protocol):
 
     @property
     def finish(self) -> Callable[[Job, Path, Facts], Sequence[Path]]:
-        """Complete the files once all units are done; return those whose headers have the placeholders of hashes."""
+        """Complete the files once all units are done; return those that have the placeholders of hashes."""
         ...
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints.stored import Files, StoredTensor
+from polyak.compat.modules import NetworkState
 from polyak.compat.pickles import StandIn
 from polyak.compat.reading import dig
 from polyak.compat.tensors import Unread
@@ -31,12 +32,14 @@ class Weights(NamedTuple):
         tensors: By name.
         extra: Extra states that are no tensors, but plain values, by name.
         left: The names of extra states that are neither.
+        buffers: Which of the tensors are buffers, of a network that was pickled as an object; none of a state dict.
     """
 
     place: str
     tensors: dict[str, StoredTensor]
     extra: dict[str, Any]
     left: tuple[str, ...]
+    buffers: frozenset[str]
 
 
 def weights_in(content: _Mapping, files: Files, key: str | None, prefix: str | None) -> Weights:
@@ -69,7 +72,8 @@ def weights_in(content: _Mapping, files: Files, key: str | None, prefix: str | N
     if unread := {name: value.kind for name, value in found.items() if isinstance(value, Unread)}:
         name, kind = next(iter(unread.items()))
         raise CheckpointError(f"all weights must be plain tensors ({shown(name)} is {kind}); save them as such")
-    return Weights(place, stored_in(found, files), extra, tuple(states.keys() - extra.keys()))
+    buffers = state.buffers if isinstance(state, NetworkState) and not prefix else frozenset[str]()
+    return Weights(place, stored_in(found, files), extra, tuple(states.keys() - extra.keys()), buffers)
 
 
 def _is_plain(value: object, depth: int = _DEPTH) -> bool:

@@ -36,7 +36,7 @@ COMMANDS: tuple[Command, ...] = (
 )
 
 _INTERRUPTED = 130  # 128 plus the number of SIGINT, as in shells
-_RESUMABLE = (demo.NAME, sweep.NAME)
+_RESUMABLE = (average.NAME, demo.NAME, sweep.NAME)
 
 _EPILOG = """\
 examples:

@@ -64,7 +64,7 @@ def configure(parser: ArgumentParser) -> None:
         "--as",
         dest="form",
         choices=("hf", "safetensors", "pt", "dcp"),
-        help="the format of OUT: a folder for from_pretrained, a file, or a folder of torch.distributed.checkpoint",
+        help="the format of OUT: a folder for from_pretrained, a file, or a folder of .distcp files",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--last", type=whole(1), metavar="N", help="take the last N checkpoints only")
@@ -150,7 +150,7 @@ def run(arguments: Namespace) -> Answer | None:
             write_average(made, output, _Progress(len(made.names)), given=given, form=form, communicator=communicator)
         if communicator.rank:
             return None
-    notes = list(_notes(made, output, recomputed=arguments.update_bn is not None))
+    notes = list(_notes(made, output, form, recomputed=arguments.update_bn is not None))
     return _answer(made, output, notes, written=not arguments.dry_run)
 
 
@@ -180,7 +180,7 @@ def _answer(made: "Plan", output: Path, notes: list[str], *, written: bool) -> A
     )
 
 
-def _notes(made: "Plan", output: Path, *, recomputed: bool) -> Iterator[str]:
+def _notes(made: "Plan", output: Path, form: str, *, recomputed: bool) -> Iterator[str]:
     from polyak.checkpoints.companions import companions
     from polyak.compat.words import listed
 
@@ -191,6 +191,11 @@ def _notes(made: "Plan", output: Path, *, recomputed: bool) -> Iterator[str]:
     ]
     if integers:
         yield f"of the newest checkpoint, since they are no numbers to average: {listed(integers)}"
+    if spelled := [one for name in made.names if (one := f"ema_{name.replace('.', '_')}") in made.names]:
+        yield (
+            f"averages of mmcv's EMAHook are next to the weights ({listed(spelled)}), and averaged as they are; to "
+            "take them alone, give each checkpoint to polyak convert first"
+        )
     if left := [*made.newest.left, *(made.newest.extra if output.suffix in ("", ".safetensors") else ())]:
         yield f"left out, since they are no tensors: {listed(left)}"
     if not recomputed and (
@@ -200,7 +205,7 @@ def _notes(made: "Plan", output: Path, *, recomputed: bool) -> Iterator[str]:
             f"{len(layers)} layers have running statistics ({listed(layers)}): their average is not that of the "
             "averaged weights; recompute it with --update-bn, or polyak.update_bn"
         )
-    if output.suffix not in ("", ".safetensors"):
+    if form == "pt":
         yield "such a file does not say what it was made from; a .safetensors file does, with hashes"
     if made.newest.layout and (others := companions(made.newest.path)):
         yield f"for a folder as the output, of the newest: {listed(one.name for one in others)}"

@@ -26,9 +26,11 @@ def run_recommend(arguments: Namespace) -> Answer:
         UsageError: If a function cannot be imported, or the output cannot be written.
         PolyakError: If the record does not give an average, or an evaluation fails.
     """
-    record, output = open_record(arguments.record), arguments.output
+    record, output = open_record(arguments.record, arguments), arguments.output
     if output is not None:
-        check_output(output, force=arguments.force, source=record.folder)
+        # Next to the checkpoints of a pattern, an average is none of them.
+        source = record.folder if arguments.record.is_dir() else arguments.record
+        check_output(output, force=arguments.force, source=source)
     _check(arguments)
     evaluate = None if arguments.evaluate is None else load_function(arguments.evaluate, "--evaluate")
     batchnorm = None if arguments.update_bn is None else load_batchnorm(arguments.update_bn)
@@ -44,7 +46,7 @@ def run_recommend(arguments: Namespace) -> Answer:
         )
     if output is not None:
         export(record, result.profile, output, batchnorm)
-    return Answer(_text(result, output, arguments.record), _plain(result, output, record.folder))
+    return Answer(_text(result, output, record.arguments), _plain(result, output, record.folder))
 
 
 def _check(arguments: Namespace) -> None:
@@ -53,7 +55,7 @@ def _check(arguments: Namespace) -> None:
         raise UsageError(f"--{given[0]} must be given together with --evaluate (got it alone); add the function")
 
 
-def _text(result: Recommendation, output: Path | None, record: Path) -> str:
+def _text(result: Recommendation, output: Path | None, source: str | None) -> str:
     options = named(result.profile).options
     compared = [] if result.comparison is None else _numbers(result.comparison)
     rows = [
@@ -64,9 +66,9 @@ def _text(result: Recommendation, output: Path | None, record: Path) -> str:
         *([] if output is None else [("written", str(output))]),
     ]
     text = fields([(name, printable(value)) for name, value in rows], terminal_width())
-    if output is not None or options is None:
+    if output is not None or options is None or source is None:
         return text
-    return f"{text}\n\n{written(f'To write it: polyak reconstruct {record} {options} -o averaged.safetensors')}"
+    return f"{text}\n\n{written(f'To write it: polyak reconstruct {source} {options} -o averaged.safetensors')}"
 
 
 def _numbers(compared: Comparison) -> list[tuple[str, str]]:

@@ -137,7 +137,7 @@ def _plain(results: SweepResult, out: Path, files: list[str]) -> dict[str, Any]:
     best, equal = results.best, results.as_good
     examples = len(best.examples.get(results.metric, ()))
     options = None if best.profile is None else named(best.profile).options
-    at = "" if best.at is None else f" --at {best.at}"
+    at, source = "" if best.at is None else f" --at {best.at}", results.record.arguments
     return {
         "record": str(results.record.folder),
         "metric": results.metric,
@@ -148,8 +148,8 @@ def _plain(results: SweepResult, out: Path, files: list[str]) -> dict[str, Any]:
         else {"from": str(equal[0].half_life), "to": str(equal[-1].half_life), "examples": examples},
         "results": [_result(one, results.metric) for one in results],
         "reconstruct": None
-        if options is None
-        else f"polyak reconstruct {results.record.folder} {options}{at} -o averaged.safetensors",
+        if options is None or source is None
+        else f"polyak reconstruct {source} {options}{at} -o averaged.safetensors",
         "files": [str(out / name) for name in files],
     }
 

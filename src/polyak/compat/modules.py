@@ -1,17 +1,44 @@
 """The weights of networks that were pickled as objects, read as data: nothing of their classes is imported or run."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from polyak.compat.pickles import StandIn
 from polyak.compat.tensors import Unread
+from polyak.errors import CheckpointError
 
 _DEPTH = 4
 _MOST_LAYERS = 64  # inside each other
 # Of NVIDIA's networks, such as EDM2's and StyleGAN's: the state of the object is in its only argument.
-_PERSISTENT = "persistence._reconstruct_persistent_obj"
+_PERSISTENT = "._reconstruct_persistent_obj"
+
+
+class NetworkState(dict[str, Any]):
+    """The state dict of a network that was pickled as an object.
+
+    Args:
+        parts: The attributes of the network.
+
+    Attributes:
+        buffers: The names of its persistent buffers; its other tensors are parameters.
+
+    Raises:
+        CheckpointError: If its layers are nested too deeply.
+    """
+
+    def __init__(self, parts: Mapping[Any, Any]) -> None:
+        super().__init__()
+        buffers: dict[str, Any] = {}
+        for prefix, layer in _layers(parts, "", _MOST_LAYERS):
+            hidden = layer.get("_non_persistent_buffers_set")
+            hidden = hidden if isinstance(hidden, (set, frozenset, list, tuple)) else ()
+            self.update(_tensors(layer, "_parameters", prefix))
+            own = _tensors(layer, "_buffers", prefix, hidden)
+            self.update(own)
+            buffers |= own
+        self.buffers = frozenset(buffers)
 
 
 def with_state_dicts(content: Any, depth: int = _DEPTH) -> Any:
@@ -20,12 +47,19 @@ def with_state_dicts(content: Any, depth: int = _DEPTH) -> Any:
     Args:
         content: Of a file.
         depth: How many levels of mappings are looked into.
+
+    Raises:
+        CheckpointError: If the layers of a network are nested too deeply.
     """
     if isinstance(content, StandIn) and not content and (parts := _parts(content)) is not None:
-        return dict(_named(parts, "", _MOST_LAYERS))
-    if depth and isinstance(content, dict) and not isinstance(content, StandIn):
-        return {key: with_state_dicts(value, depth - 1) for key, value in content.items()}
-    return content
+        return NetworkState(parts)
+    if not depth or not isinstance(content, dict):
+        return content
+    inside = {key: with_state_dicts(value, depth - 1) for key, value in content.items()}
+    if isinstance(content, StandIn):  # of a class derived from dict, such as EDM2's EasyDict
+        content.update(inside)
+        return content
+    return inside
 
 
 def _parts(value: object) -> Mapping[Any, Any] | None:
@@ -36,20 +70,24 @@ def _parts(value: object) -> Mapping[Any, Any] | None:
     if value.of.endswith(_PERSISTENT) and isinstance(value.arguments, tuple) and value.arguments:
         meta = value.arguments[0]
         state = meta.get("state") if isinstance(meta, Mapping) else None
-    parts = state if isinstance(state, Mapping) else {}
-    return parts if all(isinstance(parts.get(name), Mapping) for name in ("_parameters", "_modules")) else None
+    return state if isinstance(state, Mapping) and isinstance(state.get("_parameters"), Mapping) else None
 
 
-def _named(parts: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors of a network as its state dict has them."""
-    hidden = parts.get("_non_persistent_buffers_set")
-    hidden = hidden if isinstance(hidden, (set, frozenset, list, tuple)) else ()
-    for kind in ("_parameters", "_buffers"):
-        tensors = parts.get(kind)
-        for name, value in tensors.items() if isinstance(tensors, Mapping) else ():
-            if isinstance(value, (Tensor, Unread)) and not (kind == "_buffers" and name in hidden):
-                yield f"{prefix}{name}", value
-    layers = parts["_modules"] if depth else {}
-    for name, layer in layers.items():
+def _layers(parts: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """Yield the attributes of a network and of the layers inside, each with the prefix of its names."""
+    if not depth:
+        raise CheckpointError(
+            f"the layers of a network must be nested at most {_MOST_LAYERS} deep (these are nested deeper); save its "
+            "state_dict()"
+        )
+    yield prefix, parts
+    inside = parts.get("_modules")
+    for name, layer in inside.items() if isinstance(inside, Mapping) else ():
         if (inner := _parts(layer)) is not None:
-            yield from _named(inner, f"{prefix}{name}.", depth - 1)
+            yield from _layers(inner, f"{prefix}{name}.", depth - 1)
+
+
+def _tensors(layer: Mapping[Any, Any], kind: str, prefix: str, hidden: Collection[Any] = ()) -> dict[str, Any]:
+    found = layer.get(kind)
+    held = found.items() if isinstance(found, Mapping) else ()
+    return {f"{prefix}{n}": one for n, one in held if isinstance(one, (Tensor, Unread)) and n not in hidden}

@@ -1,8 +1,7 @@
-"""``Record``: reads a record that is on disk, one tensor at a time."""
+"""``Record``: averages from a record that is on disk, one tensor at a time."""
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -13,24 +12,21 @@ from torch import Tensor, nn
 from polyak.checkpoints.series.averages import Said
 from polyak.errors import ArgumentError, RecordError
 from polyak.profiles import Profile
-from polyak.record.appender import settle
+from polyak.record.contents import Contents
 from polyak.record.exporting import export
-from polyak.record.files import SegmentFile, check_content, check_size, hash_in, open_segment
 from polyak.record.filling import fill
 from polyak.record.fitting import Fit, finest, fit, warn_of_error
-from polyak.record.manifest import Segment, load_manifest
-from polyak.record.moments import moment, resolved
+from polyak.record.moments import resolved
 from polyak.record.passes import Passes
 from polyak.record.recommendation import Recommendation
 from polyak.storage.atomic import require_new
-from polyak.storage.safetensors import TensorInfo
 from polyak.time import Time
 
 if TYPE_CHECKING:
     from polyak.record.series import SeriesRecord
 
 
-class Record:
+class Record(Contents):
     """A record, as it was when this object was made. Reading needs no lock and changes nothing.
 
     Each file is compared with its hash in the manifest before it is first read, so that a damaged one is an error and
@@ -66,17 +62,8 @@ class Record:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).absolute()
-        settle(self.folder)  # a loop that has just ended may still be writing
-        manifest = load_manifest(self.folder)
-        self.segments: tuple[Segment, ...] = manifest.segments
-        self.tensors: Mapping[str, TensorInfo] = manifest.tensors
-        self.aliases: Mapping[str, str] = manifest.aliases
-        self.max_duration: Time | None = manifest.max_duration
-        self.raw: Segment | None = manifest.raw
-        self.owner: object = None  # of a temporary folder
+        super().__init__(folder)
         self._passes = Passes()
-        self._verified = set[Path]()
 
     @staticmethod
     def from_checkpoints(paths: str | Path | Sequence[str | Path], **said: Unpack[Said]) -> "SeriesRecord":
@@ -99,42 +86,6 @@ class Record:
     def finest(self) -> int:
         """The shortest half-life, in recorded updates, that the record resolves at its end."""
         return finest(self.segments)
-
-    @property
-    def moments(self) -> tuple[Time, ...]:
-        """Where an average can end, in batches: the end of each segment. They are dense at the end of the run."""
-        return tuple(map(moment, self.segments))
-
-    @property
-    def stretches(self) -> tuple[Segment, ...]:
-        """The earlier name of ``segments``."""
-        return self.segments
-
-    def open(self, segment: Segment) -> AbstractContextManager[SegmentFile]:
-        """Open a segment's file for the length of a ``with`` block; its ``read(name)`` returns one tensor.
-
-        Args:
-            segment: One of ``segments``. Each is an averaged model by itself.
-
-        Raises:
-            RecordError: If the file is missing, truncated or foreign. If it does not have its hash, the first ``read``
-                raises that.
-        """
-        return open_segment(self.folder, segment, self.tensors, self._verified)
-
-    def open_raw(self) -> AbstractContextManager[SegmentFile]:
-        """Open the raw weights of what is averaged, at the end of the record, for the length of a ``with`` block.
-
-        Raises:
-            RecordError: If the record has none, or the file is missing, truncated or foreign.
-        """
-        if self.raw is None:
-            raise RecordError(
-                f"a record keeps the raw weights once its run has ended without an error, and {self.folder} has none: "
-                "the run has not ended so, or an earlier version of polyak recorded it; take them from a checkpoint"
-            )
-        averaged = {name: info for name, info in self.tensors.items() if info.averaged}
-        return open_segment(self.folder, self.raw, averaged, self._verified)
 
     def average(
         self,
@@ -211,10 +162,6 @@ class Record:
         fits = [self._fit(profile, moment) for profile, moment in zip(asked, moments, strict=True)]
         made = self._passes.averages(self, list(zip(asked, fits, strict=True)), dtype, max_bytes)
         return map(partial(self._completed, device=device), made)  # which keeps no average
-
-    def _completed(self, tensors: Mapping[str, Tensor], device: torch.device | str | None) -> dict[str, Tensor]:
-        result = {name: tensor.to(device) for name, tensor in tensors.items()}
-        return result | {alias: result[name] for alias, name in self.aliases.items()}
 
     def error(self, profile: Profile, at: Time | str | int | None = None) -> float:
         """Estimate the error of ``average``, in units of |last weights - average|.
@@ -294,37 +241,6 @@ class Record:
         """
         # Sweeps are built on records, so that the function is found by its public name.
         return importlib.import_module("polyak").recommend(self, evaluate, **options)
-
-    def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
-        """Return the raw weights at the end of the record by name, bit for bit, in the model's dtypes.
-
-        Args:
-            device: For the result; None for the CPU.
-
-        Raises:
-            RecordError: If the record has none, or a file is missing, truncated, damaged or foreign.
-        """
-        result: dict[str, Tensor] = {}
-        with self.open_raw() as raw, self.open(self.segments[-1]) as last:
-            for name, info in self.tensors.items():
-                # A copy: what is read is backed by the file, which a resumed run deletes.
-                result[name] = (raw if info.averaged else last).read(name).clone()
-        return self._completed(result, device)
-
-    def verify(self) -> None:
-        """Compare all files, also those that are kept for checkpoints, with the hashes in the manifest.
-
-        Raises:
-            RecordError: If one differs.
-        """
-        current = [*self.segments, *filter(None, [self.raw])]
-        for segment in current:
-            check_size(self.folder, segment)
-        # Reading the manifest verifies it too. The name of a pinned file has the beginning of its hash.
-        pinned = load_manifest(self.folder).files
-        hashes = {name: hash_in(name) for name in pinned} | {one.file: one.sha256 for one in current}
-        for name, sha256 in sorted(hashes.items()):
-            check_content(self.folder, name, sha256)
 
     def _fit(self, profile: Profile, at: Time | str | int | None) -> Fit:
         fitted = fit(profile, self.segments, resolved(self, at), max_duration=self.max_duration)

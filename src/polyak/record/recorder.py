@@ -103,7 +103,7 @@ class Recorder(Algorithm):
         policy: PolicyRule = default_policy,
         overwrite: bool = False,
     ) -> None:
-        if not isinstance(folder, str | Path):
+        if folder is not None and not isinstance(folder, str | Path):
             raise ArgumentError(
                 f"folder must be a path (got {kind_of(folder)}); the model goes to attach: "
                 "attach(Recorder('my-run'), model, optimizer)"

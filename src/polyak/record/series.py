@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from polyak.checkpoints.weights import is_extra_state
 from polyak.compat.saved import Checksum
 from polyak.compat.words import shown
 from polyak.errors import RecordError
+from polyak.profiles import Profile, named
 from polyak.record.basis import basis_of
 from polyak.record.files import Box, SegmentFile, full_box
 from polyak.record.manifest import Edge, Segment
@@ -111,13 +113,14 @@ class SeriesRecord(Record):
     Args:
         series: The averages in the checkpoints.
         max_duration: The length of the run, if it is known.
+        arguments: The arguments by which commands open it; None if a command line cannot say it.
 
     Attributes:
         kind: What the checkpoints are, for people.
         left_out: What is in their folders and was not taken, with the reason.
     """
 
-    def __init__(self, series: Series, max_duration: Time | None = None) -> None:
+    def __init__(self, series: Series, max_duration: Time | None = None, arguments: str | None = None) -> None:
         averages = list(series.averages)
         newest = averages[-1].checkpoint
         self.kind, self.left_out = series.kind, tuple(series.left_out)
@@ -128,12 +131,18 @@ class SeriesRecord(Record):
             if not is_extra_state(name)
         }
         self.aliases = {}
+        self._arguments = arguments
         self.max_duration = max_duration
         self._averages, self._held = averages, [0]
         self._passes, self._verified = Passes(), set[Path]()
         self.segments = self._with_rounding(tuple(_segments(series, averages)))
         self._raw = series.raw
         self.raw = None if series.raw is None else replace(_stored(self.segments[-1]), name=f"{averages[-1].name}:raw")
+
+    @property
+    def arguments(self) -> str | None:
+        """The arguments by which commands open it; None if a command line cannot say it."""
+        return self._arguments
 
     def open(self, segment: Segment) -> AbstractContextManager[SegmentFile]:
         """Return a checkpoint for the length of a ``with`` block; its ``read(name)`` returns one tensor.
@@ -261,7 +270,28 @@ def open_checkpoints(paths: Sequence[str | Path], said: Said) -> SeriesRecord:
     """
     given, length = [Path(path) for path in paths], said.get("max_duration")
     series = open_series(given, Options.of(given, said))
-    return SeriesRecord(series, None if length is None else Time.from_input(length))
+    return SeriesRecord(series, None if length is None else Time.from_input(length), _arguments(given, said))
+
+
+def _arguments(paths: Sequence[Path], said: Said) -> str | None:
+    """Return the arguments by which commands open the checkpoints; None if a command line cannot say it."""
+    stored = said.get("stored")
+    forms = [_form(one) for one in (() if stored is None else stored if isinstance(stored, Sequence) else (stored,))]
+    if len(paths) > 1 or None in forms or said.get("times") or said.get("max_duration"):
+        return None
+    values = {"stored": ",".join(one for one in forms if one)}
+    values |= {name: str(said[name]) for name in ("update_every", "batch_size", "key", "prefix") if said.get(name)}
+    options = [f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in values.items() if value]
+    corrected = ["--step-size-correction"] if said.get("step_size_correction") else []
+    return " ".join([shlex.quote(str(paths[0].absolute())), *options, *corrected])
+
+
+def _form(profile: Profile) -> str | None:
+    """Return a profile as a command line says it, such as ``half-life=500ba``."""
+    words = (named(profile).options or "").removeprefix("--").split()
+    if not words:
+        return None
+    return f"{'unbiased' if words[2:] == ['--unbiased'] else words[0]}={words[1]}"
 
 
 def _stored(segment: Segment) -> StoredAverage:

@@ -239,8 +239,8 @@ def _command(swept: Swept) -> str:
     """Return the command that exports the best average, if its profile has options on the command line."""
     best = swept.points[swept.best].result
     options = None if best.profile is None else named(best.profile).options
-    if options is None:
+    if options is None or not swept.source:
         return ""
     at = f" --at {swept.at}" if swept.at else ""
-    command = f"polyak reconstruct {swept.record} {options}{at} -o averaged.safetensors"
+    command = f"polyak reconstruct {swept.source} {options}{at} -o averaged.safetensors"
     return f'<p class="quiet">To export the best average, run:</p><pre><code>{escape(command)}</code></pre>'

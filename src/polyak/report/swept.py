@@ -1,6 +1,7 @@
 """The numbers that the page and the figure of a sweep draw. Nothing is drawn here."""
 
 import math
+import shlex
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -89,6 +90,7 @@ class Swept:
         batchnorm: Whether the statistics of BatchNorm layers were recomputed.
         folder: The folder of the record.
         at: The end moment of the averages, as text; "" for the end of the record.
+        source: The arguments by which commands open the record; "" if a command line cannot say it.
     """
 
     record: str
@@ -103,6 +105,7 @@ class Swept:
     batchnorm: bool = False
     folder: str = ""
     at: str = ""
+    source: str = ""
 
     @property
     def label(self) -> str:
@@ -270,7 +273,14 @@ def swept(
         batchnorm=batchnorm,
         folder=str(record.folder),
         at="" if chosen.at is None else str(chosen.at),
+        source=_source(record),
     )
+
+
+def _source(record: Record) -> str:
+    """Return the arguments by which commands open a record; the page does not say in which folder a record is."""
+    own = shlex.quote(str(record.folder))
+    return shlex.quote(record.folder.resolve().name) if record.arguments == own else record.arguments or ""
 
 
 def _point(result: Result, fitted: Fit, times: Sequence[float], curve: Sequence[float]) -> Point:

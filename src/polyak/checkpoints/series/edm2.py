@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyak.checkpoints import modules
-from polyak.checkpoints.opening import Checkpoint, open_checkpoint
+from polyak.checkpoints.opening import open_checkpoint
 from polyak.checkpoints.series.averages import Average, Options, Series
-from polyak.checkpoints.stored import Files
 from polyak.compat.files import read_json
 from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError, ProfileError
@@ -68,9 +66,9 @@ def _average(path: Path, options: Options) -> Average:
         raise CheckpointError(f"a snapshot must be of a run that has begun ({shown(path)} is of image 0); leave it out")
     batch_size = options.batch_size or _batch_size(path.parent)
     steps = max(1, round(images / batch_size))
-    checkpoint, copied = _opened(path, options)
+    checkpoint = open_checkpoint(path, options.key, options.prefix)
     clock = {TimeUnit.SAMPLE: float(images), TimeUnit.BATCH: float(steps)}
-    return Average(checkpoint, path.name, steps, clock, profile, copied=copied)
+    return Average(checkpoint, path.name, steps, clock, profile, copied=checkpoint.buffers)
 
 
 def _images(thousands: int) -> int:
@@ -85,11 +83,3 @@ def _batch_size(folder: Path) -> int:
     settings = read_json(path) if path.is_file() else None
     found = settings.get("batch_size") if isinstance(settings, Mapping) else None
     return found if type(found) is int and found > 0 else 1
-
-
-def _opened(path: Path, options: Options) -> tuple[Checkpoint, frozenset[str]]:
-    if not modules.accepts(path):
-        return open_checkpoint(path, options.key, options.prefix), frozenset()
-    checkpoint = open_checkpoint(path, options.key, options.prefix)
-    buffers = modules.modules_in(path, Files())[checkpoint.place].buffers if not options.prefix else {}
-    return checkpoint, frozenset(buffers)
