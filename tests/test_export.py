@@ -28,6 +28,24 @@ def test_ranks_save_the_average_to_one_file_by_the_handle(ranks, tmp_path, kind)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("ddp, divided average", 2), ("fsdp, blocks", 2), ("fsdp, offloaded average", 2), ("fsdp and tp", 4)],
+    ids=str,
+)
+def test_ranks_publish_the_average_that_they_swap_in(ranks, kind, size) -> None:
+    for rank, found in enumerate(ranks.run(size, sharded.publishes, kind)):
+        assert sharded.unequal(found["everywhere"], found["swapped"]) == []
+        assert sharded.unequal(found["inside"], found["swapped"]) == []
+        assert sharded.unequal(found["alone"], found["swapped"] if rank == 0 else {}) == []
+        assert found["restored"] == []
+        assert "the engine is gone" in found["error"]
+        assert found["error"].startswith("ValueError" if rank == 1 else "ShardingError: all ranks must agree on pub")
+        assert found["calls before the error"][-1] == "second.weight"
+        assert found["no function"].startswith("ArgumentError: publish needs a function")
+
+
+@pytest.mark.slow
 def test_one_rank_of_a_sharded_model_exports_it(ranks, tmp_path) -> None:
     swapped = ranks.run(1, sharded.exports, "fsdp, blocks", str(tmp_path / "averaged"), 5e9)[0]
     assert sharded.unequal(load_file(tmp_path / "averaged" / "model.safetensors"), swapped) == []

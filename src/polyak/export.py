@@ -89,7 +89,7 @@ def export_averaged(
     stage = communicator_of(model)
     ranks = pipeline_communicator_of(model, stage) or stage
     ranks.on_every_rank("the export", lambda: _check(folder, model, overwrite=overwrite))
-    with _swapped_in(average, model):
+    with swapped_in(average, model):
         _agree(model, ranks, stage)
         _export(average, model, folder, ranks, max_file_bytes=max_file_bytes, finish=_finish)
 
@@ -129,7 +129,7 @@ def save_averaged(ema: EMA | HasAverage, model: nn.Module, path: str | Path, *, 
     stage = communicator_of(model)
     ranks = pipeline_communicator_of(model, stage) or stage
     ranks.on_every_rank("the export", lambda: _check_file(path, model, overwrite=overwrite))
-    with _swapped_in(average, model):
+    with swapped_in(average, model):
         _agree(model, ranks, stage)
         _export(average, model, path, ranks, max_file_bytes=math.inf, finish=_finish_file)
 
@@ -149,8 +149,13 @@ def _average_of(ema: object, model: object) -> EMA:
 
 
 @contextmanager
-def _swapped_in(average: EMA, model: nn.Module) -> Iterator[None]:
-    """Swap the average in for a block, unless the model holds it already: then it stays."""
+def swapped_in(average: EMA, model: nn.Module) -> Iterator[None]:
+    """Swap the average in for a block, unless the model holds it already: then it stays.
+
+    Args:
+        average: It has begun.
+        model: The one in training.
+    """
     if average.ema_weights_active:
         yield
         return

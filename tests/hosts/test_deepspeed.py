@@ -97,7 +97,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("kind", ["fp32, stage 0", "bf16, zero 2", "bf16, zero 3"])
 def test_a_checkpoint_of_the_engine_has_the_average_which_loads_on_other_ranks_too(ranks, kind, tmp_path) -> None:
-    (first, *_) = ranks.run(2, runs.saves, kind, str(tmp_path))
+    first, second = ranks.run(2, runs.saves, kind, str(tmp_path))
     for found in ranks.run(2, runs.resumes, kind, str(tmp_path)):
         assert found["updates"] == 7
         assert equal(found["later"], first["later"])
@@ -106,6 +106,8 @@ def test_a_checkpoint_of_the_engine_has_the_average_which_loads_on_other_ranks_t
             assert equal(found, first["saved"])
     exported, wide = (load_file(tmp_path / f"averaged{bits}.safetensors") for bits in ("", "32"))
     assert exported.keys() == wide.keys() == runs.net().state_dict().keys()
+    assert equal(first["published"], exported)
+    assert equal(second["published"], exported)
     for name, average in first["saved"].items():
         assert torch.equal(wide[name], average)
         assert torch.equal(exported[name], average.to(exported[name].dtype))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from waiting import END_S
 
 pytest.importorskip("torchtitan")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -18,7 +19,8 @@ SCRIPT = Path(__file__).parents[1] / "support" / "torchtitan_run.py"
 def run(folder: Path, *options: str, killed: bool = False) -> dict[str, Any]:
     """Run two processes of the script; return what rank 0 has saved."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(SCRIPT)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [f"--rdzv-conf=timeout={END_S},read_timeout={END_S}", str(SCRIPT)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     done = subprocess.run(
         [*command, str(folder), *options], env=environment, capture_output=True, text=True, check=False

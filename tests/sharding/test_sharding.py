@@ -91,6 +91,13 @@ def test_a_module_over_shards_is_refused(ranks, kind) -> None:
     assert all("full tensors" in text for text in ranks.run(2, sharded.refuses, kind))
 
 
+@pytest.mark.parametrize("kind", ["ddp", "tp"])
+def test_a_module_over_the_average_teaches_where_ranks_have_full_layers_or_tensor_parallel_ones(ranks, kind) -> None:
+    for found in ranks.run(2, sharded.teaches, kind):
+        assert found["apart"] < 1e-6
+        assert found["moved"] > 1e-4
+
+
 def test_a_separate_group_can_be_made_again(ranks) -> None:
     assert ranks.run(3, sharded.makes_separate_groups, 20) == [[3] * 20] * 3
 

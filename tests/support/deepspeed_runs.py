@@ -3,6 +3,7 @@
 import os
 import signal
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from waiting import END_S
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -207,7 +209,9 @@ def single(reference: dict[str, Tensor], engine: Any, buffers: dict[str, Tensor]
 def in_process(rank: int, size: int, meeting: str, job: str, *args: Any) -> None:
     """Run a job in a process of its own, which it may kill."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=END_S)
+    )
     globals()[job](*args)
     dist.destroy_process_group()
 
@@ -331,9 +335,13 @@ def saves(kind: str, folder: str) -> dict[str, Tensor]:
         saved = master(engine)
     ema.save(folder + "/averaged.safetensors")
     ema.save(folder + "/averaged32.safetensors", dtype=torch.float32)
+    published = dict[str, Tensor]()
+    before = master(engine)
+    ema.publish(lambda name, tensor: published.update({name: tensor.clone()}), every_rank=True)
+    assert all(torch.equal(before[name], now) for name, now in master(engine).items())
     train(engine, range(4, 7))
     with ema.applied():
-        return {"saved": saved, "later": master(engine)}
+        return {"saved": saved, "later": master(engine), "published": published}
 
 
 def resumes(kind: str, folder: str) -> dict[str, Any]:

@@ -453,6 +453,53 @@ def saves_by_the_handle(kind: str, file: str) -> dict[str, Tensor]:
         return weights(model)
 
 
+def teaches(kind: str) -> dict[str, Any]:
+    """Train towards the outputs of ``ema.model``; return how these differ from those under ``applied()``."""
+    model, optimizer, _, ema = _set_up(kind, 0)
+    train(model, optimizer, range(1))
+    teacher = ema.model
+    for step in range(1, 4):
+        inputs = batch(step, own=False)
+        with torch.no_grad():
+            targets = full(teacher(inputs))
+        (model(inputs) - targets).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with ema.applied():
+        apart = evaluated(model) - full(teacher(batch(999, own=False)))
+    return {"apart": float(apart.abs().max()), "moved": float((targets - evaluated(model)).abs().max())}
+
+
+def publishes(kind: str) -> dict[str, Any]:
+    """Publish the averaged weights, to rank 0 and to every rank; return what came, and the error of a failure."""
+    model, optimizer, _, ema = _set_up(kind, 0)
+    train(model, optimizer, range(3))
+    before, most = weights(model), []
+    found: dict[str, Any] = {"alone": {}, "everywhere": {}, "inside": {}}
+
+    def into(where: str) -> Any:
+        return lambda name, tensor: found[where].update({name: tensor.clone()})
+
+    def fails(name: str, tensor: Tensor) -> None:
+        most.append(name)
+        if name == "second.weight" and dist.get_rank() == 1:
+            raise ValueError("the engine is gone")
+
+    ema.publish(into("alone"))
+    ema.publish(into("everywhere"), every_rank=True)
+    for name, load in (("error", fails), ("no function", None)):
+        try:
+            ema.publish(load, every_rank=True)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    found["calls before the error"] = most
+    found["restored"] = unequal(before, weights(model))
+    with ema.applied():
+        ema.publish(into("inside"), every_rank=True)
+        found["swapped"] = weights(model)
+    return found
+
+
 def makes_separate_groups(times: int) -> list[int]:
     """Make a separate group, use it and close it, several times; return the sums of the ranks in each."""
     from polyak.sharding import Ranks

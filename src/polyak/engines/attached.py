@@ -1,11 +1,12 @@
 """``EngineAttached``: the handle of an average of an engine's masters."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from polyak.algorithm import Algorithm, as_algorithms
 from polyak.averaging.ema import EMA
@@ -14,6 +15,8 @@ from polyak.engines.export import save_average
 from polyak.engines.masters import Masters
 from polyak.errors import ArgumentError, CopyError, LoanError, ShardingError
 from polyak.events import Event
+from polyak.publish import check_loader, stream
+from polyak.sharding import communicator_of
 from polyak.training.attached import Attached
 from polyak.training.block import block
 from polyak.training.options import LoopOptions
@@ -132,6 +135,25 @@ class EngineAttached(Attached):
             ArgumentError: If ``dtype`` is no floating-point dtype.
         """
         save_average(self._begun(), self._masters, Path(path), dtype, overwrite=overwrite)
+
+    def publish(self, load: Callable[[str, Tensor], object], *, every_rank: bool = False) -> None:
+        """Give the averaged weights to another program, one full tensor at a time, as ``Attached.publish`` does.
+
+        They have the engine's dtype. What ZeRO-3 has partitioned is gathered for the call. All ranks must call this.
+
+        Args:
+            load: A function of a name and a tensor. It must not change the tensor, and copies what it keeps.
+            every_rank: Whether ``load`` is called on every rank; by default rank 0 alone calls it.
+
+        Raises:
+            ArgumentError: If ``load`` cannot be called.
+            LoanError: If averaging has not begun.
+            ShardingError: If the ranks disagree, or ``load`` failed on another rank.
+        """
+        average, ranks = self._begun(), communicator_of(self._masters)
+        ranks.on_every_rank("publishing", lambda: check_loader(load))
+        with nullcontext() if average.ema_weights_active else self.applied():
+            stream(self._masters.model, ranks, load, every_rank=every_rank, gathered=self._masters.gathered)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Refuse a copy."""

@@ -5,6 +5,7 @@ computes with the average. Names and layouts are those of DeepSpeed 0.19.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def masters_of(engine: Any) -> Masters:
     def publish_weights() -> None:
         publish(engine.optimizer)
 
-    return Masters(engine.module, found, publish_weights, ranks)
+    return Masters(engine.module, found, publish_weights, ranks, _gathered)
 
 
 def _refuse(engine: Any) -> None:
@@ -83,6 +84,18 @@ def _kind(optimizer: Any) -> tuple[Callable[[Any], _Found], Callable[[Any], obje
         f"the optimizer must be one of DeepSpeed's with masters ({', '.join(_KINDS)}) or one of torch's (got "
         f"{type(optimizer).__name__}); give deepspeed.initialize an optimizer"
     )
+
+
+@contextmanager
+def _gathered(tensor: Tensor) -> Iterator[Tensor]:
+    """Gather a parameter that ZeRO-3 has partitioned; anything else is full already. All ranks must call this."""
+    if not hasattr(tensor, "ds_id"):
+        yield tensor
+        return
+    from deepspeed import zero  # noqa: PLC0415  such a parameter exists only where it is imported
+
+    with zero.GatheredParameters([tensor]):
+        yield tensor.data
 
 
 # ZeRO-3: each rank has as many elements of each parameter, the last ranks fewer.

@@ -1,6 +1,7 @@
 """``Masters``: the float32 masters of an engine as a module with the names of the model whose weights they become."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ class Masters(nn.Module):
             again before each update and each swap, since engines move masters in memory.
         publish: Lets the model's weights follow the masters. All ranks must call it.
         ranks: The ranks that train the model together, if there are several.
+        gathered: Returns a context of the full tensor of one of the model's, which may be partitioned.
 
     Raises:
         OptimizerError: If there are no masters.
@@ -47,6 +49,7 @@ class Masters(nn.Module):
         names: The canonical names of all parameters that have a master, on this rank or others.
         places: By canonical name, where the part of a master on this rank is in its parameter.
         ranks_of_model: As given.
+        gathered: As given.
     """
 
     model: nn.Module
@@ -58,13 +61,14 @@ class Masters(nn.Module):
         find: Callable[[], Mapping[int, Master]],
         publish: Callable[[], None],
         ranks: Ranks | None,
+        gathered: Callable[[Tensor], AbstractContextManager[Tensor]] = nullcontext,
     ) -> None:
         super().__init__()
         model = unwrap(model)
         # Not registered as a submodule, whose parameters would be this one's too.
         self.__dict__["model"] = model
         self.ranks_of_model = ranks
-        self._find, self._publish = find, publish
+        self._find, self._publish, self.gathered = find, publish, gathered
         self.names = set[str]()
         self.places = dict[str, tuple[int, int]]()
         self._ids = dict[str, int]()

@@ -1,12 +1,12 @@
 """``Handle``: what to read, evaluate and save of an attached average, in a plain loop or a trainer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from polyak.algorithm import Algorithm
 from polyak.averaging.ema import EMA
@@ -16,6 +16,7 @@ from polyak.averaging.swap import refuse_second_swap
 from polyak.errors import ArgumentError, LoanError
 from polyak.events import Event, State
 from polyak.export import save_averaged
+from polyak.publish import publish_averaged
 from polyak.tensors.slots import unwrap
 from polyak.training.between import Between
 from polyak.training.block import block
@@ -158,6 +159,41 @@ class Handle(ABC):
         """
         average = self._begun()
         save_averaged(average, self._met().state.model, path, overwrite=overwrite)
+
+    @explained("ema.publish(lambda name, tensor: engine.load_weights([(name, tensor)]))", {})
+    def publish(self, load: Callable[[str, Tensor], object], *, every_rank: bool = False) -> None:
+        """Give the averaged weights to another program, such as an inference engine: one full tensor at a time.
+
+        ``load`` is called with the names, dtypes and order of the model's ``state_dict()``. Shards are gathered for
+        the call, so that a rank holds one full tensor in addition to what ``applied()`` takes. All ranks must call
+        this, since each has shards. If ``load`` fails on one rank, all raise, and the model has its training weights.
+
+        Args:
+            load: A function of a name and a tensor. It must not change the tensor, and copies what it keeps.
+            every_rank: Whether ``load`` is called on every rank, as for an engine in the same processes; by default
+                rank 0 alone calls it.
+
+        Raises:
+            ArgumentError: If ``load`` cannot be called.
+            LoanError: If averaging has not begun, the model holds another average, or ``load`` has changed a parameter.
+            ShardingError: If ranks disagree, ``load`` failed on another rank, the model is a stage of a pipeline, or
+                it has declared experts.
+
+        Example:
+            >>> import torch
+            >>> from polyak import attach, EMA
+            >>> model, engine = nn.Linear(2, 1), nn.Linear(2, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> ema = attach(EMA("10ba"), model, optimizer)
+            >>> for _ in range(20):
+            ...     model(torch.ones(4, 2)).square().mean().backward()
+            ...     optimizer.step()
+            >>> weights = engine.state_dict()
+            >>> ema.publish(lambda name, tensor: weights[name].copy_(tensor))
+            >>> torch.equal(engine.weight, ema.model.weight)
+            True
+        """
+        publish_averaged(self._begun(), self._met().state.model, load, every_rank=every_rank)
 
     def _met(self) -> Followed:
         followed = self._follows()
