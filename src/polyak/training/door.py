@@ -1,6 +1,6 @@
 """The check of what ``attach`` is given: an algorithm, a model and an optimizer, in this order."""
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 from torch.optim import Optimizer
@@ -38,8 +38,6 @@ def check_order(algorithms: object, model: object, optimizer: object) -> None:
         )
     if algorithms is None or isinstance(algorithms, (str, Mapping, float, int)):
         raise ArgumentError(f"algorithms must be an EMA, a Recorder or a list of them (got {kind_of(algorithms)})")
-    if isinstance(algorithms, Sized) and not len(algorithms):
-        raise ArgumentError(f"algorithms must have an EMA or a Recorder (got {algorithms!r}); write {EXAMPLE}")
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module (got {kind_of(model)}); {_instead(model)}")
 
