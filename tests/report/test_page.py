@@ -233,7 +233,7 @@ def test_the_report_shows_profiles_without_a_half_life_alone(run) -> None:
     assert window.since == pytest.approx(256 - 32)
     assert "Hollow" in page(numbers)
     best = numbers.points[numbers.best].result
-    assert f"polyak reconstruct my &lt;run&gt; {best.profile.options} -o" in page(numbers)
+    assert f"polyak reconstruct &#x27;my &lt;run&gt;&#x27; {best.profile.options} -o" in page(numbers)
     assert render(sweep_figure(numbers), "svg").rstrip().endswith(b"</svg>")
 
 
