@@ -42,7 +42,8 @@ class Result:
     distance: float | None = None
     seconds: float = 0.0
     at: Time | None = None
-    examples: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
+    # Not in the repr: thousands of numbers.
+    examples: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]], repr=False)
 
     def interval(self, metric: str | None = None) -> tuple[float, float] | None:
         """Return the 95 % interval of a metric; None where the evaluation does not return it for single examples.
