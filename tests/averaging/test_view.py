@@ -304,7 +304,7 @@ def nested(model):
 
 def tied(model):
     model.again = nn.Linear(6, 4)
-    model.again.weight = nn.Parameter(torch.empty(4, 6))
+    model.again.weight = nn.Parameter(torch.randn(4, 6))
     model.body.weight = nn.Parameter(model.again.weight.detach().t().contiguous())
     model.again.weight = model.head.weight
 
