@@ -96,9 +96,9 @@ def finish(job: Job, to: Path, facts: Facts) -> list[Path]:
     with (folder / _METADATA).open("wb") as file:
         pickle.dump(_metadata(job, shards, extra), file)
     copy_companions(job.plan.newest.path, to)
-    beside = to / PROVENANCE
-    beside.write_text(job.said["polyak.average"] + "\n", encoding="utf-8")
-    return [beside]
+    provenance = to / PROVENANCE
+    provenance.write_text(job.said["polyak.average"] + "\n", encoding="utf-8")
+    return [provenance]
 
 
 def _copy_blobs(job: Job, folder: Path, into: str) -> dict[str, tuple[str, int, int]]:

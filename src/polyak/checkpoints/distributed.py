@@ -53,8 +53,8 @@ def read(path: Path, files: Files) -> Found:
         content = _with_separate_optimizer(with_rest(path, saved.load(stored)))
     except CheckpointError as error:
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
-    beside = path / _LIGHTNING
-    clock = load(beside) if beside.exists() else {}
+    counters = path / _LIGHTNING
+    clock = load(counters) if counters.exists() else {}
     return Found(content, clock=clock, blobs=saved.blobs(lambda name: EXTRA_STATE in name))
 
 

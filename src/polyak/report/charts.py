@@ -217,6 +217,25 @@ def _profile(swept: Swept) -> go.Figure:
 def _figure(swept: Swept, *, half_lives: bool = True) -> go.Figure:
     """Return an empty chart with its axes."""
     ends = _ends(swept) if half_lives else [swept.edges[0], swept.edges[-1]]
+    return empty_figure(
+        {
+            "type": "log" if half_lives else "linear",
+            "showgrid": False,
+            "range": [math.log10(end) for end in ends] if half_lives else ends,
+            "tickformat": "~s" if ends[1] >= 1e6 else ",~r",
+            "nticks": 8,
+            "dtick": _log_step(*ends) if half_lives else None,
+            "title": {"text": f"half-life ({swept.unit})" if half_lives else f"training ({swept.unit})"},
+        }
+    )
+
+
+def empty_figure(x_axis: dict[str, Any]) -> go.Figure:
+    """Return an empty chart in the page's style.
+
+    Args:
+        x_axis: What the axis of x has in addition.
+    """
     axis: dict[str, Any] = {
         "automargin": True,
         "color": LIGHT["quiet"],
@@ -236,16 +255,7 @@ def _figure(swept: Swept, *, half_lives: bool = True) -> go.Figure:
             | {"itemdoubleclick": False, "entrywidth": 0},
             "hovermode": "closest",
             "dragmode": False,
-            "xaxis": axis
-            | {
-                "type": "log" if half_lives else "linear",
-                "showgrid": False,
-                "range": [math.log10(end) for end in ends] if half_lives else ends,
-                "tickformat": "~s" if ends[1] >= 1e6 else ",~r",
-                "nticks": 8,
-                "dtick": _log_step(*ends) if half_lives else None,
-                "title": {"text": f"half-life ({swept.unit})" if half_lives else f"training ({swept.unit})"},
-            },
+            "xaxis": axis | x_axis,
             "yaxis": axis | {"nticks": 6},
         }
     )

@@ -9,14 +9,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 from polyak.averaging.schedule import AUTO_SHARE
-from polyak.report.charts import LIGHT
+from polyak.report.charts import LIGHT, empty_figure
 from polyak.report.swept import UNIT_WORDS, Swept
 from polyak.report.words import measured
 from polyak.time import TimeUnit
 from polyak.watching import Moment, Reading
 from polyak.watching.moment import HALF_LIFE, NEWEST, RAW
 
-_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 _ROWS = 24  # of a heat map whose half-lives differ by moment
 
 
@@ -249,26 +248,4 @@ def _share(share: float) -> str:
 
 def _figure(unit: str) -> go.Figure:
     """Return an empty chart over training."""
-    axis: dict[str, Any] = {
-        "automargin": True,
-        "color": LIGHT["quiet"],
-        "fixedrange": True,
-        "gridcolor": LIGHT["rule"],
-        "zeroline": False,
-    }
-    return go.Figure(
-        layout={
-            "template": "none",
-            "font": {"family": _FONT, "size": 13, "color": LIGHT["quiet"]},
-            "paper_bgcolor": LIGHT["paper"],
-            "plot_bgcolor": LIGHT["paper"],
-            "margin": {"l": 8, "r": 8, "t": 8, "b": 8},
-            "showlegend": False,
-            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "itemclick": False}
-            | {"itemdoubleclick": False, "entrywidth": 0},
-            "hovermode": "closest",
-            "dragmode": False,
-            "xaxis": axis | {"tickformat": ",~r", "nticks": 8, "title": {"text": f"training ({unit})"}},
-            "yaxis": axis | {"nticks": 6},
-        }
-    )
+    return empty_figure({"tickformat": ",~r", "nticks": 8, "title": {"text": f"training ({unit})"}})

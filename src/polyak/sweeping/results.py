@@ -5,13 +5,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from polyak.errors import PolyakError
 from polyak.printable import printable
 from polyak.profiles import Profile, named
-from polyak.storage.atomic import flush
-from polyak.storage.lock import Lock
+from polyak.storage.lines import Lines
 from polyak.sweeping.examples import interval
 from polyak.time import Time
 
@@ -95,7 +94,7 @@ def best(results: Sequence[Result], metric: str | None = None, *, maximize: bool
 
 
 def _shown(line: bytes) -> str:
-    return printable(line[:60].decode(errors="replace"))
+    return printable(line[:60].decode(errors="replace").rstrip())
 
 
 def _either(names: Iterable[str]) -> str:
@@ -115,15 +114,13 @@ class Kept:
 
     path: Path | None
     _lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]], init=False)
-    _file: BinaryIO | None = field(default=None, init=False)
-    _lock: Lock | None = field(default=None, init=False)
+    _file: Lines | None = field(default=None, init=False)
 
     def __enter__(self) -> Self:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b")
+        if (path := self.path) is not None:
+            self._file = Lines(path, lambda owner: EvaluationError(_busy(path, owner)))
             try:
-                self._open(self.path, self._file)
+                self._read(path, self._file.found)
             except BaseException:
                 self.__exit__()
                 raise
@@ -132,16 +129,9 @@ class Kept:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
-        if self._lock is not None:
-            self._lock.release()
 
-    def _open(self, path: Path, file: BinaryIO) -> None:
-        self._lock = Lock(path, lambda owner: EvaluationError(_busy(path, owner)))
-        file.seek(0)
-        content = file.read()
-        complete = content[: content.rfind(b"\n") + 1]
-        file.truncate(len(complete))  # an incomplete line of a killed sweep
-        for number, line in enumerate(complete.splitlines(), start=1):
+    def _read(self, path: Path, lines: Iterable[bytes]) -> None:
+        for number, line in enumerate(lines, start=1):
             try:
                 plain = json.loads(line)
                 _from_plain(plain, None)
@@ -188,8 +178,7 @@ class Kept:
             line["examples"] = {name: [float(f"{v:.7g}") for v in values] for name, values in result.examples.items()}
         self._lines.append(line)
         if self._file is not None:
-            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-            flush(self._file)
+            self._file.add(line)
 
 
 def records_in(path: Path, known: Iterable[str]) -> list[str]:

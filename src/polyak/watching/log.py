@@ -4,12 +4,11 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 from polyak.errors import PolyakError
 from polyak.printable import printable
-from polyak.storage.atomic import flush
-from polyak.storage.lock import Lock
+from polyak.storage.lines import Lines, complete_lines
 from polyak.watching.moment import Moment
 
 FILE = "watch.jsonl"
@@ -32,19 +31,13 @@ class Log:
 
     path: Path | None
     moments: list[Moment] = field(default_factory=list[Moment], init=False)
-    _file: BinaryIO | None = field(default=None, init=False)
-    _lock: Lock | None = field(default=None, init=False)
+    _file: Lines | None = field(default=None, init=False)
 
     def __enter__(self) -> Self:
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b")
+            self._file = Lines(self.path, _busy(self.path))
             try:
-                self._lock = Lock(self.path, _busy(self.path))
                 self.moments = read_moments(self.path)
-                self._file.seek(0)
-                content = self._file.read()
-                self._file.truncate(content.rfind(b"\n") + 1)  # without the incomplete line of a killed process
             except BaseException:
                 self.__exit__()
                 raise
@@ -54,9 +47,6 @@ class Log:
         if self._file is not None:
             self._file.close()
             self._file = None
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
 
     def add(self, moment: Moment) -> None:
         """Append a moment. It takes the place of those that are not before it, as after a run was resumed.
@@ -66,8 +56,7 @@ class Log:
         """
         self.moments = _in_order([*self.moments, moment])
         if self._file is not None:
-            self._file.write(json.dumps(moment.to_plain(), ensure_ascii=False, allow_nan=False).encode() + b"\n")
-            flush(self._file)
+            self._file.add(moment.to_plain())
 
 
 def read_moments(path: Path) -> list[Moment]:
@@ -80,13 +69,12 @@ def read_moments(path: Path) -> list[Moment]:
         WatchError: If a complete line is no moment.
         OSError: If the file cannot be read.
     """
-    content = path.read_bytes()
     found = list[Moment]()
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+    for number, line in enumerate(complete_lines(path.read_bytes()), start=1):
         try:
             found.append(Moment.from_plain(json.loads(line)))
         except (ValueError, KeyError, TypeError, AttributeError):
-            shown = printable(line[:60].decode(errors="replace"))
+            shown = printable(line[:60].decode(errors="replace").rstrip())
             raise WatchError(
                 f"line {number} of {path} must be a moment of polyak watch (got {shown}); remove the line"
             ) from None
