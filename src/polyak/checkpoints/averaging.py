@@ -7,6 +7,7 @@ from math import fsum, lcm
 import torch
 from torch import Tensor
 
+from polyak.checkpoints.opening import Checkpoint
 from polyak.checkpoints.plan import Plan, is_averaged, plan
 from polyak.checkpoints.stored import StoredTensor
 from polyak.checkpoints.weights import is_extra_state
@@ -14,7 +15,7 @@ from polyak.compat.folders import Box
 from polyak.compat.words import shown
 from polyak.errors import CheckpointError
 
-__all__ = ["Plan", "add_", "average", "piece_of", "plan", "require_range", "wide"]
+__all__ = ["Plan", "add_", "average", "piece_of", "plan", "require_numbers", "require_range", "wide"]
 
 # Elements that are averaged in one step: they fit in the caches of a processor, and torch does less than 2 ** 15 on one
 # thread. With several it would wait for all of them at every step, and very long on a busy machine.
@@ -148,8 +149,12 @@ def _mean(plan: Plan, name: str, reads: Sequence[Callable[[], Tensor]], dtype: t
             if amount != 1:
                 total.mul_(amount)
     total.div_(fsum(plan.amounts))  # at the end: a third of a number is not exact, the sum of three is
-    if bool(total.sum().isnan()):
-        _require_no_nan(plan, name, reads)
+    if not bool(total.sum().isfinite()):
+        pieces = [
+            (one, read()) for one, read, amount in zip(plan.checkpoints, reads, plan.amounts, strict=True) if amount
+        ]
+        for one, piece in pieces:
+            require_numbers(name, one, piece, pieces[-1])
     return total
 
 
@@ -173,13 +178,25 @@ def add_(total: Tensor, piece: Tensor, amount: float = 1) -> None:
     total.add_(piece if piece.dtype.itemsize > 1 else piece.to(total.dtype), alpha=amount)  # float8 cannot be added
 
 
-def _require_no_nan(plan: Plan, name: str, reads: Sequence[Callable[[], Tensor]]) -> None:
-    used = [(one, read) for one, read, amount in zip(plan.checkpoints, reads, plan.amounts, strict=True) if amount]
-    pieces = [(one, piece.to(wide(piece.dtype))) for one, read in used for piece in (read(),)]
-    for one, piece in pieces:
-        if bool(piece.isnan().any()):
-            raise CheckpointError(f"weights must be numbers ({shown(name)} in {shown(one.path)} has NaN); leave it out")
-    if bool(sum((piece for _, piece in pieces), torch.zeros(1)).isnan().any()):
+def require_numbers(name: str, one: Checkpoint, piece: Tensor, newest: tuple[Checkpoint, Tensor]) -> None:
+    """See that a checkpoint has no NaN, and infinities only where the newest has the same, as masks do.
+
+    Args:
+        name: Of the tensor.
+        one: The checkpoint.
+        piece: Of the tensor.
+        newest: The newest checkpoint, and what it has there.
+
+    Raises:
+        CheckpointError: If it is not so.
+    """
+    here, there = piece.to(wide(piece.dtype)), newest[1].to(wide(piece.dtype))
+    if bool(here.isnan().any()):
+        raise CheckpointError(f"weights must be numbers ({shown(name)} in {shown(one.path)} has NaN); leave it out")
+    infinite = here.isinf()
+    if bool((infinite != there.isinf()).any()) or bool((here[infinite] != there[infinite]).any()):
+        more, less = (one, newest[0]) if int(infinite.sum()) >= int(there.isinf().sum()) else (newest[0], one)
         raise CheckpointError(
-            f"weights must be finite ({shown(name)} has inf and -inf in the same place); leave out a checkpoint"
+            f"weights must be finite, or infinite in the same places ({shown(name)} in {shown(more.path)} has inf or "
+            f"-inf, not as in {shown(less.path)}); leave it out"
         )

@@ -12,6 +12,8 @@ from polyak.errors import CheckpointError
 _SCALES = re.compile(r"(.+)\.(weight_scale(_inv|_2)?|SCB|scales|absmax)")
 _CODES = ("weight", "weight_packed", "qweight")
 _FLOAT8 = "float8"
+# Of two numbers in a byte, and of exponents alone: they are no weights by themselves.
+_NEVER = ("float4", "e8m0")
 
 
 def require_no_codes(checkpoint: Checkpoint) -> None:
@@ -23,6 +25,12 @@ def require_no_codes(checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: If it has codes.
     """
+    for name, one in checkpoint.tensors.items():
+        if any(word in str(one.dtype) for word in _NEVER):
+            raise CheckpointError(
+                f"weights must not be quantized ({shown(name)} in {shown(checkpoint.path)} is of {one.dtype}); "
+                "dequantize the checkpoints first"
+            )
     for scales in checkpoint.tensors:
         for codes in _codes_of(scales):
             stored = checkpoint.tensors.get(codes)

@@ -3,17 +3,23 @@
 import torch
 from torch import Tensor
 
-from polyak.checkpoints.averaging import add_, average, piece_of, require_range, wide
+from polyak.checkpoints.averaging import add_, average, piece_of, require_numbers, require_range, wide
 from polyak.checkpoints.opening import Checkpoint
 from polyak.checkpoints.plan import Plan, is_averaged
+from polyak.checkpoints.stored import StoredTensor
 from polyak.checkpoints.weights import is_extra_state
-from polyak.compat.words import shown
-from polyak.errors import CheckpointError
 
 
 def _nothing(dtype: torch.dtype) -> complex | float:
     """Return what changes no number that is added to it: 0.0 would change -0.0."""
     return complex(-0.0, -0.0) if dtype.is_complex else -0.0
+
+
+def _read(stored: StoredTensor, first: int, last: int) -> Tensor:
+    """Return elements of a tensor, whose grain may be another."""
+    begin = first // stored.grain * stored.grain
+    end = min(-(-last // stored.grain) * stored.grain, stored.numel)
+    return stored.read(begin, end)[first - begin : last - begin]
 
 
 class RunningMean:
@@ -51,21 +57,12 @@ class RunningMean:
                 last = min(first + step, stored.numel)
                 piece = stored.read(first, last)
                 add_(total[first:last], piece)
-                if bool(total[first:last].sum().isnan()):
-                    self._require_numbers(name, checkpoint, piece, total[first:last])
+                if not bool(total[first:last].sum().isfinite()):
+                    newest = self._plan.newest
+                    require_numbers(name, checkpoint, piece, (newest, _read(newest.tensors[name], first, last)))
             checkpoint.files.release()
         checkpoint.files.require_unchanged()
         self._count += 1
-
-    def _require_numbers(self, name: str, checkpoint: Checkpoint, piece: Tensor, total: Tensor) -> None:
-        if bool(piece.to(total.dtype).isnan().any()):
-            raise CheckpointError(
-                f"weights must be numbers ({shown(name)} in {shown(checkpoint.path)} has NaN); leave it out"
-            )
-        if bool(total.isnan().any()):
-            raise CheckpointError(
-                f"weights must be finite ({shown(name)} has inf and -inf in the same place); leave out a checkpoint"
-            )
 
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ Content = Mapping[Any, Any]
 
 _MOST_JSON_BYTES = 16 << 20
 _MOST_DIMENSIONS = 64
+_LFS = b"version https://git-lfs"
 # Without waiting for a pipe. Windows lacks some.
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = {
@@ -131,6 +132,8 @@ def load_bytes(
     Raises:
         CheckpointError: As `load`, without the name of the file.
     """
+    if bytes(data[: len(_LFS)]) == _LFS:
+        raise CheckpointError("it is a pointer of Git LFS in place of the file; run git lfs pull")
     if _is_safetensors(data):
         found = _safetensors(data)
         if not mapped:
