@@ -31,7 +31,7 @@ def grid(shape, parts):
 
 
 def save_sharded(folder, tensors, parts) -> None:
-    """Save tensors as ``torch.distributed.checkpoint`` does on several ranks: each shard is in a file of its own rank."""
+    """Save tensors as ``torch.distributed.checkpoint`` does on several ranks: each shard is in the file of a rank."""
     folder.mkdir()
     items, keys, places = {}, {}, {}
     for name, tensor in tensors.items():
@@ -103,7 +103,8 @@ def test_a_tensor_in_shards_is_read_in_no_more_copies_than_its_pieces(tmp_path, 
     copy, read = Sharded._copy, Sharded.read
 
     def counted_copy(self, here, to):
-        reads.extend(1 for box, _ in self._around(here) if all(a < d and c < b for (a, b), (c, d) in zip(here, box)))
+        pairs = [zip(here, box, strict=True) for box, _ in self._around(here)]
+        reads.extend(1 for both in pairs if all(a < d and c < b for (a, b), (c, d) in both))
         copy(self, here, to)
 
     numbers: list[int] = []

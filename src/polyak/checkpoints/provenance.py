@@ -81,7 +81,7 @@ def _in_file(path: Path) -> object:
 
 def _in_archive(data: memoryview) -> object:
     try:
-        with zipfile.ZipFile(Window(data, None, _MOST_BYTES)) as archive:  # pyrefly: ignore
+        with zipfile.ZipFile(Window(data, None, _MOST_BYTES)) as archive:
             entries = [one for one in archive.infolist() if one.filename.rpartition("/")[2] == PROVENANCE]
             if len(entries) != 1 or entries[0].file_size > _MOST_BYTES:
                 return None
