@@ -71,7 +71,7 @@ def test_an_infinity_in_one_checkpoint_is_named_and_those_of_a_mask_stay(average
     assert load_file("out.safetensors")["mask"].tolist() == mask.tolist()
     Path("out.safetensors").unlink()
     torch.save({"w": torch.tensor([1.0, torch.inf]), "mask": mask}, f"step-{which}.pt")
-    assert f"(w in step-{which}.pt has inf or -inf, not as in step-{3 - which}.pt)" in average("step-1.pt", "step-2.pt")
+    assert f"(w in step-{which}.pt has others than in step-{3 - which}.pt)" in average("step-1.pt", "step-2.pt")
 
 
 def test_an_average_that_does_not_fit_the_dtype_of_the_newest_is_refused(average) -> None:

@@ -197,6 +197,6 @@ def require_numbers(name: str, one: Checkpoint, piece: Tensor, newest: tuple[Che
     if bool((infinite != there.isinf()).any()) or bool((here[infinite] != there[infinite]).any()):
         more, less = (one, newest[0]) if int(infinite.sum()) >= int(there.isinf().sum()) else (newest[0], one)
         raise CheckpointError(
-            f"weights must be finite, or infinite in the same places ({shown(name)} in {shown(more.path)} has inf or "
-            f"-inf, not as in {shown(less.path)}); leave it out"
+            f"weights must be finite, or have inf and -inf in the same places ({shown(name)} in {shown(more.path)} has "
+            f"others than in {shown(less.path)}); leave it out"
         )

@@ -52,6 +52,7 @@ def provenance_of(path: str | Path) -> list[dict[str, Any]]:
 
     Example:
         >>> import torch
+        >>> from polyak.checkpoints import average_checkpoints
         >>> for step in (1, 2):
         ...     torch.save({"w": torch.ones(2)}, f"step-{step}.pt")
         >>> _ = average_checkpoints(["step-1.pt", "step-2.pt"], "averaged.pt")

@@ -79,7 +79,7 @@ def sweep_checkpoints(
         newest         6ba    2
         last 2 (best)  5ba    0.5
         last 3         4ba    1
-        last 5         2ba    1.2
+        last 5         2ba    0.8
         last 6         1ba    0.5
         2, every 2nd   4ba    3
         3, every 2nd   2ba    4
