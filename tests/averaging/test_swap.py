@@ -7,13 +7,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import FrameType
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import polyak
 from polyak import EMA, LoanError, attach, kernels, update_bn
@@ -354,3 +355,44 @@ def test_an_average_of_a_part_of_a_model_is_not_swapped_in_twice() -> None:
         part.swap_in("the part")
     with part.swapped("the part"), pytest.raises(LoanError, match="the part has swapped its own in"):
         whole.swap_in("the whole")
+
+
+# What torch keeps of weights
+
+
+def in_autocast() -> AbstractContextManager[object]:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def in_parametrize_cached() -> AbstractContextManager[object]:
+    return parametrize.cached()
+
+
+@pytest.mark.parametrize("block", [in_autocast, in_parametrize_cached])
+def test_a_model_computes_with_what_it_holds_also_inside_one_block_of_autocast(block) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(4, 2), torch.randn(8, 4)
+    parametrize.register_parametrization(model, "weight", nn.Tanh())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = attach(EMA(smoothing=0.9), model, optimizer)
+    for _ in range(3):
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def apart() -> tuple[torch.Tensor, torch.Tensor]:
+        with block():
+            raw = model(inputs)
+        with ema.applied(), block():
+            return raw, model(inputs)
+
+    with torch.no_grad(), block():
+        raw = model(inputs)
+        with ema.applied():
+            averaged = model(inputs)
+        again = model(inputs)
+    want_raw, want_averaged = apart()
+    assert torch.equal(averaged, want_averaged)
+    assert torch.equal(raw, want_raw)
+    assert torch.equal(again, raw)
+    assert not torch.equal(averaged, raw)

@@ -19,6 +19,7 @@ from torch.optim.optimizer import Optimizer
 from polyak import kernels, sharding
 from polyak.averaging.buffers import Buffer, kept_names
 from polyak.averaging.changes import report_changed, warn_of_gradients
+from polyak.averaging.derived import forget_derived
 from polyak.averaging.gradients import Gradients
 from polyak.averaging.offload import hold_writes
 from polyak.errors import LoanError, PlanWarning
@@ -272,7 +273,8 @@ class Swap:
             sharding.gather([slot.tensor for slot in self._gathered], self._mesh)
 
     def _publish(self) -> None:
-        """Let the weights follow, if this model stands for the masters of an engine."""
+        """Let what follows the weights follow: what torch keeps of them, and the weights of an engine's masters."""
+        forget_derived()
         if (publish := getattr(self.model, "publish_weights", None)) is not None:
             publish()
 
