@@ -17,6 +17,7 @@ from polyak.tensors.slots import (
     Policy,
     Slot,
     check_match,
+    decided,
     slots,
     trained_through,
     views_of,
@@ -142,7 +143,7 @@ class Listing:
     def _policy_of(self, slot: Slot, through: set[str]) -> Policy:
         if slot.name in self.policies:
             return self.policies[slot.name]
-        policy = Policy.AVERAGE if slot.name in through else self._settings.policy(slot)
+        policy = Policy.AVERAGE if slot.name in through else decided(self._settings.policy, slot)
         if policy is Policy.LEAVE:
             return policy
         check_layout(slot, policy)
@@ -171,7 +172,8 @@ class Listing:
         if self.holds():
             return []
         through = trained_through(views_of(self._model, tied=self._settings.views), self._settings.policy)
-        joining = (s for s in self._found() if s.name in through or self._settings.policy(s) is not Policy.LEAVE)
+        policy = self._settings.policy
+        joining = (s for s in self._found() if s.name in through or decided(policy, s) is not Policy.LEAVE)
         return sorted(slot.name for slot in joining if slot.name not in self.averages)
 
     def expect(self, averages: Mapping[str, Tensor], waiting: set[str]) -> dict[str, Slot]:

@@ -11,7 +11,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
-from polyak.errors import MismatchError
+from polyak.errors import ArgumentError, MismatchError
 from polyak.sharding import ModelParts, Places, local
 from polyak.tensors import memory, optimizers
 
@@ -122,6 +122,28 @@ def default_policy(slot: Slot) -> Policy:
 PolicyRule = Callable[[Slot], Policy]
 
 
+def decided(policy: PolicyRule, slot: Slot) -> Policy:
+    """Return what a policy decides for a tensor.
+
+    Args:
+        policy: Of polyak or of a user.
+        slot: Where the tensor is.
+
+    Raises:
+        ArgumentError: If the policy returns anything else than a ``Policy``, or the text of one.
+    """
+    found = policy(slot)
+    if isinstance(found, Policy):
+        return found
+    try:
+        return Policy(found)
+    except ValueError:
+        raise ArgumentError(
+            f"policy must return a Policy for each tensor (got {found!r} for {slot.name!r}); return Policy.AVERAGE, "
+            "Policy.COPY or Policy.LEAVE"
+        ) from None
+
+
 def _is_wrapped(parent: nn.Module, child: str) -> bool:
     if child in WRAPPED_NAMES or isinstance(parent, ModelParts):
         return True
@@ -220,7 +242,7 @@ def trained_through(views: Mapping[str, tuple[Slot, Slot]], policy: PolicyRule) 
         views: As ``views_of`` returns them.
         policy: What is done with which tensor.
     """
-    return {own.name for own, slot in views.values() if slot.is_parameter and policy(slot) is Policy.AVERAGE}
+    return {own.name for own, slot in views.values() if slot.is_parameter and decided(policy, slot) is Policy.AVERAGE}
 
 
 def _owned(model: nn.Module, foreign: Sequence[Tensor]) -> tuple[list[Slot], list[Slot | None]]:
@@ -260,7 +282,7 @@ def averaged_parameters(model: nn.Module, policy: PolicyRule) -> list[Slot]:
     """
     through = trained_through(views_of(model), policy)
     found = (slot for slot in slots(model) if slot.is_parameter)
-    return [slot for slot in found if slot.name in through or policy(slot) is Policy.AVERAGE]
+    return [slot for slot in found if slot.name in through or decided(policy, slot) is Policy.AVERAGE]
 
 
 def check_match(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:
