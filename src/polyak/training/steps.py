@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from polyak.tensors import optimizers
@@ -54,6 +55,8 @@ class StepHooks:
         other: The name of the last of these optimizers.
         replaced: Called with another optimizer that steps these tensors while this one does not: in its first step if
             this one no longer exists, else after many.
+        after_some: Called after steps 1, 10, 100 and so on that count.
+        before_next: Called before the step that follows one of these.
     """
 
     def __init__(
@@ -61,6 +64,9 @@ class StepHooks:
     ) -> None:
         self.others, self.other = 0, ""
         self.replaced: Callable[[Optimizer], object] | None = None
+        self.after_some: Callable[[], object] | None = None
+        self.before_next: Callable[[], object] | None = None
+        self._counted, self._next_noted, self._noted = 0, 1, False
         self._after, self._first = after, first
         self._optimizer = weakref.ref(optimizer)
         # Not weak references, with which torch cannot swap tensors. An id may be that of another tensor later.
@@ -91,6 +97,9 @@ class StepHooks:
             nested, rehearsal = self._callers(frame)
             if nested:
                 return
+        if self._noted and self.before_next is not None:
+            self._noted = False
+            self.before_next()
         # A closure computes new gradients, so those from before do not matter.
         has_closure = len(args) + len(kwargs) > 1 and any(map(callable, (*args[1:], *kwargs.values())))
         graded = not has_closure and _has_gradients(optimizer)
@@ -136,6 +145,10 @@ class StepHooks:
         if found_inf is None or not found_inf:
             self.others = 0
             self._after()
+            self._counted += 1
+            if self._counted == self._next_noted and self.after_some is not None:
+                self._next_noted, self._noted = 10 * self._counted, True
+                self.after_some()
 
     def observe(self, other: Optimizer) -> None:
         """Note that an optimizer is about to step.
@@ -156,6 +169,14 @@ class StepHooks:
     def counting(self) -> bool:
         """Whether steps are counted: the optimizer exists, and the hooks were not removed."""
         return bool(self._hooks) and self._optimizer() is not None
+
+    def steps(self, tensor: Tensor) -> bool:
+        """Return whether the optimizer steps a tensor.
+
+        Args:
+            tensor: Any.
+        """
+        return id(tensor) in self._of
 
     def overlaps(self, other: "StepHooks") -> bool:
         """Return whether another optimizer moves one of the same tensors.
