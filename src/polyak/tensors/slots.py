@@ -7,6 +7,7 @@ activation checkpointing), so that a state saved under one wrapper loads under a
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,12 @@ class Slot:
     attribute: str
     is_parameter: bool
     persistent: bool = True
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the module still holds a tensor under this name."""
+        held = self.owner._parameters if self.is_parameter else self.owner._buffers  # noqa: SLF001
+        return self.attribute in held and held[self.attribute] is not None
 
     @property
     def tensor(self) -> Tensor:
@@ -168,6 +175,16 @@ def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     yield prefix, module
     for name, child in module.named_children():
         yield from _modules(child, prefix if _is_wrapped(module, name) else f"{prefix}{name}.")
+
+
+def own_attribute(module: nn.Module, name: str) -> Any:
+    """Return an attribute that a module or its class has; None for what only its ``__getattr__`` would answer.
+
+    Args:
+        module: Any.
+        name: Of the attribute.
+    """
+    return getattr(module, name) if name in vars(module) or hasattr(type(module), name) else None
 
 
 def places_of(model: nn.Module) -> Places:
