@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,19 @@ from polyak.training.optimizer import BY_HAND, tensors_of
 
 # Steps of another optimizer in a row that mean that it has replaced one that still exists.
 _MANY = 100
+
+
+class Between(Protocol):
+    """Watches what happens to weights between two steps."""
+
+    def before_step(self) -> None:
+        """Look at the weights before a step."""
+
+    def after_step(self) -> None:
+        """Note the weights after a step that counts."""
+
+    def forget(self) -> None:
+        """Forget what was noted."""
 
 
 @dataclass(slots=True)
@@ -55,8 +68,7 @@ class StepHooks:
         other: The name of the last of these optimizers.
         replaced: Called with another optimizer that steps these tensors while this one does not: in its first step if
             this one no longer exists, else after many.
-        after_some: Called after steps 1, 10, 100 and so on that count.
-        before_next: Called before the step that follows one of these.
+        between: Told where each step that counts begins and ends.
     """
 
     def __init__(
@@ -64,9 +76,7 @@ class StepHooks:
     ) -> None:
         self.others, self.other = 0, ""
         self.replaced: Callable[[Optimizer], object] | None = None
-        self.after_some: Callable[[], object] | None = None
-        self.before_next: Callable[[], object] | None = None
-        self._counted, self._next_noted, self._noted = 0, 1, False
+        self.between: Between | None = None
         self._after, self._first = after, first
         self._optimizer = weakref.ref(optimizer)
         # Not weak references, with which torch cannot swap tensors. An id may be that of another tensor later.
@@ -97,9 +107,8 @@ class StepHooks:
             nested, rehearsal = self._callers(frame)
             if nested:
                 return
-        if self._noted and self.before_next is not None:
-            self._noted = False
-            self.before_next()
+        if self.between is not None:
+            self.between.before_step()
         # A closure computes new gradients, so those from before do not matter.
         has_closure = len(args) + len(kwargs) > 1 and any(map(callable, (*args[1:], *kwargs.values())))
         graded = not has_closure and _has_gradients(optimizer)
@@ -145,10 +154,8 @@ class StepHooks:
         if found_inf is None or not found_inf:
             self.others = 0
             self._after()
-            self._counted += 1
-            if self._counted == self._next_noted and self.after_some is not None:
-                self._next_noted, self._noted = 10 * self._counted, True
-                self.after_some()
+            if self.between is not None:
+                self.between.after_step()
 
     def observe(self, other: Optimizer) -> None:
         """Note that an optimizer is about to step.
@@ -162,6 +169,8 @@ class StepHooks:
         first = (group["params"][0] for group in other.param_groups if group["params"])
         if any(id(tensor) in self._of for tensor in first):
             self.others, self.other = self.others + 1, type(other).__name__
+            if self.between is not None:
+                self.between.forget()
             if self.replaced is not None and self.others == (1 if self._optimizer() is None else _MANY):
                 self.replaced(other)
 
