@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak.algorithm import MetricLogger
+from polyak.errors import ArgumentError
 from polyak.events import Event
 from polyak.storage.atomic import TEMPORARY, remove, remove_whole
 from polyak.time import Time
@@ -34,6 +35,7 @@ class CheckpointSaver(Callback):
     Raises:
         TimeError: If ``save_interval`` is no time, or not above 0.
         ValueError: If ``keep`` is below 1.
+        ArgumentError: If ``folder`` is a file.
     """
 
     def __init__(
@@ -45,6 +47,10 @@ class CheckpointSaver(Callback):
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be None or at least 1 (got {keep})")
         self.folder = Path(folder).absolute()  # it stays the same if the program changes its directory
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ArgumentError(
+                f"folder must be one for checkpoints (got {self.folder}, which is a file); choose another"
+            )
         self.keep = keep
         self.save_interval: Callable[[TrainerState, Event], Any]
         if not isinstance(save_interval, (str, int, Time)) and callable(save_interval):

@@ -173,13 +173,17 @@ class Checkpoints:
         weights = saved["model"] if saved["training_model"] is None else saved["training_model"]
         self._load_model(path, weights, ignored)
         dtypes = states.saved_dtypes(self._state.model, weights or {})
-        for optimizer, state in zip(self._state.optimizers, saved["optimizers"] or (), strict=False):
+        pairs = list(zip(self._state.optimizers, saved["optimizers"] or (), strict=False))
+        for optimizer, state in pairs:
+            states.check_optimizer(optimizer, state, self._state.model)
+        for optimizer, state in pairs:
             states.load_optimizer(optimizer, state, dtypes)
         for scheduler, state in zip(self._state.schedulers, saved["schedulers"] or (), strict=False):
             scheduler.load_state_dict(state)
         if saved["scaler"]:
             self._step.scaler.load_state_dict(saved["scaler"])
-        _load_by_class("algorithm", saved["algorithms"] or (), self._state.algorithms, path)
+        if saved["algorithms"] is not None:
+            _load_by_class("algorithm", saved["algorithms"], self._state.algorithms, path)
         _load_by_class("callback", saved["callbacks"] or (), self._state.callbacks, path)
         if saved["timestamp"] is not None:
             self._load_clock(path, saved)
@@ -277,6 +281,13 @@ def _load_by_class(
                 one.load_state_dict(entry[1])
                 left.remove(entry)
                 break
+        else:
+            if kind == "algorithm" and one.swaps:
+                warnings.warn(
+                    f"{path} has no state of {one!r}: its average begins with the weights that training resumes from",
+                    PlanWarning,
+                    stacklevel=5,
+                )
     if kind == "algorithm" and left:
         warnings.warn(
             f"{path} has states of algorithms that this trainer does not have: {', '.join(name for name, _ in left)}; "
