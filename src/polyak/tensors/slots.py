@@ -212,6 +212,18 @@ def all_slots(model: nn.Module) -> Iterator[Slot]:
                 yield Slot(prefix + attribute, module, attribute, is_parameter=False, persistent=persistent)
 
 
+def extra_states(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what modules add to a state dict by ``get_extra_state``, under its canonical name.
+
+    Args:
+        model: Wrapped or not.
+    """
+    for prefix, module in _modules(model, ""):
+        own = type(module).get_extra_state is not nn.Module.get_extra_state
+        if own and not isinstance(module, torch.jit.ScriptModule):
+            yield f"{prefix}_extra_state", module.get_extra_state()
+
+
 def slots(model: nn.Module, *, views: bool = False, foreign: Sequence[Tensor] = ()) -> Iterator[Slot]:
     """Yield every parameter and buffer once, and memory that several tensors share under the tensor that owns it.
 
