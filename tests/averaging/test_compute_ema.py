@@ -171,3 +171,14 @@ def test_an_average_does_not_move_towards_averaged_weights() -> None:
         optimizer.step()
     with ema.applied(), pytest.raises(LoanError, match="must not take in averaged weights"):
         compute_ema(model, teacher)
+
+
+def test_a_teacher_computes_with_its_new_weights_also_inside_one_block_of_autocast() -> None:
+    model, inputs = nn.Linear(4, 2), torch.ones(3, 4)
+    teacher = copy.deepcopy(model)
+    nn.init.ones_(model.weight)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = teacher(inputs)
+        compute_ema(model, teacher, smoothing=0.5)
+        after = teacher(inputs)
+    assert not torch.equal(before, after)

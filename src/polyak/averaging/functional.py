@@ -5,6 +5,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from polyak.averaging.derived import forget_derived
 from polyak.averaging.swap import refuse_averaged_weights
 from polyak.errors import ArgumentError
 from polyak.kernels import Place, lerp_
@@ -71,6 +72,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
             write_(average, tensor)
     moved, tensors = [average for average, _ in averaged], [tensor for _, tensor in averaged]
     lerp_(moved, tensors, weight, [Place(i) for i in range(len(averaged))], num_updates=next(_calls))
+    forget_derived()
 
 
 def _address(tensor: Tensor) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polyak import sharding
+from polyak.averaging.derived import forget_derived
 from polyak.averaging.movement import Movement
 from polyak.averaging.offload import hold_writes
 from polyak.averaging.swap import swap_of
@@ -94,6 +95,7 @@ def load_tensors(movement: Movement, state: Mapping[str, Any]) -> None:
         sharding.copy_(average, averages[name])
         if training:
             sharding.copy_(tensor, training[name])
+    forget_derived()
     movement.reset(int(state["num_updates"]), int(state["num_quarantined"]))
 
 

@@ -33,4 +33,9 @@ class Versions:
 
     def _set(self, versions: tuple[int, ...]) -> None:
         if self._tensors:
-            torch._C._autograd._unsafe_set_version_counter(self._tensors, versions)  # type: ignore[attr-defined]  # noqa: SLF001
+            set_counter = torch._C._autograd._unsafe_set_version_counter  # type: ignore[attr-defined]  # noqa: SLF001
+            try:
+                set_counter(self._tensors, versions)
+            except TypeError:  # torch before it took several
+                for tensor, version in zip(self._tensors, versions, strict=True):
+                    set_counter(tensor, version)
