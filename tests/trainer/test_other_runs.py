@@ -114,3 +114,28 @@ def test_a_hook_of_the_optimizer_changes_weights_before_the_average_takes_them()
     run.state.optimizers[0].register_step_post_hook(lambda *_: clips.batch_end(run.state, None))
     run.fit()
     assert all(parameter.abs().max() <= 0.05 for parameter in ema.ema_model.parameters())
+
+
+def test_weights_that_are_rounded_when_they_are_loaded_are_warned_of(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    model = layers().bfloat16()
+    halves = [(x.bfloat16(), y.bfloat16()) for x, y in batches()]
+    with pytest.warns(PlanWarning, match="has torch.float32, and the model torch.bfloat16: they are rounded"):
+        Trainer(
+            model,
+            halves,
+            "1ep",
+            algorithms=EMA("3ba"),
+            optimizers=adam(model),
+            loss=nn.functional.mse_loss,
+            load_path=path,
+        )
+
+
+def test_checkpoints_of_another_run_are_replaced_with_a_warning_and_not_deleted(tmp_path: Path) -> None:
+    saved(tmp_path, "2ep")
+    (tmp_path / "ep0-ba1.pt").write_text("of another run")
+    with pytest.warns(PlanWarning, match="ep1-ba6.pt of another run is replaced") as caught:
+        trainer("3ep", callbacks=[CheckpointSaver(tmp_path, "1ep", keep=1)]).fit()
+    assert len([one for one in caught if "is replaced" in str(one.message)]) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ep0-ba1.pt", "ep3-ba18.pt"]

@@ -134,6 +134,11 @@ def check_state(state: Any) -> None:
             f"the state of an EMA must be complete (it has no {', '.join(sorted(missing))}); save what state_dict() "
             "returns as it is"
         )
+    if "polyak" in state and state["polyak"] != 1:
+        raise CheckpointError(
+            f"the state of an EMA must be of a form that this polyak reads, 1 (got {state['polyak']!r}): use the "
+            "polyak that saved it"
+        )
     if "polyak" in state and state["ema_started"]:
         _check_kinds(state)
 

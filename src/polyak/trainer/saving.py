@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from polyak.algorithm import Algorithm
@@ -195,6 +196,14 @@ class Checkpoints:
             return
         model = self._state.model
         own = unwrap(model).state_dict(keep_vars=True)
+        narrowed = {str(t.dtype): str(own[n].dtype) for n, t in weights.items() if n in own and _narrows(t, own[n])}
+        if narrowed:
+            warnings.warn(
+                f"weights should be loaded into the dtype in which they were saved, to be the same ({path} has "
+                f"{', '.join(narrowed)}, and the model {', '.join(narrowed.values())}: they are rounded)",
+                PlanWarning,
+                stacklevel=5,
+            )
         try:
             states.load_model(model, _filled(weights, own, ignored))
         except RuntimeError as error:
@@ -240,6 +249,12 @@ class Checkpoints:
             self._context.reseed()
         self._stream.set_state(of_data or own[0])
         self._epochs.epoch_rng = of_epoch[0]
+
+
+def _narrows(saved: object, own: Tensor) -> bool:
+    """Return whether saved values lose digits in the dtype of a model's tensor."""
+    numeric = isinstance(saved, Tensor) and saved.is_floating_point() and own.is_floating_point()
+    return numeric and torch.promote_types(saved.dtype, own.dtype) != own.dtype
 
 
 def _filled(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], ignored: Sequence[str]) -> Mapping[str, Tensor]:

@@ -222,7 +222,7 @@ class Trainer:
         if swap := swap_of(self.state.model):
             raise LoanError(f"training must begin with training weights: {swap.owner} has swapped its average in")
         self.state.stopping = False
-        if (self._fitted or self._loaded) and self.state.finished:
+        if (self._fitted and self.state.finished) or self._is_beyond():
             warnings.warn(
                 f"fit() has nothing to train: the run has reached its max_duration, {self.state.max_duration}; give "
                 "fit(duration=) to train longer, or reset_time=True to start the clock again",
@@ -231,6 +231,11 @@ class Trainer:
             )
         self._fitted = True
         self._fitting.run()
+
+    def _is_beyond(self) -> bool:
+        """Whether the run that was loaded has gone further than this one is to go."""
+        length = self.state.max_duration
+        return self._loaded and length is not None and self.state.timestamp.get(length.unit) > length
 
     def eval(
         self,

@@ -89,8 +89,8 @@ class Uncounted:
             else "call step() of what attach returned once after each batch"
         )
         since = f" since the last check, after {counted} steps" if counted else ""
+        loaded = "nothing is wrong" if counted else "load them before attach"
         return (
             f"steps must be counted to be averaged: {len(moved)} parameters have moved{since}, such as '{moved[0]}', "
-            f"and 0 steps were counted; {remedy} (if these weights were loaded and not trained, load them before "
-            "attach)"
+            f"and 0 steps were counted; {remedy} (if these weights were loaded and not trained, {loaded})"
         )
