@@ -381,7 +381,7 @@ def test_a_model_computes_with_what_it_holds_also_inside_one_block_of_autocast(b
         optimizer.step()
 
     @torch.no_grad()
-    def apart() -> tuple[torch.Tensor, torch.Tensor]:
+    def separately() -> tuple[torch.Tensor, torch.Tensor]:
         with block():
             raw = model(inputs)
         with ema.applied(), block():
@@ -392,7 +392,7 @@ def test_a_model_computes_with_what_it_holds_also_inside_one_block_of_autocast(b
         with ema.applied():
             averaged = model(inputs)
         again = model(inputs)
-    want_raw, want_averaged = apart()
+    want_raw, want_averaged = separately()
     assert torch.equal(averaged, want_averaged)
     assert torch.equal(raw, want_raw)
     assert torch.equal(again, raw)
@@ -528,7 +528,7 @@ def test_a_model_with_its_own_getattr_is_averaged_and_swapped(kind) -> None:
     assert torch.equal(ema.model(INPUTS), averaged)
 
 
-def test_a_model_that_was_taken_apart_is_refused_by_name_where_its_average_is_wanted() -> None:
+def test_a_model_whose_structure_has_changed_is_refused_by_name_where_its_average_is_wanted() -> None:
     model, _, ema = student()
     parametrize.register_parametrization(model[0], "weight", nn.Tanh())
     with pytest.raises(MismatchError, match=r"missing: 0\.weight"), ema.applied():

@@ -420,7 +420,7 @@ def test_a_run_that_is_killed_resumes_from_its_checkpoint_with_the_same_record(t
         ({"overwrite": "yes"}, "overwrite of a Recorder must be True or False"),
     ],
 )
-def test_an_argument_that_cannot_be_meant_is_refused_by_name_before_a_run(tmp_path: Path, given, says) -> None:
+def test_a_wrong_argument_is_refused_by_name_before_a_run(tmp_path: Path, given, says) -> None:
     with pytest.raises(PolyakError, match=says):
         Recorder(tmp_path, interval="5ba", **given)
 

@@ -1,6 +1,7 @@
 """The counters by which autograd sees that a tensor has changed, during a swap."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class Versions:
 
     def _set(self, versions: tuple[int, ...]) -> None:
         if self._tensors:
-            set_counter = torch._C._autograd._unsafe_set_version_counter  # type: ignore[attr-defined]  # noqa: SLF001
+            set_counter: Any = torch._C._autograd._unsafe_set_version_counter  # noqa: SLF001
             try:
                 set_counter(self._tensors, versions)
             except TypeError:  # torch before it took several

@@ -297,7 +297,7 @@ def _load_by_class(
                 left.remove(entry)
                 break
         else:
-            if kind == "algorithm" and one.swaps:
+            if isinstance(one, Algorithm) and one.swaps:
                 warnings.warn(
                     f"{path} has no state of {one!r}: its average begins with the weights that training resumes from",
                     PlanWarning,

@@ -40,8 +40,8 @@ class BetweenSteps:
         """Warn if the weights that were noted have changed."""
         if not self._stepped:
             return
-        stepped, self._stepped = self._stepped, {}
-        moved = [] if _is_capturing() else moved_names(self._norms, norms_of(stepped), tolerance=_ROUNDING)
+        stepped, self._stepped = self._stepped, dict[str, Tensor]()
+        moved = list[str]() if _is_capturing() else moved_names(self._norms, norms_of(stepped), tolerance=_ROUNDING)
         if moved:
             self._warned = True
             warnings.warn(

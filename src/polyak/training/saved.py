@@ -22,7 +22,9 @@ def check_saved(state: Any, ours: list[str]) -> None:
     if not isinstance(state, Mapping) or not {"algorithms", "timestamp"} <= state.keys():
         raise CheckpointError(f"the state must be one that ema.state_dict() returned ({_found(state)}")
     pairs, clock = state["algorithms"], state["timestamp"]
-    whole = isinstance(pairs, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
+    whole = isinstance(pairs, (list, tuple)) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
+    )
     if not whole or not isinstance(clock, Mapping) or not {"batch", "epoch", "epoch_length"} <= clock.keys():
         raise CheckpointError(
             "the state must be whole, with pairs of a name and a state in 'algorithms' and numbers in 'timestamp' (it "
