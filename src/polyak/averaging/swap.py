@@ -21,6 +21,7 @@ from polyak.averaging.buffers import Buffer, kept_names
 from polyak.averaging.changes import report_changed, warn_of_gradients
 from polyak.averaging.gradients import Gradients
 from polyak.averaging.offload import hold_writes
+from polyak.averaging.scales import Scales
 from polyak.errors import LoanError, PlanWarning
 from polyak.sharding import is_spread, local, rows
 from polyak.tensors import memory, optimizers
@@ -93,6 +94,7 @@ class Swap:
         self._places = [(slot, slot.tensor.device, slot.tensor.dtype) for slot in all_slots(model) if slot.is_parameter]
         self.parameters = {id(slot.tensor) for slot, _, _ in self._places}
         self._gradients: Gradients | None = None
+        self._scales: Scales | None = None
         self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
         # Those whose average is sharded over ranks and which are not.
         self._gathered = [
@@ -129,12 +131,14 @@ class Swap:
             for slot in self._views:
                 self._buffers.append(Buffer(slot, slot.tensor, local(slot.tensor).detach(), None))
             self._gradients = Gradients({slot.name: slot.tensor for slot, _, _ in self._places})
+            self._scales = Scales(slot.tensor for slot in self._slots)
             _SWAPS[id(self.model)] = self
             self.phase = Phase.ENTERING
             self._exchange.forward()
             for i, (tensor, shard) in enumerate(zip(self._tensors, self._shards, strict=True)):
                 if not self._exchanged[i]:
                     memory.write_(tensor, shard)
+            self._scales.clear()
             self._gather()
             self._publish()
             self._sums = kernels.checksums(self._all_watched())
@@ -164,7 +168,7 @@ class Swap:
             self._backup.clear()
             self._buffers.clear()
             self._changed.clear()
-            self._gradients = None
+            self._gradients = self._scales = None
         if graded:
             warn_of_gradients(graded, self.owner)
         if failures:
@@ -251,6 +255,8 @@ class Swap:
         attempt("the exchanged parameters", self._exchange.back)
         for i, kept in self._backup.items():
             attempt(self._slots[i].name, lambda i=i, kept=kept: memory.write_(self._tensors[i], kept))
+        if self._scales is not None:
+            attempt("scales of weights", self._scales.restore)
         attempt("the shards", self._reshard)
         for slot, tensor, average in zip(self._slots, self._tensors, self._averages, strict=True):
             if slot.is_parameter:
