@@ -60,7 +60,7 @@ class Halved(Tensor):
 def net(seed: int = 0) -> nn.Sequential:
     """Return a small model, two weights of which are wrapped."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16, bias=False))
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     for layer in model[0], model[2]:
         layer.weight = nn.Parameter(Halved(layer.weight.detach().clone()))
     return model
@@ -68,7 +68,7 @@ def net(seed: int = 0) -> nn.Sequential:
 
 def plain_net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16, bias=False))
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
 
 
 def float8(*, all_gather: bool = False) -> nn.Sequential:
