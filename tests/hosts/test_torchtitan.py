@@ -135,11 +135,18 @@ def test_the_command_line_sets_the_section() -> None:
     assert "half_life" in parsed().to_dict()["polyak"]
 
 
-def test_a_section_that_cannot_be_is_refused_where_the_command_line_is_read() -> None:
+def test_a_section_that_cannot_be_is_refused_where_the_command_line_is_read(capfd) -> None:
+    for options, what in [
+        (("--polyak.half_life", "10 parsecs"), "got '10 parsecs'"),
+        (("--polyak.decay", "0.9"), "decay"),  # it has a half-life already
+    ]:
+        with pytest.raises(SystemExit):
+            parsed(*options)
+        assert what in " ".join("".join(capfd.readouterr()).replace("│", " ").split())
     with pytest.raises(TimeError, match="10 parsecs"):
-        parsed("--polyak.half_life", "10 parsecs")
-    with pytest.raises(ProfileError, match="decay"):
-        parsed("--polyak.decay", "0.9")  # it has a half-life already
+        averaged(torchtitan_configs.tiny(), half_life="10 parsecs")
+    with pytest.raises(ProfileError, match="exactly one"):
+        averaged(torchtitan_configs.tiny(), half_life="3ba", decay=0.9)
     with pytest.raises(ArgumentError, match="save='averaged'"):
         Averaging.Config(save_in_hf=True)
     with pytest.raises(ArgumentError, match="one place"):
