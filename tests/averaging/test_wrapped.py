@@ -75,7 +75,7 @@ def test_a_wrapped_weight_is_averaged_swapped_and_restored_by_its_values(make) -
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_the_average_of_wrapped_weights_is_saved_exported_and_recorded_as_plain_tensors(make, tmp_path) -> None:
-    model, _, ema, reference = averaged(make)
+    _, _, ema, reference = averaged(make)
     torch.save(ema.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     other = make()

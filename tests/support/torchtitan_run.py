@@ -84,7 +84,9 @@ class Observer:
     def error(self, averaged: dict[str, torch.Tensor]) -> float:
         """Return how far an average is from that in float64, relative to it: the largest of all tensors."""
         assert averaged.keys() == self.reference.keys()
-        off = ((averaged[name].double() - one).norm() / one.norm().clamp(min=1e-9) for name, one in self.reference.items())
+        off = (
+            (averaged[name].double() - one).norm() / one.norm().clamp(min=1e-9) for name, one in self.reference.items()
+        )
         return float(max(off))
 
 

@@ -124,14 +124,14 @@ def under_fsdp(make: Any, precompute: Any = None) -> dict[str, Any]:
     """
     from polyak import EMA, attach
 
-    ends, error = list[dict[str, Tensor]](), 0.0
+    ends, error, decay = list[dict[str, Tensor]](), 0.0, 0.5 ** (1 / 3)
     for plain in (True, False):
         model = make()
         for layer in model[0], model[2], model:
             fully_shard(layer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         ema = None if plain else attach(EMA("3ba"), model, optimizer)
-        reference, decay = dict[str, Tensor](), 0.5 ** (1 / 3)
+        reference = dict[str, Tensor]()
 
         def after(model: nn.Module = model, reference: dict[str, Tensor] = reference) -> None:
             for name, now in sharded_values(model).items():
@@ -176,4 +176,4 @@ def sharded_values(model: nn.Module) -> dict[str, Tensor]:
 
 def held_scales(model: nn.Module) -> list[Any]:
     locals_ = [getattr(p, "_local_tensor", p) for p in model.parameters()]
-    return [getattr(one, "_precomputed_scale") for one in locals_ if hasattr(one, "_precomputed_scale")]
+    return [one._precomputed_scale for one in locals_ if hasattr(one, "_precomputed_scale")]

@@ -1,7 +1,7 @@
 """An average as a section of torchtitan's configuration, on its command line, or as one of its overrides."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ from torchtitan.config import Configurable
 from torchtitan.config.override import derive, override
 from torchtitan.trainer import Trainer
 
-from polyak.algorithm import Algorithm
+from polyak.algorithm import Algorithm, as_algorithms
 from polyak.averaging.ema import EMA
 from polyak.errors import ArgumentError
 from polyak.hosts.torchtitan.attached import TorchtitanAttached
@@ -87,15 +87,14 @@ class Averaging(TorchtitanAttached, Configurable):
                 return EMA(self.half_life, decay=self.decay, **rest)
             return EMA(**rest) if self.half_life is None else EMA(self.half_life, **rest)
 
-        def listed(self, folder: Path) -> list[Algorithm]:
+        def listed(self, folder: Path) -> Sequence[Algorithm]:
             """Return the algorithms.
 
             Args:
                 folder: The dump folder.
             """
             if self.algorithms is not None:
-                given = self.algorithms()
-                return list(given) if isinstance(given, list | tuple) else [given]
+                return as_algorithms(self.algorithms())
             recorders = [Recorder(folder / self.record)] if self.record else []
             return [self.ema(), *recorders]
 

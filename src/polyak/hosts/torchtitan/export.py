@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polyak.averaging.ema import EMA
 from polyak.errors import ArgumentError
-from polyak.export import export_from, shards, swapped_in
+from polyak.export import Read, export_from, shards, swapped_in
 from polyak.sharding import Ranks, communicator_of, is_sharded, pipeline_communicator_of
 from polyak.tensors.slots import unwrap
 
@@ -45,12 +45,13 @@ def save_average(ema: EMA, trainer: Any, model: Any, path: Path, *, overwrite: b
         outputs = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in infos.items()}
         together = any(map(is_sharded, tensors.values())) or stage is not ranks
 
-        def read(folder: Path) -> Any:
-            if together:
-                return shards(tensors, outputs, folder, ranks)
-            return lambda names: {name: tensors[name] for name in names}
+        def own(names: list[str]) -> dict[str, Tensor]:
+            return {name: tensors[name] for name in names}
 
-        export_from(ema, unwrap(model), outputs, read, path, ranks, overwrite=overwrite)
+        def source(folder: Path) -> Read:
+            return shards(tensors, outputs, folder, ranks) if together else own
+
+        export_from(ema, unwrap(model), outputs, source, path, ranks, overwrite=overwrite)
 
 
 def _adapter(trainer: Any) -> Any:
