@@ -152,24 +152,24 @@ def test_weights_that_are_kept_in_int8_are_refused_by_name() -> None:
 
 
 @pytest.mark.slow
-def test_wrapped_weights_that_fsdp2_shards_are_averaged_by_their_shards(ranks) -> None:
-    found = ranks.run(2, wrappers.under_fsdp, net)
-    for one in found:
+def test_wrapped_weights_that_fsdp2_shards_are_averaged_by_their_shards(ranks, tmp_path) -> None:
+    for one in ranks.run(2, wrappers.under_fsdp, str(tmp_path), net):
         assert one["error"] < 1e-6
         assert one["same"]
         assert one["kinds"] == {"Tensor"}
+        assert one["saved"]
 
 
 @needs_torchao
 @pytest.mark.slow
 @pytest.mark.parametrize("precomputed", [False, True])
-def test_float8_weights_with_an_fp8_all_gather_are_averaged_by_their_shards(ranks, precomputed) -> None:
+def test_float8_weights_with_an_fp8_all_gather_are_averaged_by_their_shards(ranks, tmp_path, precomputed) -> None:
     from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 
-    for one in ranks.run(
-        2, wrappers.under_fsdp, float8_all_gather, precompute_float8_dynamic_scale_for_fsdp if precomputed else None
-    ):
+    precompute = precompute_float8_dynamic_scale_for_fsdp if precomputed else None
+    for one in ranks.run(2, wrappers.under_fsdp, str(tmp_path), float8_all_gather, precompute):
         assert one["error"] < 1e-6
         assert one["same"]
+        assert one["saved"]
         assert one["scales restored"]
-        assert all(one["inside"])
+        assert one["inside"] == [True, True]

@@ -16,6 +16,7 @@ import torch
 import torchtitan_configs
 import torchtitan_shim  # noqa: F401  before torchtitan
 from torchtitan.config import ConfigManager
+from torchtitan.tools.logging import init_logger
 from torchtitan_configs import HALF_LIFE
 
 from polyak import EMA
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--layout", choices=LAYOUTS, default="fsdp")
     parser.add_argument("--runs", type=json.loads)
     given = parser.parse_args()
+    init_logger()
     runs = given.runs or [{"name": "run", "kill_at": given.kill_at, "average": not given.plain}]
     found = {run["name"]: train(given.folder, given.layout, run) for run in runs}
     torch.save(found, given.folder / f"end-{torch.distributed.get_rank()}.pt")

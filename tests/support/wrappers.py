@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils import _pytree
@@ -115,10 +116,11 @@ def train(model: nn.Module, optimizer: Any, steps: int, after: Any = lambda: Non
         after()
 
 
-def under_fsdp(make: Any, precompute: Any = None) -> dict[str, Any]:
+def under_fsdp(folder: str, make: Any, precompute: Any = None) -> dict[str, Any]:
     """Average a model whose wrapped weights FSDP2 shards; return what there is to compare. On each rank.
 
     Args:
+        folder: For an export.
         make: Returns the model.
         precompute: Called with the model after each step.
     """
@@ -150,6 +152,9 @@ def under_fsdp(make: Any, precompute: Any = None) -> dict[str, Any]:
                 out = model(torch.ones(2, 16)).detach()
             state = copy.deepcopy({name: one.to_local() for name, one in ema.average._average.shadow.averages.items()})
             kinds = {type(one).__name__ for one in state.values()}
+            averages = {name: one.full_tensor() for name, one in ema.average._average.shadow.averages.items()}
+            ema.save(f"{folder}/averaged.safetensors")
+            saved = load_file(f"{folder}/averaged.safetensors")
             same = all(a is b for a, b in zip(held_scales(model), scales, strict=True))
         train(model, optimizer, 2, after)
         ends.append(sharded_values(model))
@@ -160,7 +165,7 @@ def under_fsdp(make: Any, precompute: Any = None) -> dict[str, Any]:
         "inside": [one is None for one in inside],
         "scales restored": same,
         "out": out,
-        "average": found,
+        "saved": saved.keys() == averages.keys() and all(torch.equal(saved[n], one) for n, one in averages.items()),
     }
 
 

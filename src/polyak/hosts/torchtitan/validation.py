@@ -1,5 +1,6 @@
 """Validation by torchtitan's validator with the average, before it with the training weights if both are asked for."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,7 @@ def validation(applied: Callable[..., Any], model: nn.Module, validator: Any, *,
 
 
 class _Raw:
-    """Logs validation with ``raw_`` before the names."""
+    """Logs validation with ``raw_`` before the names, and ``raw`` on the console, where torchtitan logs the loss."""
 
     def __init__(self, metrics: Any) -> None:
         object.__setattr__(self, "_metrics", metrics)
@@ -48,3 +49,4 @@ class _Raw:
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         names = {f"raw_{name}": value for name, value in (extra_metrics or {}).items()}
         self._metrics.logger.log({"raw_validation_metrics/loss": loss, **names}, step)
+        logging.getLogger().info(f"validate step: {step:2}  raw loss: {loss:7.4f}")
