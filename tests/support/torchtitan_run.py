@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchtitan.tools.logging import init_logger
 from torchtitan_configs import HALF_LIFE
 
 from polyak import EMA
+from polyak.errors import PlanWarning
 from polyak.hosts.torchtitan import attach
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -96,7 +98,11 @@ def train(folder: Path, layout: str, run: dict[str, Any]) -> dict[str, Any]:
     if run.get("average", True) and "args" not in run:
         attach(EMA(f"{HALF_LIFE}ba"), trainer, eval_weights="both")
     observer = Observer(trainer, run.get("kill_at", -1))
-    trainer.train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PlanWarning)
+        trainer.train()
+    uncounted = [str(one.message) for one in caught if "steps must be counted" in str(one.message)]
+    assert not uncounted, uncounted
     end: dict[str, Any] = {"losses": observer.losses, "logged": sorted(observer.logged)}
     end["raw"] = bits(weights(trainer))
     if (ema := getattr(trainer, "averaging", None)) is not None:
