@@ -136,6 +136,25 @@ def test_a_wrapper_of_another_library_is_refused_by_name() -> None:
 
 
 @needs_torchao
+@pytest.mark.parametrize("kind", ["Float8", "MXFP8"])
+def test_weights_of_grouped_products_in_low_precision_are_averaged_by_their_values(kind) -> None:
+    from torchao.prototype.moe_training import config, tensor
+
+    make, settings = getattr(tensor, f"{kind}TrainingWeightWrapperTensor"), getattr(config, f"{kind}TrainingOpConfig")()
+    first, second = torch.randn(2, 4, 4), torch.randn(2, 4, 4)
+    model = nn.ParameterList([nn.Parameter(make(first.clone(), settings))])
+    ema = attach(EMA(decay=0.5), model, None)
+    ema.step()
+    with torch.no_grad():
+        model[0].copy_(second)
+    ema.step()
+    with ema.applied():
+        assert type(model[0]) is make
+        assert torch.allclose(values(model)["0"], (first + second) / 2)
+    assert torch.equal(values(model)["0"], second)
+
+
+@needs_torchao
 def test_weights_that_are_kept_in_int8_are_refused_by_name() -> None:
     model = quantized("int8_weight_only_quantized_training")()
     with pytest.raises(MemoryLayoutError, match="'0.weight' is a Int8QuantizedTrainingLinearWeight"):
