@@ -83,6 +83,7 @@ def test_under_each_layout_the_average_is_right_harmless_validated_and_resumed(l
         {"name": "whole"},
         {"name": "resumed", "load": "whole", "load_step": 4},
     ]
+    lags = False
     for found in run(tmp_path, "--layout", layout, "--runs", json.dumps(runs), ranks=ranks):
         plain, whole, resumed = found["plain"], found["whole"], found["resumed"]
         assert whole["error"] < 1e-6
@@ -92,7 +93,10 @@ def test_under_each_layout_the_average_is_right_harmless_validated_and_resumed(l
         assert resumed["losses"] == [one for one in whole["losses"] if one[0] > 4]
         raw = {step: value for step, name, value in whole["losses"] if name.startswith("raw_")}
         assert raw == {step: value for step, _, value in plain["losses"]}
-        assert {step for step, name, _ in whole["losses"] if not name.startswith("raw_")} == {1, 4, 8}
+        averaged_losses = {step: value for step, name, value in whole["losses"] if not name.startswith("raw_")}
+        assert averaged_losses.keys() == {1, 4, 8}
+        lags = lags or averaged_losses[8] > raw[8]
+    assert lags  # on the ranks with the last stage, which have a loss
 
 
 def test_the_page_has_the_table_of_layouts() -> None:
