@@ -52,7 +52,8 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def weights(trainer: Any) -> dict[str, torch.Tensor]:
-    return {name: full(p) for part in trainer.model_parts for name, p in part.named_parameters()}
+    named = (one for part in trainer.model_parts for one in part.named_parameters())
+    return {name.replace("_checkpoint_wrapped_module.", ""): full(parameter) for name, parameter in named}
 
 
 def bits(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
