@@ -16,7 +16,7 @@ from polyak.averaging.agreement import agree_on_names, agree_on_plain
 from polyak.averaging.ema import EMA
 from polyak.averaging.habits import explained, kind_of
 from polyak.errors import ArgumentError, CheckpointError, ExistsError
-from polyak.sharding import Communicator, Ranks, communicator_of, local, pipeline_communicator_of
+from polyak.sharding import Communicator, Ranks, communicator_of, local, pipeline_communicator_of, unwrapped
 from polyak.storage.atomic import new_folder, put, remove, temporary_path
 from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, write_tensors
 from polyak.tensors.slots import all_slots, extra_states, places_of
@@ -187,7 +187,7 @@ def _export(
     max_file_bytes: float,
     finish: Callable[[Path, Path], None],
 ) -> None:
-    own = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
+    own = {slot.name: unwrapped(slot.tensor).detach() for slot in all_slots(model) if slot.persistent}
     extra = {name: one.detach() for name, one in extra_states(model) if isinstance(one, Tensor)}
     tensors = places_of(model).as_full(own) | extra
     infos = {name: _info(tensor) for name, tensor in tensors.items()}

@@ -20,6 +20,7 @@ from polyak.sharding import (
     local,
     pipeline_of,
     sharded_like,
+    unwrapped,
 )
 from polyak.tensors.slots import all_slots
 
@@ -97,7 +98,7 @@ def stream(
     Raises:
         ShardingError: If ``load`` failed on another rank, or some ranks have no part of a tensor.
     """
-    tensors: Mapping[str, Tensor] = {slot.name: slot.tensor for slot in all_slots(model) if slot.persistent}
+    tensors: Mapping[str, Tensor] = {slot.name: unwrapped(slot.tensor) for slot in all_slots(model) if slot.persistent}
     buffers = {slot.name for slot in all_slots(model) if not slot.is_parameter}
     ranks.on_every_rank("publishing", lambda: _check_meshes(tensors))
     for name, tensor in tensors.items():

@@ -1,5 +1,7 @@
-"""An average in torchtitan's trainer: right against float64, harmless, validated, and resumed after a kill."""
+"""An average in torchtitan's trainer: right against float64, harmless, validated, configured, and resumed."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -8,42 +10,53 @@ from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 from waiting import END_S
 
 pytest.importorskip("torchtitan")
+import torchtitan_configs
+import torchtitan_shim  # noqa: F401  before torchtitan
+from torchtitan.config import ConfigManager
+from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.trainer import Trainer
+
+from polyak import EMA
+from polyak.errors import ArgumentError, ProfileError, TimeError
+from polyak.hosts.torchtitan import attach
+from polyak.hosts.torchtitan.config import AveragedTrainer, Averaging, averaged
+
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 SCRIPT = Path(__file__).parents[1] / "support" / "torchtitan_run.py"
+PAGE = ROOT / "docs" / "hosts" / "torchtitan.md"
+LAYOUTS = [("tp", 2), ("fsdp and tp", 4), ("pp", 2), ("pp, several parts", 2), ("pp and fsdp", 4), ("float8", 2)]
+NEEDS = {"float8": "torchao"}
 
 
-def run(folder: Path, *options: str, killed: bool = False) -> dict[str, Any]:
-    """Run two processes of the script; return what rank 0 has saved."""
+def run(folder: Path, *options: str, ranks: int = 2, killed: bool = False) -> list[dict[str, Any]]:
+    """Run processes of the script; return what each rank has saved."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [f"--rdzv-conf=timeout={END_S},read_timeout={END_S}", str(SCRIPT)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    paths = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": paths}
     done = subprocess.run(
         [*command, str(folder), *options], env=environment, capture_output=True, text=True, check=False
     )
-    assert (done.returncode != 0) is killed, done.stderr[-3000:]
-    return {} if killed else torch.load(folder / "end.pt", weights_only=False)
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (done.returncode != 0) is killed, done.stderr[-6000:]
+    return [] if killed else [torch.load(folder / f"end-{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(tmp_path_factory.mktemp("whole"))
+    folder = tmp_path_factory.mktemp("whole")
+    return run(folder, "--runs", json.dumps([{"name": "run", "export": True}]))[0]["run"] | {"folder": folder}
 
 
 def test_the_average_is_right_and_training_is_as_without_it(whole, tmp_path) -> None:
-    for name, reference in whole["reference"].items():
-        assert (whole["average"][name].double() - reference).norm() < 1e-6 * reference.norm() + 1e-12
+    assert whole["error"] < 1e-6
     assert (whole["updates"], whole["tokens"]) == (8, 8 * 2 * 2 * 32)
-    plain = run(tmp_path, "--plain")
-    assert equal(plain["raw"], whole["raw"])
+    assert run(tmp_path, "--plain")[0]["run"]["raw"] == whole["raw"]
 
 
 def test_validation_has_the_average_and_the_training_weights(whole) -> None:
@@ -56,7 +69,147 @@ def test_validation_has_the_average_and_the_training_weights(whole) -> None:
 
 def test_a_run_that_was_killed_resumes_with_the_bits_of_one_that_was_not(whole, tmp_path) -> None:
     run(tmp_path, "6", killed=True)
-    resumed = run(tmp_path)
-    assert equal(resumed["raw"], whole["raw"])
-    assert equal(resumed["average"], whole["average"])
+    resumed = run(tmp_path)[0]["run"]
+    assert (resumed["raw"], resumed["average"]) == (whole["raw"], whole["average"])
     assert resumed["losses"] == [one for one in whole["losses"] if one[0] == 8]
+
+
+@pytest.mark.parametrize(("layout", "ranks"), LAYOUTS)
+def test_under_each_layout_the_average_is_right_harmless_validated_and_resumed(layout, ranks, tmp_path) -> None:
+    if layout in NEEDS and importlib.util.find_spec(NEEDS[layout]) is None:
+        pytest.skip(f"needs {NEEDS[layout]}")
+    runs = [
+        {"name": "plain", "average": False},
+        {"name": "whole"},
+        {"name": "resumed", "load": "whole", "load_step": 4},
+    ]
+    lags = False
+    for found in run(tmp_path, "--layout", layout, "--runs", json.dumps(runs), ranks=ranks):
+        plain, whole, resumed = found["plain"], found["whole"], found["resumed"]
+        assert whole["error"] < 1e-6
+        assert (whole["updates"], resumed["updates"]) == (8, 8)
+        assert whole["average"] != whole["raw"] == plain["raw"]
+        assert (resumed["raw"], resumed["average"]) == (whole["raw"], whole["average"])
+        assert resumed["losses"] == [one for one in whole["losses"] if one[0] > 4]
+        raw = {step: value for step, name, value in whole["losses"] if name.startswith("raw_")}
+        assert raw == {step: value for step, _, value in plain["losses"]}
+        averaged_losses = {step: value for step, name, value in whole["losses"] if not name.startswith("raw_")}
+        assert averaged_losses.keys() == {1, 4, 8}
+        lags = lags or averaged_losses[8] > raw[8]
+    assert lags  # on the ranks with the last stage, which have a loss
+
+
+def test_the_page_has_the_table_of_layouts() -> None:
+    inside = PAGE.read_text().partition("<!--- table of layouts -->")[2].partition("<!--- end of the table -->")[0]
+    rows = [line.split("|")[1:3] for line in inside.strip().splitlines()[2:]]
+    assert [(name.strip(), int(ranks)) for name, ranks in rows] == [("fsdp", 2), *LAYOUTS]
+
+
+# Export
+
+
+def test_the_average_is_saved_under_the_names_of_torchtitans_checkpoints_and_of_hugging_face(whole) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    folder, model = whole["folder"], torchtitan_configs.tiny().model_spec.model
+    averaged_weights = torch.load(folder / "averaged-0.pt")
+    saved = safetensors.load_file(folder / "titan.safetensors")
+    assert "layers.0.attention.qkv_linear.wq.weight" in saved
+    hugging = safetensors.load_file(folder / "hf" / "model.safetensors")
+    assert "model.layers.0.self_attn.q_proj.weight" in hugging
+    for state in saved, Llama3StateDictAdapter(model, None).from_hf(hugging):
+        fresh = model.build()
+        fresh.load_state_dict(state)
+        loaded = {name: tensor.detach() for name, tensor in fresh.named_parameters()}
+        assert loaded.keys() == averaged_weights.keys()
+        assert all(torch.equal(loaded[name], one) for name, one in averaged_weights.items())
+
+
+# The configuration
+
+
+def parsed(*options: str, config: str = "tiny_averaged") -> Any:
+    return ConfigManager().parse_args(["--module", "torchtitan_configs", "--config", config, *options])
+
+
+def test_the_command_line_sets_the_section() -> None:
+    assert parsed().polyak == Averaging.Config(half_life="100ba", eval_weights="both", save="averaged")
+    changed = parsed("--polyak.half_life", "0.1dur", "--polyak.eval_weights=raw", "--polyak.no-enable").polyak
+    assert (changed.half_life, changed.eval_weights, changed.enable) == ("0.1dur", "raw", False)
+    assert parsed("--training.steps", "5").training.steps == 5
+    assert "half_life" in parsed().to_dict()["polyak"]
+
+
+def test_a_section_that_cannot_be_is_refused_where_the_command_line_is_read(capfd) -> None:
+    for options, what in [
+        (("--polyak.half_life", "10 parsecs"), "got '10 parsecs'"),
+        (("--polyak.decay", "0.9"), "decay"),  # it has a half-life already
+    ]:
+        with pytest.raises(SystemExit):
+            parsed(*options)
+        assert what in " ".join("".join(capfd.readouterr()).replace("│", " ").split())
+    with pytest.raises(TimeError, match="10 parsecs"):
+        averaged(torchtitan_configs.tiny(), half_life="10 parsecs")
+    with pytest.raises(ProfileError, match="exactly one"):
+        averaged(torchtitan_configs.tiny(), half_life="3ba", decay=0.9)
+    with pytest.raises(ArgumentError, match="save='averaged'"):
+        Averaging.Config(save_in_hf=True)
+    with pytest.raises(ArgumentError, match="one place"):
+        Averaging.Config(algorithms=lambda: EMA("3ba"), half_life="3ba")
+    with pytest.raises(ArgumentError, match="one section"):
+        averaged(parsed())
+
+
+def test_the_section_keeps_the_trainers_own_class() -> None:
+    class Other(Trainer):
+        @torchtitan_configs.dataclass(kw_only=True, slots=True)
+        class Config(Trainer.Config):
+            more: int = 3
+
+    config = averaged(Other.Config(more=4), half_life="3ba")
+    assert config.more == 4
+    assert issubclass(type(config)._owner, Other)
+    assert isinstance(averaged(Trainer.Config()), AveragedTrainer.Config)
+
+
+def test_a_section_and_an_override_average_as_attach_does(whole, tmp_path) -> None:
+    tiny = ["--module", "torchtitan_configs", "--config"]
+    override = 'polyak.hosts.torchtitan.config.ema={"half_life": "3ba", "eval_weights": "both", "save": "averaged"}'
+    runs = [
+        {"name": "section", "args": [*tiny, "tiny_averaged", "--polyak.half_life", "3ba", "--polyak.record=record"]},
+        {"name": "override", "args": [*tiny, "tiny", "--override.imports", override]},
+        {"name": "off", "args": [*tiny, "tiny_averaged", "--polyak.no-enable"]},
+    ]
+    found = run(tmp_path, "--runs", json.dumps(runs))[0]
+    for name in "section", "override":
+        for key in "raw", "average", "losses", "updates", "tokens", "logged":
+            assert found[name][key] == whole[key]
+        saved = (tmp_path / name / "averaged" / "model.safetensors").read_bytes()
+        assert len(saved) > 1e6
+    assert found["off"]["raw"] == whole["raw"]
+    assert "average" not in found["off"]
+    assert (tmp_path / "section" / "record" / "manifest.json").exists()
+
+
+# What is refused
+
+
+class Stub:
+    """A trainer as far as ``attach`` looks before it refuses."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.model_parts, self.optimizers, self.step = [], object(), 0
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "what"),
+    [
+        (object(), "must be one of torchtitan"),
+        (Stub(step=4), "before a checkpoint is loaded"),
+        (Stub(averaging=Stub(algorithms=[EMA("3ba")])), "in one call"),
+    ],
+    ids=["no trainer", "after a checkpoint", "a second time"],
+)
+def test_attach_refuses_a_trainer_that_it_cannot_follow(trainer, what) -> None:
+    with pytest.raises(ArgumentError, match=what):
+        attach(EMA("3ba"), trainer)

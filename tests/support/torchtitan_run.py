@@ -1,136 +1,141 @@
-"""Trains torchtitan's debug model with an average, under torchrun: ``torchtitan_run.py FOLDER [kill-at] [--plain]``."""
+"""Trains torchtitan's debug model with an average, under torchrun: ``torchtitan_run.py FOLDER [kill-at] [--plain]``.
 
+``--layout`` says how the model is distributed. ``--runs`` names several runs, one after the other in this process:
+``[{"name": "whole"}, {"name": "resumed", "load": "whole", "load_step": 4}]``; each rank saves what they gave.
+"""
+
+import argparse
+import hashlib
+import json
 import os
 import signal
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torchtitan_configs
 import torchtitan_shim  # noqa: F401  before torchtitan
-from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.components.dataloader import BaseDataLoader
-from torchtitan.components.loss import CrossEntropyLoss
-from torchtitan.components.tokenizer import BaseTokenizer
-from torchtitan.components.validate import Validator
-from torchtitan.config import ParallelismConfig, TrainingConfig
-from torchtitan.models.common.config_utils import decoder_vocab_size
-from torchtitan.models.llama3.config_registry import llama3_debugmodel
-from waiting import END_S
+from torchtitan.config import ConfigManager
+from torchtitan.tools.logging import init_logger
+from torchtitan_configs import HALF_LIFE
 
-STEPS, HALF_LIFE = 8, 3
+from polyak import EMA
+from polyak.errors import PlanWarning
+from polyak.hosts.torchtitan import attach
 
-
-class Tokens(BaseDataLoader):
-    """Random tokens that repeat a pattern, by their number: each rank has its own, and resumes where it was."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(BaseDataLoader.Config):
-        infinite: bool = True
-
-    def __init__(self, config: Config, *, dp_rank: int, seq_len: int, local_batch_size: int, **rest: Any) -> None:
-        del rest
-        self._shape, self._rank, self._at = (local_batch_size, seq_len + 1), dp_rank, 0
-
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        while True:
-            seed = torch.Generator().manual_seed(1000 * self._rank + self._at)
-            tokens = torch.randint(0, 50, self._shape, generator=seed)
-            tokens[:, 1::2] = (tokens[:, :-1:2] * 3 + 1) % 50
-            self._at += 1
-            yield {"input": tokens[:, :-1]}, tokens[:, 1:]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {f"at_{self._rank}": self._at}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._at = state.get(f"at_{self._rank}", 0)
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "fsdp": {},
+    "tp": {"tensor_parallel_degree": 2},
+    "fsdp and tp": {"tensor_parallel_degree": 2},  # on 4 ranks
+    "pp": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "1F1B"},
+    "pp, several parts": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "Interleaved1F1B"},
+    "pp and fsdp": {"pipeline_parallel_degree": 2, "pipeline_parallel_schedule": "1F1B"},  # on 4 ranks
+    "float8": {},
+}
 
 
-class Tokenizer(BaseTokenizer):
-    """None: the data are tokens."""
-
-    @dataclass(kw_only=True, slots=True)
-    class Config(BaseTokenizer.Config):
-        pass
-
-    def __init__(self, config: Config, **rest: Any) -> None:
-        super().__init__()
-
-    def encode(self, *args: Any, **kwargs: Any) -> list[int]:
-        return []
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        return ""
-
-    def get_vocab_size(self) -> int:
-        return 2048
-
-
-def config_of(folder: Path, tp: int = 1) -> Any:
-    config = llama3_debugmodel()
-    config.loss = CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(config.model_spec))
-    config.tokenizer, config.dataloader = Tokenizer.Config(), Tokens.Config()
-    config.training = TrainingConfig(
-        local_batch_size=2, seq_len=32, steps=STEPS, disable_cuda_graphs=True, mixed_precision_param="float32"
-    )
-    config.parallelism = ParallelismConfig(tensor_parallel_degree=tp, spmd_backend="partial_dtensor")
-    config.checkpoint = CheckpointManager.Config(enable=True, interval=2, last_save_model_only=False, keep_latest_k=0)
-    config.validator = Validator.Config(enable=True, freq=4, steps=2, dataloader=Tokens.Config(infinite=False))
-    config.optimizer.implementation = "foreach"
-    config.comm.init_timeout_seconds = config.comm.train_timeout_seconds = END_S  # a busy machine fails nothing
-    config.debug.seed = 0
-    config.dump_folder = str(folder)
+def config_of(folder: Path, layout: str, run: dict[str, Any]) -> Any:
+    if "args" in run:
+        return ConfigManager().parse_args([*run["args"], f"--dump_folder={folder / run['name']}"])
+    config = torchtitan_configs.tiny_float8() if layout == "float8" else torchtitan_configs.tiny()
+    for name, value in LAYOUTS[layout].items():
+        setattr(config.parallelism, name, value)
+    config.dump_folder = str(folder / run.get("load", run["name"]))
+    config.checkpoint.load_step = run.get("load_step", -1)
+    config.checkpoint.load_only = "load" in run
     return config
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
-def main(folder: Path, kill_at: int, plain: bool, tp: int) -> None:
-    from polyak import EMA
-    from polyak.hosts.torchtitan import attach
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    named = (one for part in trainer.model_parts for one in part.named_parameters())
+    return {name.replace("_checkpoint_wrapped_module.", ""): full(parameter) for name, parameter in named}
 
-    trainer = config_of(folder, tp).build()
-    model = trainer.model_parts[0]
-    ema = None if plain else attach(EMA(f"{HALF_LIFE}ba"), trainer, eval_weights="both")
-    decay, reference, losses, logged = 0.5 ** (1 / HALF_LIFE), {}, [], {}
-    log = trainer.metrics_processor.logger.log
 
-    def note(metrics: dict[str, Any], step: int) -> None:
-        losses.extend((step, name, value) for name, value in metrics.items() if "validation_metrics/loss" in name)
-        logged.update({name: value for name, value in metrics.items() if name.startswith("ema/")})
-        log(metrics, step)
+def bits(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
 
-    trainer.metrics_processor.logger.log = note
-    step = trainer.train_step
 
-    def train_step(iterator: Any) -> None:
-        if trainer.step == kill_at:
+class Observer:
+    """Notes what is logged, and averages in float64."""
+
+    def __init__(self, trainer: Any, kill_at: int) -> None:
+        self.losses, self.logged = list[tuple[int, str, float]](), set[str]()
+        self.reference = dict[str, torch.Tensor]()
+        self._trainer, self._kill_at = trainer, kill_at
+        self._log, self._step = trainer.metrics_processor.logger.log, trainer.train_step
+        trainer.metrics_processor.logger.log, trainer.train_step = self.log, self.train_step
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.losses += [(step, name, value) for name, value in metrics.items() if "validation_metrics/loss" in name]
+        self.logged |= {name for name in metrics if name.startswith("ema/")}
+        self._log(metrics, step)
+
+    def train_step(self, iterator: Any) -> None:
+        if self._trainer.step == self._kill_at:
             torch.distributed.barrier()
             os.kill(os.getpid(), signal.SIGKILL)
-        step(iterator)
-        for name, parameter in model.named_parameters():
-            now = whole(parameter).double()
-            reference[name] = now if name not in reference else decay * reference[name] + (1 - decay) * now
+        self._step(iterator)
+        decay = 0.5 ** (1 / HALF_LIFE)
+        for name, now in weights(self._trainer).items():
+            before = self.reference.get(name)
+            self.reference[name] = now.double() if before is None else decay * before + (1 - decay) * now.double()
 
-    trainer.train_step = train_step
-    trainer.train()
-    end = {"raw": {name: whole(p) for name, p in model.named_parameters()}, "losses": losses, "logged": sorted(logged)}
-    if ema is not None:
+    def error(self, averaged: dict[str, torch.Tensor]) -> float:
+        """Return how far an average is from that in float64, relative to it: the largest of all tensors."""
+        assert averaged.keys() == self.reference.keys()
+        off = (
+            (averaged[name].double() - one).norm() / one.norm().clamp(min=1e-9) for name, one in self.reference.items()
+        )
+        return float(max(off))
+
+
+def train(folder: Path, layout: str, run: dict[str, Any]) -> dict[str, Any]:
+    trainer = config_of(folder, layout, run).build()
+    if run.get("average", True) and "args" not in run:
+        attach(EMA(f"{HALF_LIFE}ba"), trainer, eval_weights="both")
+    observer = Observer(trainer, run.get("kill_at", -1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PlanWarning)
+        trainer.train()
+    uncounted = [str(one.message) for one in caught if "steps must be counted" in str(one.message)]
+    assert not uncounted, uncounted
+    end: dict[str, Any] = {"losses": observer.losses, "logged": sorted(observer.logged)}
+    end["raw"] = bits(weights(trainer))
+    if (ema := getattr(trainer, "averaging", None)) is not None:
         with ema.applied():
-            end["average"] = {name: whole(p) for name, p in model.named_parameters()}
-        end["tokens"], end["updates"] = ema.timestamp.token.value, ema.num_updates
-    end["reference"] = reference
-    if torch.distributed.get_rank() == 0:
-        torch.save(end, folder / "end.pt")
+            found = weights(trainer)
+        end |= {"average": bits(found), "tokens": ema.timestamp.token.value, "updates": ema.num_updates}
+        if "load" not in run:
+            end["error"] = observer.error(found)
+        if run.get("export"):
+            ema.save(folder / "titan.safetensors")
+            ema.save(folder / "hf", hf=True)
+            torch.save(found, folder / f"averaged-{torch.distributed.get_rank()}.pt")
+        assert bits(weights(trainer)) == end["raw"]  # restored
     trainer.close()
+    return end
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("kill_at", type=int, nargs="?", default=-1)
+    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--layout", choices=LAYOUTS, default="fsdp")
+    parser.add_argument("--runs", type=json.loads)
+    given = parser.parse_args()
+    init_logger()
+    runs = given.runs or [{"name": "run", "kill_at": given.kill_at, "average": not given.plain}]
+    found = {run["name"]: train(given.folder, given.layout, run) for run in runs}
+    torch.save(found, given.folder / f"end-{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    numbers = [int(one) for one in sys.argv[2:] if one.lstrip("-").isdigit()]
-    main(Path(sys.argv[1]), numbers[0] if numbers else -1, "--plain" in sys.argv, 2 if "--tp" in sys.argv else 1)
+    main()

@@ -4,6 +4,7 @@ Import it before torchtitan. It also stands in for ``datasets``, which torchtita
 """
 
 import importlib.util
+import inspect
 import sys
 import types
 from typing import Any
@@ -44,6 +45,7 @@ if importlib.util.find_spec("datasets") is None:
 import torchtitan.distributed.utils  # noqa: E402
 import torchtitan.models.common.config_utils  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle  # noqa: E402
 from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 
 # FlexAttention has no backward pass on CPUs.
@@ -60,3 +62,30 @@ def _sum_instead(self: Any, factor: float) -> None:
 
 
 FSDPModule.set_gradient_divide_factor = _sum_instead
+
+
+def _take_microbatches(schedule: Any) -> None:
+    """Let a schedule of torch 2.13 take batches that are split already, as torchtitan gives them to a newer torch."""
+    step = schedule.step
+
+    def microbatched(
+        self: Any, *args: Any, arg_mbs: Any = None, kwarg_mbs: Any = None, target_mbs: Any = None, **rest: Any
+    ) -> Any:
+        if kwarg_mbs is None:
+            return step(self, *args, **rest)
+        run = self._step_microbatches
+        self._split_inputs = lambda *_: (arg_mbs or [()] * len(kwarg_mbs), kwarg_mbs)
+        self._step_microbatches = lambda split, named, _, *others, **more: run(
+            split, named, target_mbs, *others, **more
+        )
+        try:
+            return step(self, **rest)
+        finally:
+            del self._split_inputs, self._step_microbatches
+
+    schedule.step = microbatched
+
+
+if "arg_mbs" not in inspect.signature(PipelineScheduleSingle.step).parameters:
+    _take_microbatches(PipelineScheduleSingle)
+    _take_microbatches(PipelineScheduleMulti)

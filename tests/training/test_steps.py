@@ -290,6 +290,35 @@ def test_a_state_that_is_loaded_is_no_step() -> None:
     again.detach()
 
 
+class Container(torch.optim.Optimizer):
+    """Steps the optimizer in it, as torchtitan's does."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+
+    def step(self, closure=None) -> None:
+        del closure
+        self.inner.step()
+
+
+def test_a_step_of_an_inner_optimizer_that_makes_a_state_to_load_into_is_no_uncounted_step() -> None:
+    model = linear()
+    inner = torch.optim.AdamW(model.parameters())
+    attached = attach(EMA("3ba"), model, Container(inner))
+
+    def init_optim_state() -> None:  # the name that torchtitan's has
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        inner.param_groups[0]["lr"] = 0.0
+        inner.step()
+        inner.zero_grad()
+
+    init_optim_state()
+    attached.state_dict()  # without a warning
+    assert attached.timestamp.batch.value == 0
+
+
 def test_the_optimizer_inside_sam_is_named_where_its_steps_are_the_ones_to_count() -> None:
     def run(attached_to: str) -> EMA:
         model, ema = linear(), EMA(smoothing=0.5)

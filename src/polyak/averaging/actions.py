@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 from polyak.algorithm import MetricLogger, NoLogger
 from polyak.averaging import forecast, youth
+from polyak.averaging.creation import check_layout
 from polyak.averaging.nothing import warn_of_nothing
 from polyak.averaging.online import SWAPS, Action, OnlineAverage
 from polyak.averaging.swap import swap_of
 from polyak.errors import LoanError, ProfileError, TimeError
 from polyak.events import Event, State
 from polyak.sharding import local
-from polyak.tensors.slots import averaged_parameters
+from polyak.tensors.slots import Policy, averaged_parameters
 from polyak.time import TimeUnit
 
 # What is done with the weights between an event and the one that ends it, in warnings.
@@ -64,6 +65,8 @@ def _begin(average: OnlineAverage, event: Event, state: State, logger: MetricLog
     del event, logger
     schedule, progress, now = average.schedule, average.progress, state.timestamp
     parameters = averaged_parameters(state.model, average.settings.policy)
+    for slot in parameters:
+        check_layout(slot, Policy.AVERAGE)  # first: not all of torch's functions take what it refuses
     if not all(bool(local(slot.tensor).detach().isfinite().all()) for slot in parameters):
         progress.wait(now)
         return

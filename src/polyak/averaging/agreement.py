@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.errors import ShardingError
-from polyak.sharding import Communicator, Ranks, is_spread
+from polyak.sharding import Communicator, Ranks, is_spread, local
 from polyak.tensors.slots import Policy, PolicyRule, all_slots, decided, places_of, slots
 
 # Rows that a sum takes together: what it needs in memory next to the tensors.
@@ -32,7 +32,7 @@ def agree_on_plain(ranks: Ranks, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ShardingError: If it is not; it names the tensors.
     """
-    plain = {name: tensor.detach() for name, tensor in tensors.items() if not is_spread(tensor)}
+    plain = {name: local(tensor).detach() for name, tensor in tensors.items() if not is_spread(tensor)}
     ranks.agree("the average", {"sum of the bits of": sums_of_bits(plain)}, _REMEDY)
 
 

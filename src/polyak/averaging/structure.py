@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from polyak.averaging.references import References, is_atomic, referent
 from polyak.averaging.replaced import Replaced
 from polyak.errors import CopyError
+from polyak.sharding import local, rewrapped
 
 # The attributes of every module: a copied wrapper has these only.
 _BARE = frozenset(vars(nn.Module()))
@@ -136,6 +137,9 @@ class Copies:
 
     def _replaced(self, tensor: Tensor, by: Tensor) -> Tensor:
         attributes = vars(tensor)
+        values = local(by).detach()
+        if (wrapped := rewrapped(tensor, values)) is not values:
+            return nn.Parameter(wrapped, requires_grad=False) if isinstance(tensor, nn.Parameter) else wrapped
         if not isinstance(tensor, nn.Parameter) and not attributes:
             return by
         new = _alias(by, type(tensor))

@@ -22,6 +22,7 @@ from polyak.averaging.derived import forget_derived
 from polyak.averaging.gradients import Gradients
 from polyak.averaging.held import Held
 from polyak.averaging.offload import hold_writes
+from polyak.averaging.scales import Scales
 from polyak.averaging.versions import Versions
 from polyak.errors import LoanError, PlanWarning
 from polyak.sharding import is_spread, local, rows
@@ -96,6 +97,7 @@ class Swap:
         self.parameters = {id(held.tensor) for held in self._held}
         self._versions = Versions(self._tensors)
         self._gradients: Gradients | None = None
+        self._scales: Scales | None = None
         self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
         # Those whose average is sharded over ranks and which are not.
         self._gathered = [
@@ -132,12 +134,14 @@ class Swap:
             for slot in self._views:
                 self._buffers.append(Buffer(slot, slot.tensor, local(slot.tensor).detach(), None))
             self._gradients = Gradients({held.slot.name: held.tensor for held in self._held})
+            self._scales = Scales(slot.tensor for slot in self._slots)
             _SWAPS[id(self.model)] = self
             self.phase = Phase.ENTERING
             self._exchange.forward()
             for i, (tensor, shard) in enumerate(zip(self._tensors, self._shards, strict=True)):
                 if not self._exchanged[i]:
                     memory.write_(tensor, shard)
+            self._scales.clear()
             self._gather()
             self._publish()
             self._versions.leave()
@@ -170,7 +174,7 @@ class Swap:
             self._backup.clear()
             self._buffers.clear()
             self._changed.clear()
-            self._gradients = None
+            self._gradients = self._scales = None
         if graded:
             warn_of_gradients(graded, self.owner)
         if failures:
@@ -258,6 +262,8 @@ class Swap:
         attempt("the exchanged parameters", self._exchange.back)
         for i, kept in self._backup.items():
             attempt(self._slots[i].name, lambda i=i, kept=kept: memory.write_(self._tensors[i], kept))
+        if self._scales is not None:
+            attempt("scales of weights", self._scales.restore)
         attempt("the shards", self._reshard)
         for held in self._held:
             attempt(held.slot.name, held.put_back)

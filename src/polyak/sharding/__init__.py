@@ -28,7 +28,9 @@ from polyak.sharding.tensors import (
     rows,
     sharded_like,
     sharded_over,
+    unwrapped,
 )
+from polyak.sharding.wrapped import rewrapped, scales
 
 # Earlier names.
 beside, has_spread, is_spread, whole = sharded_like, has_sharded, is_sharded, full
@@ -61,9 +63,12 @@ __all__ = [
     "pipeline_of",
     "reshard",
     "reshard_after_an_error",
+    "rewrapped",
     "rows",
+    "scales",
     "sharded_like",
     "sharded_over",
     "start_process_group",
+    "unwrapped",
     "whole",
 ]

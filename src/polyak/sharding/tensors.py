@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.errors import ShardingError
+from polyak.sharding.wrapped import inner
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 # Bytes that one broadcast sends together, which is the memory that it needs in addition to the tensors.
 _BUCKET_BYTES = 32 * 2**20
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def is_initialized() -> bool:
@@ -76,10 +78,23 @@ def full(state: Any) -> Any:
 def local(tensor: Tensor) -> Tensor:
     """Return the local shard of a tensor, or the tensor itself if it is not sharded; copy nothing.
 
+    Of a weight of torchao's that wraps its values in high precision, it is the tensor with these.
+
     Args:
         tensor: Any.
     """
-    return tensor._local_tensor if is_sharded(tensor) else tensor  # noqa: SLF001  to_local() makes a node of autograd
+    shard = tensor._local_tensor if is_sharded(tensor) else tensor  # noqa: SLF001  to_local() makes a node of autograd
+    return shard if type(shard) in _PLAIN else inner(shard)
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return a tensor, or in place of a weight of torchao's the plain one with its values, sharded as it is.
+
+    Args:
+        tensor: Any.
+    """
+    shard = tensor._local_tensor if is_sharded(tensor) else tensor  # noqa: SLF001  see `local`
+    return tensor if (values := inner(shard)) is shard else sharded_like(tensor, values)
 
 
 def sharded_like(tensor: Tensor, shard: Tensor) -> Tensor:
@@ -169,7 +184,7 @@ def rows(tensor: Tensor, average: Tensor) -> Tensor:
     """
     if is_sharded(tensor) or not is_sharded(average):
         return local(tensor)
-    return _chunks(tensor, average.device_mesh.size())[average.device_mesh.get_local_rank()]
+    return _chunks(local(tensor), average.device_mesh.size())[average.device_mesh.get_local_rank()]
 
 
 def divided(tensor: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", device: torch.device | None) -> Tensor:
@@ -183,7 +198,7 @@ def divided(tensor: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", device: torc
     """
     from torch.distributed.tensor import Shard  # noqa: PLC0415
 
-    own = _chunks(tensor, mesh.size())[mesh.get_local_rank()]
+    own = _chunks(local(tensor), mesh.size())[mesh.get_local_rank()]
     copy = torch.empty_like(own, dtype=dtype, device=device, requires_grad=False).copy_(own)
     return _sharded(copy, mesh, [Shard(0)], tensor)
 

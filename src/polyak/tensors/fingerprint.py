@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.kernels import serving_cpu
-from polyak.sharding import is_spread, local
+from polyak.sharding import local
 from polyak.tensors import fingerprint_c, optimizers
 from polyak.tensors.memory import is_wrapper
 
@@ -39,14 +39,14 @@ class Fingerprint:
         dicts = list(chain.from_iterable(held for _, held in self._dicts))
         found = [tensor for dict_ in dicts for tensor in dict_.values() if isinstance(tensor, Tensor)]
         found += _tensors_of(scripted)
-        sharded = [tensor for tensor in found if is_spread(tensor)]
-        tensors = [tensor for tensor in found if not is_spread(tensor)] + list(map(local, [*sharded, *averages]))
+        outer = [tensor for tensor in found if local(tensor) is not tensor]  # the memory is that of another tensor
+        tensors = [tensor for tensor in found if local(tensor) is tensor] + list(map(local, [*outer, *averages]))
         self._same = take(dicts, tensors)
         self._rest = list[Check]()
         if scripted:
             self._rest.append(_same_tensors(lambda: _tensors_of(scripted)))
-        if sharded:
-            self._rest.append(_same_tensors(lambda: list(map(local, sharded))))
+        if outer:
+            self._rest.append(_same_tensors(lambda: list(map(local, outer))))
         parameters = (tensor for tensor in found if isinstance(tensor, nn.Parameter))
         self._moves = optimizers.moves()
         self._frozen = [p for p in parameters if not (p.requires_grad or optimizers.is_moved(p))]

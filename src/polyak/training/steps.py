@@ -18,6 +18,8 @@ from polyak.training.optimizer import BY_HAND, tensors_of
 
 # Steps of another optimizer in a row that mean that it has replaced one that still exists.
 _MANY = 100
+# Functions that step an optimizer to have a state to load into: of torch.distributed.checkpoint, and of torchtitan.
+_REHEARSALS = frozenset({"_init_optim_state", "init_optim_state"})
 
 
 class Between(Protocol):
@@ -127,7 +129,7 @@ class StepHooks:
                 call.nested += 1
                 return True, False
             # What it does to the optimizer could also be a real step, of a warm-up from a learning rate of 0.
-            rehearsal = rehearsal or outer.f_code.co_name == "_init_optim_state"
+            rehearsal = rehearsal or outer.f_code.co_name in _REHEARSALS
             outer = outer.f_back
         return False, rehearsal
 
@@ -167,7 +169,7 @@ class StepHooks:
             self._guarded = True
             return
         first = (group["params"][0] for group in other.param_groups if group["params"])
-        if any(id(tensor) in self._of for tensor in first):
+        if any(id(tensor) in self._of for tensor in first) and (other.state or not _is_rehearsal()):
             self.others, self.other = self.others + 1, type(other).__name__
             if self.between is not None:
                 self.between.forget()
@@ -202,6 +204,14 @@ class StepHooks:
             self._hooks.pop().remove()
         _no_longer_observe(self)
         return counting
+
+
+def _is_rehearsal() -> bool:
+    """Return whether a step that is running is made to have a state to load into."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
+    while frame is not None and frame.f_code.co_name not in _REHEARSALS:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _untraced(hook: Callable[..., None]) -> Callable[..., None]:
