@@ -107,10 +107,8 @@ def test_nothing_trains_or_saves_averaged_weights(ranks, tmp_path) -> None:
         assert found["without a master"].startswith("OptimizerError: the optimizer must step all parameters")
 
 
-def close(losses: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    return len(losses) == len(others) > 0 and all(
-        abs(one.item() - other.item()) < 0.02 for one, other in zip(losses, others, strict=True)
-    )
+def gap(losses: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    return max(abs(one.item() - other.item()) for one, other in zip(losses, others, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +135,7 @@ def test_a_state_and_an_export_are_those_of_the_full_model(ranks, kind, others, 
     if kind != "ep 2":
         file = str(tmp_path / "averaged.safetensors")
         (losses,) = ranks.run(1, runs.alone, "one, tied" if "tied" in kind else "one", file)
-        assert close(losses, saved[-1]["losses"])
+        assert gap(losses, saved[-1]["averaged"]) < 0.005 < gap(losses, saved[-1]["raw"])
     else:
         assert sum(".experts." in name for name in averaged) == 2 * 4 * 2
 

@@ -184,11 +184,13 @@ def attach(run: Run, half_life: str = HALF_LIFE, **options: Any) -> Any:
     return attach_megatron(EMA(half_life, **options), model, run.optimizer)
 
 
-def batches(step: int) -> Iterator[Tensor]:
+def batches(step: int, *, same: bool = False) -> Iterator[Tensor]:
+    """Return the micro-batches of a data-parallel rank, or those that all of them have."""
     from megatron.core import parallel_state
 
+    rank = 0 if same else parallel_state.get_data_parallel_rank()
     for micro in range(2):
-        seed = 1000 * parallel_state.get_data_parallel_rank() + 10 * step + micro
+        seed = 1000 * rank + 10 * step + micro
         yield torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
@@ -207,9 +209,10 @@ def passes(run: Run, step: int, *, forward_only: bool = False, scale: float = 1.
 
         return output, loss_of
 
+    data = [batches(step, same=forward_only) for _ in run.chunks]
     found = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=[batches(step) for _ in run.chunks] if len(run.chunks) > 1 else batches(step),
+        data_iterator=data if len(data) > 1 else data[0],
         model=run.chunks,
         num_microbatches=2,
         seq_length=LENGTH,
@@ -457,9 +460,9 @@ def saves(name: str, folder: str) -> dict[str, Any]:
     dcp.save({"ema": ema.state_dict()}, checkpoint_id=f"{folder}/dcp")
     ema.save(f"{folder}/averaged.safetensors")
     ema.save(f"{folder}/averaged32.safetensors", dtype=torch.float32)
+    raw = evaluated(run)
     with ema.applied():
-        losses = evaluated(run)
-    return {"losses": losses}
+        return {"raw": raw, "averaged": evaluated(run)}
 
 
 def loads(name: str, folder: str, way: str, to: str) -> int:

@@ -4,6 +4,8 @@ Import it before ``megatron``, in processes that run nothing else.
 """
 
 import contextlib
+import multiprocessing
+import queue
 import warnings
 from typing import Any
 
@@ -79,8 +81,12 @@ tensor: Any = torch.Tensor
 tensor.cuda = lambda self, *args, **kwargs: self
 tensor.type = _type_on_cuda
 
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.tensor_parallel import random  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
 
 random.CudaRNGStatesTracker.fork = lambda self, *args: contextlib.nullcontext()  # type: ignore[method-assign,assignment]
 moe_utils.te_general_gemm = None  # of TransformerEngine, which is asked for without a check
+# Megatron writes files in processes of its own, which those of tests may not have, and keeps another one for its queue.
+multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+filesystem_async._results_queue = queue.Queue()  # type: ignore[assignment]
