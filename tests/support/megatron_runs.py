@@ -3,8 +3,10 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ class Kind:
         tp: Tensor-parallel ranks.
         pp: Pipeline stages.
         ep: Expert-parallel ranks.
+        experts: Whether the model has experts.
         virtual: Chunks of the model on a rank.
         dtype: Of the model.
         distributed: Whether the data-parallel ranks divide the masters.
@@ -38,6 +41,7 @@ class Kind:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    experts: bool = False
     virtual: int = 1
     dtype: torch.dtype = torch.bfloat16
     distributed: bool = True
@@ -56,11 +60,12 @@ KINDS = {
     "pp 2": Kind(pp=2),
     "pp 2, tied": Kind(pp=2, tied=True),
     "pp 2, virtual": Kind(pp=2, virtual=2),
-    "ep 2": Kind(ep=2),
+    "ep 2": Kind(ep=2, experts=True),
     "tp 2, dp 2": Kind(size=4, tp=2),
     "pp 2, dp 2": Kind(size=4, pp=2, tied=True),
     "one": Kind(size=1),
     "one, tied": Kind(size=1, tied=True),
+    "one, experts": Kind(size=1, experts=True),
 }
 
 
@@ -127,7 +132,7 @@ def run_of(name: str, **more: Any) -> Run:
         expert_model_parallel_size=kind.ep,
         pipeline_dtype=kind.dtype,
         **halves,
-        **(experts if kind.ep > 1 else {}),
+        **(experts if kind.experts else {}),
     )
     layout = DistributedDataParallelConfig(
         use_distributed_optimizer=kind.distributed,
@@ -143,7 +148,7 @@ def run_of(name: str, **more: Any) -> Run:
         model = GPTModel(
             config=config,
             transformer_layer_spec=get_gpt_layer_local_spec(
-                num_experts=4 if kind.ep > 1 else None, moe_grouped_gemm=False, normalization="RMSNorm"
+                num_experts=4 if kind.experts else None, moe_grouped_gemm=False, normalization="RMSNorm"
             ),
             vocab_size=VOCABULARY,
             max_sequence_length=LENGTH,
@@ -256,14 +261,14 @@ def master(run: Run) -> dict[str, Tensor]:
                 (part.model_float16_groups, part.shard_fp32_from_float16_groups),
                 (part.model_fp32_groups, part.shard_fp32_groups),
             ):
-                for parameter, shard in zip(sum(own, []), sum(shards, []), strict=True):
+                for parameter, shard in zip(chain(*own), chain(*shards), strict=True):
                     place = part._get_model_param_range_map(parameter)["param"]
                     assert place.size == shard.numel()
                     found[f"{names[id(parameter)]} {place.start}"] = shard.detach().clone()
         elif run.kind.dtype == torch.float32:
             found |= {names[id(parameter)]: parameter.detach().clone() for parameter in part.get_parameters()}
         else:
-            pairs = zip(sum(part.float16_groups, []), sum(part.fp32_from_float16_groups, []), strict=True)
+            pairs = zip(chain(*part.float16_groups), chain(*part.fp32_from_float16_groups), strict=True)
             found |= {names[id(parameter)]: shard.detach().clone() for parameter, shard in pairs}
     return found
 
@@ -347,11 +352,9 @@ def follows(name: str) -> dict[str, Any]:
         published, agreed = follows_masters(run), replicas_agree(run)
     again, restored = evaluated(run), master(run)
     distance = ema.metrics()["ema/distance"]
-    try:
-        with ema.applied():
-            raise RuntimeError("in the block")
-    except RuntimeError:
-        after_an_error = master(run)
+    with suppress(ZeroDivisionError), ema.applied():
+        1 / 0  # noqa: B018
+    after_an_error = master(run)
     train(run, range(6, 9))
     return {
         "messages": messages,
@@ -509,11 +512,15 @@ def is_killed(name: str, folder: str, at: int) -> None:
     begin = 0
     if done:
         begin = int(done[-1].parent.name.removeprefix("step"))
+        for part in parts(run):
+            part._init_optimizer_states_with_dummy_values()  # of torch's Adam, which Megatron loads into
         state = dist_checkpointing.load(checkpoint(run, ema, loading=True), str(done[-1].parent))
         for i, model in enumerate(run.models):
             model.load_state_dict(state[f"model{i}"])
         run.optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["polyak"])
+        for one in (one for part in parts(run) for one in part.optimizer.state.values()):
+            one["step"] = torch.tensor(float(begin))  # of torch's Adam, which Megatron gives one tensor for all
     for step in range(begin, 6):
         if step == at:
             dist.barrier()

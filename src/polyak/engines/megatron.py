@@ -80,7 +80,7 @@ class MegatronMasters(Masters):
         return self.layout[name].fragment(tensor, start, written=written)
 
     def in_fragments(self, state: Any) -> Any:
-        """Return a state with a ``Fragment`` in place of each tensor of the model, for ``torch.distributed.checkpoint``.
+        """Return a state with a ``Fragment`` in place of each tensor of the model.
 
         Args:
             state: Of an algorithm or a loop.

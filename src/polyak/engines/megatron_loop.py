@@ -54,12 +54,11 @@ class MegatronAttached(EngineAttached):
         TimeError: If a time is in a unit that is not counted.
     """
 
-    _masters: MegatronMasters
-
     def __init__(
         self, algorithms: Algorithm | Sequence[Algorithm], model: Any, optimizer: Any, options: LoopOptions
     ) -> None:
-        super().__init__(algorithms, masters_of(model, optimizer), options)
+        self._held = masters_of(model, optimizer)
+        super().__init__(algorithms, self._held, options)
         self._given = model
         self._methods = Methods(optimizer)
         _surround(self._methods, self.loop, self._masters, optimizer)
@@ -114,7 +113,7 @@ class MegatronAttached(EngineAttached):
             MismatchError: If names or shapes differ from the masters' on this rank.
         """
         refuse_swapped(self._masters, "a state must be loaded")
-        super().load_state_dict(_from_megatron(state, self._masters))
+        super().load_state_dict(_from_megatron(state, self._held))
 
     def save(self, path: str | Path, *, overwrite: bool = False, dtype: torch.dtype | None = None) -> None:
         """Save the averaged weights as safetensors, under Megatron's names of the full model, in its shapes.
@@ -132,7 +131,7 @@ class MegatronAttached(EngineAttached):
             LoanError: If averaging has not begun.
             ArgumentError: If ``dtype`` is no floating-point dtype.
         """
-        save_average(self._begun(), self._masters, Path(path), dtype, overwrite=overwrite)
+        save_average(self._begun(), self._held, Path(path), dtype, overwrite=overwrite)
 
     def publish(self, load: Callable[[str, Tensor], object], *, every_rank: bool = False) -> None:
         """Refuse: ranks have other layers, shards and experts.
