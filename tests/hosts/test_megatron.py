@@ -121,12 +121,13 @@ def gap(losses: list[torch.Tensor], others: list[torch.Tensor]) -> float:
         ("tp 2", ["dp 2", "tp 2, dp 2"]),
         ("pp 2, tied", ["one, tied", "pp 2, dp 2"]),
         ("ep 2", ["one, experts"]),
+        ("pp 2, experts", ["ep 2"]),
     ],
 )
 def test_a_state_and_an_export_are_those_of_the_full_model(ranks, kind, others, tmp_path) -> None:
     saved = ranks.run(runs.KINDS[kind].size, runs.saves, kind, str(tmp_path))
     averaged = load_file(tmp_path / "averaged32.safetensors")
-    assert all(tensor.dtype == torch.float32 for tensor in averaged.values())
+    assert {tensor.dtype for tensor in averaged.values()} == {torch.float32}
     for other in others:
         for way in ("dcp", "megatron"):
             to = str(tmp_path / f"{other} {way}.safetensors")
@@ -134,13 +135,28 @@ def test_a_state_and_an_export_are_those_of_the_full_model(ranks, kind, others, 
             assert updates == [4] * runs.KINDS[other].size
             assert equal(load_file(to), averaged)
     half = load_file(tmp_path / "averaged.safetensors")
-    assert equal(half, {name: tensor.bfloat16() for name, tensor in averaged.items()})
-    if kind != "ep 2":
+    assert equal(half, {name: tensor.to(half[name].dtype) for name, tensor in averaged.items()})
+    assert {half[name].dtype for name in half if not name.endswith("expert_bias")} == {torch.bfloat16}
+    if kind not in {"ep 2", "pp 2, experts"}:
         file = str(tmp_path / "averaged.safetensors")
         (losses,) = ranks.run(1, runs.alone, "one, tied" if "tied" in kind else "one", file)
         assert gap(losses, saved[-1]["averaged"]) < 0.005 < gap(losses, saved[-1]["raw"])
-    else:
-        assert sum(".experts." in name for name in averaged) == 2 * 4 * 2
+        return
+    assert sum(".experts." in name for name in averaged) == 2 * 4 * 2
+    for stage, found in enumerate(saved if "pp" in kind else []):
+        for name, buffer in found["buffers"].items():
+            assert torch.equal(averaged[name.replace(".0.", f".{stage}.")], buffer)
+        assert found["buffers"]
+
+
+def test_a_rank_may_have_only_padding(ranks, tmp_path) -> None:
+    results = ranks.run(2, runs.is_small, str(tmp_path))
+    averaged = load_file(tmp_path / "averaged" / "model.safetensors")
+    assert [found["parts"] for found in results] == [1, 0]
+    for found in results:
+        assert found["error"] < 1e-6
+        assert found["updates"] == 4
+        assert equal({f"0.{name}": tensor for name, tensor in averaged.items()}, found["weights"])
 
 
 def test_a_run_that_was_killed_resumes_with_the_bits_of_one_that_was_not(ranks, tmp_path: Path) -> None:

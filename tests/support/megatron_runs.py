@@ -61,6 +61,7 @@ KINDS = {
     "pp 2, tied": Kind(pp=2, tied=True),
     "pp 2, virtual": Kind(pp=2, virtual=2),
     "ep 2": Kind(ep=2, experts=True),
+    "pp 2, experts": Kind(pp=2, experts=True),
     "tp 2, dp 2": Kind(size=4, tp=2),
     "pp 2, dp 2": Kind(size=4, pp=2, tied=True),
     "one": Kind(size=1),
@@ -108,7 +109,13 @@ def run_of(name: str, **more: Any) -> Run:
         order="tp-cp-ep-dp-pp",
     )
     halves = {"bf16": kind.dtype == torch.bfloat16, "fp16": kind.dtype == torch.float16, "params_dtype": kind.dtype}
-    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "moe_token_dispatcher_type": "allgather"}
+    experts = {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_token_dispatcher_type": "allgather",
+        "moe_router_enable_expert_bias": True,  # a buffer
+        "moe_router_score_function": "sigmoid",
+    }
     config = TransformerConfig(
         num_layers=4 if kind.virtual > 1 else 2,
         hidden_size=12,
@@ -347,6 +354,8 @@ def follows(name: str) -> dict[str, Any]:
     messages = sorted({e.key for e in profiled.key_averages() if any(word in e.key for word in words)})
     updates = ema.num_updates - 1  # without the one that was profiled
     before, raw = evaluated(run), master(run)
+    for chunk in run.chunks if run.kind.overlap else []:
+        chunk.start_param_sync()  # weights are on their way
     with ema.applied():
         swapped, output = master(run), evaluated(run)
         published, agreed = follows_masters(run), replicas_agree(run)
@@ -464,8 +473,9 @@ def saves(name: str, folder: str) -> dict[str, Any]:
     ema.save(f"{folder}/averaged.safetensors")
     ema.save(f"{folder}/averaged32.safetensors", dtype=torch.float32)
     raw = evaluated(run)
+    buffers = {name: buffer.clone() for name, buffer in run.models[0].named_buffers() if name.endswith("bias")}
     with ema.applied():
-        return {"raw": raw, "averaged": evaluated(run)}
+        return {"raw": raw, "averaged": evaluated(run), "buffers": buffers}
 
 
 def loads(name: str, folder: str, way: str, to: str) -> int:
@@ -492,6 +502,43 @@ def alone(name: str, file: str) -> list[Any]:
     run = run_of(name)
     run.models[0].load_state_dict(load_file(file), strict=False)
     return evaluated(run)
+
+
+def is_small(folder: str) -> dict[str, Any]:
+    """Train a plain module of which one rank has only padding."""
+    import megatron_shim  # noqa: F401
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer import TransformerConfig
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel()
+    torch.manual_seed(0)
+    halves: Any = {"bf16": True, "params_dtype": torch.bfloat16}
+    config = TransformerConfig(num_layers=1, hidden_size=4, num_attention_heads=2, **halves)
+    model = nn.Linear(4, 2, bias=False).bfloat16()
+    chunk = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(optimizer="adam", lr=0.02, use_distributed_optimizer=True, **halves), [chunk]
+    )
+    run = Run(Kind(), config, [chunk], optimizer, [model])
+    ema, reference = attach(run), None
+    for step in range(4):
+        chunk.zero_grad_buffer()
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(step)).bfloat16()
+        chunk(x).float().square().mean().backward()
+        chunk.finish_grad_sync()
+        optimizer.step()
+        reference = reference_of(run, reference)
+    with ema.applied():
+        found = {"error": error(master(run), reference) if reference else 0.0, "weights": weights(run)}
+    dcp.save({"ema": ema.state_dict()}, checkpoint_id=f"{folder}/dcp")
+    ema.save(f"{folder}/averaged")
+    state = {"ema": ema.state_dict()}
+    dcp.load(state, checkpoint_id=f"{folder}/dcp")
+    ema.load_state_dict(state["ema"])
+    return {**found, "updates": ema.num_updates, "parts": len(reference or ())}
 
 
 def checkpoint(run: Run, ema: Any, *, loading: bool) -> dict[str, Any]:
