@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from polyak.averaging.ema import EMA
-from polyak.engines.megatron import MegatronMasters
+from polyak.engines.megatron_masters import MegatronMasters
 from polyak.errors import ArgumentError
 from polyak.export import Read, export_from, shards
 from polyak.sharding import communicator_of

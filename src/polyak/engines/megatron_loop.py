@@ -14,9 +14,10 @@ from polyak.averaging.swap import refuse_second_swap
 from polyak.engines.attached import EngineAttached, refuse_swapped
 from polyak.engines.hooks import Methods
 from polyak.engines.masters import Masters
-from polyak.engines.megatron import MegatronMasters, masters_of, replaced
+from polyak.engines.megatron import masters_of
 from polyak.engines.megatron_export import save_average
 from polyak.engines.megatron_layout import inside
+from polyak.engines.megatron_masters import MegatronMasters, replaced
 from polyak.errors import ShardingError
 from polyak.events import Event
 from polyak.sharding.fragments import Fragment
@@ -192,7 +193,7 @@ def _guard(model: nn.Module, masters: Masters) -> RemovableHandle:
     return model.register_forward_hook(watch)
 
 
-# `dist_checkpointing` takes lists apart, so that all containers are dicts there.
+# `dist_checkpointing` separates what is in a list, and loses its order: all containers are dicts there.
 _LIST = "list of "
 
 
