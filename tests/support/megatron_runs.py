@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from torch.utils._pytree import tree_leaves
 from waiting import END_S
 
 HALF_LIFE, DECAY = "3ba", 0.5 ** (1 / 3)
@@ -34,6 +35,7 @@ class Kind:
         dtype: Of the model.
         distributed: Whether the data-parallel ranks divide the masters.
         overlap: Whether weights are gathered during the next forward pass.
+        instances: How many times the masters are divided over some of the data-parallel ranks.
         tied: Whether the output layer has the embedding's weights.
     """
 
@@ -46,6 +48,7 @@ class Kind:
     dtype: torch.dtype = torch.bfloat16
     distributed: bool = True
     overlap: bool = False
+    instances: int = 1
     tied: bool = False
 
 
@@ -61,6 +64,7 @@ KINDS = {
     "pp 2, tied": Kind(pp=2, tied=True),
     "pp 2, virtual": Kind(pp=2, virtual=2),
     "ep 2": Kind(ep=2, experts=True),
+    "dp 4, two instances": Kind(size=4, instances=2),
     "pp 2, experts": Kind(pp=2, experts=True),
     "tp 2, dp 2": Kind(size=4, tp=2),
     "pp 2, dp 2": Kind(size=4, pp=2, tied=True),
@@ -106,7 +110,7 @@ def run_of(name: str, **more: Any) -> Run:
         kind.pp,
         kind.virtual if kind.virtual > 1 else None,
         expert_model_parallel_size=kind.ep,
-        order="tp-cp-ep-dp-pp",
+        num_distributed_optimizer_instances=kind.instances,
     )
     halves = {"bf16": kind.dtype == torch.bfloat16, "fp16": kind.dtype == torch.float16, "params_dtype": kind.dtype}
     experts = {
@@ -146,6 +150,7 @@ def run_of(name: str, **more: Any) -> Run:
         overlap_grad_reduce=kind.overlap,
         overlap_param_gather=kind.overlap,
         grad_reduce_in_fp32=True,
+        num_distributed_optimizer_instances=kind.instances,
         bucket_size=500 if kind.overlap else None,
     )
     chunks, models = [], []
@@ -332,27 +337,31 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+def messages(act: Callable[[], object]) -> dict[str, int]:
+    """Return how many messages of each kind are sent."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        act()
+    words = ("c10d", "gloo", "gather", "reduce", "broadcast", "send", "recv", "barrier", "record_param_comms")
+    return {e.key: e.count for e in profiled.key_averages() if any(word in e.key for word in words)}
+
+
 # Jobs
 
 
 def follows(name: str) -> dict[str, Any]:
     """Train; compare the average, a swap and later training to references."""
-    from torch.profiler import ProfilerActivity, profile
-
     plain = run_of(name)
-    train(plain, range(9))
+    train(plain, range(8))
+    expected_messages = messages(lambda: train(plain, range(8, 9)))
     expected, expected_weights = master(plain), weights(plain)
     run = run_of(name)
     ema, reference = attach(run), None
     for step in range(6):
-        train(run, range(step, step + 1))
+        found_messages = messages(lambda step=step: train(run, range(step, step + 1)))
         reference = reference_of(run, reference)
-    shadow = ema.average._average.shadow
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        shadow.update_(0.0)
-    words = ("c10d", "gloo", "all_gather", "all_reduce", "broadcast", "reduce_scatter", "record_param_comms")
-    messages = sorted({e.key for e in profiled.key_averages() if any(word in e.key for word in words)})
-    updates = ema.num_updates - 1  # without the one that was profiled
+    shadow, updates = ema.average._average.shadow, ema.num_updates
     before, raw = evaluated(run), master(run)
     for chunk in run.chunks if run.kind.overlap else []:
         chunk.start_param_sync()  # weights are on their way
@@ -366,7 +375,7 @@ def follows(name: str) -> dict[str, Any]:
     after_an_error = master(run)
     train(run, range(6, 9))
     return {
-        "messages": messages,
+        "messages": (found_messages, expected_messages),
         "error": error(swapped, reference),
         "moved": error(raw, reference),
         "published": published,
@@ -376,6 +385,9 @@ def follows(name: str) -> dict[str, Any]:
         "restored": same(restored, raw) and same(after_an_error, raw),
         "harmless": same(expected, master(run)) and same(expected_weights, weights(run)),
         "distance": distance,
+        "squares": {
+            n: ((raw[n].double() - r).square().sum().item(), r.square().sum().item()) for n, r in reference.items()
+        },
         "updates": updates,
         "elements": sum(a.numel() for a in shadow.averages.values()),
     }
@@ -465,17 +477,19 @@ def saves(name: str, folder: str) -> dict[str, Any]:
     run = run_of(name)
     ema = attach(run)
     train(run, range(4))
+    state = ema.state_dict()
+    written = sum(one.numel() for one in tree_leaves(state) if getattr(one, "written", False))
+    dcp.save({"ema": state}, checkpoint_id=f"{folder}/dcp")
     if dist.get_rank() == 0:
         Path(folder, "megatron").mkdir()
     dist.barrier()
     dist_checkpointing.save({"polyak": ema.sharded_state_dict()}, f"{folder}/megatron")
-    dcp.save({"ema": ema.state_dict()}, checkpoint_id=f"{folder}/dcp")
     ema.save(f"{folder}/averaged.safetensors")
     ema.save(f"{folder}/averaged32.safetensors", dtype=torch.float32)
     raw = evaluated(run)
     buffers = {name: buffer.clone() for name, buffer in run.models[0].named_buffers() if name.endswith("bias")}
     with ema.applied():
-        return {"raw": raw, "averaged": evaluated(run), "buffers": buffers}
+        return {"raw": raw, "averaged": evaluated(run), "buffers": buffers, "written": written}
 
 
 def loads(name: str, folder: str, way: str, to: str) -> int:
