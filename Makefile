@@ -34,8 +34,8 @@ STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/co
 	tests/hosts/test_golden_trace.py tests/compat/test_convert_timm.py \
 	tests/checkpoints/test_libraries.py::test_checkpoints_of_timm_are_averaged_and_loaded_again
 
-ENGINES := tests/hosts/test_deepspeed.py tests/hosts/test_torchtitan.py tests/averaging/test_wrapped.py
-test-engines: build/engines.stamp ## Run the tests of DeepSpeed, torchtitan and torchao
+ENGINES := tests/hosts/test_deepspeed.py tests/hosts/test_megatron.py tests/hosts/test_torchtitan.py tests/averaging/test_wrapped.py
+test-engines: build/engines.stamp ## Run the tests of DeepSpeed, Megatron, torchtitan and torchao
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src build/engines/bin/python -m pytest -n 0 $(ENGINES)
 
 # In addition to what the other tests need, without what they ask for: that would be another torch, and CUDA.

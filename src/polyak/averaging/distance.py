@@ -34,7 +34,7 @@ def relative_distance(  # noqa: PLR0917  the tensors of both, and who holds them
     for name in names:
         shards = local(averages[name]), rows(online[name], averages[name])
         own = averages[name]
-        share = 1.0 if ranks is None else ranks.share(own) * places.shards(name, own)
+        share = 1.0 if ranks is None else ranks.share(own, name) * places.shards(name, own)
         for average, weights in zip(*(shard.reshape(-1).split(_CHUNK) for shard in shards), strict=True):
             wide = average.to(torch.promote_types(average.dtype, torch.float32))
             norms = torch.stack([(weights.to(wide) - wide).norm(), wide.norm()])

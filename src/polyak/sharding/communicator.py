@@ -314,12 +314,14 @@ class Ranks:
         torch.distributed.all_reduce(mean, group=self.group)
         return mean / self.world_size
 
-    def share(self, tensor: Tensor) -> float:
+    def share(self, tensor: Tensor, name: str = "") -> float:
         """Return the factor of a local shard in a sum over all ranks in which each element is to count once.
 
         Args:
             tensor: Sharded over these ranks, or the same on each.
+            name: Of the tensor; engines need it.
         """
+        del name
         return (_shards(tensor) if is_sharded(tensor) else 1) / self.world_size
 
     def total(self, tensor: Tensor) -> Tensor:

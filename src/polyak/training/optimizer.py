@@ -21,7 +21,7 @@ _DELEGATES = {
 BY_HAND = "give attach(..., None) instead, and call step() of what it returns once after each batch"
 
 
-_INTEGRATION = "polyak.hosts.deepspeed with DeepSpeed"
+_INTEGRATION = "polyak.hosts.deepspeed with DeepSpeed, polyak.hosts.megatron with Megatron"
 
 
 def counted_optimizer(optimizer: object) -> Optimizer:
@@ -69,6 +69,8 @@ def _instead(given: object) -> str:
         return f"make one over the model's parameters: {given.__name__}(model.parameters(), ...)"
     if type(given).__module__.partition(".")[0] == "deepspeed":
         return "its engine steps float32 masters: use polyak.hosts.deepspeed, which averages these"
+    if type(given).__module__.startswith("megatron.core."):
+        return "it steps float32 masters: use polyak.hosts.megatron, which averages these"
     if isinstance(given, nn.Module):
         return "it is a model, the second argument: attach(EMA(...), model, optimizer)"
     if isinstance(getattr(given, "optimizer", None), Optimizer) and hasattr(given, "get_last_lr"):
