@@ -94,7 +94,8 @@ def batch(step: int) -> Tensor:
     return torch.randn(8, 37, generator=torch.Generator().manual_seed(100 + step + 1000 * rank))
 
 
-def engine_of(kind: str, accumulate: int = 1, **more: Any) -> Any:
+def begin() -> None:
+    """Let DeepSpeed use the group of this job, on a CPU."""
     import deepspeed
     from deepspeed.comm import comm
     from deepspeed.utils import groups
@@ -108,10 +109,20 @@ def engine_of(kind: str, accumulate: int = 1, **more: Any) -> Any:
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # slowly, on CPUs
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
-    model = net()
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Two groups, as with weight decay on matrices alone.
     split = [{"params": [p for p in parameters if p.dim() > 1]}, {"params": [p for p in parameters if p.dim() <= 1]}]
+    return torch.optim.Adam(split, lr=0.02)
+
+
+def engine_of(kind: str, accumulate: int = 1, **more: Any) -> Any:
+    import deepspeed
+
+    begin()
+    model = net()
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": accumulate,
@@ -119,7 +130,7 @@ def engine_of(kind: str, accumulate: int = 1, **more: Any) -> Any:
         **KINDS[kind],
         **more,
     }
-    optimizer = torch.optim.Adam(split, lr=0.02)
+    optimizer = adam(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -154,7 +165,7 @@ def master(engine: Any) -> dict[str, Tensor]:
     found = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            if type(engine.optimizer).__name__ in ("FP16_Optimizer", "FP16_UnfusedOptimizer", "Adam"):
+            if type(engine.optimizer).__name__ in ("FP16_Optimizer", "FP16_UnfusedOptimizer", "Adam", "AdamW"):
                 found[name] = _replicated(engine.optimizer, parameter)
             else:
                 found[name] = safe_get_full_fp32_param(parameter).detach().clone().cpu()
