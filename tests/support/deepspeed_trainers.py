@@ -206,6 +206,11 @@ def reference_callback(trainer: Any, found: dict[str, Any]) -> Any:
     return Follows()
 
 
+def counted(ema: Any) -> tuple[int, int, int]:
+    clock = ema._loop.state.timestamp
+    return ema.num_updates, clock.batch.value, clock.sample.value
+
+
 @torch.no_grad()
 def loss_of(weights: dict[str, Tensor], engine: Any, buffers: dict[str, Tensor]) -> float:
     """Return the loss of the evaluation's data of one process that holds these weights."""
@@ -233,6 +238,7 @@ def transformers_follows(kind: str, folder: str, gather: bool) -> dict[str, Any]
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     metrics = trainer.evaluate()
     trainer.save_model(folder + "/exported")
+    dist.barrier()  # rank 0 writes it
     saved = load_file(Path(folder, "run", f"checkpoint-{STEPS}", "model.safetensors"))
     exported = load_file(Path(folder, "exported", "model.safetensors"))
     return {
@@ -246,7 +252,7 @@ def transformers_follows(kind: str, folder: str, gather: bool) -> dict[str, Any]
         "saved": [n for n in swapped if not torch.equal(saved[n], swapped[n].to(dtype(engine)))],
         "names": saved.keys() == model.state_dict().keys(),
         "exported": equal(saved, exported),
-        "counted": (ema.num_updates, ema.timestamp.batch.value, ema.timestamp.sample.value),
+        "counted": counted(ema),
         "restored": equal(master(engine), raw),
         "harmless": equal(expected, raw),
         "raw": raw,
@@ -295,7 +301,7 @@ def transformers_loads_best(kind: str, folder: str) -> dict[str, Any]:
         warnings.simplefilter("always")
         trainer.train(resume_from_checkpoint=folder + "/plain/checkpoint-3")
     found = [str(one.message) for one in caught if "so it was saved without polyak" in str(one.message)]
-    return {"best": best, "warned": len(found), "added": (ema.num_updates, ema.timestamp.batch.value)}
+    return {"best": best, "warned": len(found), "added": counted(ema)}
 
 
 def transformers_refuses(folder: str) -> dict[str, str]:
