@@ -182,12 +182,24 @@ def main() -> None:
         if arguments.engine and not cell.lower().startswith(arguments.engine):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            given = (f"{folder}/meeting", free_port(), cell, int(arguments.parameters * 1e6), arguments.repeats, results)
+            given = (
+                f"{folder}/meeting",
+                free_port(),
+                cell,
+                int(arguments.parameters * 1e6),
+                arguments.repeats,
+                results,
+            )
             torch.multiprocessing.spawn(rank_of, given, nprocs=RANKS)
             found[cell] = results.get()
     head = ("engine", "average by", "update, ms", "the average, MiB", "more in an update, MiB")
     rows = [
-        (cell, one["name"], f"{one['update_ms']:.1f}", *(f"{one[k] / 2**20:.1f}" for k in ("average_bytes", "more_bytes")))
+        (
+            cell,
+            one["name"],
+            f"{one['update_ms']:.1f}",
+            *(f"{one[k] / 2**20:.1f}" for k in ("average_bytes", "more_bytes")),
+        )
         for cell, costs in found.items()
         for one in costs
     ]
@@ -196,12 +208,12 @@ def main() -> None:
         "# What an average costs each rank under DeepSpeed and torchtitan",
         "",
         *paragraph(
-            f"Two gloo processes with a thread each. Under DeepSpeed {arguments.parameters:g} M parameters in bf16 with float32 "
-            "masters; under torchtitan its debug model in float32, by FSDP2. Times are medians of those of the slower "
-            "rank. Memory is that of rank 0: of the averages, and the peak of the process in an update above its memory "
-            "before. DeepSpeed has no EMA: the loop is the one that its users write, which averages the 16-bit "
-            "parameters and keeps all of them, in float32, on each rank. `torch._foreach_lerp_` is what the EMA of "
-            "torchtitan's main branch calls. Measured on a CPU only, not on a GPU or between machines."
+            f"Two gloo processes with a thread each. Under DeepSpeed {arguments.parameters:g} M parameters in bf16 "
+            "with float32 masters; under torchtitan its debug model in float32, by FSDP2. Times are medians of those "
+            "of the slower rank. Memory is that of rank 0: of the averages, and the peak of the process in an update above "
+            "its memory before. DeepSpeed has no EMA: the loop is the one that its users write, which averages the "
+            "16-bit parameters and keeps all of them, in float32, on each rank. `torch._foreach_lerp_` is what the EMA "
+            "of torchtitan's main branch calls. Measured on a CPU only, not on a GPU or between machines."
         ),
         "",
         *table(head, rows),

@@ -68,7 +68,9 @@ def test_a_trainer_with_deepspeed_averages_the_masters_and_resumes_exactly(run, 
         assert jobs.equal(resumed["average"], found["average"])
 
 
-def test_a_trainer_with_deepspeed_loads_the_average_of_the_best_checkpoint_and_begins_one_without(run, tmp_path) -> None:
+def test_a_trainer_with_deepspeed_loads_the_average_of_the_best_checkpoint_and_begins_one_without(
+    run, tmp_path
+) -> None:
     for found in run(jobs.transformers_loads_best, "bf16, zero 2", str(tmp_path)):
         assert found["best"] == {"raw": True, "average": True, "updates": 3}
         assert found["warned"] == 1

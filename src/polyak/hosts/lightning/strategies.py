@@ -17,9 +17,9 @@ def refuse_foreign(strategy: Any) -> None:
     names = {cls.__name__ for cls in type(strategy).__mro__}
     if "DeepSpeedStrategy" in names:
         raise NotImplementedError(
-            "the optimizer must step the model's own parameters to be counted here (got DeepSpeedStrategy, whose engine "
-            "steps float32 masters); call polyak.hosts.deepspeed.attach(EMA(...), engine) with trainer.strategy.model in "
-            "the module's on_fit_start, or with Fabric's model._forward_module"
+            "the optimizer must step the model's own parameters to be counted here (got DeepSpeedStrategy, whose "
+            "engine steps float32 masters); call polyak.hosts.deepspeed.attach(EMA(...), engine) with "
+            "trainer.strategy.model in the module's on_fit_start, or with Fabric's model._forward_module"
         )
     if foreign := _FOREIGN & names:
         raise NotImplementedError(
