@@ -210,10 +210,10 @@ def main() -> None:
         *paragraph(
             f"Two gloo processes with a thread each. Under DeepSpeed {arguments.parameters:g} M parameters in bf16 "
             "with float32 masters; under torchtitan its debug model in float32, by FSDP2. Times are medians of those "
-            "of the slower rank. Memory is that of rank 0: of the averages, and the peak of the process in an update above "
-            "its memory before. DeepSpeed has no EMA: the loop is the one that its users write, which averages the "
-            "16-bit parameters and keeps all of them, in float32, on each rank. `torch._foreach_lerp_` is what the EMA "
-            "of torchtitan's main branch calls. Measured on a CPU only, not on a GPU or between machines."
+            "of the slower rank. Memory is that of rank 0: of the averages, and the peak of the process in an update "
+            "above its memory before. DeepSpeed has no EMA: the loop is the one that its users write, which averages "
+            "the 16-bit parameters and keeps all of them, in float32, on each rank. `torch._foreach_lerp_` is what the "
+            "EMA of torchtitan's main branch calls. Measured on a CPU only, not on a GPU or between machines."
         ),
         "",
         *table(head, rows),
