@@ -70,6 +70,15 @@ def test_steps_that_moved_weights_are_counted_and_no_others(ranks, kind) -> None
 
 
 @pytest.mark.parametrize("kind", ["bf16, zero 2", "bf16, zero 3"])
+def test_masters_that_the_engine_moves_in_memory_are_followed(ranks, kind) -> None:
+    for found in ranks.run(2, runs.moves, kind):
+        assert found["error"] < 1e-6
+        assert found["updates"] == 6
+        if kind.endswith("2"):
+            assert found["offloaded"].startswith("OptimizerError: a master must stay on its rank to be averaged")
+
+
+@pytest.mark.parametrize("kind", ["bf16, zero 2", "bf16, zero 3"])
 def test_nothing_trains_or_saves_averaged_weights(ranks, kind, tmp_path) -> None:
     for found in ranks.run(2, runs.refuses, kind, str(tmp_path)):
         for name, what in {

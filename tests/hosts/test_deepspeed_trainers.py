@@ -74,7 +74,7 @@ def test_a_trainer_with_deepspeed_loads_the_average_of_the_best_checkpoint_and_b
     for found in run(jobs.transformers_loads_best, "bf16, zero 2", str(tmp_path)):
         assert found["best"] == {"raw": True, "average": True, "updates": 3}
         assert found["warned"] == 1
-        assert found["added"] == (3, 6, 3 * 2 * 8 * 2)
+        assert found["added"] == (2, 5, 3 * 2 * 8 * 2)  # one step did not move weights; its samples are the next's
 
 
 def test_a_trainer_with_deepspeed_refuses_what_no_rank_can_do(run, tmp_path) -> None:

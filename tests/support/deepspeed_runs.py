@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "zero_force_ds_cpu_optimizer": False,
     },
     "bf16, zero 3": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
-    "bf16, zero 3, persistent": {
+    "bf16, zero 3, nothing persistent": {
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     },
@@ -291,6 +291,29 @@ def counts(kind: str) -> dict[str, Any]:
     found["after detach"] = ema.num_updates
     found["methods"] = [name for name in ("step", "backward", "save_checkpoint") if name in vars(engine)]
     return found
+
+
+def moves(kind: str) -> dict[str, Any]:
+    """Let the engine offload its masters and load them again, which moves them in memory; then train on."""
+    engine = engine_of(kind)
+    ema, reference, found = attach(engine), None, {"offloaded": ""}
+    for step in range(6):
+        train(engine, range(step, step + 1))
+        reference = reference_of(engine, reference)
+        if step == 3 and "zero 3" in kind:
+            for flat in engine.optimizer.fp32_partitioned_groups_flat:
+                flat.data = flat.data.clone()  # as DeepSpeed does where it has its own Adam, which needs a GPU
+        elif step == 3:
+            engine.offload_states(pin_memory=False)
+            try:
+                with ema.applied():
+                    pass
+            except Exception as refused:
+                found["offloaded"] = f"{type(refused).__name__}: {refused}"
+            engine.reload_states()
+    with ema.applied():
+        swapped = master(engine)
+    return {**found, "error": error(swapped, reference), "updates": ema.num_updates}
 
 
 def refuses(kind: str, folder: str) -> dict[str, str]:
