@@ -29,6 +29,7 @@ from results_io import RESULTS, measured, paragraph, provenance, table, write
 from torch import Tensor, nn
 
 from polyak import EMA
+from polyak.sharding import local
 
 SUPPORT = Path(__file__).parents[1] / "tests" / "support"
 RANKS, LAYERS, DECAY = 2, 16, 0.999
@@ -61,7 +62,7 @@ def limit(elements: int, repeats: int) -> Cost:
 
 
 def ours(ema: Any, update: Callable[[], object], repeats: int) -> tuple[Cost, int]:
-    averages = list(ema.average._average.shadow.averages.values())
+    averages = [local(tensor) for tensor in ema.average._average.shadow.averages.values()]
     return cost_of("polyak", update, averages, repeats), sum(tensor.numel() for tensor in averages)
 
 
@@ -137,7 +138,7 @@ def torchtitan_costs(folder: str, repeats: int) -> list[Cost]:
     lerp = cost_of(
         "`torch._foreach_lerp_` over DTensors",
         lambda: torch._foreach_lerp_(own, parameters, 1 - DECAY),
-        [average.to_local() for average in own],  # type: ignore[attr-defined]
+        [local(average) for average in own],
         repeats,
     )
     return [limit(elements, repeats), found, lerp]

@@ -84,6 +84,7 @@ def test_nothing_trains_or_saves_averaged_weights(ranks, kind, tmp_path) -> None
         for name, what in {
             "backward": "a backward pass must be made with training weights",
             "plain backward": "a backward pass must be made with training weights",
+            "backward of the module": "a backward pass must be made with training weights",
             "step": "an optimizer step must be made with training weights",
             "save": "a checkpoint must be saved with training weights",
             "load": "a checkpoint must be loaded with training weights",

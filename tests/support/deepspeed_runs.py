@@ -338,6 +338,8 @@ def refuses(kind: str, folder: str) -> dict[str, str]:
         loss = engine(batch(0).to(dtype(engine))).float().square().mean()
         attempt("backward", lambda: engine.backward(loss))
         attempt("plain backward", lambda: engine(batch(0).to(dtype(engine))).float().square().mean().backward())
+        own = engine.module(batch(0).to(dtype(engine))).float().square().mean()  # of which the engine sees no forward
+        attempt("backward of the module", lambda: engine.backward(own))
         attempt("step", engine.step)
         attempt("save", lambda: engine.save_checkpoint(folder))
         attempt("load", lambda: engine.load_checkpoint(folder))
