@@ -39,6 +39,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     },
+    "bf16, zero 3, secondary copies": {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0},
+    },
     "bf16, zero 3, offload": {
         "bf16": {"enabled": True},
         "zero_optimization": {
@@ -250,7 +254,10 @@ def follows(kind: str) -> dict[str, Any]:
     updates = ema.num_updates - 1  # without the one that was profiled
     before = evaluated(engine)
     raw = master(engine)
+    kept = [p for p in engine.module.parameters() if getattr(p, "ds_persist", True)]
+    shapes = [parameter.shape for parameter in kept]
     with ema.applied() as model:
+        reshaped = [parameter.shape for parameter in kept] != shapes
         swapped = master(engine)
         output = evaluated(engine)
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
@@ -271,6 +278,7 @@ def follows(kind: str) -> dict[str, Any]:
         "harmless": [n for n in expected if not torch.equal(expected[n], after[n])],
         "distance": (distance, (squares / sum(r.square().sum() for r in reference.values())).sqrt().item()),
         "updates": updates,
+        "reshaped": reshaped,
         "elements": sum(a.numel() for a in shadow.averages.values()),
     }
 
@@ -293,6 +301,12 @@ def counts(kind: str) -> dict[str, Any]:
     return found
 
 
+def move_masters(engine: Any) -> None:
+    """Move the masters of ZeRO-3 in memory, as ``reload_states`` does with DeepSpeed's own Adam, which needs a GPU."""
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        flat.data = flat.data.clone()
+
+
 def moves(kind: str) -> dict[str, Any]:
     """Let the engine offload its masters and load them again, which moves them in memory; then train on."""
     engine = engine_of(kind)
@@ -301,8 +315,7 @@ def moves(kind: str) -> dict[str, Any]:
         train(engine, range(step, step + 1))
         reference = reference_of(engine, reference)
         if step == 3 and "zero 3" in kind:
-            for flat in engine.optimizer.fp32_partitioned_groups_flat:
-                flat.data = flat.data.clone()  # as DeepSpeed does where it has its own Adam, which needs a GPU
+            move_masters(engine)
         elif step == 3:
             engine.offload_states(pin_memory=False)
             try:

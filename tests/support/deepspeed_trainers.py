@@ -247,6 +247,8 @@ def transformers_follows(kind: str, folder: str, gather: bool) -> dict[str, Any]
     with ema.applied() as model:
         swapped = master(engine)
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    if "zero 3" in kind:
+        runs.move_masters(engine)
     metrics = trainer.evaluate()
     trainer.save_model(folder + "/exported")
     dist.barrier()  # rank 0 writes it
