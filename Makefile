@@ -34,7 +34,7 @@ STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/co
 	tests/hosts/test_golden_trace.py tests/compat/test_convert_timm.py \
 	tests/checkpoints/test_libraries.py::test_checkpoints_of_timm_are_averaged_and_loaded_again
 
-ENGINES := tests/hosts/test_deepspeed.py tests/hosts/test_megatron.py tests/hosts/test_torchtitan.py tests/averaging/test_wrapped.py
+ENGINES := $(addprefix tests/hosts/test_,deepspeed.py deepspeed_trainers.py megatron.py torchtitan.py) tests/averaging/test_wrapped.py
 test-engines: build/engines.stamp ## Run the tests of DeepSpeed, Megatron, torchtitan and torchao
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src build/engines/bin/python -m pytest -n 0 $(ENGINES)
 

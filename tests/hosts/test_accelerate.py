@@ -11,7 +11,7 @@ from host_contract import HostContract, Plan, Run, Session, Watched, native, net
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from polyak import EMA, CheckpointError, HalfLife, LoanError, Record, Recorder
+from polyak import EMA, ArgumentError, CheckpointError, HalfLife, LoanError, Record, Recorder
 
 accelerate = pytest.importorskip("accelerate")
 from polyak.hosts.accelerate import attach  # noqa: E402
@@ -214,12 +214,20 @@ def test_the_state_of_other_algorithms_is_refused(tmp_path) -> None:
         run(tmp_path / "other", [Recorder(tmp_path / "record", "2ba")]).fit(tmp_path / "state-6")
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+@pytest.mark.parametrize("kind", ["FSDP", "MEGATRON_LM"])
 def test_sharded_weights_are_refused(tmp_path, monkeypatch, kind) -> None:
     sharded = accelerate.DistributedType(kind)
     monkeypatch.setattr(accelerate.Accelerator, "distributed_type", property(lambda self: sharded))
     net = net_of()
     with pytest.raises(NotImplementedError, match=f"under {kind} it does not"):
+        attach(EMA("4ba"), accelerate.Accelerator(cpu=True), net, Plan().optimizer(net))
+
+
+def test_a_model_that_deepspeed_has_not_prepared_is_refused(monkeypatch) -> None:
+    deepspeed = accelerate.DistributedType.DEEPSPEED
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", property(lambda self: deepspeed))
+    net = net_of()
+    with pytest.raises(ArgumentError, match=r"or the model as Accelerate prepared it \(got \w+\)"):
         attach(EMA("4ba"), accelerate.Accelerator(cpu=True), net, Plan().optimizer(net))
 
 

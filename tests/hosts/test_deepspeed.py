@@ -51,6 +51,7 @@ def test_the_average_is_that_of_the_masters_and_training_is_as_without_it(ranks,
         assert found["harmless"] == []
         assert found["restored"]
         assert found["outputs moved"]
+        assert not found["reshaped"]  # what ZeRO-3 keeps gathered is gathered again
         assert found["updates"] == 6
         torch.testing.assert_close(found["output"], found["single"], rtol=2e-2, atol=2e-2)
         assert found["distance"][0] == pytest.approx(found["distance"][1], rel=1e-4)
@@ -70,11 +71,21 @@ def test_steps_that_moved_weights_are_counted_and_no_others(ranks, kind) -> None
 
 
 @pytest.mark.parametrize("kind", ["bf16, zero 2", "bf16, zero 3"])
+def test_masters_that_the_engine_moves_in_memory_are_followed(ranks, kind) -> None:
+    for found in ranks.run(2, runs.moves, kind):
+        assert found["error"] < 1e-6
+        assert found["updates"] == 6
+        if kind.endswith("2"):
+            assert found["offloaded"].startswith("OptimizerError: a master must stay on its rank to be averaged")
+
+
+@pytest.mark.parametrize("kind", ["bf16, zero 2", "bf16, zero 3"])
 def test_nothing_trains_or_saves_averaged_weights(ranks, kind, tmp_path) -> None:
     for found in ranks.run(2, runs.refuses, kind, str(tmp_path)):
         for name, what in {
             "backward": "a backward pass must be made with training weights",
             "plain backward": "a backward pass must be made with training weights",
+            "backward of the module": "a backward pass must be made with training weights",
             "step": "an optimizer step must be made with training weights",
             "save": "a checkpoint must be saved with training weights",
             "load": "a checkpoint must be loaded with training weights",
@@ -95,7 +106,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("kind", ["fp32, stage 0", "bf16, zero 2", "bf16, zero 3"])
+@pytest.mark.parametrize("kind", ["fp32, stage 0", "bf16, zero 2", "bf16, zero 3, nothing persistent"])
 def test_a_checkpoint_of_the_engine_has_the_average_which_loads_on_other_ranks_too(ranks, kind, tmp_path) -> None:
     first, second = ranks.run(2, runs.saves, kind, str(tmp_path))
     for found in ranks.run(2, runs.resumes, kind, str(tmp_path)):

@@ -35,9 +35,13 @@ KINDS: dict[str, dict[str, Any]] = {
         "zero_force_ds_cpu_optimizer": False,
     },
     "bf16, zero 3": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
-    "bf16, zero 3, persistent": {
+    "bf16, zero 3, nothing persistent": {
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    },
+    "bf16, zero 3, secondary copies": {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0},
     },
     "bf16, zero 3, offload": {
         "bf16": {"enabled": True},
@@ -94,7 +98,8 @@ def batch(step: int) -> Tensor:
     return torch.randn(8, 37, generator=torch.Generator().manual_seed(100 + step + 1000 * rank))
 
 
-def engine_of(kind: str, accumulate: int = 1, **more: Any) -> Any:
+def begin() -> None:
+    """Let DeepSpeed use the group of this job, on a CPU."""
     import deepspeed
     from deepspeed.comm import comm
     from deepspeed.utils import groups
@@ -108,10 +113,20 @@ def engine_of(kind: str, accumulate: int = 1, **more: Any) -> Any:
     deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True  # slowly, on CPUs
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
-    model = net()
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Two groups, as with weight decay on matrices alone.
     split = [{"params": [p for p in parameters if p.dim() > 1]}, {"params": [p for p in parameters if p.dim() <= 1]}]
+    return torch.optim.Adam(split, lr=0.02)
+
+
+def engine_of(kind: str, accumulate: int = 1, **more: Any) -> Any:
+    import deepspeed
+
+    begin()
+    model = net()
     config = {
         "train_micro_batch_size_per_gpu": 8,
         "gradient_accumulation_steps": accumulate,
@@ -119,7 +134,7 @@ def engine_of(kind: str, accumulate: int = 1, **more: Any) -> Any:
         **KINDS[kind],
         **more,
     }
-    optimizer = torch.optim.Adam(split, lr=0.02)
+    optimizer = adam(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -154,7 +169,7 @@ def master(engine: Any) -> dict[str, Tensor]:
     found = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            if type(engine.optimizer).__name__ in ("FP16_Optimizer", "FP16_UnfusedOptimizer", "Adam"):
+            if type(engine.optimizer).__name__ in ("FP16_Optimizer", "FP16_UnfusedOptimizer", "Adam", "AdamW"):
                 found[name] = _replicated(engine.optimizer, parameter)
             else:
                 found[name] = safe_get_full_fp32_param(parameter).detach().clone().cpu()
@@ -239,7 +254,10 @@ def follows(kind: str) -> dict[str, Any]:
     updates = ema.num_updates - 1  # without the one that was profiled
     before = evaluated(engine)
     raw = master(engine)
+    kept = [p for p in engine.module.parameters() if getattr(p, "ds_persist", True)]
+    shapes = [parameter.shape for parameter in kept]
     with ema.applied() as model:
+        reshaped = [parameter.shape for parameter in kept] != shapes
         swapped = master(engine)
         output = evaluated(engine)
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
@@ -260,6 +278,7 @@ def follows(kind: str) -> dict[str, Any]:
         "harmless": [n for n in expected if not torch.equal(expected[n], after[n])],
         "distance": (distance, (squares / sum(r.square().sum() for r in reference.values())).sqrt().item()),
         "updates": updates,
+        "reshaped": reshaped,
         "elements": sum(a.numel() for a in shadow.averages.values()),
     }
 
@@ -280,6 +299,34 @@ def counts(kind: str) -> dict[str, Any]:
     found["after detach"] = ema.num_updates
     found["methods"] = [name for name in ("step", "backward", "save_checkpoint") if name in vars(engine)]
     return found
+
+
+def move_masters(engine: Any) -> None:
+    """Move the masters of ZeRO-3 in memory, as ``reload_states`` does with DeepSpeed's own Adam, which needs a GPU."""
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        flat.data = flat.data.clone()
+
+
+def moves(kind: str) -> dict[str, Any]:
+    """Let the engine offload its masters and load them again, which moves them in memory; then train on."""
+    engine = engine_of(kind)
+    ema, reference, found = attach(engine), None, {"offloaded": ""}
+    for step in range(6):
+        train(engine, range(step, step + 1))
+        reference = reference_of(engine, reference)
+        if step == 3 and "zero 3" in kind:
+            move_masters(engine)
+        elif step == 3:
+            engine.offload_states(pin_memory=False)
+            try:
+                with ema.applied():
+                    pass
+            except Exception as refused:
+                found["offloaded"] = f"{type(refused).__name__}: {refused}"
+            engine.reload_states()
+    with ema.applied():
+        swapped = master(engine)
+    return {**found, "error": error(swapped, reference), "updates": ema.num_updates}
 
 
 def refuses(kind: str, folder: str) -> dict[str, str]:
@@ -304,6 +351,8 @@ def refuses(kind: str, folder: str) -> dict[str, str]:
         loss = engine(batch(0).to(dtype(engine))).float().square().mean()
         attempt("backward", lambda: engine.backward(loss))
         attempt("plain backward", lambda: engine(batch(0).to(dtype(engine))).float().square().mean().backward())
+        own = engine.module(batch(0).to(dtype(engine))).float().square().mean()  # of which the engine sees no forward
+        attempt("backward of the module", lambda: engine.backward(own))
         attempt("step", engine.step)
         attempt("save", lambda: engine.save_checkpoint(folder))
         attempt("load", lambda: engine.load_checkpoint(folder))

@@ -51,8 +51,8 @@ def _refuse(engine: Any) -> None:
     names = {cls.__name__ for cls in type(engine).__mro__}
     if "DeepSpeedEngine" not in names:
         raise ArgumentError(
-            f"the engine must be what deepspeed.initialize returned first (got {type(engine).__name__}); call "
-            "attach(EMA(...), engine)"
+            "the engine must be what deepspeed.initialize returned first, or the model as Accelerate prepared it (got "
+            f"{type(engine).__name__}); call attach(EMA(...), engine), or give the prepared model"
         )
     optimizer = getattr(engine, "optimizer", None)
     reasons = {

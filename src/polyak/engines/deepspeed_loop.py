@@ -1,17 +1,18 @@
 """How an average follows DeepSpeed's engine: its steps, its backward passes and its checkpoints."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from polyak.algorithm import Algorithm
-from polyak.engines.attached import EngineAttached, refuse_swapped
+from polyak.engines.attached import EngineAttached
 from polyak.engines.deepspeed import masters_of
+from polyak.engines.handle import refuse_swapped
 from polyak.engines.hooks import Methods
 from polyak.engines.masters import Masters
 from polyak.errors import PlanWarning
-from polyak.training.counted import CountedLoop
+from polyak.training.loop import Loop
 from polyak.training.options import LoopOptions
 
 
@@ -30,9 +31,10 @@ class DeepSpeedAttached(EngineAttached):
     """
 
     def __init__(self, algorithms: Algorithm | Sequence[Algorithm], engine: Any, options: LoopOptions) -> None:
-        super().__init__(algorithms, masters_of(engine), options)
-        self._methods = Methods(engine)
-        _surround(self._methods, self.loop, self._masters, engine)
+        masters = masters_of(engine)
+        super().__init__(algorithms, masters, options)
+        # What replaces methods must not keep the average alive, and the loop does not.
+        self._methods = surround(engine, masters, self.loop, self.loop.begin, self.loop.finish_batch)
 
     def detach(self) -> None:
         """Stop counting. The average stays; the engine has its own methods again."""
@@ -40,16 +42,31 @@ class DeepSpeedAttached(EngineAttached):
         super().detach()
 
 
-def _surround(methods: Methods, loop: CountedLoop, masters: Masters, engine: Any) -> None:
-    """Replace methods of the engine. What replaces them must not keep the average alive, and the loop does not."""
+def surround(
+    engine: Any,
+    masters: Masters,
+    loop: Loop,
+    begin: Callable[[], object] = lambda: None,
+    finish: Callable[[], object] = lambda: None,
+) -> Methods:
+    """Replace methods of an engine: nothing trains averaged weights, and its checkpoints have the average.
+
+    Args:
+        engine: Of DeepSpeed.
+        masters: Of the engine.
+        loop: Which follows the masters.
+        begin: Called before each step.
+        finish: Called after each step that moved weights.
+    """
+    methods = Methods(engine)
 
     def step(inner: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_swapped(masters, "an optimizer step must be made")
-        loop.begin()
+        begin()
         result = inner(*args, **kwargs)
         if engine.was_step_applied() and len(loop.algorithms):
             masters.follow()
-            loop.finish_batch()
+            finish()
         return result
 
     def backward(inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,16 +77,20 @@ def _surround(methods: Methods, loop: CountedLoop, masters: Masters, engine: Any
     def save(inner: Any, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         refuse_swapped(masters, "a checkpoint must be saved")
         # Before DeepSpeed's own files, the last of which says which checkpoint is complete.
-        _save(loop, masters, _folder(save_dir, f"global_step{engine.global_steps}" if tag is None else tag))
+        _save(loop, masters, folder_of(save_dir, f"global_step{engine.global_steps}" if tag is None else tag))
         return inner(save_dir, tag, *args, **kwargs)
 
     def load(inner: Any, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         refuse_swapped(masters, "a checkpoint must be loaded")
-        latest = Path(load_dir, "latest")
-        tag = latest.read_text().strip() if tag is None and latest.is_file() else tag
+        folder = folder_of(load_dir, tag)
         result = inner(load_dir, tag, *args, **kwargs)
-        if result[0] is not None:
-            _load(loop, masters, _folder(load_dir, tag))
+        if result[0] is not None and len(loop.algorithms) and not load_average(loop, masters, folder):
+            warnings.warn(
+                f"a checkpoint should have the average to resume it, and {folder.parent} has none: it begins with the "
+                "next update (this is right if the run was not averaged before)",
+                PlanWarning,
+                stacklevel=4,
+            )
         return result
 
     methods.around("step", step)
@@ -77,34 +98,45 @@ def _surround(methods: Methods, loop: CountedLoop, masters: Masters, engine: Any
     methods.around("_backward_prologue", backward)  # of `loss.backward()`
     methods.around("save_checkpoint", save)
     methods.around("load_checkpoint", load)
+    return methods
 
 
-def _folder(folder: Any, tag: Any) -> Path:
+def folder_of(folder: Any, tag: Any = None) -> Path:
+    """Return where the average is in a folder of DeepSpeed's checkpoints.
+
+    Args:
+        folder: As given to ``load_checkpoint``.
+        tag: Of the checkpoint; None for the latest.
+    """
+    latest = Path(folder, "latest")
+    tag = latest.read_text().strip() if tag is None and latest.is_file() else tag
     return Path(folder, str(tag), "polyak")
 
 
-def _save(loop: CountedLoop, masters: Masters, folder: Path) -> None:
+def _save(loop: Loop, masters: Masters, folder: Path) -> None:
     from polyak.sharding import dcp  # noqa: PLC0415  takes half a second to import
 
     if len(loop.algorithms):
         masters.follow()
-        dcp.save({"average": masters.in_fragments(loop.state_for(folder))}, folder)
+        loop.warn_of_uncounted()
+        with loop.state.writing(folder):
+            dcp.save({"average": masters.in_fragments(loop.state_dict())}, folder)
 
 
-def _load(loop: CountedLoop, masters: Masters, folder: Path) -> None:
+def load_average(loop: Loop, masters: Masters, folder: Path) -> bool:
+    """Resume from the average in a checkpoint; return whether there is one. All ranks must call this.
+
+    Args:
+        loop: Which follows the masters.
+        masters: Of the engine, which has loaded its own state.
+        folder: As ``folder_of`` returned it.
+    """
     from polyak.sharding import dcp  # noqa: PLC0415  takes half a second to import
 
-    if not len(loop.algorithms):
-        return
     if not folder.is_dir():
-        warnings.warn(
-            f"a checkpoint should have the average to resume it, and {folder.parent} has none: it begins with the next "
-            "update (this is right if the run was not averaged before)",
-            PlanWarning,
-            stacklevel=5,
-        )
-        return
+        return False
     masters.follow()
     state = {"average": masters.in_fragments(loop.state_dict())}
     dcp.load(state, folder)
     loop.load_state_dict(masters.without_fragments(state["average"]))
+    return True

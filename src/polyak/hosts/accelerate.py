@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from polyak.algorithm import Algorithm
 from polyak.averaging.habits import ARGUMENTS_OF_ATTACH, explained
 from polyak.averaging.swap import swap_of
+from polyak.engines.deepspeed_loop import DeepSpeedAttached
 from polyak.errors import LoanError
 from polyak.time import Time
 from polyak.training import sharded
@@ -19,7 +20,7 @@ from polyak.training.attached import Attached
 from polyak.training.counted import CountedLoop
 from polyak.training.options import LoopOptions
 
-_FOREIGN = {DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM}
+_FOREIGN = {DistributedType.FSDP, DistributedType.MEGATRON_LM}
 
 
 class _Logger:
@@ -93,8 +94,11 @@ def attach(
     them; they are refused while the average is in the model. One step of the optimizer is one batch: passes that only
     accumulate gradients, and steps that mixed precision skips, do not count.
 
+    Under DeepSpeed the average is one of the engine's float32 masters, as by ``polyak.hosts.deepspeed.attach``; each
+    rank has a part of it.
+
     Args:
-        algorithms: ``EMA``, ``Recorder`` or others, one or several.
+        algorithms: ``EMA``, ``Recorder`` or others, one or several. Under DeepSpeed, one ``EMA``.
         accelerator: That prepared the model.
         model: As ``accelerator.prepare`` returned it.
         optimizer: As ``accelerator.prepare`` returned it; of several, the one that steps last in a batch. None if you
@@ -105,10 +109,12 @@ def attach(
         tokens_per_step: Tokens in a step, of all processes, for times in ``tok``.
 
     Raises:
-        NotImplementedError: Under DeepSpeed, FSDP1 and Megatron-LM.
+        NotImplementedError: Under FSDP1 and Megatron-LM.
         TimeError: If ``max_duration`` is no time.
         CallError: If an argument is missing, or there is none of that name.
-        ArgumentError: If more than one of the algorithms swaps an average in.
+        ArgumentError: If more than one of the algorithms swaps an average in; under DeepSpeed, if there is another
+            algorithm than an ``EMA``, or the model was not prepared.
+        OptimizerError: If DeepSpeed's masters cannot be averaged.
     """
     if accelerator.distributed_type in _FOREIGN and not accelerator.is_fsdp2:
         raise NotImplementedError(
@@ -117,6 +123,9 @@ def attach(
             "(FullyShardedDataParallelPlugin(fsdp_version=2)) or on one device"
         )
     options = LoopOptions(max_duration, steps_per_epoch, samples_per_step, tokens_per_step, _Logger(accelerator))
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # The engine makes the steps, in `accelerator.backward`, and writes and reads the checkpoints.
+        return DeepSpeedAttached(algorithms, model, options)
     attached = Attached(algorithms, model, optimizer, options)
     number = len(accelerator._custom_objects)  # noqa: SLF001  by which it names their files too
     checkpoints = _Checkpoints(attached.loop, model, number)

@@ -8,11 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from polyak.algorithm import Algorithm, as_algorithms
+from polyak.averaging.swap import swap_of
+from polyak.engines.deepspeed import masters_of
+from polyak.engines.deepspeed_loop import folder_of, load_average, surround
+from polyak.engines.export import save_average
+from polyak.engines.handle import MastersHandle, check_averages
+from polyak.engines.hooks import Methods
+from polyak.engines.masters import Masters
 from polyak.errors import ArgumentError, MismatchError, PlanWarning
 from polyak.events import Event
 from polyak.tensors.slots import unwrap
@@ -54,6 +64,8 @@ class Attached(Handle, TrainerCallback):
     Attributes:
         algorithms: At work on the model that was trained last; none before ``train`` if a function makes them.
     """
+
+    _saved_as = STATE_NAME
 
     def __init__(self, make: Callable[[], Sequence[Algorithm]], trainer: Trainer, eval_weights: EvalWeights) -> None:
         self.algorithms: Sequence[Algorithm] = []
@@ -156,7 +168,7 @@ class Attached(Handle, TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin, or resume from the checkpoint whose averaged weights the trainer has loaded."""
-        model = self._trainer.model_wrapped
+        model = self._trained()
         if self._loop is None or unwrap(self._loop.state.model) is not unwrap(model):
             self.algorithms = self._make()
             self._loop = Loop(self.algorithms, LoopState(model), _Logger(self._trainer), counts=_counts(args))
@@ -171,28 +183,38 @@ class Attached(Handle, TrainerCallback):
         loop.set_epoch_length(_steps_per_epoch(self._trainer, kwargs["train_dataloader"]))
         self._load(self._resuming, state)
         self._samples, self._tokens_before = 0, state.num_input_tokens_seen
-        if self._hooks:
-            self._hooks.remove()
-        self._hooks = loop.count(kwargs["optimizer"], self._end_batch)
+        self._count(loop, kwargs["optimizer"])
         loop.fire(Event.FIT_START)
 
+    def _trained(self) -> nn.Module:
+        """Return what the algorithms follow."""
+        return self._trainer.model_wrapped
+
+    def _count(self, loop: Loop, optimizer: Optimizer) -> None:
+        if self._hooks:
+            self._hooks.remove()
+        self._hooks = loop.count(optimizer, self._end_batch)
+
     def _load(self, checkpoint: Path | None, state: Any) -> None:
-        if checkpoint is None or self._loop is None:
-            return
-        path = checkpoint / STATE_NAME
-        if (checkpoint / SHARDS_NAME).exists():
-            sharded.load(self._loop, checkpoint / SHARDS_NAME, weights=not self._trainer.is_fsdp_enabled)
-            return
-        if path.exists():
-            self._loop.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        if checkpoint is None or self._loop is None or self._loads(self._loop, checkpoint):
             return
         warnings.warn(
-            f"{checkpoint} has no {STATE_NAME}, so it was saved without polyak: averaging begins with its weights",
+            f"{checkpoint} has no {self._saved_as}, so it was saved without polyak: averaging begins with its weights",
             PlanWarning,
             stacklevel=2,
         )
         for time in (Time(state.global_step, TimeUnit.BATCH), Time(int(state.epoch or 0), TimeUnit.EPOCH)):
             self._loop.state.timestamp = self._loop.state.timestamp.with_counter(time)
+
+    def _loads(self, loop: Loop, checkpoint: Path) -> bool:
+        """Resume from a checkpoint; return whether it has an average."""
+        path = checkpoint / STATE_NAME
+        if (checkpoint / SHARDS_NAME).exists():
+            sharded.load(loop, checkpoint / SHARDS_NAME, weights=not self._trainer.is_fsdp_enabled)
+            return True
+        if path.exists():
+            loop.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return path.exists()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Fire ``EPOCH_START``."""
@@ -228,6 +250,79 @@ class Attached(Handle, TrainerCallback):
         self._loop.fire(event)
 
 
+class DeepSpeedAttached(MastersHandle, Attached):
+    """The same under DeepSpeed, where the average is one of the engine's float32 masters.
+
+    The engine's own checkpoints have training weights, and the average. Evaluations and exports have the average.
+
+    Args:
+        make: Returns the algorithms for an engine that is to be trained.
+        trainer: As given to ``attach``.
+        eval_weights: As given to ``attach``.
+    """
+
+    _saved_as = "global_step*/polyak"
+
+    def __init__(self, make: Callable[[], Sequence[Algorithm]], trainer: Trainer, eval_weights: EvalWeights) -> None:
+        self._engine: Any = None
+        self._methods: Methods | None = None
+        self._of_engine: Masters | None = None
+        super().__init__(make, trainer, eval_weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state with the parts of this rank, for ``torch.distributed.checkpoint``. All ranks must call this.
+
+        Raises:
+            LoanError: If the trainer has not begun to train, or the average is swapped in.
+        """
+        return self._in_fragments(super().state_dict)
+
+    def _trained(self) -> nn.Module:
+        engine = self._trainer.model_wrapped
+        if engine is not self._engine or self._of_engine is None:
+            self._engine, self._of_engine = engine, masters_of(engine)
+        return self._of_engine
+
+    def _count(self, loop: Loop, optimizer: Optimizer) -> None:
+        del optimizer  # the engine steps it, in the backward pass of the last batch
+        if self._methods:
+            self._methods.remove()
+        self._methods = surround(self._engine, self._masters, loop)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the step, if the engine has moved weights: only now are the batch's tokens counted."""
+        if self._engine.was_step_applied():
+            self._end_batch()
+
+    def _loads(self, loop: Loop, checkpoint: Path) -> bool:
+        return load_average(loop, self._masters, folder_of(checkpoint))
+
+    @contextmanager
+    def _swapped(self, start: Event, end: Event, saving_to: Path | None = None) -> Iterator[None]:
+        if self._of_engine is not None and not swap_of(self._of_engine):
+            self._of_engine.follow()
+        with super()._swapped(start, end, saving_to):
+            yield
+
+    def _save_model(
+        self, save: Callable[..., Any], output_dir: str | None = None, _internal_call: bool = False
+    ) -> None:
+        folder = Path(output_dir or self._trainer.args.output_dir)
+        if self._loop is None or not _keeps_partitioned(self._engine):
+            with self._swapped(Event.SAVE_START, Event.SAVE_END, folder):
+                save(output_dir, _internal_call=_internal_call)
+            return
+        # The trainer writes the engine's checkpoint instead of a model, which is for training weights.
+        save(output_dir, _internal_call=_internal_call)
+        if self.average.ema_started:
+            save_average(self.average, self._masters, folder / SAFE_WEIGHTS_NAME, None, overwrite=True)
+
+
+def _keeps_partitioned(engine: Any) -> bool:
+    """Return whether the trainer cannot gather a model to save it."""
+    return engine.zero_optimization_partition_weights() and not engine.zero_gather_16bit_weights_on_model_save()
+
+
 def _counts(args: Any) -> set[TimeUnit]:
     """Return the units that are counted with these arguments of a trainer."""
     tokens = args.include_num_input_tokens_seen not in (False, "no")
@@ -244,17 +339,15 @@ def _steps_per_epoch(trainer: Any, loader: Any) -> int | None:
 
 
 def _check(trainer: Any) -> None:
-    first_fsdp = trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1
-    if first_fsdp or trainer.is_deepspeed_enabled:
+    if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise NotImplementedError(
-            "each process must hold a model's parameters as they are for them to be averaged, and under "
-            f"{'FSDP1' if first_fsdp else 'DeepSpeed'} it does not (ZeRO-3 and FSDP1 keep flat parameters, ZeRO-1 and "
-            "2 float32 masters); train with FSDP2 (fsdp_config={'version': 2}), with DDP or on one device"
+            "each process must hold a model's parameters as they are for them to be averaged, and under FSDP1 it does "
+            "not; train with FSDP2 (fsdp_config={'version': 2}), with DDP or on one device"
         )
 
 
-def _made_once(algorithms: _Algorithms) -> Callable[[], Sequence[Algorithm]]:
-    left = [as_algorithms(algorithms)]
+def _made_once(algorithms: Sequence[Algorithm]) -> Callable[[], Sequence[Algorithm]]:
+    left = [algorithms]
 
     def make() -> Sequence[Algorithm]:
         if not left:
@@ -284,18 +377,22 @@ def attach(
 
     Steps count for ``ba``, whatever the gradient accumulation; ``tok`` needs ``include_num_input_tokens_seen``.
 
+    Under DeepSpeed the average is one of the engine's float32 masters, of which each rank has a part. It is in the
+    engine's own checkpoint, with the training weights.
+
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several; or a function that returns them, which is called
-            for each model: where the trainer makes several, by ``model_init`` or in ``hyperparameter_search``.
+            for each model: where the trainer makes several, by ``model_init`` or in ``hyperparameter_search``. Under
+            DeepSpeed, one ``EMA``.
         trainer: Before ``train`` is called.
         eval_weights: Which weights ``evaluate`` uses: ``"averaged"``, ``"raw"`` (the training weights) or ``"both"``.
             With both, ``eval_loss`` and all metrics with plain names are those of the average, which the checkpoints
             have, and those of the training weights are named ``eval_raw_loss``.
 
     Raises:
-        NotImplementedError: Under DeepSpeed and FSDP1.
-        ArgumentError: If the trainer has algorithms already, more than one of these swaps an average in, or
-            ``eval_weights`` is none of its values.
+        NotImplementedError: Under FSDP1.
+        ArgumentError: If the trainer has algorithms already, more than one of these swaps an average in,
+            ``eval_weights`` is none of its values, or there is another algorithm than an ``EMA`` under DeepSpeed.
         TimeError: If a time of an algorithm is in a unit that is not counted, as ``tok`` without
             ``include_num_input_tokens_seen``.
         ProfileError: If a profile is in such a unit.
@@ -306,9 +403,12 @@ def attach(
         raise ArgumentError(
             "attach must be called once for a trainer (it has algorithms already); give it all in a list"
         )
+    under_engine = trainer.is_deepspeed_enabled
+    kind, checked = (DeepSpeedAttached, check_averages) if under_engine else (Attached, list[Algorithm])
     if isinstance(algorithms, (Algorithm, Sequence)):
-        refuse_uncountable(as_algorithms(algorithms), _counts(trainer.args))
-        attached = Attached(_made_once(algorithms), trainer, eval_weights)
-        attached.algorithms = as_algorithms(algorithms)
+        given = checked(as_algorithms(algorithms))
+        refuse_uncountable(given, _counts(trainer.args))
+        attached = kind(_made_once(given), trainer, eval_weights)
+        attached.algorithms = given
         return attached
-    return Attached(lambda: as_algorithms(algorithms()), trainer, eval_weights)
+    return kind(lambda: checked(as_algorithms(algorithms())), trainer, eval_weights)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_FOREIGN = {"DeepSpeedStrategy", "FSDPStrategy", "XLAFSDPStrategy"}
+_FOREIGN = {"FSDPStrategy", "XLAFSDPStrategy"}
 
 
 def refuse_foreign(strategy: Any) -> None:
@@ -14,7 +14,14 @@ def refuse_foreign(strategy: Any) -> None:
     Raises:
         NotImplementedError: If it is one.
     """
-    if foreign := _FOREIGN & {cls.__name__ for cls in type(strategy).__mro__}:
+    names = {cls.__name__ for cls in type(strategy).__mro__}
+    if "DeepSpeedStrategy" in names:
+        raise NotImplementedError(
+            "the optimizer must step the model's own parameters to be counted here (got DeepSpeedStrategy, whose "
+            "engine steps float32 masters); call polyak.hosts.deepspeed.attach(EMA(...), engine) with "
+            "trainer.strategy.model in the module's on_fit_start, or with Fabric's model._forward_module"
+        )
+    if foreign := _FOREIGN & names:
         raise NotImplementedError(
             f"each process must hold a model's parameters as they are for them to be averaged (got {', '.join(foreign)}"
             ", under which it does not); use ModelParallelStrategy with fully_shard, DDP or one device"
