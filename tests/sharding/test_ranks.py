@@ -1,6 +1,7 @@
 """Which ranks hold a model and must agree on its average, and what they find out."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -226,6 +227,56 @@ def test_what_one_rank_refuses_all_ranks_refuse(ranks, tmp_path, kind, what, whe
         assert re.search(where if rank == 1 and where else on_others, said, re.DOTALL), said
         assert again in {"", "nothing"}
         assert same
+
+
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [("applied", "fsdp"), ("applied", "ddp"), ("metrics", "ddp"), ("publish", "fsdp"), ("state", "fsdp")],
+)
+def test_another_average_on_one_rank_is_an_error_on_all_ranks_and_nothing_waits(ranks, what, kind) -> None:
+    for rank, (first, again) in enumerate(ranks.run(3, jobs.one_rank_holds_another_average, what, kind)):
+        if what in {"applied", "metrics"} and rank == 1:
+            assert first.startswith("LoanError: "), first
+        else:
+            assert first.startswith("ShardingError: all ranks must agree on "), first
+            assert "rank 1: " in first
+        assert again == "nothing"
+
+
+# Publishing.
+
+
+@pytest.mark.parametrize(("kind", "size"), [("plain", 2), ("ddp", 4), ("fsdp", 4), ("several parts", 2), ("tied", 2)])
+def test_the_average_of_all_stages_is_published_under_the_names_of_the_full_model(ranks, tmp_path, kind, size) -> None:
+    _is_published(ranks.run(size, jobs.publishes_a_stage, kind, str(tmp_path)), "block3.norm.running_var")
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp", "fsdp, numbers", "ddp, numbers"])
+def test_the_average_of_declared_experts_is_published_as_that_of_the_full_model(ranks, tmp_path, kind) -> None:
+    found = ranks.run(2, jobs.publishes_experts, kind, str(tmp_path))
+    _is_published(found, "experts.3.1.running_var" if "numbers" in kind else "experts.up")
+    if "numbers" not in kind:
+        assert found[0]["rank 0"]["experts.up"].shape == (4, jobs.D, jobs.D)
+
+
+def _is_published(found: list[dict[str, Any]], name: str) -> None:
+    for rank, one in enumerate(found):
+        want = one["exported"]
+        assert name in want
+        assert one["every rank"].keys() == want.keys()
+        assert [n for n in want if not torch.equal(one["every rank"][n], want[n])] == []
+        assert list(one["every rank"]) == list(found[0]["every rank"])
+        assert one["rank 0"].keys() == (want.keys() if rank == 0 else set())
+        assert "the engine is gone" in one["error"]
+        assert one["calls"] == 3
+        assert one["restored"]
+    assert [n for n, tensor in found[0]["rank 0"].items() if not torch.equal(tensor, found[0]["exported"][n])] == []
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_experts_that_were_not_declared_are_not_published(ranks, kind) -> None:
+    for said in ranks.run(2, jobs.publishes_undeclared_experts, kind):
+        assert "sum of the bits of experts: rank 0: " in said
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])

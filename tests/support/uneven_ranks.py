@@ -598,3 +598,100 @@ def one_refuses(what: str, kind: str, folder: str) -> tuple[str, str, bool]:
         warnings.simplefilter("ignore")
         again = said(act) if what in {"a full disk", "a tensor"} else ""
     return raised, again, what == "another average" or unequal(before, after) == []
+
+
+# Publishing
+
+
+def _published(attached: Any, model: nn.Module, files: str) -> dict[str, Any]:
+    """Export and publish, to rank 0 and to every rank; return what came, and what the export has."""
+    from safetensors.torch import load_file
+
+    before = own(model)
+    found: dict[str, Any] = {"rank 0": {}, "every rank": {}}
+
+    def into(where: str) -> Callable[[str, Tensor], None]:
+        return lambda name, tensor: found[where].update({name: tensor.clone()})
+
+    attached.publish(into("rank 0"))
+    attached.publish(into("every rank"), every_rank=True)
+    calls: list[str] = []
+
+    def fails(name: str, tensor: Tensor) -> None:
+        calls.append(name)
+        if len(calls) == 3 and dist.get_rank() == 1:
+            raise ValueError("the engine is gone")
+
+    found["error"] = said(lambda: attached.publish(fails, every_rank=True))
+    found["calls"] = len(calls)
+    found["restored"] = unequal(before, own(model)) == []
+    attached.save(f"{files}/averaged.safetensors")
+    dist.barrier()
+    found["exported"] = load_file(f"{files}/averaged.safetensors")
+    return found
+
+
+def publishes_a_stage(kind: str, folder: str) -> dict[str, Any]:
+    """Train a stage of a pipeline, and publish the average of all stages."""
+    model, differentiate = pipeline(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA("2ba"), model, optimizer)
+    for number in range(3):
+        differentiate()
+        if number == 0:
+            for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm1d)):
+                norm.reset_running_stats()
+        step(model, optimizer) if kind == "by hand" else optimizer.step()
+    return _published(attached, model, folder)
+
+
+def publishes_experts(kind: str, folder: str) -> dict[str, Any]:
+    """Train declared experts, and publish the average of all of them."""
+    model, mesh, rank = Mixture(kind), init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+    declare_experts(model.experts, mesh, numbers=[2 * rank, 2 * rank + 1] if "numbers" in kind else None)
+    if kind.startswith("ddp"):
+        ignored = [f"experts.{name}" for name, _ in model.experts.named_parameters()]
+        ignored += [f"experts.{name}" for name, _ in model.experts.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        model = DistributedDataParallel(model)
+    else:
+        model = fully_shard(model, mesh=mesh, ignored_params=set(model.experts.parameters()))
+    return _published(trained(model, EMA("2ba")), model, folder)
+
+
+def publishes_undeclared_experts(kind: str) -> str:
+    """Return what is said of experts that differ by rank and were not declared."""
+    attached = trained(experts(kind), EMA("2ba"))
+    return said(lambda: attached.publish(print))
+
+
+# Another average
+
+
+def one_rank_holds_another_average(what: str, kind: str) -> tuple[str, str]:
+    """Let one rank hold another average when all swap, measure or save; return the error, and what is said after it."""
+    from polyak.averaging.weights import Shadow
+
+    model = net()
+    model = DistributedDataParallel(model) if kind == "ddp" else fully_shard(model)
+    attached = trained(model, EMA("2ba"))
+
+    def act() -> None:
+        if what == "applied":
+            with attached.applied():
+                pass
+        elif what == "metrics":
+            attached.metrics()
+        elif what == "publish":
+            attached.publish(lambda name, tensor: None)
+        else:
+            attached.state_dict()
+
+    other = Shadow(unwrap(model))
+    own_average = attached.average._shadow
+    if dist.get_rank() == 1:
+        own_average.swap_in("a test") if what == "state" else other.swap_in("another")
+    first = said(act)
+    if dist.get_rank() == 1:
+        own_average.restore() if what == "state" else other.restore()
+    return first, said(act)
