@@ -19,13 +19,14 @@ def on_threads() -> Iterator[Callable[[int, Callable[[Ranks], Any]], list[Any]]]
     """A function that runs a job on as many ranks, each in a thread; it returns what each returned or raised."""
     threaded._install_threaded_pg()
     threaded.ProcessLocalGroup.reset()
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)  # each thread has its own groups
 
     def run(size: int, job: Callable[[Ranks], Any]) -> list[Any]:
         store, found = dist.HashStore(), [None] * size
 
         def work(rank: int) -> None:
-            dist.init_process_group("threaded", rank=rank, world_size=size, store=store)
             try:
+                dist.init_process_group("threaded", rank=rank, world_size=size, store=store)
                 found[rank] = job(Ranks(dist.group.WORLD, torch.device("cpu"), replicas=True))
             except ShardingError as error:  # all ranks raise it
                 found[rank] = error
@@ -43,6 +44,7 @@ def on_threads() -> Iterator[Callable[[int, Callable[[Ranks], Any]], list[Any]]]
         return found
 
     yield run
+    torch._C._distributed_c10d._set_thread_isolation_mode(False)
     threaded._uninstall_threaded_pg()
 
 
