@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import averaged_modules as jobs
 import pytest
 import sharded
-import torch
 
 from polyak import ShardingError
 from polyak.sharding import fsdp

@@ -104,7 +104,7 @@ class Unit:
     def wrap(self, twin: Callable[[nn.Module], nn.Module], mesh: "DeviceMesh") -> list[Managed]:
         """Call ``fully_shard`` in the same way for a copy; return its parameters, in the order of ``parameters``.
 
-        A copy gives back full tensors after each forward pass: the next one must see what its shards have become.
+        A copy frees full tensors after each forward pass: the next one must gather what its shards have become.
 
         Args:
             twin: Returns the module of the copy for one of the model.
@@ -128,7 +128,7 @@ class Unit:
             offload_policy=CPUOffloadPolicy(pin_memory=False) if self.offloads else OffloadPolicy(),
             ignored_params=ignored or None,
         )
-        found = {(id(p.module), p.attribute): p for p in _unit(fully_shard.state(modules[0])).parameters}
+        found = {(id(p.module), p.attribute): p for p in _unit(_state(modules[0])).parameters}
         wanted = [(id(twin(p.module)), p.attribute) for p in self.parameters]
         if found.keys() != set(wanted):
             names = sorted({name for _, name in found.keys() ^ set(wanted)})
@@ -154,8 +154,7 @@ def units_of(model: nn.Module) -> list[Unit]:
     states = dict[int, Any]()
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()  # noqa: SLF001
-            states.setdefault(id(state), state)
+            states.setdefault(id(_state(module)), _state(module))
     try:
         if any(group.is_unsharded for state in states.values() for group in _groups(state)):
             reshard_after_an_error(model)
@@ -200,13 +199,16 @@ def reshard_abandoned(module: nn.Module) -> None:
     from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415
 
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    groups = chain.from_iterable(_groups(part._get_fsdp_state()) for part in parts)  # noqa: SLF001
-    if not any(group.is_unsharded for group in groups):
+    if not any(group.is_unsharded for part in parts for group in _groups(_state(part))):
         return
     for part in parts:
         part.reshard()
-    if hasattr(module, "reset_iter_state"):  # since torch 2.13
+    if isinstance(module, FSDPModule) and hasattr(module, "reset_iter_state"):  # since torch 2.13
         module.reset_iter_state()
+
+
+def _state(module: Any) -> Any:
+    return module._get_fsdp_state()  # noqa: SLF001
 
 
 def _groups(state: Any) -> Sequence[Any]:
