@@ -12,7 +12,7 @@ from polyak.sharding import fsdp
 pytestmark = pytest.mark.slow  # processes of several ranks
 
 FSDP = [kind for kind in sharded.KINDS if "fsdp" in kind]
-KINDS = [(kind, max(sharded.KINDS[kind])) for kind in [*FSDP, "hsdp", "tp"]]
+KINDS = [(kind, max(sharded.KINDS[kind])) for kind in [*FSDP, "hsdp", "tp", "ddp, divided average"]]
 
 
 @pytest.mark.parametrize(("kind", "size"), KINDS, ids=str)
@@ -29,7 +29,9 @@ def test_the_float32_average_of_a_bfloat16_model_computes_in_the_dtype_of_the_po
     assert ranks.run(2, jobs.has_16_bits) == [[True] * 5] * 2
 
 
-@pytest.mark.parametrize("kind", ["fsdp, blocks", "fsdp, bfloat16", "fsdp, kept whole", "fsdp and tp"])
+@pytest.mark.parametrize(
+    "kind", ["fsdp, blocks", "fsdp, bfloat16", "fsdp, kept whole", "fsdp and tp", "ddp, divided average"]
+)
 def test_a_student_of_the_averaged_module_gets_the_bits_of_one_of_the_swapped_model(ranks, kind) -> None:
     size = max(sharded.KINDS[kind])
     learned, want, read, alone = (ranks.run(size, jobs.learns, kind, how)[0] for how in HOW)

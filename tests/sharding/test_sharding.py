@@ -86,11 +86,6 @@ def test_an_evaluation_that_fails_leaves_training_as_it_was(ranks, kind, size) -
         assert sharded.unequal(one[1], other[1]) == []
 
 
-def test_a_module_over_an_average_that_is_sharded_and_whose_model_is_not_is_refused(ranks) -> None:
-    for said in ranks.run(2, sharded.refuses, "ddp, divided average"):
-        assert "needs full ones, and they are sharded over ranks" in said
-
-
 @pytest.mark.parametrize("kind", ["ddp", "tp"])
 def test_a_module_over_the_average_teaches_where_ranks_have_full_layers_or_tensor_parallel_ones(ranks, kind) -> None:
     for found in ranks.run(2, sharded.teaches, kind):

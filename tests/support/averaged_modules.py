@@ -22,7 +22,8 @@ STEPS = 4
 
 def _set_up(kind: str, seed: int = 0, **options: Any) -> Any:
     model, optimizer, algorithm, ema = sharded._set_up(kind, seed, **options)
-    model.norm.weight.requires_grad_(False)  # the module shares it with the model
+    if not kind.startswith("ddp"):  # which must know before
+        model.norm.weight.requires_grad_(False)  # the module shares it with the model
     return model, optimizer, algorithm, ema
 
 
@@ -54,7 +55,7 @@ def computes(kind: str) -> dict[str, Any]:
     found["requires a gradient"] = any(parameter.requires_grad for parameter in averaged.parameters())
     state = {name: full(tensor) for name, tensor in averaged.state_dict().items()}
     own = {name: full(tensor) for name, tensor in {**dict(model.named_parameters()), **held}.items()}
-    found["state"] = [name for name in own if name in state and not torch.equal(state[name], own[name])]
+    found["state"] = [name for name in state if not torch.equal(state[name], own.get(name, own.get(f"module.{name}")))]
     return found
 
 

@@ -242,8 +242,8 @@ class Shadow:
     def averaged_model(self) -> nn.Module:
         """Return a module whose tensors are the averages: not copies of them, in eval mode, without gradients.
 
-        While the average is swapped in, it is the model itself. Frozen parameters are shared with the model. Under
-        FSDP2 the module has ``fully_shard`` of its own, over the averages' shards.
+        While the average is swapped in, it is the model itself. Frozen parameters are shared with the model. Where the
+        averages are sharded, the module has ``fully_shard`` of its own, over their shards.
 
         Raises:
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
@@ -254,7 +254,8 @@ class Shadow:
             return self._model
         refuse_merged(self._model)
         self._movement.follow_model()
-        module = (sharded_module if sharding.is_fsdp(self._model) else averaged_module)(self._movement)
+        sharded = sharding.is_fsdp(self._model) or self._movement.settings.mesh is not None
+        module = (sharded_module if sharded else averaged_module)(self._movement)
         self._swapper.expose(own_tensors(module, self._model))
         return module
 

@@ -24,28 +24,31 @@ _INSTEAD = "use applied(), which swaps the average into the model"
 
 @dataclass(frozen=True)
 class Managed:
-    """A parameter of a model that ``fully_shard`` manages.
+    """A parameter that ``fully_shard`` manages, or is to manage in a copy.
 
     Args:
-        held: torch's object for it.
+        tensor: The parameter, sharded if it is managed.
+        module: The first module that has it.
+        attribute: Its name in that module.
+        placement: Along which dimension it is sharded.
+        held: torch's object for it; None if it is not managed yet.
     """
 
-    held: Any
+    tensor: Tensor
+    module: nn.Module
+    attribute: str
+    placement: Any
+    held: Any = None
 
-    @property
-    def tensor(self) -> Tensor:
-        """The parameter, sharded."""
-        return self.held.sharded_param
+    @classmethod
+    def of(cls, held: Any) -> "Managed":
+        """Return what torch's object for a parameter tells of it.
 
-    @property
-    def module(self) -> nn.Module:
-        """The first module that has it."""
-        return self.held._module_info.module  # noqa: SLF001
-
-    @property
-    def attribute(self) -> str:
-        """Its name in that module."""
-        return self.held._module_info.param_name  # noqa: SLF001
+        Args:
+            held: An ``FSDPParam``.
+        """
+        info = held._module_info  # noqa: SLF001
+        return cls(held.sharded_param, info.module, info.param_name, held.fsdp_placement, held)
 
     @property
     def memory(self) -> Tensor:
@@ -58,11 +61,13 @@ class Managed:
         return self.held.padded_sharded_param_size.numel()
 
     def stand_in(self, dtype: torch.dtype) -> Tensor:
-        """Return a parameter without memory of the shape that it had before ``fully_shard``.
+        """Return a parameter without memory, of the shape that it has before ``fully_shard``.
 
         Args:
             dtype: Of its values.
         """
+        if self.held is None:
+            return nn.Parameter(torch.empty_like(self.tensor, dtype=dtype, device="meta"), requires_grad=False)
         full = torch.empty(self.held._orig_size, dtype=dtype, device="meta")  # noqa: SLF001
         if (spec := self.held._unsharded_dtensor_spec) is None:  # noqa: SLF001
             return nn.Parameter(full, requires_grad=False)
@@ -85,7 +90,7 @@ class Managed:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one call of ``fully_shard`` was given, and the parameters that it manages.
+    """What one call of ``fully_shard`` is given, and the parameters that it manages.
 
     Args:
         modules: One, or several that are gathered together.
@@ -116,7 +121,7 @@ class Unit:
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard  # noqa: PLC0415
 
         modules = [twin(module) for module in self.modules]
-        placements = {id(getattr(twin(p.module), p.attribute)): p.held.fsdp_placement for p in self.parameters}
+        placements = {id(getattr(twin(p.module), p.attribute)): p.placement for p in self.parameters}
         ignored = {p for p in chain.from_iterable(m.parameters() for m in modules) if id(p) not in placements}
         fully_shard(
             modules if modules[1:] else modules[0],
@@ -174,7 +179,7 @@ def _unit(state: Any) -> Unit:
     if meshes[1:] or spmd or any(info.shard_mesh_dim is None for info in meshes):
         kind = "several meshes in one call" if meshes[1:] else "dp_mesh_dims" if spmd else "replicate()"
         raise ShardingError(f"ema.model needs a model of plain calls of fully_shard (got {kind}); {_INSTEAD}")
-    parameters = tuple(Managed(held) for group in groups for held in group.fsdp_params)
+    parameters = tuple(Managed.of(held) for group in groups for held in group.fsdp_params)
     for parameter in parameters:
         if hasattr(local(parameter.tensor), "fsdp_pre_all_gather"):
             raise ShardingError(

@@ -76,13 +76,12 @@ class Handle(ABC):
         """The averaged module: the model's structure over the averages, not copies of them, in eval mode.
 
         It follows the updates, and needs no gradients. Each read makes a new module, and while one is kept,
-        ``applied()`` takes the memory of another copy. Under FSDP2 it has ``fully_shard`` of its own, over the shards
-        of the average: all ranks call it together.
+        ``applied()`` takes the memory of another copy. Where the average is sharded, under FSDP2 or by
+        ``EMA(mesh=...)``, the module has ``fully_shard`` of its own over its shards: all ranks call it together.
 
         Raises:
             LoanError: If averaging has not begun; when it is called after ``train()``.
-            ShardingError: If an average is sharded over ranks that each have the full model (``EMA(mesh=...)``), or
-                ``fully_shard`` cannot be called for the module as for the model: use ``applied()``.
+            ShardingError: If ``fully_shard`` cannot be called for the module as for the model: use ``applied()``.
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
         """
         average = self._begun()
