@@ -90,6 +90,7 @@ def test_declared_experts_are_swapped_saved_exported_and_recorded_as_those_of_th
 ) -> None:
     first, second = ranks.run(2, jobs.declares, kind, str(tmp_path))
     assert first["distance"] == second["distance"] > 0
+    assert first["distance"] == pytest.approx(first["found distance"], rel=1e-5)
     exported = load_file(tmp_path / "export/model.safetensors")
     mean = Record(tmp_path / "record").average(Uniform())
     assert exported.keys() == mean.keys()
@@ -103,6 +104,11 @@ def test_declared_experts_are_swapped_saved_exported_and_recorded_as_those_of_th
                 found, recorded = exported[name].chunk(2)[rank], mean[name].chunk(2)[rank]
             assert torch.equal(found, averages[name]), name
             assert torch.equal(recorded, read[name]), name
+
+
+def test_the_state_of_a_bema_of_declared_experts_is_refused(ranks) -> None:
+    for said in ranks.run(2, jobs.bema_of_experts):
+        assert "must be averaged in one buffer to be saved" in said
 
 
 def test_each_rank_reads_its_shards_of_a_record_with_the_bits_of_one_process(ranks, tmp_path) -> None:
@@ -184,8 +190,11 @@ def test_stages_of_a_pipeline_swap_save_export_and_record_one_model(ranks, tmp_p
         assert torch.allclose(mean[name].double(), expected, rtol=1e-6, atol=1e-7), name
 
 
-def test_stages_with_the_same_names_are_refused_on_all_ranks_until_they_have_prefixes(ranks, tmp_path) -> None:
-    for found in ranks.run(2, jobs.has_stages_of_the_same_names, str(tmp_path)):
+@pytest.mark.parametrize(("kind", "size"), [("same names", 2), ("same names, fsdp", 4)])
+def test_stages_with_the_same_names_are_refused_on_all_ranks_until_they_have_prefixes(
+    ranks, tmp_path, kind, size
+) -> None:
+    for found in ranks.run(size, jobs.has_stages_of_the_same_names, kind, str(tmp_path)):
         assert found.pop("with a prefix") == "nothing"
         for what, said in found.items():
             assert "each stage of a pipeline must have other names (got ['0.layer.bias', " in said, what
@@ -196,6 +205,13 @@ def test_stages_with_the_same_names_are_refused_on_all_ranks_until_they_have_pre
 def test_a_swap_is_refused_on_all_stages_if_one_has_made_another_update(ranks) -> None:
     for said in ranks.run(2, jobs.stages_differ_in_updates):
         assert "number of updates: rank 0: 2; rank 1: 3" in said
+
+
+def test_a_swap_is_refused_on_all_stages_if_one_has_not_begun_to_average(ranks) -> None:
+    for before, one, both in ranks.run(2, jobs.one_stage_begins_later):
+        assert "averaging has begun: rank 0: True; rank 1: False" in one
+        assert "number of updates: rank 0: 1; rank 1: 0" in both
+        assert before == "nothing"
 
 
 def test_the_parts_of_a_model_must_have_different_names() -> None:
@@ -231,10 +247,16 @@ def test_what_one_rank_refuses_all_ranks_refuse(ranks, tmp_path, kind, what, whe
 
 @pytest.mark.parametrize(
     ("what", "kind"),
-    [("applied", "fsdp"), ("applied", "ddp"), ("metrics", "ddp"), ("publish", "fsdp"), ("state", "fsdp")],
+    [
+        *(("applied", kind) for kind in ("fsdp", "ddp", "pipeline")),
+        *(("state", kind) for kind in ("fsdp", "pipeline")),
+        ("metrics", "ddp"),
+        ("publish", "fsdp"),
+    ],
 )
 def test_another_average_on_one_rank_is_an_error_on_all_ranks_and_nothing_waits(ranks, what, kind) -> None:
-    for rank, (first, again) in enumerate(ranks.run(3, jobs.one_rank_holds_another_average, what, kind)):
+    size = 2 if kind == "pipeline" else 3
+    for rank, (first, again) in enumerate(ranks.run(size, jobs.one_rank_holds_another_average, what, kind)):
         if what in {"applied", "metrics"} and rank == 1:
             assert first.startswith("LoanError: "), first
         else:
