@@ -20,6 +20,7 @@ def test_the_averaged_module_computes_what_the_model_with_the_average_does_after
     for found in ranks.run(size, jobs.computes, kind):
         assert found["apart"] == [0.0] * jobs.STEPS
         assert min(found["moved"]) > 1e-3
+        assert found["wrong"] == []
         assert found["elsewhere"] == 0
         assert found["requires a gradient"] is False
         assert found["state"] == []

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard
 
 from polyak import EMA, attach
 from polyak.sharding import is_sharded, local, reshard
+from polyak.tensors.slots import slots, unwrap
 
 STEPS = 4
 
@@ -34,13 +35,17 @@ def _memory(tensors: Any) -> set[int]:
 def computes(kind: str) -> dict[str, Any]:
     """Return how ``ema.model`` differs from the model with the average, after each of some updates."""
     model, optimizer, algorithm, ema = _set_up(kind)
-    train(model, optimizer, range(2))
+    train(model, optimizer, range(1))
+    reference = sharded.Reference(unwrap(model), None)
+    train(model, optimizer, range(1, 2))
+    reference.update_(unwrap(model), 1 - 0.5**0.5)
     before = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
     averaged = ema.model
     assert unequal(before, {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}) == []
     found: dict[str, Any] = {"apart": [], "moved": []}
     for step in range(2, 2 + STEPS):
         train(model, optimizer, range(step, step + 1))
+        reference.update_(unwrap(model), 1 - 0.5**0.5)
         algorithm._average.agree()  # in a swap, the buffers of rank 0 count
         with torch.no_grad():
             got = full(averaged(batch(999, own=False)))
@@ -51,6 +56,8 @@ def computes(kind: str) -> dict[str, Any]:
     reshard(model)
     held = algorithm._shadow.averages
     frozen = [p for p in model.parameters() if not p.requires_grad]
+    trained = {slot.name for slot in slots(model) if slot.tensor.requires_grad}
+    found["wrong"] = [n for n in trained if not torch.equal(full(held[n]), reference.averages[n])]
     found["elsewhere"] = len(_memory(averaged.parameters()) - _memory(held.values()) - _memory(frozen))
     found["requires a gradient"] = any(parameter.requires_grad for parameter in averaged.parameters())
     state = {name: full(tensor) for name, tensor in averaged.state_dict().items()}
