@@ -56,7 +56,7 @@ def computes(kind: str) -> dict[str, Any]:
     reshard(model)
     held = algorithm._shadow.averages
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    trained = {slot.name for slot in slots(model) if slot.tensor.requires_grad}
+    trained = [slot.name for slot in slots(model) if slot.tensor.requires_grad]  # in one order on all ranks
     found["wrong"] = [n for n in trained if not torch.equal(full(held[n]), reference.averages[n])]
     found["elsewhere"] = len(_memory(averaged.parameters()) - _memory(held.values()) - _memory(frozen))
     found["requires a gradient"] = any(parameter.requires_grad for parameter in averaged.parameters())
