@@ -5,7 +5,7 @@ import sharded
 import torch
 from torch import Tensor, nn
 
-from polyak import EMA, ArgumentError, Attached, LoanError, ShardingError, attach, publish
+from polyak import EMA, ArgumentError, Attached, LoanError, attach
 
 
 def trained(model: nn.Module, steps: int = 3) -> Attached:
@@ -37,17 +37,6 @@ def test_publishing_before_averaging_has_begun_and_to_nothing_is_refused() -> No
         trained(sharded.net(), steps=0).publish(print)
     with pytest.raises(ArgumentError, match="publish needs a function of a name and a tensor"):
         trained(sharded.net()).publish([])
-
-
-@pytest.mark.parametrize(
-    ("member", "says"), [("pipeline_of", "a stage of a pipeline"), ("has_experts", "a model with declared experts")]
-)
-def test_a_model_of_which_ranks_have_other_names_is_refused(monkeypatch, member, says) -> None:
-    ema = trained(sharded.net())
-    monkeypatch.setattr(publish, member, lambda model: [model])
-    monkeypatch.setattr(publish, "is_initialized", lambda: True)
-    with pytest.raises(ShardingError, match=f"all names of the model .* {says}"):
-        ema.publish(print)
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

@@ -90,7 +90,7 @@ def export_averaged(
     ranks = pipeline_communicator_of(model, stage) or stage
     ranks.on_every_rank("the export", lambda: _check(folder, model, overwrite=overwrite))
     with swapped_in(average, model):
-        _agree(model, ranks, stage)
+        agree_on_values(model, ranks, stage)
         _export(average, model, folder, ranks, max_file_bytes=max_file_bytes, finish=_finish)
 
 
@@ -130,7 +130,7 @@ def save_averaged(ema: EMA | HasAverage, model: nn.Module, path: str | Path, *, 
     ranks = pipeline_communicator_of(model, stage) or stage
     ranks.on_every_rank("the export", lambda: _check_file(path, model, overwrite=overwrite))
     with swapped_in(average, model):
-        _agree(model, ranks, stage)
+        agree_on_values(model, ranks, stage)
         _export(average, model, path, ranks, max_file_bytes=math.inf, finish=_finish_file)
 
 
@@ -166,8 +166,17 @@ def swapped_in(average: EMA, model: nn.Module) -> Iterator[None]:
         average.get_training_model(model)
 
 
-def _agree(model: nn.Module, ranks: Communicator, stage: Communicator) -> None:
-    """Check that each name stands for one tensor: equal on all ranks of a stage, and on one stage only."""
+def agree_on_values(model: nn.Module, ranks: Communicator, stage: Communicator) -> None:
+    """Check that each name stands for one tensor: equal on all ranks of a stage, and on one stage only.
+
+    Args:
+        model: With the average in it.
+        ranks: That train it, with all stages. All of them must call this.
+        stage: Those of the same stage; the same object where there are no others.
+
+    Raises:
+        ShardingError: If it does not; it names the tensors.
+    """
     places = places_of(model)
     plain = {s.name: s.tensor for s in all_slots(model) if s.is_parameter and not places.differs(s.name, s.tensor)}
     if isinstance(stage, Ranks):

@@ -1,28 +1,26 @@
 """Averaged weights for another program, such as an inference engine: one full tensor at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
-from polyak.averaging.agreement import agree_on_plain
 from polyak.averaging.ema import EMA
 from polyak.averaging.habits import kind_of
-from polyak.errors import ArgumentError, ShardingError
-from polyak.export import swapped_in
+from polyak.errors import ArgumentError
+from polyak.export import agree_on_values, swapped_in
 from polyak.sharding import (
     Communicator,
     Ranks,
     communicator_of,
-    has_experts,
-    is_initialized,
     is_sharded,
     local,
-    pipeline_of,
+    pipeline_communicator_of,
     sharded_like,
     unwrapped,
 )
-from polyak.tensors.slots import all_slots
+from polyak.tensors.slots import all_slots, places_of
 
 Load = Callable[[str, Tensor], object]
 
@@ -39,27 +37,14 @@ def publish_averaged(ema: EMA, model: nn.Module, load: Load, *, every_rank: bool
     Raises:
         ArgumentError: If ``load`` cannot be called.
         LoanError: If the model holds another average, or ``load`` has changed a parameter.
-        ShardingError: If ranks disagree, ``load`` failed on another rank, the model is a stage of a pipeline, or it has
-            declared experts.
+        ShardingError: If ranks disagree, or ``load`` failed on another rank.
     """
-    ranks = communicator_of(model)
-    _refuse_parts(model)
+    stage = communicator_of(model)
+    ranks = pipeline_communicator_of(model, stage) or stage
     ranks.on_every_rank("publishing", lambda: check_loader(load))
     with swapped_in(ema, model):
-        if isinstance(ranks, Ranks):
-            agree_on_plain(ranks, {slot.name: slot.tensor for slot in all_slots(model) if slot.is_parameter})
+        agree_on_values(model, ranks, stage)
         stream(model, ranks, load, every_rank=every_rank, gathered=_gathered)
-
-
-def _refuse_parts(model: nn.Module) -> None:
-    """Refuse a model of which ranks have other tensors. Nothing is communicated: all of them refuse."""
-    stage = is_initialized() and bool(pipeline_of(model))
-    if stage or has_experts(model):
-        raise ShardingError(
-            "every rank must have all names of the model for them to be published (this is "
-            f"{'a stage of a pipeline' if stage else 'a model with declared experts'}); write the average by "
-            "ema.save(path), and load that"
-        )
 
 
 def check_loader(load: object) -> None:
@@ -88,31 +73,52 @@ def stream(
 ) -> None:
     """Gather the tensors of a state dict one at a time, and call a function with each. All ranks must call this.
 
+    Ranks may have other tensors: stages of a pipeline, whole experts, submodules on some of the ranks. What not every
+    rank has is sent to all, by the lowest rank that has it.
+
     Args:
         model: With the average in it.
-        ranks: That train it.
-        load: Called with a name and a full tensor, which is valid until it returns.
+        ranks: That train it, with all stages.
+        load: Called with a name of the full model and a full tensor, which is valid until it returns.
         every_rank: Whether to call it on every rank, not on rank 0 alone.
         gathered: Returns a context of the full tensor of one of the model's.
 
     Raises:
-        ShardingError: If ``load`` failed on another rank, or some ranks have no part of a tensor.
+        ShardingError: If ``load`` failed on another rank.
     """
-    tensors: Mapping[str, Tensor] = {slot.name: unwrapped(slot.tensor) for slot in all_slots(model) if slot.persistent}
-    buffers = {slot.name for slot in all_slots(model) if not slot.is_parameter}
-    ranks.on_every_rank("publishing", lambda: _check_meshes(tensors))
-    for name, tensor in tensors.items():
-        with gathered(tensor) as full:
-            sent = full.detach()
-            if every_rank and name in buffers and not is_sharded(tensor):
-                sent = sent.clone()
-                ranks.broadcast([sent])  # buffers that are not averaged may differ by rank: those of rank 0 count
+    own = {slot.name: unwrapped(slot.tensor) for slot in all_slots(model) if slot.persistent}
+    places = places_of(model)
+    held = {name: tensor for name, tensor in places.as_full(own).items() if _has_part(tensor)}
+    kinds = ranks.union({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in held.items()})
+    senders = dict(zip(kinds, ranks.senders([name in held for name in kinds]), strict=True))
+    if every_rank:  # buffers that are not averaged may differ by rank: those of rank 0 count
+        buffers = places.as_full({slot.name: slot.tensor for slot in all_slots(model) if not slot.is_parameter})
+        senders |= {
+            name: 0 for name in buffers if name in held and senders[name] is None and not is_sharded(held[name])
+        }
+    for name, (dtype, shape) in kinds.items():
+        with gathered(held[name]) if name in held else _nothing(dtype, shape, ranks) as full:
+            sent = _received(full.detach(), senders[name], ranks)
 
             def act(name: str = name, sent: Tensor = sent) -> object:
                 return load(name, sent) if every_rank or ranks.rank == 0 else None
 
             # If it fails on one rank, the others must not wait for the next tensor.
             ranks.on_every_rank(f"publishing {name!r}", act)
+
+
+def _received(full: Tensor, sender: int | None, ranks: Communicator) -> Tensor:
+    """Return a tensor as the rank has it that sends it, if one does."""
+    if sender is None:
+        return full
+    received = full if ranks.rank == sender else full.clone()  # not into a tensor of the model
+    ranks.broadcast([received], source=sender)
+    return received
+
+
+def _nothing(dtype: torch.dtype, shape: tuple[int, ...], ranks: Communicator) -> AbstractContextManager[Tensor]:
+    """Return a context of memory for a tensor of which this rank has no part."""
+    return nullcontext(torch.empty(shape, dtype=dtype, device=ranks.device if isinstance(ranks, Ranks) else None))
 
 
 def _gathered(tensor: Tensor) -> AbstractContextManager[Tensor]:
@@ -124,10 +130,5 @@ def _gathered(tensor: Tensor) -> AbstractContextManager[Tensor]:
     return nullcontext(there.full_tensor())
 
 
-def _check_meshes(tensors: Mapping[str, Tensor]) -> None:
-    missing = [n for n, t in tensors.items() if is_sharded(t) and t.device_mesh.get_coordinate() is None]
-    if missing:
-        raise ShardingError(
-            f"every rank must be in the mesh of each tensor for it to be published (this one is not in that of "
-            f"{', '.join(missing[:5])}); write the average by ema.save(path), and load that"
-        )
+def _has_part(tensor: Tensor) -> bool:
+    return not is_sharded(tensor) or tensor.device_mesh.get_coordinate() is not None

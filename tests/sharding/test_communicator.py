@@ -39,6 +39,7 @@ def test_one_process_returns_what_it_gives_to_a_collective() -> None:
     assert ranks.totals(1, 2.5) == [1, 2.5]
     assert ranks.mean(tensor) is tensor
     assert ranks.separate() is ranks
+    assert ranks.senders([True, True]) == [None, None]
     ranks.agree("facts", {"a": 1})
     ranks.broadcast([tensor])
     ranks.close()

@@ -1,6 +1,7 @@
 """Which ranks hold a model and must agree on its average, and what they find out."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,7 @@ def test_declared_experts_are_swapped_saved_exported_and_recorded_as_those_of_th
 ) -> None:
     first, second = ranks.run(2, jobs.declares, kind, str(tmp_path))
     assert first["distance"] == second["distance"] > 0
+    assert first["distance"] == pytest.approx(first["found distance"], rel=1e-5)
     exported = load_file(tmp_path / "export/model.safetensors")
     mean = Record(tmp_path / "record").average(Uniform())
     assert exported.keys() == mean.keys()
@@ -102,6 +104,11 @@ def test_declared_experts_are_swapped_saved_exported_and_recorded_as_those_of_th
                 found, recorded = exported[name].chunk(2)[rank], mean[name].chunk(2)[rank]
             assert torch.equal(found, averages[name]), name
             assert torch.equal(recorded, read[name]), name
+
+
+def test_the_state_of_a_bema_of_declared_experts_is_refused(ranks) -> None:
+    for said in ranks.run(2, jobs.bema_of_experts):
+        assert "must be averaged in one buffer to be saved" in said
 
 
 def test_each_rank_reads_its_shards_of_a_record_with_the_bits_of_one_process(ranks, tmp_path) -> None:
@@ -183,8 +190,11 @@ def test_stages_of_a_pipeline_swap_save_export_and_record_one_model(ranks, tmp_p
         assert torch.allclose(mean[name].double(), expected, rtol=1e-6, atol=1e-7), name
 
 
-def test_stages_with_the_same_names_are_refused_on_all_ranks_until_they_have_prefixes(ranks, tmp_path) -> None:
-    for found in ranks.run(2, jobs.has_stages_of_the_same_names, str(tmp_path)):
+@pytest.mark.parametrize(("kind", "size"), [("same names", 2), ("same names, fsdp", 4)])
+def test_stages_with_the_same_names_are_refused_on_all_ranks_until_they_have_prefixes(
+    ranks, tmp_path, kind, size
+) -> None:
+    for found in ranks.run(size, jobs.has_stages_of_the_same_names, kind, str(tmp_path)):
         assert found.pop("with a prefix") == "nothing"
         for what, said in found.items():
             assert "each stage of a pipeline must have other names (got ['0.layer.bias', " in said, what
@@ -195,6 +205,13 @@ def test_stages_with_the_same_names_are_refused_on_all_ranks_until_they_have_pre
 def test_a_swap_is_refused_on_all_stages_if_one_has_made_another_update(ranks) -> None:
     for said in ranks.run(2, jobs.stages_differ_in_updates):
         assert "number of updates: rank 0: 2; rank 1: 3" in said
+
+
+def test_a_swap_is_refused_on_all_stages_if_one_has_not_begun_to_average(ranks) -> None:
+    for before, one, both in ranks.run(2, jobs.one_stage_begins_later):
+        assert "averaging has begun: rank 0: True; rank 1: False" in one
+        assert "number of updates: rank 0: 1; rank 1: 0" in both
+        assert before == "nothing"
 
 
 def test_the_parts_of_a_model_must_have_different_names() -> None:
@@ -226,6 +243,62 @@ def test_what_one_rank_refuses_all_ranks_refuse(ranks, tmp_path, kind, what, whe
         assert re.search(where if rank == 1 and where else on_others, said, re.DOTALL), said
         assert again in {"", "nothing"}
         assert same
+
+
+@pytest.mark.parametrize(
+    ("what", "kind"),
+    [
+        *(("applied", kind) for kind in ("fsdp", "ddp", "pipeline")),
+        *(("state", kind) for kind in ("fsdp", "pipeline")),
+        ("metrics", "ddp"),
+        ("publish", "fsdp"),
+    ],
+)
+def test_another_average_on_one_rank_is_an_error_on_all_ranks_and_nothing_waits(ranks, what, kind) -> None:
+    size = 2 if kind == "pipeline" else 3
+    for rank, (first, again) in enumerate(ranks.run(size, jobs.one_rank_holds_another_average, what, kind)):
+        if what in {"applied", "metrics"} and rank == 1:
+            assert first.startswith("LoanError: "), first
+        else:
+            assert first.startswith("ShardingError: all ranks must agree on "), first
+            assert "rank 1: " in first
+        assert again == "nothing"
+
+
+# Publishing.
+
+
+@pytest.mark.parametrize(("kind", "size"), [("plain", 2), ("ddp", 4), ("fsdp", 4), ("several parts", 2), ("tied", 2)])
+def test_the_average_of_all_stages_is_published_under_the_names_of_the_full_model(ranks, tmp_path, kind, size) -> None:
+    _is_published(ranks.run(size, jobs.publishes_a_stage, kind, str(tmp_path)), "block3.norm.running_var")
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp", "fsdp, numbers", "ddp, numbers"])
+def test_the_average_of_declared_experts_is_published_as_that_of_the_full_model(ranks, tmp_path, kind) -> None:
+    found = ranks.run(2, jobs.publishes_experts, kind, str(tmp_path))
+    _is_published(found, "experts.3.1.running_var" if "numbers" in kind else "experts.up")
+    if "numbers" not in kind:
+        assert found[0]["rank 0"]["experts.up"].shape == (4, jobs.D, jobs.D)
+
+
+def _is_published(found: list[dict[str, Any]], name: str) -> None:
+    for rank, one in enumerate(found):
+        want = one["exported"]
+        assert name in want
+        assert one["every rank"].keys() == want.keys()
+        assert [n for n in want if not torch.equal(one["every rank"][n], want[n])] == []
+        assert list(one["every rank"]) == list(found[0]["every rank"])
+        assert one["rank 0"].keys() == (want.keys() if rank == 0 else set())
+        assert "the engine is gone" in one["error"]
+        assert one["calls"] == 3
+        assert one["restored"]
+    assert [n for n, tensor in found[0]["rank 0"].items() if not torch.equal(tensor, found[0]["exported"][n])] == []
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_experts_that_were_not_declared_are_not_published(ranks, kind) -> None:
+    for said in ranks.run(2, jobs.publishes_undeclared_experts, kind):
+        assert "sum of the bits of experts: rank 0: " in said
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])

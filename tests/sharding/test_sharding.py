@@ -86,11 +86,6 @@ def test_an_evaluation_that_fails_leaves_training_as_it_was(ranks, kind, size) -
         assert sharded.unequal(one[1], other[1]) == []
 
 
-@pytest.mark.parametrize("kind", ["fsdp, blocks", "ddp, divided average"])
-def test_a_module_over_shards_is_refused(ranks, kind) -> None:
-    assert all("full tensors" in text for text in ranks.run(2, sharded.refuses, kind))
-
-
 @pytest.mark.parametrize("kind", ["ddp", "tp"])
 def test_a_module_over_the_average_teaches_where_ranks_have_full_layers_or_tensor_parallel_ones(ranks, kind) -> None:
     for found in ranks.run(2, sharded.teaches, kind):

@@ -415,19 +415,6 @@ def is_interrupted(kind: str, fails: bool) -> tuple[dict[str, Tensor], dict[str,
     return weights(model), _averages(algorithm)
 
 
-def refuses(kind: str) -> str:
-    """Return the error of asking for the average as a module."""
-    model = spread(kind)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    algorithm = ema_of(kind)
-    attach(algorithm, model, optimizer)
-    train(model, optimizer, range(2))
-    try:
-        return str(algorithm.ema_model)
-    except RuntimeError as error:
-        return str(error)
-
-
 def exports(kind: str, folder: str, max_file_bytes: float) -> dict[str, Tensor]:
     """Export the average; return what the model holds while it is swapped in."""
     from polyak import export_averaged

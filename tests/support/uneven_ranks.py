@@ -1,5 +1,6 @@
 """Jobs of ``ranks.Ranks`` with models that only some ranks hold, or that differ by rank."""
 
+import copy
 import os
 import warnings
 from collections import OrderedDict
@@ -17,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from polyak import EMA, HalfLife, ModelParts, Record, Recorder, Uniform, attach, declare_experts, export_averaged
+from polyak import BEMA, EMA, HalfLife, ModelParts, Record, Recorder, Uniform, attach, declare_experts, export_averaged
 from polyak.export import save_averaged
-from polyak.sharding import Ranks, local, reshard, whole
+from polyak.sharding import Ranks, local, pipeline_of, reshard, whole
 from polyak.tensors.slots import Policy, Slot, default_policy, slots, unwrap
 
 D = 4
@@ -236,19 +237,47 @@ def declares(kind: str, folder: str) -> dict[str, Any]:
     assert unequal(before, inside) != []
     distance = algorithm.metrics()["ema/distance"]
     want = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
+    found = _distance({slot.name: full(slot.tensor) for slot in slots(model) if slot.is_parameter}, want)
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     dcp.save({"ema": algorithm}, checkpoint_id=f"{folder}/state", planner=planner)
     for average in algorithm._shadow.averages.values():
         local(average).zero_()
+    kinds = {name: averaged for name, (_, averaged) in algorithm._shadow.kinds().items()}
     dcp.load({"ema": algorithm}, checkpoint_id=f"{folder}/state")
     assert unequal(want, {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}) == []
+    assert kinds == {name: averaged for name, (_, averaged) in algorithm._shadow.kinds().items()}
     export_averaged(algorithm, model, f"{folder}/export")
     Record(f"{folder}/record").average_into(model, Uniform())
     read = own(model)
     everything = [None] * dist.get_world_size()
     mine = {name: tensor for name, tensor in read.items() if name.startswith("experts")}
     dist.all_gather_object(everything, (want, mine))
-    return {"distance": distance, "averages": [one for one, _ in everything], "read": [one for _, one in everything]}
+    return {
+        "distance": distance,
+        "found distance": found,
+        "averages": [one for one, _ in everything],
+        "read": [one for _, one in everything],
+    }
+
+
+def _distance(weights: dict[str, Tensor], averages: dict[str, Tensor]) -> float:
+    """Return the distance of the full model from its average: of experts all ranks', of other tensors those of one."""
+    own = {
+        name: torch.stack([(tensor - averages[name]).double().square().sum(), averages[name].double().square().sum()])
+        for name, tensor in weights.items()
+        if dist.get_rank() == 0 or name.startswith("experts")
+    }
+    total = torch.stack([*own.values(), torch.zeros(2, dtype=torch.float64)]).sum(0)
+    dist.all_reduce(total)
+    return float((total[0] / total[1]).sqrt())
+
+
+def bema_of_experts() -> str:
+    """Return what is said of the state of an average that keeps several buffers, of declared experts."""
+    model, mesh = Mixture("ddp"), init_device_mesh("cpu", (dist.get_world_size(),))
+    declare_experts(model.experts, mesh)
+    model = fully_shard(model, mesh=mesh, ignored_params=set(model.experts.parameters()))
+    return said(trained(model, BEMA()).state_dict)
 
 
 def declares_wrongly() -> dict[str, str]:
@@ -420,7 +449,7 @@ def stage_of(kind: str, number: int, stages: int) -> nn.Module:
     """Return the blocks of a stage under the names that they have in the whole model."""
     per = NUMBER_OF_BLOCKS // stages
     blocks = {f"block{i}": Block(i) for i in range(number * per, (number + 1) * per)}
-    if kind == "same names":
+    if "same names" in kind:
         return nn.Sequential(*blocks.values())
     if kind == "tied":
         torch.manual_seed(9)
@@ -438,7 +467,7 @@ def pipeline(kind: str) -> tuple[nn.Module, Callable[[], None]]:
     model = parts[0] if kind != "several parts" else ModelParts(*parts)
     if kind == "by hand":
         return ModelParts(*parts, group=grid["pp"].get_group()), lambda: None
-    if kind == "fsdp":
+    if "fsdp" in kind:
         fully_shard(model, mesh=grid["dp"])
     if kind == "ddp":
         model = DistributedDataParallel(model, process_group=grid["dp"].get_group())
@@ -480,14 +509,18 @@ def is_a_stage(kind: str, folder: str) -> dict[str, Any]:
         inside = own(model)
     assert unequal(before, own(model)) == []
     assert unequal(before, inside) != []
+    assert "one process must have the full average to copy" in said(lambda: copy.deepcopy(algorithm))
+    assert pipeline_of(nn.Linear(1, 1)) == []  # another model of this process
     want = {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}
     distance = algorithm.metrics()["ema/distance"]
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     dcp.save({"ema": algorithm}, checkpoint_id=f"{folder}/state", planner=planner)
     for average in algorithm._shadow.averages.values():
         local(average).zero_()
+    kinds = {name: averaged for name, (_, averaged) in algorithm._shadow.kinds().items()}
     dcp.load({"ema": algorithm}, checkpoint_id=f"{folder}/state")
     assert unequal(want, {name: full(tensor) for name, tensor in algorithm._shadow.averages.items()}) == []
+    assert kinds == {name: averaged for name, (_, averaged) in algorithm._shadow.kinds().items()}
     export_averaged(algorithm, model, f"{folder}/export")
     save_averaged(algorithm, model, f"{folder}/model.safetensors")
     everything = [None] * dist.get_world_size()
@@ -504,9 +537,9 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     return {slot.name: slot.tensor for slot in slots(model) if slot.tensor.requires_grad}
 
 
-def has_stages_of_the_same_names(folder: str) -> dict[str, str]:
+def has_stages_of_the_same_names(kind: str, folder: str) -> dict[str, str]:
     """Return what is said of a pipeline whose stages have the same names."""
-    model, differentiate = pipeline("same names")
+    model, differentiate = pipeline(kind)
     optimizer, algorithm = torch.optim.SGD(model.parameters(), lr=0.1), EMA("2ba")
     attached = attach(algorithm, model, optimizer)
     differentiate()
@@ -518,9 +551,28 @@ def has_stages_of_the_same_names(folder: str) -> dict[str, str]:
         "export": said(lambda: export_averaged(algorithm, model, f"{folder}/export")),
         "record": said(lambda: trained(model, Recorder(f"{folder}/record", "2ba"))),
     }
-    named = nn.ModuleDict({f"stage{dist.get_rank()}": model})
+    named = nn.ModuleDict({f"stage{dist.get_rank() // (dist.get_world_size() // 2)}": model})
     attached = trained(named, EMA("2ba"))
     return found | {"with a prefix": said(lambda: export_averaged(attached, named, f"{folder}/export"))}
+
+
+def one_stage_begins_later() -> list[str]:
+    """Return what is said of swaps before any stage has begun to average, and after one has."""
+    model, _ = pipeline("by hand")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached, found = attach(EMA("2ba", ema_start="2ba"), model, optimizer), []
+    first = next(model.parameters())
+
+    def swap() -> None:
+        with attached.applied():
+            pass
+
+    for number in range(3):
+        if dist.get_rank() == 1:  # an average does not begin with NaN
+            nn.init.constant_(first, torch.nan if number == 1 else 1.0)
+        step(model, optimizer)
+        found.append(said(swap))
+    return found
 
 
 def stages_differ_in_updates() -> str:
@@ -598,3 +650,102 @@ def one_refuses(what: str, kind: str, folder: str) -> tuple[str, str, bool]:
         warnings.simplefilter("ignore")
         again = said(act) if what in {"a full disk", "a tensor"} else ""
     return raised, again, what == "another average" or unequal(before, after) == []
+
+
+# Publishing
+
+
+def _published(attached: Any, model: nn.Module, files: str) -> dict[str, Any]:
+    """Export and publish, to rank 0 and to every rank; return what came, and what the export has."""
+    from safetensors.torch import load_file
+
+    before = own(model)
+    found: dict[str, Any] = {"rank 0": {}, "every rank": {}}
+
+    def into(where: str) -> Callable[[str, Tensor], None]:
+        return lambda name, tensor: found[where].update({name: tensor.clone()})
+
+    attached.publish(into("rank 0"))
+    attached.publish(into("every rank"), every_rank=True)
+    calls: list[str] = []
+
+    def fails(name: str, tensor: Tensor) -> None:
+        calls.append(name)
+        if len(calls) == 3 and dist.get_rank() == 1:
+            raise ValueError("the engine is gone")
+
+    found["error"] = said(lambda: attached.publish(fails, every_rank=True))
+    found["calls"] = len(calls)
+    found["restored"] = unequal(before, own(model)) == []
+    attached.save(f"{files}/averaged.safetensors")
+    dist.barrier()
+    found["exported"] = load_file(f"{files}/averaged.safetensors")
+    return found
+
+
+def publishes_a_stage(kind: str, folder: str) -> dict[str, Any]:
+    """Train a stage of a pipeline, and publish the average of all stages."""
+    model, differentiate = pipeline(kind)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA("2ba"), model, optimizer)
+    for number in range(3):
+        differentiate()
+        if number == 0:
+            for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm1d)):
+                norm.reset_running_stats()
+        step(model, optimizer) if kind == "by hand" else optimizer.step()
+    return _published(attached, model, folder)
+
+
+def publishes_experts(kind: str, folder: str) -> dict[str, Any]:
+    """Train declared experts, and publish the average of all of them."""
+    model, mesh, rank = Mixture(kind), init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+    declare_experts(model.experts, mesh, numbers=[2 * rank, 2 * rank + 1] if "numbers" in kind else None)
+    if kind.startswith("ddp"):
+        ignored = [f"experts.{name}" for name, _ in model.experts.named_parameters()]
+        ignored += [f"experts.{name}" for name, _ in model.experts.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        model = DistributedDataParallel(model)
+    else:
+        model = fully_shard(model, mesh=mesh, ignored_params=set(model.experts.parameters()))
+    return _published(trained(model, EMA("2ba")), model, folder)
+
+
+def publishes_undeclared_experts(kind: str) -> str:
+    """Return what is said of experts that differ by rank and were not declared."""
+    attached = trained(experts(kind), EMA("2ba"))
+    return said(lambda: attached.publish(print))
+
+
+# Another average
+
+
+def one_rank_holds_another_average(what: str, kind: str) -> tuple[str, str]:
+    """Let one rank hold another average when all swap, measure or save; return the error, and what is said after it."""
+    from polyak.averaging.weights import Shadow
+
+    if kind == "pipeline":
+        model, _ = pipeline("by hand")
+    else:
+        model = DistributedDataParallel(net()) if kind == "ddp" else fully_shard(net())
+    attached = trained(model, EMA("2ba"))
+
+    def act() -> None:
+        if what == "applied":
+            with attached.applied():
+                pass
+        elif what == "metrics":
+            attached.metrics()
+        elif what == "publish":
+            attached.publish(lambda name, tensor: None)
+        else:
+            attached.state_dict()
+
+    other = Shadow(unwrap(model))
+    own_average = attached.average._shadow
+    if dist.get_rank() == 1:
+        own_average.swap_in("a test") if what == "state" else other.swap_in("another")
+    first = said(act)
+    if dist.get_rank() == 1:
+        own_average.restore() if what == "state" else other.restore()
+    return first, said(act)

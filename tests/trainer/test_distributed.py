@@ -14,9 +14,10 @@ from torch.utils.data import Subset
 from waiting import END_S
 
 import polyak
-from polyak import CheckpointError, CheckpointSaver, HalfLife, PlanWarning, Record
+from polyak import CheckpointError, CheckpointSaver, HalfLife, PlanWarning, Record, ShardingError
 from polyak.cli import main
 from polyak.sharding.start import _of_this_start
+from polyak.trainer import parallel
 from polyak.trainer.wrapping import blocks
 
 pytestmark = pytest.mark.slow  # processes of several ranks
@@ -243,6 +244,16 @@ def test_a_saver_keeps_the_newest_folders_and_replaces_an_existing_one(ungrouped
 def test_a_parallelism_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="parallelism must be None or one of ddp, fsdp2"):
         loops.train(Path(), parallelism="fsdp")
+
+
+def test_a_model_with_declared_experts_is_refused_of_which_rank_0_would_save_its_own(monkeypatch, tmp_path) -> None:
+    trainer = loops.train(tmp_path, saves=None)
+    monkeypatch.setattr(parallel, "has_experts", lambda model: model is trainer.state.model)
+    with pytest.raises(ShardingError, match="experts that were declared to differ by rank"):
+        trainer.save_checkpoint(tmp_path / "saved.pt")
+    assert not (tmp_path / "saved.pt").exists()
+    with pytest.raises(ShardingError, match=r"write a loop and use polyak\.attach"):
+        loops.train(tmp_path, saves=None, model=trainer.state.model)
 
 
 def test_processes_of_torchrun_that_train_separate_models_are_warned_of(monkeypatch, tmp_path) -> None:

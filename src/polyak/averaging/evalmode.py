@@ -67,12 +67,19 @@ def _has_own_mode(module: nn.Module) -> bool:
     return not all(getattr(m, "__module__", "").startswith("torch.") for m in methods)
 
 
+def _memory_of(tensor: Tensor) -> object:
+    """Return what tensors over the same memory have in common, also those that stand for memory on the meta device."""
+    if type(tensor) in {Tensor, nn.Parameter} and tensor.is_meta:
+        return "meta", tensor.untyped_storage()._cdata  # noqa: SLF001
+    return storage_of(tensor)
+
+
 class _ReadOnly(TorchDispatchMode):
     """Refuses operations that write to the memory of given tensors."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()
-        self._memory = {storage for storage in map(storage_of, tensors) if storage is not None}
+        self._memory = {memory for memory in map(_memory_of, tensors) if memory is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
@@ -82,7 +89,7 @@ class _ReadOnly(TorchDispatchMode):
                 continue
             value = args[place] if place < len(args) else kwargs.get(argument.name)
             for tensor in [value] if isinstance(value, Tensor) else value or ():
-                if isinstance(tensor, Tensor) and storage_of(tensor) in self._memory:
+                if isinstance(tensor, Tensor) and _memory_of(tensor) in self._memory:
                     raise CopyError(
                         f"ema_model must leave the weights as they are, and the model's eval() writes to one ({func}); "
                         f"{INSTEAD}"

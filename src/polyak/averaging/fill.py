@@ -3,7 +3,9 @@
 from torch import nn
 
 from polyak.averaging.online import OnlineAverage
+from polyak.averaging.swap import refuse_second_swap
 from polyak.errors import LoanError
+from polyak.sharding import OneProcess
 from polyak.tensors.slots import unwrap
 
 
@@ -32,6 +34,22 @@ def fill_with_average(average: OnlineAverage, model: nn.Module) -> None:
     elif not average.active:
         average.warn_before_use("swapped in")
         average.shadow.swap_in(f"{average.name} (get_ema_model)")
+
+
+def refuse_swap(average: OnlineAverage, model: nn.Module, owner: str) -> None:
+    """Refuse to swap the average into a model that holds one already, on all ranks if it does on one.
+
+    Args:
+        average: The average.
+        model: The one in training.
+        owner: Who asks.
+
+    Raises:
+        LoanError: If the model holds an average here.
+        ShardingError: If it does on another rank.
+    """
+    together = average.pipeline() or average.ranks or OneProcess()
+    together.on_every_rank(f"a swap by {owner}", lambda: refuse_second_swap(model, owner))
 
 
 def fill_with_training_weights(average: OnlineAverage, model: nn.Module) -> None:

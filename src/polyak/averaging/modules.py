@@ -1,6 +1,6 @@
 """The average as a module, and copies of it in other modules."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,8 @@ def module_of(movement: Movement, tensors: Mapping[str, Tensor]) -> nn.Module:
     model, listing = movement.model, movement.listing
     if movement.settings.mesh is not None or sharding.is_fsdp(model):
         raise ShardingError(
-            "a module over the average needs full tensors, and the average is sharded; use applied(), which swaps it "
-            "into the model"
+            "a module over these tensors needs full ones, and they are sharded over ranks; use applied(), which swaps "
+            "the average into the model"
         )
     found = ((slot, listing.view(tensors, slot)) for slot in all_slots(model))
     return module_over(model, {id(slot.tensor): tensor for slot, tensor in found if tensor is not None})
@@ -61,7 +61,7 @@ def own_tensors(module: nn.Module, model: nn.Module) -> Iterator[Tensor]:
     yield from (one for one in (*module.parameters(), *module.buffers()) if id(one) not in shared)
 
 
-def match_dtypes(module: nn.Module, listing: Listing) -> None:
+def match_dtypes(module: nn.Module, listing: Listing, cast: Collection[str] = ()) -> None:
     """Widen buffers that have the model's dtype where the averages have a wider one.
 
     Frozen layers, which may be large, refuse a call instead.
@@ -69,13 +69,14 @@ def match_dtypes(module: nn.Module, listing: Listing) -> None:
     Args:
         module: Made over the averages.
         listing: The averages.
+        cast: The names of parameters that are cast to another dtype before they are computed with.
     """
     changed = {slot.tensor.dtype: average.dtype for slot, average in listing.averaged}
     averaged = {slot.name for slot, _ in listing.averaged}
     averaged |= {name for name, (owner, _) in listing.views.items() if owner in averaged}
     for slot in list(all_slots(module)):
         dtype = slot.tensor.dtype
-        if slot.name in averaged or changed.get(dtype, dtype) == dtype:
+        if slot.name in averaged or slot.name in cast or changed.get(dtype, dtype) == dtype:
             continue
         if slot.is_parameter:
             slot.owner.register_forward_pre_hook(_refuse_mixed_call)

@@ -15,6 +15,7 @@ from polyak.averaging.offload import Offloader
 from polyak.averaging.quarantine import Quarantine
 from polyak.averaging.settings import Settings
 from polyak.averaging.swap import swap_of
+from polyak.errors import ShardingError
 from polyak.kernels import Update, counted, lerp
 from polyak.sharding import Ranks, is_spread, local, rows
 from polyak.tensors.slots import places_of
@@ -72,6 +73,29 @@ class Movement:
         self._exposed = True
         self.listing.guard()
         return self.listing.averages
+
+    def make_room(self, sizes: Mapping[str, int]) -> None:
+        """Let the memory of averages have room for padding after them. Whoever holds an average still holds it.
+
+        Args:
+            sizes: By name, the number of elements for which there must be memory.
+
+        Raises:
+            ShardingError: If the memory of an average cannot grow.
+        """
+        self.wait()
+        for name, size in sizes.items():
+            shard = local(self.listing.averages[name])
+            storage, needed = shard.untyped_storage(), size * shard.element_size()
+            if not shard.is_contiguous() or shard.storage_offset():
+                raise ShardingError(
+                    f"an average must have memory of its own for FSDP2 to gather it, and {name!r} is a view of other "
+                    "memory; use applied(), which swaps the average into the model"
+                )
+            if storage.nbytes() < needed:
+                storage.resize_(needed)
+                self.listing.fingerprint = None  # it may have moved, and kernels note addresses
+        self.follow_model()
 
     @torch.no_grad()
     def _new_update(self) -> Update:

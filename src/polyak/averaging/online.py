@@ -228,7 +228,9 @@ class OnlineAverage:
     def _agree(self, shadow: Shadow | None, facts: dict[str, Any]) -> None:
         if self.ranks is None:
             return
-        if shadow := shadow or self.shadow:
+        if self.active:  # ranks that have not swapped it in send something else
+            self.ranks.agree("the average", {**facts, "swapped in": self.shadow and self.shadow.owner})
+        elif shadow := shadow or self.shadow:
             shadow.agree(self.ranks, facts)
         else:
             self.ranks.agree("the average", facts)

@@ -29,7 +29,7 @@ _SERVING = (
 )  # fmt: skip
 _SERVING_PACKAGES = (
     "polyak", "lightning", "pytorch_lightning", "lightning_fabric", "accelerate.accelerator", "transformers.trainer",
-    "composer.trainer", "composer.core", "ignite.engine",
+    "composer.trainer", "composer.core", "ignite.engine", "torch.distributed.fsdp._fully_shard",
 )  # fmt: skip
 _LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 _EMPTY: frozenset[type] = frozenset({dict, OrderedDict, list, set})

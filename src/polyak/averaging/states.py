@@ -40,7 +40,7 @@ def state_of(average: "OnlineAverage") -> dict[str, Any]:
             f"{average.name}, which keeps more); make them DTensors, or use another profile"
         )
     pipeline = average.pipeline()
-    if (pipeline or (average.ranks is not None and not average.ranks.replicas)) and not active:
+    if pipeline or (average.ranks is not None and not average.ranks.replicas):
         average.agree(shadow)
     if pipeline:
         agree_on_names(pipeline, average.ranks or OneProcess(), model)

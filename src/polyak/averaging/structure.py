@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from polyak.averaging.references import References, is_atomic, referent
 from polyak.averaging.replaced import Replaced
 from polyak.errors import CopyError
-from polyak.sharding import local, rewrapped
+from polyak.sharding import is_sharded, local, rewrapped
+from polyak.sharding.fsdp import attributes_before, class_before
 
 # The attributes of every module: a copied wrapper has these only.
 _BARE = frozenset(vars(nn.Module()))
@@ -142,7 +143,8 @@ class Copies:
             return nn.Parameter(wrapped, requires_grad=False) if isinstance(tensor, nn.Parameter) else wrapped
         if not isinstance(tensor, nn.Parameter) and not attributes:
             return by
-        new = _alias(by, type(tensor))
+        # A sharded tensor may have a replacement without shards, and has no class of its own.
+        new = _alias(by, type(by) if is_sharded(tensor) else type(tensor))
         if attributes:
             # Such as muP's shapes and geoopt's manifolds, which may be modules.
             self._late.append(lambda: vars(new).update({name: self.of(value) for name, value in attributes.items()}))
@@ -222,9 +224,9 @@ class Copies:
             name = self.found.where(id(module))
             raise CopyError(f"ema_model must copy the model, and {name} is scripted by torch.jit; {INSTEAD}")
         inner = _wrapped(module)
-        new = self._remember(module, object.__new__(type(module)))
+        new = self._remember(module, object.__new__(class_before(module)))
         held = vars(new)
-        for name, value in vars(module).items():
+        for name, value in attributes_before(module).items():
             if inner is None or name in _BARE:
                 self.at = self.found.named(module, name)
                 held[name] = self.of(value)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from polyak import sharding
 from polyak.averaging.distance import relative_distance
+from polyak.averaging.fullyshard import sharded_module
 from polyak.averaging.modules import averaged_module, copy_into, module_of, own_tensors
 from polyak.averaging.movement import Movement
 from polyak.averaging.offload import Offload
@@ -149,8 +150,10 @@ class Shadow:
 
         Raises:
             LoanError: If the model holds another average.
+            ShardingError: If it does on another rank.
         """
-        self._swapper.refuse_other()
+        together = pipeline or ranks or sharding.OneProcess()
+        together.on_every_rank("the distance from the average", self._swapper.refuse_other)
         sharding.reshard(self._model)
         names = (slot.name for slot, _ in self._movement.listing.averaged if slot.is_parameter)
         places, averaged, training = places_of(self._model), self._swapper.averaged(), self._swapper.training()
@@ -239,17 +242,20 @@ class Shadow:
     def averaged_model(self) -> nn.Module:
         """Return a module whose tensors are the averages: not copies of them, in eval mode, without gradients.
 
-        While the average is swapped in, it is the model itself. Frozen parameters are shared with the model.
+        While the average is swapped in, it is the model itself. Frozen parameters are shared with the model. Where the
+        averages are sharded, the module has ``fully_shard`` of its own, over their shards.
 
         Raises:
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
             LoanError: If adapters are merged in the model.
+            ShardingError: If ``fully_shard`` cannot be called for it as for the model.
         """
         if self._swapper.active:
             return self._model
         refuse_merged(self._model)
         self._movement.follow_model()
-        module = averaged_module(self._movement)
+        sharded = sharding.is_fsdp(self._model) or self._movement.settings.mesh is not None
+        module = (sharded_module if sharded else averaged_module)(self._movement)
         self._swapper.expose(own_tensors(module, self._model))
         return module
 

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -106,7 +106,15 @@ class OneProcess:
         """
         return tensor
 
-    def broadcast(self, tensors: Iterable[Tensor], device: torch.device | None = None) -> None:
+    def senders(self, held: Sequence[bool]) -> list[int | None]:
+        """Return None for each item: this process has all that there are.
+
+        Args:
+            held: Which items this process has.
+        """
+        return [None] * len(held)
+
+    def broadcast(self, tensors: Iterable[Tensor], device: torch.device | None = None, source: int = 0) -> None:
         """Do nothing."""
 
     def separate(self) -> "OneProcess":
@@ -345,14 +353,26 @@ class Ranks:
         torch.distributed.all_gather(list(found.split(1)), own, self.group)
         return found.tolist()
 
-    def broadcast(self, tensors: Iterable[Tensor], device: torch.device | None = None) -> None:
-        """Overwrite tensors with those of rank 0.
+    def senders(self, held: Sequence[bool]) -> list[int | None]:
+        """Return for each item the lowest rank that has it, or None if every rank has it, in one message for all.
+
+        Args:
+            held: Which items this rank has, in one order on all ranks. Each is on some rank.
+        """
+        ranks = [-self.rank if own else -self.world_size for own in held]
+        largest = torch.tensor([ranks, [not own for own in held]], dtype=torch.int64, device=self.device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, self.group)
+        return [-rank if missing else None for rank, missing in zip(*largest.tolist(), strict=True)]
+
+    def broadcast(self, tensors: Iterable[Tensor], device: torch.device | None = None, source: int = 0) -> None:
+        """Overwrite tensors with those of one rank.
 
         Args:
             tensors: Of the same shapes on all ranks.
             device: Where the messages are; None for the device of the group's messages.
+            source: The rank whose tensors are sent.
         """
-        broadcast(tensors, 0, self.group, device or self.device)
+        broadcast(tensors, source, self.group, device or self.device)
 
     def separate(self) -> "Ranks":
         """Return the same ranks in a new group, for a thread that communicates while training does."""

@@ -104,10 +104,18 @@ def sharded_like(tensor: Tensor, shard: Tensor) -> Tensor:
         tensor: Sharded or not.
         shard: Of the shape of its local shard, in any dtype and on any device.
     """
-    return _sharded(shard, tensor.device_mesh, tensor.placements, tensor) if is_sharded(tensor) else shard
+    return as_sharded(shard, tensor.device_mesh, tensor.placements, tensor) if is_sharded(tensor) else shard
 
 
-def _sharded(shard: Tensor, mesh: "DeviceMesh", placements: Any, full: Tensor) -> Tensor:
+def as_sharded(shard: Tensor, mesh: "DeviceMesh", placements: Any, full: Tensor) -> Tensor:
+    """Return a ``DTensor`` over the memory of its local shard.
+
+    Args:
+        shard: The local shard, in any dtype and on any device.
+        mesh: The ranks.
+        placements: For each dimension of the mesh.
+        full: Of the shape and strides of the full tensor.
+    """
     from torch.distributed.tensor import DTensor  # noqa: PLC0415  see above
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta  # noqa: PLC0415
 
@@ -128,7 +136,7 @@ def sharded_over(shard: Tensor, mesh: "DeviceMesh", dim: int) -> Tensor:
 
     shape = list(shard.shape)
     shape[dim] *= mesh.size()
-    return _sharded(shard.detach(), mesh, [Shard(dim)], torch.empty(shape, dtype=shard.dtype, device="meta"))
+    return as_sharded(shard.detach(), mesh, [Shard(dim)], torch.empty(shape, dtype=shard.dtype, device="meta"))
 
 
 def offset(tensor: Tensor) -> tuple[int, ...] | None:
@@ -200,7 +208,7 @@ def divided(tensor: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", device: torc
 
     own = _chunks(local(tensor), mesh.size())[mesh.get_local_rank()]
     copy = torch.empty_like(own, dtype=dtype, device=device, requires_grad=False).copy_(own)
-    return _sharded(copy, mesh, [Shard(0)], tensor)
+    return as_sharded(copy, mesh, [Shard(0)], tensor)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, mesh: "DeviceMesh") -> Tensor:
@@ -215,7 +223,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, mesh: "DeviceMesh") -> Tenso
 
     full = torch.empty(tuple(shape), dtype=dtype, device="meta")
     own = _chunks(full, mesh.size())[mesh.get_local_rank()] if shape else full
-    return _sharded(torch.empty_like(own, device="cpu"), mesh, [Shard(0) if shape else Replicate()], full)
+    return as_sharded(torch.empty_like(own, device="cpu"), mesh, [Shard(0) if shape else Replicate()], full)
 
 
 def _chunks(tensor: Tensor, number: int) -> list[Tensor]:

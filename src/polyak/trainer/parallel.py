@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from polyak.errors import PlanWarning
-from polyak.sharding import Communicator, OneProcess, Ranks, is_sharded, start_process_group
+from polyak.errors import PlanWarning, ShardingError
+from polyak.sharding import Communicator, OneProcess, Ranks, has_experts, is_sharded, start_process_group
 from polyak.tensors.slots import slots
 from polyak.trainer.wrapping import kind_of, ranks_of_wrapped
 
@@ -67,9 +67,11 @@ def start(parallelism: str | None, model: nn.Module, device: str | torch.device 
 
     Raises:
         ValueError: If ``parallelism`` is not one of ``KINDS``, or the model is wrapped or sharded in another way.
+        ShardingError: If experts of the model were declared to differ by rank.
     """
     if parallelism not in (None, *KINDS):
         raise ValueError(f"parallelism must be None or one of {', '.join(KINDS)} (got {parallelism!r})")
+    refuse_experts(model)
     done = kind_of(model)
     if done is not None and parallelism not in (None, done):
         raise ValueError(
@@ -92,6 +94,23 @@ def start(parallelism: str | None, model: nn.Module, device: str | torch.device 
             "and use polyak.attach"
         )
     return group
+
+
+def refuse_experts(model: nn.Module) -> None:
+    """Refuse a model of which ranks have other experts: the trainer begins with rank 0's weights, and saves them.
+
+    Args:
+        model: As ``Trainer`` has it.
+
+    Raises:
+        ShardingError: If experts of it were declared.
+    """
+    if has_experts(model):
+        raise ShardingError(
+            "a model that Trainer trains must be the same on all ranks, or sharded (got experts that were declared to "
+            "differ by rank, of which it would save rank 0's); make them DTensors, or write a loop and use "
+            "polyak.attach, which saves all of them"
+        )
 
 
 def join(kind: str | None, device: str | torch.device | None) -> Group:

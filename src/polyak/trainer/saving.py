@@ -21,6 +21,7 @@ from polyak.trainer.context import Context
 from polyak.trainer.epochs import Epochs
 from polyak.trainer.evaluation import Evaluation
 from polyak.trainer.options import Options
+from polyak.trainer.parallel import refuse_experts
 from polyak.trainer.polish import Polish
 from polyak.trainer.saver import CheckpointSaver
 from polyak.trainer.step import Step
@@ -104,8 +105,10 @@ class Checkpoints:
 
         Raises:
             CheckpointError: If an optimizer has a state for a parameter that was removed from it.
-            ShardingError: On the other ranks, if rank 0 could not write. Rank 0 raises the error itself.
+            ShardingError: If experts of the model were declared to differ by rank. On the other ranks, if rank 0 could
+                not write. Rank 0 raises the error itself.
         """
+        refuse_experts(self._state.model)  # they may have been declared since
         self._group.share_buffers(self._state.model)
         with self._loop.saving(path):
             checkpoint.write(self._entries(), Path(path), self._group)

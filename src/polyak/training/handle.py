@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from polyak.algorithm import Algorithm
 from polyak.averaging.ema import EMA
 from polyak.averaging.evalmode import keep_evaluating
+from polyak.averaging.fill import refuse_swap
 from polyak.averaging.habits import OF_AN_AVERAGE, absent, explained
-from polyak.averaging.swap import refuse_second_swap
 from polyak.errors import ArgumentError, LoanError
 from polyak.events import Event, State
 from polyak.export import save_averaged
@@ -75,12 +75,13 @@ class Handle(ABC):
     def model(self) -> nn.Module:
         """The averaged module: the model's structure over the averages, not copies of them, in eval mode.
 
-        It follows the updates, and needs no gradients. Read it where you use it: each read makes a new module, and
-        while one is kept, ``applied()`` takes the memory of another copy.
+        It follows the updates, and needs no gradients. Each read makes a new module, and while one is kept,
+        ``applied()`` takes the memory of another copy. Where the average is sharded, under FSDP2 or by
+        ``EMA(mesh=...)``, the module has ``fully_shard`` of its own over its shards: all ranks call it together.
 
         Raises:
             LoanError: If averaging has not begun; when it is called after ``train()``.
-            ShardingError: If the average is sharded: use ``applied()``.
+            ShardingError: If ``fully_shard`` cannot be called for the module as for the model: use ``applied()``.
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
         """
         average = self._begun()
@@ -103,9 +104,10 @@ class Handle(ABC):
 
         Raises:
             LoanError: If the model holds an average already, or a trainer has not begun to train it.
+            ShardingError: If ranks that train together disagree, or one of them cannot swap.
         """
         followed = self._met()
-        refuse_second_swap(followed.state.model, "applied()")
+        refuse_swap(self.average._average, followed.state.model, "applied()")  # noqa: SLF001
         with self._swapped_in(followed):
             yield unwrap(followed.state.model)
 
@@ -165,8 +167,9 @@ class Handle(ABC):
     def publish(self, load: Callable[[str, Tensor], object], *, every_rank: bool = False) -> None:
         """Give the averaged weights to another program, such as an inference engine: one full tensor at a time.
 
-        ``load`` is called with the names, dtypes and order of the model's ``state_dict()``. Shards are gathered for
-        the call, so that a rank holds one full tensor in addition to what ``applied()`` takes. All ranks must call
+        ``load`` is called with the names, dtypes and order of the model's ``state_dict()``; of a pipeline, with those
+        of all stages, one after the other, and of declared experts, with those of the full model. Shards are gathered
+        for the call, so that a rank holds one full tensor in addition to what ``applied()`` takes. All ranks must call
         this, since each has shards. If ``load`` fails on one rank, all raise, and the model has its training weights.
 
         Args:
@@ -177,8 +180,8 @@ class Handle(ABC):
         Raises:
             ArgumentError: If ``load`` cannot be called.
             LoanError: If averaging has not begun, the model holds another average, or ``load`` has changed a parameter.
-            ShardingError: If ranks disagree, ``load`` failed on another rank, the model is a stage of a pipeline, or
-                it has declared experts.
+            ShardingError: If ranks disagree, ``load`` failed on another rank, or stages of a pipeline have different
+                tensors of one name.
 
         Example:
             >>> import torch
