@@ -2,7 +2,9 @@
 
 import copy
 import json
+from functools import partial
 
+import distributed_runs as runs
 import loops
 import pytest
 import torch
@@ -124,3 +126,20 @@ def test_a_polish_that_does_not_fit_into_the_run_is_refused_before_the_first_bat
     with pytest.raises(ArgumentError, match=message):
         trainer.fit()
     assert trainer.state.timestamp.batch.value == 0
+
+
+@pytest.mark.slow  # processes of several ranks
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("algorithm", [None, partial(BEMA, update_interval="2ba")], ids=["EMA", "BEMA"])
+def test_a_polish_of_several_ranks_is_that_of_one_process_and_resumes(ranks, tmp_path, kind, algorithm) -> None:
+    options = {"polish": "50%", "algorithm": algorithm}
+    one = runs.trains(None, tmp_path / "one", **options)
+    found = ranks.run(2, partial(runs.trains, kind, tmp_path / "two", **options))
+    for two in found:
+        for what in ("weights", "averages", "metrics"):
+            torch.testing.assert_close(two[what], one[what], rtol=1e-4, atol=1e-5)
+    rates = [[line["lr"] for line in log if "lr" in line] for log in (one["log"], found[0]["log"])]
+    assert rates[0] == rates[1]
+    assert all(any(name.startswith("polish/before") for name in line) for line in [set().union(*found[0]["log"])])
+    (tmp_path / "resumes").mkdir()
+    assert ranks.run(2, partial(runs.resumes, kind, tmp_path / "resumes", **options)) == [{}, {}]

@@ -13,10 +13,13 @@ from polyak.record import Record, fit
 from polyak.record.recommendation import Comparison, Recommendation, sixteenth, unit_of
 from polyak.sweeping.examples import interval
 from polyak.sweeping.grid import finest_half_life, grid, newest
+from polyak.sweeping.held import as_on_first
 from polyak.sweeping.outcome import SweepResult
 from polyak.sweeping.results import Result, value_of
 from polyak.sweeping.returned import Evaluate
-from polyak.sweeping.sweep import Progress, sweep
+from polyak.sweeping.run import Progress
+from polyak.sweeping.sweep import sweep
+from polyak.sweeping.workers import Parallel, working
 
 # Fewer values than these say little of their own spread.
 _FEWEST = 8
@@ -37,6 +40,7 @@ def recommend(
     results: str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
+    parallel: Parallel = False,
 ) -> Recommendation:
     """Recommend an average of a record.
 
@@ -59,6 +63,7 @@ def recommend(
         results: As for ``sweep``.
         fresh: As for ``sweep``.
         progress: As for ``sweep``.
+        parallel: As for ``sweep``.
 
     Raises:
         ProfileError: If the record resolves no half-life.
@@ -81,23 +86,27 @@ def recommend(
     """
     record = Record(record) if isinstance(record, str | Path) else record
     newest(record)  # checks that it has a segment
-    default, reason = _default(record)
     if evaluate is None:
+        default, reason = _default(record)
         return Recommendation(record, default, reason, record.error(default))
-    swept = sweep(
-        record,
-        evaluate,
-        [default, *(one for one in grid(record, points, unit_of(record)) if one != default)],
-        refine=refine,
-        metric=metric,
-        maximize=maximize,
-        minimize=minimize,
-        batchnorm=batchnorm,
-        results=results,
-        fresh=fresh,
-        progress=progress,
-    )
-    return recommended(swept)
+    with working(parallel, evaluate) as workers:
+        record = as_on_first(record, workers)
+        default, _ = _default(record)
+        swept = sweep(
+            record,
+            evaluate,
+            [default, *(one for one in grid(record, points, unit_of(record)) if one != default)],
+            refine=refine,
+            metric=metric,
+            maximize=maximize,
+            minimize=minimize,
+            batchnorm=batchnorm,
+            results=results,
+            fresh=fresh,
+            progress=progress,
+            parallel=parallel,
+        )
+        return recommended(swept)
 
 
 def recommended(results: SweepResult) -> Recommendation:
@@ -118,7 +127,9 @@ def recommended(results: SweepResult) -> Recommendation:
     compared = _compared(here, base, best)
     chosen, reason = _chosen(record, base, best, compared)
     assert chosen.profile is not None
-    return Recommendation(record, chosen.profile, reason, record.error(chosen.profile), compared)
+    # The error is known from the sweep, and so the same on all ranks.
+    error = record.error(chosen.profile) if chosen.error is None else chosen.error
+    return Recommendation(record, chosen.profile, reason, error, compared)
 
 
 def _default(record: Record) -> tuple[HalfLife, str]:
