@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import sweeps_in_ranks as jobs
 from launching import torchrun
 from records import record
 from safetensors.torch import load_file
 
-import polyak
 from polyak.cli import main
 
 pytestmark = pytest.mark.slow  # processes of several ranks
@@ -48,7 +48,7 @@ def here(tmp_path_factory):
     return folder
 
 
-def test_a_sweep_on_two_processes_prints_and_writes_what_one_process_does(here, monkeypatch, capsys) -> None:
+def test_a_sweep_under_torchrun_prints_and_writes_what_one_process_does(here, monkeypatch, capsys) -> None:
     monkeypatch.chdir(here)
     command = ["sweep", "run", "--evaluate", "evaluate.py:validate", "--metric", "loss", "--json", "--out"]
     done = torchrun("-m", "polyak", *command, "two")
@@ -66,23 +66,29 @@ def test_a_sweep_on_two_processes_prints_and_writes_what_one_process_does(here, 
     averages = [load_file(f"{name}/best.safetensors") for name in ("one", "two")]
     assert all(averages[0][name].equal(averages[1][name]) for name in averages[0])
     assert {path.name for path in Path("two").iterdir()} == {path.name for path in Path("one").iterdir()}
-    refused = torchrun("-m", "polyak", *command[:3], "evaluate.py:fails", "--metric", "loss", "--out", "three")
-    assert refused.returncode != 0
-    assert refused.stderr.count("polyak sweep: evaluating half-life") == 1
-    assert refused.stderr.count("ZeroDivisionError: here\n") == 1  # the traceback
-    taken = torchrun("-m", "polyak", *command, "run")
-    assert taken.stderr.count("polyak sweep: --out must not be the folder of the record") == 1
 
 
-def test_a_recommendation_on_two_processes_is_printed_and_written_once(here, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(here)
+def test_an_error_of_a_command_on_several_ranks_is_printed_once_and_each_exits_with_2(ranks, here) -> None:
+    sweep = ["sweep", "run", "--evaluate", "evaluate.py:fails", "--metric", "loss", "--out"]
+    failed = ranks.run(2, jobs.command, str(here), *sweep, "failed")
+    assert [code for code, _, _ in failed] == [2, 2]
+    assert "polyak sweep: evaluating half-life" in failed[1][2]
+    assert "ZeroDivisionError: here\n" in failed[1][2]  # the traceback
+    assert "evaluating" not in failed[0][2].replace("done; now", "")
+    assert not (here / "failed" / "best.safetensors").exists()
+    refused = ranks.run(2, jobs.command, str(here), *sweep, "run")
+    assert [code for code, _, _ in refused] == [2, 2]
+    assert [err.count("--out must not be the folder of the record") for _, _, err in refused] == [1, 0]
+
+
+def test_a_recommendation_on_several_ranks_is_printed_and_written_once(ranks, here, monkeypatch, capsys) -> None:
     command = ["recommend", "run", "--evaluate", "evaluate.py:losses", "--json", "-o"]
-    done = torchrun("-m", "polyak", *command, "two.safetensors")
-    assert done.returncode == 0, done.stderr
+    (code, out, _), other = ranks.run(2, jobs.command, str(here), *command, "two.safetensors")
+    monkeypatch.chdir(here)
     assert main([*command, "one.safetensors"]) == 0
-    two, one = json.loads(done.stdout), json.loads(capsys.readouterr().out)
-    assert two | {"output": ""} == one | {"output": ""}
+    assert (code, json.loads(out)) == (0, json.loads(capsys.readouterr().out) | {"output": "two.safetensors"})
+    assert other == (0, "", "")
     assert Path("two.safetensors").read_bytes() == Path("one.safetensors").read_bytes()
-    assert polyak.recommend("run").half_life is not None
-    without = torchrun("-m", "polyak", "recommend", "run", "--json")
-    assert json.loads(without.stdout)["comparison"] is None
+    (_, out, _), other = ranks.run(2, jobs.command, str(here), "recommend", "run", "--json")
+    assert json.loads(out)["comparison"] is None
+    assert other == (0, "", "")

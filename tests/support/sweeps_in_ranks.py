@@ -1,6 +1,9 @@
 """What the processes of ``ranks.Ranks`` do with ``sweep`` and ``recommend``."""
 
+import contextlib
+import io
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import polyak
+from polyak.cli import main
 from polyak.profiles import HalfLife
 from polyak.record import Edge, Record, Writer
 from polyak.sharding import reshard
@@ -184,3 +188,14 @@ def sweeps_a_live_record(folder: str) -> Any:
         record = Record(folder)
     dist.barrier()
     return sweeps(record)[0]
+
+
+def command(folder: str, *argv: str) -> tuple[int, str, str]:
+    """Run a command of polyak in a folder on this rank; return its exit code, and what it printed."""
+    out, err = io.StringIO(), io.StringIO()
+    os.environ["RANK"] = str(dist.get_rank())
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            return main(argv), out.getvalue(), err.getvalue()
+    finally:
+        del os.environ["RANK"]
