@@ -21,7 +21,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("profile", "at"), [(HalfLife("4ba", unbiased=True), "50%"), (Cooldown("8ba"), None), (Cooldown("8ba", floor=0.5), None)]
+    ("profile", "at"),
+    [(HalfLife("4ba", unbiased=True), "50%"), (Cooldown("8ba"), None), (Cooldown("8ba", floor=0.5), None)],
 )
 def test_a_model_is_filled_with_the_average_bit_for_bit_and_a_floor_counts_the_raw_weights(folder, profile, at) -> None:
     record, model = Record(folder), build()

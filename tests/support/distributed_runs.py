@@ -123,6 +123,13 @@ def trains(kind: str | None, folder: Path, **more: Any) -> dict[str, Any]:
     return results(trainer, folder) | {"losses": losses.losses, "draws": torch.rand(3)}
 
 
+def polishes_from_a_record(kind: str | None, folder: Path, **more: Any) -> dict[str, Tensor]:
+    """Train to the end, and return the weights."""
+    trainer = build(kind, folder, **more)
+    trainer.fit()
+    return held(trainer)
+
+
 class Losses(Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []

@@ -87,11 +87,11 @@ def recommend(
     record = Record(record) if isinstance(record, str | Path) else record
     newest(record)  # checks that it has a segment
     if evaluate is None:
-        default, reason = _default(record)
+        default, reason = default_of(record)
         return Recommendation(record, default, reason, record.error(default))
     with working(parallel, evaluate) as workers:
         record = as_on_first(record, workers)
-        default, _ = _default(record)
+        default, _ = default_of(record)
         swept = sweep(
             record,
             evaluate,
@@ -132,8 +132,15 @@ def recommended(results: SweepResult) -> Recommendation:
     return Recommendation(record, chosen.profile, reason, error, compared)
 
 
-def _default(record: Record) -> tuple[HalfLife, str]:
-    """Return the half-life that needs no evaluation, and why it is that."""
+def default_of(record: Record) -> tuple[HalfLife, str]:
+    """Return the half-life that needs no evaluation, and why it is that.
+
+    Args:
+        record: A record with a segment.
+
+    Raises:
+        ProfileError: If the record resolves no half-life.
+    """
     wanted = sixteenth(record)
     try:
         fit(wanted, record.segments, max_duration=record.max_duration)
@@ -146,7 +153,7 @@ def _default(record: Record) -> tuple[HalfLife, str]:
 
 def _nearest(results: SweepResult, record: Record) -> Result:
     """Return the result that is nearest to the default."""
-    wanted, _ = _default(record)
+    wanted, _ = default_of(record)
     unit = wanted.span.unit
     found = [one for one in results if one.half_life is not None and one.half_life.unit is unit and one.half_life > 0]
     far = [abs(math.log(float(one.half_life or 1) / float(wanted.span))) for one in found]
@@ -213,7 +220,7 @@ def _chosen(record: Record, base: Result, best: Result, compared: Comparison) ->
 
 def _place(record: Record, base: Result) -> str:
     """Return what the compared half-life is, in words."""
-    default, _ = _default(record)
+    default, _ = default_of(record)
     if base.profile == default:
         return "a sixteenth of the run" if default == sixteenth(record) else "the shortest that the record resolves"
     return "of the evaluated half-lives the nearest to a sixteenth of the run"
