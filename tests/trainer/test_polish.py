@@ -16,7 +16,6 @@ from polyak import (
     ArgumentError,
     CheckpointError,
     HalfLife,
-    ProfileError,
     Record,
     Recorder,
     TimeError,
@@ -152,10 +151,7 @@ def test_a_polish_without_an_ema_starts_at_the_average_that_the_record_recommend
     recorder = Recorder(tmp_path / "record", "1ba", None)
     loops.train(tmp_path, ema=recorder, polish="50%", callbacks=(Watch(),), saves=None).fit()
     record = Record(tmp_path / "record")
-    profile = HalfLife(f"{9 / 16}ba", unbiased=True)  # finer than a batch: the shortest that is resolved is taken
-    with pytest.raises(ProfileError):
-        record.average(profile, "9ba")
-    want = record.average(HalfLife("1ba", unbiased=True), "9ba")
+    want = record.average(HalfLife(f"{9 / loops.EPOCH / 16}ep", unbiased=True), "9ba")
     assert all(torch.equal(begun[name], tensor) for name, tensor in want.items())
 
 
