@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import polyak
 from polyak.cli import main
-from polyak.profiles import HalfLife
+from polyak.profiles import Cooldown, HalfLife
 from polyak.record import Edge, Record, Writer
 from polyak.sharding import reshard
 from polyak.storage.lines import Lines
@@ -80,6 +80,13 @@ def sweeps(folder: str, results: str | None = None, losses: tuple[Any, ...] = ()
     evaluate = Losses(*losses)
     found = run(lambda: plain(sweep(folder, evaluate, **{"parallel": True, "refine": 2} | options, results=results)))
     return found, evaluate.norms
+
+
+def sweeps_by_own_profiles(folder: str, *, parallel: bool = True) -> Any:
+    """Sweep under a profile with a function in it, and under one that is given twice."""
+    profiles = [HALF_LIVES[0], HALF_LIVES[1], Cooldown("64ba", shape=lambda x: (1 - x) ** 1.5), HALF_LIVES[0]]
+    results, norms = sweeps(folder, profiles=profiles, parallel=parallel, refine=0)
+    return results if isinstance(results, str) else [one[:1] + one[2:] for one in results], norms
 
 
 def recommends(folder: str) -> tuple[Any, ...]:

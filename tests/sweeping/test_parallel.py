@@ -62,6 +62,15 @@ def test_ranks_find_the_same_at_several_moments_and_with_other_weights(ranks, fo
 
 
 @in_ranks
+def test_ranks_evaluate_profiles_that_cannot_be_sent_and_those_that_are_given_twice_once(ranks, folder) -> None:
+    want, norms = jobs.sweeps_by_own_profiles(folder, parallel=False)
+    assert len(want) == len(norms) + 1 == 5
+    found = ranks.run(2, jobs.sweeps_by_own_profiles, folder)
+    assert [results for results, _ in found] == [want, want]
+    assert sorted(norm for _, own in found for norm in own) == sorted(norms)
+
+
+@in_ranks
 @pytest.mark.parametrize("which", range(4))
 def test_an_error_on_one_rank_ends_all_with_it_and_the_same_call_resumes(ranks, folder, alone, tmp_path, which) -> None:
     want, norms = alone
