@@ -108,7 +108,7 @@ class Evaluator:
                 f"the source of {named(self.evaluate).__qualname__} has changed since the results in {self.kept.path}; "
                 "the averages are evaluated again",
                 PlanWarning,
-                stacklevel=6,
+                stacklevel=5,  # the caller of ``sweep``
             )
 
     def checked(self, result: Result) -> Result:
