@@ -133,7 +133,8 @@ class Run:
                 error = problem
         mixed = own is not None and workers.lanes > 1 and messages() != before
         sent = (None if result is None else replace(result, profile=None), mixed)  # a profile may not be one to pickle
-        failed = None if error is None else portable(error, workers.ranks.rank)
+        alone = workers.ranks.world_size == 1
+        failed = None if error is None or alone else portable(error, workers.ranks.rank)
         found = workers.exchange((*sent, failed))
         if any(one[1] for one in found):
             workers.raise_first([_communicated(candidates[0])])

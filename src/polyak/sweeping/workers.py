@@ -1,6 +1,5 @@
 """``Workers``: the ranks that evaluate averages between them. One process alone is a worker too."""
 
-import copy
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,7 +148,6 @@ def portable(error: BaseException, rank: int) -> BaseException:
             f"all ranks must evaluate without an error, and rank {rank} raised {type(error).__name__}: {error}; see "
             "its traceback"
         )
-    sent = copy.copy(sent)
     sent.add_note(f"{_NOTE} {rank}.")
     return sent
 
