@@ -165,6 +165,18 @@ def test_what_cannot_be_polished_is_refused_by_name_and_nothing_changes(tmp_path
     assert optimizer.param_groups[0]["lr"] == rate
 
 
+def test_a_model_with_merged_adapters_is_not_polished(tmp_path) -> None:
+    model, optimizer, attached = trained(ema := EMA("4ba"), Recorder(tmp_path / "record", "1ba"))
+    model[0].weight.requires_grad_(False)
+    model[0].merged = True
+    attached.detach()
+    before = state_of(model)
+    for average in (ema, Record(tmp_path / "record")):
+        with pytest.raises(LoanError, match="adapters must not be merged"):
+            polish(model, optimizer, average, steps=5)
+    assert equal(state_of(model), before)
+
+
 def test_an_average_that_has_not_begun_and_an_empty_record_are_refused(tmp_path) -> None:
     model, optimizer, attached = trained(EMA("4ba", ema_start="100ba"), steps=3)
     with pytest.raises(LoanError, match="averaging must have begun"):

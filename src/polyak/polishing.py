@@ -14,7 +14,7 @@ from polyak import sharding
 from polyak.averaging.ema import EMA
 from polyak.averaging.habits import kind_of
 from polyak.averaging.schedule import AUTO_SHARE
-from polyak.averaging.swap import refuse_second_swap
+from polyak.averaging.swap import refuse_merged, refuse_second_swap
 from polyak.errors import ArgumentError, LoanError, MismatchError, RecordError
 from polyak.profiles import HalfLife, Profile
 from polyak.record import Record
@@ -78,6 +78,7 @@ def polish(
     """
     _check(model, optimizer, steps, factor)
     refuse_second_swap(model, "polish()")
+    refuse_merged(model)
     if isinstance(average, Record):
         _load(unwrap(model), average, profile)
     else:
@@ -98,14 +99,18 @@ def polish(
 def load_average(model: nn.Module, ema: EMA) -> None:
     """Copy an average into the model in training, as the start of a new phase.
 
+    If several ranks train the model, all of them must call this.
+
     Args:
         model: The one that is averaged, wrapped or not.
         ema: Its average.
 
     Raises:
-        LoanError: If averaging has not begun.
+        LoanError: If averaging has not begun, or adapters are merged in the model.
         MismatchError: If it is the average of another model.
+        ShardingError: If the ranks do not have the same average.
     """
+    refuse_merged(model)
     averages = _averaged(ema)
     own = {slot.name: slot.tensor for slot in all_slots(unwrap(model))}
     misshaped = {n: (tuple(a.shape), tuple(own[n].shape)) for n, a in averages.items() if n in own}
@@ -125,6 +130,7 @@ def _check(model: nn.Module, optimizer: Optimizer, steps: int, factor: float) ->
         raise ArgumentError(f"model must be the torch.nn.Module in training (got {kind_of(model)}); give it first")
     if not isinstance(optimizer, Optimizer):
         raise ArgumentError(f"optimizer must be one of torch.optim (got {kind_of(optimizer)}); unwrap it")
+    sharding.reshard(model)  # after an evaluation the outermost modules of FSDP2 hold other parameters
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(one) in own for group in optimizer.param_groups for one in group["params"]):
         raise ArgumentError(
@@ -150,17 +156,22 @@ def _load(model: nn.Module, record: Record, profile: Profile | None) -> None:
             unexpected=trained - kept.keys(),
             misshaped=misshaped,
         )
-    _copy(model, record.average(profile or _sixteenth(record)))
+    profile = profile or _sixteenth(record)
+    if any(map(sharding.is_sharded, own.values())):
+        record.average_into(model, profile)  # each rank reads its shards
+    else:
+        _copy(model, record.average(profile))
 
 
 def _averaged(ema: EMA) -> dict[str, Tensor]:
-    averaged = ema.ema_model
-    if averaged is None or not ema.ema_started:
+    average = ema._average  # noqa: SLF001  not `ema_model`, which makes a module
+    if average.shadow is None or not average.started:
         raise LoanError(
             f"averaging must have begun before there is an average to polish (it begins at {ema.ema_start}); train "
             "until then"
         )
-    return {slot.name: slot.tensor for slot in all_slots(averaged)}
+    average.agree()  # the averages of buffers that rank 0 has are those of all
+    return average.shadow.averaged_tensors()
 
 
 @torch.no_grad()

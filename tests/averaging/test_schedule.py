@@ -156,3 +156,4 @@ def test_an_automatic_half_life_is_a_sixteenth_of_the_run_without_bias() -> None
     automatic = Schedule.of(half_life="auto", smoothing=None, profile=None, ema_start="0ba", update_interval=None)
     assert automatic == by_hand
     assert automatic.profile.decay(0.5, 0.5625) == pytest.approx(0.5, rel=0.01)
+    assert next(automatic.requirements()).argument == "half_life='0.0625dur', which is 'auto'"

@@ -58,7 +58,8 @@ def noisy_perceptron(seed: int) -> nn.Module:
 def build(kind: str | None, folder: Path, *, noisy: bool = False, model_seed: int = 0, **more: Any) -> Trainer:
     """Return a trainer with all features. Each rank has other initial weights; those of rank 0 count."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),)) if kind == "ddp, divided average" else None
-    algorithm = EMA(more.pop("half_life", "4ba"), mesh=mesh)
+    make = more.pop("algorithm", None)
+    algorithm = EMA(more.pop("half_life", "4ba"), mesh=mesh) if make is None else make()
     model = (noisy_perceptron if noisy else loops.perceptron)(model_seed + rank())
     if noisy:
         more["data"] = loops.Noisy()
@@ -120,6 +121,13 @@ def trains(kind: str | None, folder: Path, **more: Any) -> dict[str, Any]:
     trainer = build(kind, folder, callbacks=(losses,), **more)
     trainer.fit()
     return results(trainer, folder) | {"losses": losses.losses, "draws": torch.rand(3)}
+
+
+def polishes_from_a_record(kind: str | None, folder: Path, **more: Any) -> dict[str, Tensor]:
+    """Train to the end, and return the weights."""
+    trainer = build(kind, folder, **more)
+    trainer.fit()
+    return held(trainer)
 
 
 class Losses(Callback):

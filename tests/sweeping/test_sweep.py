@@ -194,8 +194,9 @@ def test_sweep_evaluates_again_for_another_function_and_for_changed_source(folde
     assert evaluate.calls == 3
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     path.write_text("".join(json.dumps(line | {"code": "0123"}) + "\n" for line in lines))
-    with pytest.warns(PlanWarning, match="the source of validate has changed"):
+    with pytest.warns(PlanWarning, match="the source of validate has changed") as caught:
         sweep(folder, validate, points=2, refine=0, results=path)
+    assert caught[0].filename == __file__  # where it is called
     assert [json.loads(line)["code"] for line in path.read_text().splitlines()[6:]] == [lines[0]["code"]] * 3
     sweep(folder, validate, points=2, refine=0, results=path)
     assert len(path.read_text().splitlines()) == 9

@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -9,6 +6,7 @@ import distributed_runs as runs
 import loops
 import pytest
 import torch
+from launching import torchrun
 from torch import nn
 from torch.utils.data import Subset
 from waiting import END_S
@@ -294,22 +292,6 @@ def test_processes_that_torchrun_restarts_connect_to_each_other_and_not_to_ended
         first = threads.submit(_of_this_start, store, 0, 2)
         first.result(timeout=END_S).set("address", "new")
         assert second.result(timeout=END_S).get("address") == b"new"
-
-
-def torchrun(*arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
-    path = [str(Path(runs.__file__).parent), str(Path(polyak.__file__).parents[1])]
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *("--monitor-interval=0.1", "--rdzv-conf=keep_alive_max_attempt=120"),
-            *(f"--max-restarts={restarts}", *map(str, arguments)),
-        ],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=2 * END_S,
-        check=False,
-    )
 
 
 def test_a_run_with_a_killed_rank_ends_as_one_without(ranks, tmp_path) -> None:

@@ -2,12 +2,25 @@
 
 import copy
 import json
+from contextlib import suppress
+from functools import partial
 
+import distributed_runs as runs
 import loops
 import pytest
 import torch
 
-from polyak import BEMA, EMA, ArgumentError, CheckpointError, TimeError, Trainer
+from polyak import (
+    BEMA,
+    EMA,
+    ArgumentError,
+    CheckpointError,
+    HalfLife,
+    Record,
+    Recorder,
+    TimeError,
+    Trainer,
+)
 from polyak.trainer import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:the average that is:polyak.PlanWarning")
@@ -115,6 +128,7 @@ def test_a_polish_that_cannot_be_is_refused_where_the_trainer_is_made(tmp_path, 
         ("18ba", EMA("4ba"), "polish must be shorter than the run"),
         ("100sp", EMA("4ba"), "polish must be in the unit of max_duration, or a percentage"),
         ("20%", EMA("4ba", ema_start="0.9dur"), "averaging must begin before the polish"),
+        ("20%", Recorder(None, "8ba"), "a record must have 2 intervals before the polish"),
     ],
 )
 def test_a_polish_that_does_not_fit_into_the_run_is_refused_before_the_first_batch(
@@ -124,3 +138,59 @@ def test_a_polish_that_does_not_fit_into_the_run_is_refused_before_the_first_bat
     with pytest.raises(ArgumentError, match=message):
         trainer.fit()
     assert trainer.state.timestamp.batch.value == 0
+
+
+def test_a_polish_without_an_ema_starts_at_the_average_that_the_record_recommends(tmp_path) -> None:
+    begun = {}
+
+    class Watch(loops.Callback):
+        def batch_start(self, state, logger) -> None:
+            if state.timestamp.batch.value == 9:
+                begun.update(copy.deepcopy(state.model.state_dict()))
+
+    recorder = Recorder(tmp_path / "record", "1ba", None)
+    loops.train(tmp_path, ema=recorder, polish="50%", callbacks=(Watch(),), saves=None).fit()
+    record = Record(tmp_path / "record")
+    want = record.average(HalfLife(f"{9 / loops.EPOCH / 16}ep", unbiased=True), "9ba")
+    assert all(torch.equal(begun[name], tensor) for name, tensor in want.items())
+
+
+def test_a_polish_from_a_record_resumes_bit_for_bit(tmp_path) -> None:
+    def run(folder, *stops) -> dict[str, torch.Tensor]:
+        for stop in (*stops, None):
+            raises = () if stop is None else (loops.Raises(loops.Event.BATCH_START, InterruptedError(), batch=stop),)
+            recorder = Recorder(folder / "record", "2ba")
+            trainer = loops.train(folder, ema=recorder, polish="50%", callbacks=raises, autoresume=True)
+            with suppress(InterruptedError):
+                trainer.fit()
+        return loops.bits(trainer.state.model)
+
+    assert loops.differences(run(tmp_path / "one"), run(tmp_path / "two", 8, 13)) == []
+
+
+@pytest.mark.slow  # processes of several ranks
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_ranks_polish_from_the_record_as_one_process_does(ranks, tmp_path, kind) -> None:
+    def options(folder):
+        return {"polish": "50%", "algorithm": partial(Recorder, folder / "record", "1ba"), "saves": None}
+
+    one = runs.polishes_from_a_record(None, tmp_path / "one", **options(tmp_path / "one"))
+    for two in ranks.run(2, partial(runs.polishes_from_a_record, kind, tmp_path / "two", **options(tmp_path / "two"))):
+        torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow  # processes of several ranks
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("algorithm", [None, partial(BEMA, update_interval="2ba")], ids=["EMA", "BEMA"])
+def test_a_polish_of_several_ranks_is_that_of_one_process_and_resumes(ranks, tmp_path, kind, algorithm) -> None:
+    options = {"polish": "50%", "algorithm": algorithm}
+    one = runs.trains(None, tmp_path / "one", **options)
+    found = ranks.run(2, partial(runs.trains, kind, tmp_path / "two", **options))
+    for two in found:
+        for what in ("weights", "averages", "metrics"):
+            torch.testing.assert_close(two[what], one[what], rtol=1e-4, atol=1e-5)
+    rates = [[line["lr"] for line in log if "lr" in line] for log in (one["log"], found[0]["log"])]
+    assert rates[0] == rates[1]
+    assert all(any(name.startswith("polish/before") for name in line) for line in [set().union(*found[0]["log"])])
+    (tmp_path / "resumes").mkdir()
+    assert ranks.run(2, partial(runs.resumes, kind, tmp_path / "resumes", **options)) == [{}, {}]

@@ -11,6 +11,7 @@ from polyak.time import Time, Timestamp, TimeUnit, as_span
 
 # A default that needs no evaluation: the values that others have tuned lie around it (docs/which-half-life.md).
 AUTO, AUTO_SHARE = "auto", 1 / 16
+_AUTO = HalfLife(Time(AUTO_SHARE, TimeUnit.DURATION), unbiased=True)
 
 
 class Run(Protocol):
@@ -103,7 +104,7 @@ class Schedule:
                 f"give exactly one of half_life, decay (or smoothing) and profile (got {shown or 'none'})"
             )
         if isinstance(half_life, str) and half_life.strip() == AUTO:
-            profile = HalfLife(Time(AUTO_SHARE, TimeUnit.DURATION), unbiased=True)
+            profile = _AUTO
         elif half_life is not None:
             profile = HalfLife(as_span("half_life", half_life, steps=True))
         elif smoothing is not None:
@@ -134,7 +135,9 @@ class Schedule:
         # The profile first, since the interval follows it by default. If updates are due at the ends of epochs, only
         # full epochs matter.
         if self.unit is not None:
-            yield Requirement(named(self.profile).argument, self.unit, not self.by_epoch, of_profile=True)
+            argument = named(self.profile).argument
+            argument = f"{argument}, which is {AUTO!r}" if self.profile == _AUTO else argument
+            yield Requirement(argument, self.unit, not self.by_epoch, of_profile=True)
         if self.start.value:
             fractions = not self.by_epoch and not isinstance(self.start.value, int)
             yield Requirement(f"ema_start='{self.start}'", self.start.unit, fractions)

@@ -116,8 +116,9 @@ def _run(arguments: argparse.Namespace, name: str) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except PolyakError as error:
-        _tell_users_error(error)
-        tell(f"{name}: {error}")
+        if not _is_told_elsewhere(error):
+            _tell_users_error(error)
+            tell(f"{name}: {error}")
         return REFUSED
     except OSError as error:
         tell(f"{name}: {in_words(error)}")
@@ -148,6 +149,13 @@ def _answers(arguments: argparse.Namespace) -> Iterator[Answer]:
         if answer is None:
             return
         yield answer
+
+
+def _is_told_elsewhere(error: PolyakError) -> bool:
+    """Return whether another rank of torchrun prints the error."""
+    from polyak.sweeping.workers import is_of_another_rank
+
+    return is_of_another_rank(error)
 
 
 def _tell_users_error(error: PolyakError) -> None:

@@ -25,7 +25,7 @@ def recomputed_statistics(plan: "Plan", spec: str) -> "dict[str, Tensor]":
         CheckpointError: If a file is damaged.
     """
     from polyak.checkpoints.averaging import average
-    from polyak.sweeping.evaluation import recomputed
+    from polyak.sweeping.candidates import recomputed
 
     try:
         returned = load_function(spec, "--update-bn")()

@@ -22,3 +22,17 @@ def add_evaluation(parser: ArgumentParser, *, required: bool) -> None:
         "--minimize", action="store_true", help="lower is better (default for a loss, an error, a perplexity)"
     )
     sense.add_argument("--maximize", action="store_true", help="higher is better, as for an accuracy")
+
+
+def add_ranks(parser: ArgumentParser) -> None:
+    """Add how the ranks of ``torchrun`` evaluate.
+
+    Args:
+        parser: The parser of a command.
+    """
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="under torchrun: evaluate each average on all ranks together, as a model needs that is sharded over them "
+        "(default: found from the function)",
+    )

@@ -3,6 +3,8 @@
 Without --evaluate nothing is evaluated. With it, averages are evaluated as by polyak sweep, and the best is recommended
 only if it is better by more than the noise of the evaluation, which is known if the function returns the losses of
 single examples, or the metric on eight or more parts of the validation data.
+
+Several processes evaluate between them, each on its own GPU: torchrun --nproc-per-node 8 -m polyak recommend ...
 """
 
 from argparse import ArgumentParser, Namespace
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from polyak.cli.asking import add_record
 from polyak.cli.command import Answer
-from polyak.cli.evaluating import add_evaluation
+from polyak.cli.evaluating import add_evaluation, add_ranks
 
 NAME = "recommend"
 
@@ -49,10 +51,11 @@ def configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, metavar="OUT", help="a safetensors file for the average")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    add_ranks(parser)
 
 
-def run(arguments: Namespace) -> Answer:
-    """Recommend an average, and write it if asked; return the recommendation.
+def run(arguments: Namespace) -> Answer | None:
+    """Recommend an average, and write it if asked; return the recommendation, or None on other ranks than rank 0.
 
     Args:
         arguments: The parsed arguments.

@@ -14,10 +14,11 @@ from polyak.profiles import named
 from polyak.record.recommendation import Comparison, Recommendation
 from polyak.report.words import measured, percent
 from polyak.sweeping import export, recommend
+from polyak.sweeping.workers import Parallel, is_launched, use_own_device, working
 
 
-def run_recommend(arguments: Namespace) -> Answer:
-    """Recommend an average, and write it if asked; return the recommendation.
+def run_recommend(arguments: Namespace) -> Answer | None:
+    """Recommend an average, and write it if asked; return the recommendation, or None on other ranks than rank 0.
 
     Args:
         arguments: The parsed arguments of ``polyak recommend``.
@@ -27,14 +28,17 @@ def run_recommend(arguments: Namespace) -> Answer:
         PolyakError: If the record does not give an average, or an evaluation fails.
     """
     record, output = open_record(arguments.record, arguments), arguments.output
-    if output is not None:
-        # Next to the checkpoints of a pattern, an average is none of them.
-        source = record.folder if arguments.record.is_dir() else arguments.record
-        check_output(output, force=arguments.force, source=source)
     _check(arguments)
+    if is_launched():
+        use_own_device()
     evaluate = None if arguments.evaluate is None else load_function(arguments.evaluate, "--evaluate")
     batchnorm = None if arguments.update_bn is None else load_batchnorm(arguments.update_bn)
-    with Progress("polyak recommend") as progress:
+    parallel: Parallel = "together" if arguments.together else True
+    with working(parallel, evaluate) as workers, Progress("polyak recommend") as progress:
+        if output is not None and workers.is_first:
+            # Next to the checkpoints of a pattern, an average is none of them.
+            source = record.folder if arguments.record.is_dir() else arguments.record
+            check_output(output, force=arguments.force, source=source)
         result = recommend(
             record,
             evaluate,
@@ -43,9 +47,12 @@ def run_recommend(arguments: Namespace) -> Answer:
             minimize=arguments.minimize or None,
             batchnorm=batchnorm,
             progress=progress.show,
+            parallel=parallel,
         )
-    if output is not None:
-        export(record, result.profile, output, batchnorm)
+        if not workers.is_first:
+            return None
+        if output is not None:
+            export(record, result.profile, output, batchnorm)
     return Answer(_text(result, output, record.arguments), _plain(result, output, record.folder))
 
 

@@ -5,6 +5,8 @@ of a number, it may return the losses of single examples: then the result says w
 It is called for half-lives from the shortest that the record resolves to the whole run, then for a few more near the
 best. The run may still be writing the record.
 
+Several processes evaluate between them, each on its own GPU: torchrun --nproc-per-node 8 -m polyak sweep ...
+
 Evaluate on validation data: if the half-life is chosen on the test set, the test result is biased.
 """
 
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from polyak.cli.asking import add_record, half_lives, profiles
 from polyak.cli.command import Answer, whole
+from polyak.cli.evaluating import add_ranks
 
 NAME = "sweep"
 
@@ -54,6 +57,7 @@ examples:
   polyak sweep my-record --evaluate evaluate.py:validate --at 50% --at 100%
   polyak sweep my-record --evaluate evaluate.py:validate --half-lives 100ba,1000ba,10000ba --refine 0
   polyak sweep my-record --evaluate evaluate.py:validate --profiles window=10ep,power=0.1
+  torchrun --nproc-per-node 8 -m polyak sweep my-record --evaluate evaluate.py:validate
 """
 
 
@@ -98,6 +102,7 @@ def configure(parser: ArgumentParser) -> None:
         help="the output folder (default: polyak-sweep)",
     )
     parser.add_argument("--force", action="store_true", help="replace the results of another record, or other files")
+    add_ranks(parser)
     parser.add_argument(
         "--fresh",
         action="store_true",
@@ -126,8 +131,8 @@ def _add_averages(parser: ArgumentParser) -> None:
     )
 
 
-def run(arguments: Namespace) -> Answer:
-    """Evaluate or resume, and write the files; return the results.
+def run(arguments: Namespace) -> Answer | None:
+    """Evaluate or resume, and write the files; return the results, or None on other ranks than rank 0.
 
     Args:
         arguments: The parsed arguments.

@@ -19,7 +19,10 @@ from polyak.report.text import advice, as_good
 from polyak.report.words import compared, headline
 from polyak.report.written import FIGURES, PAGE, missing_pictures, numbers, write_report
 from polyak.storage.atomic import remove
-from polyak.sweeping import EvaluationError, Result, SweepResult, export, held, records_in, sweep
+from polyak.sweeping import EvaluationError, Result, SweepResult, export, records_in, sweep
+from polyak.sweeping.candidates import Batchnorm
+from polyak.sweeping.held import held_by_all
+from polyak.sweeping.workers import Parallel, is_launched, use_own_device, working
 
 RESULTS = "sweep.jsonl"
 BEST = "best.safetensors"
@@ -31,8 +34,8 @@ _FILES = {
 }
 
 
-def run_sweep(arguments: Namespace) -> Answer:
-    """Evaluate or resume, and write the files; return the results.
+def run_sweep(arguments: Namespace) -> Answer | None:
+    """Evaluate or resume, and write the files; return the results, or None on other ranks than rank 0.
 
     Args:
         arguments: The parsed arguments of ``polyak sweep``.
@@ -44,33 +47,45 @@ def run_sweep(arguments: Namespace) -> Answer:
     record, out = open_record(arguments.record, arguments), arguments.out
     if arguments.at is not None and record.segments:
         _check_moments(record, arguments.at)
+    if is_launched():
+        use_own_device()
     evaluate = load_function(arguments.evaluate, "--evaluate")
     batchnorm = None if arguments.update_bn is None else load_batchnorm(arguments.update_bn)
-    _check_folder(out, record, force=arguments.force)
-    with held(record) as snapshot:
-        with Progress("polyak sweep") as progress:
-            results = sweep(
-                snapshot,
-                evaluate,
-                arguments.half_lives or arguments.profiles,
-                points=arguments.points,
-                refine=arguments.refine,
-                metric=arguments.metric,
-                maximize=arguments.maximize or None,
-                minimize=arguments.minimize or None,
-                at=arguments.at,
-                others={name: path for name in ("raw", "online") if (path := getattr(arguments, name)) is not None},
-                batchnorm=batchnorm,
-                results=out / RESULTS,
-                fresh=arguments.fresh,
-                progress=progress.show,
-            )
-        best = results.best
-        if best.profile is None:
-            raise EvaluationError("a sweep must have an average (got other weights alone); give a profile")
-        export(snapshot, best.profile, out / BEST, batchnorm, at=best.at, overwrite=True)
-    files = [*write_report(results, out), BEST, RESULTS]
+    parallel: Parallel = "together" if arguments.together else True
+    with working(parallel, evaluate) as workers:
+        if workers.is_first:
+            _check_folder(out, record, force=arguments.force)
+        with held_by_all(record, workers) as snapshot:
+            with Progress("polyak sweep") as progress:
+                results = sweep(
+                    snapshot,
+                    evaluate,
+                    arguments.half_lives or arguments.profiles,
+                    points=arguments.points,
+                    refine=arguments.refine,
+                    metric=arguments.metric,
+                    maximize=arguments.maximize or None,
+                    minimize=arguments.minimize or None,
+                    at=arguments.at,
+                    others={name: path for name in ("raw", "online") if (path := getattr(arguments, name)) is not None},
+                    batchnorm=batchnorm,
+                    results=out / RESULTS,
+                    fresh=arguments.fresh,
+                    progress=progress.show,
+                    parallel=parallel,
+                )
+            if not workers.is_first:
+                return None
+            _export(snapshot, results, out, batchnorm)
+        files = [*write_report(results, out), BEST, RESULTS]
     return Answer(_text(results, out, files), _plain(results, out, files))
+
+
+def _export(record: Record, results: SweepResult, out: Path, batchnorm: Batchnorm | None) -> None:
+    best = results.best
+    if best.profile is None:
+        raise EvaluationError("a sweep must have an average (got other weights alone); give a profile")
+    export(record, best.profile, out / BEST, batchnorm, at=best.at, overwrite=True)
 
 
 def _check_moments(record: Record, at: list[str]) -> None:

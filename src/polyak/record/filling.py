@@ -10,7 +10,7 @@ from polyak.errors import MismatchError
 from polyak.record.combining import combine
 from polyak.record.files import Box, SegmentFile, full_box
 from polyak.record.fitting import Fit
-from polyak.record.passes import Readable, averaged_as, opened
+from polyak.record.passes import Readable, averaged_as, opened, weights
 from polyak.sharding import local, offset, pipeline_of, reshard
 from polyak.tensors.slots import all_slots, places_of
 
@@ -38,7 +38,7 @@ def fill(record: Readable, model: nn.Module, fitted: Fit) -> None:
     missing = set[str]() if elsewhere else record.tensors.keys() - here
     if misshaped or missing:
         raise MismatchError("the model must have the recorded tensors", missing=missing, misshaped=misshaped)
-    with opened(record, fitted.segments) as files:
+    with opened(record, fitted.segments, raw=bool(fitted.raw)) as files:
         for name in record.tensors:
             if name in here:
                 _fill(record, files, name, tensors[name], fitted)
@@ -52,10 +52,11 @@ def _fill(record: Readable, files: Sequence[SegmentFile], name: str, tensor: Ten
     at = offset(tensor) or (0,) * shard.dim()
     box: Box = tuple(slice(a + b.start, a + b.stop) for a, b in zip(at, full_box(shard.shape), strict=True))
     if not info.averaged:
-        shard.copy_(files[-1].read(name, box))
+        shard.copy_(files[len(fitted.segments) - 1].read(name, box))
         return
+    shares = weights(fitted, len(fitted.segments), raw=bool(fitted.raw))
     result = torch.empty(shard.shape, dtype=info.dtype)
-    combine([_Shard(file, box) for file in files], name, info, [fitted.coefficients], [result])
+    combine([_Shard(file, box) for file in files], name, info, [shares], [result])
     shard.copy_(result)
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -117,8 +118,13 @@ class OneProcess:
     def broadcast(self, tensors: Iterable[Tensor], device: torch.device | None = None, source: int = 0) -> None:
         """Do nothing."""
 
-    def separate(self) -> "OneProcess":
-        """Return this object, which nothing can get in the way of."""
+    def separate(self, patience: timedelta | None = None) -> "OneProcess":
+        """Return this object, which nothing can get in the way of.
+
+        Args:
+            patience: Not used.
+        """
+        del patience
         return self
 
     def close(self) -> None:
@@ -374,10 +380,14 @@ class Ranks:
         """
         broadcast(tensors, source, self.group, device or self.device)
 
-    def separate(self) -> "Ranks":
-        """Return the same ranks in a new group, for a thread that communicates while training does."""
+    def separate(self, patience: timedelta | None = None) -> "Ranks":
+        """Return the same ranks in a new group, for a thread that communicates while training does.
+
+        Args:
+            patience: How long a rank waits for the others in it; None for torch's default.
+        """
         members = torch.distributed.get_process_group_ranks(self.group)
-        return Ranks(new_group(members, [self.group]), torch.device("cpu"), self.replicas, self.differ)
+        return Ranks(new_group(members, [self.group], patience), torch.device("cpu"), self.replicas, self.differ)
 
     def close(self) -> None:
         """Destroy a group that ``separate`` made."""

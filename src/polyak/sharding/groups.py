@@ -6,6 +6,7 @@ import os
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -129,7 +130,9 @@ def device_of(group: "ProcessGroup") -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def new_group(members: Iterable[int], groups: Sequence["ProcessGroup"]) -> "ProcessGroup":
+def new_group(
+    members: Iterable[int], groups: Sequence["ProcessGroup"], patience: timedelta | None = None
+) -> "ProcessGroup":
     """Return a new group of gloo. Its members must call this, and no others.
 
     ``torch.distributed.new_group`` must be called by all ranks, of which some may not know of this model. With
@@ -140,6 +143,7 @@ def new_group(members: Iterable[int], groups: Sequence["ProcessGroup"]) -> "Proc
     Args:
         members: Their numbers among all ranks.
         groups: Through which, one after the other, each of them can reach all others.
+        patience: How long a member waits for the others; None for torch's default.
     """
     from torch.distributed import distributed_c10d as c10d  # noqa: PLC0415
 
@@ -157,7 +161,7 @@ def new_group(members: Iterable[int], groups: Sequence["ProcessGroup"]) -> "Proc
         torch.distributed.Backend("gloo"),
         c10d._get_default_store(),  # noqa: SLF001
         name,
-        timeout=c10d.default_pg_timeout,
+        timeout=patience or c10d.default_pg_timeout,
         group_desc="polyak",
     )
     assert isinstance(made, torch.distributed.ProcessGroup)  # every caller is a member

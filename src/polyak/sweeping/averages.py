@@ -9,38 +9,40 @@ from polyak.errors import PlanWarning
 from polyak.profiles import Profile
 from polyak.record import Record
 
+# The memory for averages that are computed together, over all ranks.
+_MOST_BYTES = 4e9
+
 
 class Averages:
     """Averages at the end of a record. Each pass over its files computes as many as fit into memory.
 
     Args:
         record: The record, up to the moment.
-        profiles: Those that follow, in this order. Some may be left out.
+        processes: How many processes do so at the same time, which may be on one machine.
     """
 
-    def __init__(self, record: Record, profiles: Sequence[Profile]) -> None:
+    def __init__(self, record: Record, processes: int = 1) -> None:
         self.record = record
-        self._ahead = list(profiles)
-        self._computed: Iterator[dict[str, Tensor]] | None = None
+        self._processes = processes
+        self._computed: Iterator[dict[str, Tensor]] = iter(())
+
+    def plan(self, profiles: Sequence[Profile]) -> None:
+        """Note what is taken next.
+
+        Args:
+            profiles: The profiles, in the order in which they are taken.
+        """
+        self._computed = self.record.averages(profiles, max_bytes=_MOST_BYTES / self._processes)
 
     def take(self, profile: Profile) -> tuple[dict[str, Tensor], float]:
         """Return an average and its error, without a warning of the error: every result has it.
 
         Args:
-            profile: The next of the profiles, or another one, which takes a pass of its own.
+            profile: The next of the planned ones.
 
         Raises:
             RecordError: If a file is missing, truncated or corrupt.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PlanWarning)
-            return self._average(profile), self.record.error(profile)
-
-    def _average(self, profile: Profile) -> dict[str, Tensor]:
-        if not any(one is profile for one in self._ahead):
-            return self.record.average(profile)
-        if self._computed is None:
-            self._computed = self.record.averages(self._ahead)
-        while self._ahead.pop(0) is not profile:
-            next(self._computed)
-        return next(self._computed)
+            return next(self._computed), self.record.error(profile)

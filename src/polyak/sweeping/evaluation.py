@@ -1,32 +1,16 @@
-"""Evaluates one set of weights: builds it, calls the custom function, and keeps the result."""
+"""Evaluates weights by a custom function, and keeps the results."""
 
-import hashlib
-import math
 import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-
-from polyak.averaging.batchnorm import update_bn
-from polyak.errors import PlanWarning, RecordError
-from polyak.profiles import Profile
-from polyak.record import Record
-from polyak.record.stored import all_stored
-from polyak.sweeping.averages import Averages
+from polyak.errors import PlanWarning
+from polyak.sweeping.candidates import Batchnorm, Candidate, failed
 from polyak.sweeping.results import EvaluationError, Kept, Result
 from polyak.sweeping.returned import Evaluate, measured
 from polyak.sweeping.source import named, source_hash
-from polyak.time import Time
-
-Batchnorm = tuple[nn.Module, Iterable[Any]]
 
 
 @dataclass(slots=True)
@@ -51,131 +35,91 @@ class Evaluator:
     def __post_init__(self) -> None:
         self._code = source_hash(self.evaluate)
 
-    def averages(self, record: Record, profiles: Sequence[Profile]) -> Averages:
-        """Return the averages at the end of a record; only those without a result are computed.
+    @property
+    def code(self) -> str | None:
+        """The hash of the source of the function."""
+        return self._code
+
+    def key(self, candidate: Candidate) -> dict[str, Any]:
+        """Return what identifies the result of weights.
 
         Args:
-            record: The record, up to the moment of the averages.
-            profiles: Those to evaluate, in this order.
+            candidate: The weights.
         """
-        newest = record.segments[-1].file
-        return Averages(record, [one for one in profiles if self._already(self._key(one, newest), one) is None])
-
-    def average(self, averages: Averages, name: str, profile: Profile, at: Time | None) -> Result:
-        """Return the result of the average at the end of a record.
-
-        Args:
-            averages: What ``averages`` returned for the record.
-            name: A name for people.
-            profile: The profile of the average.
-            at: The moment, for the result; None for the end of the whole record.
-
-        Raises:
-            EvaluationError: If the evaluation fails or returns a wrong type.
-            RecordError: If a file is missing, truncated or corrupt.
-        """
-        record = averages.record
-
-        def state_and_numbers() -> tuple[dict[str, Tensor], float, float | None]:
-            state, error = averages.take(profile)
-            distance = None if all_stored(record.segments) else _distance(record, state)  # which have no newest mean
-            if self.batchnorm is not None:
-                try:
-                    state = recomputed(state, self.batchnorm)
-                except Exception as problem:
-                    raise EvaluationError(_failed(f"recomputing BatchNorm for {name}", problem)) from problem
-            return state, error, distance
-
-        return replace(self._measured(record, name, profile, record.segments[-1].file, state_and_numbers), at=at)
-
-    def raw(self, record: Any) -> Result:
-        """Return the result of the raw weights at the end of a record.
-
-        Args:
-            record: A record that keeps them.
-
-        Raises:
-            EvaluationError: If the evaluation fails or returns a wrong type.
-            RecordError: If a file is missing, truncated or corrupt.
-        """
-        return self._measured(record, "raw", None, record.raw.file, lambda: (record.raw_weights(), None, None))
-
-    def given(self, record: Record, name: str, path: Path) -> Result:
-        """Return the result of weights from a file.
-
-        Args:
-            record: The record that they are compared with.
-            name: A name for people.
-            path: The safetensors file.
-
-        Raises:
-            EvaluationError: If the evaluation fails or returns a wrong type.
-            RecordError: If the file cannot be read as safetensors.
-        """
-        try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-
-            def state_and_numbers() -> tuple[dict[str, Tensor], None, None]:
-                return load_file(path), None, None
-
-            return self._measured(record, name, None, digest, state_and_numbers)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise RecordError(
-                f"the {name} weights must be a safetensors file ({path}: {reason}); give another file"
-            ) from error
-
-    def _measured(
-        self,
-        record: Record,
-        name: str,
-        profile: Profile | None,
-        source: str,
-        state_and_numbers: Callable[[], tuple[dict[str, Tensor], float | None, float | None]],
-    ) -> Result:
-        key = self._key(profile, source)
-        if (already := self._already(key, profile)) is not None:
-            return self._checked(replace(already, name=name))  # the same weights may have another name now
-        self._warn_of_other_source(key, profile)
-        state, error, distance = state_and_numbers()
-        began = time.perf_counter()
-        try:
-            returned = self.evaluate(state)
-        except Exception as problem:
-            raise EvaluationError(_failed(f"evaluating {name}", problem)) from problem
-        metrics, examples = measured(returned, name)
-        seconds = time.perf_counter() - began
-        result = self._checked(Result(name, profile, metrics, error, distance, seconds, examples=examples))
-        self.kept.add(key, result, self._code, record.folder)
-        return result
-
-    def _key(self, profile: Profile | None, source: str) -> dict[str, Any]:
-        function = named(self.evaluate)
+        function, profile = named(self.evaluate), candidate.profile
         return {
             "profile": None if profile is None else repr(profile),
-            "of": source,
+            "of": candidate.source,
             "evaluate": f"{function.__module__}:{function.__qualname__}",
             "batchnorm": self.batchnorm is not None and profile is not None,
         }
 
-    def _already(self, key: Mapping[str, Any], profile: Profile | None) -> Result | None:
-        """Return the result that is kept for a key; None if it is to be evaluated, for the first time or again."""
-        found = None if self.fresh else self.kept.find(key, profile)
+    def known(self, candidate: Candidate) -> Result | None:
+        """Return the result that is kept; None if the weights are to be evaluated, for the first time or again.
+
+        Args:
+            candidate: The weights.
+        """
+        found = None if self.fresh else self.kept.find(self.key(candidate), candidate.profile)
         return found[0] if found is not None and found[1] == self._code else None
 
-    def _warn_of_other_source(self, key: Mapping[str, Any], profile: Profile | None) -> None:
-        if not self._warned and not self.fresh and self.kept.find(key, profile) is not None:
+    def measure(self, candidate: Candidate) -> Result:
+        """Evaluate weights.
+
+        Args:
+            candidate: The weights.
+
+        Raises:
+            EvaluationError: If the evaluation fails or returns a wrong type.
+            RecordError: If a file is missing, truncated or corrupt.
+        """
+        state, error, distance = candidate.weights()
+        began = time.perf_counter()
+        try:
+            returned = self.evaluate(state)
+        except Exception as problem:
+            raise EvaluationError(failed(f"evaluating {candidate.name}", problem)) from problem
+        metrics, examples = measured(returned, candidate.name)
+        seconds = time.perf_counter() - began
+        return Result(candidate.name, candidate.profile, metrics, error, distance, seconds, examples=examples)
+
+    def keep(self, candidate: Candidate, result: Result) -> None:
+        """Keep the result of an evaluation.
+
+        Args:
+            candidate: The weights.
+            result: Their result.
+
+        Raises:
+            EvaluationError: As ``checked``.
+        """
+        self.kept.add(self.key(candidate), self.checked(result), self._code, candidate.record.folder)
+
+    def warn_of_other_source(self, candidates: Iterable[Candidate]) -> None:
+        """Warn, once, if weights are evaluated again because the source of the function is another one.
+
+        Args:
+            candidates: What is to be evaluated.
+        """
+        again = (self.kept.find(self.key(one), one.profile) for one in candidates)
+        if not self._warned and not self.fresh and any(one is not None for one in again):
             self._warned = True
             warnings.warn(
                 f"the source of {named(self.evaluate).__qualname__} has changed since the results in {self.kept.path}; "
                 "the averages are evaluated again",
                 PlanWarning,
-                stacklevel=6,
+                stacklevel=5,  # the caller of ``sweep``
             )
 
-    def _checked(self, result: Result) -> Result:
-        """Check that the evaluation returns the values of the same examples each time."""
+    def checked(self, result: Result) -> Result:
+        """Return a result; check that the evaluation returns the values of the same examples each time.
+
+        Args:
+            result: The result.
+
+        Raises:
+            EvaluationError: If it does not.
+        """
         for metric, values in result.examples.items():
             before = self._counts.setdefault(metric, len(values))
             if before != len(values):
@@ -184,36 +128,3 @@ class Evaluator:
                     f"{result.name}, {before} before); evaluate all of the validation data"
                 )
         return result
-
-
-def _failed(doing: str, error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    last = traceback.format_exception_only(error)[-1].strip()
-    return f"{doing} failed: {last} ({frame.filename}, line {frame.lineno}); earlier results are kept"
-
-
-def recomputed(state: Mapping[str, Tensor], batchnorm: Batchnorm) -> dict[str, Tensor]:
-    """Return a state with the statistics of BatchNorm layers recomputed for its weights.
-
-    Args:
-        state: The state.
-        batchnorm: As for ``sweep``.
-    """
-    model, loader = batchnorm
-    model.load_state_dict(state)
-    parameter = next(model.parameters(), None)
-    update_bn(model, loader, None if parameter is None else parameter.device)
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
-
-
-@torch.no_grad()
-def _distance(record: Record, average: Mapping[str, Tensor]) -> float:
-    """Return |average - newest mean| / |newest mean|."""
-    difference = size = 0.0
-    with record.open(record.stretches[-1]) as file:
-        for name, info in record.tensors.items():
-            if info.averaged:
-                mean = file.read(name).to(average[name].dtype)
-                difference += float(torch.linalg.vector_norm(average[name] - mean)) ** 2
-                size += float(torch.linalg.vector_norm(mean)) ** 2
-    return math.sqrt(difference / size) if size else math.nan

@@ -10,7 +10,7 @@ from polyak.profiles import Profile
 from polyak.record import Record
 from polyak.storage.atomic import replacing, require_new, temporary_path
 from polyak.storage.safetensors import TensorInfo, disk_errors, write_tensors
-from polyak.sweeping.evaluation import Batchnorm, recomputed
+from polyak.sweeping.candidates import Batchnorm, recomputed
 from polyak.time import Time
 
 

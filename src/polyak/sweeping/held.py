@@ -13,6 +13,7 @@ from pathlib import Path
 from polyak.errors import RecordError
 from polyak.record import Record, Segment, SegmentFile, check_size, open_segment
 from polyak.record.series import SeriesRecord
+from polyak.sweeping.workers import Workers
 
 # How often a record is opened again because a run has merged a file between reading its name and opening it.
 _TRIES = 20
@@ -103,3 +104,44 @@ def held(record: Record) -> Iterator[Record]:
                 continue
             yield opened
             return
+
+
+def as_on_first(record: Record, workers: Workers) -> Record:
+    """Return a record as rank 0 has it: a run that is writing it may have written more between two ranks.
+
+    Args:
+        record: The record, as this rank has it. One whose files are open stays as it is.
+        workers: The ranks.
+    """
+    if workers.ranks.world_size == 1 or isinstance(record, HeldRecord | SeriesRecord):
+        return record
+    there = copy.copy(record)
+    there.segments, there.raw = workers.from_first((record.segments, record.raw))
+    return there
+
+
+@contextmanager
+def held_by_all(record: Record, workers: Workers) -> Iterator[Record]:
+    """Open a record as ``held`` does, on all ranks the same, whatever the run that is writing it has done meanwhile.
+
+    Args:
+        record: The record, as this rank has it. Of several, that of rank 0 is opened.
+        workers: The ranks.
+
+    Raises:
+        RecordError: If a file is missing or damaged, or not all ranks can open the same record.
+    """
+    fixed = workers.ranks.world_size == 1 or isinstance(record, HeldRecord | SeriesRecord)
+    found: list[list[str]] = []
+    for _ in range(1 if fixed else _TRIES):
+        with held(as_on_first(record, workers)) as whole:
+            found = workers.exchange([one.file for one in whole.segments])
+            if all(files == found[0] for files in found):
+                yield whole
+                return
+        record = record if fixed else Record(record.folder)
+    raise RecordError(
+        f"all ranks must read the same record, and {record.folder} has other files on some (the newest: "
+        f"{', '.join(dict.fromkeys(files[-1] for files in found))}); give a folder that all ranks see, or wait until "
+        "the run has ended"
+    )

@@ -13,10 +13,13 @@ from polyak.record import Record, fit
 from polyak.record.recommendation import Comparison, Recommendation, sixteenth, unit_of
 from polyak.sweeping.examples import interval
 from polyak.sweeping.grid import finest_half_life, grid, newest
+from polyak.sweeping.held import as_on_first
 from polyak.sweeping.outcome import SweepResult
 from polyak.sweeping.results import Result, value_of
 from polyak.sweeping.returned import Evaluate
-from polyak.sweeping.sweep import Progress, sweep
+from polyak.sweeping.run import Progress
+from polyak.sweeping.sweep import sweep
+from polyak.sweeping.workers import Parallel, working
 
 # Fewer values than these say little of their own spread.
 _FEWEST = 8
@@ -37,6 +40,7 @@ def recommend(
     results: str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
+    parallel: Parallel = False,
 ) -> Recommendation:
     """Recommend an average of a record.
 
@@ -59,6 +63,7 @@ def recommend(
         results: As for ``sweep``.
         fresh: As for ``sweep``.
         progress: As for ``sweep``.
+        parallel: As for ``sweep``.
 
     Raises:
         ProfileError: If the record resolves no half-life.
@@ -81,23 +86,27 @@ def recommend(
     """
     record = Record(record) if isinstance(record, str | Path) else record
     newest(record)  # checks that it has a segment
-    default, reason = _default(record)
     if evaluate is None:
+        default, reason = default_of(record)
         return Recommendation(record, default, reason, record.error(default))
-    swept = sweep(
-        record,
-        evaluate,
-        [default, *(one for one in grid(record, points, unit_of(record)) if one != default)],
-        refine=refine,
-        metric=metric,
-        maximize=maximize,
-        minimize=minimize,
-        batchnorm=batchnorm,
-        results=results,
-        fresh=fresh,
-        progress=progress,
-    )
-    return recommended(swept)
+    with working(parallel, evaluate) as workers:
+        record = as_on_first(record, workers)
+        default, _ = default_of(record)
+        swept = sweep(
+            record,
+            evaluate,
+            [default, *(one for one in grid(record, points, unit_of(record)) if one != default)],
+            refine=refine,
+            metric=metric,
+            maximize=maximize,
+            minimize=minimize,
+            batchnorm=batchnorm,
+            results=results,
+            fresh=fresh,
+            progress=progress,
+            parallel=parallel,
+        )
+        return recommended(swept)
 
 
 def recommended(results: SweepResult) -> Recommendation:
@@ -118,11 +127,20 @@ def recommended(results: SweepResult) -> Recommendation:
     compared = _compared(here, base, best)
     chosen, reason = _chosen(record, base, best, compared)
     assert chosen.profile is not None
-    return Recommendation(record, chosen.profile, reason, record.error(chosen.profile), compared)
+    # The error is known from the sweep, and so the same on all ranks.
+    error = record.error(chosen.profile) if chosen.error is None else chosen.error
+    return Recommendation(record, chosen.profile, reason, error, compared)
 
 
-def _default(record: Record) -> tuple[HalfLife, str]:
-    """Return the half-life that needs no evaluation, and why it is that."""
+def default_of(record: Record) -> tuple[HalfLife, str]:
+    """Return the half-life that needs no evaluation, and why it is that.
+
+    Args:
+        record: A record with a segment.
+
+    Raises:
+        ProfileError: If the record resolves no half-life.
+    """
     wanted = sixteenth(record)
     try:
         fit(wanted, record.segments, max_duration=record.max_duration)
@@ -135,7 +153,7 @@ def _default(record: Record) -> tuple[HalfLife, str]:
 
 def _nearest(results: SweepResult, record: Record) -> Result:
     """Return the result that is nearest to the default."""
-    wanted, _ = _default(record)
+    wanted, _ = default_of(record)
     unit = wanted.span.unit
     found = [one for one in results if one.half_life is not None and one.half_life.unit is unit and one.half_life > 0]
     far = [abs(math.log(float(one.half_life or 1) / float(wanted.span))) for one in found]
@@ -202,7 +220,7 @@ def _chosen(record: Record, base: Result, best: Result, compared: Comparison) ->
 
 def _place(record: Record, base: Result) -> str:
     """Return what the compared half-life is, in words."""
-    default, _ = _default(record)
+    default, _ = default_of(record)
     if base.profile == default:
         return "a sixteenth of the run" if default == sixteenth(record) else "the shortest that the record resolves"
     return "of the evaluated half-lives the nearest to a sixteenth of the run"

@@ -14,6 +14,9 @@ from polyak.storage.lines import Lines
 from polyak.sweeping.examples import interval
 from polyak.time import Time
 
+# How far metrics of one average on several ranks may differ, relative to them.
+_SAME = 1e-3
+
 
 class EvaluationError(PolyakError, RuntimeError):
     """An evaluation failed, or returned a wrong type. Earlier results are kept."""
@@ -108,12 +111,15 @@ class Kept:
     Args:
         path: The file; None keeps the results in memory only.
 
+    Attributes:
+        lines: The results as the file has them.
+
     Raises:
         EvaluationError: If the file is not such a file, or another sweep is writing it.
     """
 
     path: Path | None
-    _lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]], init=False)
+    lines: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]], init=False)
     _file: Lines | None = field(default=None, init=False)
 
     def __enter__(self) -> Self:
@@ -135,7 +141,7 @@ class Kept:
             try:
                 plain = json.loads(line)
                 _from_plain(plain, None)
-                self._lines.append({"key": plain["key"], **plain})
+                self.lines.append({"key": plain["key"], **plain})
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise EvaluationError(
                     f"line {number} of {path} must be a result of a sweep (got {_shown(line)}); remove the line"
@@ -148,7 +154,7 @@ class Kept:
             key: Identifies the result.
             profile: The profile of the result.
         """
-        for line in reversed(self._lines):
+        for line in reversed(self.lines):
             if line["key"] == key:
                 return _from_plain(line, profile), line.get("code")
         return None
@@ -176,9 +182,29 @@ class Kept:
             line["at"] = str(result.at)
         if result.examples:
             line["examples"] = {name: [float(f"{v:.7g}") for v in values] for name, values in result.examples.items()}
-        self._lines.append(line)
+        self.lines.append(line)
         if self._file is not None:
             self._file.add(line)
+
+
+def require_equal(results: Sequence[Result]) -> None:
+    """Check that all ranks got the same values for the same weights, up to the rounding of their devices.
+
+    Args:
+        results: Of each rank.
+
+    Raises:
+        EvaluationError: If they did not.
+    """
+    first = results[0].metrics
+    for rank, other in enumerate(results):
+        for metric, value in first.items():
+            found = other.metrics.get(metric, math.nan)
+            if math.isnan(value) != math.isnan(found) or abs(value - found) > _SAME * abs(value):
+                raise EvaluationError(
+                    f"all ranks that evaluate an average together must get the same {metric} (got {value:.6g} on rank "
+                    f"0 and {found:.6g} on rank {rank} for {other.name}); reduce it over the ranks in the function"
+                )
 
 
 def records_in(path: Path, known: Iterable[str]) -> list[str]:

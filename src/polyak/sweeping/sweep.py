@@ -1,27 +1,31 @@
 """``sweep``: evaluates averages of a record, as many from one pass over its files as fit into memory."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from polyak.averaging.habits import kind_of
 from polyak.errors import ArgumentError, ProfileError
-from polyak.profiles import HalfLife, Profile, named
+from polyak.profiles import Profile
 from polyak.record import Record, fit
 from polyak.record.moments import ends, moment
 from polyak.storage.safetensors import disk_errors
+from polyak.sweeping.candidates import Batchnorm, Candidate, given, raw
 from polyak.sweeping.direction import asked, direction
-from polyak.sweeping.evaluation import Batchnorm, Evaluator
-from polyak.sweeping.grid import grid, narrowed, newest, resolves
-from polyak.sweeping.held import HeldRecord, held, up_to
+from polyak.sweeping.evaluation import Evaluator
+from polyak.sweeping.grid import grid, newest
+from polyak.sweeping.held import HeldRecord, held_by_all, up_to
 from polyak.sweeping.outcome import SweepResult
-from polyak.sweeping.results import Kept, Result, value_of
+from polyak.sweeping.results import Kept
 from polyak.sweeping.returned import Evaluate
+from polyak.sweeping.run import Progress, Run, unit_of
 from polyak.sweeping.source import named as named_function
-from polyak.time import Time, TimeUnit
+from polyak.sweeping.workers import Parallel, Workers, working
+from polyak.time import Time
 
-# Called before each evaluation with the number done, the largest total, and the name of the next.
-Progress = Callable[[int, int, str], None]
+# In the default repr of an object, and another one on each rank.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def sweep(
@@ -40,6 +44,7 @@ def sweep(
     results: str | Path | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
+    parallel: Parallel = False,
 ) -> SweepResult:
     """Evaluate averages of a record under many profiles, then search for the best half-life.
 
@@ -69,14 +74,21 @@ def sweep(
         results: A JSON Lines file that keeps the results. Results in it are reused if the name and the source of
             ``evaluate`` and the newest file of the record are the same.
         fresh: Whether to evaluate everything again, whatever ``results`` has.
-        progress: Called before each evaluation with the number done, the largest total, and the name of the next.
+        progress: Called before each evaluation with the number done, the largest total, and the name of the next; of
+            several ranks on rank 0 alone.
+        parallel: Whether the ranks of ``torchrun`` evaluate between them, each other averages. All of them must call
+            this with the same arguments. Where ``evaluate`` is seen to have a sharded model, and with ``"together"``,
+            all ranks evaluate each average. Otherwise this process evaluates all.
 
     Returns:
-        The results in the order of evaluation: a list, with ``best``, ``table()`` and ``report(folder)``.
+        The results in the order of evaluation: a list, with ``best``, ``table()`` and ``report(folder)``. All ranks
+        return the same, which is what one process returns, bit for bit.
 
     Raises:
         EvaluationError: If ``evaluate`` fails or returns a wrong type, ``results`` is not a file of results, or nothing
             says whether a higher or a lower value is better.
+        ArgumentError: If `parallel` is something else.
+        ShardingError: If ranks evaluate different averages and communicate, or were called with other arguments.
         ProfileError: If the record does not resolve a profile, or resolves no half-life.
         RecordError: If a file is missing, truncated or corrupt.
         TimeError: If no segment of the record ends at one of the moments.
@@ -113,24 +125,59 @@ def sweep(
             f"a sweep takes a record, or the folder of one, then a function of the weights (got {kind_of(record)}); "
             "record the run by a Recorder first"
         )
-    record = Record(record) if isinstance(record, str | Path) else record
-    newest(record)  # checks that it has a segment
     path = None if results is None else Path(results)
-    with held(record) as whole, disk_errors(f"keeping results in {path}"), Kept(path) as kept:
-        records = {None: whole} if at is None else {moment(end): up_to(whole, end) for end in ends(whole, at)}
-        planned = {end: _planned(one, end, profiles, points) for end, one in records.items()}
-        given = {name: Path(file) for name, file in (others or {}).items()}
-        raw = "raw" not in given and getattr(whole, "raw", None) is not None
-        total = sum(len(one) + 1 + (refine if _unit(one) else 0) for one in planned.values()) + len(given) + raw
-        run = _Run(Evaluator(evaluate, batchnorm, kept, fresh), metric, function, wanted, total, progress)
-        if raw:
-            run.add("raw", lambda: run.evaluator.raw(whole))
-        for name, file in given.items():
-            run.add(name, lambda name=name, file=file: run.evaluator.given(whole, name, file))
-        for end, one in records.items():
-            run.moment(one, end, planned[end], refine)
+    with working(parallel, evaluate) as workers:
+        record = Record(record) if isinstance(record, str | Path) else record
+        newest(record)  # checks that it has a segment
+        with held_by_all(record, workers) as whole, disk_errors(f"keeping results in {path}"):
+            plan = _Plan.of(whole, at, profiles, points, refine, others)
+            with Kept(path if workers.is_first else None) as kept:
+                evaluator = Evaluator(evaluate, batchnorm, kept, fresh)
+                _agree(workers, evaluator, plan, (metric, wanted, refine, batchnorm is None, fresh))
+                run = Run(evaluator, workers, metric, function, wanted, plan.total, progress)
+                for candidate in plan.others:
+                    run.add(candidate)
+                for end, profiles_there in plan.profiles.items():
+                    run.moment(plan.records[end], end, profiles_there, refine)
     read = whole.source if isinstance(whole, HeldRecord) and whole is not record else record
     return SweepResult(run.found, read, run.name, maximize=run.maximize, batchnorm=batchnorm is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a sweep evaluates.
+
+    Args:
+        others: The weights for comparison.
+        records: The record up to each end moment.
+        profiles: Those to evaluate there.
+        total: The largest number of evaluations.
+    """
+
+    others: Sequence[Candidate]
+    records: Mapping[Time | None, Record]
+    profiles: Mapping[Time | None, Sequence[Profile]]
+    total: int
+
+    @classmethod
+    def of(  # noqa: PLR0917  as ``sweep`` has them
+        cls,
+        whole: Record,
+        at: str | Time | Sequence[str | Time] | None,
+        profiles: Sequence[Profile] | None,
+        points: int,
+        refine: int,
+        others: Mapping[str, str | Path] | None,
+    ) -> "_Plan":
+        records: dict[Time | None, Record] = (
+            {None: whole} if at is None else {moment(end): up_to(whole, end) for end in ends(whole, at)}
+        )
+        planned = {end: _planned(one, end, profiles, points) for end, one in records.items()}
+        compared = [given(whole, name, Path(file)) for name, file in (others or {}).items()]
+        if getattr(whole, "raw", None) is not None and all(one.name != "raw" for one in compared):
+            compared.insert(0, raw(whole))
+        total = sum(len(one) + 1 + (refine if unit_of(one) else 0) for one in planned.values())
+        return cls(compared, records, planned, total + len(compared))
 
 
 def _planned(record: Record, at: Time | None, profiles: Sequence[Profile] | None, points: int) -> list[Profile]:
@@ -146,88 +193,14 @@ def _planned(record: Record, at: Time | None, profiles: Sequence[Profile] | None
     return planned
 
 
-def _unit(planned: Sequence[Profile]) -> TimeUnit | None:
-    return next((span.unit for one in planned if (span := named(one).half_life) is not None), None)
-
-
-@dataclass(slots=True)
-class _Run:
-    """The evaluations of one call of ``sweep``, in their order.
-
-    Args:
-        evaluator: Evaluates one set of weights.
-        metric: As for ``sweep``.
-        function: The name of the evaluation.
-        wanted: ``maximize``, as the user says; None for nothing.
-        total: The largest number of evaluations.
-        progress: As for ``sweep``.
-    """
-
-    evaluator: Evaluator
-    metric: str | None
-    function: str
-    wanted: bool | None
-    total: int
-    progress: Progress | None
-    found: list[Result] = field(default_factory=list[Result], init=False)
-
-    @property
-    def name(self) -> str:
-        """The name of the metric that decides."""
-        return next(iter(self.found[0].metrics)) if self.metric is None else self.metric
-
-    @property
-    def maximize(self) -> bool:
-        """Whether a higher value of it is better."""
-        return direction(self.name, self.function, maximize=self.wanted)
-
-    def add(self, name: str, evaluate: Callable[[], Result]) -> None:
-        """Evaluate one set of weights.
-
-        Args:
-            name: For the progress.
-            evaluate: Returns the result.
-        """
-        if self.progress is not None:
-            self.progress(len(self.found), self.total, name)
-        self.found.append(evaluate())
-        value_of(self.found[-1], self.metric)
-        direction(self.name, self.function, maximize=self.wanted)  # an error comes after the first evaluation
-
-    def moment(self, record: Record, at: Time | None, planned: Sequence[Profile], refine: int) -> None:
-        """Evaluate the averages of one end moment.
-
-        Args:
-            record: The record up to that moment.
-            at: The moment; None for the end of the whole record.
-            planned: The profiles.
-            refine: The largest number of further half-lives.
-        """
-        suffix = "" if at is None else f" at {at}"
-        first = len(self.found)
-        means = [mean for mean in [newest(record)] if resolves(record, mean)]  # checkpoints of moments give none
-        averages = self.evaluator.averages(record, [*means, *planned])
-
-        def average(name: str, profile: Profile) -> None:
-            self.add(f"{name}{suffix}", lambda: self.evaluator.average(averages, name, profile, at))
-
-        for mean in means:
-            average("newest mean", mean)
-        for profile in planned:
-            average(named(profile).describe(), profile)
-        unit = _unit(planned)
-        for _ in range(refine if unit else 0):
-            following = self._next(self.found[first:], unit)
-            if following is None:
-                break
-            average(following.describe(), following)
-
-    def _next(self, found: Sequence[Result], unit: TimeUnit | None) -> HalfLife | None:
-        """Return the half-life to evaluate after these results; None once the best is found."""
-        values = {
-            float(one.half_life): value_of(one, self.metric)
-            for one in found
-            if one.half_life is not None and one.half_life.unit is unit
-        }
-        following = narrowed(values, maximize=self.maximize)
-        return None if following is None or unit is None else HalfLife(Time(following, unit), unbiased=True)
+def _agree(workers: Workers, evaluator: Evaluator, plan: _Plan, options: tuple[object, ...]) -> None:
+    """Check that all ranks evaluate the same, and give all of them the results so far."""
+    facts = {
+        "function": named_function(evaluator.evaluate).__qualname__,
+        "source": evaluator.code,
+        "other weights": [one.source for one in plan.others],
+        "averages": {str(end): [_ADDRESS.sub("", repr(one)) for one in there] for end, there in plan.profiles.items()},
+        "options": options,
+    }
+    workers.agree(facts)
+    evaluator.kept.lines = workers.from_first(evaluator.kept.lines)

@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import Tensor
 
-from polyak.averaging.ema import EMA
 from polyak.averaging.schedule import convert
 from polyak.errors import ArgumentError, CheckpointError
-from polyak.polishing import FACTOR, load_average
+from polyak.polishing import FACTOR
 from polyak.time import Time, TimeUnit, as_span
 from polyak.trainer.context import Context
 from polyak.trainer.evaluation import Evaluation
+from polyak.trainer.polish_start import PolishStart
 from polyak.trainer.step import Step
 
 
@@ -60,20 +60,15 @@ class Polish:
         self._began: float | None = None  # elapsed share of the run
         self._rates: list[list[float]] = []
         self._before: dict[str, float] | None = None
-        self._emas = [one for one in self._state.algorithms if isinstance(one, EMA)]
-        if self._span is not None and len(self._emas) != 1:
-            raise ArgumentError(
-                f"polish needs one average among the algorithms (got {len(self._emas)}); give "
-                "algorithms=EMA(half_life='auto')"
-            )
+        self._start = None if self._span is None else PolishStart(context)
 
     def start_run(self) -> None:
         """Check that the polish fits into the run.
 
         Raises:
-            ArgumentError: If it does not, or averaging begins too late for it.
+            ArgumentError: If it does not, or there will be no average.
         """
-        if self._span is None:
+        if self._span is None or self._start is None:
             return
         length, state = self._state.max_duration, self._state
         assert length is not None
@@ -90,13 +85,7 @@ class Polish:
                 f"it is {self._share:.3g} of {self._length}); to train longer, make a new Trainer with the weights"
             )
         self._share, self._length = share, str(length)
-        begin, end = self._emas[0].ema_start, convert(length, TimeUnit.BATCH, state)
-        start = convert(begin, TimeUnit.BATCH, state)
-        if start is not None and end is not None and start >= (1 - share) * end:
-            raise ArgumentError(
-                f"averaging must begin before the polish (got ema_start='{begin}' for a polish of the last "
-                f"{self._span}); take an earlier ema_start"
-            )
+        self._start.check(share, self._span)
 
     @property
     def is_due(self) -> bool:
@@ -108,8 +97,10 @@ class Polish:
 
         Raises:
             LoanError: If averaging has not begun.
+            RecordError: If the record that has the average cannot be read.
         """
-        load_average(self._state.model, self._emas[0])
+        assert self._start is not None
+        self._start.load()
         self._rates = [[float(group["lr"]) for group in one.param_groups] for one in self._state.optimizers]
         self._began = self._elapsed()
         self._follow()

@@ -80,7 +80,8 @@ class Trainer:
             number. The average is loaded into the model, the optimizers keep their state, and their rates fall from 0.3
             of what they are then to 0. The average is evaluated before it, as ``polish/before/...``, and the weights
             after it, as ``polish/after/...``. From its begin on the training weights are evaluated, predicted with and
-            saved, since they are the result. It needs an ``EMA`` among ``algorithms``.
+            saved, since they are the result. It needs an ``EMA`` among ``algorithms``; without one, the average of a
+            ``Recorder`` is taken that ``Record.recommend`` recommends.
         seed: For all global random number generators, set here.
         deterministic_mode: Whether torch uses only deterministic algorithms, from now on in this process.
         run_name: The name of this run, as ``state.run_name``; made from the date by default.
