@@ -152,6 +152,12 @@ def _safetensors(data: memoryview) -> dict[str, Tensor]:
     header = _json(bytes(data[8 : min(begin, 9 + _MOST_JSON_BYTES)]), "its header")
     if not isinstance(header, Mapping):
         raise CheckpointError("it is no whole safetensors file (its header must be a mapping)")
+    about = header.get("__metadata__")
+    if isinstance(about, Mapping) and "polyak.before" in about:
+        raise CheckpointError(
+            "it must be a model by itself, and it has differences from another file of a record; give the folder of the "
+            "record"
+        )
     places = {name: _place(name, one) for name, one in header.items() if name != "__metadata__"}
     at = 0
     for first, last, _, _ in sorted(places.values(), key=itemgetter(0, 1)):

@@ -8,10 +8,11 @@ from typing import Any, Self
 from torch import Tensor
 
 from polyak.errors import RecordError
+from polyak.record.differences import LONGEST, is_difference
 from polyak.record.files import Source
 from polyak.record.folder import check_tensors
-from polyak.record.manifest import Edge, Manifest, Pin, Segment
-from polyak.record.merging import given, kept_as, mean_of, merged_as, own_dtype
+from polyak.record.manifest import Edge, Manifest, Pin, Segment, linked, segments_from_plain
+from polyak.record.merging import Files, differences, given, kept_as, merged_as, own_dtype, separate_as
 from polyak.record.output import OneFile, Output
 from polyak.record.pins import check_kept, pin_of, without_gone
 from polyak.record.shared import SharedManifest
@@ -139,12 +140,13 @@ class Writer:
         with self._shared.changing(f"adding a segment to {self.folder}"):
             # What is merged is compared with its hash first, so that damage does not get into a file with a new hash.
             newest = manifest.segments[-1] if manifest.segments else None
-            infos = kept_as(self.folder, manifest.tensors, newest, tensors, self._ranks)
-            segment = self._write(given(tensors), tensors, start, end, level=0, infos=infos)
-            segments = self._merge([*manifest.segments, segment], tensors)
+            files, before = Files(self.folder, manifest.tensors), self._before(manifest.segments, level=0)
+            infos = kept_as(files, newest, tensors, self._ranks, as_differences=before is not None)
+            segment = self._write(files, given(tensors), tensors, start, end, level=0, infos=infos, before=before)
+            segments = self._merge(files, [*manifest.segments, segment], tensors)
             # The raw weights were those where the record ended before.
             self._shared.commit(replace(manifest, segments=tuple(segments), raw=None))
-        return segment
+        return segments[-1]  # which may have been written again
 
     def keep_raw(self, weights: Mapping[str, Tensor]) -> None:
         """Keep the raw weights where the last segment ends, until the next segment is appended.
@@ -168,7 +170,8 @@ class Writer:
         end = self.segments[-1].end
         with self._shared.changing(f"adding the raw weights to {self.folder}"):
             # Another object than for segments: it plans once, and these are other tensors.
-            raw = self._write(given(weights), weights, end, end, level=0, infos=kept, output=_output(self._ranks))
+            files, output = Files(self.folder, self._manifest.tensors), _output(self._ranks)
+            raw = self._write(files, given(weights), weights, end, end, level=0, infos=kept, output=output)
             self._shared.commit(replace(self._manifest, raw=raw))
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,8 +188,7 @@ class Writer:
         Raises:
             RecordError: If files that it refers to are gone, or the disk refuses.
         """
-        entries = state["stretches"]
-        segments = tuple(Segment.from_plain(one, f"stretches[{i}]") for i, one in enumerate(entries))
+        segments = segments_from_plain(state["stretches"])
         raw = None if state.get("raw") is None else Segment.from_plain(state["raw"], "raw")
         if segments == self.segments and raw == self.raw:
             return
@@ -246,33 +248,51 @@ class Writer:
             with self._shared.changing(f"changing the pins of {self.folder}"):
                 self._shared.commit(replace(self._manifest, pins=dict(pins)))
 
-    def _merge(self, segments: list[Segment], like: Mapping[str, Tensor]) -> list[Segment]:
+    def _before(self, segments: Sequence[Segment], level: int) -> Segment | None:
+        """Return the segment that the next one of a level may have differences from; None if there is none."""
+        newest = segments[-1] if segments and self._manifest.has_differences else None
+        return newest if newest and newest.level == level and newest.num_differences < LONGEST else None
+
+    def _merge(self, files: Files, segments: list[Segment], like: Mapping[str, Tensor]) -> list[Segment]:
         """Merge what is due, after one more segment of level 0."""
         level = 0
         while (i := due([segment.level for segment in segments], level, self._manifest.per_level)) is not None:
-            older, newer = segments[i], segments[i + 1]
-            infos = merged_as(self.folder, self._manifest.tensors, (older, newer), like, self._ranks)
-            source = mean_of(self.folder, self._manifest.tensors, older, newer)
-            merged = self._write(source, like, older.start, newer.end, level=older.level + 1, infos=infos)
-            segments = [*segments[:i], merged, *segments[i + 2 :]]
-            level += 1
+            older, newer, *rest = segments[i:]
+            level, before = level + 1, self._before(segments[:i], level + 1)
+            infos = merged_as(files, (older, newer), before, like, self._ranks)
+            mean = files.mean_of(older, newer)
+            merged = self._write(files, mean, like, older.start, newer.end, level=level, infos=infos, before=before)
+            if rest and rest[0].before is not None:
+                rest[0] = self._separate(files, rest[0], like)
+            segments = linked([*segments[:i], merged, *rest])
         return segments
+
+    def _separate(self, files: Files, segment: Segment, like: Mapping[str, Tensor]) -> Segment:
+        """Write a segment again without differences, so that the one before can be deleted."""
+        infos, mean = separate_as(files, segment, like, self._ranks), files.source(segment)
+        return self._write(files, mean, like, segment.start, segment.end, level=segment.level, infos=infos)
 
     def _write(
         self,
+        files: Files,
         source: Source,
         like: Mapping[str, Tensor],
         start: Edge,
         end: Edge,
         *,
         level: int,
-        infos: Mapping[str, TensorInfo] | None = None,
+        infos: Mapping[str, TensorInfo],
+        before: Segment | None = None,
         output: Output | None = None,
     ) -> Segment:
         metadata = {"format": "pt", "polyak.updates": f"{start.updates}-{end.updates}"}
-        infos, output = infos or self._manifest.tensors, output or self._output
-        written = output.write(self.folder, infos, like, source, metadata)
-        segment = Segment(start, end, level, written.size_bytes, written.sha256, written.sharded)
+        if before is not None and any(map(is_difference, infos.values())):
+            metadata["polyak.before"] = f"{before.start.updates}-{before.end.updates}"
+            source = differences(source, files.source(before), infos)
+        else:
+            before = None
+        written = (output or self._output).write(self.folder, infos, like, source, metadata)
+        segment = Segment(start, end, level, written.size_bytes, written.sha256, written.sharded, before)
         return self._shared.name(written, segment)
 
 
