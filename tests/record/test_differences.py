@@ -91,7 +91,7 @@ def test_a_record_in_int8_is_smaller_and_as_accurate(tmp_path) -> None:
     for profile, exact in ((Uniform(), true.mean(0)), (Window("20ba"), true[-20:].mean(0))):
         average = narrow.average(profile)["w"]
         assert average.dtype == F32
-        assert float((average.double() - exact).norm() / (exact - true[-1]).norm()) < 0.02
+        assert float((average.double() - exact).norm() / (exact - true[-1]).norm()) < 0.03
     narrow.verify()
 
 

@@ -155,8 +155,8 @@ def _safetensors(data: memoryview) -> dict[str, Tensor]:
     about = header.get("__metadata__")
     if isinstance(about, Mapping) and "polyak.before" in about:
         raise CheckpointError(
-            "it must be a model by itself, and it has differences from another file of a record; give the folder of the "
-            "record"
+            "it must be a model by itself, and it has differences from another file of a record; give the folder of "
+            "the record"
         )
     places = {name: _place(name, one) for name, one in header.items() if name != "__metadata__"}
     at = 0

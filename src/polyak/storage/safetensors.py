@@ -79,7 +79,7 @@ class TensorInfo:
             >>> TensorInfo.of(torch.zeros(2, dtype=torch.float64), averaged=True)
             TensorInfo(dtype=torch.float32, shape=(2,), averaged=True)
         """
-        if dtype in {None, torch.int8}:
+        if dtype is None or dtype == torch.int8:
             dtype = torch.float64 if tensor.dtype == torch.float64 else dtype or torch.float16
         kept = dtype if averaged and tensor.is_floating_point() else tensor.dtype
         return cls(kept, tuple(tensor.shape), averaged)
