@@ -94,19 +94,17 @@ def from_steps(steps: Tensor, scales: Tensor) -> Tensor:
     return steps.float().mul_(scales)
 
 
-def lost(mean: Tensor, before: Tensor | None) -> float:
-    """Return the square of what a mean loses as a difference; infinity if it cannot be one.
+def lost(mean: Tensor | None, before: Tensor | None) -> tuple[float, float]:
+    """Return the squares of what a mean loses as a difference, and of the difference; of NaN and inf, all is lost.
 
     Args:
-        mean: The mean.
-        before: The mean of the segment before; None if there is none.
+        mean: The mean; None if it is not known.
+        before: The mean of the segment before; None if it is not known.
     """
-    if before is None:
-        return torch.inf
-    if not mean.numel():
-        return 0.0
-    difference = mean - before
+    if mean is None or before is None:
+        return torch.inf, 0.0
+    difference = mean.detach().cpu() - before
     scales = scales_of(difference)
-    rest = difference.sub_(from_steps(steps_of(difference, scales), scales))
-    square = float(torch.linalg.vector_norm(rest, dtype=torch.float64)) ** 2
-    return square if square < torch.inf else torch.inf  # in place of NaN
+    rest = difference - from_steps(steps_of(difference, scales), scales)
+    loss, size = (float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in (rest, difference))
+    return (loss, size) if loss < torch.inf else (torch.inf, 0.0)

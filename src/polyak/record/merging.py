@@ -11,7 +11,7 @@ from torch import Tensor
 from polyak.record.differences import SCALE, is_difference, scales_of, steps_of
 from polyak.record.files import Box, Read, SegmentFile, Source, check_size, open_segment
 from polyak.record.manifest import Segment
-from polyak.record.precision import narrow, shard_of, widened
+from polyak.record.precision import as_differences, in_full, narrow, shard_of, widened
 from polyak.sharding import Communicator, local
 from polyak.storage.safetensors import TensorInfo
 
@@ -78,76 +78,71 @@ class Files:
             yield read
 
 
-def kept_as(
-    files: Files,
-    newest: Segment | None,
-    tensors: Mapping[str, Tensor],
-    ranks: Communicator,
-    *,
-    as_differences: bool,
-) -> Infos:
+def kept_as(files: Files, before: Segment | None, tensors: Mapping[str, Tensor], ranks: Communicator) -> Infos:
     """Return how a new segment keeps its tensors.
 
     Args:
         files: Of the record.
-        newest: The newest segment of the record; None if it has none.
+        before: The newest segment of the record; None if it has none.
         tensors: Those of the new segment.
         ranks: Those that write together.
-        as_differences: Whether they may be kept as differences from the newest segment.
     """
     names = narrow(files.infos)
 
     def own(name: str) -> Tensor:
         return local(tensors[name]) if name in tensors else _NOTHING
 
-    if not names or newest is None:
+    if not names or before is None:
         return widened(files.infos, names, own, lambda name: None if name in tensors else _NOTHING, ranks)
-    # Without differences, damage in the newest segment would change at most how this one is kept: no hash is needed.
-    with files.open(newest, verify=as_differences) as file:
-        near = _shards(file.read, tensors)
-        return widened(files.infos, names, own, near, ranks, as_differences=as_differences)
+    # Damage in the segment before would change at most how this one is kept: no hash is needed.
+    with files.open(before, verify=False) as file:
+        return widened(files.infos, names, own, _shards(file.read, tensors), ranks)
 
 
-def merged_as(
-    files: Files,
-    pair: tuple[Segment, Segment],
-    before: Segment | None,
-    like: Mapping[str, Tensor],
-    ranks: Communicator,
-) -> Infos:
+def merged_as(files: Files, pair: tuple[Segment, Segment], like: Mapping[str, Tensor], ranks: Communicator) -> Infos:
     """Return how the mean of two segments keeps its tensors: in float16 where both do, or where it is enough now.
 
     Args:
         files: Of the record.
         pair: The older and the newer segment.
-        before: The segment from which tensors of the mean may be kept as differences; None if there is none.
         like: Tensors that are sharded as those of the mean are.
         ranks: Those that write together.
     """
-    infos = files.infos
-    if not (names := narrow(infos)):
-        return infos
-    with files.open(pair[0]) as old, files.open(pair[1]) as new:
-        wide = [one for one in names if is_difference(infos[one]) or torch.float32 in {old.dtype(one), new.dtype(one)}]
-    with files.mean_of(*pair) as read, files.source(before or pair[0]) as reference:
-        mean, near = _shards(read, like), _shards(reference, like)
-        return widened(infos, wide, lambda name: _or_empty(mean(name)), near, ranks, as_differences=before is not None)
+    if not (names := narrow(files.infos)):
+        return files.infos
+    with files.open(pair[0]) as old, files.open(pair[1]) as new, files.mean_of(*pair) as read:
+        wide = [name for name in names if torch.float32 in (old.dtype(name), new.dtype(name))]
+        mean = _shards(read, like)
+        return widened(files.infos, wide, lambda name: _or_empty(mean(name)), _shards(old.read, like), ranks)
 
 
-def separate_as(files: Files, segment: Segment, like: Mapping[str, Tensor], ranks: Communicator) -> Infos:
-    """Return how a segment keeps its tensors once it must have no differences: what were such, in float16 or float32.
+def differing_as(
+    files: Files, source: Source, before: Segment | None, like: Mapping[str, Tensor], ranks: Communicator
+) -> Infos:
+    """Return how a segment of a record of differences keeps its tensors.
+
+    Args:
+        files: Of the record.
+        source: Gives the means.
+        before: The segment that they may be differences from; None if there is none.
+        like: Tensors that are sharded as those of the segment are.
+        ranks: Those that write together.
+    """
+    if before is None:
+        return in_full(files.infos)
+    with source as read, files.source(before) as reference:
+        return as_differences(files.infos, _shards(read, like), _shards(reference, like), ranks)
+
+
+def separate_as(files: Files, segment: Segment) -> Infos:
+    """Return how a segment keeps its tensors once it must have no differences: as it does, and those in float32.
 
     Args:
         files: Of the record.
         segment: A segment with differences.
-        like: Tensors that are sharded as its tensors are.
-        ranks: Those that write together.
     """
-    assert segment.before is not None
-    with files.open(segment) as file, files.source(segment.before) as reference:
-        infos = {name: replace(info, dtype=file.dtype(name)) for name, info in files.infos.items()}
-        mean, near = _shards(file.read, like), _shards(reference, like)
-        return widened(infos, [*filter(file.is_difference, infos)], lambda name: _or_empty(mean(name)), near, ranks)
+    with files.open(segment) as file:
+        return in_full({name: replace(info, dtype=file.dtype(name)) for name, info in files.infos.items()})
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""In which dtype a segment keeps a tensor: in the narrowest that holds it well enough."""
+"""Which tensors of a segment few bits cannot hold well enough: these are kept in float32."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import ShardingError
-from polyak.record import differences
+from polyak.record.differences import is_difference, lost
 from polyak.record.files import Box, Read, full_box
 from polyak.sharding import Communicator, is_sharded, local, offset
 from polyak.storage.safetensors import TensorInfo
@@ -22,12 +22,12 @@ _CHUNK = 1 << 20  # numbers that are compared together
 
 
 def narrow(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the names of the tensors that are kept in 8 or 16 bits where that is accurate enough.
+    """Return the names of the tensors that are kept in float16 where that is accurate enough.
 
     Args:
         tensors: Those of a record, by name.
     """
-    return [name for name, info in tensors.items() if info.averaged and info.dtype in {torch.int8, torch.float16}]
+    return [name for name, info in tensors.items() if info.averaged and info.dtype == torch.float16]
 
 
 def widened(
@@ -36,10 +36,8 @@ def widened(
     mean: Callable[[str], Tensor],
     before: Callable[[str], Tensor | None],
     ranks: Communicator,
-    *,
-    as_differences: bool = False,
 ) -> dict[str, TensorInfo]:
-    """Return how a segment keeps its tensors: in float32 those that fewer bits cannot hold well enough.
+    """Return how a segment keeps its tensors: in float32 those that float16 cannot hold well enough.
 
     Args:
         tensors: How the record keeps them.
@@ -47,27 +45,49 @@ def widened(
         mean: Returns the mean of a tensor, or the local shard of it.
         before: Returns the mean of the segment before, or the same shard of it; None if there is none.
         ranks: Those that write together. Each sees its shards, and all get the same result.
-        as_differences: Whether they may be kept as differences from the mean before.
     """
     if not names:
         return dict(tensors)
-    found = [number for name in names for number in _losses(mean(name), before(name), as_differences=as_differences)]
+    found = [number for name in names for number in _losses(mean(name), before(name))]
     totals = iter(ranks.totals(*found))
-    dtypes = {name: _narrowest(next(totals), next(totals), next(totals), next(totals)) for name in names}
-    return {name: replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in tensors.items()}
+    lost = {name: (next(totals), next(totals), next(totals)) for name in names}
+    wide = {name for name, (loss, *limits) in lost.items() if loss > min(limits)}
+    return {name: replace(info, dtype=torch.float32) if name in wide else info for name, info in tensors.items()}
 
 
-def _narrowest(as_difference: float, as_float16: float, of_norm: float, of_distance: float) -> torch.dtype:
-    """Return the narrowest dtype that loses no more than it may, given the squares of losses and limits."""
-    if as_difference < torch.inf and as_difference <= of_distance:
-        return torch.int8
-    return torch.float16 if as_float16 <= min(of_norm, of_distance) else torch.float32
+def in_full(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return how a segment keeps its tensors if none of them may be a difference.
+
+    Args:
+        tensors: How it would keep them.
+    """
+    wide = {name: replace(info, dtype=torch.float32) for name, info in tensors.items() if is_difference(info)}
+    return {**tensors, **wide}
+
+
+def as_differences(
+    tensors: Mapping[str, TensorInfo],
+    mean: Callable[[str], Tensor | None],
+    before: Callable[[str], Tensor | None],
+    ranks: Communicator,
+) -> dict[str, TensorInfo]:
+    """Return how a segment keeps its tensors: in float32 those that lose too much as differences.
+
+    Args:
+        tensors: How the record keeps them.
+        mean: As for ``widened``; None if the shard is no box of the tensor.
+        before: As for ``widened``.
+        ranks: As for ``widened``.
+    """
+    names = [name for name, info in tensors.items() if is_difference(info)]
+    totals = iter(ranks.totals(*(number for name in names for number in lost(mean(name), before(name)))))
+    wide = {name for name in names if not next(totals) <= next(totals) * MOST_OF_DISTANCE**2}
+    return {**tensors, **in_full({name: tensors[name] for name in wide})}
 
 
 @torch.no_grad()
-def _losses(mean: Tensor, before: Tensor | None, *, as_differences: bool) -> tuple[float, float, float, float]:
-    """Return the squares of what a difference and float16 lose, and of what the norm and the distance allow."""
-    as_difference = differences.lost(mean.detach().cpu(), before) if as_differences else torch.inf
+def _losses(mean: Tensor, before: Tensor | None) -> tuple[float, float, float]:
+    """Return the squares of what rounding to float16 loses, and of what it may lose by the norm and the distance."""
     lost = norm = distance = 0.0
     flat = mean.detach().cpu().reshape(-1)
     reference = [None] * len(flat.split(_CHUNK)) if before is None else before.reshape(-1).split(_CHUNK)
@@ -77,7 +97,7 @@ def _losses(mean: Tensor, before: Tensor | None, *, as_differences: bool) -> tup
         lost += float(loss.nan_to_num(nan=0.0, posinf=torch.inf).sum())  # a number beyond float16 loses infinity
         norm += _square(exact)
         distance += torch.inf if other is None else _square(exact - other)
-    return as_difference, lost, norm * MOST_OF_NORM**2, distance * MOST_OF_DISTANCE**2
+    return lost, norm * MOST_OF_NORM**2, distance * MOST_OF_DISTANCE**2
 
 
 def _square(tensor: Tensor) -> float:

@@ -63,10 +63,10 @@ class Recorder(Algorithm):
             files again. None merges nothing, for averages that end anywhere in the run.
         dtype: Of the files: float32, float16, bfloat16 or int8. None takes float64 for tensors of that dtype, and
             float16 for the others. A tensor is kept in float32 in a segment in which float16 would lose more than an
-            eighth of its distance from the segment before, or a value is beyond its range. ``torch.int8`` takes half
-            to a third of the space: the differences from the segment before are kept in 8 bits, and a tensor in which
-            that would lose more than the eighth is kept in float16 or float32. Such a segment can be read only with
-            those before it, and earlier versions of polyak cannot read the record. Complex tensors keep their dtype.
+            eighth of its distance from the segment before, or a value is beyond its range. ``torch.int8`` takes less
+            space, for nearly the same error: the differences from the segment before are kept in 8 bits, or a tensor in
+            float32 where that would lose more than the eighth. Most files are then no models by themselves, and earlier
+            versions of polyak cannot read the record. Complex tensors keep their dtype.
         device: Where the running mean is kept; None for the device of the model.
         policy: Which tensors are averaged and which keep the last value of each segment; the rest are not recorded.
         overwrite: Whether a record that exists in ``folder`` is replaced when a run begins: it is deleted, with the

@@ -12,7 +12,7 @@ from polyak.record.differences import LONGEST, is_difference
 from polyak.record.files import Source
 from polyak.record.folder import check_tensors
 from polyak.record.manifest import Edge, Manifest, Pin, Segment, linked, segments_from_plain
-from polyak.record.merging import Files, differences, given, kept_as, merged_as, own_dtype, separate_as
+from polyak.record.merging import Files, differences, differing_as, given, kept_as, merged_as, own_dtype, separate_as
 from polyak.record.output import OneFile, Output
 from polyak.record.pins import check_kept, pin_of, without_gone
 from polyak.record.shared import SharedManifest
@@ -141,7 +141,10 @@ class Writer:
             # What is merged is compared with its hash first, so that damage does not get into a file with a new hash.
             newest = manifest.segments[-1] if manifest.segments else None
             files, before = Files(self.folder, manifest.tensors), self._before(manifest.segments, level=0)
-            infos = kept_as(files, newest, tensors, self._ranks, as_differences=before is not None)
+            if manifest.has_differences:
+                infos = differing_as(files, given(tensors), before, tensors, self._ranks)
+            else:
+                infos = kept_as(files, newest, tensors, self._ranks)
             segment = self._write(files, given(tensors), tensors, start, end, level=0, infos=infos, before=before)
             segments = self._merge(files, [*manifest.segments, segment], tensors)
             # The raw weights were those where the record ended before.
@@ -259,7 +262,10 @@ class Writer:
         while (i := due([segment.level for segment in segments], level, self._manifest.per_level)) is not None:
             older, newer, *rest = segments[i:]
             level, before = level + 1, self._before(segments[:i], level + 1)
-            infos = merged_as(files, (older, newer), before, like, self._ranks)
+            if self._manifest.has_differences:
+                infos = differing_as(files, files.mean_of(older, newer), before, like, self._ranks)
+            else:
+                infos = merged_as(files, (older, newer), like, self._ranks)
             mean = files.mean_of(older, newer)
             merged = self._write(files, mean, like, older.start, newer.end, level=level, infos=infos, before=before)
             if rest and rest[0].before is not None:
@@ -269,7 +275,7 @@ class Writer:
 
     def _separate(self, files: Files, segment: Segment, like: Mapping[str, Tensor]) -> Segment:
         """Write a segment again without differences, so that the one before can be deleted."""
-        infos, mean = separate_as(files, segment, like, self._ranks), files.source(segment)
+        infos, mean = separate_as(files, segment), files.source(segment)
         return self._write(files, mean, like, segment.start, segment.end, level=segment.level, infos=infos)
 
     def _write(
