@@ -8,6 +8,7 @@ again, as on disk. Sizes are in models of float32, at their peak, scales include
 """
 
 import argparse
+import json
 import math
 import tempfile
 import zlib
@@ -160,7 +161,8 @@ USUAL = ((512, 2), (512, 4), (1024, 2), (1024, 4), (1024, 8))
 ONCE = ((1024, 4),)
 DEFAULT = "float16, or float32 by tensor (polyak)"
 IN_INT8 = "differences in 8 bits, or float32 by tensor (polyak, int8)"
-FAMILIES: tuple[tuple[str, Codec, Sequence[tuple[int, int]]], ...] = (
+Family = tuple[str, Codec, Sequence[tuple[int, int]]]
+FAMILIES: tuple[Family, ...] = (
     ("float32", float32, USUAL),
     (DEFAULT, float16_or_32, USUAL),
     ("float16 always", float16, USUAL),
@@ -222,13 +224,13 @@ def record(weights: np.ndarray, number: int, per_level: int, codec: Codec) -> tu
     return segments, encoded, peak, count / number
 
 
-def measure(run: Run, steps: int, folder: Path) -> list[dict]:
+def measure(run: Run, steps: int, folder: Path, families: Sequence[Family]) -> list[dict]:
     weights = train(run, splits(4000)[0], steps, folder / "weights.npy", lambda _: None)
     last = weights[-1].astype(np.float64)
     wanted = [HalfLife(f"{steps / k}ba", unbiased=True) for k in SHARES]
     truth = combine(np.stack([each_step(profile, steps, steps) for profile in wanted]), weights)
     found = []
-    for name, codec, stores in FAMILIES:
+    for name, codec, stores in families:
         for number, per_level in stores:
             segments, encoded, peak, count = record(weights, number, per_level, codec)
             vectors = np.stack([one.vector for one in encoded]).astype(np.float64)
@@ -280,8 +282,8 @@ def page(found: Sequence[dict]) -> list[str]:
     about = (
         "Encodings of the segments of a record, simulated in memory with the record's own merges and coefficients. A "
         "merged mean is encoded again. Differences are taken to what a reader decodes of the segment before on the "
-        "same level, so that errors do not add up; the oldest segment of a level is in float16, or float32 by tensor. "
-        "When it merges, the next is encoded again. An MLP of 14,154 parameters on MNIST-1D. "
+        "same level, so that errors do not add up; the oldest segment of a level is in float32, where nothing else is "
+        "said. When it merges, the next is encoded again. An MLP of 14,154 parameters on MNIST-1D. "
         "Sizes are in models of float32, at their peak, scales "
         "included; errors in % of |last weights - true average|, the worst over half-lives from T/256 to T/2 and over "
         "the runs named."
@@ -326,12 +328,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4096)
     parser.add_argument("--out", type=Path, default=RESULTS / "record_codecs.md")
     parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--only", nargs="+", help="words in the names of those measured; the others stay as they are")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    chosen = [one for one in FAMILIES if not arguments.only or any(word in one[0] for word in arguments.only)]
     found = []
+    if arguments.only:
+        names = {name for name, *_ in FAMILIES} - {name for name, *_ in chosen}
+        earlier = json.loads(arguments.out.with_suffix(".json").read_text(encoding="utf-8"))["found"]
+        found += [one for one in earlier if one["family"] in names and one["steps"] == arguments.steps]
     for run in RUNS:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-            found += measure(run, arguments.steps, Path(folder))
+            found += measure(run, arguments.steps, Path(folder), chosen)
     how = provenance("torch", "numpy", "zstandard")
     write(arguments.out, [*page(found), *measured(how)], {"found": found, "how": how})
     draw(found, arguments.picture)

@@ -16,7 +16,7 @@ from polyak import HalfLife, MismatchError, Record, Recorder, RecordError, Unifo
 from polyak.cli import main
 from polyak.compat.files import load
 from polyak.errors import CheckpointError
-from polyak.record import Edge, Segment, Writer, load_manifest
+from polyak.record import Edge, Segment, Writer, load_manifest, output
 from polyak.record.differences import LONGEST
 from polyak.storage.safetensors import TensorInfo
 from polyak.sweeping.held import held
@@ -377,6 +377,33 @@ def test_the_newest_segment_may_be_written_again_by_a_merge(tmp_path) -> None:
             assert made == writer.segments[-1]
             assert writer.append({"w": means[n]}, edge(n), edge(n + 1)) == made
             assert {path.name for path in tmp_path.glob("*.safetensors")} == {one.file for one in writer.segments}
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_an_append_that_the_disk_refuses_halfway_leaves_the_record_and_can_be_made_again(
+    tmp_path, monkeypatch, fails
+) -> None:
+    means = walk(8, 6)
+    infos = {"w": TensorInfo(I8, (6,), averaged=True)}
+    record = written(tmp_path / "whole", means, per_level=2)
+    with Writer(tmp_path / "refused", infos, per_level=2) as writer:
+        for n in range(7):
+            writer.append({"w": means[n]}, edge(n), edge(n + 1))
+        before = {path.name: path.read_bytes() for path in writer.folder.iterdir()}
+        write, calls = output.write_tensors, iter(range(1, 4))  # the segment, a mean of two, and the base after it
+
+        def refuse(*arguments):
+            if next(calls) == fails:
+                raise OSError(28, "No space left on device")
+            return write(*arguments)
+
+        monkeypatch.setattr(output, "write_tensors", refuse)
+        with pytest.raises(RecordError, match="make room on the disk"):
+            writer.append({"w": means[7]}, edge(7), edge(8))
+        assert {path.name: path.read_bytes() for path in writer.folder.iterdir()} == before
+        monkeypatch.undo()
+        writer.append({"w": means[7]}, edge(7), edge(8))
+    assert segments(writer.folder) == segments(record.folder)
 
 
 def test_damage_in_a_file_is_found_when_what_differs_from_it_is_read_or_written(tmp_path) -> None:
