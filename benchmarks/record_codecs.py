@@ -278,7 +278,7 @@ def draw(found: Sequence[dict], path: Path) -> None:
         path.write_bytes(render(figure, "png"))
 
 
-def page(found: Sequence[dict]) -> list[str]:
+def page(found: Sequence[dict], note: str = "") -> list[str]:
     about = (
         "Encodings of the segments of a record, simulated in memory with the record's own merges and coefficients. A "
         "merged mean is encoded again. Differences are taken to what a reader decodes of the segment before on the "
@@ -320,7 +320,7 @@ def page(found: Sequence[dict]) -> list[str]:
         "worst error, cosine",
         "encodings per segment",
     ]
-    return ["# Bytes against error", "", *paragraph(about), "", *table(heads, rows), ""]
+    return ["# Bytes against error", "", *paragraph(f"{about} {note}"), "", *table(heads, rows), ""]
 
 
 def main() -> None:
@@ -341,7 +341,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
             found += measure(run, arguments.steps, Path(folder), chosen)
     how = provenance("torch", "numpy", "zstandard")
-    write(arguments.out, [*page(found), *measured(how)], {"found": found, "how": how})
+    words = (
+        f"Those without one of the words {', '.join(arguments.only)} in their names are from an earlier run of all."
+        if arguments.only
+        else ""
+    )
+    write(arguments.out, [*page(found, words), *measured(how)], {"found": found, "how": how})
     draw(found, arguments.picture)
 
 
