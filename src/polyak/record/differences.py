@@ -69,8 +69,8 @@ def scales_of(difference: Tensor) -> Tensor:
     shape = scale_shape(tuple(difference.shape))
     if not difference.numel():
         return torch.zeros(shape)
-    rows = difference.abs().reshape(shape[0] if len(shape) > 1 else 1, -1)
-    return rows.amax(dim=1).div_(_MOST).float().reshape(shape)
+    rows = difference.reshape(shape[0] if len(shape) > 1 else 1, -1)
+    return torch.linalg.vector_norm(rows, torch.inf, dim=1).div_(_MOST).float().reshape(shape)
 
 
 def steps_of(difference: Tensor, scales: Tensor) -> Tensor:
@@ -94,17 +94,16 @@ def from_steps(steps: Tensor, scales: Tensor) -> Tensor:
     return steps.float().mul_(scales)
 
 
-def lost(mean: Tensor | None, before: Tensor | None) -> tuple[float, float]:
-    """Return the squares of what a mean loses as a difference, and of the difference; of NaN and inf, all is lost.
+def lost(difference: Tensor, scales: Tensor) -> tuple[float, float]:
+    """Return the squares of what a difference loses at most, half a step of each number, and of its norm.
+
+    Of NaN and inf all is lost.
 
     Args:
-        mean: The mean; None if it is not known.
-        before: The mean of the segment before; None if it is not known.
+        difference: From the mean before.
+        scales: The size of a step in each row.
     """
-    if mean is None or before is None:
-        return torch.inf, 0.0
-    difference = mean.detach().cpu() - before
-    scales = scales_of(difference)
-    rest = difference - from_steps(steps_of(difference, scales), scales)
-    loss, size = (float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in (rest, difference))
+    row = difference.numel() / max(1, scales.numel())
+    loss = float(scales.double().square().sum()) * row / 4
+    size = float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
     return (loss, size) if loss < torch.inf else (torch.inf, 0.0)

@@ -1,6 +1,6 @@
 """What a new segment and the mean of two segments hold, and in which dtypes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from polyak.record.differences import SCALE, is_difference, scales_of, steps_of
+from polyak.record.differences import LONGEST, SCALE, is_difference, steps_of
 from polyak.record.files import Box, Read, SegmentFile, Source, check_size, open_segment
 from polyak.record.manifest import Segment
 from polyak.record.precision import as_differences, in_full, narrow, shard_of, widened
@@ -19,6 +19,27 @@ from polyak.storage.safetensors import TensorInfo
 _NOTHING = torch.empty(0)
 
 Infos = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """How a segment keeps its tensors.
+
+    Args:
+        infos: By name.
+        before: The segment that some of them are differences from; None if none is.
+        scales: Of the differences, by name.
+    """
+
+    infos: Infos
+    before: Segment | None = None
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What its file says of that."""
+        before = self.before
+        return {} if before is None else {"polyak.before": f"{before.start.updates}-{before.end.updates}"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +54,11 @@ class Files:
     folder: Path
     infos: Infos
     _verified: set[Path] = field(default_factory=set)
+
+    @property
+    def have_differences(self) -> bool:
+        """Whether means are kept as differences where that is accurate enough."""
+        return any(map(is_difference, self.infos.values()))
 
     def open(self, segment: Segment, *, verify: bool = True) -> AbstractContextManager[SegmentFile]:
         """Open a segment for the length of a ``with`` block.
@@ -78,63 +104,69 @@ class Files:
             yield read
 
 
-def kept_as(files: Files, before: Segment | None, tensors: Mapping[str, Tensor], ranks: Communicator) -> Infos:
+def kept_as(files: Files, segments: Sequence[Segment], tensors: Mapping[str, Tensor], ranks: Communicator) -> Kept:
     """Return how a new segment keeps its tensors.
 
     Args:
         files: Of the record.
-        before: The newest segment of the record; None if it has none.
+        segments: That the record has so far.
         tensors: Those of the new segment.
         ranks: Those that write together.
     """
-    names = narrow(files.infos)
+    if files.have_differences:
+        return _differing_as(files, given(tensors), _before(segments, 0), tensors, ranks)
+    names, before = narrow(files.infos), segments[-1] if segments else None
 
     def own(name: str) -> Tensor:
         return local(tensors[name]) if name in tensors else _NOTHING
 
     if not names or before is None:
-        return widened(files.infos, names, own, lambda name: None if name in tensors else _NOTHING, ranks)
+        return Kept(widened(files.infos, names, own, lambda name: None if name in tensors else _NOTHING, ranks))
     # Damage in the segment before would change at most how this one is kept: no hash is needed.
     with files.open(before, verify=False) as file:
-        return widened(files.infos, names, own, _shards(file.read, tensors), ranks)
+        return Kept(widened(files.infos, names, own, _shards(file.read, tensors), ranks))
 
 
-def merged_as(files: Files, pair: tuple[Segment, Segment], like: Mapping[str, Tensor], ranks: Communicator) -> Infos:
+def merged_as(
+    files: Files, segments: Sequence[Segment], i: int, like: Mapping[str, Tensor], ranks: Communicator
+) -> Kept:
     """Return how the mean of two segments keeps its tensors: in float16 where both do, or where it is enough now.
 
     Args:
         files: Of the record.
-        pair: The older and the newer segment.
+        segments: That the record has so far.
+        i: The older of the two; the newer is the next.
         like: Tensors that are sharded as those of the mean are.
         ranks: Those that write together.
     """
+    pair = segments[i], segments[i + 1]
+    if files.have_differences:
+        return _differing_as(files, files.mean_of(*pair), _before(segments[:i], pair[0].level + 1), like, ranks)
     if not (names := narrow(files.infos)):
-        return files.infos
+        return Kept(files.infos)
     with files.open(pair[0]) as old, files.open(pair[1]) as new, files.mean_of(*pair) as read:
         wide = [name for name in names if torch.float32 in (old.dtype(name), new.dtype(name))]
         mean = _shards(read, like)
-        return widened(files.infos, wide, lambda name: _or_empty(mean(name)), _shards(old.read, like), ranks)
+        return Kept(widened(files.infos, wide, lambda name: _or_empty(mean(name)), _shards(old.read, like), ranks))
 
 
-def differing_as(
+def _differing_as(
     files: Files, source: Source, before: Segment | None, like: Mapping[str, Tensor], ranks: Communicator
-) -> Infos:
-    """Return how a segment of a record of differences keeps its tensors.
-
-    Args:
-        files: Of the record.
-        source: Gives the means.
-        before: The segment that they may be differences from; None if there is none.
-        like: Tensors that are sharded as those of the segment are.
-        ranks: Those that write together.
-    """
+) -> Kept:
     if before is None:
-        return in_full(files.infos)
+        return Kept(in_full(files.infos))
     with source as read, files.source(before) as reference:
-        return as_differences(files.infos, _shards(read, like), _shards(reference, like), ranks)
+        infos, scales = as_differences(files.infos, _shards(read, like), _shards(reference, like), ranks)
+    return Kept(infos, before, scales) if any(map(is_difference, infos.values())) else Kept(infos)
 
 
-def separate_as(files: Files, segment: Segment) -> Infos:
+def _before(segments: Sequence[Segment], level: int) -> Segment | None:
+    """Return the segment that the next one of a level may have differences from; None if there is none."""
+    newest = segments[-1] if segments else None
+    return newest if newest and newest.level == level and newest.num_differences < LONGEST else None
+
+
+def separate_as(files: Files, segment: Segment) -> Kept:
     """Return how a segment keeps its tensors once it must have no differences: as it does, and those in float32.
 
     Args:
@@ -142,7 +174,7 @@ def separate_as(files: Files, segment: Segment) -> Infos:
         segment: A segment with differences.
     """
     with files.open(segment) as file:
-        return in_full({name: replace(info, dtype=file.dtype(name)) for name, info in files.infos.items()})
+        return Kept(in_full({name: replace(info, dtype=file.dtype(name)) for name, info in files.infos.items()}))
 
 
 @contextmanager
@@ -155,27 +187,27 @@ def given(tensors: Mapping[str, Tensor]) -> Iterator[Read]:
     yield lambda name, _: local(tensors[name])
 
 
-@contextmanager
-def differences(source: Source, before: Source, infos: Infos) -> Iterator[Read]:
-    """Give a function that reads what a file with differences holds, for a ``with`` block.
+def encoded(files: Files, source: Source, kept: Kept) -> Source:
+    """Return a source that gives what the file of a segment holds.
 
     Args:
+        files: Of the record.
         source: Gives the means.
-        before: Gives those of the segment before.
-        infos: How the file keeps its tensors. Those that are no differences are read from ``source``.
+        kept: How the segment keeps its tensors.
     """
-    scales: dict[str, Tensor] = {}
+    return source if kept.before is None else _differences(source, files.source(kept.before), kept)
+
+
+@contextmanager
+def _differences(source: Source, before: Source, kept: Kept) -> Iterator[Read]:
     with source as mean, before as reference:
 
         def read(name: str, box: Box | None) -> Tensor:
-            tensor = name if name in infos else name.removesuffix(SCALE)
-            if not is_difference(infos[tensor]):
+            if name not in kept.infos:
+                return kept.scales[name.removesuffix(SCALE)]
+            if not is_difference(kept.infos[name]):
                 return mean(name, box)
-            difference = mean(tensor, box).detach().cpu() - reference(tensor, box)
-            if tensor == name:  # its scales have been read: they are wider, and come first in a file
-                return steps_of(difference, scales.pop(name))
-            scales[tensor] = scales_of(difference)
-            return scales[tensor]
+            return steps_of(mean(name, box).detach().cpu() - reference(name, box), kept.scales[name])
 
         yield read
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import ShardingError
-from polyak.record.differences import is_difference, lost
+from polyak.record.differences import is_difference, lost, scales_of
 from polyak.record.files import Box, Read, full_box
 from polyak.sharding import Communicator, is_sharded, local, offset
 from polyak.storage.safetensors import TensorInfo
@@ -70,8 +70,8 @@ def as_differences(
     mean: Callable[[str], Tensor | None],
     before: Callable[[str], Tensor | None],
     ranks: Communicator,
-) -> dict[str, TensorInfo]:
-    """Return how a segment keeps its tensors: in float32 those that lose too much as differences.
+) -> tuple[dict[str, TensorInfo], dict[str, Tensor]]:
+    """Return how a segment keeps its tensors, in float32 those that lose too much as differences; and the scales.
 
     Args:
         tensors: How the record keeps them.
@@ -80,9 +80,18 @@ def as_differences(
         ranks: As for ``widened``.
     """
     names = [name for name, info in tensors.items() if is_difference(info)]
-    totals = iter(ranks.totals(*(number for name in names for number in lost(mean(name), before(name)))))
+    numbers, scales = list[float](), dict[str, Tensor]()
+    for name in names:
+        own, other = mean(name), before(name)
+        if own is None or other is None:
+            numbers += [torch.inf, 0.0]
+            continue
+        difference = own.detach().cpu() - other
+        scales[name] = scales_of(difference)
+        numbers += lost(difference, scales[name])
+    totals = iter(ranks.totals(*numbers))
     wide = {name for name in names if not next(totals) <= next(totals) * MOST_OF_DISTANCE**2}
-    return {**tensors, **in_full({name: tensors[name] for name in wide})}
+    return {**tensors, **in_full({name: tensors[name] for name in wide})}, scales
 
 
 @torch.no_grad()
