@@ -148,7 +148,9 @@ def int8_or_wider(mean: np.ndarray, before: np.ndarray | None, same: bool) -> En
     vectors, differs, differences, size = [], [], [], 0
     _, steps, _ = rounded(mean - before, by_row=True)
     for part, other, step in zip(*map(tensors, (mean, before, steps)), strict=True):
-        fits = np.linalg.norm(other + step - part) <= MOST_OF_DISTANCE * np.linalg.norm(part - other)
+        half_a_step = np.abs(part - other).max(axis=1) / 254
+        lost = np.linalg.norm(half_a_step) * math.sqrt(part.shape[1])
+        fits = lost <= MOST_OF_DISTANCE * np.linalg.norm(part - other)
         size += part.size + 4 * len(part) if fits else 4 * part.size
         vectors.append((other + step if fits else part.astype(np.float32)).ravel())
         differs.append(np.full(part.size, fits))

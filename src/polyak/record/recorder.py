@@ -65,7 +65,7 @@ class Recorder(Algorithm):
             float16 for the others. A tensor is kept in float32 in a segment in which float16 would lose more than an
             eighth of its distance from the segment before, or a value is beyond its range. ``torch.int8`` takes less
             space, for nearly the same error: the differences from the segment before are kept in 8 bits, or a tensor in
-            float32 where that would lose more than the eighth. Most files are then no models by themselves, and earlier
+            float32 where that may lose more than the eighth. Most files are then no models by themselves, and earlier
             versions of polyak cannot read the record. Complex tensors keep their dtype.
         device: Where the running mean is kept; None for the device of the model.
         policy: Which tensors are averaged and which keep the last value of each segment; the rest are not recorded.
