@@ -1,4 +1,4 @@
-"""The SHA-256 of the files of checkpoints, computed on another thread while they are averaged."""
+"""The SHA-256 of the files of checkpoints, computed on other threads while they are averaged."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -35,11 +35,11 @@ class Digests:
 
     Args:
         paths: Of the files.
-        pool: The thread that hashes them.
+        pools: Of one thread each. A file is hashed by one thread; a disk may be faster than that.
     """
 
-    def __init__(self, paths: Sequence[Path], pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
+    def __init__(self, paths: Sequence[Path], pools: Sequence[ThreadPoolExecutor]) -> None:
+        self._pools = {path: pools[i % len(pools)] for i, path in enumerate(paths)}
         self._hashes = {path: hashlib.sha256() for path in paths}
         self._at = dict.fromkeys(paths, 0)
         self._waiting = list[Future[None]]()
@@ -51,7 +51,7 @@ class Digests:
             share: How much the reader has read; 1 for all.
         """
         self._waiting = [one for one in self._waiting if not one.done() or one.exception()]
-        self._waiting += [self._pool.submit(self._hash, path, share) for path in self._hashes]
+        self._waiting += [pool.submit(self._hash, path, share) for path, pool in self._pools.items()]
 
     def results(self) -> Mapping[Path, str]:
         """Return the hashes, once all files are hashed.

@@ -1,6 +1,5 @@
 """``Record``: averages from a record that is on disk, one tensor at a time."""
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -239,8 +238,9 @@ class Record(Contents):
             evaluate: As for ``polyak.recommend``.
             **options: As for ``polyak.recommend``.
         """
-        # Sweeps are built on records, so that the function is found by its public name.
-        return importlib.import_module("polyak").recommend(self, evaluate, **options)
+        from polyak.sweeping.recommending import recommend  # noqa: PLC0415  sweeps are built on records
+
+        return recommend(self, evaluate, **options)
 
     def _fit(self, profile: Profile, at: Time | str | int | None) -> Fit:
         fitted = fit(profile, self.segments, resolved(self, at), max_duration=self.max_duration)
