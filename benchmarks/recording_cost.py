@@ -160,11 +160,12 @@ def main() -> None:
         folder = Path(name)
         contenders, ending_s = compete(rounds, folder)
         record = Record(folder / "alone")
-        sizes = [path.stat().st_size for path in (folder / "alone").glob("*.safetensors")]
+        raw_bytes = 0 if record.raw is None else record.raw.size_bytes
+        sizes = [segment.size_bytes for segment in record.segments]
     parameters = sum(p.numel() for p in contenders[0].model.parameters())
     plain = contenders[0]
     stretches = -(-(rounds * INTERVAL + INTERVAL // 2) // INTERVAL)
-    written = (2 * stretches - len(sizes)) * sizes[0]
+    written = (2 * stretches - len(sizes)) * sizes[0]  # each merge wrote one file, and left one fewer
     results = {}
     for contender in contenders:
         ratios = [a / b for a, b in zip(contender.block_s, plain.block_s, strict=True)]
@@ -222,10 +223,11 @@ def main() -> None:
         "",
         *item(
             f"On disk after {stretches} segments: {len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, each "
-            f"{sizes[0] / 1e6:.1f} MB ({sizes[0] / (4 * parameters):.3f} x the float32 weights)."
+            f"{sizes[0] / 1e6:.1f} MB ({sizes[0] / (4 * parameters):.3f} x the float32 weights), and the last raw "
+            f"weights, {raw_bytes / 1e6:.1f} MB."
         ),
         *item(
-            f"Written in total, merges included: {written / 1e6:.0f} MB, {written / sizes[0] / stretches:.2f} files "
+            f"Segments written in total, merges included: {written / 1e6:.0f} MB, {written / sizes[0] / stretches:.2f} files "
             "per segment."
         ),
         *item(f"Ending a record at the end of training: {ending_s:.2f} s."),
@@ -249,7 +251,8 @@ def main() -> None:
         "per_level": PER_LEVEL,
         "results": results,
         "files": len(sizes),
-        "bytes_on_disk": sum(sizes),
+        "bytes_per_segment": sizes[0],
+        "bytes_on_disk": sum(sizes) + raw_bytes,
         "bytes_written": written,
         "ending_s": ending_s,
         "how": how,

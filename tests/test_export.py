@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from polyak import EMA, CheckpointError, LoanError, attach, export_averaged
+from polyak.training.attached import Attached
 
 
 @pytest.mark.slow
@@ -184,3 +185,40 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch) -> None:
             export_averaged(ema, model, tmp_path / "averaged")
     assert list(tmp_path.iterdir()) == []
     export_averaged(ema, model, tmp_path / "averaged")
+
+
+class Scaled(nn.Linear):
+    """Has a state next to its tensors."""
+
+    def __init__(self, scale: object) -> None:
+        super().__init__(2, 1)
+        self.scale = scale
+
+    def get_extra_state(self) -> object:
+        return self.scale
+
+    def set_extra_state(self, state: object) -> None:
+        self.scale = state
+
+
+def averaged(model: nn.Module) -> Attached:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA("3ba"), model, optimizer)
+    for _ in range(6):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    return attached
+
+
+def test_an_extra_state_that_is_a_tensor_is_saved_and_loads(tmp_path) -> None:
+    averaged(nn.Sequential(Scaled(torch.tensor([3.0])))).save(tmp_path / "a.safetensors")
+    model = nn.Sequential(Scaled(torch.tensor([1.0])))
+    model.load_state_dict(load_file(tmp_path / "a.safetensors"))
+    assert model[0].scale.item() == 3.0
+
+
+def test_an_extra_state_that_safetensors_cannot_hold_is_refused_by_name(tmp_path) -> None:
+    ema = averaged(nn.Sequential(Scaled({"scale": 3.0})))
+    with pytest.raises(CheckpointError, match=r"must be a tensor.*got a dict for '0\._extra_state'"):
+        ema.save(tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())

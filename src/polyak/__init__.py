@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from polyak.record.recorder import Recorder
     from polyak.sharding.experts import declare_experts
     from polyak.sharding.parts import ModelParts
+    from polyak.sweeping.checkpoints import sweep_checkpoints
     from polyak.sweeping.recommending import recommend
     from polyak.sweeping.sweep import sweep
     from polyak.tensors.slots import Policy, default_policy
@@ -99,6 +100,7 @@ __all__ = [  # noqa: RUF022
     "Recorder",
     "Record",
     "sweep",
+    "sweep_checkpoints",
     "recommend",
     "Watch",
     "polish",
@@ -176,6 +178,7 @@ _MODULES = {
     "Recorder": "record.recorder",
     "Record": "record",
     "sweep": "sweeping.sweep",
+    "sweep_checkpoints": "sweeping.checkpoints",
     "recommend": "sweeping.recommending",
     "Watch": "watching.algorithm",
     "polish": "polishing",

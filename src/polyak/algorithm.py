@@ -120,11 +120,13 @@ def as_algorithms(algorithms: Algorithm | Iterable[Algorithm]) -> list[Algorithm
         algorithms: One or several.
 
     Raises:
-        ArgumentError: If one of them is not an algorithm, or is one of another trainer; if more than one of them swaps
-            an average into the model.
+        ArgumentError: If one of them is not an algorithm, is one of another trainer, or is given twice; if more than
+            one of them swaps an average into the model.
     """
     listed = list(algorithms) if isinstance(algorithms, Iterable) else [algorithms]
     check_algorithms(listed)
+    if len({id(algorithm) for algorithm in listed}) < len(listed):
+        raise ArgumentError(f"algorithms must be different ones (got {listed}); give each once")
     check_one_swaps([algorithm for algorithm in listed if algorithm.swaps])
     return listed
 

@@ -19,7 +19,7 @@ from polyak.errors import ArgumentError, CheckpointError, ExistsError
 from polyak.sharding import Communicator, Ranks, communicator_of, local, pipeline_communicator_of
 from polyak.storage.atomic import new_folder, put, remove, temporary_path
 from polyak.storage.safetensors import DTYPE_NAMES, TensorInfo, write_tensors
-from polyak.tensors.slots import all_slots, places_of
+from polyak.tensors.slots import all_slots, extra_states, places_of
 
 Read = Callable[[list[str]], dict[str, Tensor]]
 # In the temporary folder: what all ranks write, and rank 0 reads.
@@ -188,7 +188,8 @@ def _export(
     finish: Callable[[Path, Path], None],
 ) -> None:
     own = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
-    tensors = places_of(model).as_full(own)
+    extra = {name: one.detach() for name, one in extra_states(model) if isinstance(one, Tensor)}
+    tensors = places_of(model).as_full(own) | extra
     infos = {name: _info(tensor) for name, tensor in tensors.items()}
     if isinstance(ranks, Ranks) and ranks.differ:
         infos = ranks.union(infos)
@@ -283,6 +284,13 @@ def _check_file(path: Path, model: nn.Module, *, overwrite: bool) -> None:
 def _require_exportable(model: nn.Module) -> None:
     """Check that safetensors can hold the model's state dict."""
     slots = {slot.name: slot.tensor for slot in all_slots(model) if slot.persistent}
+    for name, extra in extra_states(model):
+        if not isinstance(extra, Tensor):
+            raise CheckpointError(
+                f"the extra state of a module must be a tensor to be exported as safetensors (got {kind_of(extra)} for "
+                f"{name!r}); in `with ema.applied():`, save model.state_dict() by torch.save"
+            )
+        slots[name] = extra
     other = [name for name, tensor in slots.items() if tensor.layout != torch.strided or tensor.is_nested]
     if other:
         raise CheckpointError(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from polyak import MismatchError, ProfileError, compute_ema
+from polyak import EMA, ArgumentError, LoanError, MismatchError, ProfileError, attach, compute_ema
 
 
 def net() -> nn.Sequential:
@@ -148,3 +148,37 @@ def test_it_agrees_with_torch_where_torch_is_right() -> None:
         theirs.update_parameters(model)
     for a, b in zip(ours.parameters(), theirs.module.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_an_average_in_the_models_own_memory_is_refused_by_name() -> None:
+    model = nn.Linear(2, 1)
+    shallow = copy.copy(model)
+    for same in (model, shallow):
+        with pytest.raises(ArgumentError, match="must have its own memory.*'weight'.*copy.deepcopy"):
+            compute_ema(model, same)
+    teacher = copy.deepcopy(model)
+    model.bias.requires_grad_(requires_grad=False)
+    teacher.bias = model.bias  # a frozen part may be shared
+    compute_ema(model, teacher)
+
+
+def test_an_average_does_not_move_towards_averaged_weights() -> None:
+    model = nn.Linear(2, 1)
+    optimizer, teacher = torch.optim.SGD(model.parameters(), lr=0.1), copy.deepcopy(model)
+    ema = attach(EMA(smoothing=0.5), model, optimizer)
+    for _ in range(2):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    with ema.applied(), pytest.raises(LoanError, match="must not take in averaged weights"):
+        compute_ema(model, teacher)
+
+
+def test_a_teacher_computes_with_its_new_weights_also_inside_one_block_of_autocast() -> None:
+    model, inputs = nn.Linear(4, 2), torch.ones(3, 4)
+    teacher = copy.deepcopy(model)
+    nn.init.ones_(model.weight)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = teacher(inputs)
+        compute_ema(model, teacher, smoothing=0.5)
+        after = teacher(inputs)
+    assert not torch.equal(before, after)

@@ -242,3 +242,15 @@ def test_a_compiled_step_on_averaged_weights_is_refused() -> None:
     step = torch.compile(optimizer.step, backend="eager")
     with pytest.raises(LoanError, match="must not run on averaged weights"), attached.applied():
         step()
+
+
+def test_a_model_that_has_taken_the_average_itself_is_refused_by_name() -> None:
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = attach(EMA(smoothing=0.5), model, optimizer)
+    for _ in range(2):
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+    model.load_state_dict(ema.model.state_dict(), assign=True)
+    with pytest.raises(MemoryLayoutError, match="'weight' is the average itself.*leave out assign"):
+        ema.average.get_ema_model(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from polyak import EMA, HalfLife, LoanError, Policy, Record, Recorder, attach
+from polyak import EMA, ArgumentError, HalfLife, LoanError, Policy, Record, Recorder, attach
 from polyak.averaging.plan import plan
 from polyak.averaging.weights import Shadow
 from polyak.cli import main
@@ -155,3 +155,30 @@ def test_averaged_weights_have_about_the_spectral_norm_that_they_are_given(tmp_p
     attached.detach()
     model.load_state_dict(Record(tmp_path / "record").average(HalfLife("30ba", unbiased=True)), strict=False)
     assert largest() < raw + 0.3
+
+
+@pytest.mark.parametrize("answer", [None, True, "leaf", Policy, 0])
+def test_a_policy_that_returns_something_else_is_refused_with_the_tensors_name(answer) -> None:
+    ema = EMA("10ba", policy=lambda _: answer)
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ArgumentError, match=r"policy must return a Policy for each tensor \(got .* for 'weight'\)"):
+        ema.plan(model)
+    attached = attach(ema, model, optimizer)
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(ArgumentError, match="for 'weight'"):
+        optimizer.step()
+    assert attached.num_updates == 0
+
+
+def test_a_policy_may_return_the_text_of_one() -> None:
+    ema = EMA("10ba", policy=lambda slot: "leave" if slot.name == "weight" else "average")
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(ema, model, optimizer)
+    for _ in range(3):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert {row.name: row.decision for row in ema.plan()} == {"weight": "leave", "bias": "average"}
+    assert set(ema.state_dict()["ema_model"]) == {"bias"}
+    attached.detach()

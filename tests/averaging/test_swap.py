@@ -7,18 +7,20 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import FrameType
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import polyak
-from polyak import EMA, LoanError, attach, kernels, update_bn
+from polyak import EMA, LoanError, MismatchError, PlanWarning, attach, kernels, update_bn
 from polyak.averaging.swap import swap_of
 from polyak.averaging.weights import Shadow
+from polyak.training.attached import Attached
 
 ROOT = str(Path(polyak.__file__).parent)
 
@@ -354,3 +356,181 @@ def test_an_average_of_a_part_of_a_model_is_not_swapped_in_twice() -> None:
         part.swap_in("the part")
     with part.swapped("the part"), pytest.raises(LoanError, match="the part has swapped its own in"):
         whole.swap_in("the whole")
+
+
+# What torch keeps of weights
+
+
+def in_autocast() -> AbstractContextManager[object]:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def in_parametrize_cached() -> AbstractContextManager[object]:
+    return parametrize.cached()
+
+
+@pytest.mark.parametrize("block", [in_autocast, in_parametrize_cached])
+def test_a_model_computes_with_what_it_holds_also_inside_one_block_of_autocast(block) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Linear(4, 2), torch.randn(8, 4)
+    parametrize.register_parametrization(model, "weight", nn.Tanh())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = attach(EMA(smoothing=0.9), model, optimizer)
+    for _ in range(3):
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+    @torch.no_grad()
+    def apart() -> tuple[torch.Tensor, torch.Tensor]:
+        with block():
+            raw = model(inputs)
+        with ema.applied(), block():
+            return raw, model(inputs)
+
+    with torch.no_grad(), block():
+        raw = model(inputs)
+        with ema.applied():
+            averaged = model(inputs)
+        again = model(inputs)
+    want_raw, want_averaged = apart()
+    assert torch.equal(averaged, want_averaged)
+    assert torch.equal(raw, want_raw)
+    assert torch.equal(again, raw)
+    assert not torch.equal(averaged, raw)
+
+
+# Autograd
+
+
+def student() -> tuple[nn.Module, torch.optim.Optimizer, Attached]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = attach(EMA(smoothing=0.9), model, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(INPUTS).square().mean().backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer, ema
+
+
+INPUTS = torch.linspace(-1, 1, 32).reshape(8, 4)
+
+
+@pytest.mark.parametrize("offered", [False, True], ids=["exchanged", "copied"])
+def test_a_student_that_runs_before_its_teacher_in_a_block_has_its_gradients(offered) -> None:
+    model, optimizer, ema = student()
+    held = ema.model if offered else None
+    output = model(INPUTS)
+    with torch.no_grad(), ema.applied():
+        target = model(INPUTS)
+    (output - target).square().mean().backward()
+    got = [parameter.grad.clone() for parameter in model.parameters()]
+    optimizer.zero_grad()
+    (model(INPUTS) - target).square().mean().backward()
+    assert all(torch.equal(one, parameter.grad) for one, parameter in zip(got, model.parameters(), strict=True))
+    del held
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_a_graph_made_with_the_average_is_not_differentiated_with_the_training_weights(steps) -> None:
+    model, optimizer, ema = student()
+    with ema.applied():
+        output = model(INPUTS)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(INPUTS).square().mean().backward()
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.square().mean().backward()
+
+
+def test_a_graph_made_with_the_training_weights_is_not_differentiated_with_the_average() -> None:
+    model, _, ema = student()
+    output = model(INPUTS)
+    with ema.applied(), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.square().mean().backward()
+
+
+@pytest.mark.parametrize("replace", ["load_state_dict(assign=True)", "a new Parameter"])
+def test_a_parameter_that_was_replaced_in_a_block_is_put_back_and_named(replace) -> None:
+    model, optimizer, ema = student()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(LoanError, match=r"parameters must not change.*'0\.weight'"), ema.applied():
+        if replace == "a new Parameter":
+            model[0].weight = nn.Parameter(torch.zeros(4, 4))
+        else:
+            model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()}, assign=True)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+
+
+def test_a_stale_swap_ends_also_where_warnings_are_errors() -> None:
+    model, optimizer, ema = student()
+    before = model[0].weight.detach().clone()
+    model_swap = ema.applied()
+    model_swap.__enter__()
+    swap_of(model).scope = lambda: None  # as after an interrupt
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(PlanWarning, match="was left without its end"):
+            optimizer.step()
+        assert torch.equal(model[0].weight, before)
+        model(INPUTS).square().mean().backward()
+        optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_a_block_that_refuses_a_second_one_of_its_own_keeps_the_average() -> None:
+    model, _, ema = student()
+    block = ema.applied
+    with block:
+        averaged = model[0].weight.detach().clone()
+        with pytest.raises(LoanError), block:
+            pass
+        assert torch.equal(model[0].weight, averaged)
+    assert not torch.equal(model[0].weight, averaged)
+
+
+class AnswersWithTrue(nn.Linear):
+    """As a module that takes names that it does not have from elsewhere."""
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in {"merged", "publish_weights"}:
+                return True
+            raise
+
+
+class AnswersWithAKeyError(nn.Linear):
+    def __getattr__(self, name: str) -> object:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in {"merged", "publish_weights"}:
+                raise KeyError(name) from None
+            raise
+
+
+@pytest.mark.parametrize("kind", [AnswersWithTrue, AnswersWithAKeyError])
+def test_a_model_with_its_own_getattr_is_averaged_and_swapped(kind) -> None:
+    model = kind(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = attach(EMA(smoothing=0.9), model, optimizer)
+    for _ in range(3):
+        model(INPUTS).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad(), ema.applied():
+        averaged = model(INPUTS)
+    assert torch.equal(ema.model(INPUTS), averaged)
+
+
+def test_a_model_that_was_taken_apart_is_refused_by_name_where_its_average_is_wanted() -> None:
+    model, _, ema = student()
+    parametrize.register_parametrization(model[0], "weight", nn.Tanh())
+    with pytest.raises(MismatchError, match=r"missing: 0\.weight"), ema.applied():
+        pass
+    ema.detach()

@@ -1057,3 +1057,17 @@ def test_the_view_of_a_real_model_computes_what_the_model_does_with_the_average_
             parameter.requires_grad_()
     assert torch.equal(got, want)
     assert not torch.equal(got, raw)
+
+
+def test_teachers_that_are_read_at_each_step_leave_nothing_behind_in_the_average() -> None:
+    model, inputs = Net(), torch.randn(8, 4)
+    attached, _ = trained(model, inputs)
+    swapper = attached.algorithm._average.shadow._swapper
+    attached.model(inputs)
+    gc.collect()
+    held = len(swapper._exposed)
+    for _ in range(20):
+        attached.model(inputs)
+        attached.state_dict()
+        gc.collect()
+    assert len(swapper._exposed) <= 6 * held

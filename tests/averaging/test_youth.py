@@ -198,3 +198,19 @@ def test_an_update_asks_nothing_of_the_age_of_an_average(model, optimizer, monke
     monkeypatch.setattr("polyak.averaging.youth.share_of_first_weights", lambda *_: pytest.fail("in a step"))
     attach(EMA("1000ba"), model, optimizer)
     train(model, optimizer, 3)
+
+
+@pytest.mark.parametrize(
+    ("half_life", "interval", "warns"),
+    [("1ba", "100ba", True), ("0.05ba", "1ba", True), ("0ba", "1ba", False), ("1ba", "10ba", False)],
+)
+def test_an_interval_of_many_half_lives_is_warned_of_before_the_first_update(half_life, interval, warns) -> None:
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA(half_life, update_interval=interval), model, optimizer)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(torch.ones(1, 1)).sum().backward()
+        optimizer.step()
+    assert any("hardly more than the last weights" in str(warning.message) for warning in caught) is warns
+    attached.load_state_dict(attached.state_dict())

@@ -6,10 +6,11 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from polyak import CheckpointError, TimeUnit
-from polyak.checkpoints import open_checkpoint
+from polyak.checkpoints import open_checkpoint, provenance_of
 from polyak.checkpoints.averaging import average, plan
 from polyak.cli import main
 from polyak.compat import read
@@ -80,10 +81,65 @@ def test_files_of_zero_that_are_missing_or_of_tensor_parallelism_are_named(tmp_p
     (tmp_path / "a/zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(CheckpointError, match=r"files of all 3 ranks \(.*a has those of 2\); copy the rest"):
         open_checkpoint(tmp_path / "a")
-    save_deepspeed(tmp_path / "b", 2, 1)
-    torch.save({"module": {}}, tmp_path / "b/mp_rank_01_model_states.pt")
-    with pytest.raises(CheckpointError, match="must be of data parallelism alone"):
-        open_checkpoint(tmp_path / "b")
+    remedy = r"convert it by python -m deepspeed.checkpoint.ds_to_universal, and give the folder that it writes"
+    for name in (
+        "mp_rank_01_model_states.pt",
+        "layer_00-model_00-model_states.pt",
+        "expp_rank_0_mp_rank_00_optim_states.pt",
+    ):
+        save_deepspeed(tmp_path / name, 2, 1)
+        torch.save({"module": {}}, tmp_path / name / name)
+        with pytest.raises(CheckpointError, match=rf"data parallelism alone \(.* has {name}\); {remedy}"):
+            open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_files_of_one_rank_of_several_are_refused_by_what_they_say(tmp_path, stage) -> None:
+    save_deepspeed(tmp_path / "a", stage, 1)
+    (model,) = (tmp_path / "a").glob("*model_states.pt")
+    content = torch.load(model) | {"mp_world_size": 2, "ds_version": "0.19"}
+    torch.save(content, model)
+    with pytest.raises(CheckpointError, match="is of 2 ranks of the model, and has the files of one"):
+        open_checkpoint(tmp_path / "a")
+    with pytest.raises(CheckpointError, match="has the part of one of 2 ranks"):
+        open_checkpoint(model)
+    torch.save(content | {"mp_world_size": 1, "module": {"a.weight": torch.empty(0)}}, model)
+    with pytest.raises(CheckpointError, match="is of ZeRO stage 3, which keeps them in the files of all ranks"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_parameters_that_zero_does_not_train_are_read_too(tmp_path, stage) -> None:
+    frozen = torch.arange(7.0).half()
+    save_deepspeed(tmp_path / "a", stage, 2)
+    (model,) = (tmp_path / "a").glob("*model_states.pt")
+    content = torch.load(model) | {"frozen_param_shapes": {"frozen": torch.Size([7])}}
+    parts = nn.functional.pad(frozen, (0, 1)).chunk(2) if stage == 3 else [frozen]
+    for rank, part in enumerate(parts):
+        name = f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if stage == 3 else model.name
+        torch.save(content | {"frozen_param_fragments": {"frozen": part.clone()}}, tmp_path / "a" / name)
+    assert torch.equal(open_checkpoint(tmp_path / "a").tensors["frozen"].whole(), frozen)
+    if stage == 3:
+        (tmp_path / "a/zero_pp_rank_1_mp_rank_00_model_states.pt").unlink()
+        with pytest.raises(CheckpointError, match="the files of all ranks must have frozen"):
+            open_checkpoint(tmp_path / "a")
+
+
+def test_folders_of_deepspeeds_own_converter_are_averaged(tmp_path) -> None:
+    for number in (1, 2):
+        folder = tmp_path / f"global_step{number}00_universal"
+        for name, tensor in weights(number).items():
+            (folder / "zero" / name).mkdir(parents=True)
+            torch.save({"param": tensor, "cat_dim": 0}, folder / "zero" / name / "fp32.pt")
+            torch.save({"param": tensor * 0}, folder / "zero" / name / "exp_avg.pt")
+        module = {name: torch.empty(0) for name in weights()} | {"n.running_mean": torch.ones(3) * number}
+        content = {"module": module, "buffer_names": ["n.running_mean"], "global_steps": 100 * number}
+        torch.save(content, folder / "mp_rank_00_model_states.pt")
+    opened = [open_checkpoint(tmp_path / f"global_step{number}00_universal") for number in (1, 2)]
+    made, want = plan(opened, [1, 1]), weights(1.5) | {"n.running_mean": torch.full((3,), 1.5)}
+    assert (opened[1].format, opened[1].moment[TimeUnit.BATCH]) == ("universal DeepSpeed checkpoint", 200)
+    assert {*made.names} == {*want}
+    assert all(torch.allclose(average(made, name), tensor) for name, tensor in want.items())
 
 
 def test_the_ranks_of_megatron_are_read_together_and_their_names_say_the_rank(tmp_path) -> None:
@@ -145,6 +201,33 @@ def test_a_network_of_edm2_in_a_pickle_is_read_as_data_and_no_code_runs(tmp_path
     assert (opened.place, opened.format) == ("ema", "pickle")
     assert opened.tensors.keys() == want.keys()
     assert all(torch.equal(opened.tensors[name].whole(), one) for name, one in want.items())
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_snapshots_of_edm2_are_averaged_to_a_state_dict_of_their_network(tmp_path, suffix) -> None:
+    net, states = _Net().half(), []
+    for thousands in (1024, 2048, 3072):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.normal_()
+        states.append({name: one.clone() for name, one in net.state_dict().items()})
+        content = pickled({"ema": _Persistent(net), "dataset_kwargs": {"resolution": 64}})
+        (tmp_path / f"network-snapshot-{thousands:07d}-0.100.pkl").write_bytes(content)
+    out = tmp_path / f"merged{suffix}"
+    assert main(["average", str(tmp_path / "network-snapshot-*.pkl"), "-o", str(out)]) == 0
+    got = torch.load(out) if suffix == ".pt" else load_file(out)
+    assert {*got} == {*states[0]}
+    for name, tensor in got.items():
+        mean = sum(state[name].double() for state in states) / 3
+        assert torch.equal(tensor, mean.half() if tensor.is_floating_point() else states[-1][name])
+    net.load_state_dict(got)
+    assert [one["moment"] for one in provenance_of(out)] == [{"sp": n * 1024000.0} for n in (1, 2, 3)]
+
+
+def test_an_average_of_snapshots_is_not_written_as_a_pickle(tmp_path, capsys) -> None:
+    (tmp_path / "network-snapshot-0001024-0.100.pkl").write_bytes(pickled({"ema": _Persistent(_Net())}))
+    assert main(["average", str(tmp_path / "network-*.pkl"), "-o", str(tmp_path / "out.pkl")]) == 2
+    assert "the output must be .safetensors, .pt" in capsys.readouterr().err
 
 
 def test_a_network_of_ultralytics_in_a_file_of_torch_is_read_as_data(tmp_path) -> None:

@@ -292,14 +292,14 @@ def test_the_best_of_a_lightning_trainer_are_those_of_its_callback_whose_names_a
     assert_is_mean(model, [states[1], states[3]])
 
 
-def test_the_best_of_a_transformers_trainer_are_averaged_and_evaluated(tmp_path) -> None:
+def test_the_best_and_the_last_five_of_a_transformers_trainer_are_averaged_and_evaluated(tmp_path) -> None:
     import transformers
 
     config = transformers.GPT2Config(vocab_size=17, n_positions=8, n_embd=8, n_layer=1, n_head=2)
     data = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(8)]
     arguments = transformers.TrainingArguments(
         str(tmp_path / "out"),
-        num_train_epochs=4,
+        num_train_epochs=6,
         per_device_train_batch_size=4,
         eval_strategy="epoch",
         save_strategy="epoch",
@@ -313,11 +313,27 @@ def test_the_best_of_a_transformers_trainer_are_averaged_and_evaluated(tmp_path)
         trainer.train()
         folders = sorted((tmp_path / "out").iterdir())
         losses = {one: open_checkpoint(one).metrics["eval_loss"] for one in folders}
-        assert len(losses) == 4
+        assert len(losses) == 6
+        averaged(tmp_path / "out/checkpoint-*", "-o", tmp_path / "last", "--last", 5)
+        newest = sorted(folders, key=lambda one: int(one.name.rpartition("-")[2]))[-5:]
+        assert_evaluates_as_the_mean(transformers, tmp_path / "last", newest, data, arguments)
         best = sorted(sorted(losses, key=losses.__getitem__)[:2], key=lambda one: int(one.name.rpartition("-")[2]))
         out = tmp_path / "averaged"
         averaged(tmp_path / "out/checkpoint-*", "-o", out, "--best", 2, "--metric", "eval_loss")
-        states = [dict(transformers.GPT2LMHeadModel.from_pretrained(one).named_parameters()) for one in best]
-        again = transformers.GPT2LMHeadModel.from_pretrained(out)
-        assert_is_mean(again, [{name: one.detach() for name, one in state.items()} for state in states])
-        assert transformers.Trainer(again, arguments, None, data, data).evaluate()["eval_loss"] > 0
+        assert_evaluates_as_the_mean(transformers, out, best, data, arguments)
+
+
+def assert_evaluates_as_the_mean(transformers, folder, folders, data, arguments) -> None:
+    """Load an average by ``from_pretrained``; its loss in a `Trainer` must be that of the mean of all weights."""
+    states = [dict(transformers.GPT2LMHeadModel.from_pretrained(one).named_parameters()) for one in folders]
+    again = transformers.GPT2LMHeadModel.from_pretrained(folder)
+    detached = [{name: one.detach() for name, one in state.items()} for state in states]
+    assert_is_mean(again, detached)
+    expected = transformers.GPT2LMHeadModel.from_pretrained(folders[-1])
+    with torch.no_grad():
+        for name, parameter in expected.named_parameters():
+            parameter.copy_(mean(detached, name))
+    losses = [
+        transformers.Trainer(one, arguments, None, data, data).evaluate()["eval_loss"] for one in (again, expected)
+    ]
+    assert losses[0] == losses[1] > 0

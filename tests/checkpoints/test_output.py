@@ -88,6 +88,27 @@ def module_like(tensors: dict[str, torch.Tensor]) -> nn.Module:
     return root
 
 
+@pytest.mark.parametrize("name", list(checkpoint_files.FORMATS))
+def test_an_average_of_a_format_loads_again_into_a_model(tmp_path, name) -> None:
+    made = opened(name, tmp_path)
+    out = tmp_path / ("out.ckpt" if made.newest.path.is_file() else "out")
+    out = out.with_suffix(".safetensors") if name == "safetensors" or "older" in name else out
+    form = check_output(out, made)
+    write_average(made, out)
+    if form == "dcp" and made.newest.folder:  # of Accelerate
+        out /= made.newest.folder
+    want = {key: average(made, key) for key in made.names}
+    model = module_like(want)
+    model.load_state_dict(loaded(form, out, made) if form != "hf" else all_of(out))
+    got = dict(model.named_buffers())
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[key], tensor) for key, tensor in want.items())
+
+
+def all_of(folder) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 @pytest.mark.parametrize(
     ("name", "folder", "key"),
     [

@@ -21,6 +21,9 @@ def test_each_row_of_the_table_of_formats_names_its_test_and_who_wrote_the_files
         for path in Path(__file__).parent.glob("test_*.py")
         for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
+    three = re.findall(r"`(test_\w+)`", table.partition("| format |")[0])
+    assert len(three) == 3
+    assert {*three} <= tests.keys()
     for what, written_by, _, test in rows:
         name = test.strip("`")
         assert name in tests or name in checkpoint_files.FORMATS, what

@@ -52,6 +52,26 @@ SHAPES = {
         "state_dict": RAW, "callbacks": {"StochasticWeightAveraging": {"average_model_state": AVERAGE}}
     },
     "an optimizer's ema": {"state_dict": RAW, "optimizer_states": [{"opt": {}, "ema": tuple(AVERAGE.values())}]},
+    "net_model and ema_model": {"net_model": RAW, "ema_model": AVERAGE},
+    "net and ema": {"net": RAW, "ema": AVERAGE},
+    "model and model_avg": {"model": RAW, "model_avg": AVERAGE},
+    "model_state_dict and ema_model_state_dict": {"model_state_dict": RAW, "ema_model_state_dict": AVERAGE},
+    "encoder and target_encoder": {"encoder": under("module.", RAW), "target_encoder": under("module.", AVERAGE)},
+    "state_dicts": {"state_dicts": {"model": RAW, "ema_model": AVERAGE, "optimizer": {}}},
+    "params in ema": {"model": RAW, "ema": {"params": AVERAGE, "decay": 0.9}},
+    "ema in extra_state": {"model": RAW, "extra_state": {"ema": AVERAGE, "epoch": 1}},
+    "a callback's ema_state_dict": {"state_dict": RAW, "callbacks": {"EMA{0.9}": {"ema_state_dict": AVERAGE}}},
+    "momentum_encoder in state_dict": {
+        "state_dict": {**under("module.base_encoder.", RAW), **under("module.momentum_encoder.", AVERAGE)}
+    },
+    "ema. in state_dict": {"state_dict": {**under("model.", RAW), **under("ema.", AVERAGE)}},
+    "an AveragedModel in state_dict": {
+        "state_dict": {**under("model.", RAW), "ema.n_averaged": torch.tensor(1), **under("ema.module.", AVERAGE)}
+    },
+    "an EMA of ema-pytorch in state_dict": {
+        "state_dict": {**under("model.", RAW), **under("ema.online_model.", RAW), **under("ema.ema_model.", AVERAGE)}
+    },
+    "model. and ema. alone": {**under("model.", RAW), **under("ema.", AVERAGE)},
     "alone": AVERAGE,
 }  # fmt: skip
 
@@ -287,3 +307,12 @@ def test_a_lightning_checkpoint_of_polyak_with_any_hyperparameters(tmp_path):
         trainer.save_checkpoint(tmp_path / "own.ckpt")
     assert_is({f"net.{n}": p.detach() for n, p in ema.ema_model.net.named_parameters()}, convert(tmp_path / "own.ckpt"))
     assert load(tmp_path / "own.ckpt")["epoch"] == 1
+
+
+def test_the_training_weights_in_the_state_of_an_ema_class_are_not_taken_for_its_average(tmp_path, capsys) -> None:
+    """As Imagen's, with a state of ema-pytorch for each of its networks."""
+    state = {**under("0.online_model.", RAW), **under("0.ema_model.", AVERAGE), "0.step": torch.tensor(1)}
+    torch.save({"model": RAW, "ema": state}, tmp_path / "a.pt")
+    assert main(["convert", str(tmp_path / "a.pt"), "-o", str(tmp_path / "a.safetensors")]) == 2
+    assert "say which by --key" in capsys.readouterr().err
+    assert_is(AVERAGE, convert(tmp_path / "a.pt", "--key", "ema", "--prefix", "0.ema_model."))

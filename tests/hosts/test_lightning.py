@@ -634,3 +634,15 @@ def test_the_other_package_of_lightning_takes_the_callback_too(tmp_path: Path) -
     saved = torch.load(tmp_path / "end.ckpt", weights_only=True)
     assert not loops.differences(ema.average, of_net(saved["state_dict"]))
     assert not loops.differences(native(plan, "4ba").batches, ema.batches)
+
+
+@pytest.mark.parametrize("optimizer", [-1, "adam", True])
+def test_what_is_no_number_of_an_optimizer_is_refused_at_the_door(optimizer) -> None:
+    with pytest.raises(ArgumentError, match="optimizer must be the number of an optimizer"):
+        Averaging(EMA("4ba"), optimizer=optimizer)
+
+
+def test_an_optimizer_that_the_model_does_not_have_is_refused_by_number(tmp_path: Path) -> None:
+    plan = Plan(epochs=1)
+    with pytest.raises(ArgumentError, match="one of the model's 1 optimizers .got 3"):
+        trainer_for(tmp_path, plan, Averaging(EMA("4ba"), optimizer=3)).fit(Module(net_of(), plan), plan.loader)

@@ -21,6 +21,7 @@ from polyak import (
     HalfLife,
     MismatchError,
     PlanWarning,
+    PolyakError,
     Record,
     Recorder,
     RecordError,
@@ -403,3 +404,31 @@ def test_a_run_that_is_killed_resumes_from_its_checkpoint_with_the_same_record(t
     trainer(killed, duration="40ep", autoresume=True).fit()
     assert segments(killed / "record") == segments(tmp_path / "whole" / "record")
     assert Record(killed / "record").error(HalfLife("50ba")) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"per_level": "4"}, "per_level must be at least 1"),
+        ({"per_level": 1.5}, "per_level must be at least 1"),
+        ({"per_level": True}, "per_level must be at least 1"),
+        ({"dtype": torch.int8}, "dtype of a Recorder must be torch.float32"),
+        ({"dtype": "float16"}, "dtype of a Recorder must be torch.float32"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype of a Recorder must be torch.float32"),
+        ({"device": "gpu"}, "device of a Recorder must be a device of this machine"),
+        ({"policy": "all"}, "policy of a Recorder must be a function"),
+        ({"overwrite": "yes"}, "overwrite of a Recorder must be True or False"),
+    ],
+)
+def test_an_argument_that_cannot_be_meant_is_refused_by_name_before_a_run(tmp_path: Path, given, says) -> None:
+    with pytest.raises(PolyakError, match=says):
+        Recorder(tmp_path, interval="5ba", **given)
+
+
+def test_a_record_of_nothing_but_frozen_weights_is_warned_of(tmp_path: Path) -> None:
+    attached = attach(
+        Recorder(tmp_path / "r", interval="2ba"), nn.Linear(2, 1).requires_grad_(requires_grad=False), None
+    )
+    with pytest.warns(PlanWarning, match="nothing to average"):
+        attached.step()
+    attached.detach()

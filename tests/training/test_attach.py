@@ -14,6 +14,7 @@ from torch import nn
 import polyak.training.steps
 from polyak import (
     EMA,
+    CallError,
     Event,
     HalfLife,
     LoanError,
@@ -539,3 +540,11 @@ def test_the_callers_of_a_step_are_not_walked_once_the_optimizer_has_a_state(mon
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
     assert attached.timestamp.batch == "4ba"
+
+
+def test_a_second_block_of_what_attach_returned_is_refused_instead_of_counting_nothing() -> None:
+    attached = Loop(EMA("2ba")).run(9).attached
+    with attached:
+        pass
+    with pytest.raises(CallError, match=r"it is detached\); attach again"), attached:
+        pass

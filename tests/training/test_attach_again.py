@@ -16,10 +16,12 @@ from torch import nn
 from polyak import (
     EMA,
     Algorithm,
+    CheckpointError,
     CopyError,
     Event,
     HalfLife,
     PlanWarning,
+    Policy,
     ProfileError,
     Record,
     Recorder,
@@ -416,3 +418,86 @@ def test_a_run_without_an_update_ends_with_a_warning(model, optimizer) -> None:
         attach(EMA("5ba", update_interval="50ba"), model, optimizer),
     ):
         train(model, optimizer, 20)
+
+
+def test_a_model_with_nothing_to_average_is_warned_of_where_averaging_begins() -> None:
+    model = nn.Linear(2, 1).requires_grad_(requires_grad=False)
+    attached = attach(EMA(smoothing=0.5), model, None)
+    with pytest.warns(PlanWarning, match="nothing to average: of the 2 parameters of Linear none is trained"):
+        attached.step()
+    ema = EMA(smoothing=0.5, policy=lambda _: Policy.AVERAGE)
+    evolved = attach(ema, model, None)
+    for value in (0.0, 1.0):
+        model.weight.fill_(value)
+        evolved.step()
+    assert torch.equal(ema.ema_model.weight, torch.full((1, 2), 0.5))
+
+
+@pytest.mark.parametrize("use", ["save", "publish"])
+def test_a_replaced_optimizer_is_noticed_where_weights_are_saved_or_published(model, optimizer, tmp_path, use) -> None:
+    ema = attach(EMA("3ba"), model, optimizer)
+    other = torch.optim.Adam(model.parameters())
+    train(model, optimizer, 3)
+    train(model, other, 3)
+    with pytest.warns(PlanWarning, match="since then 3 of Adam"):
+        ema.save(tmp_path / "a.safetensors") if use == "save" else ema.publish(lambda name, tensor: None)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda s: s.update(timestamp=None), "numbers in 'timestamp'"),
+        (lambda s: s["timestamp"].pop("batch"), "numbers in 'timestamp'"),
+        (lambda s: s.update(algorithms=None), "pairs of a name and a state"),
+        (lambda s: s.update(algorithms=[["EMA"]]), "pairs of a name and a state"),
+        (lambda s: s["algorithms"][0][1].update(num_updates=None), "another kind of num_updates"),
+        (lambda s: s["algorithms"][0][1].update(ema_model=None), "another kind of ema_model"),
+        (
+            lambda s: s["algorithms"][0][1]["ema_model"].update({"inner.bias": [1.0]}),
+            r"another kind of ema_model\['inner.bias'\]",
+        ),
+        (
+            lambda s: s["algorithms"][0][1]["ema_model"].update({"inner.bias": torch.ones(1, device="meta")}),
+            "another kind of ema",
+        ),
+        (
+            lambda s: s["algorithms"][0][1]["ema_model"].update({"inner.bias": torch.ones(2).long()}),
+            "got torch.int64 for 'inner.bias'",
+        ),
+    ],
+)
+def test_a_state_that_is_not_whole_is_refused_by_name_and_changes_nothing(model, optimizer, spoil, says) -> None:
+    ema = attach(EMA(smoothing=0.5), model, optimizer)
+    train(model, optimizer, 3)
+    before = {name: tensor.clone() for name, tensor in ema.model.state_dict().items()}
+    state = copy.deepcopy(ema.state_dict())
+    state["algorithms"] = [list(pair) for pair in state["algorithms"]]
+    spoil(state)
+    with pytest.raises(CheckpointError, match=says):
+        ema.load_state_dict(state)
+    assert ema.average.num_updates == 2
+    assert all(torch.equal(before[name], tensor) for name, tensor in ema.model.state_dict().items())
+
+
+def test_a_name_with_a_line_separator_is_resumed_as_it_was_decided() -> None:
+    def made() -> tuple[nn.Linear, torch.optim.Optimizer]:
+        model = nn.Linear(2, 1)
+        model.register_buffer("count\u2028er", torch.zeros(1))
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    model, optimizer = made()
+    ema = attach(EMA(smoothing=0.5), model, optimizer)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    again, other = made()
+    resumed = attach(EMA(smoothing=0.5), again, other)
+    resumed.load_state_dict(ema.state_dict())
+    again._buffers["count\u2028er"] += 4
+    again(torch.ones(1, 2)).sum().backward()
+    other.step()
+    assert resumed.state_dict()["algorithms"][0][1]["ema_model"]["count\u2028er"].item() == 4.0
+
+
+def test_a_lazily_built_model_is_shown_before_it_is_built() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    assert "Sequential (10 parameters)" in repr(attach(EMA("5ba"), model, torch.optim.SGD(model.parameters(), lr=0.1)))

@@ -209,3 +209,15 @@ def test_whole_numbers_of_any_kind_are_options_of_a_loop() -> None:
     assert (options.steps_per_epoch, options.samples_per_step, options.duration) == (10, 8, Time(10, "ba"))
     assert TimeUnit.SAMPLE in options.counts
     assert TimeUnit.TOKEN not in options.counts
+
+
+@pytest.mark.parametrize("given", ["infba", "1dur"])
+def test_a_length_of_the_run_that_measures_nothing_is_refused(given) -> None:
+    with pytest.raises(TimeError, match="max_duration must be finite, and in another unit than dur"):
+        LoopOptions(max_duration=given)
+
+
+def test_an_algorithm_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "record", interval="2ba")
+    with pytest.raises(ArgumentError, match="algorithms must be different ones"):
+        as_algorithms([recorder, recorder])

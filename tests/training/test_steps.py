@@ -620,3 +620,85 @@ def test_a_model_that_is_built_lazily_is_averaged_from_its_first_step() -> None:
             optimizer.step()
     assert attached.timestamp.batch == "3ba"
     assert attached.algorithm.num_updates == 2
+
+
+# Weights that change between steps
+
+_BETWEEN = r"must not change between two steps.*after each step, give attach\(\.\.\., None\)"
+
+
+def clip(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data.clamp_(-0.05, 0.05)
+
+
+def normalize(model: nn.Module) -> None:
+    model.weight.data = nn.functional.normalize(model.weight.data, dim=1)
+
+
+@torch.no_grad()
+def mask(model: nn.Module) -> None:
+    model.weight.mul_(torch.tensor([0.0, 1.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("change", [clip, normalize, mask])
+def test_a_loop_that_changes_weights_after_each_step_is_told_at_the_second(change) -> None:
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA(smoothing=0.5), model, optimizer)
+    train(model, optimizer, steps=1)
+    change(model)
+    with pytest.warns(PlanWarning, match=_BETWEEN):
+        train(model, optimizer, steps=1)
+    attached.detach()
+
+
+def test_a_loop_that_changes_weights_later_is_told_too_and_once() -> None:
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA(smoothing=0.5), model, optimizer)
+    train(model, optimizer, steps=9)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(200):
+            train(model, optimizer, steps=1)
+            clip(model)
+    assert len([warning for warning in caught if "must not change between" in str(warning.message)]) == 1
+    attached.detach()
+
+
+def test_a_loop_that_changes_weights_after_each_step_is_averaged_when_it_counts_by_hand() -> None:
+    model, ema, weights = linear(), EMA(smoothing=0.5), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(ema, model, None)
+    for _ in range(12):
+        train(model, optimizer, steps=1)
+        clip(model)
+        attached.step()
+        weights.append(model.weight.detach().clone())
+    assert_averaged(ema, weights)
+
+
+def test_swaps_and_states_between_two_steps_change_no_weights() -> None:
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA(smoothing=0.5), model, optimizer)
+    for _ in range(12):
+        train(model, optimizer, steps=1)
+        with attached.applied():
+            attached.state_dict()
+        attached.load_state_dict(attached.state_dict())
+    attached.detach()
+
+
+def test_weights_that_move_between_two_evaluations_without_a_step_are_warned_of() -> None:
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA(smoothing=0.5), model, optimizer)
+    train(model, optimizer, steps=5)
+    with attached.applied():
+        pass
+    train(model, optimizer, steps=3, step=lambda: type(optimizer).step.__wrapped__(optimizer))
+    with pytest.warns(PlanWarning, match="2 parameters have moved since the last check, after 5 steps.*0 steps were"):
+        attached.state_dict()
+    attached.detach()

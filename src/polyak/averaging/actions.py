@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from polyak.algorithm import MetricLogger, NoLogger
 from polyak.averaging import forecast, youth
+from polyak.averaging.nothing import warn_of_nothing
 from polyak.averaging.online import SWAPS, Action, OnlineAverage
 from polyak.averaging.swap import swap_of
 from polyak.errors import LoanError, ProfileError, TimeError
@@ -69,6 +70,8 @@ def _begin(average: OnlineAverage, event: Event, state: State, logger: MetricLog
     if progress.waits:
         forecast.warn_of_waits(progress, f"averaging begins at {now.batch}")
     schedule.check_clock(state)
+    if not parameters and average.model is not None:
+        warn_of_nothing(average.model, average.name)
     average.shadow = average.new_shadow(state.model)
     progress.begin(schedule, state)
 

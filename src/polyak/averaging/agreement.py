@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from polyak.errors import ShardingError
 from polyak.sharding import Communicator, Ranks, is_spread
-from polyak.tensors.slots import Policy, PolicyRule, all_slots, places_of, slots
+from polyak.tensors.slots import Policy, PolicyRule, all_slots, decided, places_of, slots
 
 # Rows that a sum takes together: what it needs in memory next to the tensors.
 _CHUNK = 1 << 20
@@ -75,7 +75,9 @@ def refuse_unsynchronized(ranks: Ranks | None, model: nn.Module, policy: PolicyR
         ShardingError: If there are such parameters; it names them.
     """
     ignored = set(map(id, ranks.unsynchronized)) if ranks else set[int]()
-    names = [slot.name for slot in slots(model) if id(slot.tensor) in ignored and policy(slot) is not Policy.LEAVE]
+    names = [
+        slot.name for slot in slots(model) if id(slot.tensor) in ignored and decided(policy, slot) is not Policy.LEAVE
+    ]
     if names:
         raise ShardingError(
             "a parameter must be the same on all ranks for one of them to save its average (got "

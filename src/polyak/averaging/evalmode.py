@@ -28,7 +28,7 @@ def evaluate(view: nn.Module, tensors: Iterable[Tensor]) -> None:
         if own:
             view.eval()
         for module in view.modules():
-            module.training = False
+            vars(module)["training"] = False  # some modules refuse to be assigned to
 
 
 def keep_evaluating(view: nn.Module) -> None:

@@ -6,17 +6,20 @@ import warnings
 from polyak.averaging.progress import Progress
 from polyak.averaging.schedule import Run, Schedule, convert
 from polyak.errors import PlanWarning
-from polyak.profiles import named
+from polyak.profiles import HalfLife, named
 from polyak.time import Time, Timestamp, TimeUnit
+
+_MOST_HALF_LIVES = 10  # of which an update keeps less than a thousandth of the average
 
 
 def warn_before(schedule: Schedule, run: Run) -> None:
-    """Warn if averaging will never start, or will never forget the first weights.
+    """Warn if averaging will never start, will never forget the first weights, or will forget all but the last.
 
     Args:
         schedule: When averaging begins, and how it updates.
         run: The run at its begin.
     """
+    warn_of_short(schedule, run)
     end, first = convert(run.max_duration, TimeUnit.BATCH, run), first_update(schedule, run)
     if end is None or first is None or end <= float(run.timestamp.batch):
         return
@@ -33,6 +36,25 @@ def warn_before(schedule: Schedule, run: Run) -> None:
             f"the first weights will still be {share:.1%} of the average at the end of the run (averaging from "
             f"{first:g}ba to {end:g}ba by {schedule.profile!r}); take a shorter half-life, or "
             "EMA(profile=HalfLife(..., unbiased=True)), which forgets them"
+        )
+
+
+def warn_of_short(schedule: Schedule, run: Run) -> None:
+    """Warn if one interval is many half-lives, so that the average is hardly more than the last weights.
+
+    Args:
+        schedule: How the average updates.
+        run: Has the length of an epoch and of the run, if they are known.
+    """
+    profile = schedule.profile
+    if not isinstance(profile, HalfLife) or profile.span.value == 0:  # 0 asks for the weights themselves
+        return
+    interval = convert(schedule.interval, profile.span.unit, run)
+    if interval is not None and interval > _MOST_HALF_LIVES * profile.span.value:
+        _warn(
+            f"the average will be hardly more than the last weights: update_interval='{schedule.interval}' is "
+            f"{interval / profile.span.value:.4g} half-lives of '{profile.span}'; take a longer half-life or a shorter "
+            "interval"
         )
 
 

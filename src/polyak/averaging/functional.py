@@ -5,10 +5,12 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+from polyak.averaging.derived import forget_derived
+from polyak.averaging.swap import refuse_averaged_weights
 from polyak.errors import ArgumentError
 from polyak.kernels import Place, lerp_
 from polyak.profiles import Smoothing
-from polyak.tensors.memory import write_
+from polyak.tensors.memory import has_memory, write_
 from polyak.tensors.slots import check_match, is_statistic, named_tensors, slots
 
 _calls = itertools.count()
@@ -30,7 +32,8 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         smoothing: The share of the average that is kept, from 0 to 1.
 
     Raises:
-        ArgumentError: If one of the two is not a module.
+        ArgumentError: If one of the two is not a module, or ``ema_model`` has tensors that are trained as ``model``'s.
+        LoanError: If ``model`` holds an average.
         ProfileError: If ``smoothing`` is not in [0, 1].
         MismatchError: If names or shapes differ; it lists them.
 
@@ -50,6 +53,14 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
     weight = 1 - Smoothing(smoothing).value
     online, averages = named_tensors(model), named_tensors(ema_model)
     check_match("ema_model must have the names and shapes of model", online, averages)
+    refuse_averaged_weights(model)
+    shared = [
+        n for n, t in online.items() if t.requires_grad and has_memory(t) and _address(t) == _address(averages[n])
+    ]
+    if shared:
+        raise ArgumentError(
+            f"ema_model must have its own memory (got {shared[0]!r} in that of model); make it by copy.deepcopy(model)"
+        )
     averaged = list[tuple[Tensor, Tensor]]()
     for slot in slots(ema_model):
         average, tensor = slot.tensor.detach(), online[slot.name].detach()
@@ -61,3 +72,8 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
             write_(average, tensor)
     moved, tensors = [average for average, _ in averaged], [tensor for _, tensor in averaged]
     lerp_(moved, tensors, weight, [Place(i) for i in range(len(averaged))], num_updates=next(_calls))
+    forget_derived()
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if has_memory(tensor) else 0

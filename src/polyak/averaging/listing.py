@@ -16,7 +16,9 @@ from polyak.tensors.fingerprint import Fingerprint
 from polyak.tensors.slots import (
     Policy,
     Slot,
+    all_slots,
     check_match,
+    decided,
     slots,
     trained_through,
     views_of,
@@ -120,7 +122,9 @@ class Listing:
         for slot, _ in held:
             self._place(slot)
         self.slots = [slot for slot, _ in held]
-        check_match("the model must keep the averaged tensors", self.averages, self.online())
+        self._refuse_shared()
+        what = "the model must keep the averaged tensors (if its structure was changed on purpose, attach a new EMA)"
+        check_match(what, self.averages, self.online())
         check_memory(self.averages)
         self.views = {
             name: (own.name, memory.Place.of(local(own.tensor), local(slot.tensor)))
@@ -132,6 +136,19 @@ class Listing:
         if join and not waiting:
             self.fingerprint = self._new_fingerprint()
 
+    def _refuse_shared(self) -> None:
+        """Refuse a model that has taken an average's own tensor in the place of the one that is averaged."""
+        kept = {slot.name for slot in self.slots}
+        for slot in all_slots(self._model):
+            average = None if slot.name in kept else self.averages.get(slot.name)
+            if average is None or not (memory.has_memory(local(average)) and memory.has_memory(local(slot.tensor))):
+                continue
+            if local(slot.tensor).data_ptr() == local(average).data_ptr():
+                raise MemoryLayoutError(
+                    f"the model must have memory of its own, and its {slot.name!r} is the average itself, as after "
+                    "load_state_dict(ema.model.state_dict(), assign=True); leave out assign, or load clones"
+                )
+
     def _new_fingerprint(self) -> Fingerprint:
         return Fingerprint(self._model, list(self.averages.values()) if self._guarded else ())
 
@@ -142,7 +159,7 @@ class Listing:
     def _policy_of(self, slot: Slot, through: set[str]) -> Policy:
         if slot.name in self.policies:
             return self.policies[slot.name]
-        policy = Policy.AVERAGE if slot.name in through else self._settings.policy(slot)
+        policy = Policy.AVERAGE if slot.name in through else decided(self._settings.policy, slot)
         if policy is Policy.LEAVE:
             return policy
         check_layout(slot, policy)
@@ -171,7 +188,8 @@ class Listing:
         if self.holds():
             return []
         through = trained_through(views_of(self._model, tied=self._settings.views), self._settings.policy)
-        joining = (s for s in self._found() if s.name in through or self._settings.policy(s) is not Policy.LEAVE)
+        policy = self._settings.policy
+        joining = (s for s in self._found() if s.name in through or decided(policy, s) is not Policy.LEAVE)
         return sorted(slot.name for slot in joining if slot.name not in self.averages)
 
     def expect(self, averages: Mapping[str, Tensor], waiting: set[str]) -> dict[str, Slot]:

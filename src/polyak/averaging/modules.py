@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import sharding
+from polyak.averaging.derived import forget_derived
 from polyak.averaging.listing import Listing
 from polyak.averaging.movement import Movement
 from polyak.averaging.view import module_over
@@ -117,3 +118,4 @@ def copy_into(target: nn.Module, movement: Movement, tensors: Mapping[str, Tenso
     check_match("the model to fill must have the names and shapes of the one in training", source, filled)
     for name, tensor in filled.items():
         sharding.copy_(tensor.detach(), source[name])
+    forget_derived()

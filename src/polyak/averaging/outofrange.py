@@ -24,7 +24,7 @@ def warn_of_range(averaged: Iterable[tuple[Slot, Tensor]]) -> bool:
     reached = [
         (slot.name, average.dtype)
         for slot, average in averaged
-        if _is_narrow(average, slot.tensor) and _is_full(average)
+        if slot.is_in_place and _is_narrow(average, slot.tensor) and _is_full(average)
     ]
     if not reached:
         return False

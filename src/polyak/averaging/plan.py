@@ -15,6 +15,7 @@ from polyak.tensors.slots import (
     Slot,
     all_slots,
     decide,
+    decided,
     default_policy,
     trained_through,
     views_of,
@@ -108,7 +109,8 @@ def _row(slot: Slot, policy: PolicyRule, owners: Mapping[str, str], through: set
     if slot.name in owners:
         decision, reason = "shared", f"its memory is that of {owners[slot.name]}"
     else:
-        made = decide(slot) if policy is default_policy else Decision(policy(slot), "the policy that was given says so")
+        own = policy is default_policy
+        made = decide(slot) if own else Decision(decided(policy, slot), "the policy that was given says so")
         if slot.name in through and made.policy is not Policy.AVERAGE:
             made = Decision(Policy.AVERAGE, "it shares its memory with a parameter that is trained")
         decision, reason = made.policy.value, made.reason

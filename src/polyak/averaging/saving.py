@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from polyak import sharding
+from polyak.averaging.derived import forget_derived
 from polyak.averaging.movement import Movement
 from polyak.averaging.offload import hold_writes
 from polyak.averaging.swap import swap_of
 from polyak.averaging.swapper import Swapper
-from polyak.errors import LoanError
+from polyak.errors import CheckpointError, LoanError
 from polyak.sharding import local
 from polyak.tensors.slots import Policy, check_match, places_of
 
@@ -58,6 +59,7 @@ def load_tensors(movement: Movement, state: Mapping[str, Any]) -> None:
     Raises:
         LoanError: If the model holds an average.
         MismatchError: If names or shapes differ from the model's.
+        CheckpointError: If values are cut to whole numbers.
     """
     model, listing, settings = movement.model, movement.listing, movement.settings
     if swap := swap_of(model):
@@ -71,6 +73,12 @@ def load_tensors(movement: Movement, state: Mapping[str, Any]) -> None:
     held = listing.expect(averages, waiting)
     online = {name: slot.tensor.detach() for name, slot in held.items()}
     check_match("a saved average must fit the model", online, averages)
+    cut = [n for n, t in online.items() if _is_numeric(t) and not _is_numeric(averages[n])]
+    if cut:
+        raise CheckpointError(
+            f"a saved average must have floating-point values where the model has (got {averages[cut[0]].dtype} for "
+            f"{cut[0]!r}); save what state_dict() returns as it is"
+        )
     training: Mapping[str, Tensor] | None = state.get("training")
     if training:
         training = places.as_local(training)
@@ -87,8 +95,13 @@ def load_tensors(movement: Movement, state: Mapping[str, Any]) -> None:
         sharding.copy_(average, averages[name])
         if training:
             sharding.copy_(tensor, training[name])
+    forget_derived()
     movement.reset(int(state["num_updates"]), int(state["num_quarantined"]))
 
 
 def _listed(names: str | None) -> dict[str, Tensor]:
-    return dict.fromkeys((names or "").splitlines(), torch.empty(0))
+    return dict.fromkeys(filter(None, (names or "").split("\n")), torch.empty(0))
+
+
+def _is_numeric(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -61,7 +61,7 @@ def _joined(ranks: Ranks | None, saved: Mapping[str, Any]) -> dict[str, str]:
     if ranks is None or not ranks.differ:
         return {}
     keys = ("copied", "waiting")
-    names = ranks.union({f"{key} {name}": "" for key in keys for name in saved[key].splitlines()})
+    names = ranks.union({f"{key} {name}": "" for key in keys for name in saved[key].split("\n") if name})
     return {key: "\n".join(n.partition(" ")[2] for n in names if n.startswith(f"{key} ")) for key in keys}
 
 
@@ -134,6 +134,28 @@ def check_state(state: Any) -> None:
             f"the state of an EMA must be complete (it has no {', '.join(sorted(missing))}); save what state_dict() "
             "returns as it is"
         )
+    if "polyak" in state and state["polyak"] != 1:
+        raise CheckpointError(
+            f"the state of an EMA must be of a form that this polyak reads, 1 (got {state['polyak']!r}): use the "
+            "polyak that saved it"
+        )
+    if "polyak" in state and state["ema_started"]:
+        _check_kinds(state)
+
+
+def _check_kinds(state: Mapping[str, Any]) -> None:
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(state[name], kind)]
+    if not wrong:
+        held = state["ema_model"].items()
+        wrong = [f"ema_model[{name!r}]" for name, tensor in held if not isinstance(tensor, Tensor) or tensor.is_meta]
+    if wrong:
+        raise CheckpointError(
+            f"the state of an EMA must have tensors by name, numbers and moments (got another kind of {wrong[0]}); "
+            "save what state_dict() returns as it is"
+        )
+
+
+_KINDS = {"ema_model": Mapping, "num_updates": (int, float, Tensor), "origin": Mapping, "updated_at": Mapping}
 
 
 def cloned(state: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:

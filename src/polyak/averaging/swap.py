@@ -12,19 +12,21 @@ from collections.abc import Callable, Collection, Sequence
 from enum import Enum
 from itertools import compress
 
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from polyak import kernels, sharding
 from polyak.averaging.buffers import Buffer, kept_names
 from polyak.averaging.changes import report_changed, warn_of_gradients
+from polyak.averaging.derived import forget_derived
 from polyak.averaging.gradients import Gradients
+from polyak.averaging.held import Held
 from polyak.averaging.offload import hold_writes
+from polyak.averaging.versions import Versions
 from polyak.errors import LoanError, PlanWarning
 from polyak.sharding import is_spread, local, rows
 from polyak.tensors import memory, optimizers
-from polyak.tensors.slots import Slot, all_slots, unwrap
+from polyak.tensors.slots import Slot, all_slots, own_attribute, unwrap
 
 
 class Phase(Enum):
@@ -90,8 +92,9 @@ class Swap:
         self._watched = [(s.name, memory.compact(local(s.tensor).detach())) for s in watched if _has_bits(s.tensor)]
         self._sums: list[int] | None = None
         self._changed = list[str]()
-        self._places = [(slot, slot.tensor.device, slot.tensor.dtype) for slot in all_slots(model) if slot.is_parameter]
-        self.parameters = {id(slot.tensor) for slot, _, _ in self._places}
+        self._held = [Held(slot) for slot in all_slots(model) if slot.is_parameter]
+        self.parameters = {id(held.tensor) for held in self._held}
+        self._versions = Versions(self._tensors)
         self._gradients: Gradients | None = None
         self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
         # Those whose average is sharded over ranks and which are not.
@@ -128,7 +131,7 @@ class Swap:
                 self._buffers.append(Buffer(slot, slot.tensor, alias, before))
             for slot in self._views:
                 self._buffers.append(Buffer(slot, slot.tensor, local(slot.tensor).detach(), None))
-            self._gradients = Gradients({slot.name: slot.tensor for slot, _, _ in self._places})
+            self._gradients = Gradients({held.slot.name: held.tensor for held in self._held})
             _SWAPS[id(self.model)] = self
             self.phase = Phase.ENTERING
             self._exchange.forward()
@@ -137,6 +140,7 @@ class Swap:
                     memory.write_(tensor, shard)
             self._gather()
             self._publish()
+            self._versions.leave()
             self._sums = kernels.checksums(self._all_watched())
             self.phase = Phase.IN
 
@@ -156,6 +160,8 @@ class Swap:
             self.phase = Phase.LEAVING
             # Twice, since an allocation that fails may succeed a moment later.
             failures = self._restore() and self._restore()
+            if not failures:
+                self._versions.restore()
             exchanged = (slot.name for slot in compress(self._slots, self._exchanged))
             changed = self._changed + list(compress(exchanged, self._exchange.changed))
             graded = self._gradients.restore() if self._gradients is not None else []
@@ -182,6 +188,7 @@ class Swap:
         except Exception:  # restoring the weights matters more than knowing whether they changed
             return
         self._changed = [name for name, now, then in zip(names, sums, before, strict=True) if now != then]
+        self._changed += [held.slot.name for held in self._held if held.is_replaced]
 
     def settle(self) -> None:
         """End the swap if an interrupt has left it half done, or its scope is gone.
@@ -199,13 +206,13 @@ class Swap:
                 if self.phase in (Phase.ENTERING, Phase.LEAVING):
                     self.end()
         elif self.phase is Phase.IN and self.scope is not None and self.scope() is None:
+            self.end()  # first: the warning may be made an error
             warnings.warn(
                 f"the swap by {self.owner} was left without its end, perhaps by an interrupt: the training weights "
-                "are restored now",
+                "were restored now",
                 PlanWarning,
                 stacklevel=3,
             )
-            self.end()
 
     def _is_running(self) -> bool:
         """Whether ``begin`` or ``end`` is on the stack of this thread."""
@@ -252,6 +259,8 @@ class Swap:
         for i, kept in self._backup.items():
             attempt(self._slots[i].name, lambda i=i, kept=kept: memory.write_(self._tensors[i], kept))
         attempt("the shards", self._reshard)
+        for held in self._held:
+            attempt(held.slot.name, held.put_back)
         for slot, tensor, average in zip(self._slots, self._tensors, self._averages, strict=True):
             if slot.is_parameter:
                 # It may have been moved or replaced while it held the average.
@@ -259,7 +268,7 @@ class Swap:
         modules = set(self.model.modules())
         for slot in self._slots:
             attempt(slot.name, lambda slot=slot: _check_in(slot, modules))
-        moved = any(_is_moved(*place) for place in self._places)
+        moved = any(held.is_moved for held in self._held)
         for buffer in self._buffers:
             attempt(buffer.slot.name, lambda buffer=buffer: buffer.restore(moved=moved))
         attempt("the gathered rows", self._gather)
@@ -272,8 +281,9 @@ class Swap:
             sharding.gather([slot.tensor for slot in self._gathered], self._mesh)
 
     def _publish(self) -> None:
-        """Let the weights follow, if this model stands for the masters of an engine."""
-        if (publish := getattr(self.model, "publish_weights", None)) is not None:
+        """Let what follows the weights follow: what torch keeps of them, and the weights of an engine's masters."""
+        forget_derived()
+        if (publish := own_attribute(self.model, "publish_weights")) is not None:
             publish()
 
     def _reshard(self) -> None:
@@ -358,13 +368,6 @@ def _has_bits(tensor: Tensor) -> bool:
     return memory.has_memory(local(tensor)) and not tensor.is_quantized
 
 
-def _is_moved(slot: Slot, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a parameter is on another device or of another dtype than it was."""
-    held = slot.owner._parameters  # noqa: SLF001
-    tensor = held[slot.attribute] if slot.attribute in held else None  # noqa: SIM401  see above
-    return tensor is not None and (tensor.device, tensor.dtype) != (device, dtype)
-
-
 def _check_in(slot: Slot, modules: Collection[nn.Module]) -> None:
     """Check that the module of a restored tensor is still in the model: otherwise the model has other weights."""
     if slot.owner not in modules:
@@ -392,7 +395,7 @@ def refuse_merged(model: nn.Module) -> None:
         LoanError: If a module with frozen and trained parameters has a true ``merged``, as those of LoRA have.
     """
     for name, module in model.named_modules():
-        if getattr(module, "merged", False) is True and len({p.requires_grad for p in module.parameters()}) > 1:
+        if own_attribute(module, "merged") is True and len({p.requires_grad for p in module.parameters()}) > 1:
             raise LoanError(
                 f"adapters must not be merged when the average replaces them, and those of {name or 'the model'!r} "
                 "are: call train(), or unmerge them, before"

@@ -83,12 +83,16 @@ class Swapper:
         Args:
             tensors: As long as they live.
         """
+        self._forget_released()  # a teacher that is read at each step would add to them without end
         self._exposed += map(weakref.ref, tensors)
 
     def is_exposed(self) -> bool:
         """Return whether somebody holds such a tensor, who would read the training weights in it."""
-        self._exposed = [alive for alive in self._exposed if alive() is not None]
+        self._forget_released()
         return bool(self._exposed)
+
+    def _forget_released(self) -> None:
+        self._exposed = [alive for alive in self._exposed if alive() is not None]
 
     def averaged(self) -> dict[str, Tensor]:
         """Return the average by name, wherever it is now."""

@@ -11,6 +11,7 @@ from polyak.checkpoints.choosing import average_checkpoints, choose
 from polyak.checkpoints.distance import Distance, distances
 from polyak.checkpoints.opening import Checkpoint, open_checkpoint
 from polyak.checkpoints.profiles import weights_at
+from polyak.checkpoints.provenance import provenance_of
 from polyak.checkpoints.soup import Soup, greedy_soup
 from polyak.checkpoints.summary import Summary, summarize
 
@@ -25,6 +26,7 @@ __all__ = [
     "distances",
     "greedy_soup",
     "open_checkpoint",
+    "provenance_of",
     "summarize",
     "weights_at",
 ]

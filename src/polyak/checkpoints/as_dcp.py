@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from polyak.checkpoints.companions import PROVENANCE, copy_companions
+from polyak.checkpoints.sharded import sizes_of
 from polyak.checkpoints.stored import Saved
-from polyak.checkpoints.units import Facts, Job, Unit, in_groups
+from polyak.checkpoints.units import SAID, Facts, Job, Unit, in_groups
+from polyak.compat.folders import Box
 
 _FILE_BYTES = 1 << 30
 _METADATA = ".metadata"
-_Box = Sequence[tuple[int, int]]
 
 
 def _saved(job: Job) -> dict[str, Saved]:
@@ -51,14 +52,14 @@ def units(job: Job, to: Path) -> list[Unit]:
         job: What is written.
         to: As for `prepare`.
     """
-    files = dict[str, list[tuple[str, _Box]]]()
+    files = dict[str, list[tuple[str, Box]]]()
     for name, saved in _saved(job).items():
         for box, file in saved.shards:
             files.setdefault(file, []).append((name, box))
     return [_unit(job, _folder(job, to) / file, shards) for file, shards in files.items()]
 
 
-def _unit(job: Job, file: Path, shards: Sequence[tuple[str, _Box]]) -> Unit:
+def _unit(job: Job, file: Path, shards: Sequence[tuple[str, Box]]) -> Unit:
     def write() -> dict[str, list[Any]]:
         places = list[Any]()
         with file.open("wb") as opened:
@@ -71,15 +72,9 @@ def _unit(job: Job, file: Path, shards: Sequence[tuple[str, _Box]]) -> Unit:
     return Unit(file.name, write)
 
 
-def _shard(job: Job, name: str, box: _Box) -> Tensor:
+def _shard(job: Job, name: str, box: Box) -> Tensor:
     """Return the average of a shard, in memory of its own."""
-    shape = job.plan.tensors[name].shape
-    if all((begin, end) == (0, n) for (begin, end), n in zip(box, shape, strict=True)):
-        return job.read(name)
-    row = torch.Size(shape[1:]).numel()
-    (first, last), *others = box
-    rows = job.read(name, first * row, last * row).reshape(last - first, *shape[1:])
-    return rows[(slice(None), *(slice(*one) for one in others))].clone(memory_format=torch.contiguous_format)
+    return job.read(name, None if sizes_of(box) == job.plan.tensors[name].shape else box)
 
 
 def finish(job: Job, to: Path, facts: Facts) -> list[Path]:
@@ -96,9 +91,8 @@ def finish(job: Job, to: Path, facts: Facts) -> list[Path]:
     with (folder / _METADATA).open("wb") as file:
         pickle.dump(_metadata(job, shards, extra), file)
     copy_companions(job.plan.newest.path, to)
-    provenance = to / PROVENANCE
-    provenance.write_text(job.said["polyak.average"] + "\n", encoding="utf-8")
-    return [provenance]
+    (to / PROVENANCE).write_text(job.said[SAID] + "\n", encoding="utf-8")
+    return []
 
 
 def _copy_blobs(job: Job, folder: Path, into: str) -> dict[str, tuple[str, int, int]]:
@@ -117,6 +111,7 @@ def _metadata(job: Job, shards: Mapping[str, Sequence[Any]], extra: Mapping[str,
 
     saved, tensors = _saved(job), job.plan.tensors
     items, keys, places = dict[str, Any](), dict[str, Any](), dict[Any, Any]()
+    numbers = dict[tuple[str, torch.Size], int]()  # of the shards of a tensor, by where they begin
     for name in job.plan.names:
         of, one = saved[name], tensors[name]
         chunks = [
@@ -126,12 +121,13 @@ def _metadata(job: Job, shards: Mapping[str, Sequence[Any]], extra: Mapping[str,
         properties = dcp.TensorProperties(dtype=one.dtype)
         items[of.fqn] = dcp.TensorStorageMetadata(properties, torch.Size(one.shape), chunks)
         keys[of.fqn] = of.keys
+        numbers |= {(name, torch.Size(a for a, _ in box)): i for i, (box, _) in enumerate(of.shards)}
     for file, inside in shards.items():
         for name, box, begin, length in inside:
-            offsets = [torch.Size(a for a, _ in one) for one, _ in saved[name].shards]
             offset = torch.Size(a for a, _ in box)
-            index = dcp.MetadataIndex(saved[name].fqn, offset, offsets.index(offset))
-            places[index] = _StorageInfo(file, begin, length)
+            places[dcp.MetadataIndex(saved[name].fqn, offset, numbers[name, offset])] = _StorageInfo(
+                file, begin, length
+            )
     for fqn, (file, begin, length) in extra.items():
         items[fqn] = dcp.BytesStorageMetadata()
         keys[fqn] = job.plan.newest.blobs[fqn][0]

@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch.serialization import get_crc32_options, set_crc32_options, skip_data
 
-from polyak.checkpoints.units import Facts, Job, Unit, in_groups
+from polyak.checkpoints.companions import PROVENANCE
+from polyak.checkpoints.units import SAID, Facts, Job, Unit, in_groups
 from polyak.storage.safetensors import raw_bytes
 
 _DESCRIPTOR = b"PK\x07\x08"
 _ENTRY = b"PK\x01\x02"
+_LOCAL_CHECKSUM = 14  # where it is in the header of an entry
 
 
 def prepare(job: Job, to: Path) -> None:
@@ -28,6 +30,8 @@ def prepare(job: Job, to: Path) -> None:
     state: dict[str, Any] = {name: torch.empty(one.shape, dtype=one.dtype) for name, one in job.plan.tensors.items()}
     with _without_checksums(), skip_data():
         torch.save({**state, **job.plan.newest.extra}, to)
+    with zipfile.ZipFile(to, "a") as archive:  # `torch.load` reads the entries that it knows, and passes over others
+        archive.writestr(f"{_root(archive.namelist())}{PROVENANCE}", job.said[SAID])
 
 
 @contextmanager
@@ -48,7 +52,7 @@ def _entries(to: Path) -> dict[str, zipfile.ZipInfo]:
 def _places(job: Job, to: Path) -> dict[str, tuple[str, int]]:
     """Return the entry and the place in the file of each tensor: ``torch.save`` numbers them in their order."""
     entries = _entries(to)
-    (root,) = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
+    root = _root(entries)
     found = dict[str, tuple[str, int]]()
     with to.open("rb") as file:
         for i, name in enumerate(job.plan.names):
@@ -87,19 +91,19 @@ def _unit(job: Job, to: Path, places: Mapping[str, tuple[str, int]], number: int
 
 
 def finish(job: Job, to: Path, facts: Facts) -> list[Path]:
-    """Write the checksums of the tensors into the directory of the archive.
+    """Write what the file was made from, and the checksums of the tensors into the directory of the archive.
 
     Args:
         job: What is written.
         to: As for `prepare`.
         facts: The checksums.
     """
-    del job
     checksums = {entry: checksum for of_unit in facts.values() for entry, checksum in of_unit.items()}
     entries = _entries(to)
     with zipfile.ZipFile(to) as archive:
         begin = archive.start_dir
     with to.open("r+b") as file:
+        _say(file, entries[f"{_root(entries)}{PROVENANCE}"], job.said[SAID].encode())
         file.seek(begin)
         directory = bytearray(file.read())
         at = 0
@@ -115,6 +119,20 @@ def finish(job: Job, to: Path, facts: Facts) -> list[Path]:
         file.seek(begin)
         file.write(directory)
     return []
+
+
+def _say(file: Any, entry: zipfile.ZipInfo, text: bytes) -> None:
+    """Write what the file was made from in place of the text with placeholders, which is as long."""
+    assert len(text) == entry.file_size, entry
+    file.seek(entry.header_offset + _LOCAL_CHECKSUM)
+    file.write(zlib.crc32(text).to_bytes(4, "little"))
+    file.seek(_begin(file, entry))
+    file.write(text)
+
+
+def _root(names: Iterable[str]) -> str:
+    (found,) = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+    return found
 
 
 def _begin(file: Any, entry: zipfile.ZipInfo) -> int:

@@ -1,17 +1,21 @@
 """The weighted average of checkpoints, one tensor at a time: its memory does not grow with their number or size."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import fsum, isfinite, lcm
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import fsum, lcm
 
 import torch
 from torch import Tensor
 
 from polyak.checkpoints.opening import Checkpoint
+from polyak.checkpoints.plan import Plan, is_averaged, plan
 from polyak.checkpoints.stored import StoredTensor
 from polyak.checkpoints.weights import is_extra_state
-from polyak.compat.words import listed, shown
-from polyak.errors import ArgumentError, CheckpointError
+from polyak.compat.folders import Box
+from polyak.compat.words import shown
+from polyak.errors import CheckpointError
+
+__all__ = ["Plan", "add_", "average", "piece_of", "plan", "require_numbers", "require_range", "wide"]
 
 # Elements that are averaged in one step: they fit in the caches of a processor, and torch does less than 2 ** 15 on one
 # thread. With several it would wait for all of them at every step, and very long on a busy machine.
@@ -20,99 +24,8 @@ _PIECE = (1 << 15) - 64
 _HELD_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is averaged, and how.
-
-    Args:
-        checkpoints: The newest last.
-        amounts: How much each checkpoint counts, relative to the others.
-        names: Of the tensors that are averaged, in the order of the newest.
-        left_out: Names that not all checkpoints have.
-    """
-
-    checkpoints: Sequence[Checkpoint]
-    amounts: Sequence[float]
-    names: Sequence[str]
-    left_out: Sequence[str] = ()
-
-    @property
-    def weights(self) -> list[float]:
-        """The weight of each checkpoint; they sum to 1."""
-        return [amount / fsum(self.amounts) for amount in self.amounts]
-
-    @property
-    def newest(self) -> Checkpoint:
-        """The checkpoint whose dtypes, layout and integers the average has."""
-        return self.checkpoints[-1]
-
-    @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
-        """What the average is like: those tensors of the newest checkpoint that are averaged."""
-        return {name: self.newest.tensors[name] for name in self.names}
-
-
-def plan(checkpoints: Sequence[Checkpoint], weights: Sequence[float], *, common: bool = False) -> Plan:
-    """See that checkpoints can be averaged.
-
-    Args:
-        checkpoints: The newest last.
-        weights: One for each, at least 0. They are divided by their sum.
-        common: Whether to average the tensors that all have, where the names differ.
-
-    Raises:
-        ArgumentError: If there is nothing to average, or the weights are no weights.
-        CheckpointError: If the checkpoints are not of one model.
-    """
-    if not checkpoints or len(weights) != len(checkpoints):
-        raise ArgumentError(f"each checkpoint must have a weight (got {len(weights)} for {len(checkpoints)})")
-    total = fsum(weights)
-    if not all(isfinite(weight) and weight >= 0 for weight in weights) or not 0 < total < float("inf"):
-        raise ArgumentError(f"weights must be finite, at least 0, and one above 0 (got {[*weights]})")
-    newest = checkpoints[-1]
-    left_out = dict[str, None]()
-    for one in checkpoints:
-        missing = [name for name in newest.tensors if name not in one.tensors]
-        more = [name for name in one.tensors if name not in newest.tensors]
-        if (missing or more) and not common:
-            lacks = f"it lacks {listed(missing)}" if missing else ""
-            has = f"only it has {listed(more)}" if more else ""
-            raise CheckpointError(
-                f"checkpoints must have the same tensors ({shown(one.path)} differs from {shown(newest.path)}: "
-                f"{'; '.join(filter(None, (lacks, has)))}); leave it out, or average what all have with --common"
-            )
-        left_out |= dict.fromkeys([*missing, *more])
-    names = [name for name in newest.tensors if name not in left_out]
-    if not names:
-        raise CheckpointError("checkpoints must have tensors in common (they have none); average those of one model")
-    for one in checkpoints:
-        _require_same_shapes(one, newest, names)
-    return Plan(checkpoints, weights, names, tuple(left_out))
-
-
-def _require_same_shapes(one: Checkpoint, newest: Checkpoint, names: Sequence[str]) -> None:
-    for name in names:
-        if is_extra_state(name):  # its length may change from save to save
-            continue
-        here, there = one.tensors[name], newest.tensors[name]
-        if here.shape != there.shape:
-            raise CheckpointError(
-                f"tensors of one name must have one shape ({shown(name)} has {here.shape} in {shown(one.path)}, and "
-                f"{there.shape} in {shown(newest.path)}); average checkpoints of one model"
-            )
-        if _is_averaged(here.dtype) != _is_averaged(there.dtype):
-            raise CheckpointError(
-                f"a tensor must hold numbers of one kind ({shown(name)} has {here.dtype} in {shown(one.path)}, and "
-                f"{there.dtype} in {shown(newest.path)}); average checkpoints of one model"
-            )
-
-
-def _is_averaged(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
-
-
 @torch.no_grad()
-def average(plan: Plan, name: str, first: int = 0, last: int | None = None) -> Tensor:
+def average(plan: Plan, name: str, box: Box | None = None) -> Tensor:
     """Return the average of a tensor, in the dtype of the newest checkpoint.
 
     Integers and extra states are those of the newest.
@@ -122,34 +35,40 @@ def average(plan: Plan, name: str, first: int = 0, last: int | None = None) -> T
     Args:
         plan: What is averaged.
         name: Of the tensor.
-        first: The first element that is averaged, a multiple of the grain of all.
-        last: The one after the last, and the result has one dimension; None for all, in their shape.
+        box: Which part of it: where that begins and ends in each dimension; None for all.
 
     Raises:
         CheckpointError: If a file is damaged, has changed, or holds NaN.
     """
     like = plan.newest.tensors[name]
     try:
-        end = like.numel if last is None else last
-        copied = is_extra_state(name) or not _is_averaged(like.dtype)
-        found = like.read(first, end).clone() if copied else _average(plan, name, first, end)
-        return found.reshape(like.shape) if last is None else found
+        if is_extra_state(name) or not is_averaged(like.dtype):
+            one = like if box is None else like.part(box)
+            return one.whole().clone()
+        stored = [one.tensors[name] for one in plan.checkpoints]
+        stored = stored if box is None else [one.part(box) for one in stored]
+        return _average(plan, name, stored).reshape(stored[-1].shape)
     finally:
         _release(plan)
 
 
-def _average(plan: Plan, name: str, begin: int, end: int) -> Tensor:
-    like = plan.newest.tensors[name]
-    stored = [one.tensors[name] for one in plan.checkpoints]
+def _average(plan: Plan, name: str, stored: Sequence[StoredTensor]) -> Tensor:
+    end, dtype = stored[-1].numel, stored[-1].dtype
     for one in stored:
-        one.read(begin, min(begin + one.grain, end))  # before there is memory for what a damaged file may claim
-    found = torch.empty(end - begin, dtype=like.dtype)
+        one.read(0, min(one.grain, end))  # before there is memory for what a damaged file may claim
+    found = torch.empty(end, dtype=dtype)
     grain = lcm(*(one.grain for one in stored))
-    step = max(grain, _PIECE // grain * grain)
+    step = _pieces_of(grain)
+    most = max(1, _HELD_BYTES // (step * sum(one.dtype.itemsize for one in stored)))
+    reads = [one.read if one.shards == 1 else _Ahead(one, step * min(one.shards, most)).read for one in stored]
+    may_overflow = any(_largest(one.dtype) > _largest(dtype) for one in stored)
     held = 0
-    for first in range(begin, end, step):
+    for first in range(0, end, step):
         last = min(first + step, end)
-        found[first - begin : last - begin] = _mean(plan, name, first, last)
+        mean = _mean(plan, name, [partial(read, first, last) for read in reads], dtype)
+        found[first:last] = mean
+        if may_overflow:
+            require_range(plan, name, found[first:last], mean)
         held += sum((last - first) * one.dtype.itemsize for one in stored)
         if held > _HELD_BYTES:
             _release(plan)
@@ -157,33 +76,127 @@ def _average(plan: Plan, name: str, begin: int, end: int) -> Tensor:
     return found
 
 
+def _pieces_of(grain: int) -> int:
+    return max(grain, _PIECE // grain * grain)
+
+
+def piece_of(stored: StoredTensor) -> int:
+    """Return how many elements of a tensor are read in one call.
+
+    Args:
+        stored: The tensor.
+    """
+    return _pieces_of(stored.grain) * stored.shards
+
+
+def _largest(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).max
+
+
+def require_range(plan: Plan, name: str, rounded: Tensor, mean: Tensor) -> None:
+    """See that an average was not rounded to infinity.
+
+    Args:
+        plan: What is averaged.
+        name: Of the tensor.
+        rounded: In the dtype of the newest checkpoint.
+        mean: Before it was rounded.
+
+    Raises:
+        CheckpointError: If it was.
+    """
+    if bool((rounded.to(mean.dtype).isfinite() != mean.isfinite()).any()):
+        raise CheckpointError(
+            f"an average must fit the dtype of the newest checkpoint ({shown(name)} has {float(mean.abs().max()):.3g}, "
+            f"more than {rounded.dtype} of {shown(plan.newest.path)} holds); give one in a wider dtype"
+        )
+
+
+class _Ahead:
+    """Reads a tensor in larger pieces than are asked for: each has rows of several shards, which are copied together.
+
+    Args:
+        stored: The tensor.
+        numel: How many elements are read in one call.
+    """
+
+    def __init__(self, stored: StoredTensor, numel: int) -> None:
+        self._stored, self._numel = stored, numel
+        self._begin, self._held = 0, torch.empty(0)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Return the elements from one number to another."""
+        if not self._begin <= first or last > self._begin + len(self._held):
+            self._begin = first
+            self._held = self._stored.read(first, min(max(last, first + self._numel), self._stored.numel))
+        return self._held[first - self._begin : last - self._begin]
+
+
 def _release(plan: Plan) -> None:
     for one in plan.checkpoints:
         one.files.release()
 
 
-def _mean(plan: Plan, name: str, first: int, last: int) -> Tensor:
-    wide = torch.complex128 if plan.newest.tensors[name].dtype.is_complex else torch.float64
-    counted = [(one, amount) for one, amount in zip(plan.checkpoints, plan.amounts, strict=True) if amount]
-    (begin, amount), *others = counted
-    total = begin.tensors[name].read(first, last).to(wide, copy=True)
-    if amount != 1:
-        total.mul_(amount)
-    for one, amount in others:
-        total.add_(one.tensors[name].read(first, last), alpha=amount)
+def _mean(plan: Plan, name: str, reads: Sequence[Callable[[], Tensor]], dtype: torch.dtype) -> Tensor:
+    total = torch.zeros((), dtype=wide(dtype))
+    begun = False
+    # The newest first, as a sum that grows by older checkpoints.
+    for read, amount in zip(reversed(reads), reversed(plan.amounts), strict=True):
+        if amount and begun:
+            add_(total, read(), amount)
+        elif amount:
+            total, begun = read().to(total.dtype, copy=True), True
+            if amount != 1:
+                total.mul_(amount)
     total.div_(fsum(plan.amounts))  # at the end: a third of a number is not exact, the sum of three is
-    if bool(total.sum().isnan()):
-        _require_no_nan(plan, name, first, last)
+    if not bool(total.sum().isfinite()):
+        pieces = [
+            (one, read()) for one, read, amount in zip(plan.checkpoints, reads, plan.amounts, strict=True) if amount
+        ]
+        for one, piece in pieces:
+            require_numbers(name, one, piece, pieces[-1])
     return total
 
 
-def _require_no_nan(plan: Plan, name: str, first: int, last: int) -> None:
-    used = [one for one, weight in zip(plan.checkpoints, plan.weights, strict=True) if weight]
-    pieces = [one.tensors[name].read(first, last).to(torch.complex128) for one in used]
-    for one, piece in zip(used, pieces, strict=True):
-        if bool(piece.isnan().any()):
-            raise CheckpointError(f"weights must be numbers ({shown(name)} in {shown(one.path)} has NaN); leave it out")
-    if bool(sum(pieces, torch.zeros_like(pieces[0])).isnan().any()):
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a sum.
+
+    Args:
+        dtype: Of what is added.
+    """
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def add_(total: Tensor, piece: Tensor, amount: float = 1) -> None:
+    """Add to a sum.
+
+    Args:
+        total: The sum.
+        piece: What is added.
+        amount: How many times.
+    """
+    total.add_(piece if piece.dtype.itemsize > 1 else piece.to(total.dtype), alpha=amount)  # float8 cannot be added
+
+
+def require_numbers(name: str, one: Checkpoint, piece: Tensor, newest: tuple[Checkpoint, Tensor]) -> None:
+    """See that a checkpoint has no NaN, and infinities only where the newest has the same, as masks do.
+
+    Args:
+        name: Of the tensor.
+        one: The checkpoint.
+        piece: Of the tensor.
+        newest: The newest checkpoint, and what it has there.
+
+    Raises:
+        CheckpointError: If it is not so.
+    """
+    here, there = piece.to(wide(piece.dtype)), newest[1].to(wide(piece.dtype))
+    if bool(here.isnan().any()):
+        raise CheckpointError(f"weights must be numbers ({shown(name)} in {shown(one.path)} has NaN); leave it out")
+    infinite = here.isinf()
+    if bool((infinite != there.isinf()).any()) or bool((here[infinite] != there[infinite]).any()):
+        more, less = (one, newest[0]) if int(infinite.sum()) >= int(there.isinf().sum()) else (newest[0], one)
         raise CheckpointError(
-            f"weights must be finite ({shown(name)} has inf and -inf in the same place); leave out a checkpoint"
+            f"weights must be finite, or have inf and -inf in the same places ({shown(name)} in {shown(more.path)} has "
+            f"others than in {shown(less.path)}); leave it out"
         )

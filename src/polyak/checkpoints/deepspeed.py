@@ -18,8 +18,13 @@ from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
 
 FORMAT = "DeepSpeed checkpoint"
-_MODEL = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt")
+_MODELS = "*mp_rank_*_model_states.pt"
 _OPTIMIZER = "*_optim_states.pt"
+# What remains where the model itself is on one rank.
+_OF_RANK_0 = re.compile(
+    r"(zero_pp_rank_\d+_)?mp_rank_00_model_states\.pt|(bf16_)?zero_pp_rank_\d+_mp_rank_00_optim_states\.pt"
+)
+_MODEL_RANKS = "mp_world_size"
 _LATEST = "latest"
 # How many elements of the flat tensor of a rank, from which, and where they belong in a tensor.
 _Part = tuple[Tensor, int, int, int]
@@ -37,7 +42,7 @@ def accepts(path: Path) -> bool:
 def _folder(path: Path) -> Path | None:
     if not path.is_dir():
         return None
-    if any(path.glob(_OPTIMIZER)) and any(_MODEL.fullmatch(one.name) for one in path.iterdir()):
+    if any(path.glob(_OPTIMIZER)) and any(path.glob(_MODELS)):
         return path
     latest = path / _LATEST
     name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
@@ -56,21 +61,22 @@ def read(path: Path, files: Files) -> Found:
     """
     folder = _folder(path)
     assert folder is not None
-    models = sorted((one for one in folder.iterdir() if _MODEL.fullmatch(one.name)), key=in_natural_order)
+    names = sorted((one for one in folder.iterdir() if one.name.endswith("model_states.pt")), key=in_natural_order)
     optimizers = sorted(folder.glob(_OPTIMIZER), key=in_natural_order)
-    if more := [one.name for one in (*models, *optimizers) if "mp_rank_00" not in one.name]:
-        raise CheckpointError(
-            f"a checkpoint of DeepSpeed must be of data parallelism alone ({shown(folder)} has {listed(more)}, of "
-            "tensor parallelism); convert it with DeepSpeed's universal checkpoints, or average each rank's file"
-        )
+    # Of tensor parallelism, of the layers of a pipeline, and of experts.
+    if more := [one.name for one in (*names, *optimizers) if not _OF_RANK_0.fullmatch(one.name)]:
+        raise _parallel(folder, f"has {listed(more)}")
 
     def loaded(one: Path) -> Mapping[Any, Any]:
         return load(one, data=files.open(one), unchecked=files.unchecked)
 
-    model = loaded(models[0])
+    models = [loaded(one) for one in names]
+    model = models[0]
+    if isinstance(size := model.get(_MODEL_RANKS), int) and size > 1:
+        raise _parallel(folder, f"is of {size} ranks of the model, and has the files of one")
     ranks = [_mapping(loaded(one).get("optimizer_state_dict"), "the state of an optimizer") for one in optimizers]
     _require_all(folder, ranks)
-    found = dict(_weights(files, model, ranks))
+    found = dict(_weights(files, model, ranks)) | dict(_frozen(files, models))
     buffers = model.get("buffer_names") or ()
     module = _mapping(model.get("module"), "the weights of a model")
     found |= {name: files.stored(module[name]) for name in buffers if isinstance(module.get(name), Tensor)}
@@ -79,6 +85,35 @@ def read(path: Path, files: Files) -> Found:
             found[name] = found[same]
     counts = {name: model[name] for name in ("global_steps", "global_samples") if name in model}
     return Found({"module": found, **counts})
+
+
+def _parallel(where: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"a checkpoint of DeepSpeed must be of data parallelism alone ({shown(where)} {what}); convert it by python -m "
+        "deepspeed.checkpoint.ds_to_universal, and give the folder that it writes"
+    )
+
+
+def require_all_weights(path: Path, content: Mapping[Any, Any]) -> None:
+    """See that a file has all weights of a model, if DeepSpeed saved it next to those of other ranks.
+
+    Args:
+        path: Of the file.
+        content: What is in it.
+
+    Raises:
+        CheckpointError: If others have the rest.
+    """
+    module = content.get("module")
+    if "ds_version" not in content or not isinstance(module, Mapping):
+        return
+    if isinstance(size := content.get(_MODEL_RANKS), int) and size > 1:
+        raise _parallel(path, f"has the part of one of {size} ranks")
+    if content.get("param_shapes") and not any(one.numel() for one in module.values() if isinstance(one, Tensor)):
+        raise CheckpointError(
+            f"a file must have all weights ({shown(path)} is of ZeRO stage 3, which keeps them in the files of all "
+            "ranks); give its folder"
+        )
 
 
 def _mapping(value: object, what: str) -> Mapping[Any, Any]:
@@ -114,6 +149,24 @@ def _weights(
     flat = [_flat(rank, "single_partition_of_fp32_groups") for rank in ranks]
     for i, group in enumerate(groups):
         yield from _of_stage_2(files, group, [of_rank[i] for of_rank in flat])
+
+
+def _frozen(files: Files, models: Sequence[Mapping[Any, Any]]) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield the parameters that are not trained: a file has them, or with stage 3 each rank's file a part of them."""
+    shapes = models[0].get("frozen_param_shapes") or {}
+    fragments = [_mapping(one.get("frozen_param_fragments"), "its frozen parameters") for one in models if shapes]
+    for name, shape in shapes.items():
+        parts, at, numel = list[_Part](), 0, torch.Size(shape).numel()
+        for of_rank in fragments:
+            flat = of_rank.get(name)
+            if isinstance(flat, Tensor) and (count := min(flat.numel(), numel - at)):
+                parts.append((flat.reshape(-1), 0, at, at + count))
+                at += count
+        if at < numel:
+            raise CheckpointError(
+                f"the files of all ranks must have {shown(name)}; files are missing or of another save"
+            )
+        yield name, _stored(files, tuple(shape), parts)
 
 
 def _flat(rank: Mapping[Any, Any], key: str) -> list[Tensor]:

@@ -79,7 +79,7 @@ class Digests:
 
 
 def fill(path: Path, hashes: Mapping[str, str]) -> None:
-    """Replace the placeholders in the header of a safetensors file, or in a file of JSON.
+    """Replace the placeholders in the header of a safetensors file.
 
     Args:
         path: Of the file.
@@ -88,10 +88,19 @@ def fill(path: Path, hashes: Mapping[str, str]) -> None:
     Raises:
         OSError: If the disk refuses.
     """
-    is_header = path.suffix != ".json"
     with path.open("r+b") as file:
-        header = file.read(int.from_bytes(file.read(8), "little")) if is_header else file.read()
-        for stands, found in hashes.items():
-            header = header.replace(stands.encode(), found.encode())
-        file.seek(8 if is_header else 0)
-        file.write(header)
+        header = file.read(int.from_bytes(file.read(8), "little")).decode()
+        file.seek(8)
+        file.write(filled(header, hashes).encode())
+
+
+def filled(text: str, hashes: Mapping[str, str]) -> str:
+    """Return a text with hashes in place of their placeholders.
+
+    Args:
+        text: Which.
+        hashes: By their placeholders.
+    """
+    for stands, found in hashes.items():
+        text = text.replace(stands, found)
+    return text

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyak.checkpoints.sharded import Sharded, sizes_of
 from polyak.checkpoints.stored import Files, Found, Saved, StoredTensor
 from polyak.checkpoints.weights import EXTRA_STATE
 from polyak.compat.files import load
-from polyak.compat.folders import Distributed, Shards, metadata_shape, with_rest
+from polyak.compat.folders import Box, Distributed, metadata_shape, with_rest
 from polyak.compat.pickles import StandIn
 from polyak.compat.tensors import Unread
 from polyak.compat.words import shown
@@ -74,30 +75,25 @@ def _stored(saved: Distributed, files: Files, name: str, item: Mapping[str, Any]
     dtype = state[0] if isinstance(state, tuple) and state else None
     if not isinstance(dtype, torch.dtype):
         return Unread("a tensor whose dtype the metadata do not have")
-    row = max(1, torch.Size(shape[1:]).numel())
 
     @cache
-    def shards() -> Shards:
+    def shards() -> Sharded:
         found = saved.shards(name, shape, files.unchecked)
         if isinstance(found, Unread):
             raise CheckpointError(f"all weights must be plain tensors ({shown(name)} is {found.kind})")
         if found[0][1].dtype != dtype:
             raise CheckpointError(f"its metadata must have the dtype of {shown(name)}")
-        return found
+        return Sharded.of(found, files.check)
 
-    def read_elements(first: int, last: int) -> Tensor:
-        if not shape:
-            files.check(shards()[0][1])
-            return shards()[0][1].reshape(1).clone()
-        found, top, end = shards(), first // row, last // row
-        whole = torch.empty((end - top, *shape[1:]), dtype=dtype)
-        for ((begin, until), *others), shard in found:
-            low, high = max(begin, top), min(until, end)
-            if low < high:
-                files.check(shard)
-                place = (slice(low - top, high - top), *(slice(*one) for one in others))
-                whole[place] = shard[low - begin : high - begin]
-        return whole.reshape(-1)
+    def part(box: Box, where: Saved | None = None, across: int = 1) -> StoredTensor:
+        def read(first: int, last: int) -> Tensor:
+            return shards().read(box, first, last)
 
-    where = Saved(name, saved.keys(name), tuple(saved.boxes(name, item, shape)))
-    return StoredTensor(dtype, shape, row if shape else 1, read_elements, where)
+        def take(inner: Box) -> StoredTensor:
+            return part(tuple((at + begin, at + end) for (at, _), (begin, end) in zip(box, inner, strict=True)))
+
+        return StoredTensor(dtype, sizes_of(box), 1, read, where, across, take)
+
+    boxes = tuple(saved.boxes(name, item, shape))
+    across = sum(box[0][0] == 0 < box[0][1] for box, _ in boxes if box)
+    return part(tuple((0, n) for n in shape), Saved(name, saved.keys(name), boxes), max(1, across))

@@ -14,7 +14,8 @@ from polyak.errors import CheckpointError
 
 FORMAT = "folder"
 INDEX = ".index.json"
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_SAFETENSORS = ".safetensors"
+_SUFFIXES = (_SAFETENSORS, ".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = re.compile(r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+)?\.(safetensors|bin)")
 _RECORD = "manifest.json"
 _PIPELINE = "model_index.json"  # of diffusers
@@ -43,28 +44,43 @@ def read(path: Path, files: Files) -> Found:
     state = path / _TRAINER_STATE
     clock = read_json(state) if state.exists() else {}
     clock = clock if isinstance(clock, Mapping) else {}
-    indexes = sorted(one for one in path.glob(f"*{INDEX}") if one.name.startswith(("model", "pytorch", "diffusion")))
-    if indexes:
-        layout = _indexed(min(indexes, key=lambda one: ".safetensors" not in one.name))
-        return Found(_tensors(path, layout, files), layout, clock)
-    models = sorted(one for one in path.iterdir() if _WEIGHTS.fullmatch(one.name))
+    models = weight_files(path)
+    models = [one for one in models if _SAFETENSORS in one.name] or models  # as the libraries load them
+    layout = _indexed(models[0]) if models and models[0].name.endswith(INDEX) else {}
+    models = [one for one in models if one.name not in layout.values()]
     sharded = [one for one in path.iterdir() if distributed.accepts(one) and not one.name.startswith("optim")]
-    if not models and len(sharded) == 1:  # of Accelerate under FSDP
-        found = distributed.read(sharded[0], files)
-        return replace(found, clock=clock, format=distributed.FORMAT, folder=sharded[0].name)
-    whole = [one for one in models if one.suffix == ".safetensors"] or models
-    if len(whole) > 1:
+    found = [*models, *(one for one in sharded if len(sharded) == 1)]
+    if len(found) > 1:
         raise CheckpointError(
-            f"a folder must have the weights of one model ({shown(path)} has {listed(one.name for one in whole)}); "
-            "give the file instead"
+            f"a folder must have the weights of one model ({shown(path)} has {listed(one.name for one in found)}); "
+            "give the file instead, or leave one in the folder"
         )
-    if not whole:
+    if not found:
         raise CheckpointError(
             f"a checkpoint that is a folder must have weights in it, such as model.safetensors ({shown(path)} has "
             f"{listed(sorted(one.name for one in path.iterdir())) or 'nothing'}); {_instead(path)}"
         )
-    content = load(whole[0], data=files.open(whole[0]), unchecked=files.unchecked)
-    return Found(content, dict.fromkeys((name for name in content if isinstance(name, str)), whole[0].name), clock)
+    if found[0] in sharded:  # of Accelerate under FSDP
+        inside = distributed.read(found[0], files)
+        return replace(inside, clock=clock, format=distributed.FORMAT, folder=found[0].name)
+    if layout:
+        return Found(_tensors(path, layout, files), layout, clock)
+    content = load(found[0], data=files.open(found[0]), unchecked=files.unchecked)
+    return Found(content, dict.fromkeys((name for name in content if isinstance(name, str)), found[0].name), clock)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the files in a folder by which libraries find its weights: indexes, then files with all weights.
+
+    Args:
+        path: Of the folder.
+    """
+    indexes = [one for one in path.glob(f"*{INDEX}") if one.name.startswith(("model", "pytorch", "diffusion"))]
+    return [*sorted(indexes, key=lambda one: _SAFETENSORS not in one.name), *sorted(_models(path))]
+
+
+def _models(path: Path) -> list[Path]:
+    return [one for one in path.iterdir() if _WEIGHTS.fullmatch(one.name)]
 
 
 def _instead(path: Path) -> str:
@@ -74,6 +90,8 @@ def _instead(path: Path) -> str:
     if (path / _PIPELINE).is_file():
         models = sorted(one.parent for one in path.glob("*/*") if _WEIGHTS.fullmatch(one.name) or INDEX in one.name)
         return f"average each model of a pipeline by itself: {listed(dict.fromkeys(models))}"
+    if any(path.glob("*.distcp")):
+        return "its .metadata is missing, which is saved last: wait until it is complete, or leave it out"
     return "give the checkpoints themselves"
 
 

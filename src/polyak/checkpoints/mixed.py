@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from polyak.checkpoints.opening import Checkpoint
+from polyak.checkpoints.snapshots import Snapshot
 from polyak.compat.files import read_json
 from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
@@ -19,8 +20,8 @@ _VOLATILE = {"_name_or_path", "transformers_version", "_diffusers_version", "tor
 def require_one_run(opened: Sequence[Checkpoint]) -> None:
     """See that the checkpoints of each folder can be of one run.
 
-    Two are not if they were saved at the same step, if their steps grow while their epochs fall, or if their
-    hyper-parameters or the configurations next to their weights differ.
+    Two are not if they were saved at the same step, if their steps grow while their epochs fall, if they are averages
+    of other widths, or if their hyper-parameters or the configurations next to their weights differ.
 
     Args:
         opened: The checkpoints.
@@ -32,9 +33,20 @@ def require_one_run(opened: Sequence[Checkpoint]) -> None:
     for one in opened:
         folders.setdefault(one.path.absolute().parent, []).append(one)
     for inside in folders.values():
+        _require_one_width(inside)
         _require_steps_to_grow(inside)
         _require_one_config([one for one in inside if (one.path / _CONFIG).is_file()])
         _require_same_settings([one for one in inside if one.settings])
+
+
+def _require_one_width(opened: Sequence[Checkpoint]) -> None:
+    widths = {found.width: one.path for one in opened if (found := Snapshot.named(one.path.name))}
+    if len(widths) > 1:
+        (width, path), (other, another), *_ = widths.items()
+        raise CheckpointError(
+            f"snapshots must be averages of one width ({shown(path)} is of {width}, {shown(another)} of {other}); give "
+            f"those of one, such as {shown(f'*-{width}{path.suffix}')}, or average all with --mixed"
+        )
 
 
 def _require_steps_to_grow(opened: Iterable[Checkpoint]) -> None:

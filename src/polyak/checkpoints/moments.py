@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from polyak.checkpoints.snapshots import Snapshot
 from polyak.checkpoints.stored import StoredTensor
 from polyak.compat.pickles import StandIn
 from polyak.time import TimeUnit
@@ -34,10 +35,14 @@ _PLACES = (
 )
 # How numpy's scalars are stored, by the name of their dtype.
 _NUMPY = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i"}
+# As people write them: 500, 100_000, 10k or 1.5m.
+_NUMBER = r"([1-9]\d{0,2}(?:_\d{3})+(?![\d_])|\d+\.\d+(?=[km])|\d+)([km](?![a-z]))?"
+_MULTIPLES = {"k": 1_000, "m": 1_000_000}
 _NAMES = {
     # `checkpoint-500` is a step; fairseq's `checkpoint12.pt` is an epoch, and its `checkpoint_3_500.pt` both.
     TimeUnit.BATCH: (
-        r"(?:steps?|iter|iteration|ba|batch|updates?|checkpoint-|ckpt-)[-_=]*(\d+)",
+        rf"(?:steps?|iter|iteration|ba|batch|updates?|checkpoint-|ckpt-)[-_=]*{_NUMBER}",
+        rf"(?<![\d.]){_NUMBER}[-_]?steps?(?![a-z])",
         r"checkpoint_\d+_(\d+)",
     ),
     TimeUnit.EPOCH: (r"(?:epochs?|ep)[-_=]*(\d+)", r"(?<!\d)(\d+)epochs?", r"checkpoint(\d+)", r"checkpoint_(\d+)_\d+"),
@@ -129,11 +134,18 @@ def _of_numpy(value: StandIn) -> object:
 
 
 def _in_name(path: Path) -> Iterator[tuple[TimeUnit, float]]:
+    if (snapshot := Snapshot.named(path.name)) is not None:
+        yield TimeUnit.SAMPLE, float(snapshot.images)
     for unit, patterns in _NAMES.items():
         for pattern in patterns:
             if found := re.search(rf"(?<![a-z]){pattern}", path.name.lower()):
-                yield unit, float(found[1])
+                if (number := _number_in(*found.groups())) is not None:
+                    yield unit, number
                 break
+
+
+def _number_in(digits: str, multiple: str | None = None) -> float | None:
+    return _count(float(digits.replace("_", "")) * _MULTIPLES.get(multiple or "", 1))
 
 
 def in_natural_order(path: Path) -> tuple[tuple[int, int | str], ...]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from polyak.checkpoints.deepspeed import require_all_weights
 from polyak.checkpoints.stored import Files, Found
 from polyak.compat.files import load
 from polyak.compat.saved import is_legacy
@@ -30,6 +31,7 @@ def read(path: Path, files: Files) -> Found:
     """
     data = files.open(path)
     content = load(path, data=data, unchecked=files.unchecked)
+    require_all_weights(path, content)
     if bytes(data[:2]) == b"PK":
         return Found(content, format="torch file")
     if bytes(data[8:9]) == b"{":

@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from polyak.checkpoints import deepspeed, distributed, folder, megatron, nemo, one_file
+from polyak.checkpoints import deepspeed, deepspeed_universal, distributed, folder, megatron, nemo, one_file
 from polyak.checkpoints.metrics import metrics_of
 from polyak.checkpoints.moments import moment_of
 from polyak.checkpoints.settings import settings_in
 from polyak.checkpoints.stored import Files, Found, StoredTensor
 from polyak.checkpoints.weights import weights_in
 from polyak.compat.saved import most_bytes
-from polyak.compat.words import shown
+from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
 from polyak.time import TimeUnit
 
@@ -40,7 +40,7 @@ class Reader(Protocol):
 
 
 # The first that accepts a path reads it.
-READERS: Sequence[Reader] = (distributed, deepspeed, megatron, folder, nemo, one_file)
+READERS: Sequence[Reader] = (distributed, deepspeed_universal, deepspeed, megatron, folder, nemo, one_file)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +100,14 @@ def open_checkpoint(path: Path, key: str | None = None, prefix: str | None = Non
     with named_errors(path):
         found = read(path, files)
         place, tensors, extra, left, buffers = weights_in(found.content, files, key, prefix)
+        for file in dict.fromkeys(file for one in tensors.values() if one.saved for _, file in one.saved.shards):
+            files.open(path / found.folder / file)  # that it is there is known now, and its hash is computed
         moment = moment_of(path, found.content, found.clock)
         metrics = metrics_of(path, found.content, found.clock)
         settings = settings_in(found.content)
         if found.format != distributed.FORMAT:  # whose shards are compared with their tensors
             _require_possible(tensors, files.size_bytes)
-    named = {name: replace(tensor, read=_named(path, tensor.read)) for name, tensor in tensors.items()}
+    named = {name: _named(path, tensor) for name, tensor in tensors.items()}
     return Checkpoint(
         path,
         found.format,
@@ -136,6 +138,11 @@ def read(path: Path, files: Files) -> Found:
     """
     reader = next(reader for reader in READERS if reader.accepts(path))
     found = reader.read(path, files)
+    if reader is distributed and (others := folder.weight_files(path)):
+        raise CheckpointError(
+            f"a folder must have the weights of one model ({shown(path)} has .metadata and "
+            f"{listed(one.name for one in others)}); move one to a folder of its own"
+        )
     return replace(found, format=found.format or reader.FORMAT)
 
 
@@ -153,6 +160,10 @@ def named_errors(path: Path) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise error if shown(path) in str(error) else CheckpointError(f"{shown(path)}: {error}") from None
+    except OSError as error:  # a folder that may not be read, or a disk that fails
+        raise CheckpointError(
+            f"{shown(path)} must be readable ({error.strerror or shown(error)}); change its permissions, or copy it"
+        ) from error
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         # A file of a known format with something else where its numbers and tensors should be.
         said = f"{type(error).__name__}: {shown(error)}"
@@ -169,13 +180,14 @@ def _require_possible(tensors: Mapping[str, StoredTensor], held: int) -> None:
         )
 
 
-def _named(path: Path, read: Callable[[int, int], Tensor]) -> Callable[[int, int], Tensor]:
-    """Let the errors of a function name the checkpoint."""
+def _named(path: Path, tensor: StoredTensor) -> StoredTensor:
+    """Return a tensor whose errors name the checkpoint."""
 
-    def named(first: int, last: int) -> Tensor:
+    def read(first: int, last: int) -> Tensor:
         try:
-            return read(first, last)
+            return tensor.read(first, last)
         except CheckpointError as error:
             raise CheckpointError(f"{shown(path)} cannot be read: {error}; leave it out, or save it again") from None
 
-    return named
+    take = tensor.take
+    return replace(tensor, read=read, take=None if take is None else lambda box: _named(path, take(box)))

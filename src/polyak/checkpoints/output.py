@@ -5,16 +5,19 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 
 from polyak.checkpoints import as_dcp, as_safetensors, as_torch
-from polyak.checkpoints.averaging import Plan, average
-from polyak.checkpoints.digests import Digests, files_of, fill, placeholder
+from polyak.checkpoints.averaging import average
+from polyak.checkpoints.digests import Digests, files_of, fill, filled, placeholder
+from polyak.checkpoints.plan import Plan
+from polyak.checkpoints.provenance import made_from
 from polyak.checkpoints.staging import Staging, fingerprint_of, keep_plan, staged
-from polyak.checkpoints.units import Job, Unit, Writer
+from polyak.checkpoints.units import SAID, Job, Unit, Writer
+from polyak.compat.folders import Box
 from polyak.compat.words import listed, shown
 from polyak.errors import ArgumentError
 from polyak.sharding.communicator import Communicator, OneProcess
@@ -113,8 +116,8 @@ def write_average(
 ) -> None:
     """Compute the average and write it. It is complete, or what was at ``path`` is as it was.
 
-    The header of safetensors files, and a file in a folder of DCP, say what it was made from, with the SHA-256 of each
-    file that has weights of a checkpoint. A run that was stopped is resumed.
+    The output says what it was made from, with the SHA-256 of each file that has weights of a checkpoint:
+    `provenance_of` reads it. A run that was stopped is resumed.
 
     Args:
         plan: What is averaged.
@@ -133,13 +136,13 @@ def write_average(
     writer = WRITERS[form]
     fingerprint = fingerprint_of(plan, form, given)
 
-    def read(name: str, first: int = 0, last: int | None = None) -> Tensor:
+    def read(name: str, box: Box | None = None) -> Tensor:
         progress(name)
         if name in given:
-            return given[name].contiguous() if last is None else given[name].reshape(-1)[first:last]
-        return average(plan, name, first, last)
+            return given[name].contiguous() if box is None else given[name][tuple(slice(*one) for one in box)].clone()
+        return average(plan, name, box)
 
-    said = {"format": "pt", "polyak.average": json.dumps(provenance(plan, path, fingerprint))}
+    said = {"format": "pt", SAID: json.dumps(made_from(plan, path, fingerprint))}
     job = Job(plan, read, said)
     with staged(path, fingerprint, together, folder=form in _FOLDERS) as (staging, resumed):
 
@@ -149,7 +152,7 @@ def write_average(
                 keep_plan(path, fingerprint)
 
         together.on_rank_0(prepare, f"begin {path}")
-        work = _Work(staging, together, files_of(plan.checkpoints) if form != "pt" else [])
+        work = _Work(staging, together, files_of(plan.checkpoints))
         together.on_every_rank("whether all could write their part", lambda: work.do(writer.units(job, staging.output)))
         together.on_every_rank("whether the checkpoints stayed as they were", lambda: _require_unchanged(plan))
         together.on_rank_0(lambda: _finish(job, writer, staging, fingerprint), f"complete {path}")
@@ -159,8 +162,10 @@ def _finish(job: Job, writer: Writer, staging: Staging, fingerprint: str) -> Non
     facts = staging.facts()
     hashes = {one["path"]: one["sha256"] for name, one in facts.items() if name.startswith("sha256-")}
     tensors = {name: one for name, one in facts.items() if not name.startswith("sha256-")}
-    for file in writer.finish(job, staging.output, tensors):
-        fill(file, {placeholder(Path(path), fingerprint): found for path, found in hashes.items()})
+    found = {placeholder(Path(path), fingerprint): one for path, one in hashes.items()}
+    said = {name: filled(text, found) for name, text in job.said.items()}
+    for file in writer.finish(replace(job, said=said), staging.output, tensors):
+        fill(file, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,24 +216,3 @@ def _ending(pools: Sequence[ThreadPoolExecutor]) -> Iterator[None]:
 def _require_unchanged(plan: Plan) -> None:
     for one in plan.checkpoints:
         one.files.require_unchanged()
-
-
-def provenance(plan: Plan, path: Path, fingerprint: str) -> list[dict[str, object]]:
-    """Return what an average was made from: of each checkpoint the path from the output, hashes, moment and weight.
-
-    Args:
-        plan: What is averaged.
-        path: Of the output.
-        fingerprint: Of the plan; placeholders stand for the hashes.
-    """
-    here = Path(os.path.realpath(path)).parent
-    return [
-        {
-            "path": Path(os.path.relpath(os.path.realpath(one.path), here)).as_posix(),
-            "weights": one.place,
-            "moment": {str(unit): value for unit, value in one.moment.items()},
-            "weight": weight,
-            "sha256": {file.name: placeholder(file, fingerprint) for file in one.files.paths},
-        }
-        for one, weight in zip(plan.checkpoints, plan.weights, strict=True)
-    ]

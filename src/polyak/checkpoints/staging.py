@@ -18,7 +18,7 @@ from polyak.storage.atomic import put, remove, temporary_path
 from polyak.storage.lock import Lock
 from polyak.storage.safetensors import raw_bytes
 
-_VERSION = 1
+_VERSION = 2
 
 
 def fingerprint_of(plan: Plan, form: str, given: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyak.checkpoints.sharded import sizes_of
 from polyak.compat.files import opened
+from polyak.compat.folders import Box
 from polyak.compat.saved import Checksum, compare
 from polyak.compat.tensors import copy_if_unaligned
 from polyak.compat.words import shown
@@ -32,7 +34,7 @@ class Saved:
 
     fqn: str
     keys: tuple[str | int, ...]
-    shards: tuple[tuple[tuple[tuple[int, int], ...], str], ...]
+    shards: tuple[tuple[Box, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class StoredTensor:
         grain: What is read begins and ends at multiples of this number of elements.
         read: Returns the elements from one number to another, in order, as a tensor of one dimension.
         saved: Where it is in a folder of ``torch.distributed.checkpoint``; None in any other checkpoint.
+        shards: How many shards have elements of one row: a read should have so many times as many elements.
+        take: Returns a part of it, given where that begins and ends in each dimension; None to read its rows.
     """
 
     dtype: torch.dtype
@@ -52,6 +56,8 @@ class StoredTensor:
     grain: int
     read: Callable[[int, int], Tensor]
     saved: Saved | None = None
+    shards: int = 1
+    take: "Callable[[Box], StoredTensor] | None" = None
 
     @property
     def numel(self) -> int:
@@ -66,6 +72,27 @@ class StoredTensor:
     def whole(self) -> Tensor:
         """Return all of it, in its shape."""
         return self.read(0, self.numel).reshape(self.shape)
+
+    def part(self, box: Box) -> "StoredTensor":
+        """Return a part of it, as a tensor of its own.
+
+        Args:
+            box: Where the part begins and ends in each dimension.
+        """
+        if sizes_of(box) == self.shape:
+            return self
+        return self._rows(box) if self.take is None else self.take(box)
+
+    def _rows(self, box: Box) -> "StoredTensor":
+        ((top, _), *others), sizes = box, sizes_of(box)
+        row, narrow = torch.Size(self.shape[1:]).numel(), max(1, torch.Size(sizes[1:]).numel())
+
+        def read(first: int, last: int) -> Tensor:
+            found = self.read((top + first // narrow) * row, (top + last // narrow) * row)
+            rows = found.reshape(last // narrow - first // narrow, *self.shape[1:])
+            return rows[(slice(None), *(slice(*one) for one in others))].reshape(-1)
+
+        return StoredTensor(self.dtype, sizes, narrow, read)
 
 
 class Files:
@@ -127,7 +154,10 @@ class Files:
                 return copy_if_unaligned(flat[first:last])
             return tensor[first // grain : last // grain].reshape(-1)
 
-        return StoredTensor(tensor.dtype, shape, grain, read)
+        def take(box: Box) -> StoredTensor:
+            return self.stored(tensor[tuple(slice(*one) for one in box)])
+
+        return StoredTensor(tensor.dtype, shape, grain, read, take=take)
 
     def check(self, tensor: Tensor) -> None:
         """Compare the checksum of the bytes that a tensor is in, once.

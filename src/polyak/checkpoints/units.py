@@ -7,11 +7,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from polyak.checkpoints.averaging import Plan
+from polyak.checkpoints.plan import Plan
+from polyak.compat.folders import Box
 
 # Of the tensors that a unit writes, if one alone is not larger.
 UNIT_BYTES = 64 << 20
 Facts = Mapping[str, Mapping[str, Any]]
+# What an output was made from: the name of it in metadata.
+SAID = "polyak.average"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,12 @@ class Unit:
 class Read(Protocol):
     """Returns the average of a tensor."""
 
-    def __call__(self, name: str, first: int = 0, last: int | None = None) -> Tensor:
-        """Return the elements from one number to another in one dimension; without numbers all, in its shape.
+    def __call__(self, name: str, box: Box | None = None) -> Tensor:
+        """Return a part of it, or all.
 
         Args:
             name: Of the tensor.
-            first: A multiple of the elements of a row.
-            last: The same; None for all.
+            box: Where the part begins and ends in each dimension; None for all.
         """
         ...
 
@@ -71,7 +73,7 @@ class Writer(Protocol):
 
     @property
     def finish(self) -> Callable[[Job, Path, Facts], Sequence[Path]]:
-        """Complete the files once all units are done; return those that have the placeholders of hashes."""
+        """Complete the files once all units are done; return those whose headers have the placeholders of hashes."""
         ...
 
 

@@ -150,7 +150,8 @@ def run(arguments: Namespace) -> Answer | None:
             write_average(made, output, _Progress(len(made.names)), given=given, form=form, communicator=communicator)
         if communicator.rank:
             return None
-    notes = list(_notes(made, output, form, recomputed=arguments.update_bn is not None))
+    wanted = arguments.last or arguments.best
+    notes = list(_notes(made, output, wanted=wanted, recomputed=arguments.update_bn is not None))
     return _answer(made, output, notes, written=not arguments.dry_run)
 
 
@@ -180,10 +181,12 @@ def _answer(made: "Plan", output: Path, notes: list[str], *, written: bool) -> A
     )
 
 
-def _notes(made: "Plan", output: Path, form: str, *, recomputed: bool) -> Iterator[str]:
+def _notes(made: "Plan", output: Path, *, wanted: int | None, recomputed: bool) -> Iterator[str]:
     from polyak.checkpoints.companions import companions
     from polyak.compat.words import listed
 
+    if wanted and wanted > len(made.checkpoints):
+        yield f"{wanted} checkpoints were asked for, and there are {len(made.checkpoints)}: all are averaged"
     if made.left_out:
         yield f"left out, since not all checkpoints have them: {listed(made.left_out)}"
     integers = [
@@ -205,8 +208,6 @@ def _notes(made: "Plan", output: Path, form: str, *, recomputed: bool) -> Iterat
             f"{len(layers)} layers have running statistics ({listed(layers)}): their average is not that of the "
             "averaged weights; recompute it with --update-bn, or polyak.update_bn"
         )
-    if form == "pt":
-        yield "such a file does not say what it was made from; a .safetensors file does, with hashes"
     if made.newest.layout and (others := companions(made.newest.path)):
         yield f"for a folder as the output, of the newest: {listed(one.name for one in others)}"
 
@@ -215,10 +216,12 @@ class _Progress:
     """Counts tensors on a terminal."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._done = total, 0
+        self._total, self._done = total, set[str]()
 
     def __call__(self, name: str) -> None:
-        del name
-        self._done += 1
+        if name in self._done:  # one of its shards
+            return
+        self._done.add(name)
+        done = len(self._done)
         if sys.stderr.isatty():
-            sys.stderr.write(f"\r{self._done} of {self._total} tensors" + ("\n" if self._done == self._total else ""))
+            sys.stderr.write(f"\r{done} of {self._total} tensors" + ("\n" if done == self._total else ""))

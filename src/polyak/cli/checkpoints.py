@@ -114,7 +114,16 @@ def _expanded(given: Sequence[str]) -> list[Path]:
         if not matching:
             raise UsageError(f"a pattern must match checkpoints ({one} matches none); check the path")
         found += sorted(map(Path, matching), key=in_natural_order)
-    real = [os.path.realpath(path) for path in found]
+    real = [_identity(path) for path in found]
     if twice := [path for i, path in enumerate(found) if real[i] in real[:i]]:
         raise UsageError(f"each checkpoint must be given once (twice: {listed(twice)}); leave one out")
     return found
+
+
+def _identity(path: Path) -> object:
+    """Return what is the same for two names of one file or folder: links, symbolic or hard, are followed."""
+    try:
+        found = path.stat()
+    except OSError:
+        return os.path.realpath(path)  # to open it says what is wrong
+    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)

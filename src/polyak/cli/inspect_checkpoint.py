@@ -20,6 +20,7 @@ JSON = {
     "moment": "when it was saved: by unit, such as ba and ep, as far as it is known",
     "metrics": "measured when it was saved, by name, as far as they are known",
     "state_dicts": "a list of objects: key (null: the file itself), tensors, numbers, dtypes, size_bytes, unread",
+    "made_from": "of an average that polyak wrote: a list of objects: path, weights, moment, weight, sha256",
 }
 
 
@@ -43,10 +44,10 @@ def inspect_checkpoint(path: Path) -> Answer:
     Raises:
         CheckpointError: If it cannot be read safely, or has no state dict.
     """
-    from polyak.checkpoints.summary import summarize
+    from polyak.checkpoints import provenance_of, summarize
 
     allow_many_files()
-    plain = _plain(summarize(path))
+    plain = {**_plain(summarize(path)), "made_from": provenance_of(path)}
     return Answer(_text(plain), plain)
 
 
@@ -79,6 +80,8 @@ def _text(plain: dict[str, Any]) -> str:
         rows.append(("saved at", ", ".join(str(Time(value, unit)) for unit, value in plain["moment"].items())))
     if plain["metrics"]:
         rows.append(("metrics", ", ".join(f"{name} {value:g}" for name, value in plain["metrics"].items())))
+    if made := plain["made_from"]:
+        rows.append(("made from", ", ".join(f"{one.get('path')} ({one.get('weight')!s:.6})" for one in made)))
     states = plain["state_dicts"]
     for one in states:
         if one["unread"]:

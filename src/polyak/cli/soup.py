@@ -1,8 +1,11 @@
-"""Average those checkpoints that make the average better: a greedy soup.
+"""Average those checkpoints that make the average better: a greedy soup, or the best number of the newest.
 
 Each checkpoint is evaluated. Then they join the average one after the other, the best first, and each stays if the
 average is no worse with it (Wortsman et al. 2022, https://arxiv.org/abs/2203.05482). The function takes a dict of
 tensors by name, as for load_state_dict, and returns a number, or numbers by name. One set of weights is in memory.
+
+With --sweep, the checkpoints are of one run: means of the newest 1, 2, 3, 5, 10 ... of them are evaluated, of all, of
+every second and of every fourth, and the best is written. The sum and one mean of the weights are in memory then.
 
 Evaluate on validation data: what is chosen on the test set makes the test result biased.
 """
@@ -17,6 +20,8 @@ from polyak.cli.command import Answer, UsageError
 from polyak.cli.functions import last_line, load_function
 from polyak.cli.output import fields, size, table, terminal_width
 from polyak.cli.progress import Progress
+from polyak.cli.soup_sweep import JSON as JSON_OF_SWEEP
+from polyak.cli.soup_sweep import add_sweep, require_no_sweep, run_sweep
 from polyak.printable import printable
 
 if TYPE_CHECKING:
@@ -44,6 +49,9 @@ evaluate.py, for example:
 examples:
   polyak soup --evaluate evaluate.py:validate --maximize run-*/best.pt -o soup.safetensors
   polyak soup --evaluate evaluate.py:loss fold-*.ckpt --key state_dict -o soup.pt
+  polyak soup --evaluate evaluate.py:loss --sweep 'run/step-*' --counts 1,5,10 --spacings 1,2 -o best.safetensors
+
+the object of --json with --sweep:
 """
 
 
@@ -53,7 +61,7 @@ def configure(parser: ArgumentParser) -> None:
     Args:
         parser: The parser of this command.
     """
-    parser.epilog = _EPILOG
+    parser.epilog = _EPILOG + "\n".join(f"  {key:<16}  {meaning}" for key, meaning in JSON_OF_SWEEP.items())
     add_checkpoints(parser)
     parser.add_argument(
         "--evaluate", required=True, metavar="FUNCTION", help="FILE.py:FUNCTION or package.module:FUNCTION; see below"
@@ -71,6 +79,7 @@ def configure(parser: ArgumentParser) -> None:
     add_place(parser)
     parser.add_argument("--common", action="store_true", help="average the tensors that all checkpoints have")
     parser.add_argument("--force", action="store_true", help="replace an existing output file")
+    add_sweep(parser)
 
 
 def run(arguments: Namespace) -> Answer:
@@ -83,11 +92,14 @@ def run(arguments: Namespace) -> Answer:
         UsageError: If the function cannot be imported, or the output is there.
         PolyakError: If a checkpoint cannot be read, they are not of one model, or an evaluation fails.
     """
+    require_new(arguments.output, force=arguments.force)
+    if arguments.sweep:
+        return run_sweep(arguments)
+    require_no_sweep(arguments)
     from polyak.checkpoints.averaging import plan
     from polyak.checkpoints.output import check_output, write_average
     from polyak.checkpoints.soup import greedy_soup
 
-    require_new(arguments.output, force=arguments.force)
     opened = open_all(arguments)
     check_output(arguments.output, plan(opened, [1.0] * len(opened), common=arguments.common))
     with Progress("polyak soup") as progress:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyak.errors import ArgumentError
-from polyak.tensors.slots import Policy, PolicyRule, named_tensors, slots
+from polyak.tensors.slots import Policy, PolicyRule, decided, named_tensors, slots
 from polyak.time import Timestamp
 
 
@@ -60,7 +60,7 @@ def from_composer(state: Mapping[str, Any], model: nn.Module, policy: PolicyRule
     # Composer averages integer buffers and cuts the result: those of the training weights are right.
     true = training if active else known
     # The state of a model also has frozen tensors, and tied ones under each of their names.
-    wanted = {slot.name for slot in slots(model) if policy(slot) is not Policy.LEAVE}
+    wanted = {slot.name for slot in slots(model) if decided(policy, slot) is not Policy.LEAVE}
 
     def fitting(side: Mapping[str, Tensor]) -> dict[str, Tensor]:
         kept = {name: tensor for name, tensor in side.items() if name in wanted or name not in known}

@@ -24,6 +24,7 @@ Content = Mapping[Any, Any]
 
 _MOST_JSON_BYTES = 16 << 20
 _MOST_DIMENSIONS = 64
+_LFS = b"version https://git-lfs"
 # Without waiting for a pipe. Windows lacks some.
 _FLAGS = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = {
@@ -131,6 +132,8 @@ def load_bytes(
     Raises:
         CheckpointError: As `load`, without the name of the file.
     """
+    if bytes(data[: len(_LFS)]) == _LFS:
+        raise CheckpointError("it is a pointer of Git LFS in place of the file; run git lfs pull")
     if _is_safetensors(data):
         found = _safetensors(data)
         if not mapped:
@@ -146,12 +149,31 @@ def _is_safetensors(data: memoryview) -> bool:
     return len(data) > 8 and bytes(data[8:9]) == b"{" and length <= len(data) - 8
 
 
-def _safetensors(data: memoryview) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file: they are its own bytes."""
+def safetensors_metadata(data: memoryview) -> Mapping[str, Any]:
+    """Return the texts in the header of a safetensors file; none of any other file.
+
+    Args:
+        data: The file's bytes.
+
+    Raises:
+        CheckpointError: If its header cannot be read.
+    """
+    found = _header(data).get("__metadata__") if _is_safetensors(data) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _header(data: memoryview) -> Mapping[str, Any]:
     begin = 8 + int.from_bytes(data[:8], "little")
     header = _json(bytes(data[8 : min(begin, 9 + _MOST_JSON_BYTES)]), "its header")
     if not isinstance(header, Mapping):
         raise CheckpointError("it is no whole safetensors file (its header must be a mapping)")
+    return header
+
+
+def _safetensors(data: memoryview) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file: they are its own bytes."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header = _header(data)
     about = header.get("__metadata__")
     if isinstance(about, Mapping) and "polyak.before" in about:
         raise CheckpointError(

@@ -200,7 +200,7 @@ class Distributed:
             offset = index.get("offset")
             begin = (0,) * len(shape) if offset is None else metadata_shape(offset)
             size = sizes.get(begin, shape)
-            yield tuple((a, a + n) for a, n in zip(begin, size, strict=True)), str(place.get("relative_path"))
+            yield tuple((a, a + n) for a, n in zip(begin, size, strict=True)), _file_of(place)
 
     def blobs(self, wanted: Callable[[str], bool]) -> dict[str, tuple[tuple[str | int, ...], memoryview]]:
         """Return items that are no tensors by their names: the keys and the bytes of each.
@@ -279,9 +279,7 @@ class Distributed:
         return found
 
     def _bytes(self, place: Mapping[str, Any]) -> memoryview:
-        file, offset, length = (place.get(key) for key in ("relative_path", "offset", "length"))
-        if not isinstance(file, str) or PurePath(file).name != file or file in {"", ".", ".."}:
-            raise CheckpointError(f"its files must be in the folder (got {shown(file)})")
+        file, offset, length = _file_of(place), place.get("offset"), place.get("length")
         if type(offset) is not int or type(length) is not int or offset < 0 or length <= 0:
             raise CheckpointError(f"its metadata must say where in {shown(file)} something is")
         if place.get("transform_descriptors"):
@@ -291,6 +289,13 @@ class Distributed:
         if offset + length > len(self._files[file]):
             raise CheckpointError(f"its file {shown(file)} is truncated")
         return self._files[file][offset : offset + length]
+
+
+def _file_of(place: Mapping[str, Any]) -> str:
+    file = place.get("relative_path")
+    if not isinstance(file, str) or PurePath(file).name != file or file in {"", ".", ".."}:
+        raise CheckpointError(f"its files must be in the folder (got {shown(file)})")
+    return file
 
 
 def _nothing_outside(_: object) -> Any:
@@ -320,11 +325,18 @@ def metadata_shape(value: object) -> tuple[int, ...]:
 
 
 def _overlap(boxes: list[Box]) -> bool:
-    return any(
-        all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
-        for i, one in enumerate(boxes)
-        for other in boxes[:i]
-    )
+    """Return whether two shards have elements in common. Only those that meet in one dimension are compared."""
+    held = [box for box in boxes if all(begin < end for begin, end in box)]
+    if not held or not held[0]:
+        return len(held) > 1
+    cut = max(range(len(held[0])), key=lambda i: len({box[i][0] for box in held}))
+    near = list[Box]()
+    for box in sorted(held, key=lambda one: one[cut]):
+        near = [one for one in near if box[cut][0] < one[cut][1]]
+        if any(all(a < d and c < b for (a, b), (c, d) in zip(one, box, strict=True)) for one in near):
+            return True
+        near.append(box)
+    return False
 
 
 def _with_lists(value: Any) -> Any:

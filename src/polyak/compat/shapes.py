@@ -1,6 +1,6 @@
 """Where training scripts keep the average in their checkpoints: one table, a line for each shape."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,33 @@ SHAPES: Sequence[Shape] = (
     Shape("ConvNeXt, k-diffusion and others", "model_ema", model="model"),
     Shape("ema_model and model", "ema_model", model="model"),
     Shape("EMA callbacks for Lightning", "ema_state_dict", model="state_dict", unless="message_hub"),
+    Shape("EMA callbacks for Lightning", "callbacks.*.ema_state_dict", model="state_dict"),
+    Shape("RAVE", "callbacks.EMA.weights", model="state_dict"),
+    *(
+        Shape(f"{average} and {online}", average, model=online)
+        for average, online in (
+            ("ema_model", "net_model"),  # torchcfm
+            ("ema", "net"),  # EDM
+            ("ema", "module"),  # DeepSpeed
+            ("ema_state", "model"),  # detectron2
+            ("model_avg", "model"),  # icefall
+            ("ema_params", "model"),
+            ("ema_weights", "model"),
+            ("shadow", "model"),
+            ("averaged_model", "model"),
+            ("ema_model_state_dict", "model_state_dict"),
+            ("model_ema_state_dict", "model_state_dict"),
+            ("ema_state_dict", "model_state_dict"),
+            ("target_encoder", "encoder"),  # I-JEPA
+            ("G_ema", "G"),
+        )
+    ),
+    Shape("diffusion_policy", "state_dicts.ema_model", model="state_dicts"),
+    Shape("OpenFold", "ema.params"),
+    Shape("Boltz", "ema.ema_weights"),
+    Shape("audiocraft", "ema.state.model"),
+    Shape("fairseq", "extra_state.ema", model="model"),
+    Shape("DINOv2", "teacher", unless="student"),
     Shape("mmengine", "state_dict", model="message_hub", note="the state_dict of mmengine's EMAHook is the average"),
     Shape("RT-DETR", "ema.module"),
     Shape("EMA classes with a shadow", "ema.shadow"),
@@ -68,6 +95,13 @@ SHAPES: Sequence[Shape] = (
             ("target_encoder.", "online_encoder."),
             ("momentum_encoder.", "encoder."),
             ("ema_model.", "model."),
+            ("momentum_encoder.", "base_encoder."),
+            ("ema.", "model."),
+            ("ema.module.", "model."),
+            ("ema.ema_model.", "model."),
+            ("net_ema.", "net."),
+            ("generator_ema.", "generator."),
+            ("diffusion_ema.ema_model.", "diffusion.model."),
         )
     ),
 )
@@ -86,7 +120,13 @@ def candidates(content: Content) -> dict[str, tuple[Shape, Any]]:
         for place, value in _at(content, shape.key.split(".") if shape.key else [], ""):
             if _fits(shape, content, value):
                 found.setdefault(f"{place} ({shape.prefix}*)" if shape.prefix else place, (shape, value))
-    return found
+    longer = {shape.prefix for shape, _ in found.values()}
+    return {place: one for place, one in found.items() if not _is_shorter(one[0].prefix, longer)}
+
+
+def _is_shorter(prefix: str, prefixes: Iterable[str]) -> bool:
+    """Return whether another prefix begins with this one, as ``ema.module.`` does with ``ema.``."""
+    return bool(prefix) and any(other != prefix and other.startswith(prefix) for other in prefixes)
 
 
 def _at(value: Any, keys: Sequence[str], place: str) -> Iterator[tuple[str, Any]]:
@@ -105,7 +145,7 @@ def _fits(shape: Shape, content: Content, value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     if not shape.prefix:
-        return (not shape.model or shape.model in content) and is_state_dict(value)
+        return (not shape.model or shape.model in content) and is_state_dict(value) and not _has_both(value)
     names = _names(value)
     if shape.spelling:
         base = {name.replace(*shape.spelling) for name in _names(value, shape.model)}
@@ -123,6 +163,12 @@ def is_state_dict(value: object) -> bool:
         return False
     nested = any(type(one) in {dict, list, tuple} for name, one in value.items() if not name.endswith("_extra_state"))
     return not nested and any(isinstance(one, (Tensor, Unread)) for one in value.values())
+
+
+def _has_both(value: Content) -> bool:
+    """Return whether the state dict of an EMA class is there, with the training weights and counters in it."""
+    parts = {part for name in value for part in name.split(".")}
+    return {"online_model", "ema_model"} <= parts
 
 
 def _names(value: Content, prefix: str = "") -> list[str]:
@@ -151,7 +197,10 @@ def take(shape: Shape, content: Content, value: Any) -> Averaged:
     tensors = plain(tensors_of(value))
     if shape.spelling is not None:
         return _respelled(shape, tensors, kind, notes)
-    return Averaged(kind, plain(_below(tensors, shape.prefix)), notes)
+    average, base = plain(_below(tensors, shape.prefix)), _below(tensors, shape.model)
+    if shape.prefix and average.keys() & base.keys():  # and the counters of an EMA class
+        average = {name: tensor for name, tensor in average.items() if "." in name or name in base}
+    return Averaged(kind, average, notes)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

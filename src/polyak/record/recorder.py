@@ -14,7 +14,7 @@ from polyak.events import Event, State, refuse_uncounted
 from polyak.record.manifest import MANIFEST
 from polyak.record.reader import Record
 from polyak.record.recording import Recording
-from polyak.record.settings import Settings
+from polyak.record.settings import Settings, check_arguments
 from polyak.record.temporary import TemporaryFolder
 from polyak.tensors.slots import PolicyRule, default_policy, unwrap
 from polyak.time import Time, TimeUnit, as_span
@@ -75,6 +75,7 @@ class Recorder(Algorithm):
     Raises:
         TimeError: If ``interval`` is no time, or not above 0.
         RecordError: If ``per_level`` is below 1.
+        ArgumentError: If another argument has a wrong type or value; it names it.
 
     Attributes:
         folder: As given, made absolute: the program may change its directory.
@@ -111,8 +112,7 @@ class Recorder(Algorithm):
                 f"folder must be a path (got {kind_of(folder)}); the model goes to attach: "
                 "attach(Recorder('my-run'), model, optimizer)"
             )
-        if per_level is not None and per_level < 1:
-            raise RecordError(f"per_level must be at least 1, or None to merge nothing (got {per_level!r})")
+        check_arguments(per_level=per_level, dtype=dtype, device=device, policy=policy, overwrite=overwrite)
         self._temporary = TemporaryFolder() if folder is None else None
         self.folder = self._temporary.path if self._temporary is not None else Path(str(folder)).absolute()
         self.interval = None if interval is None else as_span("interval", interval, above=0, steps=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from polyak.averaging.nothing import warn_of_nothing
 from polyak.averaging.weights import Shadow
 from polyak.errors import PlanWarning, RecordError
 from polyak.events import State
@@ -16,6 +17,7 @@ from polyak.record.roles import Roles
 from polyak.record.settings import Settings, pinned
 from polyak.record.writer import Writer
 from polyak.sharding import is_initialized
+from polyak.tensors.slots import averaged_parameters, unwrap
 from polyak.time import Timestamp
 
 
@@ -89,6 +91,8 @@ class Recording:
     def _open_record(self) -> None:
         roles, state = self._roles, self.state
         mean = self._mean = self._mean or self.settings.new_mean(state)
+        if not averaged_parameters(state.model, self.settings.policy):
+            warn_of_nothing(unwrap(state.model), self.settings.shown)
         new = self.queue.num_updates == 0 and self._loaded is None
         self.queue.begin(lambda: self.settings.writer(mean, state, roles.separate(), new=new), self._rewind_to_state)
 

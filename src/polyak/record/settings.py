@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak.averaging.weights import Shadow
-from polyak.errors import RecordError, TimeError
+from polyak.errors import ArgumentError, RecordError, TimeError
 from polyak.events import State
 from polyak.record.writer import Writer
 from polyak.sharding import Communicator
@@ -155,3 +155,41 @@ def _aliases(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, str]:
     place = places_of(model).name
     found = ((name, own.name) for name, (own, _) in tied.items() if own.name in kept and name in persistent)
     return {place(name): place(own) for name, own in found}
+
+
+def check_arguments(*, per_level: Any, dtype: Any, device: Any, policy: Any, overwrite: Any) -> None:
+    """Check the arguments of a ``Recorder``, before a run begins.
+
+    Args:
+        per_level: As given.
+        dtype: As given.
+        device: As given.
+        policy: As given.
+        overwrite: As given.
+
+    Raises:
+        RecordError: If ``per_level`` is no whole number, or below 1.
+        ArgumentError: If another one has a wrong type or value.
+    """
+    whole = isinstance(per_level, int) and not isinstance(per_level, bool)
+    if per_level is not None and not (whole and per_level >= 1):
+        raise RecordError(f"per_level must be at least 1, or None to merge nothing (got {per_level!r})")
+    must = {
+        "dtype": (dtype in _DTYPES, "torch.float32, torch.float16, torch.bfloat16 or None", dtype),
+        "device": (_is_device(device), "a device of this machine or None", device),
+        "policy": (callable(policy) and not isinstance(policy, type), "a function of a Slot", policy),
+        "overwrite": (isinstance(overwrite, bool), "True or False", overwrite),
+    }
+    for name, (holds, what, given) in must.items():
+        if not holds:
+            raise ArgumentError(f"{name} of a Recorder must be {what} (got {given!r}); leave it out for the default")
+
+
+_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _is_device(given: Any) -> bool:
+    try:
+        return given is None or torch.empty(0, device=given).numel() == 0
+    except (RuntimeError, TypeError, AssertionError, NotImplementedError):
+        return False

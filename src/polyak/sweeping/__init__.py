@@ -1,5 +1,7 @@
 """Evaluate the averages of a record under many profiles with a custom function, and find the best."""
 
+from polyak.sweeping.checkpoint_outcome import CheckpointSweep, Tried
+from polyak.sweeping.checkpoints import sweep_checkpoints
 from polyak.sweeping.export import export
 from polyak.sweeping.grid import finest_half_life, grid, narrowed, newest
 from polyak.sweeping.held import held
@@ -10,10 +12,12 @@ from polyak.sweeping.returned import Evaluate
 from polyak.sweeping.sweep import sweep
 
 __all__ = [
+    "CheckpointSweep",
     "Evaluate",
     "EvaluationError",
     "Result",
     "SweepResult",
+    "Tried",
     "best",
     "export",
     "finest_half_life",
@@ -25,5 +29,6 @@ __all__ = [
     "recommended",
     "records_in",
     "sweep",
+    "sweep_checkpoints",
     "value_of",
 ]

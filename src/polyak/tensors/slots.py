@@ -7,11 +7,12 @@ activation checkpointing), so that a state saved under one wrapper loads under a
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyak.errors import MismatchError
+from polyak.errors import ArgumentError, MismatchError
 from polyak.sharding import ModelParts, Places, local
 from polyak.tensors import memory, optimizers
 
@@ -46,6 +47,12 @@ class Slot:
     attribute: str
     is_parameter: bool
     persistent: bool = True
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the module still holds a tensor under this name."""
+        held = self.owner._parameters if self.is_parameter else self.owner._buffers  # noqa: SLF001
+        return self.attribute in held and held[self.attribute] is not None
 
     @property
     def tensor(self) -> Tensor:
@@ -122,6 +129,28 @@ def default_policy(slot: Slot) -> Policy:
 PolicyRule = Callable[[Slot], Policy]
 
 
+def decided(policy: PolicyRule, slot: Slot) -> Policy:
+    """Return what a policy decides for a tensor.
+
+    Args:
+        policy: Of polyak or of a user.
+        slot: Where the tensor is.
+
+    Raises:
+        ArgumentError: If the policy returns anything else than a ``Policy``, or the text of one.
+    """
+    found = policy(slot)
+    if isinstance(found, Policy):
+        return found
+    try:
+        return Policy(found)
+    except ValueError:
+        raise ArgumentError(
+            f"policy must return a Policy for each tensor (got {found!r} for {slot.name!r}); return Policy.AVERAGE, "
+            "Policy.COPY or Policy.LEAVE"
+        ) from None
+
+
 def _is_wrapped(parent: nn.Module, child: str) -> bool:
     if child in WRAPPED_NAMES or isinstance(parent, ModelParts):
         return True
@@ -148,6 +177,16 @@ def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _modules(child, prefix if _is_wrapped(module, name) else f"{prefix}{name}.")
 
 
+def own_attribute(module: nn.Module, name: str) -> Any:
+    """Return an attribute that a module or its class has; None for what only its ``__getattr__`` would answer.
+
+    Args:
+        module: Any.
+        name: Of the attribute.
+    """
+    return getattr(module, name) if name in vars(module) or hasattr(type(module), name) else None
+
+
 def places_of(model: nn.Module) -> Places:
     """Return the places in the full model of a model's tensors, where ranks hold different experts.
 
@@ -171,6 +210,18 @@ def all_slots(model: nn.Module) -> Iterator[Slot]:
             if buffer is not None:
                 persistent = attribute not in module._non_persistent_buffers_set  # noqa: SLF001
                 yield Slot(prefix + attribute, module, attribute, is_parameter=False, persistent=persistent)
+
+
+def extra_states(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what modules add to a state dict by ``get_extra_state``, under its canonical name.
+
+    Args:
+        model: Wrapped or not.
+    """
+    for prefix, module in _modules(model, ""):
+        own = type(module).get_extra_state is not nn.Module.get_extra_state
+        if own and not isinstance(module, torch.jit.ScriptModule):
+            yield f"{prefix}_extra_state", module.get_extra_state()
 
 
 def slots(model: nn.Module, *, views: bool = False, foreign: Sequence[Tensor] = ()) -> Iterator[Slot]:
@@ -220,7 +271,7 @@ def trained_through(views: Mapping[str, tuple[Slot, Slot]], policy: PolicyRule) 
         views: As ``views_of`` returns them.
         policy: What is done with which tensor.
     """
-    return {own.name for own, slot in views.values() if slot.is_parameter and policy(slot) is Policy.AVERAGE}
+    return {own.name for own, slot in views.values() if slot.is_parameter and decided(policy, slot) is Policy.AVERAGE}
 
 
 def _owned(model: nn.Module, foreign: Sequence[Tensor]) -> tuple[list[Slot], list[Slot | None]]:
@@ -260,7 +311,7 @@ def averaged_parameters(model: nn.Module, policy: PolicyRule) -> list[Slot]:
     """
     through = trained_through(views_of(model), policy)
     found = (slot for slot in slots(model) if slot.is_parameter)
-    return [slot for slot in found if slot.name in through or policy(slot) is Policy.AVERAGE]
+    return [slot for slot in found if slot.name in through or decided(policy, slot) is Policy.AVERAGE]
 
 
 def check_match(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:

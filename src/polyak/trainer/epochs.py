@@ -1,7 +1,7 @@
 """``Epochs``: the batches of each epoch, from the batch at which the run stands."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from polyak.errors import CheckpointError, PlanWarning
@@ -22,6 +22,7 @@ class Epochs:
     Args:
         context: Of the trainer.
         loader: The data to train on; None if ``fit`` will get it.
+        num_samples: Function of a batch: how many samples it has.
 
     Attributes:
         loader: The data to train on, if it is known.
@@ -30,11 +31,14 @@ class Epochs:
         epoch_rng: The states of the generators at the start of this epoch.
     """
 
-    def __init__(self, context: "Context", loader: Iterable[Any] | None) -> None:
+    def __init__(
+        self, context: "Context", loader: Iterable[Any] | None, num_samples: Callable[[Any], int] = batches.num_samples
+    ) -> None:
         self.loader = loader
         self.own_batches = divides_itself(loader)
         self.completed = 0
         self.epoch_rng: dict[str, Any] | None = None
+        self._num_samples = num_samples
         self._state = context.state
         self._loop = context.loop
         self._stream = context.stream
@@ -100,14 +104,28 @@ class Epochs:
         assert self.loader is not None
         with self._stream.drawn():
             iterator = iter(self.loader)
+        samples = 0
         for drawn in range(number):
             with self._stream.drawn():
-                if next(iterator, _END) is _END:
-                    raise CheckpointError(
-                        f"the data must be those of the checkpoint, which was saved after {number} batches of an epoch "
-                        f"(got a train_dataloader that gives {drawn})"
-                    )
+                batch = next(iterator, _END)
+            if batch is _END:
+                raise CheckpointError(
+                    f"the data must be those of the checkpoint, which was saved after {number} batches of an epoch "
+                    f"(got a train_dataloader that gives {drawn})"
+                )
+            samples += int(self._num_samples(batch))
+        self._check_samples(number, samples)
         return iterator
+
+    def _check_samples(self, number: int, samples: int) -> None:
+        """Check that the batches that were skipped have as many samples as those that were trained on."""
+        trained = self._state.timestamp.sample_in_epoch.value
+        if number and samples != trained and not (self.own_batches and self._group.size > 1):
+            raise CheckpointError(
+                f"the batches must be those of the checkpoint, which was saved after {trained} samples in {number} "
+                f"batches of an epoch (got {samples} samples in as many); use the same batch size, or load a "
+                "checkpoint from the end of an epoch"
+            )
 
     def _compare(self, batch: Any) -> None:
         """Warn if ranks that must draw the same batches do not."""

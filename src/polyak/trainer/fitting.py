@@ -11,6 +11,7 @@ from polyak.trainer.interrupts import Rollback, signals_held
 from polyak.trainer.options import Checked
 from polyak.trainer.polish import Polish
 from polyak.trainer.step import Step
+from polyak.training.moved import BetweenSteps
 
 
 class Fitting:
@@ -47,12 +48,15 @@ class Fitting:
         self._log_due = checked.log_due
         self._num_samples = checked.given.num_samples
         self._num_tokens = checked.given.num_tokens
+        instead = "do it in optimizer.register_step_post_hook, inside the step"
+        self._between = BetweenSteps(context.state.model, lambda _: bool(context.state.algorithms), instead)
 
     def run(self) -> None:
         """Train until the state's ``max_duration``, and run the evaluators that are due at the end."""
         state, fire = self._state, self._loop.fire
         state.stopping = False
         rollback = Rollback(state.model, self._context.stream)
+        self._between.forget()
         try:
             self._polish.start_run()
             fire(Event.FIT_START)
@@ -97,10 +101,12 @@ class Fitting:
             self._step.compute_gradients()
             # An interrupt, and a checkpoint that its handler saves, must not find weights that have moved without being
             # counted, or been counted without being averaged.
+            self._between.before_step()
             with signals_held():
                 self._move_and_count(batch, began)
                 rollback.done()
                 self._loop.dispatch(Event.BATCH_END)
+            self._between.after_step()
             self._log_if_due(Event.BATCH_END)
             self._loop.notify(Event.BATCH_END)
             self._evaluate_if_due(Event.BATCH_END, rollback)
@@ -152,6 +158,7 @@ class Fitting:
         if self._state.finished:
             return
         if self._polish.is_due:
+            self._between.forget()
             with signals_held():
                 self._polish.begin()
         if self._polish.wants_figures:

@@ -1,11 +1,13 @@
 """``CheckpointSaver``: when a run is saved, under which names, and how many checkpoints are kept."""
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from polyak.algorithm import MetricLogger
+from polyak.errors import ArgumentError, PlanWarning
 from polyak.events import Event
 from polyak.storage.atomic import TEMPORARY, remove, remove_whole
 from polyak.time import Time
@@ -34,6 +36,7 @@ class CheckpointSaver(Callback):
     Raises:
         TimeError: If ``save_interval`` is no time, or not above 0.
         ValueError: If ``keep`` is below 1.
+        ArgumentError: If ``folder`` is a file.
     """
 
     def __init__(
@@ -45,7 +48,13 @@ class CheckpointSaver(Callback):
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be None or at least 1 (got {keep})")
         self.folder = Path(folder).absolute()  # it stays the same if the program changes its directory
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ArgumentError(
+                f"folder must be one for checkpoints (got {self.folder}, which is a file); choose another"
+            )
         self.keep = keep
+        self._own, self._others = set[Path](), set[Path]()
+        self._warned = False
         self.save_interval: Callable[[TrainerState, Event], Any]
         if not isinstance(save_interval, (str, int, Time)) and callable(save_interval):
             self.save_interval = save_interval
@@ -67,6 +76,9 @@ class CheckpointSaver(Callback):
             for suffix in (TEMPORARY, ".draft"):  # the second is that of earlier versions
                 for temporary in self.folder.glob(f".ep*-ba*{suffix}"):
                     remove(temporary)
+            # Those of a run that this one does not continue.
+            begins = state.timestamp.batch.value == 0
+            self._others = {path for _, path in self._saved()} - self._own if begins else set()
         # The function of a user may return a bool of another library, such as numpy's.
         if event in (Event.BATCH_CHECKPOINT, Event.EPOCH_CHECKPOINT) and (
             self.save_interval(state, event) or ends_run(state, event)
@@ -76,10 +88,23 @@ class CheckpointSaver(Callback):
     def _save(self, state: TrainerState) -> None:
         now = state.timestamp
         suffix = "" if state.sharded else ".pt"
-        state.save_checkpoint(self.folder / f"ep{now.epoch.value}-ba{now.batch.value}{suffix}")
+        path = self.folder / f"ep{now.epoch.value}-ba{now.batch.value}{suffix}"
+        if path in self._others and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a run should have a folder of its own for checkpoints: {path} of another run is replaced; give "
+                "'{run_name}' in save_folder, or continue that run by autoresume=True",
+                PlanWarning,
+                stacklevel=6,
+            )
+        state.save_checkpoint(path)
+        self._own.add(path)
+        self._others.discard(path)
         if self.keep is not None and state.rank == 0:
             # Later checkpoints are those of a run that had gone further before this one resumed from an earlier one.
-            passed = [(moment, path) for moment, path in self._saved() if moment <= (now.batch.value, now.epoch.value)]
+            # Those of another run are not deleted.
+            saved, until = self._saved(), (now.batch.value, now.epoch.value)
+            passed = [(moment, path) for moment, path in saved if moment <= until and path not in self._others]
             for _, path in passed[: -self.keep]:
                 remove_whole(path)
 

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from polyak.algorithm import Algorithm
@@ -173,13 +174,17 @@ class Checkpoints:
         weights = saved["model"] if saved["training_model"] is None else saved["training_model"]
         self._load_model(path, weights, ignored)
         dtypes = states.saved_dtypes(self._state.model, weights or {})
-        for optimizer, state in zip(self._state.optimizers, saved["optimizers"] or (), strict=False):
+        pairs = list(zip(self._state.optimizers, saved["optimizers"] or (), strict=False))
+        for optimizer, state in pairs:
+            states.check_optimizer(optimizer, state, self._state.model)
+        for optimizer, state in pairs:
             states.load_optimizer(optimizer, state, dtypes)
         for scheduler, state in zip(self._state.schedulers, saved["schedulers"] or (), strict=False):
             scheduler.load_state_dict(state)
         if saved["scaler"]:
             self._step.scaler.load_state_dict(saved["scaler"])
-        _load_by_class("algorithm", saved["algorithms"] or (), self._state.algorithms, path)
+        if saved["algorithms"] is not None:
+            _load_by_class("algorithm", saved["algorithms"], self._state.algorithms, path)
         _load_by_class("callback", saved["callbacks"] or (), self._state.callbacks, path)
         if saved["timestamp"] is not None:
             self._load_clock(path, saved)
@@ -191,6 +196,14 @@ class Checkpoints:
             return
         model = self._state.model
         own = unwrap(model).state_dict(keep_vars=True)
+        narrowed = {str(t.dtype): str(own[n].dtype) for n, t in weights.items() if n in own and _narrows(t, own[n])}
+        if narrowed:
+            warnings.warn(
+                f"weights should be loaded into the dtype in which they were saved, to be the same ({path} has "
+                f"{', '.join(narrowed)}, and the model {', '.join(narrowed.values())}: they are rounded)",
+                PlanWarning,
+                stacklevel=5,
+            )
         try:
             states.load_model(model, _filled(weights, own, ignored))
         except RuntimeError as error:
@@ -238,6 +251,12 @@ class Checkpoints:
         self._epochs.epoch_rng = of_epoch[0]
 
 
+def _narrows(saved: object, own: Tensor) -> bool:
+    """Return whether saved values lose digits in the dtype of a model's tensor."""
+    numeric = isinstance(saved, Tensor) and saved.is_floating_point() and own.is_floating_point()
+    return numeric and torch.promote_types(saved.dtype, own.dtype) != own.dtype
+
+
 def _filled(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], ignored: Sequence[str]) -> Mapping[str, Tensor]:
     """Return weights, with the model's own in place of those that are ignored."""
     patterns = [pattern.removeprefix("state/").removeprefix("model/") for pattern in ignored]
@@ -277,6 +296,13 @@ def _load_by_class(
                 one.load_state_dict(entry[1])
                 left.remove(entry)
                 break
+        else:
+            if kind == "algorithm" and one.swaps:
+                warnings.warn(
+                    f"{path} has no state of {one!r}: its average begins with the weights that training resumes from",
+                    PlanWarning,
+                    stacklevel=5,
+                )
     if kind == "algorithm" and left:
         warnings.warn(
             f"{path} has states of algorithms that this trainer does not have: {', '.join(name for name, _ in left)}; "

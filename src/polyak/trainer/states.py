@@ -11,7 +11,7 @@ from polyak import sharding
 from polyak.averaging.swap import swap_of
 from polyak.errors import CheckpointError
 from polyak.sharding import is_sharded
-from polyak.tensors.slots import slots, unwrap
+from polyak.tensors.slots import all_slots, slots, unwrap
 from polyak.trainer.wrapping import laid_out
 
 
@@ -67,7 +67,47 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
             f"{', '.join(names.get(id(one), 'a parameter without a name') for one in removed)}); to freeze "
             "parameters, set requires_grad to False and grad to None, and leave them in their optimizer"
         )
-    return optimizer.state_dict()
+    return {**optimizer.state_dict(), _KIND: type(optimizer).__name__, _NAMES: _names(optimizer, model)}
+
+
+# In the state of an optimizer in a checkpoint: its class, and the names of its parameters in order.
+_KIND, _NAMES = "polyak_kind", "polyak_names"
+
+
+def _names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
+    names = {id(slot.tensor): slot.name for slot in reversed(list(all_slots(model))) if slot.is_parameter}
+    return [[names.get(id(parameter), "") for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def check_optimizer(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Module) -> None:
+    """Check that a saved state is that of an optimizer with the same settings over the same parameters, in order.
+
+    Args:
+        optimizer: That gets the state.
+        state: As saved; one of an earlier version says less.
+        model: Wrapped or not, to name its parameters.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    saved, ours = state["param_groups"], optimizer.param_groups
+    name, kind = type(optimizer).__name__, state.get(_KIND, "an optimizer")
+    sizes = [[len(group["params"]) for group in groups] for groups in (saved, ours)]
+    lacks = sorted({key for one, own in zip(saved, ours, strict=False) for key in own.keys() - one.keys()})
+    found = ""
+    if sizes[0] != sizes[1]:
+        found = f"groups of {sizes[1]} parameters, and the checkpoint has {sizes[0]}"
+    elif kind not in {name, "an optimizer"} and set(lacks) - {"initial_lr"}:
+        found = f"{', '.join(lacks)}, and the checkpoint has the state of {kind}"
+    elif _NAMES in state and state[_NAMES] != (own := _names(optimizer, model)):
+        pairs = ((a, b) for one, other in zip(state[_NAMES], own, strict=True) for a, b in zip(one, other, strict=True))
+        first = next((a, b) for a, b in pairs if a != b)
+        found = f"{first[1]!r} where the checkpoint has {first[0]!r}"
+    if found:
+        raise CheckpointError(
+            f"an optimizer must be the one whose state was saved, over the same parameters in the same order ({name} "
+            f"has {found}); make it so, or leave the state out by load_ignore_keys=['optimizers']"
+        )
 
 
 def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], saved_dtypes: Mapping[int, torch.dtype]) -> None:
@@ -83,7 +123,8 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], saved_dtypes:
         index: _fitted(values, dict.fromkeys(values, parameters[index])) if index < len(parameters) else values
         for index, values in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": fitted})
+    own = {name: value for name, value in state.items() if name not in {_KIND, _NAMES}}
+    optimizer.load_state_dict({**own, "state": fitted})
     for index, values in fitted.items():
         if index < len(parameters) and parameters[index].dtype == saved_dtypes.get(id(parameters[index])):
             own = optimizer.state.get(parameters[index])

@@ -170,7 +170,7 @@ class Trainer:
         checked = Options(**{name: value for name, value in locals().items() if name != "self"}).checked()
         self._context = Context.of(checked)
         self.state, self.logger = self._context.state, self._context.logger
-        self._epochs = Epochs(self._context, train_dataloader)
+        self._epochs = Epochs(self._context, train_dataloader, num_samples)
         self._step = Step(self._context, self._epochs, checked)
         self._evaluation = Evaluation(self._context, checked)
         phase = Polish(self._context, self._step, self._evaluation, checked.given.polish)
@@ -178,6 +178,7 @@ class Trainer:
         self._checkpoints = Checkpoints(self._context, self._epochs, self._step, self._evaluation, phase)
         self._fitted = self._closed = False
         self._checkpoints.begin(checked.given)
+        self._loaded = load_path is not None and not autoresume
 
     # Training
 
@@ -221,7 +222,7 @@ class Trainer:
         if swap := swap_of(self.state.model):
             raise LoanError(f"training must begin with training weights: {swap.owner} has swapped its average in")
         self.state.stopping = False
-        if self._fitted and self.state.finished:
+        if (self._fitted and self.state.finished) or self._is_beyond():
             warnings.warn(
                 f"fit() has nothing to train: the run has reached its max_duration, {self.state.max_duration}; give "
                 "fit(duration=) to train longer, or reset_time=True to start the clock again",
@@ -230,6 +231,11 @@ class Trainer:
             )
         self._fitted = True
         self._fitting.run()
+
+    def _is_beyond(self) -> bool:
+        """Whether the run that was loaded has gone further than this one is to go."""
+        length = self.state.max_duration
+        return self._loaded and length is not None and self.state.timestamp.get(length.unit) > length
 
     def eval(
         self,

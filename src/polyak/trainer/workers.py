@@ -1,5 +1,6 @@
 """``Workers``: the algorithms, optimizers, schedulers, callbacks and loggers of a trainer, checked."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -108,7 +109,17 @@ def _check_optimizers(optimizers: list[Any], model: nn.Module) -> None:
                 f"optimizers must be over the parameters of the model (got a {type(one).__name__} over "
                 f"{len(held)} parameters of which the {type(model).__name__} has none); {advice} of this model"
             )
+        advice_for_closure = "train in your own loop, with polyak.attach"
+        require(not _needs_closure(one), "optimizers", "ones that step without a closure", one, advice_for_closure)
     require(len({id(one) for one in optimizers}) == len(optimizers), "optimizers", "different ones", optimizers)
+
+
+def _needs_closure(optimizer: Any) -> bool:
+    try:
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+    except (TypeError, ValueError):
+        return False
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _check_schedulers(schedulers: list[Any], optimizers: Sequence[Optimizer]) -> None:

@@ -121,6 +121,13 @@ class Attached(Handle):
         self._loop.detach()
 
     def __enter__(self) -> Self:
+        """Return this.
+
+        Raises:
+            CallError: If it is detached, as after a block before.
+        """
+        if self._loop.detached:
+            raise CallError("a block of what attach returned must begin while it counts (it is detached); attach again")
         return self
 
     def __exit__(

@@ -20,21 +20,22 @@ class Block(Generic[P, T]):
 
     def __init__(self, make: Callable[P, AbstractContextManager[T]]) -> None:
         self._make = make
-        self._entered: AbstractContextManager[T] | None = None
+        self._entered = list[AbstractContextManager[T]]()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
         return self._make(*args, **kwargs)
 
     def __enter__(self) -> T:
         make: Callable[[], AbstractContextManager[T]] = self._make  # type: ignore[assignment]
-        self._entered = make()
-        return self._entered.__enter__()
+        manager = make()
+        value = manager.__enter__()
+        self._entered.append(manager)
+        return value
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        assert self._entered is not None
-        return self._entered.__exit__(kind, error, traceback)
+        return self._entered.pop().__exit__(kind, error, traceback)
 
 
 class block(Generic[Owner, P, T]):  # noqa: N801  a decorator

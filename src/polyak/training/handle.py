@@ -158,6 +158,7 @@ class Handle(ABC):
             CheckpointError: If the model has a tensor that safetensors cannot hold.
         """
         average = self._begun()
+        self._met().warn_of_uncounted()
         save_averaged(average, self._met().state.model, path, overwrite=overwrite)
 
     @explained("ema.publish(lambda name, tensor: engine.load_weights([(name, tensor)]))", {})
@@ -193,7 +194,9 @@ class Handle(ABC):
             >>> torch.equal(engine.weight, ema.model.weight)
             True
         """
-        publish_averaged(self._begun(), self._met().state.model, load, every_rank=every_rank)
+        average = self._begun()
+        self._met().warn_of_uncounted()
+        publish_averaged(average, self._met().state.model, load, every_rank=every_rank)
 
     def _met(self) -> Followed:
         followed = self._follows()

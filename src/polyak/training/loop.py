@@ -21,9 +21,8 @@ from polyak.training.steps import StepHooks
 from polyak.training.uncountable import refuse_unmoved
 from polyak.training.uncounted import Uncounted
 
+# Where a warning of weights that moved without a counted step is not too late; and at FIT_END.
 _SWAPPED_IN = frozenset({Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START})
-# Where a warning of weights that moved without a counted step is not too late.
-_CHECKED = frozenset({*_SWAPPED_IN, Event.FIT_END})
 
 
 class Listener(Protocol):
@@ -111,8 +110,11 @@ class Loop:
             self._clock_checked = False
             self.refuse_uncounted()
             warn_of_second_average(self)
-        elif event in _CHECKED:
+        elif event in _SWAPPED_IN:
             self.warn_of_uncounted()
+        elif event is Event.FIT_END:
+            self.warn_of_uncounted(ended=True)
+            self.uncounted = None
         algorithms = self.algorithms
         if not self.swapping and event in _SWAPPED_IN:
             algorithms = [one for one in algorithms if not one.swaps]
@@ -254,10 +256,14 @@ class Loop:
         """
         self.uncounted, self._counted = Uncounted(self.state.model, hooks, self.warn_of_uncounted), 0
 
-    def warn_of_uncounted(self) -> None:
-        """Warn, once, if weights have moved and no step was counted."""
+    def warn_of_uncounted(self, *, ended: bool = False) -> None:
+        """Warn, once, if weights have moved and no step was counted.
+
+        Args:
+            ended: Whether the run has ended.
+        """
         if self.uncounted is not None and len(self.algorithms):
-            self.uncounted.warn(self._counted)
+            self.uncounted.warn(self._counted, ended=ended)
 
     # State
 
@@ -286,8 +292,8 @@ class Loop:
             algorithm.load_state_dict(own)
         length = self.state.timestamp.epoch_length
         self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)
-        if self.uncounted is not None and not self._counted:
-            self.uncounted.reset()
+        if self.uncounted is not None:
+            self.uncounted.reset(self._counted)
 
 
 def _refuse_flat(model: nn.Module) -> None:

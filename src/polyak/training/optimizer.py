@@ -11,8 +11,13 @@ from polyak.errors import OptimizerError
 from polyak.sharding import is_initialized
 
 # Wrappers whose `step` does nothing to the weights but call the step of the optimizer under this attribute: those of
-# Accelerate, Fabric and Opacus. Any other wrapper may move the weights after that step, as Lookahead does.
-_DELEGATES = {"AcceleratedOptimizer": "optimizer", "_FabricOptimizer": "optimizer", "DPOptimizer": "original_optimizer"}
+# Accelerate, Lightning, Fabric and Opacus. Any other wrapper may move the weights after that step, as Lookahead does.
+_DELEGATES = {
+    "AcceleratedOptimizer": "optimizer",
+    "LightningOptimizer": "optimizer",
+    "_FabricOptimizer": "optimizer",
+    "DPOptimizer": "original_optimizer",
+}
 BY_HAND = "give attach(..., None) instead, and call step() of what it returns once after each batch"
 
 

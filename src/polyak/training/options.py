@@ -1,11 +1,12 @@
 """``LoopOptions``: the options of a training loop of your own, checked once."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from polyak.algorithm import MetricLogger
 from polyak.averaging.habits import kind_of
-from polyak.errors import ArgumentError
+from polyak.errors import ArgumentError, TimeError
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 
 
@@ -33,7 +34,12 @@ class LoopOptions:
 
     def __post_init__(self) -> None:
         if self.max_duration is not None:
-            object.__setattr__(self, "max_duration", as_span("max_duration", self.max_duration, above=0, steps=True))
+            duration = as_span("max_duration", self.max_duration, above=0, steps=True)
+            if math.isinf(duration.value) or duration.unit is TimeUnit.DURATION:
+                raise TimeError(
+                    f"max_duration must be finite, and in another unit than dur (got {duration}); leave it out"
+                )
+            object.__setattr__(self, "max_duration", duration)
         if self.logger is not None and not callable(getattr(self.logger, "log_metrics", None)):
             raise ArgumentError(
                 f"logger must have a method log_metrics(metrics, step) (got {kind_of(self.logger)}); give a "

@@ -21,7 +21,14 @@ def check_saved(state: Any, ours: list[str]) -> None:
     """
     if not isinstance(state, Mapping) or not {"algorithms", "timestamp"} <= state.keys():
         raise CheckpointError(f"the state must be one that ema.state_dict() returned ({_found(state)}")
-    saved = [name for name, _ in state["algorithms"]]
+    pairs, clock = state["algorithms"], state["timestamp"]
+    whole = isinstance(pairs, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs)
+    if not whole or not isinstance(clock, Mapping) or not {"batch", "epoch", "epoch_length"} <= clock.keys():
+        raise CheckpointError(
+            "the state must be whole, with pairs of a name and a state in 'algorithms' and numbers in 'timestamp' (it "
+            "is not); save what ema.state_dict() returns as it is"
+        )
+    saved = [name for name, _ in pairs]
     if saved != ours:
         raise CheckpointError(f"the state must be that of {ours} (got that of {saved})")
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from polyak.tensors import optimizers
@@ -17,6 +18,19 @@ from polyak.training.optimizer import BY_HAND, tensors_of
 
 # Steps of another optimizer in a row that mean that it has replaced one that still exists.
 _MANY = 100
+
+
+class Between(Protocol):
+    """Watches what happens to weights between two steps."""
+
+    def before_step(self) -> None:
+        """Look at the weights before a step."""
+
+    def after_step(self) -> None:
+        """Note the weights after a step that counts."""
+
+    def forget(self) -> None:
+        """Forget what was noted."""
 
 
 @dataclass(slots=True)
@@ -54,6 +68,7 @@ class StepHooks:
         other: The name of the last of these optimizers.
         replaced: Called with another optimizer that steps these tensors while this one does not: in its first step if
             this one no longer exists, else after many.
+        between: Told where each step that counts begins and ends.
     """
 
     def __init__(
@@ -61,6 +76,7 @@ class StepHooks:
     ) -> None:
         self.others, self.other = 0, ""
         self.replaced: Callable[[Optimizer], object] | None = None
+        self.between: Between | None = None
         self._after, self._first = after, first
         self._optimizer = weakref.ref(optimizer)
         # Not weak references, with which torch cannot swap tensors. An id may be that of another tensor later.
@@ -91,6 +107,8 @@ class StepHooks:
             nested, rehearsal = self._callers(frame)
             if nested:
                 return
+        if self.between is not None:
+            self.between.before_step()
         # A closure computes new gradients, so those from before do not matter.
         has_closure = len(args) + len(kwargs) > 1 and any(map(callable, (*args[1:], *kwargs.values())))
         graded = not has_closure and _has_gradients(optimizer)
@@ -136,6 +154,8 @@ class StepHooks:
         if found_inf is None or not found_inf:
             self.others = 0
             self._after()
+            if self.between is not None:
+                self.between.after_step()
 
     def observe(self, other: Optimizer) -> None:
         """Note that an optimizer is about to step.
@@ -149,6 +169,8 @@ class StepHooks:
         first = (group["params"][0] for group in other.param_groups if group["params"])
         if any(id(tensor) in self._of for tensor in first):
             self.others, self.other = self.others + 1, type(other).__name__
+            if self.between is not None:
+                self.between.forget()
             if self.replaced is not None and self.others == (1 if self._optimizer() is None else _MANY):
                 self.replaced(other)
 
@@ -156,6 +178,14 @@ class StepHooks:
     def counting(self) -> bool:
         """Whether steps are counted: the optimizer exists, and the hooks were not removed."""
         return bool(self._hooks) and self._optimizer() is not None
+
+    def steps(self, tensor: Tensor) -> bool:
+        """Return whether the optimizer steps a tensor.
+
+        Args:
+            tensor: Any.
+        """
+        return id(tensor) in self._of
 
     def overlaps(self, other: "StepHooks") -> bool:
         """Return whether another optimizer moves one of the same tensors.

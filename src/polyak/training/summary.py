@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from polyak.algorithm import Algorithm
 from polyak.averaging.ema import EMA
@@ -18,7 +19,7 @@ def summary(model: nn.Module, algorithms: Sequence[Algorithm], now: Timestamp, *
         now: What has been counted.
         detached: Whether counting has stopped.
     """
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
     name = f"{type(model).__name__} ({size:,} parameters)"
     counted = f"{now.batch.value:,} step{'' if now.batch == 1 else 's'} counted"
     others = [repr(algorithm) for algorithm in algorithms if not isinstance(algorithm, EMA)]

@@ -1,15 +1,14 @@
-"""``Uncounted``: a warning about weights that move without a step that is counted."""
+"""``Uncounted``: warnings about weights that move without a step that is counted."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 from torch.optim import Optimizer
 
+from polyak.averaging.swap import swap_of
 from polyak.errors import PlanWarning
-from polyak.sharding import local
+from polyak.training.moved import BetweenSteps, moved_names, norms_of, parameters_of
 from polyak.training.optimizer import BY_HAND, moves_parameters
 from polyak.training.steps import StepHooks
 
@@ -28,88 +27,70 @@ class Uncounted:
 
     def __init__(self, model: nn.Module, hooks: StepHooks | None, replaced: Callable[[], object]) -> None:
         self._model, self.hooks, self._warned = model, hooks, False
-        self._before = _norms(model)
+        self._before, self._counted = norms_of(parameters_of(model)), 0
         self._replaced = replaced
+        self._between: BetweenSteps | None = None
         if hooks is not None:
             hooks.replaced = self._check
+            hooks.between = self._between = BetweenSteps(model, hooks.steps, f"{BY_HAND}, after that")
 
-    def reset(self) -> None:
-        """Note the weights again: they were loaded."""
-        self._before = _norms(self._model)
+    def reset(self, counted: int) -> None:
+        """Note the weights again: they were loaded.
+
+        Args:
+            counted: The number of steps that were counted since this was made.
+        """
+        self._before, self._counted = norms_of(parameters_of(self._model)), counted
+        if self._between is not None:
+            self._between.forget()
 
     def _check(self, other: Optimizer) -> None:
         if moves_parameters(other, self._model):
             self._replaced()
 
-    def warn(self, counted: int) -> None:
+    def warn(self, counted: int, *, ended: bool = False) -> None:
         """Warn if weights have moved since the last step that was counted, as far as that can be seen.
 
         Args:
             counted: The number of steps that were counted since this was made.
+            ended: Whether the run has ended: its trainer may have loaded the best weights.
         """
-        if counted:
-            self._before = {}
-        if self._warned:
+        if self._warned or swap_of(self._model) is not None:
             return
-        message = self._message(counted)
+        message = self._of_other_optimizers(counted) or self._of_weights(counted, ended=ended)
         if message is not None:
             self._warned = True
             warnings.warn(message, PlanWarning, stacklevel=5)
 
-    def _message(self, counted: int) -> str | None:
+    def _of_other_optimizers(self, counted: int) -> str | None:
         hooks = self.hooks
-        if hooks is not None and hooks.others:
-            optimizer = hooks.optimizer
-            name = "the optimizer that was attached" if optimizer is None else type(optimizer).__name__
-            gone = ", which is gone," if optimizer is None else ""
-            return (
-                f"steps must be counted to be averaged: {counted} of {name}{gone} were, and since then {hooks.others} "
-                f"of {hooks.other}, which steps the same parameters, were not; attach the algorithm to that "
-                f"{hooks.other}, or {BY_HAND}"
-            )
-        moved = [name for name, norm in _norms(self._model, self._before.keys()).items() if self._differs(name, norm)]
+        if hooks is None or not hooks.others:
+            return None
+        optimizer = hooks.optimizer
+        name = "the optimizer that was attached" if optimizer is None else type(optimizer).__name__
+        gone = ", which is gone," if optimizer is None else ""
+        return (
+            f"steps must be counted to be averaged: {counted} of {name}{gone} were, and since then {hooks.others} "
+            f"of {hooks.other}, which steps the same parameters, were not; attach the algorithm to that "
+            f"{hooks.other}, or {BY_HAND}"
+        )
+
+    def _of_weights(self, counted: int, *, ended: bool) -> str | None:
+        """Compare the weights with those of the last check, if no step was counted since then."""
+        if counted != self._counted or (ended and counted):
+            self._before, self._counted = norms_of(parameters_of(self._model)), counted
+            return None
+        moved = moved_names(self._before, norms_of(parameters_of(self._model, self._before.keys())))
         if not moved:
             return None
         remedy = (
-            f"let the loop call step() of {type(hooks.optimizer).__name__}, or {BY_HAND}"
-            if hooks
+            f"let the loop call step() of {type(self.hooks.optimizer).__name__}, or {BY_HAND}"
+            if self.hooks
             else "call step() of what attach returned once after each batch"
         )
+        since = f" since the last check, after {counted} steps" if counted else ""
+        loaded = "nothing is wrong" if counted else "load them before attach"
         return (
-            f"steps must be counted to be averaged: {len(moved)} parameters have moved, such as '{moved[0]}', and "
-            f"{counted} steps were counted; {remedy} (if these weights were loaded and not trained, load them before "
-            "attach)"
+            f"steps must be counted to be averaged: {len(moved)} parameters have moved{since}, such as '{moved[0]}', "
+            f"and 0 steps were counted; {remedy} (if these weights were loaded and not trained, {loaded})"
         )
-
-    def _differs(self, name: str, norm: Tensor) -> bool:
-        before = self._before[name]
-        return before.device == norm.device and not torch.equal(before.nan_to_num(), norm.nan_to_num())
-
-
-@torch.no_grad()
-def _norms(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Return the norm of each trainable or named parameter's local shard, without waiting for a device."""
-    shards = {
-        name: local(parameter).detach()
-        for name, parameter in model.named_parameters()
-        if (parameter.requires_grad if names is None else name in names) and _is_plain(parameter)
-    }
-    norms = dict[str, Tensor]()
-    for wide in (False, True):
-        # In float32 at least, since a sum of squares of 16-bit values may exceed their range; float64 in float64.
-        names = [name for name, tensor in shards.items() if (tensor.dtype == torch.float64) is wide]
-        dtype = torch.float64 if wide else torch.float32
-        found = torch._foreach_norm([shards[name] for name in names], dtype=dtype) if names else []  # noqa: SLF001
-        norms.update(zip(names, found, strict=True))
-    return norms
-
-
-def _is_plain(parameter: Tensor) -> bool:
-    if is_lazy(parameter):
-        return False
-    tensor = local(parameter)
-    plain = type(tensor) in {Tensor, nn.Parameter} and tensor.layout == torch.strided
-    return plain and not tensor.is_meta and tensor.dtype in _NORMED
-
-
-_NORMED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}

@@ -1,16 +1,12 @@
-"""Snapshots of EDM2: ``network-snapshot-0001234-0.050.pkl``, power functions of relative width 0.050 in images.
+"""Snapshots of EDM2: ``network-snapshot-0001234-0.050.pkl``, power functions of relative width 0.050 in images."""
 
-Karras et al., 2024, https://arxiv.org/abs/2312.02696. Files of ``torch.save`` and safetensors with such names are read
-too, as ports of EDM2 write them.
-"""
-
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from polyak.checkpoints.opening import open_checkpoint
 from polyak.checkpoints.series.averages import Average, Options, Series
+from polyak.checkpoints.snapshots import Snapshot
 from polyak.compat.files import read_json
 from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError, ProfileError
@@ -18,7 +14,6 @@ from polyak.profiles import PowerFunction
 from polyak.time import TimeUnit
 
 KIND = "snapshots of EDM2"
-_NAME = re.compile(r"(.*)-(\d+)-(\d+\.\d+)\.(pkl|pt|pth|safetensors)")
 _SETTINGS = "training_options.json"
 
 
@@ -30,7 +25,7 @@ def accepts(path: Path, content: Mapping[Any, Any]) -> bool:
         content: What is in it.
     """
     del content
-    return _NAME.fullmatch(path.name) is not None
+    return Snapshot.named(path.name) is not None
 
 
 def read(paths: Sequence[Path], options: Options) -> Series:
@@ -43,38 +38,31 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     Raises:
         CheckpointError: If a snapshot cannot be read, or they are of several runs.
     """
-    prefixes = {match[1] for path in paths if (match := _NAME.fullmatch(path.name))}
-    if len(prefixes) > 1:
+    runs = sorted({found.run for path in paths if (found := Snapshot.named(path.name))})
+    if len(runs) > 1:
         raise CheckpointError(
-            f"snapshots must be of one run (their names begin with {listed(sorted(prefixes))}); give a pattern, such "
-            f"as {shown(str(paths[0].parent / sorted(prefixes)[0]))}-*"
+            f"snapshots must be of one run (their names begin with {listed(runs)}); give a pattern, such "
+            f"as {shown(str(paths[0].parent / runs[0]))}-*"
         )
     return Series(KIND, [_average(path, options) for path in paths])
 
 
 def _average(path: Path, options: Options) -> Average:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
+    found = Snapshot.named(path.name)
+    assert found is not None
     if options.stored is not None:
         raise CheckpointError(f"the name of a snapshot says its profile ({shown(path)}); leave out stored")
     try:
-        profile = PowerFunction(sigma_rel=float(match[3]), unit=TimeUnit.SAMPLE)
+        profile = PowerFunction(sigma_rel=float(found.width), unit=TimeUnit.SAMPLE)
     except ProfileError as error:
         raise CheckpointError(f"the profile of a snapshot must be known ({shown(path)}: {error}); rename it") from None
-    images = _images(int(match[2]))
-    if not images:
+    if not found.images:
         raise CheckpointError(f"a snapshot must be of a run that has begun ({shown(path)} is of image 0); leave it out")
     batch_size = options.batch_size or _batch_size(path.parent)
-    steps = max(1, round(images / batch_size))
+    steps = max(1, round(found.images / batch_size))
     checkpoint = open_checkpoint(path, options.key, options.prefix)
-    clock = {TimeUnit.SAMPLE: float(images), TimeUnit.BATCH: float(steps)}
+    clock = {TimeUnit.SAMPLE: float(found.images), TimeUnit.BATCH: float(steps)}
     return Average(checkpoint, path.name, steps, clock, profile, copied=checkpoint.buffers)
-
-
-def _images(thousands: int) -> int:
-    """Return the number of images of a snapshot, a multiple of 1,024 whose full thousands are in the name."""
-    images = -(-thousands * 1000 // 1024) * 1024
-    return images if images // 1000 == thousands else thousands * 1000
 
 
 def _batch_size(folder: Path) -> int:

@@ -14,7 +14,7 @@ except ModuleNotFoundError:
 
 from polyak.algorithm import Algorithm, as_algorithms
 from polyak.averaging.swap import swap_of
-from polyak.errors import PlanWarning
+from polyak.errors import ArgumentError, PlanWarning
 from polyak.events import Event
 from polyak.hosts.lightning.evaluation import Evaluation, Weights, weights_of
 from polyak.hosts.lightning.raw import evaluate_raw_first
@@ -71,6 +71,8 @@ class Averaging(Handle, Callback):
         self._eval_weights = weights_of(eval_weights)
         self._sizes = BatchSizes(num_samples, num_tokens)
         refuse_uncountable(self.algorithms, self._sizes.units)
+        if not isinstance(optimizer, int) or isinstance(optimizer, bool) or optimizer < 0:
+            raise ArgumentError(f"optimizer must be the number of an optimizer, from 0 (got {optimizer!r})")
         self._optimizer = optimizer
         self._trainer: Any = None
         self._loop: Loop | None = None
@@ -139,10 +141,23 @@ class Averaging(Handle, Callback):
         self._random = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to count steps."""
+        """Begin to count steps.
+
+        Args:
+            trainer: Lightning's.
+            pl_module: The model.
+
+        Raises:
+            ArgumentError: If the model has no optimizer of the number that was given.
+        """
         assert self._loop is not None
         self._stop_counting()
         _set_lengths(self._loop, trainer, pl_module)
+        if self._optimizer >= len(trainer.optimizers):
+            raise ArgumentError(
+                f"optimizer must be the number of one of the model's {len(trainer.optimizers)} optimizers (got "
+                f"{self._optimizer}); count from 0"
+            )
         self._hooks = self._loop.count(trainer.optimizers[self._optimizer], self._after_step)
         self._sizes.take()
         self._loop.fire(Event.FIT_START)

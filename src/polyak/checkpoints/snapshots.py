@@ -1,0 +1,44 @@
+"""The names of EDM2's snapshots: ``network-snapshot-0001234-0.050.pkl`` is of 1,234 thousand images, and width 0.050.
+
+Karras et al., 2024, https://arxiv.org/abs/2312.02696. Files of ``torch.save`` and safetensors with such names are read
+too, as ports of EDM2 write them.
+"""
+
+import re
+from typing import NamedTuple, Self
+
+_NAME = re.compile(r"(.*)-(\d+)-(\d+\.\d+)\.(pkl|pt|pth|safetensors)")
+
+
+class Snapshot(NamedTuple):
+    """What the name of a snapshot says.
+
+    Args:
+        run: What the names of all snapshots of a run begin with.
+        images: How many the run had seen.
+        width: The relative width of the power function that it is an average with, as in the name.
+    """
+
+    run: str
+    images: int
+    width: str
+
+    @classmethod
+    def named(cls, name: str) -> Self | None:
+        """Return what a name says; None if it is not that of a snapshot.
+
+        Args:
+            name: Of a file.
+
+        Example:
+            >>> Snapshot.named("network-snapshot-0020971-0.050.pkl")
+            Snapshot(run='network-snapshot', images=20971520, width='0.050')
+        """
+        match = _NAME.fullmatch(name)
+        return None if match is None else cls(match[1], _images(int(match[2])), match[3])
+
+
+def _images(thousands: int) -> int:
+    """Return the number of images of a snapshot, a multiple of 1,024 whose full thousands are in the name."""
+    images = -(-thousands * 1000 // 1024) * 1024
+    return images if images // 1000 == thousands else thousands * 1000

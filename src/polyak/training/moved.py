@@ -1,0 +1,131 @@
+"""Whether weights have moved, by their norms; and the warning that they have between two steps."""
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from polyak.errors import PlanWarning
+from polyak.sharding import local
+
+
+class BetweenSteps:
+    """Warns, once, if weights change after a step that counts and before the next, as where a loop clips them.
+
+    An average takes them where a step ends. Steps 1, 10, 100 and so on are watched.
+
+    Args:
+        model: In training, wrapped or not.
+        steps: Whether a tensor is one that the steps move.
+        instead: What to do, in words.
+    """
+
+    def __init__(self, model: nn.Module, steps: Callable[[Tensor], bool], instead: str) -> None:
+        self._model, self._steps, self._instead = model, steps, instead
+        self._count, self._next, self._warned = 0, 1, False
+        self._stepped, self._norms = dict[str, Tensor](), dict[str, Tensor]()
+
+    def after_step(self) -> None:
+        """Note the weights, if this step is watched."""
+        self._count += 1
+        if self._count == self._next:
+            self._next *= 10
+            if not (self._warned or _is_capturing()):
+                self._stepped = parameters_of(self._model, steps=self._steps)
+                self._norms = norms_of(self._stepped)
+
+    def before_step(self) -> None:
+        """Warn if the weights that were noted have changed."""
+        if not self._stepped:
+            return
+        stepped, self._stepped = self._stepped, {}
+        moved = [] if _is_capturing() else moved_names(self._norms, norms_of(stepped), tolerance=_ROUNDING)
+        if moved:
+            self._warned = True
+            warnings.warn(
+                "weights must not change between two steps, since an average takes them where a step ends: "
+                f"{len(moved)} parameters have, such as '{moved[0]}'. If they are clipped, masked or normalized after "
+                f"each step, {self._instead} (if they were loaded, nothing is wrong)",
+                PlanWarning,
+                stacklevel=6,
+            )
+
+    def forget(self) -> None:
+        """Forget what was noted: other weights were loaded, or another optimizer has stepped."""
+        self._stepped = {}
+
+
+# A perturbation that is taken back, as by some implementations of SAM, leaves rounding errors.
+_ROUNDING = 1e-5
+
+
+def moved_names(before: Mapping[str, Tensor], now: Mapping[str, Tensor], tolerance: float = 0.0) -> list[str]:
+    """Return the names whose norms differ. Norms on another device or of another dtype say nothing.
+
+    Args:
+        before: As ``norms_of`` returned them.
+        now: The same later, of some of these names.
+        tolerance: Relative.
+    """
+    found = list[str]()
+    for name, norm in now.items():
+        other = before[name]
+        if (other.device, other.dtype) == (norm.device, norm.dtype):
+            same = torch.allclose(other.nan_to_num(), norm.nan_to_num(), rtol=tolerance, atol=0.0)
+            found += [] if same else [name]
+    return found
+
+
+def parameters_of(
+    model: nn.Module, names: Collection[str] | None = None, steps: Callable[[Tensor], bool] | None = None
+) -> dict[str, Tensor]:
+    """Return the parameters that are trainable, or named.
+
+    Args:
+        model: Wrapped or not.
+        names: Those to return, whether they are trainable or not.
+        steps: Whether a parameter is one of those to return.
+    """
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if (parameter.requires_grad if names is None else name in names)
+        and (steps is None or steps(parameter))
+        and _is_plain(parameter)
+    }
+
+
+@torch.no_grad()
+def norms_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the norm of each parameter's local shard, without waiting for a device.
+
+    Args:
+        parameters: By name.
+    """
+    shards = {name: local(parameter).detach() for name, parameter in parameters.items()}
+    norms = dict[str, Tensor]()
+    for wide in (False, True):
+        # In float32 at least, since a sum of squares of 16-bit values may exceed their range; float64 in float64.
+        names = [name for name, tensor in shards.items() if (tensor.dtype == torch.float64) is wide]
+        dtype = torch.float64 if wide else torch.float32
+        found = torch._foreach_norm([shards[name] for name in names], dtype=dtype) if names else []  # noqa: SLF001
+        norms.update(zip(names, found, strict=True))
+    return norms
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    if is_lazy(parameter):
+        return False
+    tensor = local(parameter)
+    plain = type(tensor) in {Tensor, nn.Parameter} and tensor.layout == torch.strided
+    return plain and not tensor.is_meta and tensor.dtype in _NORMED
+
+
+def _is_capturing() -> bool:
+    """Return whether a CUDA graph is being captured, in which nothing may be read."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+_NORMED = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
