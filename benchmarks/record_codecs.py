@@ -4,10 +4,11 @@
 
 The encodings are simulated in memory, with the record's own merges and coefficients; every merged mean is encoded
 again, as on disk. Sizes are in models of float32, at their peak, scales included; errors in % of
-|last weights - true average|, the worst over half-lives from T/256 to T/2.
+|last weights - true average|, the worst over half-lives from T/256 to T/2. It needs the package zstandard.
 """
 
 import argparse
+import json
 import math
 import tempfile
 import zlib
@@ -18,6 +19,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
+import zstandard
 from matplotlib.figure import Figure
 from mnist1d_data import splits
 from posthoc_accuracy import Run, adam, combine, each_step, network, sgd, train
@@ -46,21 +48,31 @@ def tensors(vector: np.ndarray) -> list[np.ndarray]:
 
 @dataclass
 class Encoded:
-    """What a reader decodes, and what it takes on disk. ``key`` if it can be read without another segment."""
+    """What a reader decodes, and what it takes on disk; where it is a difference, and which one."""
 
     vector: np.ndarray
     size_bytes: float
-    key: bool = True
+    differs: np.ndarray | None = None
+    difference: np.ndarray | None = None
 
 
 # Encodes a mean, given what a reader decodes of the segment before, or None, and whether that is on the same level.
 Codec = Callable[[np.ndarray, np.ndarray | None, bool], Encoded]
+Packed = Callable[..., int]
 
 
-def packed(*arrays: np.ndarray) -> int:
+def zlib_size(*arrays: np.ndarray) -> int:
     """Return what zlib makes of the bytes, those of equal significance together."""
-    planes = [array.view(np.uint8).reshape(-1, array.itemsize).T.tobytes() for array in arrays]
-    return sum(len(zlib.compress(plane, 6)) for plane in planes)
+    return sum(len(zlib.compress(plane, 6)) for plane in planes(*arrays))
+
+
+def zstd_size(*arrays: np.ndarray) -> int:
+    """Return what zstandard makes of the bytes, those of equal significance together."""
+    return sum(len(zstandard.compress(plane, 9)) for plane in planes(*arrays))
+
+
+def planes(*arrays: np.ndarray) -> list[bytes]:
+    return [array.view(np.uint8).reshape(-1, array.itemsize).T.tobytes() for array in arrays]
 
 
 def float32(mean: np.ndarray, _: np.ndarray | None, __: bool) -> Encoded:
@@ -89,8 +101,11 @@ def float16_or_32(mean: np.ndarray, before: np.ndarray | None, _: bool) -> Encod
     return Encoded(np.concatenate(found), size)
 
 
-def float16_zlib(mean: np.ndarray, before: np.ndarray | None, same: bool) -> Encoded:
-    return replace(float16(mean, before, same), size_bytes=packed(mean.astype(np.float16)))
+def float16_packed(packed: Packed) -> Codec:
+    def encode(mean: np.ndarray, before: np.ndarray | None, same: bool) -> Encoded:
+        return replace(float16(mean, before, same), size_bytes=packed(mean.astype(np.float16)))
+
+    return encode
 
 
 def rounded(vector: np.ndarray, by_row: bool, bits: int = 8) -> tuple[list[np.ndarray], np.ndarray, int]:
@@ -113,37 +128,67 @@ def int8(by_row: bool) -> Codec:
     return encode
 
 
-def difference(by_row: bool = True, bits: int = 8, entropy: bool = False) -> Codec:
+def difference(by_row: bool = True, bits: int = 8, packed: Packed | None = None, base: Codec = float32) -> Codec:
     """Encode the difference to what is decoded before it, so that no error adds up; the first of a level by itself."""
 
     def encode(mean: np.ndarray, before: np.ndarray | None, same: bool) -> Encoded:
         if before is None or not same:
-            return float16_or_32(mean, before, same)
+            return base(mean, before, same)
         levels, found, scales = rounded(mean - before, by_row, bits)
-        size = packed(*(level.ravel() for level in levels)) if entropy else mean.size * bits / 8
-        return Encoded(before + found, size + scales, key=False)
+        size = packed(*(level.ravel() for level in levels)) if packed else mean.size * bits / 8
+        return Encoded(before + found, size + scales, np.ones(mean.size, bool), found)
 
     return encode
+
+
+def int8_or_wider(mean: np.ndarray, before: np.ndarray | None, same: bool) -> Encoded:
+    """Choose by tensor, by the rule of a record in int8: a difference or float32."""
+    if before is None or not same:
+        return float32(mean, before, same)
+    vectors, differs, differences, size = [], [], [], 0
+    _, steps, _ = rounded(mean - before, by_row=True)
+    for part, other, step in zip(*map(tensors, (mean, before, steps)), strict=True):
+        half_a_step = np.abs(part - other).max(axis=1) / 254
+        lost = np.linalg.norm(half_a_step) * math.sqrt(part.shape[1])
+        fits = lost <= MOST_OF_DISTANCE * np.linalg.norm(part - other)
+        size += part.size + 4 * len(part) if fits else 4 * part.size
+        vectors.append((other + step if fits else part.astype(np.float32)).ravel())
+        differs.append(np.full(part.size, fits))
+        differences.append(step.ravel())
+    return Encoded(np.concatenate(vectors), size, np.concatenate(differs), np.concatenate(differences))
 
 
 # The families of the figure and the table: name, codec, and (segments in the run, per_level).
 USUAL = ((512, 2), (512, 4), (1024, 2), (1024, 4), (1024, 8))
 ONCE = ((1024, 4),)
 DEFAULT = "float16, or float32 by tensor (polyak)"
-FAMILIES: tuple[tuple[str, Codec, Sequence[tuple[int, int]]], ...] = (
+IN_INT8 = "differences in 8 bits, or float32 by tensor (polyak, int8)"
+Family = tuple[str, Codec, Sequence[tuple[int, int]]]
+FAMILIES: tuple[Family, ...] = (
     ("float32", float32, USUAL),
     (DEFAULT, float16_or_32, USUAL),
     ("float16 always", float16, USUAL),
     ("bfloat16", bfloat16, ONCE),
-    ("float16 always, zlib", float16_zlib, ONCE),
+    ("float16 always, zlib", float16_packed(zlib_size), ONCE),
+    ("float16 always, zstandard", float16_packed(zstd_size), ONCE),
     ("8 bits, scale by tensor", int8(False), ONCE),
     ("8 bits, scale by row", int8(True), ONCE),
-    ("differences in 8 bits, scale by row", difference(), USUAL),
+    (IN_INT8, int8_or_wider, USUAL),
+    ("differences in 8 bits, base in float16 or 32", difference(base=float16_or_32), ONCE),
     ("differences in 8 bits, scale by tensor", difference(by_row=False), ONCE),
-    ("differences in 8 bits, scale by row, zlib", difference(entropy=True), ONCE),
+    ("differences in 8 bits, scale by row, zlib", difference(packed=zlib_size), ONCE),
+    ("differences in 8 bits, scale by row, zstandard", difference(packed=zstd_size), ONCE),
     ("differences in 6 bits, scale by row", difference(bits=6), ONCE),
     ("differences in 4 bits, scale by row", difference(bits=4), USUAL),
 )
+
+
+def follow(encoded: list[Encoded], at: int) -> None:
+    """Decode what differs from a segment that was written again, rounded."""
+    while at < len(encoded) and (differs := encoded[at].differs) is not None:
+        moved = encoded[at - 1].vector + encoded[at].difference
+        encoded[at].vector = np.where(differs, moved, encoded[at].vector)
+        at += 1
 
 
 def record(weights: np.ndarray, number: int, per_level: int, codec: Codec) -> tuple[list[Segment], list, float, float]:
@@ -170,24 +215,24 @@ def record(weights: np.ndarray, number: int, per_level: int, codec: Codec) -> tu
             lengths = np.array([old.num_updates, new.num_updates], dtype=np.float64)
             mean = (lengths / lengths.sum()) @ np.stack([encoded[i].vector, encoded[i + 1].vector])
             segments[i : i + 2] = [Segment(old.start, new.end, level + 1, 0, "")]
-            older, encoded[i : i + 2] = encoded[i].vector, [Encoded(np.empty(0), 0)]
+            older, newer = encoded[i].vector, encoded[i + 1].vector
+            encoded[i : i + 2] = [Encoded(np.empty(0), 0)]
             put(i, mean.astype(np.float32), older)
-            if i + 1 < len(segments) and not encoded[i + 1].key:
-                put(
-                    i + 1, encoded[i + 1].vector
-                )  # it was a difference to what merged: now it is the first of its level
+            if i + 1 < len(segments) and encoded[i + 1].differs is not None:  # it was a difference to what merged
+                put(i + 1, encoded[i + 1].vector, newer)
+                follow(encoded, i + 2)
             level += 1
         peak = max(peak, sum(one.size_bytes for one in encoded))
     return segments, encoded, peak, count / number
 
 
-def measure(run: Run, steps: int, folder: Path) -> list[dict]:
+def measure(run: Run, steps: int, folder: Path, families: Sequence[Family]) -> list[dict]:
     weights = train(run, splits(4000)[0], steps, folder / "weights.npy", lambda _: None)
     last = weights[-1].astype(np.float64)
     wanted = [HalfLife(f"{steps / k}ba", unbiased=True) for k in SHARES]
     truth = combine(np.stack([each_step(profile, steps, steps) for profile in wanted]), weights)
     found = []
-    for name, codec, stores in FAMILIES:
+    for name, codec, stores in families:
         for number, per_level in stores:
             segments, encoded, peak, count = record(weights, number, per_level, codec)
             vectors = np.stack([one.vector for one in encoded]).astype(np.float64)
@@ -220,7 +265,7 @@ def draw(found: Sequence[dict], path: Path) -> None:
         figure = Figure(figsize=(9.6, 5.0), layout="constrained")
         both = figure.subplots(1, 2, sharey=True)
         for axes, (title, names) in zip(both, PANELS.items(), strict=True):
-            for (family, _, stores), colour in zip(FAMILIES, mpl.color_sequences["Paired"], strict=True):
+            for (family, _, stores), colour in zip(FAMILIES, mpl.color_sequences["tab20"], strict=False):
                 x, y, _ = zip(*points(found, names, family), strict=True)
                 mark = "o" if len(stores) > 1 else "D"
                 axes.plot(x, y, mark, color=colour, markersize=6, label=family)
@@ -235,12 +280,12 @@ def draw(found: Sequence[dict], path: Path) -> None:
         path.write_bytes(render(figure, "png"))
 
 
-def page(found: Sequence[dict]) -> list[str]:
+def page(found: Sequence[dict], note: str = "") -> list[str]:
     about = (
         "Encodings of the segments of a record, simulated in memory with the record's own merges and coefficients. A "
         "merged mean is encoded again. Differences are taken to what a reader decodes of the segment before on the "
-        "same level, so that errors do not add up; the oldest segment of a level is in float16, or float32 by tensor. "
-        "When it merges, the next is encoded again. An MLP of 14,154 parameters on MNIST-1D. "
+        "same level, so that errors do not add up; the oldest segment of a level is in float32, where nothing else is "
+        "said. When it merges, the next is encoded again. An MLP of 14,154 parameters on MNIST-1D. "
         "Sizes are in models of float32, at their peak, scales "
         "included; errors in % of |last weights - true average|, the worst over half-lives from T/256 to T/2 and over "
         "the runs named."
@@ -277,7 +322,7 @@ def page(found: Sequence[dict]) -> list[str]:
         "worst error, cosine",
         "encodings per segment",
     ]
-    return ["# Bytes against error", "", *paragraph(about), "", *table(heads, rows), ""]
+    return ["# Bytes against error", "", *paragraph(f"{about} {note}"), "", *table(heads, rows), ""]
 
 
 def main() -> None:
@@ -285,14 +330,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4096)
     parser.add_argument("--out", type=Path, default=RESULTS / "record_codecs.md")
     parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--only", nargs="+", help="words in the names of those measured; the others stay as they are")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    chosen = [one for one in FAMILIES if not arguments.only or any(word in one[0] for word in arguments.only)]
     found = []
+    if arguments.only:
+        names = {name for name, *_ in FAMILIES} - {name for name, *_ in chosen}
+        earlier = json.loads(arguments.out.with_suffix(".json").read_text(encoding="utf-8"))["found"]
+        found += [one for one in earlier if one["family"] in names and one["steps"] == arguments.steps]
     for run in RUNS:
         with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
-            found += measure(run, arguments.steps, Path(folder))
-    how = provenance("torch", "numpy")
-    write(arguments.out, [*page(found), *measured(how)], {"found": found, "how": how})
+            found += measure(run, arguments.steps, Path(folder), chosen)
+    how = provenance("torch", "numpy", "zstandard")
+    words = (
+        f"Those without one of the words {', '.join(arguments.only)} in their names are from an earlier run of all."
+        if arguments.only
+        else ""
+    )
+    write(arguments.out, [*page(found, words), *measured(how)], {"found": found, "how": how})
     draw(found, arguments.picture)
 
 

@@ -92,9 +92,9 @@ def reads(monkeypatch):
     """How often each tensor of each file was read."""
     found, real = Counter(), SegmentFile.read
 
-    def read(file, name, box=None):
+    def read(file, name, box=None, before=None):
         found[file._stored[name][0].file.path.name, name, str(box)] += 1
-        return real(file, name, box)
+        return real(file, name, box, before)
 
     monkeypatch.setattr(SegmentFile, "read", read)
     return found

@@ -460,8 +460,8 @@ def test_an_average_and_its_warning_read_each_element_of_a_file_once(tmp_path, m
     elements = dict.fromkeys(found.tensors, 0)
     read = SegmentFile.read
 
-    def counted(file: SegmentFile, name: str, box: Box | None = None) -> Tensor:
-        tensor = read(file, name, box)
+    def counted(file: SegmentFile, name: str, box: Box | None = None, before: Tensor | None = None) -> Tensor:
+        tensor = read(file, name, box, before)
         elements[name] += tensor.numel()
         return tensor
 

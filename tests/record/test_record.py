@@ -211,8 +211,8 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path, monkeypatch) -> None:
 
     original = polyak.record.files.SegmentFile.read
 
-    def read(self, name, box=None):
-        tensor = original(self, name, box).clone()
+    def read(self, name, box=None, before=None):
+        tensor = original(self, name, box, before).clone()
         tensor.counted = Counted()
         return tensor
 
@@ -329,21 +329,23 @@ def test_a_pin_goes_with_its_checkpoint(tmp_path) -> None:
 # What can go wrong.
 
 
-def crash(tmp_path: Path, kills: int) -> int:
+def crash(tmp_path: Path, kills: int, dtype: str) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    arguments = [sys.executable, str(CRASHER), str(tmp_path), str(kills)]
+    arguments = [sys.executable, str(CRASHER), str(tmp_path), str(kills), dtype]
     run = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     return int(run.stdout.split()[0])
 
 
-def test_a_writer_killed_at_any_moment_leaves_the_record_before_or_after(tmp_path) -> None:
-    assert crash(tmp_path, 20) >= 20
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_writer_killed_at_any_moment_leaves_the_record_before_or_after(tmp_path, dtype) -> None:
+    assert crash(tmp_path, 20, dtype) >= 20
 
 
 @pytest.mark.slow
-def test_two_hundred_killed_writers_lose_nothing(tmp_path) -> None:
-    assert crash(tmp_path, 200) >= 200
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_two_hundred_killed_writers_lose_nothing(tmp_path, dtype) -> None:
+    assert crash(tmp_path, 200, dtype) >= 200
 
 
 # Appending and merging once call what FullDisk refuses this often until the new manifest is in its place: open, fsync

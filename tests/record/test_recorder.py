@@ -412,7 +412,7 @@ def test_a_run_that_is_killed_resumes_from_its_checkpoint_with_the_same_record(t
         ({"per_level": "4"}, "per_level must be at least 1"),
         ({"per_level": 1.5}, "per_level must be at least 1"),
         ({"per_level": True}, "per_level must be at least 1"),
-        ({"dtype": torch.int8}, "dtype of a Recorder must be torch.float32"),
+        ({"dtype": torch.uint8}, "dtype of a Recorder must be torch.float32"),
         ({"dtype": "float16"}, "dtype of a Recorder must be torch.float32"),
         ({"dtype": torch.float8_e4m3fn}, "dtype of a Recorder must be torch.float32"),
         ({"device": "gpu"}, "device of a Recorder must be a device of this machine"),

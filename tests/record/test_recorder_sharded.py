@@ -245,3 +245,43 @@ def test_a_writer_whose_ranks_are_killed_leaves_the_record_from_before_or_after(
         [sys.executable, str(CRASHER), str(tmp_path), "12"], check=False, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr
+
+
+def unlike(folder: Path) -> float:
+    """Return how far the segments of the ranks are from those of the whole model, of how far weights move."""
+    one, other = Record(folder / "sharded" / "record"), Record(folder / "whole" / "record")
+    one.verify()
+    most = 0.0
+    for name, info in one.tensors.items():
+        means = []
+        for record in (one, other):
+            found = []
+            for segment in record.segments:
+                with record.open(segment) as file:
+                    found.append(file.read(name).double())
+            means.append(torch.stack(found))
+        if not info.averaged:
+            assert torch.equal(*means)
+        elif means[0].numel():
+            moved = (means[1][-1] - means[1][0]).norm()
+            most = max(most, float((means[0] - means[1]).flatten(1).norm(dim=1).max() / moved))
+    return most
+
+
+@pytest.mark.parametrize(("kind", "size"), [("fsdp, blocks", 3), ("hsdp", 4), ("tp", 2), ("ddp", 2)], ids=str)
+def test_ranks_keep_differences_with_scales_of_their_shards(ranks, tmp_path, kind, size) -> None:
+    options = {"dtype": torch.int8, "per_level": 2}
+    ranks.run(size, jobs.records, kind, str(tmp_path), 7, 9, options)
+    assert set(ranks.run(size, jobs.resumes, kind, str(tmp_path), 7, 25, options)) == {25}
+    record = Record(tmp_path / "sharded" / "record")
+    assert sum(segment.before is not None for segment in record.segments) >= 3
+    assert unlike(tmp_path) < 0.05
+    for name, weights in record.raw_weights().items():
+        assert torch.equal(weights, Record(tmp_path / "whole" / "record").raw_weights()[name])
+
+
+def test_differences_that_n_ranks_wrote_are_continued_by_m(ranks, tmp_path) -> None:
+    options = {"dtype": torch.int8, "per_level": 2}
+    ranks.run(3, jobs.records, "fsdp, blocks", str(tmp_path), 7, 9, options)
+    assert set(ranks.run(2, jobs.resumes, "fsdp, blocks", str(tmp_path), 7, 25, options)) == {25}
+    assert unlike(tmp_path) < 0.05

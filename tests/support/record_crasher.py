@@ -19,8 +19,9 @@ from polyak.storage.safetensors import TensorInfo
 from polyak.time import Timestamp
 
 OPERATIONS = 60
+DTYPE = getattr(torch, sys.argv[3])
 TENSORS = {
-    "weight": TensorInfo(torch.float32, (64, 64), averaged=True),
+    "weight": TensorInfo(DTYPE, (64, 64), averaged=True),
     "count": TensorInfo(torch.int64, (), averaged=False),
 }
 
@@ -58,6 +59,14 @@ def manifest(folder: Path) -> str | None:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
+
+
+def read(folder: Path) -> None:
+    record = Record(folder)
+    record.verify()
+    for segment in record.segments:
+        with record.open(segment) as file:
+            assert file.read("weight").isfinite().all()
 
 
 def write(folder: Path, done: int, pipe: int) -> None:
@@ -109,7 +118,7 @@ def main(root: Path, kills: int) -> None:
         done = before_and_after.index(manifest(folder)) - 1
         assert done in {acknowledged, acknowledged + 1} or (done == -1 and not acknowledged)
         if done >= 0:
-            Record(folder).verify()
+            read(folder)
         half_written += any(folder.glob("*.tmp"))
         if done == OPERATIONS:
             finish(folder, done, root / "reference")

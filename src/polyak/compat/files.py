@@ -174,6 +174,12 @@ def _safetensors(data: memoryview) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file: they are its own bytes."""
     begin = 8 + int.from_bytes(data[:8], "little")
     header = _header(data)
+    about = header.get("__metadata__")
+    if isinstance(about, Mapping) and "polyak.before" in about:
+        raise CheckpointError(
+            "it must be a model by itself, and it has differences from another file of a record; give the folder of "
+            "the record"
+        )
     places = {name: _place(name, one) for name, one in header.items() if name != "__metadata__"}
     at = 0
     for first, last, _, _ in sorted(places.values(), key=itemgetter(0, 1)):

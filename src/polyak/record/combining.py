@@ -17,12 +17,13 @@ _CHUNK = 1 << 22
 class Reader(Protocol):
     """What is read of a segment: each tensor, or the local shard of a rank."""
 
-    def read(self, name: str, box: Box | None = None) -> Tensor:
+    def read(self, name: str, box: Box | None = None, before: Tensor | None = None) -> Tensor:
         """Return a tensor, or a box of it.
 
         Args:
             name: The tensor's name.
             box: Which of its elements; None for all.
+            before: These elements in the segment before, if they are known.
         """
         ...
 
@@ -49,7 +50,7 @@ class Products:
             info: The tensor.
         """
         for box in _boxes(info.shape, _CHUNK // len(files)) if info.averaged and len(files) > 1 else ():
-            self.add_means([file.read(name, box) for file in files])
+            self.add_means([mean for mean in _read(files, name, box, [True] * len(files)) if mean is not None])
 
     @torch.no_grad()
     def add_means(self, means: Sequence[Tensor]) -> None:
@@ -96,7 +97,7 @@ def combine(  # noqa: PLR0917  one pass, with all that it needs
     for box in _boxes(info.shape, _CHUNK // (segments + 2)):
         in_products = [products is not None and i < segments for i in range(len(files))]
         needed = [one or any(weights) for one, *weights in zip(in_products, *coefficients, strict=True)]
-        means = [file.read(name, box) if one else None for file, one in zip(files, needed, strict=True)]
+        means = _read(files, name, box, needed)
         if len(results) > 1:  # each number is converted once, and not for each average
             means = [mean if mean is None else mean.to(_exact(mean)) for mean in means]
         for weights, result in zip(coefficients, results, strict=True):
@@ -104,6 +105,14 @@ def combine(  # noqa: PLR0917  one pass, with all that it needs
             target.copy_(cast(name, _sum(means, weights, target), result.dtype))
         if products is not None:
             products.add_means([mean for mean in means[:segments] if mean is not None])
+
+
+def _read(files: Sequence[Reader], name: str, box: Box | None, needed: Sequence[bool]) -> list[Tensor | None]:
+    """Return some elements of a tensor in each file in turn: a difference is added to what was read before it."""
+    means: list[Tensor | None] = []
+    for file, one in zip(files, needed, strict=True):
+        means.append(file.read(name, box, means[-1] if means else None) if one else None)
+    return means
 
 
 def _exact(tensor: Tensor) -> torch.dtype:

@@ -6,9 +6,9 @@ A segment is one safetensors file, or, where several ranks have written it toget
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from polyak.errors import RecordError
+from polyak.record.differences import SCALE, from_steps, is_difference, scale_shape
 from polyak.record.manifest import Segment
 from polyak.storage.safetensors import DTYPES, TensorInfo
 
@@ -42,6 +43,20 @@ class _Stored:
     file: "_Open"
     box: Box
     dtype: torch.dtype
+    is_difference: bool = False
+
+    def full(self, name: str) -> Tensor:
+        handle = self.file.checked()
+        found = handle.get_tensor(name)
+        return from_steps(found, handle.get_tensor(f"{name}{SCALE}")) if self.is_difference else found
+
+    def part(self, name: str, box: Box) -> Tensor:
+        handle, inner = self.file.checked(), _seen_from(box, self.box)
+        found = handle.get_slice(name)[inner]
+        if not self.is_difference:
+            return found
+        scales = handle.get_tensor(f"{name}{SCALE}")
+        return from_steps(found, scales[inner[:1]] if len(inner) > 1 else scales)
 
 
 @dataclass(slots=True)
@@ -75,46 +90,67 @@ class SegmentFile:
     Args:
         tensors: What the segment holds, by name.
         stored: Where each tensor is stored, by name.
+        before: The segment before, if this one has differences from it.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], stored: Mapping[str, Sequence[_Stored]]) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorInfo],
+        stored: Mapping[str, Sequence[_Stored]],
+        before: "SegmentFile | None" = None,
+    ) -> None:
         self._tensors = tensors
         self._stored = stored
+        self._before = before
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype in which this segment keeps a tensor.
+        """Return the dtype in which this segment keeps a tensor: int8 if that is a difference.
 
         Args:
             name: The tensor's name.
         """
         return self._stored[name][0].dtype if self._stored[name] else self._tensors[name].dtype
 
-    def read(self, name: str, box: Box | None = None) -> Tensor:
+    def is_difference(self, name: str) -> bool:
+        """Return whether this segment keeps a tensor as the difference from the segment before.
+
+        Args:
+            name: The tensor's name.
+        """
+        return bool(self._stored[name]) and self._stored[name][0].is_difference
+
+    def read(self, name: str, box: Box | None = None, before: Tensor | None = None) -> Tensor:
         """Return a tensor, backed by the file if it is in one file: do not write to it.
 
         Args:
             name: The tensor's name.
             box: Which of its elements; None for all.
+            before: These elements in the segment before, so that they are not read again for a difference from them.
 
         Raises:
             RecordError: If a file that it is read from does not have the hash in the manifest.
         """
+        found = self._read(name, box)
+        if not self.is_difference(name):
+            return found
+        assert self._before is not None  # as was checked when it was opened
+        return found.add_(self._before.read(name, box) if before is None else before)
+
+    def _read(self, name: str, box: Box | None) -> Tensor:
         stored = self._stored[name]
         if box is None and len(stored) == 1:
-            return stored[0].file.checked().get_tensor(name)
+            return stored[0].full(name)
         info = self._tensors[name]
         box = full_box(info.shape) if box is None else box
         found = [(one, common) for one in stored if (common := _common(one.box, box)) is not None]
         if len(found) == 1:
-            return _slice(*found[0], name)
-        result = torch.empty([side.stop - side.start for side in box], dtype=self.dtype(name))
+            return found[0][0].part(name, found[0][1])
+        dtype = self.dtype(name)
+        dtype = torch.float32 if info.averaged and dtype == torch.int8 else dtype
+        result = torch.empty([side.stop - side.start for side in box], dtype=dtype)
         for one, common in found:
-            result[_seen_from(common, box)] = _slice(one, common, name)
+            result[_seen_from(common, box)] = one.part(name, common)
         return result
-
-
-def _slice(one: _Stored, box: Box, name: str) -> Tensor:
-    return one.file.checked().get_slice(name)[_seen_from(box, one.box)]
 
 
 def _seen_from(box: Box, outer: Box) -> Box:
@@ -142,27 +178,33 @@ def open_segment(
         RecordError: If it is missing or truncated, or holds something else.
     """
     path = folder / segment.file
-    files = check_size(folder, segment)
     verified = set() if verified is None else verified
-    try:
-        with ExitStack() as stack:
-            opened = [
-                _Open(file, sha256, stack.enter_context(safe_open(file, framework="pt")), verified)
-                for file, sha256 in files.items()
-            ]
-            yield SegmentFile(tensors, _where(path, opened, tensors))
-    except SafetensorError as error:
-        raise RecordError(f"{path} must be a safetensors file ({error}): restore it from a copy") from error
+    earlier = nullcontext() if segment.before is None else open_segment(folder, segment.before, tensors, verified)
+    with earlier as before:
+        files = check_size(folder, segment)
+        try:
+            with ExitStack() as stack:
+                opened = [
+                    _Open(file, sha256, stack.enter_context(safe_open(file, framework="pt")), verified)
+                    for file, sha256 in files.items()
+                ]
+                yield SegmentFile(tensors, _where(path, opened, tensors, segment.before is not None), before)
+        except SafetensorError as error:
+            raise RecordError(f"{path} must be a safetensors file ({error}): restore it from a copy") from error
 
 
-def _where(path: Path, files: Sequence[_Open], tensors: Mapping[str, TensorInfo]) -> dict[str, list[_Stored]]:
-    """Return where each tensor is stored; check that all its elements are."""
+def _where(
+    path: Path, files: Sequence[_Open], tensors: Mapping[str, TensorInfo], has_differences: bool
+) -> dict[str, list[_Stored]]:
+    """Return where each tensor is stored; check that all its elements are, with the scales of differences."""
     stored: dict[str, list[_Stored]] = {name: [] for name in tensors}
     wrong = set[str]()
     for file in files:
         handle = file.handle
         places = json.loads((handle.metadata() or {}).get(PLACES, "{}"))
-        for name in handle.keys():  # noqa: SIM118 (a method, not a dict)
+        names = set(handle.keys())
+        scales = {f"{name}{SCALE}" for name, info in tensors.items() if is_difference(info)} & names
+        for name in names - scales:
             found, info = handle.get_slice(name), tensors.get(name)
             box = full_box(found.get_shape())
             if name in places:
@@ -170,8 +212,12 @@ def _where(path: Path, files: Sequence[_Open], tensors: Mapping[str, TensorInfo]
             dtype = DTYPES.get(found.get_dtype())
             if info is None or dtype is None or not _fits(dtype, info) or not _within(box, info.shape):
                 wrong.add(name)
-            else:
+            elif not is_difference(replace(info, dtype=dtype)):
                 stored[name].append(_Stored(file, box, dtype))
+            elif has_differences and _has_scales(handle, name, names):
+                stored[name].append(_Stored(file, box, dtype, is_difference=True))
+            else:
+                wrong.add(name)
     # Boxes do not overlap: if there are as many elements as there must be, none is missing.
     wrong |= {name for name, info in tensors.items() if sum(map(_size, stored[name])) != prod(info.shape)}
     if wrong:
@@ -182,8 +228,16 @@ def _where(path: Path, files: Sequence[_Open], tensors: Mapping[str, TensorInfo]
 
 
 def _fits(dtype: torch.dtype, info: TensorInfo) -> bool:
-    """Return whether a file may keep a tensor in a dtype: a mean that 16 bits cannot hold is kept in more."""
-    return dtype == info.dtype or (info.averaged and dtype.is_floating_point and info.dtype.is_floating_point)
+    """Return whether a file may keep a tensor in a dtype: a mean that few bits cannot hold is kept in more."""
+    narrow = info.dtype.is_floating_point or is_difference(info)
+    return dtype == info.dtype or (info.averaged and dtype.is_floating_point and narrow)
+
+
+def _has_scales(handle: Any, name: str, names: Collection[str]) -> bool:
+    if f"{name}{SCALE}" not in names:
+        return False
+    found = handle.get_slice(f"{name}{SCALE}")
+    return (found.get_dtype(), tuple(found.get_shape())) == ("F32", scale_shape(handle.get_slice(name).get_shape()))
 
 
 def _size(one: _Stored) -> int:

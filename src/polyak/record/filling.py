@@ -66,9 +66,9 @@ class _Shard:
     def __init__(self, file: SegmentFile, box: Box) -> None:
         self._file, self._box = file, box
 
-    def read(self, name: str, box: Box | None = None) -> Tensor:
+    def read(self, name: str, box: Box | None = None, before: Tensor | None = None) -> Tensor:
         """Return the local shard of a tensor, or a box of it."""
         if box is None:
-            return self._file.read(name, self._box)
+            return self._file.read(name, self._box, before)
         pairs = zip(self._box, box, strict=True)
-        return self._file.read(name, tuple(slice(o.start + b.start, o.start + b.stop) for o, b in pairs))
+        return self._file.read(name, tuple(slice(o.start + b.start, o.start + b.stop) for o, b in pairs), before)

@@ -7,18 +7,22 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+import torch
+
 from polyak.errors import RecordError, TimeError
+from polyak.record.differences import LONGEST, SCALE, is_difference
 from polyak.storage.safetensors import DTYPE_NAMES, DTYPES, TensorInfo
 from polyak.time import Time, Timestamp, TimeUnit
 
 FORMAT = "polyak-record"
 VERSION = 2
-_READABLE = (1, VERSION)  # the first has no `raw`
+_DIFFERENCES = 3  # the version of records whose means are differences: earlier versions of polyak cannot read them
+_READABLE = (1, VERSION, _DIFFERENCES)  # the first has no `raw`
 MANIFEST = "manifest.json"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -76,6 +80,7 @@ class Segment:
         size_bytes: Size of its file, or of all files in its folder.
         sha256: Hash of its file, or of the list of the files in its folder, in hexadecimal.
         sharded: Whether it is a folder with a file of each rank, as several ranks have written it together.
+        before: The segment before, if this one has differences from it.
     """
 
     start: Edge
@@ -84,6 +89,12 @@ class Segment:
     size_bytes: int
     sha256: str
     sharded: bool = False
+    before: "Segment | None" = field(default=None, repr=False)
+
+    @property
+    def num_differences(self) -> int:
+        """How many segments up to this one are differences, one from the other."""
+        return 0 if self.before is None else 1 + self.before.num_differences
 
     @property
     def num_updates(self) -> int:
@@ -98,6 +109,7 @@ class Segment:
 
     def to_plain(self) -> dict[str, Any]:
         """Return the entry of the manifest."""
+        before = {} if self.before is None else {"before": self.before.file}
         return {
             "file": self.file,
             "start": {"updates": self.start.updates, **self.start.timestamp.state_dict()},
@@ -105,20 +117,29 @@ class Segment:
             "level": self.level,
             "size_bytes": self.size_bytes,
             "sha256": self.sha256,
+            **before,
         }
 
     @classmethod
-    def from_plain(cls, plain: object, where: str) -> Self:
+    def from_plain(cls, plain: object, where: str, before: "Segment | None" = None) -> Self:
         """Read an entry of a manifest.
 
         Args:
             plain: What ``to_plain`` returned, or any other object.
             where: Its place in the manifest, for errors.
+            before: The segment of the entry before.
 
         Raises:
             RecordError: If a field is missing, unknown, of another type or out of range.
         """
-        entry = _fields(plain, where, ("file", "start", "end", "level", "size_bytes", "sha256"))
+        differs = isinstance(plain, dict) and "before" in plain
+        names = ("file", "start", "end", "level", "size_bytes", "sha256", *(["before"] if differs else []))
+        entry = _fields(plain, where, names)
+        file = None if before is None else before.file
+        _require(
+            not differs or (file is not None and entry["before"] == file),
+            f"{where}.before must be the file of the segment before, {file!r} (got {entry.get('before')!r})",
+        )
         segment = cls(
             _edge(entry["start"], f"{where}.start"),
             _edge(entry["end"], f"{where}.end"),
@@ -126,6 +147,7 @@ class Segment:
             _count(entry["size_bytes"], f"{where}.size_bytes"),
             _string(entry["sha256"], f"{where}.sha256"),
             sharded=not _string(entry["file"], f"{where}.file").endswith(".safetensors"),
+            before=before if differs else None,
         )
         _require(
             _SHA256.fullmatch(segment.sha256) is not None,
@@ -136,6 +158,33 @@ class Segment:
             f"{where}.file must be {segment.file!r}, as its edges and hash say (got {entry['file']!r})",
         )
         return segment
+
+
+def segments_from_plain(plain: Sequence[object]) -> tuple[Segment, ...]:
+    """Read the entries of a manifest.
+
+    Args:
+        plain: What ``to_plain`` of each segment returned, oldest first, or any other objects.
+
+    Raises:
+        RecordError: As ``Segment.from_plain``.
+    """
+    segments: list[Segment] = []
+    for i, entry in enumerate(plain):
+        segments.append(Segment.from_plain(entry, f"stretches[{i}]", segments[-1] if segments else None))
+    return tuple(segments)
+
+
+def linked(segments: Sequence[Segment]) -> list[Segment]:
+    """Return segments whose differences are from the segments that are now before them.
+
+    Args:
+        segments: Oldest first. One before a difference may have been replaced by another that holds the same mean.
+    """
+    found: list[Segment] = []
+    for segment in segments:
+        found.append(segment if segment.before is None else replace(segment, before=found[-1]))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +237,11 @@ class Manifest:
                 f"a record cannot keep {name!r} as {info.dtype}: leave it out with the policy, or convert it to one of "
                 f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPE_NAMES)}",
             )
+            _require(
+                not is_difference(info) or f"{name}{SCALE}" not in self.tensors,
+                f"the scales of {name!r} are kept as {name + SCALE!r}, which must not be the name of a tensor "
+                "(got one): rename it, or record in float16",
+            )
         for alias, name in self.aliases.items():
             _require(
                 alias not in self.tensors and name in self.tensors,
@@ -205,6 +259,11 @@ class Manifest:
             )
 
     @property
+    def has_differences(self) -> bool:
+        """Whether means are kept as differences where that is accurate enough."""
+        return any(map(is_difference, self.tensors.values()))
+
+    @property
     def files(self) -> set[str]:
         """The names of all files that must stay on disk."""
         return set(self.current_files).union(*(pin.files for pin in self.pins.values()))
@@ -218,7 +277,7 @@ class Manifest:
         """Return the text of the manifest."""
         plain = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": _DIFFERENCES if self.has_differences else VERSION,
             "per_level": self.per_level,
             "max_duration": None if self.max_duration is None else self.max_duration.to_timestring(),
             "tensors": {
@@ -260,8 +319,8 @@ class Manifest:
         version = plain.get("version")
         _require(
             version in _READABLE and not isinstance(version, bool),
-            f"this polyak reads versions {_READABLE[0]} to {VERSION} of the record (got {version!r}): use the polyak "
-            "that wrote it, or a later one",
+            f"this polyak reads versions {_READABLE[0]} to {_READABLE[-1]} of the record (got {version!r}): use the "
+            "polyak that wrote it, or a later one",
         )
         names = ("format", "version", "per_level", "max_duration", "tensors", "aliases", "stretches", "pins")
         names = names if version == 1 else (*names, "raw")
@@ -278,7 +337,7 @@ class Manifest:
             aliases={
                 alias: _string(name, f"aliases[{alias!r}]") for alias, name in _object(entry["aliases"], "aliases")
             },
-            segments=tuple(Segment.from_plain(one, f"stretches[{i}]") for i, one in enumerate(segments)),
+            segments=segments_from_plain(segments),
             pins={name: _pin(pin, f"pins[{name!r}]") for name, pin in _object(entry["pins"], "pins")},
             raw=None if entry.get("raw") is None else Segment.from_plain(entry["raw"], "raw"),
         )
@@ -327,6 +386,11 @@ def _check_segment(segment: Segment, before: Segment | None) -> None:
     else:
         _require(segment.start == before.end, f"{where} must start where {before.file} ends")
         _require(segment.level <= before.level, f"{where} must not be merged more often than the older {before.file}")
+    _require(
+        segment.before is None or (segment.before == before and segment.level == segment.before.level),
+        f"{where} must have its differences from the segment before, on the same level",
+    )
+    _require(segment.num_differences <= LONGEST, f"{where} must not be the last of more than {LONGEST} differences")
     for unit in _COUNTERS:
         start, end = segment.start.timestamp.get(unit), segment.end.timestamp.get(unit)
         _require(start <= end, f"{where} must not go back in time (from {start} to {end})")
@@ -394,7 +458,7 @@ def _tensor_info(plain: object, where: str) -> TensorInfo:
     _require(isinstance(entry["shape"], list), f"{where}.shape must be a list (got {entry['shape']!r})")
     _require(isinstance(entry["averaged"], bool), f"{where}.averaged must be true or false (got {entry['averaged']!r})")
     _require(
-        not entry["averaged"] or dtype.is_floating_point or dtype.is_complex,
+        not entry["averaged"] or dtype.is_floating_point or dtype.is_complex or dtype == torch.int8,
         f"{where} cannot be averaged as {entry['dtype']}",
     )
     return TensorInfo(dtype, tuple(_count(size, f"{where}.shape") for size in entry["shape"]), entry["averaged"])

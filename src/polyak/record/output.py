@@ -7,6 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from polyak.record.differences import with_scales
 from polyak.record.files import Source
 from polyak.storage.atomic import TEMPORARY
 from polyak.storage.safetensors import TensorInfo, write_tensors
@@ -70,5 +71,5 @@ class OneFile:
         del like
         path = folder / f"stretch{TEMPORARY}"
         with source as read:
-            size_bytes, sha256 = write_tensors(path, tensors, lambda name: read(name, None), metadata)
+            size_bytes, sha256 = write_tensors(path, with_scales(tensors), lambda name: read(name, None), metadata)
         return Written(path, size_bytes, sha256, sharded=False)

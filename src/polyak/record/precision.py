@@ -1,4 +1,4 @@
-"""Which tensors of a segment float16 cannot hold well enough: these are kept in float32."""
+"""Which tensors of a segment few bits cannot hold well enough: these are kept in float32."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import ShardingError
+from polyak.record.differences import is_difference, lost, scales_of
 from polyak.record.files import Box, Read, full_box
 from polyak.sharding import Communicator, is_sharded, local, offset
 from polyak.storage.safetensors import TensorInfo
@@ -52,6 +53,45 @@ def widened(
     lost = {name: (next(totals), next(totals), next(totals)) for name in names}
     wide = {name for name, (loss, *limits) in lost.items() if loss > min(limits)}
     return {name: replace(info, dtype=torch.float32) if name in wide else info for name, info in tensors.items()}
+
+
+def in_full(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return how a segment keeps its tensors if none of them may be a difference.
+
+    Args:
+        tensors: How it would keep them.
+    """
+    wide = {name: replace(info, dtype=torch.float32) for name, info in tensors.items() if is_difference(info)}
+    return {**tensors, **wide}
+
+
+def as_differences(
+    tensors: Mapping[str, TensorInfo],
+    mean: Callable[[str], Tensor | None],
+    before: Callable[[str], Tensor | None],
+    ranks: Communicator,
+) -> tuple[dict[str, TensorInfo], dict[str, Tensor]]:
+    """Return how a segment keeps its tensors, in float32 those that lose too much as differences; and the scales.
+
+    Args:
+        tensors: How the record keeps them.
+        mean: As for ``widened``; None if the shard is no box of the tensor.
+        before: As for ``widened``.
+        ranks: As for ``widened``.
+    """
+    names = [name for name, info in tensors.items() if is_difference(info)]
+    numbers, scales = list[float](), dict[str, Tensor]()
+    for name in names:
+        own, other = mean(name), before(name)
+        if own is None or other is None:
+            numbers += [torch.inf, 0.0]
+            continue
+        difference = own.detach().cpu() - other
+        scales[name] = scales_of(difference)
+        numbers += lost(difference, scales[name])
+    totals = iter(ranks.totals(*numbers))
+    wide = {name for name in names if not next(totals) <= next(totals) * MOST_OF_DISTANCE**2}
+    return {**tensors, **in_full({name: tensors[name] for name in wide})}, scales
 
 
 @torch.no_grad()

@@ -75,17 +75,19 @@ class SeriesFile(SegmentFile):
         """
         return self._found[name].dtype
 
-    def read(self, name: str, box: Box | None = None) -> Tensor:
+    def read(self, name: str, box: Box | None = None, before: Tensor | None = None) -> Tensor:
         """Return a tensor, backed by the file: do not write to it.
 
         Args:
             name: The tensor's name.
             box: Some of its rows; None for all.
+            before: Not used: a checkpoint has no differences.
 
         Raises:
             CheckpointError: If the file is damaged.
             RecordError: If the tensor has NaN or inf.
         """
+        del before
         stored = self._found[name]
         sides = full_box(stored.shape) if box is None else box
         shape = tuple(side.stop - side.start for side in sides)

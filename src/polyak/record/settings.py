@@ -175,7 +175,7 @@ def check_arguments(*, per_level: Any, dtype: Any, device: Any, policy: Any, ove
     if per_level is not None and not (whole and per_level >= 1):
         raise RecordError(f"per_level must be at least 1, or None to merge nothing (got {per_level!r})")
     must = {
-        "dtype": (dtype in _DTYPES, "torch.float32, torch.float16, torch.bfloat16 or None", dtype),
+        "dtype": (dtype in _DTYPES, "torch.float32, torch.float16, torch.bfloat16, torch.int8 or None", dtype),
         "device": (_is_device(device), "a device of this machine or None", device),
         "policy": (callable(policy) and not isinstance(policy, type), "a function of a Slot", policy),
         "overwrite": (isinstance(overwrite, bool), "True or False", overwrite),
@@ -185,7 +185,7 @@ def check_arguments(*, per_level: Any, dtype: Any, device: Any, policy: Any, ove
             raise ArgumentError(f"{name} of a Recorder must be {what} (got {given!r}); leave it out for the default")
 
 
-_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16)
+_DTYPES = (None, torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 def _is_device(given: Any) -> bool:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from polyak.errors import CheckpointError, RecordError
+from polyak.record.differences import SCALE, with_scales
 from polyak.record.files import OFFSETS, PARTS, PLACES, Source
 from polyak.record.output import Written
 from polyak.sharding import Communicator, dcp
@@ -123,14 +124,15 @@ class _ShardWriter(StorageWriter):
             for name, chunk in chunks.items()
             if prod(chunk.sizes)
         }
-        infos = {name: replace(self._tensors[name], shape=tuple(chunks[name].sizes)) for name in boxes}
-        places = {name: {OFFSETS: list(chunks[name].offsets)} for name in sorted(boxes)}
+        infos = with_scales({name: replace(self._tensors[name], shape=tuple(chunks[name].sizes)) for name in boxes})
+        of = {name: name if name in boxes else name.removesuffix(SCALE) for name in sorted(infos)}  # scales too
+        places = {name: {OFFSETS: list(chunks[tensor].offsets)} for name, tensor in of.items()}
         results = []
         if boxes:
             path = self._folder / to.folder / f"{to.rank:05d}.safetensors"
             metadata = {**self._metadata, PLACES: json.dumps(places)}
             with disk_errors(f"writing {path}"), self._source as read:
-                size_bytes, sha256 = write_tensors(path, infos, lambda name: read(name, boxes[name]), metadata)
+                size_bytes, sha256 = write_tensors(path, infos, lambda name: read(name, boxes[of[name]]), metadata)
             results.append(WriteResult(MetadataIndex(path.name), size_bytes, sha256))
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)

@@ -1,6 +1,6 @@
 """The writer of a record: append a segment, merge segments as they age, rewind, pin."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -10,8 +10,17 @@ from torch import Tensor
 from polyak.errors import RecordError
 from polyak.record.files import Source
 from polyak.record.folder import check_tensors
-from polyak.record.manifest import Edge, Manifest, Pin, Segment
-from polyak.record.merging import given, kept_as, mean_of, merged_as, own_dtype
+from polyak.record.manifest import Edge, Manifest, Pin, Segment, linked, segments_from_plain
+from polyak.record.merging import (
+    Files,
+    Kept,
+    encoded,
+    given,
+    kept_as,
+    merged_as,
+    own_dtype,
+    separate_as,
+)
 from polyak.record.output import OneFile, Output
 from polyak.record.pins import check_kept, pin_of, without_gone
 from polyak.record.shared import SharedManifest
@@ -122,7 +131,7 @@ class Writer:
             ShardingError: If the ranks that write together give different segments.
         """
         manifest = self._manifest
-        check_tensors(self._held(manifest.tensors), tensors)
+        check_tensors(_held(manifest.tensors, self._own), tensors)
         facts = {"start": start.updates, "end": end.updates, "segments so far": len(manifest.segments)}
         self._ranks.agree("the segment to be written", facts)
         if manifest.segments:
@@ -138,13 +147,13 @@ class Writer:
             start = last  # the same moment, which a loop may by now call the start of the next epoch
         with self._shared.changing(f"adding a segment to {self.folder}"):
             # What is merged is compared with its hash first, so that damage does not get into a file with a new hash.
-            newest = manifest.segments[-1] if manifest.segments else None
-            infos = kept_as(self.folder, manifest.tensors, newest, tensors, self._ranks)
-            segment = self._write(given(tensors), tensors, start, end, level=0, infos=infos)
-            segments = self._merge([*manifest.segments, segment], tensors)
+            files = Files(self.folder, manifest.tensors)
+            kept = kept_as(files, manifest.segments, tensors, self._ranks)
+            segment = self._write(files, given(tensors), tensors, (start, end), kept)
+            segments = self._merge(files, [*manifest.segments, segment], tensors)
             # The raw weights were those where the record ended before.
             self._shared.commit(replace(manifest, segments=tuple(segments), raw=None))
-        return segment
+        return segments[-1]  # which may have been written again
 
     def keep_raw(self, weights: Mapping[str, Tensor]) -> None:
         """Keep the raw weights where the last segment ends, until the next segment is appended.
@@ -162,13 +171,14 @@ class Writer:
         """
         if not self.segments:
             raise RecordError(f"raw weights must follow a segment, and {self.folder} has none: append one first")
-        averaged = {name: info for name, info in self._held(self._manifest.tensors).items() if info.averaged}
+        averaged = {name: info for name, info in _held(self._manifest.tensors, self._own).items() if info.averaged}
         self._ranks.on_every_rank("the raw weights", lambda: check_tensors(averaged, weights))
         kept = {name: replace(info, dtype=own_dtype(weights[name], DTYPE_NAMES)) for name, info in averaged.items()}
         end = self.segments[-1].end
         with self._shared.changing(f"adding the raw weights to {self.folder}"):
             # Another object than for segments: it plans once, and these are other tensors.
-            raw = self._write(given(weights), weights, end, end, level=0, infos=kept, output=_output(self._ranks))
+            files, output = Files(self.folder, self._manifest.tensors), _output(self._ranks)
+            raw = self._write(files, given(weights), weights, (end, end), Kept(kept), output=output)
             self._shared.commit(replace(self._manifest, raw=raw))
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,8 +195,7 @@ class Writer:
         Raises:
             RecordError: If files that it refers to are gone, or the disk refuses.
         """
-        entries = state["stretches"]
-        segments = tuple(Segment.from_plain(one, f"stretches[{i}]") for i, one in enumerate(entries))
+        segments = segments_from_plain(state["stretches"])
         raw = None if state.get("raw") is None else Segment.from_plain(state["raw"], "raw")
         if segments == self.segments and raw == self.raw:
             return
@@ -237,43 +246,44 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _held(self, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """Return those tensors of the record that this rank has, in full or in part."""
-        return {name: info for name, info in tensors.items() if name in self._own}
-
     def _set_pins(self, pins: Mapping[str, Pin]) -> None:
         if pins != self.pins:
             with self._shared.changing(f"changing the pins of {self.folder}"):
                 self._shared.commit(replace(self._manifest, pins=dict(pins)))
 
-    def _merge(self, segments: list[Segment], like: Mapping[str, Tensor]) -> list[Segment]:
+    def _merge(self, files: Files, segments: list[Segment], like: Mapping[str, Tensor]) -> list[Segment]:
         """Merge what is due, after one more segment of level 0."""
         level = 0
         while (i := due([segment.level for segment in segments], level, self._manifest.per_level)) is not None:
-            older, newer = segments[i], segments[i + 1]
-            infos = merged_as(self.folder, self._manifest.tensors, (older, newer), like, self._ranks)
-            source = mean_of(self.folder, self._manifest.tensors, older, newer)
-            merged = self._write(source, like, older.start, newer.end, level=older.level + 1, infos=infos)
-            segments = [*segments[:i], merged, *segments[i + 2 :]]
-            level += 1
+            older, newer, *rest = segments[i:]
+            kept, mean, level = merged_as(files, segments, i, like, self._ranks), files.mean_of(older, newer), level + 1
+            merged = self._write(files, mean, like, (older.start, newer.end), kept, level)
+            if rest and (after := rest[0]).before is not None:  # without differences newer's file can be deleted
+                kept, mean = separate_as(files, after), files.source(after)
+                rest[0] = self._write(files, mean, like, (after.start, after.end), kept, after.level)
+            segments = linked([*segments[:i], merged, *rest])
         return segments
 
-    def _write(
+    def _write(  # noqa: PLR0917  all that a segment is
         self,
+        files: Files,
         source: Source,
         like: Mapping[str, Tensor],
-        start: Edge,
-        end: Edge,
-        *,
-        level: int,
-        infos: Mapping[str, TensorInfo] | None = None,
+        edges: tuple[Edge, Edge],
+        kept: Kept,
+        level: int = 0,
         output: Output | None = None,
     ) -> Segment:
-        metadata = {"format": "pt", "polyak.updates": f"{start.updates}-{end.updates}"}
-        infos, output = infos or self._manifest.tensors, output or self._output
-        written = output.write(self.folder, infos, like, source, metadata)
-        segment = Segment(start, end, level, written.size_bytes, written.sha256, written.sharded)
+        updates = f"{edges[0].updates}-{edges[1].updates}"
+        metadata = {"format": "pt", "polyak.updates": updates, **kept.metadata}
+        written = (output or self._output).write(self.folder, kept.infos, like, encoded(files, source, kept), metadata)
+        segment = Segment(*edges, level, written.size_bytes, written.sha256, written.sharded, kept.before)
         return self._shared.name(written, segment)
+
+
+def _held(tensors: Mapping[str, TensorInfo], own: Collection[str]) -> dict[str, TensorInfo]:
+    """Return those tensors of the record that this rank has, in full or in part."""
+    return {name: info for name, info in tensors.items() if name in own}
 
 
 def due(levels: Sequence[int], level: int, per_level: int | None) -> int | None:

@@ -72,15 +72,15 @@ class TensorInfo:
         Args:
             tensor: Any.
             averaged: Whether a segment holds its mean, or its last value.
-            dtype: For the means of floating-point tensors: float32, float16 or bfloat16; None for float16, and for
-                float64 where the tensor has that.
+            dtype: For the means of floating-point tensors: float32, float16, bfloat16, or int8 for differences; None
+                for float16. With the last two, tensors in float64 keep that.
 
         Example:
             >>> TensorInfo.of(torch.zeros(2, dtype=torch.float64), averaged=True)
             TensorInfo(dtype=torch.float32, shape=(2,), averaged=True)
         """
-        if dtype is None:
-            dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float16
+        if dtype is None or dtype == torch.int8:
+            dtype = torch.float64 if tensor.dtype == torch.float64 else dtype or torch.float16
         kept = dtype if averaged and tensor.is_floating_point() else tensor.dtype
         return cls(kept, tuple(tensor.shape), averaged)
 
