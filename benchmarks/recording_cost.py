@@ -227,8 +227,8 @@ def main() -> None:
             f"weights, {raw_bytes / 1e6:.1f} MB."
         ),
         *item(
-            f"Segments written in total, merges included: {written / 1e6:.0f} MB, {written / sizes[0] / stretches:.2f} files "
-            "per segment."
+            f"Segments written in total, merges included: {written / 1e6:.0f} MB, "
+            f"{written / sizes[0] / stretches:.2f} files per segment."
         ),
         *item(f"Ending a record at the end of training: {ending_s:.2f} s."),
         *item(f"The finest half-life that this record resolves: {record.finest} steps."),

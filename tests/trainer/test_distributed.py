@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.data import Subset
 from waiting import END_S
 
-import polyak
 from polyak import CheckpointError, CheckpointSaver, HalfLife, PlanWarning, Record, ShardingError
 from polyak.cli import main
 from polyak.sharding.start import _of_this_start

@@ -31,7 +31,7 @@ class MegatronRanks(FragmentRanks):
         """
         return 0.0 if name in self.saved_elsewhere else super().share(tensor, name)
 
-    def broadcast(self, tensors: Iterable[Tensor], device: torch.device | None = None) -> None:
+    def broadcast(self, tensors: Iterable[Tensor], device: torch.device | None = None, source: int = 0) -> None:
         """Do nothing: the buffers of other ranks belong to other layers."""
 
 
