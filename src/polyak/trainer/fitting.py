@@ -101,12 +101,15 @@ class Fitting:
             self._step.compute_gradients()
             # An interrupt, and a checkpoint that its handler saves, must not find weights that have moved without being
             # counted, or been counted without being averaged.
-            self._between.before_step()
+            if self._between.noted:
+                self._between.check()
             with signals_held():
                 self._move_and_count(batch, began)
                 rollback.done()
                 self._loop.dispatch(Event.BATCH_END)
-            self._between.after_step()
+            self._between.wait -= 1
+            if not self._between.wait:
+                self._between.note()
             self._log_if_due(Event.BATCH_END)
             self._loop.notify(Event.BATCH_END)
             self._evaluate_if_due(Event.BATCH_END, rollback)

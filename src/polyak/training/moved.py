@@ -14,33 +14,35 @@ from polyak.sharding import local
 class BetweenSteps:
     """Warns, once, if weights change after a step that counts and before the next, as where a loop clips them.
 
-    An average takes them where a step ends. Steps 1, 10, 100 and so on are watched.
+    An average takes them where a step ends. Steps 1, 10, 100 and so on are watched; in all others, attributes say that
+    there is nothing to call.
 
     Args:
         model: In training, wrapped or not.
         steps: Whether a tensor is one that the steps move.
         instead: What to do, in words.
+
+    Attributes:
+        noted: The weights that are watched until the next step.
+        wait: How many steps it is until ``note`` must be called. Whoever steps counts them down.
     """
 
     def __init__(self, model: nn.Module, steps: Callable[[Tensor], bool], instead: str) -> None:
         self._model, self._steps, self._instead = model, steps, instead
-        self._count, self._next, self._warned = 0, 1, False
-        self._stepped, self._norms = dict[str, Tensor](), dict[str, Tensor]()
+        self._passed, self._warned = 1, False
+        self.noted, self._norms = dict[str, Tensor](), dict[str, Tensor]()
+        self.wait = 1
 
-    def after_step(self) -> None:
-        """Note the weights, if this step is watched."""
-        self._count += 1
-        if self._count == self._next:
-            self._next *= 10
-            if not (self._warned or _is_capturing()):
-                self._stepped = parameters_of(self._model, steps=self._steps)
-                self._norms = norms_of(self._stepped)
+    def note(self) -> None:
+        """Note the weights after a step that is watched."""
+        self.wait, self._passed = 9 * self._passed, 10 * self._passed
+        if not (self._warned or _is_capturing()):
+            self.noted = parameters_of(self._model, steps=self._steps)
+            self._norms = norms_of(self.noted)
 
-    def before_step(self) -> None:
+    def check(self) -> None:
         """Warn if the weights that were noted have changed."""
-        if not self._stepped:
-            return
-        stepped, self._stepped = self._stepped, dict[str, Tensor]()
+        stepped, self.noted = self.noted, dict[str, Tensor]()
         moved = list[str]() if _is_capturing() else moved_names(self._norms, norms_of(stepped), tolerance=_ROUNDING)
         if moved:
             self._warned = True
@@ -54,7 +56,7 @@ class BetweenSteps:
 
     def forget(self) -> None:
         """Forget what was noted: other weights were loaded, or another optimizer has stepped."""
-        self._stepped = {}
+        self.noted = {}
 
 
 # A perturbation that is taken back, as by some implementations of SAM, leaves rounding errors.

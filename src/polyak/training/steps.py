@@ -23,12 +23,15 @@ _REHEARSALS = frozenset({"_init_optim_state", "init_optim_state"})
 
 
 class Between(Protocol):
-    """Watches what happens to weights between two steps."""
+    """Watches what happens to weights between two steps; see ``BetweenSteps``."""
 
-    def before_step(self) -> None:
-        """Look at the weights before a step."""
+    noted: dict[str, Tensor]
+    wait: int
 
-    def after_step(self) -> None:
+    def check(self) -> None:
+        """Look at the weights that were noted, before a step."""
+
+    def note(self) -> None:
         """Note the weights after a step that counts."""
 
     def forget(self) -> None:
@@ -109,8 +112,8 @@ class StepHooks:
             nested, rehearsal = self._callers(frame)
             if nested:
                 return
-        if self.between is not None:
-            self.between.before_step()
+        if self.between is not None and self.between.noted:
+            self.between.check()
         # A closure computes new gradients, so those from before do not matter.
         has_closure = len(args) + len(kwargs) > 1 and any(map(callable, (*args[1:], *kwargs.values())))
         graded = not has_closure and _has_gradients(optimizer)
@@ -157,7 +160,9 @@ class StepHooks:
             self.others = 0
             self._after()
             if self.between is not None:
-                self.between.after_step()
+                self.between.wait -= 1
+                if not self.between.wait:
+                    self.between.note()
 
     def observe(self, other: Optimizer) -> None:
         """Note that an optimizer is about to step.
