@@ -755,7 +755,7 @@ def test_a_view_takes_tensors_of_another_dtype_for_any_parameter_or_buffer() -> 
     model.register_buffer("rows", model.weight.detach()[:2])
     new = {id(t): torch.full_like(t, 2, dtype=torch.float64) for t in (*model.parameters(), *model.buffers())}
     view = module_over(model, new)
-    assert view.running_mean is new[id(model.running_mean)]
+    assert view.running_mean.data_ptr() == new[id(model.running_mean)].data_ptr()
     assert {t.dtype for t in (*view.parameters(), *view.buffers())} == {torch.float64}
     assert torch.equal(view.rows, torch.full((2,), 2.0, dtype=torch.float64))
 
@@ -1071,3 +1071,15 @@ def test_teachers_that_are_read_at_each_step_leave_nothing_behind_in_the_average
         attached.state_dict()
         gc.collect()
     assert len(swapper._exposed) <= 6 * held
+
+
+def test_a_swap_makes_no_backup_once_nobody_holds_the_averaged_model() -> None:
+    model, inputs = Net(), torch.randn(8, 4)
+    attached, _ = trained(model, inputs)
+    swapper = attached.algorithm._average.shadow._swapper
+    held = attached.model
+    held(inputs)
+    assert swapper.is_exposed()
+    del held
+    gc.collect()
+    assert not swapper.is_exposed()

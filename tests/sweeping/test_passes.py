@@ -52,9 +52,9 @@ def reads(monkeypatch):
     """The names of the tensors that were read, once for each read."""
     found, real = [], SegmentFile.read
 
-    def read(file, name, box=None):
+    def read(file, name, box=None, before=None):
         found.append(name)
-        return real(file, name, box)
+        return real(file, name, box, before)
 
     monkeypatch.setattr(SegmentFile, "read", read)
     return found

@@ -142,7 +142,7 @@ class Copies:
         if (wrapped := rewrapped(tensor, values)) is not values:
             return nn.Parameter(wrapped, requires_grad=False) if isinstance(tensor, nn.Parameter) else wrapped
         if not isinstance(tensor, nn.Parameter) and not attributes:
-            return by
+            return by.detach()  # an object of its own, whose end shows that nobody holds it
         # A sharded tensor may have a replacement without shards, and has no class of its own.
         new = _alias(by, type(by) if is_sharded(tensor) else type(tensor))
         if attributes:

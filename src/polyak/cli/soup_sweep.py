@@ -31,7 +31,7 @@ def add_sweep(parser: ArgumentParser) -> None:
     Args:
         parser: The parser of the command.
     """
-    group = parser.add_argument_group("the newest checkpoints of one run, instead of a greedy soup")
+    group = parser.add_argument_group("instead of a greedy soup")
     group.add_argument("--sweep", action="store_true", help="evaluate means of the newest, by number and distance")
     group.add_argument(
         "--counts", type=_numbers, metavar="N,N,...", help="how many checkpoints (default: 1,2,3,5,10,20,30,50 and all)"

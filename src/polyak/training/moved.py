@@ -1,7 +1,7 @@
 """Whether weights have moved, by their norms; and the warning that they have between two steps."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ class BetweenSteps:
     """Warns, once, if weights change after a step that counts and before the next, as where a loop clips them.
 
     An average takes them where a step ends. Steps 1, 10, 100 and so on are watched; in all others, attributes say that
-    there is nothing to call.
+    there is nothing to call. Where the next step moves nothing, whoever sets the weights does so before a step, as in a
+    test, and nothing is wrong.
 
     Args:
         model: In training, wrapped or not.
@@ -29,30 +30,42 @@ class BetweenSteps:
 
     def __init__(self, model: nn.Module, steps: Callable[[Tensor], bool], instead: str) -> None:
         self._model, self._steps, self._instead = model, steps, instead
-        self._passed, self._warned = 1, False
-        self.noted, self._norms = dict[str, Tensor](), dict[str, Tensor]()
+        self._passed, self._left, self._warned = 1, 0, False
+        self.noted, self._changed, self._norms = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
         self.wait = 1
 
+    def check(self) -> None:
+        """See, before a step, whether the weights that were noted have changed."""
+        stepped, self.noted = self.noted, dict[str, Tensor]()
+        if _is_capturing():
+            return
+        before, self._norms = self._norms, norms_of(stepped)
+        self._changed = {name: stepped[name] for name in moved_names(before, self._norms, tolerance=_ROUNDING)}
+        if self._changed:
+            self._left, self.wait = self.wait, 1
+
     def note(self) -> None:
-        """Note the weights after a step that is watched."""
+        """Note the weights after a step that is watched, or warn after one before which they had changed."""
+        if self._changed:
+            changed, self._changed = self._changed, dict[str, Tensor]()
+            self.wait = self._left - 1
+            if not _is_capturing() and moved_names(self._norms, norms_of(changed)):
+                self._warn([*changed])
+            return
         self.wait, self._passed = 9 * self._passed, 10 * self._passed
         if not (self._warned or _is_capturing()):
             self.noted = parameters_of(self._model, steps=self._steps)
             self._norms = norms_of(self.noted)
 
-    def check(self) -> None:
-        """Warn if the weights that were noted have changed."""
-        stepped, self.noted = self.noted, dict[str, Tensor]()
-        moved = list[str]() if _is_capturing() else moved_names(self._norms, norms_of(stepped), tolerance=_ROUNDING)
-        if moved:
-            self._warned = True
-            warnings.warn(
-                "weights must not change between two steps, since an average takes them where a step ends: "
-                f"{len(moved)} parameters have, such as '{moved[0]}'. If they are clipped, masked or normalized after "
-                f"each step, {self._instead} (if they were loaded, nothing is wrong)",
-                PlanWarning,
-                stacklevel=6,
-            )
+    def _warn(self, names: Sequence[str]) -> None:
+        self._warned = True
+        warnings.warn(
+            "weights must not change between two steps, since an average takes them where a step ends: "
+            f"{len(names)} parameters have, such as '{names[0]}'. If they are clipped, masked or normalized after "
+            f"each step, {self._instead} (if they were loaded, nothing is wrong)",
+            PlanWarning,
+            stacklevel=7,
+        )
 
     def forget(self) -> None:
         """Forget what was noted: other weights were loaded, or another optimizer has stepped."""
