@@ -294,7 +294,8 @@ def test_processes_that_torchrun_restarts_connect_to_each_other_and_not_to_ended
 
 
 def test_a_run_with_a_killed_rank_ends_as_one_without(ranks, tmp_path) -> None:
-    done = torchrun(Path(runs.__file__).with_name("torchrun_script.py"), tmp_path, restarts=2)
+    # Two are killed. One more, since a process with gloo may abort in the interpreter's end, after its run is complete.
+    done = torchrun(Path(runs.__file__).with_name("torchrun_script.py"), tmp_path, restarts=3)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "killed").read_text() == "ddp fsdp2 "
     for kind in ("ddp", "fsdp2"):
