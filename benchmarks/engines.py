@@ -12,6 +12,7 @@ the operation that it makes, `torch._foreach_lerp_` over sharded tensors.
 import argparse
 import os
 import socket
+import statistics
 import sys
 import tempfile
 import time
@@ -36,7 +37,7 @@ Cost = dict[str, Any]
 
 
 def cost_of(name: str, update: Callable[[], object], averages: list[Tensor], repeats: int) -> Cost:
-    """Return the least time of the slowest rank, since other work on the machine only adds to it; and the memory."""
+    """Return the time of the slowest rank, and the memory of this one."""
     update()
     times = []
     for _ in range(repeats):
@@ -49,7 +50,7 @@ def cost_of(name: str, update: Callable[[], object], averages: list[Tensor], rep
     before = settled_bytes()
     return {
         "name": name,
-        "update_ms": min(times),
+        "update_ms": statistics.median(times),
         "average_bytes": sum(tensor.nbytes for tensor in averages),
         "more_bytes": max(0, min(peak_bytes(update) for _ in range(3)) - before),
     }
@@ -209,12 +210,11 @@ def main() -> None:
         "",
         *paragraph(
             f"Two gloo processes with a thread each. Under DeepSpeed {arguments.parameters:g} M parameters in bf16 "
-            "with float32 masters; under torchtitan its debug model in float32, by FSDP2. Times are those of the "
-            "slower rank, the least of all repeats. Memory is that of rank 0: of the averages, and the peak of the "
-            "process in an update above its memory before. DeepSpeed has no EMA: the loop is the one that its users "
-            "write, which averages the 16-bit parameters and keeps all of them, in float32, on each rank. "
-            "`torch._foreach_lerp_` is what the EMA of torchtitan's main branch calls. Measured on a CPU only, not on "
-            "a GPU or between machines."
+            "with float32 masters; under torchtitan its debug model in float32, by FSDP2. Times are medians of those "
+            "of the slower rank. Memory is that of rank 0: of the averages, and the peak of the process in an update "
+            "above its memory before. DeepSpeed has no EMA: the loop is the one that its users write, which averages "
+            "the 16-bit parameters and keeps all of them, in float32, on each rank. `torch._foreach_lerp_` is what "
+            "the EMA of torchtitan's main branch calls. Measured on a CPU only, not on a GPU or between machines."
         ),
         "",
         *table(head, rows),
