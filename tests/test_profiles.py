@@ -78,6 +78,7 @@ def test_the_decay_over_no_time_is_one(profile, now) -> None:
 
 @settings(deadline=None)
 @given(profiles, moments, moments, moments)
+@example(HalfLife("10ba", unbiased=True), 0.0, 0.0, 5e-324)
 def test_a_decay_is_a_fraction_that_falls_with_time_and_rises_with_the_start(profile, a, b, c) -> None:
     a, b, c = sorted((a, b, c))
     assert 0 <= profile.decay(a, c) <= 1

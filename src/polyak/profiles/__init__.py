@@ -14,6 +14,7 @@ line, the sweep and the report find it in the registry.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar, Self
@@ -110,6 +111,8 @@ class HalfLife(NamedProfile):
             return kept
         # expm1(before * k) / expm1(now * k), written so that it cannot overflow.
         k = math.log(2) / half_life
+        if now * k < sys.float_info.min:  # where numbers lose their digits; both exponentials are linear there
+            return before / now
         return kept * math.expm1(-before * k) / math.expm1(-now * k)
 
     @property
