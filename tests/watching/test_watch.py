@@ -6,6 +6,7 @@ import random
 import shutil
 import threading
 import warnings
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -21,6 +22,7 @@ from polyak.sweeping import EvaluationError
 from polyak.time import Time, Timestamp
 from polyak.watching import Log, Moment, read_moment, read_moments, watch
 from polyak.watching.log import WatchError
+from polyak.watching.process import Due
 
 INFOS = {"weight": TensorInfo(torch.float32, (3,), averaged=True)}
 
@@ -79,6 +81,15 @@ def test_watch_reads_a_live_record_at_each_interval_and_ends_with_the_run(run) -
     assert [one.updates for one in found] == list(range(20, 201, 20))
     assert said == ["the run has ended"]
     assert [one.get("raw") is not None for one in found] == [False] * 9 + [True]
+
+
+@pytest.mark.parametrize(("batches", "is_due"), [(16, False), (17, False), (31, False), (32, True), (70, True)])
+def test_a_record_is_read_again_once_an_interval_has_passed(batches, is_due) -> None:
+    def at(batch):
+        return Timestamp(batch=batch)
+
+    record = SimpleNamespace(segments=[SimpleNamespace(end=Edge(batches, at(batches)))], raw=None, max_duration=None)
+    assert Due(Time.from_timestring("16ba")).at(record, Moment(16, at(16), "loss", False, ())) is is_due
 
 
 def test_a_moment_has_the_metrics_of_the_averages_of_its_record(run) -> None:
