@@ -10,6 +10,8 @@ from torch.nn.parameter import is_lazy
 from polyak.errors import PlanWarning
 from polyak.sharding import local
 
+Norms = Mapping[str, tuple[Tensor, int]]
+
 
 class BetweenSteps:
     """Warns, once, if weights change after a step that counts and before the next, as where a loop clips them.
@@ -31,7 +33,8 @@ class BetweenSteps:
     def __init__(self, model: nn.Module, steps: Callable[[Tensor], bool], instead: str) -> None:
         self._model, self._steps, self._instead = model, steps, instead
         self._passed, self._left, self._warned = 1, 0, False
-        self.noted, self._changed, self._norms = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+        self.noted, self._changed = dict[str, Tensor](), dict[str, Tensor]()
+        self._norms: Norms = {}
         self.wait = 1
 
     def check(self) -> None:
@@ -76,8 +79,10 @@ class BetweenSteps:
 _ROUNDING = 1e-5
 
 
-def moved_names(before: Mapping[str, Tensor], now: Mapping[str, Tensor], tolerance: float = 0.0) -> list[str]:
-    """Return the names whose norms differ. Norms on another device or of another dtype say nothing.
+def moved_names(before: Norms, now: Norms, tolerance: float = 0.0) -> list[str]:
+    """Return the names whose norms differ. Norms on another device, of another dtype or size say nothing.
+
+    FSDP2 leaves some parameters in full after a forward pass, and has shards of them at other times.
 
     Args:
         before: As ``norms_of`` returned them.
@@ -85,9 +90,9 @@ def moved_names(before: Mapping[str, Tensor], now: Mapping[str, Tensor], toleran
         tolerance: Relative.
     """
     found = list[str]()
-    for name, norm in now.items():
-        other = before[name]
-        if (other.device, other.dtype) == (norm.device, norm.dtype):
+    for name, (norm, size) in now.items():
+        other, size_before = before[name]
+        if (other.device, other.dtype, size_before) == (norm.device, norm.dtype, size):
             same = torch.allclose(other.nan_to_num(), norm.nan_to_num(), rtol=tolerance, atol=0.0)
             found += [] if same else [name]
     return found
@@ -113,20 +118,20 @@ def parameters_of(
 
 
 @torch.no_grad()
-def norms_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the norm of each parameter's local shard, without waiting for a device.
+def norms_of(parameters: Mapping[str, Tensor]) -> Norms:
+    """Return the norm and size of each parameter's local shard, without waiting for a device.
 
     Args:
         parameters: By name.
     """
     shards = {name: local(parameter).detach() for name, parameter in parameters.items()}
-    norms = dict[str, Tensor]()
+    norms = dict[str, tuple[Tensor, int]]()
     for wide in (False, True):
         # In float32 at least, since a sum of squares of 16-bit values may exceed their range; float64 in float64.
         names = [name for name, tensor in shards.items() if (tensor.dtype == torch.float64) is wide]
         dtype = torch.float64 if wide else torch.float32
-        found = torch._foreach_norm([shards[name] for name in names], dtype=dtype) if names else []  # noqa: SLF001
-        norms.update(zip(names, found, strict=True))
+        found: Sequence[Tensor] = torch._foreach_norm([shards[name] for name in names], dtype=dtype) if names else []  # noqa: SLF001
+        norms.update((name, (norm, shards[name].numel())) for name, norm in zip(names, found, strict=True))
     return norms
 
 
