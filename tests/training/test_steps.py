@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyak import EMA, OptimizerError, PlanWarning, PolyakError, attach
+from polyak.training.moved import moved_names, norms_of
 from polyak.training.steps import StepHooks
 
 BY_HAND = r"give attach\(\.\.\., None\) instead, and call step\(\)"
@@ -731,3 +732,9 @@ def test_weights_that_move_between_two_evaluations_without_a_step_are_warned_of(
     with pytest.warns(PlanWarning, match="2 parameters have moved since the last check, after 5 steps.*0 steps were"):
         attached.state_dict()
     attached.detach()
+
+
+def test_the_norms_of_a_full_parameter_and_of_its_shard_are_not_compared() -> None:
+    full = norms_of({"weight": torch.ones(4)})
+    assert moved_names(full, norms_of({"weight": torch.ones(2)})) == []
+    assert moved_names(full, norms_of({"weight": torch.full((4,), 2.0)})) == ["weight"]
