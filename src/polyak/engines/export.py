@@ -16,6 +16,19 @@ from polyak.sharding.fragments import Fragment
 from polyak.tensors.slots import all_slots
 
 
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Check that averages can be written in a dtype.
+
+    Args:
+        dtype: As given; None for the model's own.
+
+    Raises:
+        ArgumentError: If it is no floating-point dtype.
+    """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ArgumentError(f"dtype must be a floating-point dtype (got {dtype}); use None for the model's own")
+
+
 def save_average(ema: EMA, masters: Masters, path: Path, dtype: torch.dtype | None, *, overwrite: bool) -> None:
     """Write the model with its averaged weights. All ranks must call this; no rank holds the full model.
 
@@ -29,8 +42,7 @@ def save_average(ema: EMA, masters: Masters, path: Path, dtype: torch.dtype | No
     Raises:
         ArgumentError: If ``dtype`` is no floating-point dtype.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ArgumentError(f"dtype must be a floating-point dtype (got {dtype}); use None for the model's own")
+    check_dtype(dtype)
     ranks = communicator_of(masters)
     saved, names = _saved(ema, masters)
     outputs, flat = dict[str, Tensor](), dict[str, Tensor]()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from polyak.averaging.ema import EMA
+from polyak.engines.export import check_dtype
 from polyak.engines.megatron_masters import MegatronMasters
-from polyak.errors import ArgumentError
 from polyak.export import Read, export_from, shards
 from polyak.sharding import communicator_of
 from polyak.tensors.slots import all_slots
@@ -27,8 +27,7 @@ def save_average(ema: EMA, masters: MegatronMasters, path: Path, dtype: torch.dt
     Raises:
         ArgumentError: If ``dtype`` is no floating-point dtype.
     """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ArgumentError(f"dtype must be a floating-point dtype (got {dtype}); use None for the model's own")
+    check_dtype(dtype)
     ranks = communicator_of(masters)
     assert ema._average.shadow is not None  # noqa: SLF001
     averages = ema._average.shadow.averaged_tensors()  # noqa: SLF001
