@@ -16,6 +16,9 @@ from polyak.profiles import NamedProfile
 from polyak.storage.atomic import require_new
 from polyak.time import Time, TimeUnit
 
+# Several checkpoints may be of one epoch.
+_FINEST_FIRST = (TimeUnit.BATCH, TimeUnit.ITERATION, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.EPOCH)
+
 
 def average_checkpoints(
     paths: Sequence[str | Path],
@@ -130,7 +133,8 @@ def choose(
     unit = profile.unit if profile else None
     readings = _readings(opened, times, unit)
     if weights is None:
-        keys = readings or [in_natural_order(one.path) for one in opened]
+        names = [in_natural_order(one.path) for one in opened]
+        keys = names if readings is None else [*zip(readings, names, strict=True)]
         order = sorted(range(len(opened)), key=keys.__getitem__)
         opened, readings = [opened[i] for i in order], [readings[i] for i in order] if readings else None
     if best is not None and metric is not None:
@@ -185,13 +189,13 @@ def _readings(
                 "convert them"
             )
         return [float(time.value) for time in given]
-    for known in TimeUnit if unit is None else (unit,):
+    for known in _FINEST_FIRST if unit is None else (unit,):
         if all(known in one.moment for one in opened):
             return [one.moment[known] for one in opened]
     if unit is None:
         return None
     if unit is TimeUnit.DURATION and (found := _readings(opened, None, None)) is not None:
-        return [reading / max(found) for reading in found]  # the run is what there is of it
+        return [reading / (max(found) or 1) for reading in found]  # the run is what there is of it
     unknown = [one.path for one in opened if unit not in one.moment]
     known = sorted({str(unit) for one in opened for unit in one.moment})
     raise ArgumentError(

@@ -16,7 +16,11 @@ FORMAT = "folder"
 INDEX = ".index.json"
 _SAFETENSORS = ".safetensors"
 _SUFFIXES = (_SAFETENSORS, ".bin", ".pt", ".pth", ".ckpt")
-_WEIGHTS = re.compile(r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+)?\.(safetensors|bin)")
+_WEIGHTS = re.compile(
+    r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+)?\.(safetensors|bin)"
+    r"|(model|lit_model)\.(pt|pth|ckpt)"  # of OLMo, SpeechBrain and LitGPT
+)
+_SHARD = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
 _RECORD = "manifest.json"
 _PIPELINE = "model_index.json"  # of diffusers
 _TRAINER_STATE = "trainer_state.json"
@@ -90,6 +94,8 @@ def _instead(path: Path) -> str:
     if (path / _PIPELINE).is_file():
         models = sorted(one.parent for one in path.glob("*/*") if _WEIGHTS.fullmatch(one.name) or INDEX in one.name)
         return f"average each model of a pipeline by itself: {listed(dict.fromkeys(models))}"
+    if any(_SHARD.fullmatch(one.name) for one in path.iterdir()):
+        return f"the index of its shards, such as model.safetensors{INDEX}, is missing: copy it, or save again"
     if any(path.glob("*.distcp")):
         return "its .metadata is missing, which is saved last: wait until it is complete, or leave it out"
     return "give the checkpoints themselves"

@@ -1,10 +1,12 @@
 """Whether checkpoints are of one run. Two runs in one folder are a mistake that an average would hide."""
 
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from polyak.checkpoints.copies import copies_in
 from polyak.checkpoints.opening import Checkpoint
 from polyak.checkpoints.snapshots import Snapshot
 from polyak.compat.files import read_json
@@ -13,6 +15,8 @@ from polyak.errors import CheckpointError
 from polyak.time import TimeUnit
 
 _CONFIG = "config.json"
+# In a name: of guided-diffusion (ema_0.9999_010000.pt), NeMo (-EMA.ckpt), ESPnet (valid.acc.ave_10best.pth) and others.
+_AVERAGE = re.compile(r"(?<![a-z])(ema|swa|ave|avg|averaged?)(?![a-z]|\w*=)(?:[-_]?(0\.\d+))?", re.IGNORECASE)
 # They change with the library, not with the model.
 _VOLATILE = {"_name_or_path", "transformers_version", "_diffusers_version", "torch_dtype", "dtype", "use_cache"}
 
@@ -20,8 +24,9 @@ _VOLATILE = {"_name_or_path", "transformers_version", "_diffusers_version", "tor
 def require_one_run(opened: Sequence[Checkpoint]) -> None:
     """See that the checkpoints of each folder can be of one run.
 
-    Two are not if they were saved at the same step, if their steps grow while their epochs fall, if they are averages
-    of other widths, or if their hyper-parameters or the configurations next to their weights differ.
+    Two are not if they were saved at the same step, if their steps grow while their epochs fall, if one is an average
+    by its name and the other is none or of another kind, if their weights are the same, or if their hyper-parameters
+    or the configurations next to their weights differ.
 
     Args:
         opened: The checkpoints.
@@ -34,9 +39,11 @@ def require_one_run(opened: Sequence[Checkpoint]) -> None:
         folders.setdefault(one.path.absolute().parent, []).append(one)
     for inside in folders.values():
         _require_one_width(inside)
+        _require_one_kind(inside)
         _require_steps_to_grow(inside)
         _require_one_config([one for one in inside if (one.path / _CONFIG).is_file()])
         _require_same_settings([one for one in inside if one.settings])
+        _require_no_copies(inside)
 
 
 def _require_one_width(opened: Sequence[Checkpoint]) -> None:
@@ -46,6 +53,32 @@ def _require_one_width(opened: Sequence[Checkpoint]) -> None:
         raise CheckpointError(
             f"snapshots must be averages of one width ({shown(path)} is of {width}, {shown(another)} of {other}); give "
             f"those of one, such as {shown(f'*-{width}{path.suffix}')}, or average all with --mixed"
+        )
+
+
+def _require_one_kind(opened: Sequence[Checkpoint]) -> None:
+    """See that names say of all that they are averages of one decay, or of none: a run may write both side by side."""
+    kinds = {_kind(one.path.name): one.path for one in opened}
+    if len(kinds) > 1:
+        (kind, path), (other, another), *_ = kinds.items()
+        raise CheckpointError(
+            f"checkpoints must be averages of one kind, or training weights (by its name {shown(path)} is "
+            f"{kind or 'no average'}, and {shown(another)} {other or 'no average'}); give those of one by a pattern, or "
+            "average all with --mixed"
+        )
+
+
+def _kind(name: str) -> str:
+    """Return what a name says of an average, as ``ema 0.9999`` of ``ema_0.9999_010000.pt``; empty if nothing."""
+    found = _AVERAGE.search(name)
+    return " ".join(filter(None, found.groups())).lower() if found else ""
+
+
+def _require_no_copies(opened: Sequence[Checkpoint]) -> None:
+    if (found := copies_in(opened)) is not None:
+        raise CheckpointError(
+            f"each checkpoint must have other weights ({shown(found[0].path)} and {shown(found[1].path)} have the same: "
+            "one is a copy); leave one out, or average both with --mixed"
         )
 
 

@@ -16,8 +16,11 @@ from polyak.time import TimeUnit
 
 # What libraries call them, the surest first.
 _COUNTERS = {
-    TimeUnit.BATCH: ("global_step", "num_updates", "global_steps", "batch", "step", "steps", "iteration", "iter"),
-    TimeUnit.EPOCH: ("epoch",),
+    TimeUnit.BATCH: (
+        *("global_step", "num_updates", "global_steps", "batch", "step", "steps", "iteration", "iter"),
+        *("step_count", "iter_num", "batch_idx_train", "completed_steps", "it"),
+    ),
+    TimeUnit.EPOCH: ("epoch", "current_epoch"),
     TimeUnit.TOKEN: ("token", "tokens_seen", "num_tokens"),
     TimeUnit.SAMPLE: ("sample", "samples_seen"),
 }

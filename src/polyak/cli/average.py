@@ -6,6 +6,7 @@ finds the weights in it; if there are several, --key says which. It runs no code
 about one tensor, whatever the number and size of the checkpoints.
 """
 
+import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
@@ -33,6 +34,9 @@ JSON = {
     "output": "the file or folder that was written, or with --dry-run would be",
     "written": "whether it was written",
 }
+
+# In the name of a file; of one of one it has all.
+_SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
 
 _EPILOG = """\
 examples:
@@ -199,6 +203,8 @@ def _notes(made: "Plan", output: Path, *, wanted: int | None, recomputed: bool) 
             f"averages of mmcv's EMAHook are next to the weights ({listed(spelled)}), and averaged as they are; to "
             "take them alone, give each checkpoint to polyak convert first"
         )
+    if shards := [one.path.name for one in made.checkpoints if _SHARD.search(one.path.name)]:
+        yield f"each of these files has a part of a model alone ({listed(shards)}): give the folders, to average all"
     if left := [*made.newest.left, *(made.newest.extra if output.suffix in ("", ".safetensors") else ())]:
         yield f"left out, since they are no tensors: {listed(left)}"
     if not recomputed and (

@@ -65,10 +65,12 @@ def run(arguments: Namespace) -> Answer:
     """
     from polyak.checkpoints import open_checkpoint
     from polyak.checkpoints.distance import distances, overall
+    from polyak.checkpoints.plan import named_as
 
     allow_many_files()
     first = open_checkpoint(arguments.first, arguments.key, arguments.prefix)
     second = open_checkpoint(arguments.second, arguments.second_key or arguments.key, arguments.prefix)
+    second = named_as(second, first)
     found = sorted(distances(first, second), key=_rank)
     plain: dict[str, Any] = {
         "first": str(first.path),

@@ -4,9 +4,11 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+from polyak.checkpoints.series import holds_checkpoints
 from polyak.cli.command import Answer, UsageError
 from polyak.cli.functions import load_function
 from polyak.cli.messages import tell
+from polyak.record.manifest import MANIFEST
 from polyak.report.watch_page import PAGE, write_watch_page
 from polyak.report.words import measured
 from polyak.storage.atomic import remove
@@ -31,6 +33,11 @@ def run_watch(arguments: Namespace) -> Iterator[Answer]:
     folder, out = arguments.record.absolute(), arguments.out
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"RECORD must be a folder ({folder} is a file); give the folder that a Recorder writes")
+    if not (folder / MANIFEST).exists() and holds_checkpoints(arguments.record):
+        raise UsageError(
+            f"RECORD must be the folder that a Recorder writes ({arguments.record} has checkpoints); evaluate their "
+            "averages by polyak sweep, or polyak soup --sweep"
+        )
     evaluate = load_function(arguments.evaluate, "--evaluate")
     _check_out(out, folder, force=arguments.force)
     moments = watch(

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from polyak.compat.kinds import other_kind
 from polyak.compat.modules import with_state_dicts
 from polyak.compat.saved import Checksum, load_saved
 from polyak.compat.tensors import copy_if_unaligned
@@ -139,6 +140,8 @@ def load_bytes(
         if not mapped:
             return {name: tensor.clone() for name, tensor in found.items()}
         return found if unchecked is not None else {name: copy_if_unaligned(one) for name, one in found.items()}
+    if (other := other_kind(data, path.name)) is not None:
+        raise CheckpointError(f"it must be a file of torch or safetensors (it is {other})")
     if path.suffix == ".safetensors":
         raise CheckpointError("it is no safetensors file, or is truncated")
     return load_saved(data, mapped=mapped, strict=strict, unchecked=unchecked)

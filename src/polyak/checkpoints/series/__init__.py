@@ -5,6 +5,7 @@
 """
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,11 +27,11 @@ __all__ = ["FAMILIES", "Average", "Options", "Said", "Series", "holds_checkpoint
 # The first that accepts a checkpoint reads it.
 FAMILIES: Sequence[Family] = (edm2, posthoc, icefall, own, swa, raw)
 
-_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl", ".nemo"}
-# What the files are named by which a folder is one checkpoint.
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl", ".nemo", ".pth.tar")
+# What the files and folders are named by which a folder is one checkpoint; the last two are of Megatron and DeepSpeed.
 _WEIGHTS = re.compile(
     r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+|-\d+-of-\d+)?\.(safetensors|bin)"
-    r"|.*\.index\.json|.*\.distcp|\.metadata"
+    r"|(model|lit_model)\.(pt|pth|ckpt)|.*\.index\.json|.*\.distcp|\.metadata|mp_rank_\d.*|.*zero_pp_rank_\d.*"
 )
 
 
@@ -90,7 +91,8 @@ def _expanded(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
             found, left_out = [*found, *inside], [*left_out, *others]
         else:
             found.append(path)
-    once = sorted({path.absolute(): path for path in found}.values(), key=in_natural_order)
+    links_first = sorted(found, key=lambda path: not path.is_symlink())  # of a link and its file, the file remains
+    once = sorted({os.path.realpath(path): path for path in links_first}.values(), key=in_natural_order)
     if not once:
         raise CheckpointError(f"there must be checkpoints ({listed(paths) or 'nothing'} has none); check the path")
     return once, left_out
@@ -98,7 +100,8 @@ def _expanded(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 def _inside(folder: Path) -> tuple[list[Path], list[str]]:
     """Return the checkpoints in a folder. If some have a number in their names, one without is a copy or the last."""
-    every = [one for one in folder.iterdir() if one.suffix in _SUFFIXES or (one.is_dir() and _is_checkpoint(one))]
+    shown = [one for one in folder.iterdir() if not one.name.startswith(".")]
+    every = [one for one in shown if one.name.endswith(_SUFFIXES) or (one.is_dir() and _is_checkpoint(one))]
     numbered = [one for one in every if any(character.isdigit() for character in one.name)]
     if not numbered:
         return every, []
