@@ -204,3 +204,10 @@ def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
         said = {"init_from": begin, "lr": 0.1, "start_epoch": step}
         torch.save({"model": {"w": torch.ones(2)}, "step": step, "config": said}, tmp_path / f"step-{step}.pt")
     assert len(open_series([tmp_path], Options()).averages) == 2
+
+
+def test_files_that_are_averages_by_their_names_need_a_profile(tmp_path: Path) -> None:
+    for step in (100, 200):
+        torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": step}, tmp_path / f"step={step}-EMA.ckpt")
+    refused(tmp_path, r"by its name .*step=100-EMA.ckpt is one, ema\); give it as stored=HalfLife")
+    assert len(open_series([tmp_path], Options(stored=(PowerFunction(0.05),))).averages) == 2

@@ -1,6 +1,5 @@
 """Whether checkpoints are of one run. Two runs in one folder are a mistake that an average would hide."""
 
-import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -8,15 +7,13 @@ from typing import Any
 
 from polyak.checkpoints.copies import copies_in
 from polyak.checkpoints.opening import Checkpoint
-from polyak.checkpoints.snapshots import Snapshot
+from polyak.checkpoints.snapshots import Snapshot, average_named
 from polyak.compat.files import read_json
 from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
 from polyak.time import TimeUnit
 
 _CONFIG = "config.json"
-# In a name: of guided-diffusion (ema_0.9999_010000.pt), NeMo (-EMA.ckpt), ESPnet (valid.acc.ave_10best.pth) and others.
-_AVERAGE = re.compile(r"(?<![a-z])(ema|swa|ave|avg|averaged?)(?![a-z]|\w*=)(?:[-_]?(0\.\d+))?", re.IGNORECASE)
 # They change with the library, not with the model.
 _VOLATILE = {"_name_or_path", "transformers_version", "_diffusers_version", "torch_dtype", "dtype", "use_cache"}
 
@@ -58,7 +55,7 @@ def _require_one_width(opened: Sequence[Checkpoint]) -> None:
 
 def _require_one_kind(opened: Sequence[Checkpoint]) -> None:
     """See that names say of all that they are averages of one decay, or of none: a run may write both side by side."""
-    kinds = {_kind(one.path.name): one.path for one in opened}
+    kinds = {average_named(one.path.name): one.path for one in opened}
     if len(kinds) > 1:
         (kind, path), (other, another), *_ = kinds.items()
         raise CheckpointError(
@@ -66,12 +63,6 @@ def _require_one_kind(opened: Sequence[Checkpoint]) -> None:
             f"{kind or 'no average'}, and {shown(another)} {other or 'no average'}); give those of one by a pattern, or "
             "average all with --mixed"
         )
-
-
-def _kind(name: str) -> str:
-    """Return what a name says of an average, as ``ema 0.9999`` of ``ema_0.9999_010000.pt``; empty if nothing."""
-    found = _AVERAGE.search(name)
-    return " ".join(filter(None, found.groups())).lower() if found else ""
 
 
 def _require_no_copies(opened: Sequence[Checkpoint]) -> None:

@@ -69,17 +69,20 @@ def weights_in(content: _Mapping, files: Files, key: str | None, prefix: str | N
         found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
         if not found:
             raise CheckpointError(f"--prefix must be how names begin (none with {shown(prefix)}: {listed(names)})")
-    if unread := {name: kind for name, value in state.items() if (kind := _unread_kind(name, value, prefix))}:
+    named = {name: value for name, value in state.items() if not prefix or str(name).startswith(prefix)}
+    if unread := {name: kind for name, value in named.items() if (kind := unread_kind(value))}:
         name, kind = next(iter(unread.items()))
         raise CheckpointError(f"all weights must be plain tensors ({shown(name)} is {kind}); save them as such")
     buffers = state.buffers if isinstance(state, NetworkState) and not prefix else frozenset[str]()
     return Weights(place, stored_in(found, files), extra, tuple(states.keys() - extra.keys()), buffers)
 
 
-def _unread_kind(name: object, value: object, prefix: str | None) -> str:
-    """Return what a value is that should be a tensor and cannot be read; empty for all else."""
-    if prefix and not (isinstance(name, str) and name.startswith(prefix)):
-        return ""
+def unread_kind(value: object) -> str:
+    """Return what a value is that should be a tensor and cannot be read; empty for all else.
+
+    Args:
+        value: In a state dict.
+    """
     if isinstance(value, StandIn) and value.of.rpartition(".")[2].endswith("Tensor"):  # of ranks, which keep parts of it
         return f"an object of the class {shown(value.of)}, which is not built"
     return value.kind if isinstance(value, Unread) else ""
@@ -176,7 +179,7 @@ def _has_weights(state: _Mapping, *, alone: bool) -> bool:
         and (alone or "." in name)
         and (
             (isinstance(value, (Tensor, StoredTensor)) and _is_averaged(value) and len(value.shape) > 0)
-            or bool(_unread_kind(name, value, None))
+            or bool(unread_kind(value))
         )
         for name, value in state.items()
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from polyak.checkpoints.opening import open_checkpoint
 from polyak.checkpoints.series.averages import Average, Options, Series, as_count
+from polyak.checkpoints.snapshots import average_named
 from polyak.compat.words import shown
 from polyak.errors import CheckpointError
 from polyak.time import TimeUnit
@@ -46,6 +47,11 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     opened = [open_checkpoint(path, options.key, options.prefix) for path in paths]
     for one in opened:
         said = f"{one.place} {options.prefix or ''}"
+        if profile is None and options.key is None and (kind := average_named(one.path.name)):
+            raise CheckpointError(
+                f"the profile of an average must be known (by its name {shown(one.path)} is one, {kind}); give it as "
+                "stored=HalfLife('1000ba'), or --stored half-life=1000ba, or rename the files"
+            )
         if profile is None and _AVERAGE.search(said):
             raise CheckpointError(
                 f"the profile of an average must be known ({shown(one.path)} has one at {shown(said.strip())}); give "
