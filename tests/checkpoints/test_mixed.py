@@ -83,7 +83,11 @@ def test_the_arguments_of_a_script_are_compared_as_hyper_parameters_are(tmp_path
     [
         {"start_epoch": (0, 5)},  # of DETR, MAE, ConvNeXt and torchvision, once they are resumed
         {"init_from": ("scratch", "resume")},  # of nanoGPT
-        {"consumed_train_samples": (800, 1600), "iteration": (100, 200), "num_floating_point_operations_so_far": (1, 2)},
+        {
+            "consumed_train_samples": (800, 1600),
+            "iteration": (100, 200),
+            "num_floating_point_operations_so_far": (1, 2),
+        },
     ],
 )
 def test_what_grows_in_a_run_or_says_that_it_was_resumed_is_no_other_run(tmp_path, grows) -> None:
@@ -111,6 +115,8 @@ def test_an_average_by_its_name_is_not_averaged_with_training_weights(tmp_path, 
 
 
 def test_a_metric_and_a_word_with_three_letters_of_an_average_are_no_average(tmp_path) -> None:
-    for number, name in enumerate(["epoch=1-avg_loss=0.2.ckpt", "epoch=2.ckpt", "wave-epoch=3.ckpt", "schema_epoch=4.ckpt"]):
+    for number, name in enumerate(
+        ["epoch=1-avg_loss=0.2.ckpt", "epoch=2.ckpt", "wave-epoch=3.ckpt", "schema_epoch=4.ckpt"]
+    ):
         torch.save({"w": torch.full((2,), float(number))}, tmp_path / name)
     assert average(tmp_path, "*.ckpt") == 4

@@ -247,13 +247,17 @@ def test_a_folder_of_olmo_speechbrain_or_litgpt_is_a_checkpoint(tmp_path, name) 
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model-00001-of-00002.bin"])
 def test_shards_without_their_index_are_refused_by_what_is_missing(tmp_path, name) -> None:
     (tmp_path / name).write_bytes(b"shard")
-    with pytest.raises(CheckpointError, match=r"the index of its shards, such as model.safetensors.index.json, is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"the index of its shards, such as model.safetensors.index.json, is missing"
+    ):
         open_checkpoint(tmp_path)
 
 
 def test_an_object_in_the_place_of_a_tensor_is_refused_by_its_class(tmp_path) -> None:
     torch.save({"model": {"w": ShardedTensor(), "b": torch.ones(2)}, "step": 1}, tmp_path / "rank-0.pt")
-    with pytest.raises(CheckpointError, match=r"all weights must be plain tensors \(w is an object of the class .*ShardedTensor"):
+    with pytest.raises(
+        CheckpointError, match=r"all weights must be plain tensors \(w is an object of the class .*ShardedTensor"
+    ):
         open_checkpoint(tmp_path / "rank-0.pt")
 
 

@@ -176,7 +176,10 @@ def test_a_folder_of_checkpoint_folders_is_a_series(tmp_path: Path) -> None:
 
 def test_files_of_timm_are_a_series_and_hidden_files_are_none(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
-        torch.save({"state_dict": {"w": torch.full((2,), float(epoch))}, "epoch": epoch}, tmp_path / f"checkpoint-{epoch}.pth.tar")
+        torch.save(
+            {"state_dict": {"w": torch.full((2,), float(epoch))}, "epoch": epoch},
+            tmp_path / f"checkpoint-{epoch}.pth.tar",
+        )
     shutil.copy(tmp_path / "checkpoint-3.pth.tar", tmp_path / "last.pth.tar")
     (tmp_path / "._checkpoint-1.pth.tar").write_bytes(b"of a file system")
     series = open_series([tmp_path], Options())
@@ -196,7 +199,9 @@ def test_folders_of_megatron_are_a_series(tmp_path: Path) -> None:
 def test_a_link_to_a_checkpoint_is_no_other_checkpoint(tmp_path: Path) -> None:
     runs.write_raw(tmp_path, 300, 100)
     (tmp_path / "latest-rank0.pt").symlink_to("step-300.pt")
-    assert [one.name for one in open_series([tmp_path], Options()).averages] == [f"step-{n}.pt" for n in (100, 200, 300)]
+    assert [one.name for one in open_series([tmp_path], Options()).averages] == [
+        f"step-{n}.pt" for n in (100, 200, 300)
+    ]
 
 
 def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from polyak.checkpoints.averaging import Plan, plan
 from polyak.checkpoints.metrics import values_of
 from polyak.checkpoints.mixed import require_one_run
-from polyak.checkpoints.moments import in_natural_order
+from polyak.checkpoints.moments import counted_from_1, in_natural_order
 from polyak.checkpoints.opening import Checkpoint, open_checkpoint
 from polyak.checkpoints.output import check_output, write_average
 from polyak.checkpoints.profiles import weights_at
@@ -191,7 +191,8 @@ def _readings(
         return [float(time.value) for time in given]
     for known in _FINEST_FIRST if unit is None else (unit,):
         if all(known in one.moment for one in opened):
-            return [one.moment[known] for one in opened]
+            found = [one.moment[known] for one in opened]
+            return counted_from_1(found) if known is TimeUnit.EPOCH else found
     if unit is None:
         return None
     if unit is TimeUnit.DURATION and (found := _readings(opened, None, None)) is not None:

@@ -2,7 +2,7 @@
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,8 @@ _PLACES = (
 )
 # How numpy's scalars are stored, by the name of their dtype.
 _NUMPY = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i"}
-# As people write them: 500, 100_000, 10k or 1.5m.
-_NUMBER = r"([1-9]\d{0,2}(?:_\d{3})+(?![\d_])|\d+\.\d+(?=[km])|\d+)([km](?![a-z]))?"
+# As people write them: 500, 100_000, 1e5, 10k or 1.5m.
+_NUMBER = r"([1-9]\d{0,2}(?:_\d{3})+(?![\d_])|\d+(?:\.\d+)?e\d{1,2}(?![a-z\d])|\d+\.\d+(?=[km])|\d+)([km](?![a-z]))?"
 _MULTIPLES = {"k": 1_000, "m": 1_000_000}
 _NAMES = {
     # `checkpoint-500` is a step; fairseq's `checkpoint12.pt` is an epoch, and its `checkpoint_3_500.pt` both.
@@ -47,9 +47,12 @@ _NAMES = {
         rf"(?:steps?|iter|iteration|ba|batch|updates?|checkpoint-|ckpt-)[-_=]*{_NUMBER}",
         rf"(?<![\d.]){_NUMBER}[-_]?steps?(?![a-z])",
         r"checkpoint_\d+_(\d+)",
+        r"(?<!.)(?:(?:model|ema_0\.\d+_)(\d{6})|(\d{7}))\.pt",  # of guided-diffusion; of DiT and SiT
     ),
     TimeUnit.EPOCH: (r"(?:epochs?|ep)[-_=]*(\d+)", r"(?<!\d)(\d+)epochs?", r"checkpoint(\d+)", r"checkpoint_(\d+)_\d+"),
 }
+# Names that say nothing: that of the folder does.
+_USUAL = re.compile(r"([a-z]+_)*model(_weights)?\.(pt|pth|ckpt|bin|safetensors)")
 
 
 def moment_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any]) -> dict[TimeUnit, float]:
@@ -65,6 +68,19 @@ def moment_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any]) 
         for place in reversed(_PLACES):
             found |= dict(counters_in(at(source, place)))
     return {unit: found[unit] for unit in _COUNTERS if unit in found}
+
+
+def counted_from_1(epochs: Sequence[float]) -> list[float]:
+    """Return the epochs of checkpoints such that the first is 1, where it is 0: that one was saved at its end.
+
+    Args:
+        epochs: As checkpoints say them.
+
+    Example:
+        >>> counted_from_1([0, 1, 2]), counted_from_1([5, 6])
+        ([1, 2, 3], [5, 6])
+    """
+    return [one + 1 for one in epochs] if 0 in epochs else [*epochs]
 
 
 def at(value: object, place: tuple[str | int, ...]) -> object:
@@ -137,12 +153,15 @@ def _of_numpy(value: StandIn) -> object:
 
 
 def _in_name(path: Path) -> Iterator[tuple[TimeUnit, float]]:
+    # `step-500/model.pt` and `step-500/unet` are named as all others of the run.
+    is_usual = _USUAL.fullmatch(path.name) or (path.is_dir() and not any(map(str.isdigit, path.name)))
+    name = path.absolute().parent.name if is_usual else path.name
     if (snapshot := Snapshot.named(path.name)) is not None:
         yield TimeUnit.SAMPLE, float(snapshot.images)
     for unit, patterns in _NAMES.items():
         for pattern in patterns:
-            if found := re.search(rf"(?<![a-z]){pattern}", path.name.lower()):
-                if (number := _number_in(*found.groups())) is not None:
+            if found := re.search(rf"(?<![a-z]){pattern}", name.lower()):
+                if (number := _number_in(*filter(None, found.groups()))) is not None:
                     yield unit, number
                 break
 

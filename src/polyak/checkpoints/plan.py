@@ -79,7 +79,7 @@ def plan(checkpoints: Sequence[Checkpoint], weights: Sequence[float], *, common:
             has = f"only it has {listed(more)}" if more else ""
             raise CheckpointError(
                 f"checkpoints must have the same tensors ({shown(one.path)} differs from {shown(newest.path)}: "
-                f"{'; '.join(filter(None, (lacks, has)))}); leave it out, or average what all have with --common"
+                f"{'; '.join(filter(None, (lacks, has)))}); {_instead(one, newest)}"
             )
         left_out |= dict.fromkeys([*missing, *more])
     names = [name for name in newest.tensors if name not in left_out]
@@ -88,6 +88,20 @@ def plan(checkpoints: Sequence[Checkpoint], weights: Sequence[float], *, common:
     for one in checkpoints:
         _require_same_shapes(one, newest, names)
     return Plan(checkpoints, _in_range(weights), names, tuple(left_out))
+
+
+def _instead(one: Checkpoint, newest: Checkpoint) -> str:
+    """Return what to do where names differ."""
+    for longer, shorter in ((one, newest), (newest, one)):
+        first = next(iter(shorter.tensors))
+        for name in longer.tensors:
+            prefix = name.removesuffix(first)
+            if prefix.endswith(".") and {f"{prefix}{one}" for one in shorter.tensors} == longer.tensors.keys():
+                return (
+                    f"write it without {shown(prefix)} by polyak average {shown(longer.path)} --prefix {shown(prefix)} "
+                    "-o, and average that"
+                )
+    return "leave it out, or average what all have with --common"
 
 
 def named_as(one: Checkpoint, like: Checkpoint) -> Checkpoint:

@@ -8,7 +8,7 @@ from polyak.compat.words import shown
 from polyak.errors import CheckpointError
 
 # How Transformers, vLLM and torchao (weight_scale), DeepSeek (weight_scale_inv), bitsandbytes (SCB, absmax), GPTQ and
-# AWQ (scales), HQQ (scale), Quanto (weight._scale) and gpt-oss (..._scales) call the scales next to the codes of a layer.
+# AWQ (scales), HQQ (scale), Quanto (weight._scale) and gpt-oss (..._scales) call the scales next to the codes.
 _SCALES = re.compile(r"(.+?)(?:\.(?:weight_scale(?:_inv|_2)?|SCB|scales?|absmax|_scale)|_scales)")
 _CODES = (".weight", ".weight_packed", ".qweight", ".W_q", "._data", "_blocks")
 _FLOAT8 = "float8"

@@ -63,7 +63,7 @@ def weights_in(content: _Mapping, files: Files, key: str | None, prefix: str | N
     }
     extra = {name: value for name, value in states.items() if _is_plain(value)}
     if other := [name for name in found if not isinstance(name, str)]:
-        raise CheckpointError(f"the names of weights must be text (got {shown(other[0])}); give --key")
+        raise CheckpointError(f"the names of weights must be text (got {shown(other[0])}); save them by name")
     if prefix:
         names = list(found)
         found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
@@ -83,7 +83,9 @@ def unread_kind(value: object) -> str:
     Args:
         value: In a state dict.
     """
-    if isinstance(value, StandIn) and value.of.rpartition(".")[2].endswith("Tensor"):  # of ranks, which keep parts of it
+    if isinstance(value, StandIn) and value.of.rpartition(".")[2].endswith(
+        "Tensor"
+    ):  # of ranks, which keep parts of it
         return f"an object of the class {shown(value.of)}, which is not built"
     return value.kind if isinstance(value, Unread) else ""
 
@@ -126,9 +128,13 @@ def _place(content: _Mapping, key: str | None) -> tuple[str, _Mapping]:
             raise CheckpointError(f"--key must be that of a state dict ({shown(key)} is {shown(value)})")
         return key, value
     places = dict(state_dicts(content))
+    if not places and content and all(isinstance(value, (Tensor, StoredTensor)) for value in content.values()):
+        return "", content  # of single numbers alone
     if not places:
+        of = ", the state of an optimizer" if "param_groups" in content else ""
         raise CheckpointError(
-            f"a checkpoint must have a state dict in it (it has {listed(content) or 'nothing'}); say where by --key"
+            f"a checkpoint must have a state dict in it (it has {listed(content) or 'nothing'}{of}); "
+            f"{'leave it out' if of else 'say where by --key'}"
         )
     if len(places) > 1:
         sizes = ", ".join(f"{shown(place) or 'the file itself'} ({_count(state)})" for place, state in places.items())
@@ -149,7 +155,7 @@ def state_dicts(content: object, place: str = "", depth: int = _DEPTH) -> Iterat
         place: Where that is.
         depth: How many levels further in are looked at.
     """
-    if not depth:
+    if not depth or (isinstance(content, Mapping) and "param_groups" in content):  # of an optimizer
         return
     inside = content.items() if isinstance(content, Mapping) else _items(content)
     inner = [

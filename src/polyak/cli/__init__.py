@@ -78,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments; None for those of the process.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who started the process
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  as long as the process
     arguments = _parsed(_parser(), sys.argv[1:] if argv is None else argv)
     if arguments is None:
         return 0

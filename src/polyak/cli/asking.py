@@ -1,5 +1,6 @@
 """The arguments of commands that read a record: the record, and profiles."""
 
+import glob
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,8 @@ def open_record(folder: Path, arguments: Namespace | None = None) -> "Record":
         RecordError: If there is no record, or it is not valid.
         CheckpointError: If checkpoints cannot be read safely, or are not of one run.
     """
+    if not folder.exists() and not glob.has_magic(str(folder)):
+        raise UsageError(f"RECORD must be there (there is no {folder}); check the path")
     if arguments is not None and (found := _of_checkpoints(folder, arguments)) is not None:
         return found
     from polyak.record import Record

@@ -106,14 +106,15 @@ def allow_many_files() -> None:
 def _expanded(given: Sequence[str]) -> list[Path]:
     """Return the paths that were given, those of a pattern in natural order."""
     from polyak.checkpoints.moments import in_natural_order
+    from polyak.checkpoints.patterns import matching
     from polyak.compat.words import listed
 
     found = list[Path]()
     for one in given:
-        matching = [one] if Path(one).exists() or not glob.has_magic(one) else glob.glob(one)  # noqa: PTH207  may be absolute
-        if not matching:
+        inside = [Path(one)] if Path(one).exists() or not glob.has_magic(one) else matching(one)
+        if not inside:
             raise UsageError(f"a pattern must match checkpoints ({one} matches none); check the path")
-        found += sorted(map(Path, matching), key=in_natural_order)
+        found += sorted(inside, key=in_natural_order)
     real = [_identity(path) for path in found]
     if twice := [path for i, path in enumerate(found) if real[i] in real[:i]]:
         raise UsageError(f"each checkpoint must be given once (twice: {listed(twice)}); leave one out")

@@ -92,7 +92,7 @@ def _line(moment: Moment, *, heading: bool) -> str:
     cells += [("T/16", _cell(moment, moment.sixteenth)), ("best", _best(moment))]
     cells += [(f"cool {share:.0%}", _cell(moment, moment.get(COOLDOWN, share))) for share in COOLDOWNS]
     widths = [max(_WIDTH, len(name)) + (5 if name == "best" else 0) for name, _ in cells]
-    row = "".join(text.rjust(width) for (_, text), width in zip(cells, widths, strict=True))
+    row = "".join(f" {text}".rjust(width) for (_, text), width in zip(cells, widths, strict=True))
     if not heading:
         return row
     names = "".join(name.rjust(width) for (name, _), width in zip(cells, widths, strict=True))

@@ -102,6 +102,8 @@ def load(
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
     except MemoryError:
         raise CheckpointError(f"{shown(path)} cannot be read: it needs more memory than there is") from None
+    if isinstance(content, (list, tuple)) and any(isinstance(one, Mapping) for one in content):
+        return dict(enumerate(content))  # `--key 0` is the first
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{shown(path)} must hold a state dict or a checkpoint (got {_kind(content)}); save its state_dict()"

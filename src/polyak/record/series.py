@@ -272,7 +272,15 @@ def open_checkpoints(paths: Sequence[str | Path], said: Said) -> SeriesRecord:
     """
     given, length = [Path(path) for path in paths], said.get("max_duration")
     series = open_series(given, Options.of(given, said))
-    return SeriesRecord(series, None if length is None else Time.from_input(length), _arguments(given, said))
+    length = _length_of(series) if length is None else Time.from_input(length)
+    return SeriesRecord(series, length, _arguments(given, said))
+
+
+def _length_of(series: Series) -> Time | None:
+    """Return the length of a run that is over: what there is of it. An average in ``dur`` is of what was planned."""
+    planned = any(one.profile is not None and one.profile.unit is TimeUnit.DURATION for one in series.averages)
+    last = series.averages[-1].clock.get(TimeUnit.BATCH)
+    return None if planned or not last else Time(round(last), TimeUnit.BATCH)
 
 
 def _arguments(paths: Sequence[Path], said: Said) -> str | None:

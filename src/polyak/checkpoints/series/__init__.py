@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from polyak.checkpoints import distributed
+from polyak.checkpoints.folder import weight_files
 from polyak.checkpoints.moments import in_natural_order
 from polyak.checkpoints.opening import named_errors
 from polyak.checkpoints.opening import read as read_content
+from polyak.checkpoints.patterns import matching
 from polyak.checkpoints.series import edm2, icefall, own, posthoc, raw, swa
 from polyak.checkpoints.series.averages import Average, Family, Options, Said, Series
 from polyak.checkpoints.series.checks import require_one_run
@@ -31,7 +33,7 @@ _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl", ".nemo", ".
 # What the files and folders are named by which a folder is one checkpoint; the last two are of Megatron and DeepSpeed.
 _WEIGHTS = re.compile(
     r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+|-\d+-of-\d+)?\.(safetensors|bin)"
-    r"|(model|lit_model)\.(pt|pth|ckpt)|.*\.index\.json|.*\.distcp|\.metadata|mp_rank_\d.*|.*zero_pp_rank_\d.*"
+    r"|.*\.index\.json|.*\.distcp|\.metadata|mp_rank_\d.*|.*zero_pp_rank_\d.*"
 )
 
 
@@ -57,7 +59,7 @@ def open_series(paths: Sequence[Path], options: Options) -> Series:
     series = kinds[found[0]].read(found, options)
     averages = sorted(series.averages, key=lambda one: (one.updates, -_age(one)))
     require_one_run(averages)
-    return replace(series, averages=averages, left_out=left_out)
+    return replace(series, averages=averages, left_out=[*series.left_out, *left_out])
 
 
 def _age(average: Average) -> float:
@@ -82,10 +84,9 @@ def _expanded(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     found, left_out = list[Path](), list[str]()
     for path in paths:
         if not path.exists() and glob.has_magic(str(path)):
-            matching = [Path(one) for one in glob.glob(str(path))]  # noqa: PTH207  may be absolute
-            if not matching:
+            if not (inside := matching(str(path))):
                 raise CheckpointError(f"a pattern must match checkpoints ({shown(path)} matches none); check the path")
-            found += matching
+            found += inside
         elif path.is_dir() and not _is_checkpoint(path):
             inside, others = _inside(path)
             found, left_out = [*found, *inside], [*left_out, *others]
@@ -112,7 +113,7 @@ def _is_checkpoint(folder: Path) -> bool:
     """Return whether a folder is one checkpoint, and not a folder of them: it has weights, or Accelerate's shards."""
     inside = list(folder.iterdir())
     sharded = [one for one in inside if distributed.accepts(one) and not one.name.startswith("optim")]
-    return any(_WEIGHTS.fullmatch(one.name) for one in inside) or len(sharded) == 1
+    return any(_WEIGHTS.fullmatch(one.name) for one in inside) or len(sharded) == 1 or bool(weight_files(folder))
 
 
 def holds_checkpoints(path: Path) -> bool:

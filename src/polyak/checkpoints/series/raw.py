@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from polyak.checkpoints.moments import counted_from_1
 from polyak.checkpoints.opening import open_checkpoint
 from polyak.checkpoints.series.averages import Average, Options, Series, as_count
 from polyak.checkpoints.snapshots import average_named
-from polyak.compat.words import shown
+from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
 from polyak.time import TimeUnit
 
@@ -70,7 +71,15 @@ def read(paths: Sequence[Path], options: Options) -> Series:
             f"checkpoints must say their times in one unit ({shown(opened[0].path)} in {_units(clocks[0])}, and "
             f"{shown(opened[-1].path)} in {_units(clocks[-1])}); give times for all"
         )
-    pairs = sorted(zip(opened, clocks, strict=True), key=lambda pair: pair[1][unit])
+    if unit is TimeUnit.EPOCH:
+        epochs = counted_from_1([clock[unit] for clock in clocks])
+        clocks = [{**clock, unit: epoch} for clock, epoch in zip(clocks, epochs, strict=True)]
+    untrained = [one.path.name for one, clock in zip(opened, clocks, strict=True) if not clock[unit]]
+    pairs = sorted((pair for pair in zip(opened, clocks, strict=True) if pair[1][unit]), key=lambda pair: pair[1][unit])
+    if not pairs:
+        raise CheckpointError(
+            f"there must be checkpoints of a run that has begun ({listed(untrained)} is of {unit} 0); give others"
+        )
     first, second = (pair[1][unit] for pair in (pairs * 2)[:2])
     begin = 0.0 if profile is not None else max(0.0, 2 * first - second) if len(pairs) > 1 else 0.0
     found = [
@@ -85,7 +94,8 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     ]
     start = {unit: begin, TimeUnit.BATCH: begin}
     raw = found[-1].checkpoint.tensors if profile is None else None
-    return Series(KIND if profile is None else _KIND_OF_AVERAGES, found, start, raw)
+    left_out = [f"{name}: of {unit} 0, before training" for name in untrained]
+    return Series(KIND if profile is None else _KIND_OF_AVERAGES, found, start, raw, left_out)
 
 
 def _units(clock: Mapping[TimeUnit, float]) -> str:
