@@ -333,3 +333,18 @@ def test_complex_weights_alone_are_averaged(tmp_path) -> None:
         torch.save({"model": {"w": torch.full((2,), step * 1j)}, "step": step}, tmp_path / f"{step}.pt")
     average_checkpoints(sorted(tmp_path.glob("*.pt")), tmp_path / "out.safetensors")
     assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [2j, 2j]
+
+
+def test_an_epoch_of_0_counts_as_one_that_has_ended(tmp_path) -> None:
+    for epoch in range(3):
+        torch.save({"model": {"w": torch.full((2,), float(epoch))}, "epoch": epoch}, tmp_path / f"epoch_{epoch}.pth")
+    made = average_checkpoints(sorted(tmp_path.glob("*.pth")), tmp_path / "out.safetensors", profile=HalfLife("1ep"))
+    assert made.weights == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+
+
+def test_names_that_safetensors_cannot_hold_are_refused(tmp_path) -> None:
+    for name in ("__metadata__", "w.\udcff"):
+        torch.save({name: torch.ones(2)}, tmp_path / "step-1.pt")
+        with pytest.raises(CheckpointError, match="names must be text that safetensors can hold"):
+            average_checkpoints([tmp_path / "step-1.pt"], tmp_path / "out.safetensors")
+        assert [one.name for one in tmp_path.iterdir()] == ["step-1.pt"]

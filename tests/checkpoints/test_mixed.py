@@ -100,9 +100,9 @@ def test_what_grows_in_a_run_or_says_that_it_was_resumed_is_no_other_run(tmp_pat
 @pytest.mark.parametrize(
     ("one", "other", "said"),
     [
-        ("model010000.pt", "ema_0.9999_010000.pt", "is no average, and .* ema 0.9999"),  # guided-diffusion
-        ("ema_0.999_010000.pt", "ema_0.9999_010000.pt", "is ema 0.999, and .* ema 0.9999"),
-        ("run.ckpt", "run-EMA.ckpt", "ema"),  # NeMo
+        ("ema_0.9999_010000.pt", "model010000.pt", "is ema 0.9999, and .* no average"),  # guided-diffusion
+        ("ema_0.9999_010000.pt", "ema_0.999_010000.pt", "is ema 0.9999, and .* ema 0.999"),
+        ("run-EMA.ckpt", "run.ckpt", "is ema, and .* no average"),  # NeMo
         ("12epoch.pth", "valid.acc.ave_10best.pth", "is no average, and .* ave"),  # ESPnet
     ],
 )
@@ -120,3 +120,19 @@ def test_a_metric_and_a_word_with_three_letters_of_an_average_are_no_average(tmp
     ):
         torch.save({"w": torch.full((2,), float(number))}, tmp_path / name)
     assert average(tmp_path, "*.ckpt") == 4
+
+
+def test_the_output_of_a_command_is_not_averaged_with_what_it_was_made_from(tmp_path) -> None:
+    for number in (1, 2):
+        torch.save({"w": torch.full((2,), float(number))}, tmp_path / f"w{number}.pt")
+    average_checkpoints([tmp_path / "w1.pt", tmp_path / "w2.pt"], tmp_path / "final.pt")
+    with pytest.raises(CheckpointError, match=r"with an average of it \(.*final.pt was made from .*w1.pt, .*w2.pt\)"):
+        average(tmp_path, "*.pt")
+    assert average(tmp_path, "*.pt", mixed=True) == 3
+
+
+def test_segments_of_a_record_are_refused_with_the_command_that_averages_them(tmp_path) -> None:
+    for begin, end in ((0, 8), (8, 12)):
+        save_file({"w": torch.ones(2)}, tmp_path / f"{begin:010d}-{end:010d}-d77a7f3a8f1f7b0a.safetensors")
+    with pytest.raises(CheckpointError, match=rf"segments of a record .*: polyak reconstruct {tmp_path} gives"):
+        average(tmp_path, "0*.safetensors")

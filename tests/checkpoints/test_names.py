@@ -20,7 +20,7 @@ WRAPPED = {
 
 
 def save(path, names, number: float) -> None:
-    torch.save({"model": {name: torch.full((2,), number + i) for i, name in enumerate(names)}}, path)
+    torch.save({"model": {name: torch.full((2,), float(number + i)) for i, name in enumerate(names)}}, path)
 
 
 @pytest.mark.parametrize("kind", list(WRAPPED))
@@ -46,3 +46,10 @@ def test_diff_compares_a_compiled_model_with_a_plain_one(tmp_path, capsys) -> No
     save(tmp_path / "b.pt", WRAPPED["torch.compile"], 1)
     assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]) == 0
     assert "2 compared, 2 of them the same" in capsys.readouterr().out
+
+
+def test_names_in_front_of_which_is_one_word_more_say_how_to_take_it_off(tmp_path) -> None:
+    save(tmp_path / "a.ckpt", ["model.net.0.weight", "model.net.1.bias"], 1)
+    save(tmp_path / "b.ckpt", NAMES, 2)
+    with pytest.raises(CheckpointError, match=r"write it without model. by polyak average .*a.ckpt --prefix model. -o"):
+        average_checkpoints([tmp_path / "a.ckpt", tmp_path / "b.ckpt"], tmp_path / "out.safetensors")

@@ -263,3 +263,43 @@ def test_an_object_in_the_place_of_a_tensor_is_refused_by_its_class(tmp_path) ->
 
 class ShardedTensor:
     """Stands for torch's, whose ranks save parts of a tensor as objects."""
+
+
+def test_the_state_of_an_optimizer_is_no_model_under_any_key(tmp_path) -> None:
+    adam = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
+    torch.save({"net": {"w": torch.ones(2)}, "opt_g": adam, "adam": adam}, tmp_path / "it.pt")
+    assert open_checkpoint(tmp_path / "it.pt").place == "net"
+    torch.save(adam, tmp_path / "opt.pt")
+    with pytest.raises(CheckpointError, match="param_groups, the state of an optimizer\\); leave it out"):
+        open_checkpoint(tmp_path / "opt.pt")
+
+
+def test_a_tuple_of_states_is_read_by_number_and_single_numbers_are_weights(tmp_path) -> None:
+    torch.save(({"w": torch.ones(2)}, {"param_groups": []}), tmp_path / "it.pt")
+    assert open_checkpoint(tmp_path / "it.pt").place == "0"
+    torch.save({"temperature": torch.tensor(2.0)}, tmp_path / "it.pt")
+    assert open_checkpoint(tmp_path / "it.pt").tensors.keys() == {"temperature"}
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("step-00500/model.pt", 500),
+        ("step-00500/lit_model.pth", 500),
+        ("checkpoint-500/pytorch_model.bin", 500),
+        ("step-500/step-7.pt", 7),
+        ("step_5e2.pt", 500),
+        ("ema_0.9999_010000.pt", 10_000),  # guided-diffusion
+        ("model010000.pt", 10_000),
+        ("0050000.pt", 50_000),  # DiT
+        ("lora-000001.safetensors", None),
+        ("step-500/fold.pt", None),
+    ],
+)
+def test_the_folder_says_the_step_where_the_name_of_the_file_is_the_usual_one(tmp_path, name, step) -> None:
+    assert moment_of(tmp_path / name, {}, {}).get("ba") == step
+
+
+def test_a_folder_of_a_model_in_a_folder_of_a_step_is_of_that_step(tmp_path) -> None:
+    (tmp_path / "checkpoint-500" / "unet").mkdir(parents=True)
+    assert moment_of(tmp_path / "checkpoint-500" / "unet", {}, {}) == {"ba": 500}

@@ -216,3 +216,25 @@ def test_files_that_are_averages_by_their_names_need_a_profile(tmp_path: Path) -
         torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": step}, tmp_path / f"step={step}-EMA.ckpt")
     refused(tmp_path, r"by its name .*step=100-EMA.ckpt is one, ema\); give it as stored=HalfLife")
     assert len(open_series([tmp_path], Options(stored=(PowerFunction(0.05),))).averages) == 2
+
+
+def test_epochs_from_0_and_a_checkpoint_of_step_0_begin_the_run(tmp_path: Path) -> None:
+    for number in range(3):
+        torch.save({"model": {"w": torch.ones(2)}, "epoch": number}, tmp_path / f"epoch_{number}.pth")
+        torch.save({"model": {"w": torch.ones(2)}, "step": 10 * number}, tmp_path / f"step-{10 * number}.pt")
+    assert [one.updates for one in open_series([tmp_path / "*.pth"], Options()).averages] == [1, 2, 3]
+    series = open_series([tmp_path / "*.pt"], Options())
+    assert [one.updates for one in series.averages] == [10, 20]
+    assert list(series.left_out) == ["step-0.pt: of ba 0, before training"]
+
+
+def test_a_folder_with_brackets_in_its_name_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "lr=[0.1]").mkdir()
+    runs.write_raw(tmp_path / "lr=[0.1]", 300, 100)
+    assert len(open_series([tmp_path / "lr=[0.1]" / "step-*.pt"], Options()).averages) == 3
+
+
+def test_a_model_next_to_checkpoints_with_numbers_is_none_of_them(tmp_path: Path) -> None:
+    runs.write_raw(tmp_path, 300, 100)
+    shutil.copy(tmp_path / "step-300.pt", tmp_path / "model.pt")
+    assert list(open_series([tmp_path], Options()).left_out) == ["model.pt: no number in its name"]

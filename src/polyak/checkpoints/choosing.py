@@ -1,6 +1,7 @@
 """Which checkpoints are averaged, in which order, and how much each counts."""
 
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 
 from polyak.checkpoints.averaging import Plan, plan
@@ -173,7 +174,13 @@ def _best(opened: Sequence[Checkpoint], count: int, metric: str, log: Path | Non
     of_each = [(one.path, one.moment, one.metrics) for one in opened]
     paths, moments, metrics = zip(*of_each, strict=True) if of_each else ((), (), ())
     values = values_of(metric, paths, moments, metrics, log)
-    ranked = sorted(range(len(values)), key=lambda i: (-values[i] if maximize else values[i], -i))
+    known = [i for i, value in enumerate(values) if not isnan(value)]
+    if len(known) < min(count, len(values)):
+        raise ArgumentError(
+            f"the best {count} must have numbers for {metric} (of {len(values)} checkpoints {len(known)} have one, and "
+            "all else have NaN); take fewer"
+        )
+    ranked = sorted(known, key=lambda i: (-values[i] if maximize else values[i], -i))
     return sorted(ranked[:count])
 
 

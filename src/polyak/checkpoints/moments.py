@@ -125,11 +125,12 @@ def _count(value: object) -> float | None:
     return found if found is not None and 0 <= found < 1 << 62 else None
 
 
-def number(value: object) -> float | None:
-    """Return a finite number, out of a tensor or of numpy if it is in one; None if it is none.
+def number(value: object, *, finite: bool = True) -> float | None:
+    """Return a number, out of a tensor or of numpy if it is in one; None if it is none.
 
     Args:
         value: What a checkpoint has.
+        finite: Whether NaN and infinities are none.
     """
     if isinstance(value, StoredTensor) and value.numel == 1:
         value = value.whole()
@@ -139,7 +140,9 @@ def number(value: object) -> float | None:
         value = _of_numpy(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if abs(value) < 1 << 62 and isfinite(value) else None
+    if isinstance(value, float) and not isfinite(value):
+        return None if finite else value
+    return float(value) if abs(value) < 1 << 62 else None
 
 
 def _of_numpy(value: StandIn) -> object:

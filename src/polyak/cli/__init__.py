@@ -102,6 +102,8 @@ def _parsed(parser: Parser, argv: Sequence[str]) -> argparse.Namespace | None:
     if first is not None and first not in names and argv[0] == first:
         hint = meant(first, names)
         parser.error(f"COMMAND must be {either(names)} (got {first!r}{hint and f'; {hint}'})")
+    if dashed := next((one for one in argv if one.startswith("-") and os.path.lexists(one)), None):
+        parser.error(f"a path that begins with - must be written ./{dashed} (got {dashed})")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         (parser if arguments.command is None else arguments.parser).unrecognized(unknown)

@@ -167,7 +167,7 @@ def _answer(made: "Plan", output: Path, notes: list[str], *, written: bool) -> A
         entry = {"path": str(one.path), "format": one.format, "key": one.place or None}
         plain.append({**entry, "moment": moment, "weight": weight})
     size_bytes = sum(one.size_bytes for one in made.tensors.values())
-    said = f"{output}, {size(size_bytes)} of {len(made.names)} tensors"
+    said = printable(f"{output}, {size(size_bytes)} of {len(made.names)} tensors")
     lines = [("written", said)] if written else [("dry run", f"nothing is written; the output would be {said}")]
     width = terminal_width()
     shown = table(("checkpoint", "saved at", "weight", "weights in it"), rows, width)

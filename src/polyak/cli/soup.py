@@ -173,6 +173,6 @@ def _text(soup: "Soup", plain: dict[str, Any]) -> str:
     kept, size_bytes = len(soup.plan.checkpoints), sum(one.size_bytes for one in soup.plan.tensors.values())
     said = [
         ("soup", f"{kept} of {len(rows)} checkpoints: {plain['metric']} {_number(soup.value)}"),
-        ("written", f"{plain['output']}, {size(size_bytes)} of {len(soup.plan.names)} tensors"),
+        ("written", printable(f"{plain['output']}, {size(size_bytes)} of {len(soup.plan.names)} tensors")),
     ]
     return f"{found}\n{fields(said, width)}"

@@ -135,7 +135,7 @@ def _text(found: "CheckpointSweep", plain: dict[str, Any]) -> str:
     size_bytes = sum(one.size_bytes for one in best.plan.tensors.values())
     said = [
         ("best", f"{best.which.describe()}: {found.metric} {found.value(best):.6g}"),
-        ("written", f"{plain['output']}, {size(size_bytes)} of {len(best.plan.names)} tensors"),
-        ("results", f"{plain['results']}; the same command reuses them"),
+        ("written", printable(f"{plain['output']}, {size(size_bytes)} of {len(best.plan.names)} tensors")),
+        ("results", printable(f"{plain['results']}; the same command reuses them")),
     ]
     return f"{shown}\n{fields(said, width)}"

@@ -329,7 +329,8 @@ def _segments(series: Series, averages: Sequence[Average]) -> list[StoredAverage
             start, before = before, end
         for path in one.checkpoint.files.paths:
             stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns} {one.profile!r}\n".encode())
+            said = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {one.profile!r}\n"
+            digest.update(said.encode(errors="surrogateescape"))
         sha256, size = digest.hexdigest(), one.checkpoint.size_bytes
         found.append(
             StoredAverage(
