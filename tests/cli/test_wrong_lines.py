@@ -38,7 +38,7 @@ LINES = [
     ("inspect", "the following arguments are required: RECORD"),
     ("inspect RUN more", "unrecognized arguments: more"),
     ("inspect RUN --verfy", "unrecognized arguments: --verfy (did you mean --verify?)"),
-    ("inspect none", "a record must have a manifest.json, and there is none in"),
+    ("inspect none", "RECORD must be there (there is no none); check the path"),
     ("inspect evaluate.py", "evaluate.py cannot be read: it is neither a safetensors file nor one of torch.save"),
     ("env all", "unrecognized arguments: all"),
     ("plan evaluate.py", "MODEL must be FILE.py:FUNCTION or package.module:FUNCTION (got 'evaluate.py')"),

@@ -9,8 +9,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
+from pathlib import Path
 
 import polyak
 from polyak.cli import average, convert, demo, diff, env, inspect, plan, recommend, reconstruct, soup, sweep, watch
@@ -78,9 +79,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments; None for those of the process.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who started the process
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  as long as the process
+    with _open_streams():
+        return _main(argv)
+
+
+@contextmanager
+def _open_streams() -> Iterator[None]:
+    """Open stdout and stderr for a ``with`` block, where whoever started the process has closed them."""
+    closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
+    with Path(os.devnull).open("w") as nowhere:
+        for name in closed:
+            setattr(sys, name, nowhere)
+        try:
+            yield
+        finally:
+            for name in closed:
+                setattr(sys, name, None)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parsed(_parser(), sys.argv[1:] if argv is None else argv)
     if arguments is None:
         return 0

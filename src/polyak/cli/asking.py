@@ -1,6 +1,5 @@
 """The arguments of commands that read a record: the record, and profiles."""
 
-import glob
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -57,10 +56,10 @@ def open_record(folder: Path, arguments: Namespace | None = None) -> "Record":
         RecordError: If there is no record, or it is not valid.
         CheckpointError: If checkpoints cannot be read safely, or are not of one run.
     """
-    if not folder.exists() and not glob.has_magic(str(folder)):
-        raise UsageError(f"RECORD must be there (there is no {folder}); check the path")
     if arguments is not None and (found := _of_checkpoints(folder, arguments)) is not None:
         return found
+    if not folder.exists():
+        raise UsageError(f"RECORD must be there (there is no {folder}); check the path")
     from polyak.record import Record
     from polyak.record.manifest import MANIFEST
 
