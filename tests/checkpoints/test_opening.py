@@ -294,6 +294,7 @@ def test_a_tuple_of_states_is_read_by_number_and_single_numbers_are_weights(tmp_
         ("0050000.pt", 50_000),  # DiT
         ("lora-000001.safetensors", None),
         ("step-500/fold.pt", None),
+        ("llama-100k-steps/model.pt", None),
     ],
 )
 def test_the_folder_says_the_step_where_the_name_of_the_file_is_the_usual_one(tmp_path, name, step) -> None:

@@ -51,7 +51,8 @@ _NAMES = {
     ),
     TimeUnit.EPOCH: (r"(?:epochs?|ep)[-_=]*(\d+)", r"(?<!\d)(\d+)epochs?", r"checkpoint(\d+)", r"checkpoint_(\d+)_\d+"),
 }
-# Names that say nothing: that of the folder does.
+# Names that say nothing, and those of folders of one step, which do.
+_OF_A_STEP = re.compile(r"(global_?|train_?)?(step|iter|iteration|checkpoint|ckpt|epoch|update)s?[-_=]?\d")
 _USUAL = re.compile(r"([a-z]+_)*model(_weights)?\.(pt|pth|ckpt|bin|safetensors)")
 
 
@@ -157,8 +158,9 @@ def _of_numpy(value: StandIn) -> object:
 
 def _in_name(path: Path) -> Iterator[tuple[TimeUnit, float]]:
     # `step-500/model.pt` and `step-500/unet` are named as all others of the run.
+    folder = path.absolute().parent.name
     is_usual = _USUAL.fullmatch(path.name) or (path.is_dir() and not any(map(str.isdigit, path.name)))
-    name = path.absolute().parent.name if is_usual else path.name
+    name = folder if is_usual and _OF_A_STEP.match(folder.lower()) else path.name
     if (snapshot := Snapshot.named(path.name)) is not None:
         yield TimeUnit.SAMPLE, float(snapshot.images)
     for unit, patterns in _NAMES.items():

@@ -22,7 +22,7 @@ NAME = "diff"
 
 JSON = {
     "first, second": "the paths",
-    "relative": "the distance of all tensors together, |second - first| / |first|; null if there is NaN",
+    "relative": "the distance of all tensors together, |second - first| / |first|; null if there is NaN or nothing to compare",
     "equal": "how many tensors are the same",
     "tensors": "a list of objects, the largest distance first: name, relative, largest, shapes, dtypes",
     "only_in_first": "names of tensors",
@@ -113,7 +113,7 @@ def _text(plain: dict[str, Any], shown: "Sequence[Distance]", total: int) -> str
     relative = plain["relative"]
     above = f"; the {len(shown)} largest distances are above" if len(shown) < total else ""
     rows = [
-        ("overall", "NaN" if isnan(relative) else f"{relative:.3g}"),
+        ("overall", f"{relative:.3g}" if not isnan(relative) else "NaN" if total else "no tensor has one name in both"),
         ("tensors", f"{total} compared, {plain['equal']} of them the same{above}"),
     ]
     for name in ("first", "second"):
