@@ -22,7 +22,7 @@ NAME = "diff"
 
 JSON = {
     "first, second": "the paths",
-    "relative": "the distance of all tensors together, |second - first| / |first|; null if there is NaN or nothing to compare",
+    "relative": "the distance of all tensors together, |second - first| / |first|; null for NaN or nothing in common",
     "equal": "how many tensors are the same",
     "tensors": "a list of objects, the largest distance first: name, relative, largest, shapes, dtypes",
     "only_in_first": "names of tensors",
