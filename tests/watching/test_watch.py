@@ -383,7 +383,7 @@ def test_watch_reads_while_another_thread_trains(tmp_path) -> None:
     assert found[-1].get("raw") is not None
 
 
-def test_very_large_metrics_of_polyak_watch_are_apart(here, tmp_path, capsys) -> None:
+def test_there_is_space_between_very_large_metrics_of_polyak_watch(here, tmp_path, capsys) -> None:
     here.train(64)
     here.finish()
     (tmp_path / "large.py").write_text("def loss(state):\n    return 1.2345e300\n")

@@ -22,18 +22,18 @@ def copies_in(opened: Sequence[Checkpoint]) -> tuple[Checkpoint, Checkpoint] | N
     """
     by_names = dict[frozenset[str], list[Checkpoint]]()
     for one in opened:
-        if any(one is not other and not _known_apart(one, other) for other in opened):
+        if any(one is not other and not _are_of_other_moments(one, other) for other in opened):
             by_names.setdefault(frozenset(one.tensors), []).append(one)
     for group in by_names.values():
         for same in _same(group):
             for i, one in enumerate(same):
                 for other in same[i + 1 :]:
-                    if not _known_apart(one, other):
+                    if not _are_of_other_moments(one, other):
                         return one, other
     return None
 
 
-def _known_apart(one: Checkpoint, other: Checkpoint) -> bool:
+def _are_of_other_moments(one: Checkpoint, other: Checkpoint) -> bool:
     return any(one.moment[unit] != other.moment[unit] for unit in one.moment.keys() & other.moment.keys())
 
 

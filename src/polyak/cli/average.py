@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from polyak.cli.asking import add_profiles
 from polyak.cli.batchnorm import recomputed_statistics
-from polyak.cli.checkpoints import add_checkpoints, add_direction, add_place, maximize_of, open_all, require_new
+from polyak.cli.checkpoints import (
+    add_checkpoints,
+    add_direction,
+    add_place,
+    maximize_of,
+    open_all,
+    require_new,
+    writing,
+)
 from polyak.cli.command import Answer, UsageError, whole
 from polyak.cli.output import fields, size, table, terminal_width
 from polyak.printable import printable
@@ -151,7 +159,9 @@ def run(arguments: Namespace) -> Answer | None:
     with all_processes() as communicator:
         if not arguments.dry_run:
             given = None if arguments.update_bn is None else recomputed_statistics(made, arguments.update_bn)
-            write_average(made, output, _Progress(len(made.names)), given=given, form=form, communicator=communicator)
+            progress = _Progress(len(made.names))
+            with writing(output):
+                write_average(made, output, progress, given=given, form=form, communicator=communicator)
         if communicator.rank:
             return None
     wanted = arguments.last or arguments.best

@@ -3,8 +3,8 @@
 import glob
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,6 +92,22 @@ def require_new(output: Path, *, force: bool) -> None:
     if output.exists() and not is_empty and not (force and output.is_file()):
         said = "a folder that has files; choose another" if output.is_dir() else "there; choose another, or add --force"
         raise UsageError(f"-o must be new (got {output}, which is {said})")
+
+
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Let errors of the disk in a ``with`` block name the output, and not a temporary file.
+
+    Args:
+        output: A file or a folder.
+
+    Raises:
+        OSError: In place of one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(output)) from error
 
 
 def allow_many_files() -> None:

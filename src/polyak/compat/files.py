@@ -1,5 +1,6 @@
 """Files from anywhere, opened and read without running code that they may hold."""
 
+import errno
 import json
 import mmap
 import os
@@ -60,7 +61,8 @@ def opened(path: Path) -> memoryview:
     except FileNotFoundError:
         raise CheckpointError(f"the file must exist (there is no {shown(path)})") from None
     except OSError as error:
-        raise CheckpointError(f"the file must be readable ({shown(path)}: {error.strerror})") from None
+        more = "; allow more open files, as by ulimit -n 65536" if error.errno == errno.EMFILE else ""
+        raise CheckpointError(f"the file must be readable ({shown(path)}: {error.strerror}){more}") from None
     except ValueError as error:  # a name with a null byte; or it has shrunk since
         if isinstance(error, CheckpointError):
             raise
