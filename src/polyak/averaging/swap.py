@@ -186,7 +186,7 @@ class Swap:
             report_changed(changed, self.owner)
 
     def _note_changes(self, before: Sequence[int]) -> None:
-        names = [*self._backup_names(), *(name for name, _ in self._watched)]
+        names = [*(self._slots[i].name for i in self._backup), *(name for name, _ in self._watched)]
         try:
             sums = kernels.checksums(self._all_watched())
         except Exception:  # restoring the weights matters more than knowing whether they changed
@@ -201,7 +201,7 @@ class Swap:
             LoanError: If a signal handler asks while weights are being exchanged.
         """
         if self.phase in (Phase.ENTERING, Phase.LEAVING):
-            if self._is_running():
+            if _is_running(self):
                 raise LoanError(
                     f"a signal handler must not use weights while {self.owner} exchanges them; only note in it that "
                     "the signal came, and save or evaluate after the step"
@@ -218,15 +218,6 @@ class Swap:
                 stacklevel=3,
             )
 
-    def _is_running(self) -> bool:
-        """Whether ``begin`` or ``end`` is on the stack of this thread."""
-        frame = sys._getframe(1)  # noqa: SLF001
-        while frame is not None:
-            if frame.f_code.co_qualname in ("Swap.begin", "Swap.end") and frame.f_locals.get("self") is self:
-                return True
-            frame = frame.f_back
-        return False
-
     def averages(self) -> dict[str, Tensor]:
         """Return the averages by name, wherever they are now."""
         swapped = self.active
@@ -242,9 +233,6 @@ class Swap:
             assert kept is not None
             found[slot.name] = average if kept is average else sharding.beside(average, kept)
         return found
-
-    def _backup_names(self) -> list[str]:
-        return [self._slots[i].name for i in self._backup]
 
     def _all_watched(self) -> list[Tensor]:
         return [memory.compact(self._tensors[i]) for i in self._backup] + [tensor for _, tensor in self._watched]
@@ -298,6 +286,16 @@ class Swap:
             sharding.reshard(self.model)
             if not all(is_spread(slot.tensor) for slot in self._sharded):
                 sharding.reshard_after_an_error(self.model)
+
+
+def _is_running(swap: Swap) -> bool:
+    """Return whether `begin` or `end` of a swap is on the stack of this thread."""
+    frame = sys._getframe(1)  # noqa: SLF001
+    while frame is not None:
+        if frame.f_code.co_qualname in ("Swap.begin", "Swap.end") and frame.f_locals.get("self") is swap:
+            return True
+        frame = frame.f_back
+    return False
 
 
 _SWAPS = dict[int, Swap]()  # by id of the model, which its swap keeps alive

@@ -1,8 +1,10 @@
 """``Fitting``: the training loop, epochs of batches until the run has reached its duration."""
 
 import time
+import warnings
 from typing import Any
 
+from polyak.errors import PlanWarning
 from polyak.events import Event
 from polyak.trainer.context import Context
 from polyak.trainer.epochs import Epochs
@@ -48,6 +50,8 @@ class Fitting:
         self._log_due = checked.log_due
         self._num_samples = checked.given.num_samples
         self._num_tokens = checked.given.num_tokens
+        self._loaded = checked.given.load_path is not None and not checked.given.autoresume
+        self._has_run = False
         instead = "do it in optimizer.register_step_post_hook, inside the step"
         self._between = BetweenSteps(context.state.model, lambda _: bool(context.state.algorithms), instead)
 
@@ -55,6 +59,8 @@ class Fitting:
         """Train until the state's ``max_duration``, and run the evaluators that are due at the end."""
         state, fire = self._state, self._loop.fire
         state.stopping = False
+        self._warn_if_over()
+        self._has_run = True
         rollback = Rollback(state.model, self._context.stream)
         self._between.forget()
         try:
@@ -76,6 +82,18 @@ class Fitting:
                 self._step.abandon()
                 rollback.restore()
             raise
+
+    def _warn_if_over(self) -> None:
+        """Warn if the run has reached its end, or the run that was loaded has gone further than this one will."""
+        state, length = self._state, self._state.max_duration
+        beyond = self._loaded and length is not None and state.timestamp.get(length.unit) > length
+        if beyond or (self._has_run and state.finished):
+            warnings.warn(
+                f"fit() has nothing to train: the run has reached its max_duration, {length}; give fit(duration=) to "
+                "train longer, or reset_time=True to start the clock again",
+                PlanWarning,
+                stacklevel=4,
+            )
 
     def reset_time(self) -> None:
         """Set the clock back to the start."""

@@ -1,6 +1,5 @@
 """``Trainer``: the native training loop."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
 from polyak.averaging.swap import swap_of
-from polyak.errors import LoanError, PlanWarning
+from polyak.errors import LoanError
 from polyak.events import Event
 from polyak.time import Time
 from polyak.trainer import batches, inputs
@@ -177,9 +176,8 @@ class Trainer:
         phase = Polish(self._context, self._step, self._evaluation, checked.given.polish)
         self._fitting = Fitting(self._context, self._epochs, self._step, self._evaluation, phase, checked)
         self._checkpoints = Checkpoints(self._context, self._epochs, self._step, self._evaluation, phase)
-        self._fitted = self._closed = False
+        self._closed = False
         self._checkpoints.begin(checked.given)
-        self._loaded = load_path is not None and not autoresume
 
     # Training
 
@@ -222,21 +220,7 @@ class Trainer:
             raise ValueError(f"training needs {', '.join(name for name, absent in missing.items() if absent)}")
         if swap := swap_of(self.state.model):
             raise LoanError(f"training must begin with training weights: {swap.owner} has swapped its average in")
-        self.state.stopping = False
-        if (self._fitted and self.state.finished) or self._is_beyond():
-            warnings.warn(
-                f"fit() has nothing to train: the run has reached its max_duration, {self.state.max_duration}; give "
-                "fit(duration=) to train longer, or reset_time=True to start the clock again",
-                PlanWarning,
-                stacklevel=2,
-            )
-        self._fitted = True
         self._fitting.run()
-
-    def _is_beyond(self) -> bool:
-        """Whether the run that was loaded has gone further than this one is to go."""
-        length = self.state.max_duration
-        return self._loaded and length is not None and self.state.timestamp.get(length.unit) > length
 
     def eval(
         self,
