@@ -146,7 +146,7 @@ class Averaging(Handle):
             state.max_duration = Time(trainer.state.max_iters // self._accumulates, TimeUnit.BATCH)
         length = trainer.state.epoch_length
         steps = length // self._accumulates if length and length % self._accumulates == 0 else None
-        self._loop.set_epoch_length(steps)
+        self._loop.state.set_epoch_length(steps)
         if self._random is not None and hasattr(trainer.state, "rng_states"):
             # A DeterministicEngine sets its own before the order of the data is drawn, which changes that order.
             trainer.state.rng_states = None

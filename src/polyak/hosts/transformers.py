@@ -180,7 +180,7 @@ class Attached(Handle, TrainerCallback):
             loop.state.max_duration = Time(args.max_steps, TimeUnit.BATCH)
         else:
             loop.state.max_duration = Time(args.num_train_epochs, TimeUnit.EPOCH)
-        loop.set_epoch_length(_steps_per_epoch(self._trainer, kwargs["train_dataloader"]))
+        loop.state.set_epoch_length(_steps_per_epoch(self._trainer, kwargs["train_dataloader"]))
         self._load(self._resuming, state)
         self._samples, self._tokens_before = 0, state.num_input_tokens_seen
         self._count(loop, kwargs["optimizer"])

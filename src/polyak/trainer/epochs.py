@@ -56,7 +56,7 @@ class Epochs:
         self.own_batches = divides_itself(loader)
         self.completed = 0
         self._stream.generators = rng.generators_of(loader)
-        self._loop.set_epoch_length(length_of(loader))
+        self._state.set_epoch_length(length_of(loader))
 
     def remaining(self) -> Iterator[Any]:
         """Yield the batches of this epoch that are not completed, in the loader's order.

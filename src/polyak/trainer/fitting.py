@@ -97,7 +97,7 @@ class Fitting:
 
     def reset_time(self) -> None:
         """Set the clock back to the start."""
-        self._loop.reset_clock()
+        self._state.reset_clock()
         self._epochs.completed = 0
         self._evaluation.evaluated_at = {}
         self._polish.reset()

@@ -204,19 +204,6 @@ class Loop:
         self.state.previous_timestamp = self.state.timestamp
         self.state.timestamp = self.state.timestamp.to_next_epoch()
 
-    def set_epoch_length(self, batches: int | None) -> None:
-        """Set how many batches an epoch has, for its fractions.
-
-        Args:
-            batches: None if that is not known.
-        """
-        self.state.timestamp = replace(self.state.timestamp, epoch_length=batches)
-
-    def reset_clock(self) -> None:
-        """Set the clock back to the start. At the next ``FIT_START`` an average continues from there."""
-        start = Timestamp(epoch_length=self.state.timestamp.epoch_length)
-        self.state.timestamp = self.state.previous_timestamp = start
-
     # Checks
 
     def refuse_uncounted(self) -> None:

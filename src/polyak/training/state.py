@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -41,6 +41,18 @@ class LoopState:
             yield
         finally:
             self.saving_to = None
+
+    def set_epoch_length(self, batches: int | None) -> None:
+        """Set how many batches an epoch has, so that fractions of it can be counted.
+
+        Args:
+            batches: None if that is not known.
+        """
+        self.timestamp = replace(self.timestamp, epoch_length=batches)
+
+    def reset_clock(self) -> None:
+        """Set the clock back to the start. At the next ``FIT_START`` an average continues from there."""
+        self.timestamp = self.previous_timestamp = Timestamp(epoch_length=self.timestamp.epoch_length)
 
     def get_elapsed_duration(self) -> Time | None:
         """Return the elapsed share of the run as ``dur``; None if ``max_duration`` is not known."""

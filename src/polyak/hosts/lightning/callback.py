@@ -329,7 +329,7 @@ def _set_lengths(loop: Loop, trainer: Any, pl_module: Any) -> None:
     # In manual optimization only the model knows when it steps.
     known = pl_module.automatic_optimization and math.isfinite(batches)
     length = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
-    loop.set_epoch_length(length)
+    loop.state.set_epoch_length(length)
     loop.state.max_duration = _duration(trainer, length)
 
 
