@@ -172,7 +172,7 @@ class Movement:
         Raises:
             ShardingError: If they do not; it says which rank and what.
         """
-        known = ranks.each("the average", self._facts, facts)
+        known = ranks.on_every_rank("the average", self._facts, facts)
         if ranks.replicas:
             known["tensors with NaN or inf"] = self.quarantine.total
         else:

@@ -1,17 +1,22 @@
-"""Facts that ranks compare in small messages, and the lines of the error that shows where they differ.
+"""Facts that ranks compare in small messages, and the error that shows where they differ.
 
 Ranks that agree exchange one digest. Others exchange digests of buckets of facts, then the facts in the buckets that
-differ: messages do not grow with the number of facts, and the error grows neither with that nor with the world size.
+differ. So messages do not grow with the number of facts, and the error grows neither with that nor with the world size.
 """
 
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from polyak.errors import ShardingError
+
+if TYPE_CHECKING:
+    from polyak.sharding.communicator import Ranks
 
 # By the path of its names, the value of each fact as text.
 Facts = dict[tuple[str, ...], str]
@@ -20,7 +25,7 @@ Sent = dict[tuple[str, ...], tuple[int, str]]
 
 MOST_FACTS = 8
 # In larger groups only rank 0 shows what differs: thousands of equal errors would hide it.
-MOST_SHOWING = 16
+_MOST_SHOWING = 16
 _MOST_VALUES = 4
 _MOST_RUNS = 12
 _HEAD, _TAIL = 140, 60
@@ -92,6 +97,31 @@ def in_buckets(facts: Facts, buckets: Sequence[int]) -> Sent:
 
 def _shortened(value: str) -> str:
     return value if len(value) <= _HEAD + _TAIL else f"{value[:_HEAD]} ... {value[-_TAIL:]}"
+
+
+def refuse(ranks: "Ranks", what: str, own: Facts, remedy: str) -> NoReturn:
+    """Raise the error of ranks whose digests differ. A collective: all ranks must call it.
+
+    Args:
+        ranks: The ranks that do not agree.
+        what: What they must agree on.
+        own: The facts of this rank, as of ``flat``.
+        remedy: What to do about it; empty if the facts say it.
+
+    Raises:
+        ShardingError: It shows which rank has which value.
+    """
+    buckets = ranks.differing(digests(own))
+    found = ranks.gather_to_rank_0(in_buckets(own, buckets[:MOST_FACTS]))
+    members = torch.distributed.get_process_group_ranks(ranks.group)
+    if ranks.world_size > _MOST_SHOWING and ranks.rank > 0:
+        raise ShardingError(f"all ranks must agree on {what}: see the error of rank {members[0]}")
+    lines = differences(found, members) if ranks.rank == 0 else []
+    if ranks.world_size <= _MOST_SHOWING:
+        lines = ranks.from_rank_0(lines)
+    if hidden := len(buckets[MOST_FACTS:]):
+        lines.append(f"  and at least {hidden} more")
+    raise ShardingError("\n".join([f"all ranks must agree on {what}:", *lines, *([remedy] if remedy else [])]))
 
 
 def differences(sent: Sequence[Sent], ranks: Sequence[int]) -> list[str]:

@@ -234,8 +234,6 @@ class Ranks:
             raise failure
         return results[0]
 
-    each = on_every_rank
-
     def agree(self, what: str, facts: Mapping[str, Any], remedy: str = "") -> None:
         """Check that all ranks have the same facts, in one message of 16 bytes; raise on every rank if not.
 
@@ -249,25 +247,18 @@ class Ranks:
                 ranks, only rank 0 shows that, and the others refer to it.
         """
         own = agreement.flat(facts)
-        if self._differing(torch.tensor([agreement.digest(own)])).numel() == 0:
-            return
-        buckets = self._differing(agreement.digests(own)).tolist()
-        found = self.gather_to_rank_0(agreement.in_buckets(own, buckets[: agreement.MOST_FACTS]))
-        members = torch.distributed.get_process_group_ranks(self.group)
-        if self.world_size > agreement.MOST_SHOWING and self.rank > 0:
-            raise ShardingError(f"all ranks must agree on {what}: see the error of rank {members[0]}")
-        lines = agreement.differences(found, members) if self.rank == 0 else []
-        if self.world_size <= agreement.MOST_SHOWING:
-            lines = self.from_rank_0(lines)
-        if hidden := len(buckets[agreement.MOST_FACTS :]):
-            lines.append(f"  and at least {hidden} more")
-        raise ShardingError("\n".join([f"all ranks must agree on {what}:", *lines, *([remedy] if remedy else [])]))
+        if self.differing(torch.tensor([agreement.digest(own)])):
+            agreement.refuse(self, what, own, remedy)
 
-    def _differing(self, numbers: Tensor) -> Tensor:
-        """Return the places at which not all ranks have the same number."""
+    def differing(self, numbers: Tensor) -> list[int]:
+        """Return the indices at which not all ranks have the same number.
+
+        Args:
+            numbers: Of this rank; as many on each.
+        """
         extremes = torch.stack([numbers, -numbers]).to(self.device)
         torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, self.group)
-        return (extremes[0] != -extremes[1]).nonzero().flatten()
+        return (extremes[0] != -extremes[1]).nonzero().flatten().tolist()
 
     def from_rank_0(self, value: T) -> T:
         """Return the value of rank 0.
