@@ -11,6 +11,7 @@ from polyak.algorithm import MetricLogger, check_pickles
 from polyak.averaging import states
 from polyak.averaging.actions import ACTIONS
 from polyak.averaging.attributes import Attributes
+from polyak.averaging.copies import check_copyable, without_model
 from polyak.averaging.fill import fill_with_average, fill_with_training_weights
 from polyak.averaging.habits import ARGUMENTS_OF_AN_EMA, explained
 from polyak.averaging.offload import Offload
@@ -135,7 +136,7 @@ class EMA(Attributes):
         Raises:
             CopyError: If the average is sharded, or the model cannot be copied.
         """
-        self._average.check_copyable()
+        check_copyable(self._average)
         new = memo[id(self)] = self.__class__.__new__(self.__class__)
         vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return new
@@ -143,7 +144,7 @@ class EMA(Attributes):
     def __getstate__(self) -> dict[str, Any]:
         """Return what is pickled: all but the model. The average waits on the CPU until it is attached to a model."""
         check_pickles("policy", self._average.settings.policy)
-        return {**vars(self), "_average": self._average.detached()}
+        return {**vars(self), "_average": without_model(self._average)}
 
     @property
     def ema_model(self) -> nn.Module | None:

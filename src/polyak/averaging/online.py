@@ -9,12 +9,13 @@ from torch import nn
 
 from polyak.algorithm import check_event
 from polyak.averaging import states, youth
+from polyak.averaging.copies import check_copyable, copy_of_model
 from polyak.averaging.progress import Progress
 from polyak.averaging.schedule import Schedule
 from polyak.averaging.settings import Settings
 from polyak.averaging.swap import swap_of
 from polyak.averaging.weights import Shadow
-from polyak.errors import CopyError, MismatchError, PolyakError
+from polyak.errors import MismatchError
 from polyak.events import Event, State
 from polyak.sharding import OneProcess, Ranks, pipeline_communicator_of
 from polyak.tensors import optimizers
@@ -147,8 +148,9 @@ class OnlineAverage:
             return Action.UPDATE if started else Action.BEGIN
         if event in SWAPS:
             # Ranks that train together compare what they have, also if averaging has not begun.
-            together = self.ranks is not None or self._pipeline is not None
-            wanted = by_hand or ((started or together or self._would_warn(state)) and not self.active)
+            together = self.ranks is not None or self.in_pipeline
+            warns = not self.progress.warned_of_youth and state.timestamp.batch.value > 0
+            wanted = by_hand or ((started or together or warns) and not self.active)
             return Action.SWAP_IN if wanted else Action.NOTHING
         if self.restore_at is not None and event in (self.restore_at, Event.EXCEPTION):
             return Action.RESTORE
@@ -173,6 +175,11 @@ class OnlineAverage:
         if self.pending is not None:
             (state, strict), self.pending = self.pending, None
             states.load(self, state, strict)
+
+    @property
+    def in_pipeline(self) -> bool:
+        """Whether the model is known to be a stage of a pipeline."""
+        return self._pipeline is not None
 
     def pipeline(self) -> Ranks | None:
         """Return the ranks of all stages if the model is a stage of a pipeline. All of them must call this.
@@ -207,9 +214,6 @@ class OnlineAverage:
         """Warn, once, if weights exceed the range of the average's dtype."""
         if self.shadow is not None and not self.warned_of_range:
             self.warned_of_range = self.shadow.warn_of_range()
-
-    def _would_warn(self, state: State) -> bool:
-        return not self.progress.warned_of_youth and state.timestamp.batch.value > 0
 
     def agree(self, shadow: Shadow | None = None) -> None:
         """Check that the ranks that train together have the same average, and all stages of a pipeline as many updates.
@@ -260,56 +264,16 @@ class OnlineAverage:
         Raises:
             CopyError: If the average is sharded, or the model cannot be copied.
         """
-        self.check_copyable()
+        check_copyable(self)
         new = memo[id(self)] = OnlineAverage(self.schedule, self.settings, self.name, self.kind)
         state = None if self.shadow is None else states.cloned(states.state_of(self))
         new.progress, new.ranks = copy.copy(self.progress), self.ranks
         new.quarantine_warned, new.warned_of_range = self.quarantine_warned, self.warned_of_range
         new.given = copy.deepcopy(self.given, memo)
-        new.model = self._copied_model(memo)
+        new.model = copy_of_model(self.model, memo)
         if state is not None:
             new._copied = {**state, "lent": False, "training_model": None}
         if state is None or state["lent"]:
             waiting = self.pending if state is None else (state, True)
             new.pending = None if waiting is None else (states.cloned(waiting[0]), waiting[1])
         return new
-
-    def detached(self) -> "OnlineAverage":
-        """Return this without its model, to be pickled: the average waits, on the CPU, for a model.
-
-        Raises:
-            CopyError: If the average is sharded.
-        """
-        self.check_copyable()
-        new = copy.copy(self)
-        waiting = self.pending
-        if waiting is None and self.shadow is not None:
-            waiting = states.state_of(self), True
-        new.pending = None if waiting is None else (states.cloned(waiting[0], "cpu"), waiting[1])
-        new.model = new.ranks = new.restore_at = new.shadow = None
-        new.progress = copy.copy(self.progress)
-        return new
-
-    def check_copyable(self) -> None:
-        """Check that this process has the full average.
-
-        Raises:
-            CopyError: If it does not.
-        """
-        sharded = self.ranks is not None and not self.ranks.replicas
-        if self.settings.mesh is not None or sharded or self._pipeline is not None:
-            raise CopyError(
-                f"one process must have the full average to copy or pickle an EMA, and {self.name} is sharded; save "
-                "its state_dict() with torch.distributed.checkpoint"
-            )
-
-    def _copied_model(self, memo: dict[int, Any]) -> nn.Module | None:
-        try:
-            return copy.deepcopy(self.model, memo)
-        except PolyakError:
-            raise
-        except Exception as error:
-            raise CopyError(
-                f"the model must be copyable, since an EMA is copied with it (got {error}); copy ema.state_dict(), and "
-                "load it into another EMA"
-            ) from error
