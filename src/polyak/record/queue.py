@@ -14,6 +14,7 @@ from polyak.record.appender import Appender, Ended
 from polyak.record.manifest import Edge
 from polyak.record.writer import Writer
 from polyak.sharding import local, sharded_like
+from polyak.tensors.slots import places_of
 from polyak.time import Time, Timestamp
 
 # How long training may wait for the disk, all in all, before it warns.
@@ -101,8 +102,10 @@ class SegmentQueue:
         """
         end, ended = Edge(self.num_updates, now), None
         if mean is not None and self.appender is not None:
-            raw = _copies(mean.as_full(mean.training_tensors())) if with_raw and end.updates else None
-            ended = Ended(_copies(mean.as_full(mean.averages)) if self.open.count else {}, self.open.start, end, raw)
+            places = places_of(mean.model)
+            means = _copies(places.as_full(mean.averages)) if self.open.count else {}
+            raw = _copies(places.as_full(mean.training_tensors())) if with_raw and end.updates else None
+            ended = Ended(means, self.open.start, end, raw)
         self.open = OpenSegment(end, before=ended)
         if ended is not None and self.appender is not None:
             self.appender.begin(ended)
