@@ -141,24 +141,11 @@ class Averaging(Handle, Callback):
         self._random = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to count steps.
-
-        Args:
-            trainer: Lightning's.
-            pl_module: The model.
-
-        Raises:
-            ArgumentError: If the model has no optimizer of the number that was given.
-        """
+        """Begin to count steps."""
         assert self._loop is not None
         self._stop_counting()
         _set_lengths(self._loop, trainer, pl_module)
-        if self._optimizer >= len(trainer.optimizers):
-            raise ArgumentError(
-                f"optimizer must be the number of one of the model's {len(trainer.optimizers)} optimizers (got "
-                f"{self._optimizer}); count from 0"
-            )
-        self._hooks = self._loop.count(trainer.optimizers[self._optimizer], self._after_step)
+        self._hooks = self._loop.count(_optimizer_of(trainer, self._optimizer), self._after_step)
         self._sizes.take()
         self._loop.fire(Event.FIT_START)
 
@@ -237,15 +224,8 @@ class Averaging(Handle, Callback):
         del pl_module
         self._evaluation.begin_dataloaders(trainer, self.eval_weights, len(trainer.num_test_batches))
 
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Change the weights for another dataloader."""
-        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Restore the training weights."""
-        self.on_validation_end(trainer, pl_module)
+    on_test_batch_start = on_validation_batch_start
+    on_test_end = on_validation_end
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Swap the average in."""
@@ -253,9 +233,7 @@ class Averaging(Handle, Callback):
         if self.eval_weights != "raw":
             self._evaluation.begin(trainer, Event.PREDICT_START, Event.PREDICT_END)
 
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Restore the training weights."""
-        self.on_validation_end(trainer, pl_module)
+    on_predict_end = on_validation_end
 
     # Checkpoints
 
@@ -321,6 +299,24 @@ def _surround_saving(trainer: Any, loop_now: Callable[[], Loop | None]) -> None:
             save(filepath, *args, **kwargs)
 
     trainer.save_checkpoint = save_checkpoint
+
+
+def _optimizer_of(trainer: Any, number: int) -> Any:
+    """Return one of the model's optimizers.
+
+    Args:
+        trainer: Lightning's.
+        number: As given to ``Averaging``.
+
+    Raises:
+        ArgumentError: If there is none of that number.
+    """
+    if number >= len(trainer.optimizers):
+        raise ArgumentError(
+            f"optimizer must be the number of one of the model's {len(trainer.optimizers)} optimizers (got {number}); "
+            "count from 0"
+        )
+    return trainer.optimizers[number]
 
 
 def _set_lengths(loop: Loop, trainer: Any, pl_module: Any) -> None:
