@@ -297,9 +297,8 @@ class Ranks:
             items: Those of this rank, by name: what can be pickled, and shown as text.
         """
         digests = self.sums(agreement.digest(agreement.flat(items)))
-        first = digests.index(digests[self.rank]) == self.rank
-        found = self.gather_to_rank_0(dict(items if first else ()))
-        return self.from_rank_0({name: item for one in found for name, item in one.items()})
+        own = items if digests.index(digests[self.rank]) == self.rank else {}
+        return self.from_rank_0({name: item for one in self.gather_to_rank_0(dict(own)) for name, item in one.items()})
 
     def totals(self, *numbers: float) -> list[float]:
         """Return the sum over all ranks of each number; whole numbers are exact below 2 ** 53.
@@ -346,9 +345,8 @@ class Ranks:
             number: That of this rank.
         """
         found = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
-        own = torch.tensor([number], dtype=torch.int64, device=self.device)
-        torch.distributed.all_gather(list(found.split(1)), own, self.group)
-        return found.tolist()
+        found[self.rank] = number
+        return self.total(found).tolist()
 
     def senders(self, held: Sequence[bool]) -> list[int | None]:
         """Return for each item the lowest rank that has it, or None if every rank has it, in one message for all.
