@@ -22,7 +22,8 @@ def test_the_page_names_tests_that_exist() -> None:
 
 def test_the_page_of_plain_loops_quotes_warnings_that_exist() -> None:
     table = (ROOT / "docs" / "hosts" / "plain.md").read_text().partition("## Warnings")[2].partition("## ")[0]
-    quoted = [text for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for text in re.findall(r"`([^`]+)`", row)]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
     sources = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
     joined = re.sub(r'"\s*f?"', "", sources)  # literals over several lines
     assert len(quoted) > 10
