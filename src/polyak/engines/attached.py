@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from polyak.algorithm import Algorithm, as_algorithms
-from polyak.engines.handle import MastersHandle, check_averages, refuse_swapped
+from polyak.engines.handle import MastersHandle, check_averages
 from polyak.engines.masters import Masters
 from polyak.training.attached import Attached
 from polyak.training.options import LoopOptions
-
-__all__ = ["EngineAttached", "refuse_swapped"]
 
 
 class EngineAttached(MastersHandle, Attached):

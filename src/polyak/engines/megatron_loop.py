@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak.algorithm import Algorithm
 from polyak.averaging.swap import refuse_second_swap
-from polyak.engines.attached import EngineAttached, refuse_swapped
+from polyak.engines.attached import EngineAttached
+from polyak.engines.handle import refuse_swapped
 from polyak.engines.hooks import Methods
 from polyak.engines.masters import Masters
 from polyak.engines.megatron import masters_of

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,25 +16,8 @@ from polyak.record.fitting import Fit, error_estimate, warn_of_error
 from polyak.record.manifest import Segment
 from polyak.storage.safetensors import TensorInfo
 
-
-class Readable(Protocol):
-    """What a pass reads: a ``Record``, which may hold its files open."""
-
-    folder: Path
-    tensors: Mapping[str, TensorInfo]
-    aliases: Mapping[str, str]
-
-    def open(self, segment: Segment) -> AbstractContextManager[SegmentFile]:
-        """Open a segment's file for the length of a ``with`` block.
-
-        Args:
-            segment: One of the record.
-        """
-        ...
-
-    def open_raw(self) -> AbstractContextManager[SegmentFile]:
-        """Open the raw weights at the end of the record for the length of a ``with`` block."""
-        ...
+if TYPE_CHECKING:
+    from polyak.record.reader import Record
 
 
 class Passes:
@@ -46,7 +28,7 @@ class Passes:
         self._segments: tuple[Segment, ...] = ()  # those that the products are of
 
     def averages(
-        self, record: Readable, asked: Sequence[tuple[Profile, Fit]], dtype: torch.dtype | None, max_bytes: float
+        self, record: "Record", asked: Sequence[tuple[Profile, Fit]], dtype: torch.dtype | None, max_bytes: float
     ) -> Iterator[dict[str, Tensor]]:
         """Yield averages by name, each with a warning if its error is above 5 %.
 
@@ -69,7 +51,7 @@ class Passes:
                 warn_of_error(profile, self.error(record, fitted), fitted.remedy)
                 yield results.pop(0)  # this frame keeps none
 
-    def error(self, record: Readable, fitted: Fit) -> float:
+    def error(self, record: "Record", fitted: Fit) -> float:
         """Estimate the error of an average; read the files only if the products are not known.
 
         Args:
@@ -89,7 +71,7 @@ class Passes:
         return error_estimate(fitted, self._products)
 
     def _combined(
-        self, record: Readable, fits: Sequence[Fit], infos: Mapping[str, TensorInfo]
+        self, record: "Record", fits: Sequence[Fit], infos: Mapping[str, TensorInfo]
     ) -> list[dict[str, Tensor]]:
         """Return averages from one pass over the files, and keep the products that their errors follow from."""
         segments, raw = max((fitted.segments for fitted in fits), key=len), any(fitted.raw for fitted in fits)
@@ -130,7 +112,7 @@ def weights(fitted: Fit, segments: int, *, raw: bool) -> list[float]:
 
 
 @contextmanager
-def opened(record: Readable, segments: Sequence[Segment], *, raw: bool = False) -> Iterator[list[SegmentFile]]:
+def opened(record: "Record", segments: Sequence[Segment], *, raw: bool = False) -> Iterator[list[SegmentFile]]:
     """Open the files of segments for the length of a ``with`` block.
 
     Args:

@@ -2,44 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from polyak.averaging.schedule import AUTO_SHARE
 from polyak.profiles import HalfLife, Profile, named
-from polyak.record.manifest import Segment
 from polyak.time import Time, TimeUnit
 
-
-class Recorded(Protocol):
-    """The members of a ``Record`` that a recommendation reads."""
-
-    segments: tuple[Segment, ...]
-    max_duration: Time | None
-
-    def average(
-        self, profile: Profile, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor]:
-        """Return an average at the end of the record.
-
-        Args:
-            profile: Of the average.
-            device: For the result.
-            dtype: For the tensors that are averaged.
-        """
-        ...
-
-    def export(self, profile: Profile, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write an average to a file.
-
-        Args:
-            profile: Of the average.
-            path: The file.
-            dtype: For the tensors that are averaged.
-        """
-        ...
+if TYPE_CHECKING:
+    from polyak.record.reader import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +64,7 @@ class Recommendation:
         comparison: What an evaluation said; None without one.
     """
 
-    record: Recorded
+    record: "Record"
     profile: Profile
     reason: str
     error: float
@@ -132,7 +105,7 @@ class Recommendation:
         return f"{named(self.profile).describe()}: {self.reason}"
 
 
-def unit_of(record: Recorded) -> TimeUnit:
+def unit_of(record: "Record") -> TimeUnit:
     """Return the unit of a run's length, in which ``EMA("auto")`` counts; batches where the length is not known.
 
     Args:
@@ -143,7 +116,7 @@ def unit_of(record: Recorded) -> TimeUnit:
     return record.max_duration.unit
 
 
-def length_of(record: Recorded, unit: TimeUnit) -> float:
+def length_of(record: "Record", unit: TimeUnit) -> float:
     """Return how long a record is.
 
     Args:
@@ -154,7 +127,7 @@ def length_of(record: Recorded, unit: TimeUnit) -> float:
     return end.clock(unit, record.max_duration) - start.clock(unit, record.max_duration)
 
 
-def share_of(record: Recorded, share: float) -> Time:
+def share_of(record: "Record", share: float) -> Time:
     """Return a share of the length of a record as a time.
 
     Args:
@@ -165,7 +138,7 @@ def share_of(record: Recorded, share: float) -> Time:
     return Time(length_of(record, unit) * share, unit)
 
 
-def sixteenth(record: Recorded) -> HalfLife:
+def sixteenth(record: "Record") -> HalfLife:
     """Return the average that needs no evaluation: a half-life of a sixteenth of what was recorded, unbiased.
 
     At the end of a run whose ``max_duration`` is known it is that of ``EMA("auto")``.

@@ -7,35 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from polyak.tensors import optimizers
+from polyak.training.moved import BetweenSteps
 from polyak.training.optimizer import BY_HAND, tensors_of
 
 # Steps of another optimizer in a row that mean that it has replaced one that still exists.
 _MANY = 100
 # Functions that step an optimizer to have a state to load into: of torch.distributed.checkpoint, and of torchtitan.
 _REHEARSALS = frozenset({"_init_optim_state", "init_optim_state"})
-
-
-class Between(Protocol):
-    """Watches what happens to weights between two steps; see ``BetweenSteps``."""
-
-    noted: dict[str, Tensor]
-    wait: int
-
-    def check(self) -> None:
-        """Look at the weights that were noted, before a step."""
-
-    def note(self) -> None:
-        """Note the weights after a step that counts."""
-
-    def forget(self) -> None:
-        """Forget what was noted."""
 
 
 @dataclass(slots=True)
@@ -73,7 +58,7 @@ class StepHooks:
         other: The name of the last of these optimizers.
         replaced: Called with another optimizer that steps these tensors while this one does not: in its first step if
             this one no longer exists, else after many.
-        between: Told where each step that counts begins and ends.
+        between: Checks that weights do not change between two steps; None if nothing does.
     """
 
     def __init__(
@@ -81,7 +66,7 @@ class StepHooks:
     ) -> None:
         self.others, self.other = 0, ""
         self.replaced: Callable[[Optimizer], object] | None = None
-        self.between: Between | None = None
+        self.between: BetweenSteps | None = None
         self._after, self._first = after, first
         self._optimizer = weakref.ref(optimizer)
         # Not weak references, with which torch cannot swap tensors. An id may be that of another tensor later.
