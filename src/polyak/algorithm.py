@@ -98,8 +98,8 @@ def dispatch(event: Event, state: State, algorithms: Iterable[Algorithm], logger
     At events that begin with ``AFTER`` they act in reverse order, as in Composer.
 
     Args:
-        event: That has happened.
-        state: Of the loop.
+        event: The event that has happened.
+        state: The state of the loop.
         algorithms: In order.
         logger: Where they may log.
     """
@@ -178,7 +178,7 @@ def is_composers(algorithm: object) -> bool:
     """Return whether an object is an algorithm for Composer's trainer.
 
     Args:
-        algorithm: Of any class.
+        algorithm: An algorithm of any class.
     """
     return any(cls.__module__.partition(".")[0] == "composer" for cls in type(algorithm).__mro__)
 
@@ -188,7 +188,7 @@ def check_event(event: object, name: str) -> None:
 
     Args:
         event: As given.
-        name: Of the algorithm's class.
+        name: The name of the algorithm's class.
 
     Raises:
         ArgumentError: If it is not; it says what to import.
@@ -208,7 +208,7 @@ def check_pickles(name: str, value: object) -> None:
     """Check that an argument of an algorithm can be pickled with it; called by ``__getstate__``.
 
     Args:
-        name: Of the argument.
+        name: The name of the argument.
         value: What was given.
 
     Raises:

@@ -44,12 +44,12 @@ def polish(
     each of the optimizer's, and no other scheduler's any more. Then the raw weights are the result.
 
     Args:
-        model: In training. Its averaged tensors are overwritten: save a checkpoint first.
-        optimizer: Of the model.
+        model: The model in training. Its averaged tensors are overwritten: save a checkpoint first.
+        optimizer: The optimizer of the model.
         average: What ``attach`` returned, the EMA itself, or a record of the run.
         steps: How many optimizer steps follow, such as a twentieth of the run.
         factor: The first rate as a share of the rate now, above 0.
-        profile: Of a record: which average is loaded; None for an unbiased half-life of a sixteenth of the recorded
+        profile: For a record: which average is loaded; None for an unbiased half-life of a sixteenth of the recorded
             run. It must be None otherwise.
 
     Raises:

@@ -16,7 +16,7 @@ def check_copyable(average: "OnlineAverage") -> None:
     """Check that this process has the full average.
 
     Args:
-        average: To be copied.
+        average: The average to be copied.
 
     Raises:
         CopyError: If it does not.

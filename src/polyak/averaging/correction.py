@@ -68,7 +68,7 @@ class CorrectedShadow(Shadow):
 
     Args:
         correction: How much of what.
-        model: In training; its weights are the first ones.
+        model: The model in training; its weights are the first ones.
         **settings: As for ``Shadow``.
     """
 

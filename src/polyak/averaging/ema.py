@@ -210,8 +210,8 @@ class EMA(Attributes):
         An update by hand needs only the model and the timestamp of ``state``.
 
         Args:
-            event: That ``match`` answered True to.
-            state: Of the run.
+            event: The event that ``match`` answered True to.
+            state: The state of the run.
             logger: For metrics.
 
         Raises:

@@ -100,7 +100,7 @@ def absent(owner: object, name: str, instead: Mapping[str, str]) -> AttributeErr
 
     Args:
         owner: The object that was asked.
-        name: Of the attribute.
+        name: The name of the attribute.
         instead: What there is instead, by name.
     """
     kind = type(owner).__name__

@@ -45,7 +45,7 @@ class Plan(Sequence[Row]):
     """A row for each tensor of a model; printed, it is a table.
 
     Args:
-        rows: In the order of the table.
+        rows: The rows in the order of the table.
 
     Example:
         >>> print(plan(nn.Sequential(nn.Linear(2, 1, bias=False), nn.BatchNorm1d(1))))

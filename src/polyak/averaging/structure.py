@@ -39,7 +39,7 @@ class Copies:
     """The copies of what a model refers to, each made once.
 
     Args:
-        model: To be copied.
+        model: The model to be copied.
         replacements: As for ``module_over``.
 
     Attributes:

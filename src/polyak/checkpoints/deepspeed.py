@@ -34,7 +34,7 @@ def accepts(path: Path) -> bool:
     """Return whether it is a folder of ZeRO, or one with such folders and the name of the latest.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
     """
     return _folder(path) is not None
 
@@ -53,7 +53,7 @@ def read(path: Path, files: Files) -> Found:
     """Read what is in the files, but no tensor.
 
     Args:
-        path: Of the folder.
+        path: The path of the folder.
         files: Opens its files.
 
     Raises:
@@ -98,7 +98,7 @@ def require_all_weights(path: Path, content: Mapping[Any, Any]) -> None:
     """See that a file has all weights of a model, if DeepSpeed saved it next to those of other ranks.
 
     Args:
-        path: Of the file.
+        path: The path of the file.
         content: What is in it.
 
     Raises:

@@ -18,9 +18,9 @@ class Distance:
     """How far a tensor of one checkpoint is from that of another.
 
     Args:
-        name: Of the tensor.
-        shapes: In the first and in the second.
-        dtypes: In the first and in the second.
+        name: The name of the tensor.
+        shapes: The shapes in the first and in the second.
+        dtypes: The dtypes in the first and in the second.
         square: The sum of the squares of the differences; NaN where the shapes differ.
         square_of_first: The sum of the squares of the first.
         largest: The largest absolute difference; NaN where the shapes differ.

@@ -30,7 +30,7 @@ def accepts(path: Path) -> bool:
     """Return whether it is a folder with the metadata of ``torch.distributed.checkpoint``.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
     """
     return (path / _METADATA).is_file()
 
@@ -39,7 +39,7 @@ def read(path: Path, files: Files) -> Found:
     """Read what is in the folder, but no tensor.
 
     Args:
-        path: Of the folder.
+        path: The path of the folder.
         files: Opens its files.
 
     Raises:

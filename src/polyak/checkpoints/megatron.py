@@ -21,7 +21,7 @@ def accepts(path: Path) -> bool:
     """Return whether it is a folder with a folder for each rank, or one with such folders and the number of the latest.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
     """
     return bool(_ranks(path))
 
@@ -37,7 +37,7 @@ def read(path: Path, files: Files) -> Found:
     """Read what is in the files, but no tensor. With several ranks, the names begin with that of the rank.
 
     Args:
-        path: Of the folder.
+        path: The path of the folder.
         files: Opens its files.
 
     Raises:

@@ -28,7 +28,7 @@ def metrics_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any])
     What a callback or a trainer's log says counts more than what is in the name, which is rounded.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
         content: What is in it.
         clock: What files next to the weights say, as Transformers' ``trainer_state.json``.
     """
@@ -70,7 +70,7 @@ class Log:
     """A log with a JSON object on each line: a counter, such as ``step`` or ``epoch``, and metrics.
 
     Args:
-        path: Of the file.
+        path: The path of the file.
 
     Raises:
         CheckpointError: If it is no such file.
@@ -128,7 +128,7 @@ def values_of(
 
     Args:
         metric: Its name.
-        paths: Of the checkpoints.
+        paths: The paths of the checkpoints.
         moments: When each was saved.
         metrics: What each says of itself.
         log: A log that says it instead.

@@ -53,7 +53,7 @@ def moment_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any]) 
     """Return when a checkpoint was saved, in the units that are known.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
         content: What is in it.
         clock: What files next to the weights say.
     """
@@ -96,7 +96,7 @@ def is_counter(name: str) -> bool:
     """Return whether a name is that of a counter, such as ``global_step``.
 
     Args:
-        name: Of a value.
+        name: The name of a value.
     """
     return any(name in names for names in _COUNTERS.values())
 
@@ -152,7 +152,7 @@ def in_natural_order(path: Path) -> tuple[tuple[int, int | str], ...]:
     """Return a key that sorts names as people do: ``step-9`` comes before ``step-10``.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
 
     Example:
         >>> sorted([Path("b-10.pt"), Path("b-9.pt")], key=in_natural_order)[0].name

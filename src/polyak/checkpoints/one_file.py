@@ -14,7 +14,7 @@ def accepts(path: Path) -> bool:
     """Return whether it is no folder.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
     """
     return not path.is_dir()
 
@@ -23,7 +23,7 @@ def read(path: Path, files: Files) -> Found:
     """Read what is in the file, but no tensor.
 
     Args:
-        path: Of the file.
+        path: The path of the file.
         files: Opens it.
 
     Raises:

@@ -130,7 +130,7 @@ def read(path: Path, files: Files) -> Found:
     """Read what is at a path, but no tensor.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
         files: Opens its files.
 
     Raises:
@@ -151,7 +151,7 @@ def named_errors(path: Path) -> Iterator[None]:
     """Let errors in a ``with`` block name the checkpoint.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
 
     Raises:
         CheckpointError: In place of any error.

@@ -28,7 +28,7 @@ def boxes_between(first: int, last: int, shape: Sequence[int]) -> Iterator[Box]:
     Args:
         first: The number of the first element.
         last: The number after that of the last.
-        shape: Of the tensor.
+        shape: The shape of the tensor.
 
     Example:
         >>> list(boxes_between(2, 12, (4, 4)))

@@ -28,7 +28,7 @@ class Snapshot(NamedTuple):
         """Return what a name says; None if it is not that of a snapshot.
 
         Args:
-            name: Of a file.
+            name: The name of a file.
 
         Example:
             >>> Snapshot.named("network-snapshot-0020971-0.050.pkl")

@@ -36,7 +36,7 @@ class Soup:
 
     Args:
         plan: Averages what is in the soup. The best counts as the newest: its dtypes, layout and integers are kept.
-        value: Of the soup.
+        value: The value of the soup.
         ingredients: All that were tried, the best first.
     """
 

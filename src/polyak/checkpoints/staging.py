@@ -26,7 +26,7 @@ def fingerprint_of(plan: Plan, form: str, given: Mapping[str, Tensor]) -> str:
 
     Args:
         plan: What is averaged.
-        form: Of the output.
+        form: The form of the output.
         given: Tensors that are written instead of their average.
     """
     said = [
@@ -60,7 +60,7 @@ class Staging:
         """Keep that a unit is done, once what it wrote is on the disk.
 
         Args:
-            name: Of the unit.
+            name: The name of the unit.
             facts: What it returned.
 
         Raises:
@@ -91,8 +91,8 @@ def staged(path: Path, fingerprint: str, communicator: Communicator, *, folder: 
 
     Args:
         path: The final name.
-        fingerprint: Of the plan.
-        communicator: Of the processes.
+        fingerprint: The fingerprint of the plan.
+        communicator: The communicator of the processes.
         folder: Whether the output is a folder.
 
     Raises:
@@ -137,7 +137,7 @@ def keep_plan(path: Path, fingerprint: str) -> None:
 
     Args:
         path: The final name of the output.
-        fingerprint: Of the plan.
+        fingerprint: The fingerprint of the plan.
 
     Raises:
         OSError: If the disk refuses.

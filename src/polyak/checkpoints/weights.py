@@ -46,8 +46,8 @@ def weights_in(content: _Mapping, files: Files, key: str | None, prefix: str | N
     """Return where the weights are, and them, by name.
 
     Args:
-        content: Of a checkpoint.
-        files: That its tensors are in.
+        content: The content of a checkpoint.
+        files: The files that its tensors are in.
         key: Where they are, as ``model`` or ``state.model``; None to find out.
         prefix: How the names of the tensors to take begin, as ``teacher.``, which is left out of them; None for all.
 
@@ -101,7 +101,7 @@ def stored_in(state: _Mapping, files: Files) -> dict[str, StoredTensor]:
 
     Args:
         state: The state dict.
-        files: That its tensors are in.
+        files: The files that its tensors are in.
     """
     stored = {name: files.stored(value) if isinstance(value, Tensor) else value for name, value in state.items()}
     return {name: value for name, value in stored.items() if isinstance(value, StoredTensor)}
@@ -133,7 +133,7 @@ def state_dicts(content: object, place: str = "", depth: int = _DEPTH) -> Iterat
     """Yield what may be a model's state dict, with its place. States of optimizers and others are passed over.
 
     Args:
-        content: Of a checkpoint.
+        content: The content of a checkpoint.
         place: Where that is.
         depth: How many levels further in are looked at.
     """

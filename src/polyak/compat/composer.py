@@ -40,7 +40,7 @@ def from_composer(state: Mapping[str, Any], model: nn.Module, policy: PolicyRule
 
     Args:
         state: As Composer saved it.
-        model: In training, with the weights of the checkpoint.
+        model: The model in training, with the weights of the checkpoint.
         policy: Which tensors are averaged.
     """
     known = named_tensors(model)

@@ -83,7 +83,7 @@ def load(
     """Return what is in a file, without running code that it may hold, in memory bounded by the file's size.
 
     Args:
-        path: Of a safetensors file, or one of ``torch.save``, compressed or not.
+        path: The path of a safetensors file, or one of ``torch.save``, compressed or not.
         mapped: Whether tensors may be the file's own bytes, which stay on disk until they are used; the file must then
             not change. They can be written to, which does not change the file.
         strict: Whether to refuse what is no tensor, container, number or text. Otherwise something stands in for it.
@@ -124,7 +124,7 @@ def load_bytes(
 
     Args:
         data: The bytes.
-        path: Of the file that they are all of.
+        path: The path of the file that they are all in.
         mapped: As for `load`.
         strict: As for `load`.
         unchecked: As for `load`.

@@ -29,7 +29,7 @@ def is_diffusers(path: Path) -> bool:
     """Return whether a folder is not one of ``torch.distributed.checkpoint``.
 
     Args:
-        path: Of a file or folder.
+        path: The path of a file or folder.
     """
     return path.is_dir() and not (path / _METADATA).exists()
 
@@ -87,7 +87,7 @@ def with_rest(path: Path, tensors: Content) -> Content:
     """Return what polyak's Trainer keeps in a file next to its sharded tensors, with those put in.
 
     Args:
-        path: Of the folder. Without that file the tensors are returned.
+        path: The path of the folder. Without that file the tensors are returned.
         tensors: By their names in the metadata.
 
     Raises:
@@ -173,7 +173,7 @@ class Distributed:
         """Return the keys by which an item is in the mappings that were saved.
 
         Args:
-            name: In the metadata.
+            name: The name in the metadata.
 
         Raises:
             CheckpointError: If the metadata do not say it.
@@ -187,9 +187,9 @@ class Distributed:
         """Yield where each shard of a tensor begins and ends in each dimension, and the name of its file.
 
         Args:
-            name: In the metadata.
+            name: The name in the metadata.
             item: What the metadata say of it.
-            shape: Of the tensor.
+            shape: The shape of the tensor.
 
         Raises:
             CheckpointError: If the metadata do not say it.
@@ -222,7 +222,7 @@ class Distributed:
         """Return a tensor, made of its shards.
 
         Args:
-            name: In the metadata.
+            name: The name in the metadata.
             item: What the metadata say of it.
 
         Raises:
@@ -246,8 +246,8 @@ class Distributed:
         """Return the shards of a tensor, each with where it begins and ends in each dimension.
 
         Args:
-            name: In the metadata.
-            shape: Of the tensor.
+            name: The name in the metadata.
+            shape: The shape of the tensor.
             unchecked: As for `load_saved`: to read no tensor now.
 
         Raises:

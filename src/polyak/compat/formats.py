@@ -108,7 +108,7 @@ def timm_state(content: Content) -> Averaged:
     """Read the state dict of timm's ``ModelEmaV3``, which looks like that of any model under DDP.
 
     Args:
-        content: Of the file.
+        content: The content of the file.
 
     Raises:
         CheckpointError: If it cannot be one.

@@ -40,7 +40,7 @@ def require(holds: object, kind: str, problem: str) -> None:
 
     Args:
         holds: What must be so.
-        kind: Of which format the file is.
+        kind: The format of the file.
         problem: What is the case otherwise.
 
     Raises:

@@ -45,7 +45,7 @@ def with_state_dicts(content: Any, depth: int = _DEPTH) -> Any:
     """Return the content of a file with the state dicts of networks in place of those that were pickled as objects.
 
     Args:
-        content: Of a file.
+        content: The content of a file.
         depth: How many levels of mappings are looked into.
 
     Raises:

@@ -24,7 +24,7 @@ class Name:
     """The name of a class or function in a pickle.
 
     Args:
-        path: With the module, as ``collections.OrderedDict``.
+        path: The path with the module, as ``collections.OrderedDict``.
     """
 
     __slots__ = ("path",)
@@ -38,7 +38,7 @@ class StandIn(dict[Any, Any]):
 
     Args:
         of: Its class or function.
-        arguments: That it would have been made with.
+        arguments: The arguments that it would have been made with.
     """
 
     __slots__ = ("arguments", "of", "state")

@@ -26,9 +26,9 @@ def read(
     """Find the average in a file, whatever library saved it.
 
     Args:
-        path: Of a checkpoint, a state dict, or a folder of diffusers or ``torch.distributed.checkpoint``.
-        names: Of a file with the names for an average that has none: the model's state dict, saved by ``torch.save``,
-            or a JSON list of the names of its parameters in order.
+        path: The path of a checkpoint, a state dict, or a folder of diffusers or ``torch.distributed.checkpoint``.
+        names: A file with the names for an average that has none: the model's state dict, saved by ``torch.save``, or a
+            JSON list of the names of its parameters in order.
         timm: Whether the file is the state dict of timm's ``ModelEmaV3``. It looks like that of any model under DDP.
         key: Where the average is, as ``ema`` or ``optimizer_states.0.ema``; None to find out.
         prefix: How the names of its tensors begin, as ``teacher.``; None to find out.

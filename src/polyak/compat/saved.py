@@ -72,7 +72,7 @@ def is_legacy(data: memoryview) -> bool:
     """Return whether a number of torch is what a file begins with.
 
     Args:
-        data: Of the file.
+        data: The data of the file.
     """
     return _LEGACY_MAGIC.to_bytes(10, "little") in bytes(data[:32])
 

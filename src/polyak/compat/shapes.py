@@ -111,7 +111,7 @@ def candidates(content: Content) -> dict[str, tuple[Shape, Any]]:
     """Return what may be averages, by their places.
 
     Args:
-        content: Of a file.
+        content: The content of a file.
     """
     found = dict[str, tuple[Shape, Any]]()
     for shape in SHAPES:
@@ -184,7 +184,7 @@ def take(shape: Shape, content: Content, value: Any) -> Averaged:
 
     Args:
         shape: By which it was found.
-        content: Of the file.
+        content: The content of the file.
         value: What is there.
 
     Raises:

@@ -20,7 +20,7 @@ class Unread:
     """Stands for a tensor that cannot be read.
 
     Args:
-        kind: Of which kind it is.
+        kind: Its kind.
     """
 
     kind: str
@@ -31,7 +31,7 @@ class Storage:
     """The bytes of one or several tensors.
 
     Args:
-        dtype: Of the numbers in it.
+        dtype: The dtype of the numbers in it.
         data: The bytes; None on the meta device.
     """
 

@@ -20,7 +20,7 @@ def write(found: Averaged, path: Path, source: Path) -> None:
 
     Args:
         found: By ``read``.
-        path: Of the file.
+        path: The path of the file.
         source: What was read.
 
     Raises:

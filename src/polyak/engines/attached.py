@@ -16,8 +16,8 @@ class EngineAttached(MastersHandle, Attached):
 
     Args:
         algorithms: One ``EMA``, or a list of one.
-        masters: Of the engine's optimizer.
-        options: Of the loop.
+        masters: The masters of the engine's optimizer.
+        options: The options of the loop.
 
     Raises:
         ArgumentError: If there is another algorithm than an ``EMA``, or its average is to be sharded over a mesh.

@@ -22,7 +22,7 @@ class DeepSpeedAttached(EngineAttached):
     Args:
         algorithms: One ``EMA``, or a list of one.
         engine: What ``deepspeed.initialize`` returned first.
-        options: Of the loop.
+        options: The options of the loop.
 
     Raises:
         ArgumentError: If there is another algorithm than an ``EMA``, or ``engine`` is no engine of DeepSpeed.
@@ -52,8 +52,8 @@ def surround(
     """Replace methods of an engine: nothing trains averaged weights, and its checkpoints have the average.
 
     Args:
-        engine: Of DeepSpeed.
-        masters: Of the engine.
+        engine: DeepSpeed's engine.
+        masters: The masters of the engine.
         loop: Which follows the masters.
         begin: Called before each step.
         finish: Called after each step that moved weights.
@@ -106,7 +106,7 @@ def folder_of(folder: Any, tag: Any = None) -> Path:
 
     Args:
         folder: As given to ``load_checkpoint``.
-        tag: Of the checkpoint; None for the latest.
+        tag: The tag of the checkpoint; None for the latest.
     """
     latest = Path(folder, "latest")
     tag = latest.read_text().strip() if tag is None and latest.is_file() else tag
@@ -128,7 +128,7 @@ def load_average(loop: Loop, masters: Masters, folder: Path) -> bool:
 
     Args:
         loop: Which follows the masters.
-        masters: Of the engine, which has loaded its own state.
+        masters: The masters of the engine, which has loaded its own state.
         folder: As ``folder_of`` returned it.
     """
     from polyak.sharding import dcp  # noqa: PLC0415  takes half a second to import

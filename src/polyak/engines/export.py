@@ -33,8 +33,8 @@ def save_average(ema: EMA, masters: Masters, path: Path, dtype: torch.dtype | No
     """Write the model with its averaged weights. All ranks must call this; no rank holds the full model.
 
     Args:
-        ema: Of the masters; it has begun.
-        masters: Of the model.
+        ema: The EMA of the masters; it has begun.
+        masters: The masters of the model.
         path: A file whose name ends in ``.safetensors``, or a folder.
         dtype: Of what is averaged; None for the model's own.
         overwrite: Whether an earlier export is replaced.

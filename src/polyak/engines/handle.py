@@ -140,7 +140,7 @@ def refuse_swapped(masters: Masters, what: str) -> None:
     """Refuse what needs training weights while an average is swapped in.
 
     Args:
-        masters: Of the engine.
+        masters: The masters of the engine.
         what: What must be done with training weights, for the error: "a step must be made".
 
     Raises:

@@ -20,7 +20,7 @@ class Methods:
         """Let ``call`` run instead of a method.
 
         Args:
-            name: Of the method.
+            name: The name of the method.
             call: Given the method as it was, and the arguments. It is no longer called after ``remove``.
         """
         inner, own = getattr(self._owner, name), name in vars(self._owner)

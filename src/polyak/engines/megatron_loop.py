@@ -47,7 +47,7 @@ class MegatronAttached(EngineAttached):
         algorithms: One ``EMA``, or a list of one.
         model: A chunk of the model, or a list of chunks.
         optimizer: As ``get_megatron_optimizer`` returned it.
-        options: Of the loop.
+        options: The options of the loop.
 
     Raises:
         ArgumentError: If there is another algorithm than an ``EMA``, or model and optimizer are none of Megatron's.

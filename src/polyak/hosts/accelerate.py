@@ -99,7 +99,7 @@ def attach(
 
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several. Under DeepSpeed, one ``EMA``.
-        accelerator: That prepared the model.
+        accelerator: The accelerator that prepared the model.
         model: As ``accelerator.prepare`` returned it.
         optimizer: As ``accelerator.prepare`` returned it; of several, the one that steps last in a batch. None if you
             call ``step`` of what this returns, once after each batch.

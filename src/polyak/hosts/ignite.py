@@ -44,8 +44,8 @@ class Averaging(Handle):
     Args:
         algorithms: One or several; one of them at most may swap an average in.
         trainer: The engine whose process function trains.
-        model: In training.
-        optimizer: Of several optimizers, the one whose steps are to be counted.
+        model: The model in training.
+        optimizer: If there are several optimizers, the one whose steps are to be counted.
         evaluators: Engines that evaluate with the average, unless ``eval_weights`` says otherwise.
         predictors: Engines that predict with the average.
         gradient_accumulation_steps: Iterations in an optimizer step, for times in ``ep`` and ``dur``.

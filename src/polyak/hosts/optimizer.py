@@ -33,10 +33,11 @@ def attach(
 
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several.
-        model: In training, wrapped or sharded or not. All ranks must swap the average in at the same moments.
-        optimizer: Of its parameters; of several, the one that steps last in a batch; of one that wraps another, as
-            Lookahead, the wrapper. None if no step of one optimizer is a batch, as where each parameter has its own
-            that steps in the backward pass: then call ``step`` of what this returns, once after each batch.
+        model: The model in training, wrapped or sharded or not. All ranks must swap the average in at the same moments.
+        optimizer: The optimizer of its parameters. If there are several, the one that steps last in a batch; if it
+            wraps another, as Lookahead, the wrapper. None if no step of one optimizer is a batch, as where each
+            parameter has its own that steps in the backward pass: then call ``step`` of what this returns, once after
+            each batch.
         max_duration: The length of the run, in any unit or steps, for times in ``dur`` and warnings about the plan.
         steps_per_epoch: Steps in an epoch, for times in ``ep``; or ``"by hand"`` if you call ``end_epoch`` after each.
         samples_per_step: Samples in a step, for times in ``sp``.

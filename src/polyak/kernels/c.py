@@ -143,7 +143,7 @@ def accepts(pair: Pair) -> bool:
     """Return whether C knows the dtypes and the layout of a pair.
 
     Args:
-        pair: On the CPU. Without a place, two tensors to swap.
+        pair: A pair on the CPU. Without a place, two tensors to swap.
     """
     a, b, place = pair
     if place is None:

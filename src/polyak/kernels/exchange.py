@@ -17,7 +17,7 @@ class Exchange:
     it: each step gives the same result when it is repeated.
 
     Args:
-        pairs: Of one shape, dtype and device each.
+        pairs: Pairs of one shape, dtype and device each.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:

@@ -84,7 +84,7 @@ def swap(pairs: Sequence[Pair]) -> Exchange:
     """Return what swaps pairs through a scratch buffer.
 
     Args:
-        pairs: On one device.
+        pairs: Pairs on one device.
     """
     return Exchange(pairs)
 
@@ -93,7 +93,7 @@ def lerp(pairs: Sequence[Pair], left_out: Tensor) -> "Lerp":
     """Return a function that moves the left tensors of pairs towards the right ones.
 
     Args:
-        pairs: On one device, with places.
+        pairs: Pairs on one device, with places.
         left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
     """
     return Lerp(pairs, left_out)
@@ -103,7 +103,7 @@ class Lerp:
     """Move averages towards weights, as ``registry.lerp`` says. Nothing here waits for a device.
 
     Args:
-        pairs: On one device, with places.
+        pairs: Pairs on one device, with places.
         left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
     """
 

@@ -17,8 +17,8 @@ class Place:
 
     Args:
         seed: The seed of its rounding, from 0 to 2 ** 32 - 1.
-        shape: Of the full tensor, which is contiguous. None: the tensor is not a shard; its elements are counted in the
-            order in which they lie in memory.
+        shape: The shape of the full tensor, which is contiguous. None: the tensor is not a shard; its elements are
+            counted in the order in which they lie in memory.
         offset: Where in the full tensor the shard begins, an index for each dimension. None without ``shape``.
 
     Example:

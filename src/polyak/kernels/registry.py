@@ -45,7 +45,7 @@ class Kernel(Protocol):
         """Return why the kernel cannot serve a device; None if it can.
 
         Args:
-            device: Of a type that the kernel is listed for.
+            device: A device of a type that the kernel is listed for.
         """
 
     def accepts(self, pair: Pair) -> bool:
@@ -59,7 +59,7 @@ class Kernel(Protocol):
         """Return a function that moves the left tensors of pairs towards the right ones.
 
         Args:
-            pairs: On one device, and accepted. Their addresses are noted: where they may change, make a new one.
+            pairs: Pairs on one device, and accepted. Their addresses are noted: where they may change, make a new one.
             left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
         """
 
@@ -67,7 +67,7 @@ class Kernel(Protocol):
         """Return what swaps pairs.
 
         Args:
-            pairs: On one device, and accepted.
+            pairs: Pairs on one device, and accepted.
         """
 
 
@@ -75,7 +75,7 @@ class _Line(NamedTuple):
     """A line of the list. The module is imported when a device needs it, since Triton takes a while.
 
     Args:
-        module: With the functions of a ``Kernel``.
+        module: A module with the functions of a ``Kernel``.
         devices: The types of devices that it serves. None stands for all.
         requires: A package that must be installed.
     """

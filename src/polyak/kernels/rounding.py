@@ -173,7 +173,7 @@ def is_within(tensor: Tensor, dtype: torch.dtype, scratch: Scratch) -> bool:
     """Return whether all elements are finite and within the range of ``dtype``. This waits for the device.
 
     Args:
-        tensor: Of float32.
+        tensor: A tensor of float32.
         dtype: To which it will be rounded.
         scratch: Memory to work in.
     """
@@ -189,7 +189,7 @@ def round_(tensor: Tensor, dtype: torch.dtype, random: Tensor, scratch: Scratch,
     A value beyond the range of ``dtype`` becomes the largest in it.
 
     Args:
-        tensor: Of float32.
+        tensor: A tensor of float32.
         dtype: To which it is rounded.
         random: 16 random bits for each element, in int32. They are overwritten.
         scratch: Memory to work in.
@@ -217,7 +217,7 @@ def store(tensor: Tensor, into: Tensor) -> None:
     """Copy rounded values to a 16-bit tensor. This overwrites ``tensor``.
 
     Args:
-        tensor: Of float32.
+        tensor: A tensor of float32.
         into: Of 16 bits.
     """
     if into.dtype == torch.bfloat16:  # torch's own conversion gives other bits for a nan

@@ -32,7 +32,7 @@ class Form:
     """How a command line gives a profile: as ``--NAME VALUE``, or in a list as ``NAME=VALUE``.
 
     Args:
-        name: Of the option, without dashes.
+        name: The name of the option, without dashes.
         metavar: Stands for the value in the help.
         help: What the profile is, for the help.
         example: A value that can be parsed.

@@ -128,7 +128,7 @@ def settle(folder: Path) -> None:
     """Wait for what this process is writing to a record, so that a reader finds all segments that have ended.
 
     Args:
-        folder: Of the record.
+        folder: The folder of the record.
     """
     for appender in list(_APPENDERS):
         if appender.writer.folder == folder:

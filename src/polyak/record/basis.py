@@ -51,7 +51,7 @@ class Basis:
         """Return the reading of a clock at each point, by linear interpolation between the edges.
 
         Args:
-            unit: Of the clock; None for updates.
+            unit: The unit of the clock; None for updates.
         """
         return clock_at(self.edges, self.at, unit, self.max_duration).tolist()
 
@@ -59,7 +59,7 @@ class Basis:
         """Return the reading of a clock at each edge.
 
         Args:
-            unit: Of the clock; None for updates.
+            unit: The unit of the clock; None for updates.
         """
         return [edge.clock(unit, self.max_duration) for edge in self.edges]
 
@@ -111,7 +111,7 @@ def clock_at(edges: Sequence[Edge], at: Tensor, unit: TimeUnit | None, max_durat
     Args:
         edges: In order.
         at: Updates.
-        unit: Of the clock; None for updates.
+        unit: The unit of the clock; None for updates.
         max_duration: The length of the run, for ``dur``.
 
     Raises:

@@ -84,7 +84,7 @@ class Contents:
         """Return the raw weights at the end of the record by name, bit for bit, in the model's dtypes.
 
         Args:
-            device: For the result; None for the CPU.
+            device: The device for the result; None for the CPU.
 
         Raises:
             RecordError: If the record has none, or a file is missing, truncated, damaged or foreign.

@@ -46,7 +46,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the scales of a tensor: a number for each row, or one if it has less than two dimensions.
 
     Args:
-        shape: Of the tensor, or of the local shard that a file has.
+        shape: The shape of the tensor, or of the local shard that a file has.
 
     Example:
         >>> scale_shape((64, 3, 3)), scale_shape((64,)), scale_shape(())

@@ -79,7 +79,7 @@ def full_box(shape: Sequence[int]) -> Box:
     """Return the box that is all of a tensor.
 
     Args:
-        shape: Of the tensor.
+        shape: The shape of the tensor.
     """
     return tuple(slice(0, size) for size in shape)
 

@@ -25,7 +25,7 @@ def fill(record: "Record", model: nn.Module, fitted: Fit) -> None:
 
     Args:
         record: What is read.
-        model: With the recorded names; each rank has its shards.
+        model: The model with the recorded names; each rank has its shards.
         fitted: What ``fit`` returned for the average.
 
     Raises:

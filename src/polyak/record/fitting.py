@@ -134,7 +134,7 @@ def coefficients(
 
     Args:
         profile: Its clock starts where the record does.
-        segments: Of the record, oldest first.
+        segments: The segments of the record, oldest first.
         at: The moment of the average, which must be the end of a segment; None for the last.
         max_duration: The length of the run; needed for times in ``dur``.
 

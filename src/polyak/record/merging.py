@@ -28,7 +28,7 @@ class Kept:
     Args:
         infos: By name.
         before: The segment that some of them are differences from; None if none is.
-        scales: Of the differences, by name.
+        scales: The scales of the differences, by name.
     """
 
     infos: Infos
@@ -108,8 +108,8 @@ def kept_as(files: Files, segments: Sequence[Segment], tensors: Mapping[str, Ten
     """Return how a new segment keeps its tensors.
 
     Args:
-        files: Of the record.
-        segments: That the record has so far.
+        files: The files of the record.
+        segments: The segments that the record has so far.
         tensors: Those of the new segment.
         ranks: Those that write together.
     """
@@ -133,8 +133,8 @@ def merged_as(
     """Return how the mean of two segments keeps its tensors: in float16 where both do, or where it is enough now.
 
     Args:
-        files: Of the record.
-        segments: That the record has so far.
+        files: The files of the record.
+        segments: The segments that the record has so far.
         i: The older of the two; the newer is the next.
         like: Tensors that are sharded as those of the mean are.
         ranks: Those that write together.
@@ -170,7 +170,7 @@ def separate_as(files: Files, segment: Segment) -> Kept:
     """Return how a segment keeps its tensors once it must have no differences: as it does, and those in float32.
 
     Args:
-        files: Of the record.
+        files: The files of the record.
         segment: A segment with differences.
     """
     with files.open(segment) as file:
@@ -191,7 +191,7 @@ def encoded(files: Files, source: Source, kept: Kept) -> Source:
     """Return a source that gives what the file of a segment holds.
 
     Args:
-        files: Of the record.
+        files: The files of the record.
         source: Gives the means.
         kept: How the segment keeps its tensors.
     """

@@ -37,7 +37,7 @@ def moment(segment: Segment) -> Time:
     """Return the end of a segment in batches.
 
     Args:
-        segment: Of a record.
+        segment: The segment of a record.
     """
     return Time(segment.end.clock(TimeUnit.BATCH), TimeUnit.BATCH)
 

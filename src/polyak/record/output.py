@@ -48,7 +48,7 @@ class Output(Protocol):
             tensors: What is written.
             like: Tensors that are sharded as what is written is.
             source: Gives the values.
-            metadata: For the headers of the files.
+            metadata: The metadata for the headers of the files.
 
         Raises:
             OSError: If the disk refuses.

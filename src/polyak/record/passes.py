@@ -117,7 +117,7 @@ def opened(record: "Record", segments: Sequence[Segment], *, raw: bool = False) 
 
     Args:
         record: What is read.
-        segments: Of the record.
+        segments: The segments of the record.
         raw: Whether to open the raw weights after them.
 
     Raises:

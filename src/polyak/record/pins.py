@@ -14,7 +14,7 @@ def pin_of(folder: Path, manifest: Manifest, checkpoint: str | Path | None) -> P
 
     Args:
         folder: The folder of the record.
-        manifest: Of the record.
+        manifest: The manifest of the record.
         checkpoint: The checkpoint that refers to the files; None if its path is not known.
     """
     relative = None if checkpoint is None else Path(os.path.relpath(checkpoint, folder)).as_posix()

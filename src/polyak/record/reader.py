@@ -102,8 +102,9 @@ class Record(Contents):
             profile: Its clock starts where the record does.
             at: The moment of the average, counted from the start of the run, which must be one of ``moments``; or a
                 share of the record such as ``"50%"``, for the nearest of them; None for the last.
-            device: For the result; None for the CPU.
-            dtype: For the tensors that are averaged; None for float32, and float64 where the record keeps that.
+            device: The device for the result; None for the CPU.
+            dtype: The dtype for the tensors that are averaged; None for float32, and float64 where the record keeps
+                that.
 
         Raises:
             ProfileError: If the record does not resolve the profile.
@@ -219,7 +220,8 @@ class Record(Contents):
         computed: ask for it in one process.
 
         Args:
-            model: With the names of the recorded one, wrapped, sharded by ``fully_shard`` or as ``DTensor``, or not.
+            model: The model with the names of the recorded one, wrapped, sharded by ``fully_shard`` or as ``DTensor``,
+                or not.
             profile: As for ``average``.
             at: As for ``average``.
 

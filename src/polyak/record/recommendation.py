@@ -58,7 +58,7 @@ class Recommendation:
 
     Args:
         record: The record.
-        profile: Of the average.
+        profile: The profile of the average.
         reason: Why, in words.
         error: The estimated error of the average, as ``Record.error``.
         comparison: What an evaluation said; None without one.
@@ -81,8 +81,9 @@ class Recommendation:
         """Return the average by name, for ``load_state_dict``; see ``Record.average``.
 
         Args:
-            device: For the result; None for the CPU.
-            dtype: For the tensors that are averaged; None for float32, and float64 where the record keeps that.
+            device: The device for the result; None for the CPU.
+            dtype: The dtype for the tensors that are averaged; None for float32, and float64 where the record keeps
+                that.
 
         Raises:
             RecordError: If a file is missing, truncated or damaged.
@@ -121,7 +122,7 @@ def length_of(record: "Record", unit: TimeUnit) -> float:
 
     Args:
         record: A record with a segment.
-        unit: Of the result.
+        unit: The unit of the result.
     """
     start, end = record.segments[0].start, record.segments[-1].end
     return end.clock(unit, record.max_duration) - start.clock(unit, record.max_duration)

@@ -61,9 +61,9 @@ class Recorder(Algorithm):
             ``max_duration``: half-lives of a 512th of the run or more.
         per_level: How many segments of one length are kept: 4 is exact to about 0.5 %, 8 to 0.2 % with half as many
             files again. None merges nothing, for averages that end anywhere in the run.
-        dtype: Of the files: float32, float16, bfloat16 or int8. None takes float64 for tensors of that dtype, and
-            float16 for the others. A tensor is kept in float32 in a segment in which float16 would lose more than an
-            eighth of its distance from the segment before, or a value is beyond its range. ``torch.int8`` takes less
+        dtype: The dtype of the files: float32, float16, bfloat16 or int8. None takes float64 for tensors of that dtype,
+            and float16 for the others. A tensor is kept in float32 in a segment in which float16 would lose more than
+            an eighth of its distance from the segment before, or a value is beyond its range. ``torch.int8`` takes less
             space, for nearly the same error: the differences from the segment before are kept in 8 bits, or a tensor in
             float32 where that may lose more than the eighth. Most files are then no models by themselves, and earlier
             versions of polyak cannot read the record. Complex tensors keep their dtype.

@@ -25,8 +25,8 @@ class Recording:
     """Records a model.
 
     Args:
-        settings: Of the ``Recorder``.
-        state: Of the loop.
+        settings: The settings of the ``Recorder``.
+        state: The state of the loop.
 
     Attributes:
         state: As given, or of the loop that the model is in now.
@@ -48,7 +48,7 @@ class Recording:
         """Record the same model in another loop.
 
         Args:
-            state: Of that loop.
+            state: The state of that loop.
         """
         self.state = state
         self._roles = Roles(state.model)
@@ -114,7 +114,7 @@ class Recording:
         """Add the weights to the open segment; end it if it is long enough.
 
         Args:
-            state: Of the loop, after a batch.
+            state: The state of the loop, after a batch.
 
         Raises:
             RecordError: If the segment before cannot be written.

@@ -48,11 +48,11 @@ class SeriesFile(SegmentFile):
     """A checkpoint in the place of a segment's file.
 
     Args:
-        name: Of the average, for people.
+        name: The name of the average, for people.
         tensors: By name.
-        files: That the tensors are in.
+        files: The files that the tensors are in.
         held: How many bytes were read since the memory was let go: a list of one number, for all checkpoints.
-        all_files: Of all checkpoints.
+        all_files: The files of all checkpoints.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class SeriesRecord(Record):
         """Return the weights of the last moment themselves, if the newest checkpoint has them.
 
         Args:
-            device: For the result; None for the CPU.
+            device: The device for the result; None for the CPU.
 
         Raises:
             RecordError: If it does not.

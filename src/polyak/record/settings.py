@@ -54,7 +54,7 @@ class Settings:
         """Return the length of a segment.
 
         Args:
-            state: Of the loop.
+            state: The state of the loop.
 
         Raises:
             TimeError: If it is a share of a run whose ``max_duration`` is not known.
@@ -97,7 +97,7 @@ class Settings:
         """Return a running mean of no updates.
 
         Args:
-            state: Of the loop.
+            state: The state of the loop.
         """
         return Shadow(state.model, policy=self.policy, device=self.device, views=True)
 
@@ -106,7 +106,7 @@ class Settings:
 
         Args:
             mean: The running mean, whose tensors are recorded.
-            state: Of the loop.
+            state: The state of the loop.
             ranks: As for ``Writer``.
             new: Whether a run begins that resumes nothing. Then a record that exists is replaced with ``overwrite``,
                 and moved to a backup if the trainer has found no checkpoint to continue it from.
@@ -133,7 +133,7 @@ def pinned(writer: Writer, checkpoint: Path | None, num_updates: int) -> dict[st
     """Keep the files of a record for a checkpoint; return what ``Writer.rewind`` needs.
 
     Args:
-        writer: Of the record.
+        writer: The writer of the record.
         checkpoint: Its path; None if that is not known.
         num_updates: How many updates were recorded.
 

@@ -56,7 +56,7 @@ class ShardFiles:
             tensors: What is written.
             like: Tensors that are sharded as what is written is.
             source: Gives the values.
-            metadata: For the headers of the files.
+            metadata: The metadata for the headers of the files.
 
         Raises:
             RecordError: If a rank failed; it says which, and why.

@@ -25,9 +25,9 @@ class Panel:
 
     Args:
         name: The key of the chart.
-        heading: Of its frame.
+        heading: The heading of its frame.
         caption: Below the heading.
-        summary: For screen readers.
+        summary: The summary for screen readers.
         figure: The chart.
         low: Whether it needs less height than the main chart.
     """

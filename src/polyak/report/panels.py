@@ -92,9 +92,9 @@ def frame(name: str, heading: str, caption: str, summary: str, kind: str = "") -
 
     Args:
         name: The key of the chart.
-        heading: Of the frame.
+        heading: The heading of the frame.
         caption: Below the heading.
-        summary: For screen readers.
+        summary: The summary for screen readers.
         kind: Classes of the frame.
     """
     return (

@@ -18,7 +18,7 @@ class Provenance:
         records: The folders of the records.
         command: The command that wrote it.
         date: When.
-        versions: Of polyak, torch and Python.
+        versions: The versions of polyak, torch and Python.
     """
 
     records: tuple[str, ...]

@@ -11,7 +11,7 @@ def sweep_table(results: SweepResult, width: int) -> str:
 
     Args:
         results: The results of a sweep.
-        width: In characters.
+        width: The width in characters.
     """
     chosen = results.best if results.has_best else None
     metrics = list(results[0].metrics)

@@ -254,7 +254,7 @@ class Ranks:
         """Return the indices at which not all ranks have the same number.
 
         Args:
-            numbers: Of this rank; as many on each.
+            numbers: The numbers of this rank; as many on each.
         """
         extremes = torch.stack([numbers, -numbers]).to(self.device)
         torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, self.group)
@@ -274,7 +274,7 @@ class Ranks:
         """Return the values of all ranks, by rank.
 
         Args:
-            value: That of this rank: anything that can be pickled.
+            value: The value of this rank: anything that can be pickled.
         """
         found: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(found, value, self.group)
@@ -284,7 +284,7 @@ class Ranks:
         """Return the values of all ranks, by rank, on rank 0, and an empty list on the others.
 
         Args:
-            value: That of this rank: anything that can be pickled.
+            value: The value of this rank: anything that can be pickled.
         """
         found: list[Any] = [None] * self.world_size if self.rank == 0 else []
         torch.distributed.gather_object(value, found or None, group=self.group, group_dst=0)
@@ -312,7 +312,7 @@ class Ranks:
         """Return the mean of a tensor over all ranks. It waits for no device.
 
         Args:
-            tensor: Of one shape on all ranks.
+            tensor: A tensor of one shape on all ranks.
         """
         mean = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
         torch.distributed.all_reduce(mean, group=self.group)
@@ -323,7 +323,7 @@ class Ranks:
 
         Args:
             tensor: Sharded over these ranks, or the same on each.
-            name: Of the tensor; engines need it.
+            name: The name of the tensor; engines need it.
         """
         del name
         return (_shards(tensor) if is_sharded(tensor) else 1) / self.world_size
@@ -332,7 +332,7 @@ class Ranks:
         """Return the sum of the tensors of all ranks.
 
         Args:
-            tensor: That of this rank, of one shape on all.
+            tensor: The tensor of this rank, of one shape on all.
         """
         total = tensor.to(self.device, copy=True)
         torch.distributed.all_reduce(total, group=self.group)
@@ -342,7 +342,7 @@ class Ranks:
         """Return the numbers of all ranks, by rank, in a message without pickles.
 
         Args:
-            number: That of this rank.
+            number: The number of this rank.
         """
         found = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
         found[self.rank] = number
@@ -363,7 +363,7 @@ class Ranks:
         """Overwrite tensors with those of one rank.
 
         Args:
-            tensors: Of the same shapes on all ranks.
+            tensors: Tensors of the same shapes on all ranks.
             device: Where the messages are; None for the device of the group's messages.
             source: The rank whose tensors are sent.
         """

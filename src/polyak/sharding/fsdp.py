@@ -64,7 +64,7 @@ class Managed:
         """Return a parameter without memory, of the shape that it has before ``fully_shard``.
 
         Args:
-            dtype: Of its values.
+            dtype: The dtype of its values.
         """
         if self.held is None:
             return nn.Parameter(torch.empty_like(self.tensor, dtype=dtype, device="meta"), requires_grad=False)

@@ -200,9 +200,9 @@ def divided(tensor: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", device: torc
 
     Args:
         tensor: Full on every rank, of one dimension or more.
-        dtype: Of the copy.
+        dtype: The dtype of the copy.
         mesh: The ranks; of one dimension.
-        device: Of the copy; None for the tensor's.
+        device: The device of the copy; None for the tensor's.
     """
     from torch.distributed.tensor import Shard  # noqa: PLC0415
 
@@ -215,8 +215,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, mesh: "DeviceMesh") -> Tenso
     """Return an uninitialized tensor on the CPU, sharded over the ranks by its first dimension if it has one.
 
     Args:
-        shape: Of the full tensor.
-        dtype: Of its values.
+        shape: The shape of the full tensor.
+        dtype: The dtype of its values.
         mesh: The ranks; of one dimension.
     """
     from torch.distributed.tensor import Replicate, Shard  # noqa: PLC0415
@@ -249,7 +249,7 @@ def broadcast(tensors: Iterable[Tensor], source: int, group: "ProcessGroup", dev
     """Overwrite tensors with those of one rank, many in one message.
 
     Args:
-        tensors: Of the same shapes on all ranks.
+        tensors: Tensors of the same shapes on all ranks.
         source: The rank whose tensors are sent; its number in the group.
         group: The ranks.
         device: Where the messages are; None for the device of the tensors.

@@ -76,7 +76,7 @@ def require_new(path: Path, *, overwrite: bool) -> None:
     """Check that nothing is lost when ``path`` is written.
 
     Args:
-        path: Of a file, or of a folder, which may be empty.
+        path: The path of a file, or of a folder, which may be empty.
         overwrite: Whether the user has asked to replace it.
 
     Raises:

@@ -115,7 +115,7 @@ def recommended(results: SweepResult) -> Recommendation:
     The default is the half-life nearest to a sixteenth of the run that was evaluated.
 
     Args:
-        results: Of a sweep with half-lives. Of several end moments, that of the best average counts.
+        results: The results of a sweep with half-lives. If it has several end moments, that of the best average counts.
 
     Raises:
         EvaluationError: If the metric is NaN for every average.

@@ -191,7 +191,7 @@ def require_equal(results: Sequence[Result]) -> None:
     """Check that all ranks got the same values for the same weights, up to the rounding of their devices.
 
     Args:
-        results: Of each rank.
+        results: The results of each rank.
 
     Raises:
         EvaluationError: If they did not.

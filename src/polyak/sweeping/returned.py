@@ -21,7 +21,7 @@ def measured(returned: Any, name: str) -> _Measured:
 
     Args:
         returned: What the custom function returned.
-        name: Of the weights, for errors.
+        name: The name of the weights, for errors.
 
     Raises:
         EvaluationError: If it is of another type.

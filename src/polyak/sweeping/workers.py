@@ -62,7 +62,7 @@ class Workers:
         """Return the values of all ranks, by rank; raise if a rank has failed.
 
         Args:
-            value: That of this rank: anything that can be pickled.
+            value: The value of this rank: anything that can be pickled.
         """
         return self._gather(_Sent(value))
 
@@ -70,7 +70,7 @@ class Workers:
         """Return the value of rank 0.
 
         Args:
-            value: That of this rank, which only rank 0 sends.
+            value: The value of this rank, which only rank 0 sends.
         """
         return self.exchange(value if self.is_first else None)[0]  # pyrefly: ignore[bad-return]
 

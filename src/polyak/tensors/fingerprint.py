@@ -73,7 +73,7 @@ def take(dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -> Check:
 
     Args:
         dicts: Those of modules.
-        tensors: Of any kind, in the dicts or not.
+        tensors: Tensors of any kind, in the dicts or not.
     """
     in_c = fingerprint_c.AVAILABLE and "c" in serving_cpu()
     return (in_c and fingerprint_c.take(dicts, tensors)) or take_in_python(dicts, tensors)
@@ -84,7 +84,7 @@ def take_in_python(dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -
 
     Args:
         dicts: Those of modules.
-        tensors: Of any kind, in the dicts or not.
+        tensors: Tensors of any kind, in the dicts or not.
     """
     empty, filled = [dict_ for dict_ in dicts if not dict_], [dict_ for dict_ in dicts if dict_]
     names, values = list(map(tuple, filled)), list(chain.from_iterable(map(_VALUES, filled)))

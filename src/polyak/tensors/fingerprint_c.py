@@ -66,7 +66,7 @@ def take(dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -> Callable
 
     Args:
         dicts: Those of modules.
-        tensors: In the dicts or not. Of wrapper tensors only the identity is checked.
+        tensors: Tensors, in the modules' dicts or not. Only the identity of wrapper tensors is checked.
     """
     assert _library is not None
     # The caller of C keeps all objects whose addresses it passes: C reads no memory that may have been freed.

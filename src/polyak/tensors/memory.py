@@ -94,7 +94,7 @@ def owners(tensors: Sequence[Tensor], names: Sequence[str], rank: Sequence[int])
 
     Args:
         tensors: Any. A tensor without memory owns itself.
-        names: Of the tensors, for the error.
+        names: The names of the tensors, for the error.
         rank: Of two tensors over the same bytes, the one with the lower rank owns them; of equal ranks, the first.
 
     Raises:
@@ -177,10 +177,10 @@ class Place:
     """Where a view lies in the tensor that owns its memory, to make the same view of another tensor.
 
     Args:
-        owner_shape: Of the owner.
-        owner_stride: Of the owner.
-        shape: Of the view.
-        stride: Of the view.
+        owner_shape: The shape of the owner.
+        owner_stride: The strides of the owner.
+        shape: The shape of the view.
+        stride: The stride of the view.
         offset: From the owner's first element to the view's, in elements.
         conj: Whether the view conjugates the owner's values.
         neg: Whether it negates them.

@@ -133,7 +133,7 @@ def decided(policy: PolicyRule, slot: Slot) -> Policy:
     """Return what a policy decides for a tensor.
 
     Args:
-        policy: Of polyak or of a user.
+        policy: A policy of polyak or of a user.
         slot: Where the tensor is.
 
     Raises:
@@ -182,7 +182,7 @@ def own_attribute(module: nn.Module, name: str) -> Any:
 
     Args:
         module: Any.
-        name: Of the attribute.
+        name: The name of the attribute.
     """
     return getattr(module, name) if name in vars(module) or hasattr(type(module), name) else None
 

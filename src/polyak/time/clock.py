@@ -27,7 +27,7 @@ class _Counter:
     """A counter of a ``Timestamp``, whose ``__dict__`` holds its number by name.
 
     Args:
-        unit: Of the counter.
+        unit: The unit of the counter.
     """
 
     def __init__(self, unit: TimeUnit) -> None:

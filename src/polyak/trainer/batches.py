@@ -83,7 +83,7 @@ def shares(
         batch: Tensors with one first dimension, in tuples, lists and mappings.
         parts: The largest number of microbatches for each rank.
         count: Returns how many samples a batch has.
-        rank: Whose share.
+        rank: The rank whose share is returned.
         size: The world size.
     """
     if parts == size == 1:

@@ -24,8 +24,8 @@ class Callback:
         """Call the method named as the event, if there is one.
 
         Args:
-            event: That has happened.
-            state: Of the trainer.
+            event: The event that has happened.
+            state: The state of the trainer.
             logger: Where to log.
         """
         method = getattr(self, event.value, None)
@@ -36,7 +36,7 @@ class Callback:
         """Release resources, when the trainer is closed.
 
         Args:
-            state: Of the trainer.
+            state: The state of the trainer.
             logger: Where to log.
         """
 

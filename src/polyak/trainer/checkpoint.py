@@ -148,7 +148,7 @@ def read_newest(paths: Sequence[Path], group: Group) -> tuple[Path, dict[str, An
     """Return the path and the content of the newest checkpoint that is not damaged; warn of newer ones.
 
     Args:
-        paths: Of the checkpoints, newest first; at least one.
+        paths: The paths of the checkpoints, newest first; at least one.
         group: As for ``read``.
 
     Raises:

@@ -20,7 +20,7 @@ class Epochs:
     """Draws the batches of one epoch after another.
 
     Args:
-        context: Of the trainer.
+        context: The context of the trainer.
         loader: The data to train on; None if ``fit`` will get it.
         num_samples: Function of a batch: how many samples it has.
 

@@ -27,7 +27,7 @@ class Evaluation:
     Each rank runs its share of every batch of an evaluator; all ranks get the figures of the full batches.
 
     Args:
-        context: Of the trainer. The state's ``eval_metrics`` are set.
+        context: The context of the trainer. The state's ``eval_metrics`` are set.
         checked: The arguments of the trainer.
 
     Raises:

@@ -23,7 +23,7 @@ class Fitting:
     interrupt leaves it early, its changes are undone, and a later ``run`` or a resumed run repeats it.
 
     Args:
-        context: Of the trainer.
+        context: The context of the trainer.
         epochs: Gives the batches.
         step: Trains on a batch.
         evaluation: Evaluates.

@@ -98,7 +98,7 @@ def require(holds: object, name: str, must: str, given: object, advice: str = ""
 
     Args:
         holds: The condition.
-        name: Of the argument.
+        name: The name of the argument.
         must: What the argument must be.
         given: What was given.
         advice: What to do instead.
@@ -150,7 +150,7 @@ def check_loader(name: str, given: Any) -> Any:
     """Return the iterable that batches are drawn from, epoch after epoch.
 
     Args:
-        name: Of the argument.
+        name: The name of the argument.
         given: As given.
 
     Raises:
@@ -172,7 +172,7 @@ def check_metrics(metrics: Any, name: str = "metrics") -> dict[str, Any]:
 
     Args:
         metrics: As given; None for none.
-        name: Of the argument.
+        name: The name of the argument.
 
     Raises:
         ArgumentError: If they are something else than a mapping of names to metrics.
@@ -225,7 +225,7 @@ def duration_of(name: str, given: str | Time | float, counted: frozenset[TimeUni
     """Return how long to train; a number is one of epochs.
 
     Args:
-        name: Of the argument.
+        name: The name of the argument.
         given: As given.
         counted: The units that are counted.
 

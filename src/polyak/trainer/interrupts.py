@@ -24,7 +24,7 @@ class Rollback:
     a batch draws some too. A resumed run repeats the batch, so both must be what they were before it.
 
     Args:
-        model: In training.
+        model: The model in training.
         stream: The random numbers that the data loader draws.
     """
 

@@ -52,7 +52,7 @@ class Group:
         """Overwrite tensors with those of rank 0.
 
         Args:
-            tensors: On the group's device, of the same shapes on all.
+            tensors: Tensors on the group's device, of the same shapes on all ranks.
         """
         self.ranks.broadcast(tensors, self.device)
 

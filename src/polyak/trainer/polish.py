@@ -42,7 +42,7 @@ class Polish:
     From then on schedulers rest, and the weights that are evaluated, predicted with and saved are the training weights.
 
     Args:
-        context: Of the trainer.
+        context: The context of the trainer.
         step: Whose schedulers rest.
         evaluation: Evaluates before and after.
         polish: As for ``Trainer``; None for no such phase.

@@ -19,7 +19,7 @@ class PolishStart:
     Of a record this is the average that ``Record.recommend`` recommends: a half-life of a sixteenth of the run so far.
 
     Args:
-        context: Of the trainer.
+        context: The context of the trainer.
 
     Raises:
         ArgumentError: If there is no average, or there are several.

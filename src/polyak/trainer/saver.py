@@ -67,7 +67,7 @@ class CheckpointSaver(Callback):
 
         Args:
             event: What happened.
-            state: Of the trainer.
+            state: The state of the trainer.
             logger: Not used.
         """
         del logger

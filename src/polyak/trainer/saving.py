@@ -41,7 +41,7 @@ class Checkpoints:
     """Saves everything that a resumed run depends on, and resumes from it.
 
     Args:
-        context: Of the trainer. The state's ``save_checkpoint`` is set.
+        context: The context of the trainer. The state's ``save_checkpoint`` is set.
         epochs: Knows how many batches of the epoch are completed.
         step: Has the gradient scaler.
         evaluation: Knows when evaluators last ran.
@@ -145,7 +145,7 @@ class Checkpoints:
         """Load only the weights: the averaged ones, if there is an average.
 
         Args:
-            path: Of the checkpoint, for errors.
+            path: The path of the checkpoint, for errors.
             saved: What was read.
             ignored: As for ``load``.
 
@@ -159,7 +159,7 @@ class Checkpoints:
         """Resume from a checkpoint.
 
         Args:
-            path: Of the checkpoint, for errors.
+            path: The path of the checkpoint, for errors.
             saved: What was read.
             ignored: Entries that are not loaded: ``"optimizers"``, ``"timestamp"``, ``"model/head.*"``.
 

@@ -38,10 +38,11 @@ class TrainerState(LoopState):
         dataloader_label: ``"train"``, or the label of the evaluator.
         evaluators: What is evaluated, each with its label.
         batch: In use: on the CPU until ``BEFORE_TRAIN_BATCH``, then each microbatch on the device.
-        outputs: Of the model for ``batch``.
-        loss: Of the last batch, over all ranks, detached; from ``AFTER_LOSS`` to ``AFTER_BACKWARD`` of the microbatch.
-        eval_metrics: Of the last evaluation, by name.
-        train_metrics: Of the last batch whose training metrics were logged, by name.
+        outputs: The outputs of the model for ``batch``.
+        loss: The loss of the last batch, over all ranks, detached; from ``AFTER_LOSS`` to ``AFTER_BACKWARD`` of the
+            microbatch.
+        eval_metrics: The metrics of the last evaluation, by name.
+        train_metrics: The metrics of the last batch whose training metrics were logged, by name.
         counted: The units of time that are counted.
         rank: The rank of this process among those that train the model. Only rank 0 should write and print.
         sharded: Whether the model or an average is sharded over ranks, so that checkpoints are folders.

@@ -52,7 +52,7 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return an optimizer's state.
 
     Args:
-        optimizer: Of the trainer.
+        optimizer: The optimizer of the trainer.
         model: Wrapped or not, to name its parameters.
 
     Raises:
@@ -83,7 +83,7 @@ def check_optimizer(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Mo
     """Check that a saved state is that of an optimizer with the same settings over the same parameters, in order.
 
     Args:
-        optimizer: That gets the state.
+        optimizer: The optimizer that gets the state.
         state: As saved; one of an earlier version says less.
         model: Wrapped or not, to name its parameters.
 

@@ -47,7 +47,7 @@ class Workers:
         """Return one or several of each, as given to the trainer, as checked lists.
 
         Args:
-            model: To be trained.
+            model: The model to be trained.
             algorithms: One or several.
             optimizers: One or several.
             schedulers: One or several.

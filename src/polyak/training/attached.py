@@ -33,9 +33,9 @@ class Attached(Handle):
 
     Args:
         algorithms: One or several.
-        model: In training, wrapped or not.
-        optimizer: Whose steps are counted; None if ``step`` counts them.
-        options: Of the loop.
+        model: The model in training, wrapped or not.
+        optimizer: The optimizer whose steps are counted; None if ``step`` counts them.
+        options: The options of the loop.
 
     Raises:
         TimeError: If an algorithm has a time in a unit that is not counted.

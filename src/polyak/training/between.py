@@ -16,7 +16,7 @@ class Between:
 
     Args:
         fire: Fires an event.
-        state: Of the loop.
+        state: The state of the loop.
         start: Before the block.
         end: After it.
     """

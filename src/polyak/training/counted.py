@@ -61,9 +61,9 @@ class CountedLoop(Loop):
 
     Args:
         algorithms: At work; their owner must keep those that swap an average in.
-        model: In training, wrapped or not.
-        optimizer: Whose steps are counted; None if the caller counts them.
-        options: Of the loop.
+        model: The model in training, wrapped or not.
+        optimizer: The optimizer whose steps are counted; None if the caller counts them.
+        options: The options of the loop.
 
     Raises:
         TimeError: If an algorithm has a time in a unit that is not counted.
@@ -72,7 +72,7 @@ class CountedLoop(Loop):
         NotImplementedError: If this process does not hold the model's parameters as they are.
 
     Attributes:
-        hooks: On the optimizer; None if steps are counted by hand.
+        hooks: The hooks on the optimizer; None if steps are counted by hand.
         by_hand: Whether they are.
         detached: Whether counting has stopped.
     """

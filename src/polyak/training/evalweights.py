@@ -20,7 +20,7 @@ def eval_weights_of(given: object, *, stacklevel: int = 3) -> EvalWeights:
 
     Args:
         given: As given; ``"training"`` is the deprecated name of ``"raw"``.
-        stacklevel: Of the warning, as for ``warnings.warn``.
+        stacklevel: The stacklevel of the warning, as for ``warnings.warn``.
 
     Raises:
         ArgumentError: If it is none of its values.

@@ -89,7 +89,7 @@ class Loop:
         """Dispatch an event to the algorithms, then to the callbacks.
 
         Args:
-            event: That has happened.
+            event: The event that has happened.
         """
         self.dispatch(event)
         if self._callbacks:
@@ -99,7 +99,7 @@ class Loop:
         """Dispatch an event to the algorithms alone; ``notify`` follows when the loop is interruptible again.
 
         Args:
-            event: That has happened.
+            event: The event that has happened.
         """
         if not self._met:
             self.meet()
@@ -239,7 +239,7 @@ class Loop:
         """Warn from now on, at evaluations, saves and the end, if weights move without a step that is counted.
 
         Args:
-            hooks: On the optimizer whose steps are counted; None if they are counted by hand.
+            hooks: The hooks on the optimizer whose steps are counted; None if they are counted by hand.
         """
         self.uncounted, self._counted = Uncounted(self.state.model, hooks, self.warn_of_uncounted), 0
 

@@ -21,7 +21,7 @@ class BetweenSteps:
     test, and nothing is wrong.
 
     Args:
-        model: In training, wrapped or not.
+        model: The model in training, wrapped or not.
         steps: Whether a tensor is one that the steps move.
         instead: What to do, in words.
 

@@ -85,8 +85,8 @@ def refuse_masters(optimizer: Optimizer, model: nn.Module) -> None:
     still has its old weights.
 
     Args:
-        optimizer: Whose steps are to be counted.
-        model: In training, wrapped or not.
+        optimizer: The optimizer whose steps are to be counted.
+        model: The model in training, wrapped or not.
 
     Raises:
         OptimizerError: If none of its tensors is a parameter of the model, or it has float32 masters of the model's

@@ -21,7 +21,7 @@ def warn_of_second_average(loop: "Loop") -> None:
     Two averages that differ and begin together are meant.
 
     Args:
-        loop: That begins to train.
+        loop: The loop that begins to train.
     """
     if _others(loop):
         gc.collect()  # what is only in a cycle of references is about to go

@@ -16,7 +16,7 @@ class LoopState:
     """An ``events.State`` that a ``Loop`` keeps. A trainer with more to show derives from it.
 
     Args:
-        model: In training, wrapped or not.
+        model: The model in training, wrapped or not.
         timestamp: Now.
         max_duration: The length of the run, if it is known.
         saving_to: The path of the checkpoint that is being written, if that is known.
@@ -34,7 +34,7 @@ class LoopState:
         """Set ``saving_to`` for a ``with`` block.
 
         Args:
-            path: Of the checkpoint that is written in it, if that is known.
+            path: The path of the checkpoint that is written in it, if that is known.
         """
         self.saving_to = None if path is None else Path(path)
         try:

@@ -28,10 +28,10 @@ class _Call:
     """A step that is running: the outermost one of its optimizer.
 
     Args:
-        frame: Of torch's wrapper of ``step``, by which a nested step finds this one among its callers.
+        frame: The frame of torch's wrapper of ``step``, by which a nested step finds this one among its callers.
         rehearsal: Whether ``torch.distributed.checkpoint`` makes it, to have a state to load into.
         graded: Whether it began with gradients that it uses.
-        versions: Of all tensors, if gradients may not show whether it moved them.
+        versions: The versions of all tensors, if gradients may not show whether it moved them.
         nested: The number of steps of a parent class that are running inside it.
     """
 

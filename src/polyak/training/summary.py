@@ -14,7 +14,7 @@ def summary(model: nn.Module, algorithms: Sequence[Algorithm], now: Timestamp, *
     """Return what is averaged, how, and how far it is.
 
     Args:
-        model: In training, unwrapped.
+        model: The model in training, unwrapped.
         algorithms: At work in the loop.
         now: What has been counted.
         detached: Whether counting has stopped.

@@ -15,7 +15,7 @@ def refuse_uncountable(algorithms: Iterable[Algorithm], counts: Collection[TimeU
     The lengths of the run and of an epoch are taken as known. ``Loop.refuse_uncounted`` asks again when a run begins.
 
     Args:
-        algorithms: Of the loop.
+        algorithms: The algorithms of the loop.
         counts: The units that it counts.
 
     Raises:
@@ -31,7 +31,7 @@ def refuse_unmoved(algorithms: Iterable[Algorithm], state: LoopState, counts: Co
     """Refuse, after the first batch, times in a unit of which that batch had none.
 
     Args:
-        algorithms: Of the loop.
+        algorithms: The algorithms of the loop.
         state: After the batch.
         counts: The units that the loop counts, as far as it knew.
 

@@ -17,8 +17,8 @@ class Uncounted:
     """Warns, once, if weights have moved without a step that was counted.
 
     Args:
-        model: In training, wrapped or not. Its weights are noted.
-        hooks: On the optimizer whose steps are counted; None if they are counted by hand.
+        model: The model in training, wrapped or not. Its weights are noted.
+        hooks: The hooks on the optimizer whose steps are counted; None if they are counted by hand.
         replaced: Called when another optimizer seems to have replaced it.
 
     Attributes:

@@ -32,7 +32,7 @@ class Reading:
         kind: ``"raw"``, ``"newest"`` (the mean over the newest segment of the record, nearly raw), ``"half_life"`` or
             ``"cooldown"``.
         share: The half-life or the length of the cooldown, as a share of the run so far; None for the others.
-        name: For people.
+        name: The name for people.
         metrics: By name.
         error: The estimated error of the average; None if it is not known.
     """

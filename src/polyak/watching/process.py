@@ -180,7 +180,7 @@ class _Growth:
 
         Args:
             record: The record as it is now; None if there is none.
-            folder: Of the record.
+            folder: The folder of the record.
             say: As for ``watch``.
         """
         if record is not None:

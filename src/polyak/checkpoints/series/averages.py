@@ -65,7 +65,7 @@ class Options:
         """Return options with a time for each path.
 
         Args:
-            paths: Of the checkpoints.
+            paths: The paths of the checkpoints.
             said: What the user says of them.
 
         Raises:
@@ -93,7 +93,7 @@ class Average:
 
     Args:
         checkpoint: The file, with the tensors of the average.
-        name: Of the average, for people.
+        name: The name of the average, for people.
         updates: How many updates of the average, or steps of the run, there were when it was saved.
         clock: The run's clock at that moment, by unit.
         profile: How much each moment counts; None if these are the weights of the moment alone.
@@ -181,8 +181,8 @@ def as_count(path: Path, name: str, value: float | None) -> int:
     """Return a count that a checkpoint says.
 
     Args:
-        path: Of the checkpoint.
-        name: Of the count.
+        path: The path of the checkpoint.
+        name: The name of the count.
         value: What it says.
 
     Raises:

@@ -21,7 +21,7 @@ def accepts(path: Path, content: Mapping[Any, Any]) -> bool:
     """Return whether a checkpoint is named like a snapshot of EDM2.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
         content: What is in it.
     """
     del content
@@ -32,7 +32,7 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     """Return the averages in snapshots.
 
     Args:
-        paths: Of the snapshots.
+        paths: The paths of the snapshots.
         options: What the user says.
 
     Raises:

@@ -89,7 +89,7 @@ def accepts(path: Path, content: Mapping[Any, Any]) -> bool:
     """Return whether a checkpoint is one of ``PostHocEMA``.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
         content: What is in it.
     """
     named = any(isinstance(name, str) and name.startswith(_PREFIX) for name in content)
@@ -100,7 +100,7 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     """Return the averages in a folder.
 
     Args:
-        paths: Of the files.
+        paths: The paths of the files.
         options: What the user says.
 
     Raises:

@@ -82,7 +82,7 @@ class EMAParameters:
         """Copy the average into another model with the same names.
 
         Args:
-            model: To be overwritten.
+            model: The model to be overwritten.
 
         Raises:
             MismatchError: If names or shapes differ.

@@ -50,7 +50,7 @@ class Averaging(Handle, Callback):
             of the training weights. Or a list of the first two, one for each dataloader. It may be changed.
         num_samples: Function of a batch: how many samples it has; needed for times in ``sp``.
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
-        optimizer: Of several optimizers, the number of the one whose steps are counted.
+        optimizer: If there are several optimizers, the number of the one whose steps are counted.
 
     Raises:
         ArgumentError: If more than one algorithm swaps an average in, or ``eval_weights`` is none of its values.
@@ -101,7 +101,7 @@ class Averaging(Handle, Callback):
         Args:
             trainer: Lightning's.
             pl_module: The model.
-            stage: That begins.
+            stage: The stage that begins.
 
         Raises:
             NotImplementedError: Under DeepSpeed and FSDP1.
@@ -247,7 +247,7 @@ class Averaging(Handle, Callback):
         Args:
             trainer: Lightning's.
             pl_module: The model.
-            checkpoint: To be added to.
+            checkpoint: The checkpoint to add to.
         """
         if self._loop is not None:
             swap = swap_of(pl_module)

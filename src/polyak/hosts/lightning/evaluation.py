@@ -34,7 +34,7 @@ class Evaluation:
     """Fires the events around validation, test and prediction, and those that change the weights between dataloaders.
 
     Attributes:
-        loop: Of the model; None before it is known.
+        loop: The loop of the model; None before it is known.
     """
 
     def __init__(self) -> None:
@@ -54,8 +54,8 @@ class Evaluation:
 
         Args:
             trainer: Lightning's.
-            start: To be fired.
-            end: That ``end`` will fire.
+            start: The event to fire.
+            end: The event that ``end`` will fire.
         """
         if self.has_average(trainer):
             assert self.loop is not None

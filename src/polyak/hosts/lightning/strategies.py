@@ -9,7 +9,7 @@ def refuse_foreign(strategy: Any) -> None:
     """Refuse a strategy under which a process does not hold the model's parameters as they are.
 
     Args:
-        strategy: Of a trainer or of Fabric.
+        strategy: The strategy of a trainer or of Fabric.
 
     Raises:
         NotImplementedError: If it is one.

@@ -93,7 +93,7 @@ def attach(
 
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several.
-        trainer: Of torchtitan.
+        trainer: torchtitan's trainer.
         eval_weights: ``"averaged"``; ``"raw"`` to validate with the training weights; or ``"both"``: then
             ``validation_metrics/loss`` is that of the average, and ``raw_validation_metrics/loss`` that of the
             training weights.

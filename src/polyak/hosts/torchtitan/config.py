@@ -117,8 +117,8 @@ def averaged(config: Trainer.Config, **settings: Any) -> Any:
     """Return a configuration with a section ``polyak``: of the same trainer, with an average.
 
     Args:
-        config: Of torchtitan's ``Trainer``, or of a class of it.
-        **settings: Of ``Averaging.Config``, such as ``half_life="1000ba"`` and ``eval_weights="both"``.
+        config: The configuration of torchtitan's ``Trainer``, or of a subclass of it.
+        **settings: The settings of ``Averaging.Config``, such as ``half_life="1000ba"`` and ``eval_weights="both"``.
 
     Raises:
         ArgumentError: If the configuration has such a section already.
@@ -138,8 +138,8 @@ def ema(config: BaseCheckpointManager.Config, **settings: Any) -> Any:
     An override replaces a component, and the checkpoint manager is the one that meets the whole trainer.
 
     Args:
-        config: That of the checkpoint manager.
-        **settings: Of ``Averaging.Config``.
+        config: The configuration of the checkpoint manager.
+        **settings: The settings of ``Averaging.Config``.
     """
     return derive(config, _manager_of(_owner(config)).Config, polyak=Averaging.Config(**settings))
 

@@ -14,8 +14,8 @@ def validation(applied: Callable[..., Any], model: nn.Module, validator: Any, *,
 
     Args:
         applied: Returns a context in which the model has the average.
-        model: In training.
-        validator: Of the trainer.
+        model: The model in training.
+        validator: The trainer's validator.
         both: Whether to validate with the training weights too.
     """
 

@@ -23,7 +23,7 @@ class Logger:
     """Passes metrics to all destinations.
 
     Args:
-        state: Of the trainer, for the default of ``step``.
+        state: The state of the trainer, for the default of ``step``.
         destinations: In order.
     """
 

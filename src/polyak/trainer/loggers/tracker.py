@@ -48,7 +48,7 @@ class Tracker(Destination):
     """Has a run of an experiment tracker, which starts with the trainer. A resumed trainer continues it.
 
     Args:
-        name: Of the run; None for the ``run_name`` of the trainer.
+        name: The name of the run; None for the ``run_name`` of the trainer.
     """
 
     def __init__(self, name: str | None) -> None:
