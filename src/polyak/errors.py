@@ -111,7 +111,7 @@ class OptimizerError(PolyakError, TypeError):
 
 
 class PlanWarning(UserWarning):
-    """A plan that works as asked but can hardly be meant: its numbers are in the message."""
+    """A plan that works as asked but is probably a mistake: its numbers are in the message."""
 
 
 class QuarantineWarning(UserWarning):

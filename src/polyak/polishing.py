@@ -53,7 +53,7 @@ def polish(
             run. It must be None otherwise.
 
     Raises:
-        ArgumentError: If an argument is none of these.
+        ArgumentError: If an argument is not one of these.
         LoanError: If averaging has not begun, or the model holds an average.
         MismatchError: If the record is one of another model.
         RecordError: If the record is empty, or a file of it is damaged.

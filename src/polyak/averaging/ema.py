@@ -45,7 +45,7 @@ class EMA(Attributes):
     The average begins with the weights after the first update event at or past ``ema_start``. With a half-life its
     decay follows the time between two updates, whatever the interval, the batch size or the skipped steps. The model
     holds the average from ``EVAL_START``, ``PREDICT_START`` and ``SAVE_START`` to the end event of each, and the
-    training weights at all other times. At the begin of an evaluation, ``metrics`` go to the loop's logger.
+    training weights at all other times. At the start of an evaluation, ``metrics`` go to the loop's logger.
 
     Args:
         half_life: The time in which half of the average is replaced: ``"1000 steps"``, ``"1.5 epochs"``,
@@ -171,7 +171,7 @@ class EMA(Attributes):
         """Return what is worth a curve, by the names under which it is logged; nothing before averaging has begun.
 
         ``ema/decay`` is the share of the average that the last update kept, ``ema/distance`` how far the weights are
-        from the average (``Shadow.distance``). They are logged at the begin of an evaluation, once for each batch, and
+        from the average (``Shadow.distance``). They are logged at the start of an evaluation, once for each batch, and
         not in updates: reading them waits for the device and takes a pass over the weights. To see them more often,
         log what this returns. If several ranks train together, all must call this.
 

@@ -17,7 +17,7 @@ def warn_before(schedule: Schedule, run: Run) -> None:
 
     Args:
         schedule: When averaging begins, and how it updates.
-        run: The run at its begin.
+        run: The run at its start.
     """
     warn_of_short(schedule, run)
     end, first = convert(run.max_duration, TimeUnit.BATCH, run), first_update(schedule, run)
@@ -40,7 +40,7 @@ def warn_before(schedule: Schedule, run: Run) -> None:
 
 
 def warn_of_short(schedule: Schedule, run: Run) -> None:
-    """Warn if one interval is many half-lives, so that the average is hardly more than the last weights.
+    """Warn if one interval is many half-lives, so that the average is little more than the last weights.
 
     Args:
         schedule: How the average updates.
@@ -118,7 +118,7 @@ def warn_not_updated(schedule: Schedule, progress: Progress, num_updates: int, r
 
     Args:
         schedule: How the average updates.
-        progress: Its last update, and the begin of the run.
+        progress: Its last update, and the start of the run.
         num_updates: How often the average has moved.
         run: The run at its end.
     """

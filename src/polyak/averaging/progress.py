@@ -62,11 +62,11 @@ class Progress:
         self.began, self.has_history = max(0.0, elapsed[1] - elapsed[0]), True
 
     def resume(self, schedule: Schedule, run: Run) -> None:
-        """Continue at the begin of a run, on the clock of the run.
+        """Continue at the start of a run, on the clock of the run.
 
         Args:
             schedule: How the average updates.
-            run: The run at its begin.
+            run: The run at its start.
         """
         self.max_duration = run.max_duration
         # A state of Composer's does not have the last update; it was at the end of the last interval.

@@ -17,7 +17,7 @@ def share_of_first_weights(schedule: Schedule, progress: Progress, num_updates: 
 
     Args:
         schedule: How the average updates.
-        progress: Its begin and its last update.
+        progress: Its start and its last update.
         num_updates: How often it has moved.
     """
     profile, unit, updated_at = schedule.profile, schedule.unit, progress.updated_at
@@ -39,7 +39,7 @@ def warn_of_youth(schedule: Schedule, progress: Progress, num_updates: int, what
 
     Args:
         schedule: How it updates.
-        progress: Its begin and its last update.
+        progress: Its start and its last update.
         num_updates: How often it has moved.
         what: What is done with it, such as ``"evaluated"``.
     """

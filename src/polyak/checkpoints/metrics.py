@@ -73,7 +73,7 @@ class Log:
         path: The path of the file.
 
     Raises:
-        CheckpointError: If it is no such file.
+        CheckpointError: If it is not such a file.
     """
 
     def __init__(self, path: Path) -> None:

@@ -32,7 +32,7 @@ def read(path: Path, files: Files) -> Found:
         files: Opens it.
 
     Raises:
-        CheckpointError: If it is no such archive, is compressed or is damaged.
+        CheckpointError: If it is not such an archive, is compressed or is damaged.
     """
     data = files.open(path)
     try:

@@ -11,7 +11,7 @@ FORMAT = "file"
 
 
 def accepts(path: Path) -> bool:
-    """Return whether it is no folder.
+    """Return whether it is not a folder.
 
     Args:
         path: The path of a checkpoint.
@@ -27,7 +27,7 @@ def read(path: Path, files: Files) -> Found:
         files: Opens it.
 
     Raises:
-        CheckpointError: If it is no such file, or is damaged.
+        CheckpointError: If it is not such a file, or is damaged.
     """
     data = files.open(path)
     content = load(path, data=data, unchecked=files.unchecked)

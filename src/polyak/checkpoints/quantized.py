@@ -1,4 +1,4 @@
-"""Quantized weights are codes and scales. An average of each is no average of the weights: they are refused."""
+"""Quantized weights are codes and scales. An average of each is not an average of the weights: they are refused."""
 
 import re
 from collections.abc import Iterator

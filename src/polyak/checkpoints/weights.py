@@ -20,7 +20,7 @@ _OTHERS = ("optim", "sched", "scaler", "rng", "random", "dataloader", "dataset",
 _ALSO_OTHERS = {"opt", "opt_state", "args", "config", "amp", "ddp", "batch"}
 _DEPTH = 5
 _MOST_ITEMS = 64  # of a list that is looked into
-# What layers keep in a state dict that is no weight: how torch names it, after the name of the layer.
+# What layers keep in a state dict that is not a weight: how torch names it, after the name of the layer.
 EXTRA_STATE = "_extra_state"
 
 

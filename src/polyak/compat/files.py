@@ -43,7 +43,7 @@ def opened(path: Path) -> memoryview:
         path: Where it is.
 
     Raises:
-        CheckpointError: If it is none, is empty, or may not be read.
+        CheckpointError: If it is not one, is empty, or may not be read.
     """
     try:
         _require_regular(path, path.stat().st_mode)
@@ -86,7 +86,7 @@ def load(
         path: The path of a safetensors file, or one of ``torch.save``, compressed or not.
         mapped: Whether tensors may be the file's own bytes, which stay on disk until they are used; the file must then
             not change. They can be written to, which does not change the file.
-        strict: Whether to refuse what is no tensor, container, number or text. Otherwise something stands in for it.
+        strict: Whether to refuse what is not a tensor, container, number or text. Otherwise something stands in for it.
         data: The file's bytes, if it is open.
         unchecked: As for `load_saved`: to read no tensor now.
 
@@ -230,7 +230,7 @@ def read_json(path: Path) -> Any:
         path: Where it is.
 
     Raises:
-        CheckpointError: If it is none, or a very large one.
+        CheckpointError: If it is not one, or a very large one.
     """
     return _json(bytes(opened(path)[: _MOST_JSON_BYTES + 1]), shown(path))
 

@@ -18,7 +18,7 @@ from polyak.errors import CheckpointError
 
 _CONFIG = "config.json"
 _METADATA = ".metadata"
-# Of a sharded checkpoint of polyak.Trainer: what is no sharded tensor, with the names of those.
+# Of a sharded checkpoint of polyak.Trainer: what is not a sharded tensor, with the names of those.
 _REST = "rest.pt"
 _SHARDED = "polyak_sharded"
 # Of the files of torch.save in a folder of diffusers; others, such as optimizer.bin, are no weights.
@@ -41,7 +41,7 @@ def diffusers(path: Path) -> Averaged:
         path: The folder.
 
     Raises:
-        CheckpointError: If it is none, or cannot be read.
+        CheckpointError: If it is not one, or cannot be read.
     """
     try:
         config = read_json(path / _CONFIG)
@@ -315,7 +315,7 @@ def metadata_shape(value: object) -> tuple[int, ...]:
         value: What is there.
 
     Raises:
-        CheckpointError: If it is none.
+        CheckpointError: If it is not one.
     """
     if isinstance(value, StandIn) and value.of.endswith("Size"):
         value = value.arguments

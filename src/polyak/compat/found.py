@@ -57,7 +57,7 @@ def count(value: object) -> str:
         value: A number, or a tensor of one.
 
     Raises:
-        CheckpointError: If it is none.
+        CheckpointError: If it is not one.
     """
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
@@ -68,13 +68,13 @@ def count(value: object) -> str:
 
 
 def tensors_of(state: object) -> dict[str, Tensor]:
-    """Return the tensors of a state dict under their canonical names. What is no tensor, such as extra state, is left.
+    """Return the tensors of a state dict under their canonical names, without anything else, such as extra state.
 
     Args:
         state: The state dict.
 
     Raises:
-        CheckpointError: If it is none, a tensor cannot be read, or two have one name.
+        CheckpointError: If it is not one, a tensor cannot be read, or two have one name.
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(f"a state dict must be where the file has {shown(state)}")

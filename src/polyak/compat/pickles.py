@@ -162,7 +162,7 @@ class Unpickler:
             file: Open for reading.
 
         Raises:
-            CheckpointError: If it is no pickle, is too large, or does what no pickler does.
+            CheckpointError: If it is not a pickle, is too large, or does what no pickler does.
         """
         try:
             for opcode, argument, _ in pickletools.genops(file):

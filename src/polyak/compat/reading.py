@@ -16,7 +16,7 @@ from polyak.compat.shapes import STATISTICS, candidates, is_state_dict, one_of, 
 from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
 
-# A state dict that has one of these is no model's.
+# A state dict that has one of these is not a model's.
 _COUNTERS = {"n_averaged", "initted", "step", "num_updates", "ema_started"}
 
 

@@ -54,12 +54,12 @@ def load_saved(data: memoryview, *, mapped: bool, strict: bool, unchecked: dict[
     Args:
         data: The file, or the part of it that was saved by one call.
         mapped: Whether the tensors are the file's own bytes where they can be.
-        strict: Whether to refuse what is no tensor, container, number or text; otherwise something stands in for it.
+        strict: Whether to refuse what is not a tensor, container, number or text; otherwise something stands in for it.
         unchecked: To read no tensor now. The checksums of mapped storages are put in it, by their address, to be
             compared by who reads the tensors; and tensors are not copied where the file has them unaligned.
 
     Raises:
-        CheckpointError: If it is no such file, or is damaged.
+        CheckpointError: If it is not such a file, or is damaged.
     """
     if bytes(data[:4]) == b"PK\x03\x04":
         return _Archive(data, mapped=mapped, unchecked=unchecked).load(strict=strict)

@@ -142,7 +142,7 @@ def copy_if_unaligned(tensor: Any) -> Any:
     """Return a copy where the bytes in the file do not begin at a multiple of the size of a number.
 
     Args:
-        tensor: What was built. What is no tensor is returned as it is.
+        tensor: What was built. What is not a tensor is returned as it is.
     """
     if isinstance(tensor, Tensor) and tensor.numel() and tensor.data_ptr() % min(8, tensor.dtype.itemsize):
         return tensor.clone() if _may_be_copied(tensor) else Unread("a tensor that repeats numbers, and is not aligned")

@@ -28,7 +28,7 @@ def masters_of(engine: Any) -> Masters:
         engine: What ``deepspeed.initialize`` returned first.
 
     Raises:
-        ArgumentError: If it is no engine of DeepSpeed.
+        ArgumentError: If it is not an engine of DeepSpeed.
         OptimizerError: If its masters cannot be averaged; it says why, and what to use instead.
     """
     _refuse(engine)

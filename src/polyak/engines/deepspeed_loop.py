@@ -25,7 +25,7 @@ class DeepSpeedAttached(EngineAttached):
         options: The options of the loop.
 
     Raises:
-        ArgumentError: If there is another algorithm than an ``EMA``, or ``engine`` is no engine of DeepSpeed.
+        ArgumentError: If there is another algorithm than an ``EMA``, or ``engine`` is not an engine of DeepSpeed.
         OptimizerError: If the masters cannot be averaged.
         TimeError: If a time is in a unit that is not counted.
     """

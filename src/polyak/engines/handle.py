@@ -70,7 +70,7 @@ class MastersHandle(Handle):
         Raises:
             FileExistsError: If there is something already.
             LoanError: If averaging has not begun.
-            ArgumentError: If ``dtype`` is no floating-point dtype.
+            ArgumentError: If ``dtype`` is not a floating-point dtype.
         """
         save_average(self._begun(), self._masters, Path(path), dtype, overwrite=overwrite)
 

@@ -25,7 +25,7 @@ def save_average(ema: EMA, masters: MegatronMasters, path: Path, dtype: torch.dt
         overwrite: Whether an earlier export is replaced.
 
     Raises:
-        ArgumentError: If ``dtype`` is no floating-point dtype.
+        ArgumentError: If ``dtype`` is not a floating-point dtype.
     """
     check_dtype(dtype)
     ranks = communicator_of(masters)

@@ -92,7 +92,7 @@ def places_of_chunk(chunk: Any) -> list[Place]:
         chunk: In Megatron's ``DistributedDataParallel``.
 
     Raises:
-        OptimizerError: If a tensor is no block of rows of one of the full model, or has no place there.
+        OptimizerError: If a tensor is not a block of rows of one of the full model, or has no place there.
     """
     from megatron.core.transformer.utils import sharded_state_dict_default  # noqa: PLC0415  in use where a chunk is
 

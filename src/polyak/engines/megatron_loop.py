@@ -131,7 +131,7 @@ class MegatronAttached(EngineAttached):
         Raises:
             FileExistsError: If there is something already.
             LoanError: If averaging has not begun.
-            ArgumentError: If ``dtype`` is no floating-point dtype.
+            ArgumentError: If ``dtype`` is not a floating-point dtype.
         """
         save_average(self._begun(), self._held, Path(path), dtype, overwrite=overwrite)
 

@@ -110,7 +110,7 @@ def attach(
 
     Raises:
         NotImplementedError: Under FSDP1 and Megatron-LM.
-        TimeError: If ``max_duration`` is no time.
+        TimeError: If ``max_duration`` is not a time.
         CallError: If an argument is missing, or there is none of that name.
         ArgumentError: If more than one of the algorithms swaps an average in; under DeepSpeed, if there is another
             algorithm than an ``EMA``, or the model was not prepared.

@@ -38,7 +38,7 @@ def attach(
         logger: Where the metrics go.
 
     Raises:
-        ArgumentError: If ``engine`` is none of DeepSpeed's, or there is another algorithm than an ``EMA``.
+        ArgumentError: If ``engine`` is not DeepSpeed's, or there is another algorithm than an ``EMA``.
         OptimizerError: If the masters cannot be averaged: with experts, pipeline or tensor parallelism, ZenFlow,
             SuperOffload, MiCS, or masters on NVMe.
         TimeError: If a time is in a unit that is not counted.

@@ -45,7 +45,7 @@ def attach(
         logger: Where the algorithms log, such as ``TensorBoardLogger`` or anything with its method ``log_metrics``.
 
     Raises:
-        TimeError: If ``max_duration`` is no time, or a time of an algorithm is in a unit that is not counted.
+        TimeError: If ``max_duration`` is not a time, or a time of an algorithm is in a unit that is not counted.
         ProfileError: If a profile is in a unit that is not counted.
         OptimizerError: If the optimizer does not run torch's step hooks, as a list or a custom class may not, or steps
             float32 masters instead of the model's parameters, as DeepSpeed, Megatron and apex do.

@@ -51,7 +51,7 @@ class _Logger:
 
 
 class Attached(Handle, TrainerCallback):
-    """Algorithms at work in a ``Trainer``, and the handle of their average; ``attach`` makes it.
+    """Algorithms that run in a ``Trainer``, and the handle of their average; ``attach`` makes it.
 
     ``model`` is the averaged module, ``applied()`` swaps the average into the trainer's model for a block, ``save``
     writes the averaged weights. They need a trainer that has begun to train.
@@ -392,7 +392,7 @@ def attach(
     Raises:
         NotImplementedError: Under FSDP1.
         ArgumentError: If the trainer has algorithms already, more than one of these swaps an average in,
-            ``eval_weights`` is none of its values, or there is another algorithm than an ``EMA`` under DeepSpeed.
+            ``eval_weights`` is not one of its values, or there is another algorithm than an ``EMA`` under DeepSpeed.
         TimeError: If a time of an algorithm is in a unit that is not counted, as ``tok`` without
             ``include_num_input_tokens_seen``.
         ProfileError: If a profile is in such a unit.

@@ -65,7 +65,7 @@ class NamedProfile(ABC):
 
         Raises:
             PolyakError: If the value is out of range.
-            ValueError: If the text is no value.
+            ValueError: If the text is not a value.
         """
         raise ProfileError(f"a profile on the command line must have a form (got {form}={text} for {cls.__name__})")
 
@@ -230,7 +230,7 @@ def parse(form: str, text: str) -> NamedProfile:
 
     Raises:
         PolyakError: If the value is out of range.
-        ValueError: If the text is no value.
+        ValueError: If the text is not a value.
 
     Example:
         >>> parse("power", "0.1").describe()
@@ -248,7 +248,7 @@ def parse_words(text: str) -> NamedProfile:
 
     Raises:
         PolyakError: If there is no such form, or the value is out of range.
-        ValueError: If the text is no value.
+        ValueError: If the text is not a value.
 
     Example:
         >>> parse_words("cooldown 20%, 1-sqrt, floor 0.1").describe()

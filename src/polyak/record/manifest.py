@@ -305,7 +305,7 @@ class Manifest:
             text: What ``to_json`` returned, or any other text.
 
         Raises:
-            RecordError: If it is no manifest, or one of a later version, if a field is wrong, or if it does not have
+            RecordError: If it is not a manifest, or one of a later version, if a field is wrong, or if it does not have
                 the hash that it ends with. Manifests of older versions of polyak end without one.
         """
         try:

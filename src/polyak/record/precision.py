@@ -75,7 +75,7 @@ def as_differences(
 
     Args:
         tensors: How the record keeps them.
-        mean: As for ``widened``; None if the shard is no box of the tensor.
+        mean: As for ``widened``; None if the shard is not a box of the tensor.
         before: As for ``widened``.
         ranks: As for ``widened``.
     """
@@ -114,7 +114,7 @@ def _square(tensor: Tensor) -> float:
 
 
 def shard_of(read: Read, name: str, like: Tensor) -> Tensor | None:
-    """Read the part of a tensor that is this rank's local shard; None if it is no box.
+    """Read the part of a tensor that is this rank's local shard; None if it is not a box.
 
     Args:
         read: Reads a box of a tensor.

@@ -73,7 +73,7 @@ class Recorder(Algorithm):
             files that its checkpoints refer to. A run that resumes from a checkpoint continues its record instead.
 
     Raises:
-        TimeError: If ``interval`` is no time, or not above 0.
+        TimeError: If ``interval`` is not a time, or not above 0.
         RecordError: If ``per_level`` is below 1.
         ArgumentError: If another argument has a wrong type or value; it names it.
 
@@ -236,7 +236,7 @@ class Recorder(Algorithm):
             state: As saved.
 
         Raises:
-            CheckpointError: If it is no such state, or this is not attached to a model yet.
+            CheckpointError: If it is not such a state, or this is not attached to a model yet.
             MismatchError: If names or shapes differ from the model's.
         """
         if "num_updates" not in state or "count" not in state:

@@ -168,7 +168,7 @@ def check_arguments(*, per_level: Any, dtype: Any, device: Any, policy: Any, ove
         overwrite: As given.
 
     Raises:
-        RecordError: If ``per_level`` is no whole number, or below 1.
+        RecordError: If ``per_level`` is not a whole number, or below 1.
         ArgumentError: If another one has a wrong type or value.
     """
     whole = isinstance(per_level, int) and not isinstance(per_level, bool)

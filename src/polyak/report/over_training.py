@@ -142,7 +142,7 @@ def _curves(moments: Sequence[Moment]) -> Panel:
 
 
 def _range(moments: Sequence[Moment]) -> list[float] | None:
-    """Return the ends of the axis without the begin of training, which would flatten the rest; None for all."""
+    """Return the ends of the axis without the start of training, which would flatten the rest; None for all."""
     settled = moments[len(moments) // 5 :]
     values = [moment.value(one) for moment in settled for one in moment.readings]
     known = [value for value in values if math.isfinite(value)]

@@ -146,7 +146,7 @@ def offset(tensor: Tensor) -> tuple[int, ...] | None:
         tensor: Sharded or not.
 
     Raises:
-        ShardingError: If the shard is no box: some ways of dividing a dimension twice leave gaps.
+        ShardingError: If the shard is not a box: some ways of dividing a dimension twice leave gaps.
     """
     if not is_sharded(tensor) or not local(tensor).numel():
         return None

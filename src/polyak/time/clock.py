@@ -78,7 +78,7 @@ class Timestamp:
         epoch_length: Batches in an epoch, if known: without it, epochs have no fractions.
 
     Raises:
-        TimeError: If a counter is no time in its unit.
+        TimeError: If a counter is not a time in its unit.
 
     Example:
         >>> now = Timestamp(epoch_length=4).to_next_batch(samples=8).to_next_batch(samples=8)
@@ -111,7 +111,7 @@ class Timestamp:
             **changes: By name; None leaves a counter as it is.
 
         Raises:
-            TimeError: If a value is no time in the unit of its counter.
+            TimeError: If a value is not a time in the unit of its counter.
         """
         unknown = [name for name in changes if name not in Timestamp.__dataclass_fields__]
         if unknown:

@@ -109,7 +109,7 @@ def parse(timestring: object) -> tuple[int | float, TimeUnit]:
 
 
 def _meant(timestring: str) -> str:
-    """Return what was perhaps meant by a string that is no time string."""
+    """Return what was perhaps meant by a string that is not a time string."""
     match = _OTHER_UNIT.fullmatch(timestring)
     if match is None:
         share = re.fullmatch(rf"\s*({_NUMBER})\s*%\s*", timestring)

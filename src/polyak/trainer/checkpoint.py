@@ -152,7 +152,7 @@ def read_newest(paths: Sequence[Path], group: Group) -> tuple[Path, dict[str, An
         group: As for ``read``.
 
     Raises:
-        CheckpointError: If one is no checkpoint of the trainer; if all are damaged, for the newest.
+        CheckpointError: If one is not a checkpoint of the trainer; if all are damaged, for the newest.
     """
     newest: DamagedCheckpointError | None = None
     for path in paths:

@@ -230,7 +230,7 @@ def duration_of(name: str, given: str | Time | float, counted: frozenset[TimeUni
         counted: The units that are counted.
 
     Raises:
-        TimeError: If it is no time, or one whose unit is not counted.
+        TimeError: If it is not a time, or one whose unit is not counted.
         ArgumentError: If it is infinite, or in ``dur``.
     """
     span = as_span(name, given, above=0, whole=True, unit=TimeUnit.EPOCH)
@@ -247,7 +247,7 @@ def check_device(given: Any) -> None:
         given: As given; None for the default.
 
     Raises:
-        ArgumentError: If it has not, or it is no device.
+        ArgumentError: If it has not, or it is not a device.
     """
     if given is None:
         return

@@ -42,7 +42,7 @@ def question(
         counted: The units that are counted; None if that is not known yet.
 
     Raises:
-        TimeError: If it is no such time.
+        TimeError: If it is not such a time.
     """
     span = as_span(name, interval, above=0, whole=True, unit=TimeUnit.EPOCH)
     return every(countable(name, span, tokens=counted is None or TimeUnit.TOKEN in counted), at=at)

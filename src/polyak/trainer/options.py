@@ -151,7 +151,7 @@ class Checked:
 
         Raises:
             ArgumentError: If an argument for saving was given without ``save_folder``.
-            TimeError: If the interval is no time.
+            TimeError: If the interval is not a time.
         """
         given = self.given
         interval, keep = given.save_interval, given.save_num_checkpoints_to_keep

@@ -78,7 +78,7 @@ class Trainer:
         polish: How long, at the end of the run, to train on from the average instead: ``"5%"`` or a time, in steps as a
             number. The average is loaded into the model, the optimizers keep their state, and their rates fall from 0.3
             of what they are then to 0. The average is evaluated before it, as ``polish/before/...``, and the weights
-            after it, as ``polish/after/...``. From its begin on the training weights are evaluated, predicted with and
+            after it, as ``polish/after/...``. From its start on the training weights are evaluated, predicted with and
             saved, since they are the result. It needs an ``EMA`` among ``algorithms``; without one, the average of a
             ``Recorder`` is taken that ``Record.recommend`` recommends.
         seed: For all global random number generators, set here.

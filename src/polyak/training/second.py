@@ -1,4 +1,4 @@
-"""``warn_of_second_average``: a warning where two averages follow one model, as where a notebook's cell ran again."""
+"""``warn_of_second_average``: a warning if two averages follow one model, as after a notebook's cell has run again."""
 
 import gc
 import warnings
@@ -16,15 +16,15 @@ _LOOPS: "WeakSet[Loop]" = WeakSet()  # those that have begun to train
 
 
 def warn_of_second_average(loop: "Loop") -> None:
-    """Warn if another loop averages the model too, counts the same steps, and was probably left by mistake.
+    """Warn if another loop averages the same model, counts the same steps, and was probably left by mistake.
 
-    Two averages that differ and begin together are meant.
+    Two averages with different settings that begin together are intended.
 
     Args:
         loop: The loop that begins to train.
     """
     if _others(loop):
-        gc.collect()  # what is only in a cycle of references is about to go
+        gc.collect()  # loops that are only in a cycle of references are about to be freed
         if others := _others(loop):
             warnings.warn(
                 f"a model should have one average, and {others[0]} follows this one already: each step updates it and "
@@ -37,7 +37,7 @@ def warn_of_second_average(loop: "Loop") -> None:
 
 
 def _others(loop: "Loop") -> list[object]:
-    """Return the averages of other loops that follow the same steps, and have begun before or are the same."""
+    """Return averages of other loops that follow the same steps, and have begun before or have the same settings."""
     ours, model = [repr(algorithm) for algorithm in _swapping(loop)], unwrap(loop.state.model)
     found = list[object]()
     for other in list(_LOOPS) if ours else []:
@@ -58,6 +58,6 @@ def _follow_same(loop: "Loop", other: "Loop") -> bool:
 
 
 def _hooks(loop: "Loop") -> StepHooks | None:
-    """Return the hooks by which a loop counts steps now; None if none do, or a caller counts."""
+    """Return the hooks with which a loop counts steps now; None if it does not count, or a caller does."""
     hooks = None if loop.uncounted is None else loop.uncounted.hooks
     return hooks if hooks is not None and hooks.counting else None

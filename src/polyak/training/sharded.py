@@ -1,4 +1,4 @@
-"""States of a loop whose tensors are sharded over ranks, saved and loaded by ``torch.distributed.checkpoint``."""
+"""Saves and loads a loop's state whose tensors are sharded over ranks, with ``torch.distributed.checkpoint``."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def save(loop: Loop, folder: Path, *, weights: bool) -> None:
     Args:
         loop: The loop to be saved.
         folder: The folder to be made, in that of the checkpoint that is being written.
-        weights: Whether to save the model's weights too: where the rest of the checkpoint has averaged weights.
+        weights: Whether to save the model's weights too, because the rest of the checkpoint has averaged weights.
     """
     from polyak.sharding import dcp  # noqa: PLC0415  takes half a second to import
 

@@ -1,4 +1,4 @@
-"""``LoopState``: what the algorithms of a loop read."""
+"""``LoopState``: the state of a loop that its algorithms read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ class LoopState:
 
     Args:
         model: The model in training, wrapped or not.
-        timestamp: Now.
+        timestamp: The current position in training.
         max_duration: The length of the run, if it is known.
         saving_to: The path of the checkpoint that is being written, if that is known.
-        previous_timestamp: Before the last batch or epoch ended.
+        previous_timestamp: The position before the last batch or epoch ended.
     """
 
     model: nn.Module

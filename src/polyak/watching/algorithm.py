@@ -46,7 +46,7 @@ class Watch(Algorithm):
         minimize: As for ``sweep``.
 
     Raises:
-        TimeError: If ``interval`` is no time, or not above 0.
+        TimeError: If ``interval`` is not a time, or not above 0.
 
     Attributes:
         moments: What was evaluated, oldest first.

@@ -66,7 +66,7 @@ def read_moments(path: Path) -> list[Moment]:
         path: The file.
 
     Raises:
-        WatchError: If a complete line is no moment.
+        WatchError: If a complete line is not a moment.
         OSError: If the file cannot be read.
     """
     found = list[Moment]()

@@ -53,7 +53,7 @@ class Averaging(Handle, Callback):
         optimizer: If there are several optimizers, the number of the one whose steps are counted.
 
     Raises:
-        ArgumentError: If more than one algorithm swaps an average in, or ``eval_weights`` is none of its values.
+        ArgumentError: If more than one algorithm swaps an average in, or ``eval_weights`` is not one of its values.
         TimeError: If a time is in a unit that is not counted, or ``ProfileError`` if that is a profile's.
     """
 

@@ -18,7 +18,7 @@ def weights_of(given: object) -> Weights:
         given: As given to ``Averaging``.
 
     Raises:
-        ArgumentError: If it is none of its values, or a list has ``"both"``.
+        ArgumentError: If it is not one of its values, or a list has ``"both"``.
     """
     if not isinstance(given, (list, tuple)):
         return eval_weights_of(given, stacklevel=4)

@@ -57,7 +57,7 @@ def attach(
 
     Raises:
         NotImplementedError: Under DeepSpeed, FSDP and ``ModelParallelStrategy``.
-        TimeError: If ``max_duration`` is no time.
+        TimeError: If ``max_duration`` is not a time.
         CallError: If an argument is missing, or there is none of that name.
         ArgumentError: If more than one of the algorithms swaps an average in.
     """

@@ -29,8 +29,8 @@ class TorchtitanAttached(Attached):
         eval_weights: Which weights validation uses.
 
     Raises:
-        ArgumentError: If ``trainer`` is none of torchtitan's, has an average already, or has trained or loaded a
-            checkpoint; or if ``eval_weights`` is none of its values.
+        ArgumentError: If ``trainer`` is not torchtitan's, has an average already, or has trained or loaded a
+            checkpoint; or if ``eval_weights`` is not one of its values.
         TimeError: If a time is in a unit that is not counted.
     """
 
@@ -99,8 +99,8 @@ def attach(
             training weights.
 
     Raises:
-        ArgumentError: If ``trainer`` is none of torchtitan's, has an average already, or has trained or loaded a
-            checkpoint; or if ``eval_weights`` is none of its values.
+        ArgumentError: If ``trainer`` is not torchtitan's, has an average already, or has trained or loaded a
+            checkpoint; or if ``eval_weights`` is not one of its values.
         TimeError: If a time is in a unit that is not counted.
     """
     return TorchtitanAttached(algorithms, trainer, eval_weights)
