@@ -1,4 +1,4 @@
-"""The average of one model while it trains, and the one decision that is made at each event."""
+"""The average of one model while it trains, and the decision that is made at each event."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from polyak.tensors.slots import unwrap
 
 
 class Action(StrEnum):
-    """What is done with an average at an event; ``actions.py`` does it."""
+    """What to do with an average at an event; ``actions.py`` does it."""
 
     NOTHING = "nothing"
     MEET = "meet"
@@ -52,7 +52,7 @@ class OnlineAverage:
     Args:
         schedule: When and how much it moves.
         settings: How it is kept.
-        name: What it is called in errors and states.
+        name: The name of the average in errors and states.
         kind: Makes the averaged tensors of a model.
 
     Attributes:
@@ -60,9 +60,9 @@ class OnlineAverage:
         ranks: The ranks that train the model together, if there are several.
         progress: The moments that the decay depends on.
         pending: A state that waits for the model, and whether its names must match.
-        given: What the user has set as the average, until the model is known.
-        quarantine_warned: How many tensors with NaN or inf the last warning has told of.
-        warned_of_range: Whether a warning has told of values beyond the range of the average's dtype.
+        given: The average that the user has set, until the model is known.
+        quarantine_warned: How many tensors with NaN or inf have been reported.
+        warned_of_range: Whether values beyond the range of the average's dtype have been reported.
         restore_at: The event at which the training weights are restored; None if no event has swapped the average in.
     """
 
@@ -84,7 +84,7 @@ class OnlineAverage:
     def shadow(self) -> Shadow | None:
         """The averaged tensors; None before averaging has begun.
 
-        Those of a copy are made when they are first needed: the model has no tensors while it is being copied.
+        In a copy they are made when they are first needed, since the model has no tensors while it is being copied.
         """
         if self._copied is not None:
             state, self._copied = self._copied, None
@@ -123,12 +123,12 @@ class OnlineAverage:
     # The decision
 
     def decide(self, event: Event, state: State, *, by_hand: bool = False) -> Action:  # noqa: PLR0911  a table
-        """Return what to do at an event. Nothing changes.
+        """Return what to do at an event, without changing anything.
 
         Args:
             event: The event.
             state: The loop's state.
-            by_hand: Whether to update or swap even if that is not due: the caller has asked before, or wants it so.
+            by_hand: Whether to update or swap even if that is not due, since the caller has asked before.
 
         Raises:
             ArgumentError: If the event is another trainer's.
@@ -147,7 +147,7 @@ class OnlineAverage:
                 return Action.RESTORE  # the loop has left an evaluation without its end
             return Action.UPDATE if started else Action.BEGIN
         if event in SWAPS:
-            # Ranks that train together compare what they have, also if averaging has not begun.
+            # Ranks that train together compare their averages, even if averaging has not begun.
             together = self.ranks is not None or self.in_pipeline
             warns = not self.progress.warned_of_youth and state.timestamp.batch.value > 0
             wanted = by_hand or ((started or together or warns) and not self.active)
@@ -184,7 +184,7 @@ class OnlineAverage:
     def pipeline(self) -> Ranks | None:
         """Return the ranks of all stages if the model is a stage of a pipeline. All of them must call this.
 
-        A stage may be made after averaging has begun, so that this looks for it until there is one.
+        A stage may be made after averaging has begun, so this looks for one each time until it has found one.
         """
         if self._pipeline is None and self.model is not None:
             self._pipeline = pipeline_communicator_of(self.model, self.ranks or OneProcess())
@@ -205,7 +205,7 @@ class OnlineAverage:
         """Warn, once each, if the first weights are more than half of the average, or values exceed its dtype.
 
         Args:
-            what: What is done with the average, such as ``"evaluated"``.
+            what: How the average is used, such as ``"evaluated"``.
         """
         youth.warn_of_youth(self.schedule, self.progress, self.num_updates, what)
         self.warn_of_range()
@@ -216,10 +216,10 @@ class OnlineAverage:
             self.warned_of_range = self.shadow.warn_of_range()
 
     def agree(self, shadow: Shadow | None = None) -> None:
-        """Check that the ranks that train together have the same average, and all stages of a pipeline as many updates.
+        """Check that ranks that train together have the same average, and stages of a pipeline the same update count.
 
         Args:
-            shadow: The average to compare, if it is not this one's.
+            shadow: The average to compare; None for this one.
         """
         facts: dict[str, Any] = {"algorithm": self.name, "averaging has begun": self.started}
         if (pipeline := self.pipeline()) is None:
@@ -232,7 +232,7 @@ class OnlineAverage:
     def _agree(self, shadow: Shadow | None, facts: dict[str, Any]) -> None:
         if self.ranks is None:
             return
-        if self.active:  # ranks that have not swapped it in send something else
+        if self.active:  # ranks that have not swapped it in send other facts
             self.ranks.agree("the average", {**facts, "swapped in": self.shadow and self.shadow.owner})
         elif shadow := shadow or self.shadow:
             shadow.agree(self.ranks, facts)

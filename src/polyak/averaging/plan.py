@@ -1,4 +1,4 @@
-"""What averaging does with each tensor of a model, and why, before any training."""
+"""Lists what averaging does with each tensor of a model, and why, before any training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""``Shadow``: the averaged tensors of a model, how they move, and how they are swapped into the model."""
+"""``Shadow``: the averaged tensors of a model. It moves them, swaps them in, saves and copies them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,11 +35,11 @@ class Shadow:
             are rounded stochastically, since plain ones do not move at long half-lives.
         policy: Decides which tensors are averaged, copied or left.
         device: The device of the averages; None for the model's.
-        mesh: Ranks over which the averages are sharded, of a model that each of them has in full. A swap gathers them.
-        offload: How averages are kept on the CPU and moved in the background, instead of a device. All methods but
+        mesh: Ranks over which the averages are sharded, if each of them has the full model. A swap gathers them.
+        offload: How averages are kept on the CPU and moved in the background, instead of a device. All methods except
             ``update_`` wait until they have moved.
-        views: Whether a tensor in another one's memory, such as a transposed alias, has its own average. It is for
-            averages that are never swapped in.
+        views: Whether a tensor in another one's memory, such as a transposed alias, has its own average. This is only
+            for averages that are never swapped in.
 
     Raises:
         ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more, if both ``device`` and ``offload``
@@ -86,7 +86,7 @@ class Shadow:
     def update_(self, weight: float) -> None:
         """Move every average by ``weight`` of the way to the model's weights; copy what is copied.
 
-        NaN and inf leave their elements of the average as they were; tensors with such values are counted.
+        Where the weights have NaN or inf, the average stays as it was; tensors with such values are counted.
 
         Args:
             weight: ``1 - decay``, from 0 to 1.
@@ -121,7 +121,7 @@ class Shadow:
         return self._movement.quarantine.total
 
     def warn_of_quarantine(self, since: int = 0) -> int:
-        """Warn if more than ``since`` tensors came with NaN or inf; return how many did.
+        """Warn if more than ``since`` tensors had NaN or inf; return how many did.
 
         Args:
             since: What the last call returned.
@@ -215,21 +215,21 @@ class Shadow:
         return self._swapper.averaged()
 
     def training_tensors(self) -> dict[str, Tensor]:
-        """Return the training weights of what is averaged by name, wherever they are now: not copies of them."""
+        """Return the training weights of averaged tensors by name, wherever they are now, without a copy."""
         self._movement.follow_model()
         found = self._swapper.training_anywhere()
         return {name: found[name].detach() for name, (_, averaged) in self.kinds().items() if averaged}
 
     def averaged_model(self) -> nn.Module:
-        """Return a module whose tensors are the averages: not copies of them, in eval mode, without gradients.
+        """Return a module over the averages themselves, not copies of them, in eval mode and without gradients.
 
-        While the average is swapped in, it is the model itself. Frozen parameters are shared with the model. Where the
-        averages are sharded, the module has ``fully_shard`` of its own, over their shards.
+        While the average is swapped in, it is the model itself. Frozen parameters are shared with the model. If the
+        averages are sharded, ``fully_shard`` is applied to the module too, over their shards.
 
         Raises:
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
             LoanError: If adapters are merged in the model.
-            ShardingError: If ``fully_shard`` cannot be called for it as for the model.
+            ShardingError: If ``fully_shard`` cannot be applied to it as to the model.
         """
         if self._swapper.active:
             return self.model

@@ -1,4 +1,4 @@
-"""``Epochs``: the batches of each epoch, from the batch at which the run stands."""
+"""``Epochs``: draws the batches of each epoch, from the current batch of the run on."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -65,12 +65,12 @@ class Epochs:
             CheckpointError: If the data are not those that the checkpoint was saved with.
             ValueError: If there are no batches.
         """
-        # Before the loader's iterator is made: numbers drawn at this event must not change the order of the epoch.
+        # Fire this before the iterator is made: numbers drawn at this event must not change the order of the epoch.
         self._loop.fire(Event.BEFORE_DATALOADER)
         skip, now = self.completed, self._stream.get_state()
         self._set_epoch()
         if skip:
-            # The order and the random transforms of an epoch follow from the generators' states at its start.
+            # The generators' states at the start of an epoch determine its order and its random transforms.
             assert self.epoch_rng is not None
             self._stream.set_state(self.epoch_rng)
         else:

@@ -1,4 +1,4 @@
-"""``Evaluator``: data to evaluate, its metrics and when; and what ``eval_dataloader`` may be."""
+"""``Evaluator``: data to evaluate, with metrics and an interval; and the evaluators of ``eval_dataloader``."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any

@@ -19,12 +19,12 @@ from polyak.training.moved import BetweenSteps
 class Fitting:
     """Trains, and evaluates and logs when that is due.
 
-    A batch is either complete (counted, averaged, and part of what is saved) or has not begun: when an exception or an
-    interrupt leaves it early, its changes are undone, and a later ``run`` or a resumed run repeats it.
+    A batch is either complete (counted, averaged, and in later checkpoints) or has not begun. If an exception or an
+    interrupt stops it, its changes are undone, and a later ``run`` or a resumed run repeats it.
 
     Args:
         context: The context of the trainer.
-        epochs: Gives the batches.
+        epochs: Draws the batches.
         step: Trains on a batch.
         evaluation: Evaluates.
         polish: The last phase of the run.
@@ -117,8 +117,8 @@ class Fitting:
             fire(Event.BATCH_START)
             self._polish.set_rates()
             self._step.compute_gradients()
-            # An interrupt, and a checkpoint that its handler saves, must not find weights that have moved without being
-            # counted, or been counted without being averaged.
+            # An interrupt, and a checkpoint that its handler saves, must not see weights that have moved and were not
+            # counted, or were counted and not averaged.
             if self._between.noted:
                 self._between.check()
             with signals_held():
@@ -142,7 +142,7 @@ class Fitting:
         rollback.done()
 
     def _move_and_count(self, batch: Any, began: float) -> None:
-        """Make the optimizer step and count it: the same on all ranks, with the seconds of rank 0."""
+        """Make the optimizer step and count it. All ranks count the same, with the seconds of rank 0."""
         stepped = self._step.move()
         samples = self._num_samples(batch)
         tokens = self._num_tokens(batch) if self._num_tokens else 0
@@ -170,7 +170,7 @@ class Fitting:
     def _evaluate_if_due(self, event: Event, rollback: Rollback) -> None:
         due = self._evaluation.due_at(event)
         if due:
-            rollback.begin()  # an evaluation that is left early has drawn random numbers too
+            rollback.begin()  # an evaluation that is stopped early has drawn random numbers too
             self._evaluation.run_in_training(due)
             rollback.done()
 

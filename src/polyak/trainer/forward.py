@@ -1,4 +1,4 @@
-"""``Forward``: outputs and loss of a model for a batch, by a loss function or by methods of the model."""
+"""``Forward``: computes outputs and loss of a model for a batch, with a loss function or methods of the model."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
