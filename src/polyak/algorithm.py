@@ -1,4 +1,4 @@
-"""``Algorithm``, which acts on events, and ``dispatch``, by which every training loop calls it."""
+"""``Algorithm``, which acts on events, and ``dispatch``, with which every training loop calls it."""
 
 import pickle
 import sys
@@ -28,7 +28,7 @@ class NoLogger:
 
 
 class Algorithm(ABC):
-    """Something that changes training at events. Asking (``match``) changes nothing; acting (``apply``) does.
+    """Changes training at events. ``match`` only asks whether to act; ``apply`` acts.
 
     Example:
         >>> class Count(Algorithm):
@@ -132,7 +132,7 @@ def as_algorithms(algorithms: Algorithm | Iterable[Algorithm]) -> list[Algorithm
 
 
 def check_one_swaps(swapping: Sequence[object]) -> None:
-    """Check that of the algorithms of a loop at most one swaps an average into the model.
+    """Check that at most one of a loop's algorithms swaps an average into the model.
 
     Args:
         swapping: Those that do.
@@ -184,7 +184,7 @@ def is_composers(algorithm: object) -> bool:
 
 
 def check_event(event: object, name: str) -> None:
-    """Check that an event is one of polyak's, for algorithms of which there is another class for Composer's trainer.
+    """Check that an event is one of polyak's, for algorithms that have another class for Composer's trainer.
 
     Args:
         event: As given.

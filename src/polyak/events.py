@@ -1,4 +1,4 @@
-"""What an algorithm learns of a training loop: the ``Event`` that has happened, and the ``State`` of the loop."""
+"""What an algorithm gets from a training loop: the ``Event`` that has happened, and the ``State`` of the loop."""
 
 from collections.abc import Collection
 from enum import StrEnum

@@ -1,4 +1,4 @@
-"""Export of the averaged weights to safetensors files, which any tool reads."""
+"""Exports the averaged weights to safetensors files, which any tool reads."""
 
 import json
 import math
@@ -138,7 +138,7 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
 
 
 def _average_of(ema: object, model: object) -> EMA:
-    """Return the EMA that is to be exported, with the model that it averages."""
+    """Return the EMA to export, with the model that it averages."""
     average = ema if isinstance(ema, EMA) else None if isinstance(ema, type) else getattr(ema, "average", None)
     if not isinstance(average, EMA) or not isinstance(model, nn.Module):
         raise ArgumentError(
@@ -150,7 +150,7 @@ def _average_of(ema: object, model: object) -> EMA:
 
 @contextmanager
 def swapped_in(average: EMA, model: nn.Module) -> Iterator[None]:
-    """Swap the average in for a block, unless the model holds it already: then it stays.
+    """Swap the average in for a block. If the model holds it already, it stays.
 
     Args:
         average: It has begun.

@@ -1,4 +1,4 @@
-"""``polish``: train on from the average for a little while, at a low rate that falls to 0."""
+"""``polish``: continue to train from the average for a short time, at a low rate that falls to 0."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averaged weights for another program, such as an inference engine: one full tensor at a time."""
+"""Gives averaged weights to another program, such as an inference engine, one full tensor at a time."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -108,7 +108,7 @@ def stream(
 
 
 def _received(full: Tensor, sender: int | None, ranks: Communicator) -> Tensor:
-    """Return a tensor as the rank has it that sends it, if one does."""
+    """Return a tensor as it is on the rank that sends it, if one does."""
     if sender is None:
         return full
     received = full if ranks.rank == sender else full.clone()  # not into a tensor of the model

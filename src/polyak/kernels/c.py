@@ -1,4 +1,4 @@
-"""The kernel in C for averages on the CPU, where it was compiled: all tensors in one call, in ``cpu.c``."""
+"""The kernel in C (``cpu.c``) for averages on the CPU, if it was compiled: all tensors in one call."""
 
 import ctypes
 import os
@@ -95,7 +95,7 @@ _team = _Team()
 
 
 class _Jobs:
-    """Jobs for C, which as many threads as torch has may do any number of times. An interrupt comes before or after.
+    """Jobs for C, which torch's number of threads can do any number of times. An interrupt comes before or after.
 
     Args:
         call: A function in C.
@@ -164,7 +164,7 @@ def lerp(pairs: Sequence[Pair], left_out: Tensor) -> "Lerp":
 
 
 def swap(pairs: Sequence[Pair]) -> "Exchange":
-    """Return what swaps pairs, in one pass over memory and without scratch.
+    """Return a function that swaps pairs, in one pass over memory and without scratch.
 
     Args:
         pairs: Without places, and accepted.

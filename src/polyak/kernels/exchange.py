@@ -1,4 +1,4 @@
-"""Swaps of tensors in plain torch, and checksums, which show whether tensors have changed."""
+"""Swaps tensors in plain torch, and computes checksums, which show whether tensors have changed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

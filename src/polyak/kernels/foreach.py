@@ -71,7 +71,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def accepts(pair: Pair) -> bool:
-    """Return that torch moves and swaps all tensors.
+    """Return True: torch moves and swaps all tensors.
 
     Args:
         pair: Any.

@@ -1,4 +1,4 @@
-"""What kernels work on: pairs of tensors, and where in a full tensor the elements of a shard lie."""
+"""The inputs of kernels: pairs of tensors, and where the elements of a shard are in the full tensor."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor's elements lie in the full tensor of which it may be a shard.
+    """Where a tensor's elements are in the full tensor, of which it may be a shard.
 
     A 16-bit average is rounded by a hash of each element's index in the full tensor, so that shards get the bits that
     the full tensor would get. Other averages do not use it.

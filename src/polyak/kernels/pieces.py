@@ -1,4 +1,4 @@
-"""Tensors in pieces of bounded size, and scratch memory for one piece at a time: what the kernel in torch works in."""
+"""Cuts tensors in pieces of bounded size, with scratch memory for one piece at a time, for the kernel in torch."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

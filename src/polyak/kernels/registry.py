@@ -1,4 +1,4 @@
-"""Which kernel serves which tensors: each pair goes to the first kernel in the list that accepts it.
+"""Chooses the kernel for each pair of tensors: the first in the list that accepts it.
 
 The environment variable ``POLYAK_KERNEL`` names the kernel to begin with (``triton``, ``c`` or ``torch``). Those before
 it in the list then serve nothing, and it must be able to serve.
@@ -224,7 +224,7 @@ def lerp(averages: Sequence[Tensor], online: Sequence[Tensor], places: Sequence[
 
 
 class _Updates:
-    """Moves averages that several kernels, or other devices, serve.
+    """Moves averages with several kernels or on several devices.
 
     Args:
         parts: What moves some of them, and the counter that it uses.
@@ -284,7 +284,7 @@ def swap(left: Sequence[Tensor], right: Sequence[Tensor]) -> Exchange:
 
 
 class _Exchanges:
-    """Swaps pairs that several kernels, or several devices, serve.
+    """Swaps pairs with several kernels or on several devices.
 
     Args:
         parts: What swaps some of them, and their numbers.

@@ -1,4 +1,4 @@
-"""Stochastic rounding to 16 bits in plain torch: all in scratch memory, so that an update allocates nothing.
+"""Stochastic rounding to 16 bits in plain torch. It uses scratch memory, so that an update allocates nothing.
 
 The 16 random bits of an element are a hash of a counter, its index in the full tensor, and a key. So they are the same
 on each device and in each split of the work, and need no state. Two neighbours share the 32 bits of one draw, a word:

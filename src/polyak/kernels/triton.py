@@ -1,4 +1,4 @@
-"""The kernel in Triton for averages on a GPU: one launch for all tensors of a pair of dtypes, and nothing that waits.
+"""The kernel in Triton for averages on a GPU: one launch for all tensors of a pair of dtypes, without waiting.
 
 Only imported for averages on a GPU, since Triton takes a while.
 """

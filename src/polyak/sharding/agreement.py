@@ -159,7 +159,7 @@ def _by_value(who: Mapping[tuple[int, str] | None, Sequence[int]]) -> str:
 
 
 def _ranges(ranks: Sequence[int]) -> str:
-    """Return numbers as text, three or more in a row as a range, and no more than fit a line.
+    """Return numbers as text, with three or more in a row as a range, shortened to fit a line.
 
     Args:
         ranks: In ascending order.

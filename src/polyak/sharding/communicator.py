@@ -1,4 +1,4 @@
-"""How the processes that hold one model communicate, and the object that stands for a single process.
+"""Communication between the processes that hold one model, and an object with the same methods for a single process.
 
 ``Communicator`` is either: callers need not ask which. All ranks must call the same methods in the same order.
 """
@@ -108,7 +108,7 @@ class OneProcess:
         return tensor
 
     def senders(self, held: Sequence[bool]) -> list[int | None]:
-        """Return None for each item: this process has all that there are.
+        """Return None for each item, since this process has all items.
 
         Args:
             held: Which items this process has.
@@ -119,7 +119,7 @@ class OneProcess:
         """Do nothing."""
 
     def separate(self, patience: timedelta | None = None) -> "OneProcess":
-        """Return this object, which nothing can get in the way of.
+        """Return this object, since there are no messages that could be mixed up.
 
         Args:
             patience: Not used.
@@ -133,7 +133,7 @@ class OneProcess:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that hold one model together. Others of the same job may train other models, and take no part.
+    """The processes that hold one model together. Other processes of the job may train other models.
 
     Args:
         group: The group of these processes, and of no others.
@@ -212,7 +212,7 @@ class Ranks:
         """Run on every rank, and return the result of this one; if any rank fails, raise on all.
 
         Args:
-            what: In what all must succeed, for the error.
+            what: What all ranks must do, for the error.
             act: Called on each. If it communicates, it must itself fail on all ranks where it does on one.
             facts: What the ranks must also agree on, as for ``agree``; ranks with nothing to run may call that instead.
 
@@ -291,7 +291,7 @@ class Ranks:
         return found
 
     def union(self, items: Mapping[str, T]) -> dict[str, T]:
-        """Return the items of all ranks, in the order of the ranks. Of ranks with the same items only one sends them.
+        """Return the items of all ranks, in the order of the ranks. If ranks have the same items, only one sends them.
 
         Args:
             items: Those of this rank, by name: what can be pickled, and shown as text.
@@ -309,7 +309,7 @@ class Ranks:
         return self.total(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean of a tensor over all ranks. It waits for no device.
+        """Return the mean of a tensor over all ranks, without waiting for a device.
 
         Args:
             tensor: A tensor of one shape on all ranks.
@@ -319,7 +319,7 @@ class Ranks:
         return mean / self.world_size
 
     def share(self, tensor: Tensor, name: str = "") -> float:
-        """Return the factor of a local shard in a sum over all ranks in which each element is to count once.
+        """Return the factor of a local shard in a sum over all ranks, so that each element counts once.
 
         Args:
             tensor: Sharded over these ranks, or the same on each.
@@ -400,7 +400,7 @@ def communicator_of(model: nn.Module) -> Communicator:
 
 
 def pipeline_communicator_of(model: nn.Module, own: Communicator) -> Ranks | None:
-    """Return the communicator of all ranks of the pipeline that a model is a stage of; None if it is in no pipeline.
+    """Return the communicator of all ranks of the model's pipeline; None if the model is not a stage of one.
 
     They are the ranks of all stages, with their replicas and shards. All of them must call this.
 
@@ -419,7 +419,7 @@ def pipeline_communicator_of(model: nn.Module, own: Communicator) -> Ranks | Non
 
 
 def _shards(tensor: Any) -> int:
-    """Return into how many shards a ``DTensor`` is divided."""
+    """Return the number of shards of a ``DTensor``."""
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
     return math.prod(size for size, placement in sizes if not placement.is_replicate())
 

@@ -1,4 +1,4 @@
-"""Saving and loading of sharded tensors by ``torch.distributed.checkpoint`` (DCP): the only place that calls it.
+"""Saves and loads sharded tensors with ``torch.distributed.checkpoint`` (DCP). No other module calls it to do so.
 
 Importing it takes half a second, so it is imported where it is used. Each rank writes its own shards. Tensors that
 several ranks have, such as buffers, are written by rank 0.

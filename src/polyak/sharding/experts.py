@@ -1,4 +1,4 @@
-"""Experts that are plain tensors and differ by rank: what a user declares of them, and their places in the full model.
+"""Experts that are plain tensors and differ by rank: their declaration, and their places in the full model.
 
 Averages stay plain local tensors. Only where they leave the process, in a state, an export or a record, they get the
 names and the shapes that they have in the full model.
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """What is known of the experts in one module.
+    """The declaration of the experts in one module.
 
     Args:
         mesh: The ranks whose experts are together those of the model; of one dimension.
@@ -64,7 +64,7 @@ _DECLARED: "weakref.WeakKeyDictionary[nn.Module, Experts]" = weakref.WeakKeyDict
 def declare_experts(
     module: nn.Module, mesh: "DeviceMesh", *, dim: int = 0, numbers: Sequence[int | str] | None = None
 ) -> None:
-    """Say that a module's plain parameters differ by rank, and how they make up those of the full model.
+    """Declare that a module's plain parameters differ by rank, and how they form the parameters of the full model.
 
     Averages of such parameters are then swapped, and saved by ``torch.distributed.checkpoint``, exported and recorded
     as the full model has them. Without this they are refused, because one rank's would stand for all. Experts that are

@@ -73,7 +73,7 @@ def _in_row(row: int, boxes: Iterator[Box]) -> Iterator[Box]:
 
 
 class Fragment(Tensor):
-    """The elements of a larger tensor that one rank has, wherever they are in it.
+    """The elements of a larger tensor that one rank has, at any places in it.
 
     A ``DTensor`` divides a tensor evenly. Engines that flatten many parameters into one buffer, and divide that, cut
     parameters anywhere. Ranks may have the same fragment, which is then saved once.

@@ -233,7 +233,7 @@ def _chunks(tensor: Tensor, number: int) -> list[Tensor]:
 
 @torch.no_grad()
 def gather(tensors: Sequence[Tensor], mesh: "DeviceMesh") -> None:
-    """All-gather the rows of tensors, in place: each rank's own rows are right before, and all rows afterwards.
+    """All-gather the rows of tensors in place: before, each rank has its own rows, and afterwards all rows.
 
     Args:
         tensors: Full on every rank, of one dimension or more.
@@ -296,7 +296,7 @@ def is_fsdp(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Make the modules of the model hold their shards: after a forward pass the outermost ones hold full tensors.
+    """Make the modules of the model hold their shards. After a forward pass the outermost modules hold full tensors.
 
     The next forward pass would not see what is copied into shards while full tensors are held.
 
@@ -308,7 +308,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def reshard_after_an_error(model: nn.Module) -> None:
-    """Do what ``reshard`` does in a model whose forward pass was left by an exception.
+    """Do what ``reshard`` does for a model whose forward pass has raised.
 
     Args:
         model: With ``fully_shard``.

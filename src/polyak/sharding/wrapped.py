@@ -1,4 +1,4 @@
-"""Weights of torchao that wrap the tensor with their values, and only change how it is multiplied or gathered.
+"""Weights of torchao that wrap a tensor with their values, and only change how it is multiplied or gathered.
 
 So are those of float8 training with an fp8 all-gather, of int8 mixed precision, BitNet, and of grouped products in
 float8. The inner tensor has the values in high precision, and is the one that optimizers step, so it is averaged.
@@ -26,7 +26,7 @@ def inner(tensor: Tensor) -> Tensor:
 
 
 def rewrapped(tensor: Tensor, by: Tensor) -> Tensor:
-    """Return a tensor of the same class with other values, and without what was computed of the old ones.
+    """Return a tensor of the same class with other values, and without what was computed from the old ones.
 
     Args:
         tensor: Any.
@@ -41,7 +41,7 @@ def rewrapped(tensor: Tensor, by: Tensor) -> Tensor:
 
 
 def scales(tensor: Tensor) -> Iterator[tuple[Tensor, str]]:
-    """Yield where numbers are kept that were computed of the values in advance: the object, and the attribute.
+    """Yield the object and the attribute in which numbers are stored that were computed from the values in advance.
 
     Args:
         tensor: Any, not sharded.

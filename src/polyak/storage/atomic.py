@@ -1,4 +1,4 @@
-"""Safe writes: a file or folder is complete or as it was, whatever ends the process meanwhile.
+"""Safe writes: a file or folder is complete or as it was before, whatever ends the process meanwhile.
 
 The content goes to a temporary name in the same folder and is flushed to the disk, then the temporary gets its final
 name in one step, then the folder is flushed. Nothing else in polyak renames or flushes what it writes.
@@ -40,7 +40,7 @@ def temporary_path(path: Path, *, process: int | None = None) -> Path:
 
 @contextmanager
 def replacing(path: Path, *, folder: bool = False, exclusive: bool = False) -> Iterator[Path]:
-    """Give a temporary path to write to; it becomes ``path`` when the ``with`` block ends without an error.
+    """Yield a temporary path to write to. It becomes ``path`` if the ``with`` block ends without an error.
 
     After an error nothing temporary remains, and ``path`` is as it was.
 
@@ -150,7 +150,7 @@ def remove(path: Path) -> None:
 
 
 def remove_whole(path: Path) -> None:
-    """Delete a file or folder such that no part of it is left under its name, whatever happens meanwhile.
+    """Delete a file or folder so that no part of it is left under its name, whatever happens meanwhile.
 
     Args:
         path: Any.

@@ -1,4 +1,4 @@
-"""Whether a model still has the tensors that were listed, at the same addresses, which kernels note.
+"""Checks whether a model still has the tensors that were listed, at the addresses that kernels have noted.
 
 With the C kernel one call checks all tensors (``fingerprint_c.py``). Otherwise a few passes in Python check the same.
 """
@@ -52,7 +52,7 @@ class Fingerprint:
         self._frozen = [p for p in parameters if not (p.requires_grad or optimizers.is_moved(p))]
 
     def holds(self) -> bool:
-        """Return whether model and averages still are as they were."""
+        """Return whether the model and the averages are unchanged."""
         for read, dicts in self._dicts:
             if not all(map(is_, map(read, self._modules), dicts)):
                 return False

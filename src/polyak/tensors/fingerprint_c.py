@@ -26,7 +26,7 @@ _handle_of = attrgetter("_cdata")  # the address of what torch knows of a tensor
 
 
 class _Library:
-    """The function in C, and what it must know of torch.
+    """The function in C, and the facts about torch that it needs.
 
     Attributes:
         check: The function, to be called with the interpreter's lock held.

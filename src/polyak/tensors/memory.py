@@ -1,4 +1,4 @@
-"""Which tensors share memory, so that it is averaged and swapped once.
+"""Finds tensors that share memory, so that it is averaged and swapped once.
 
 ``b.data = a.data``, ``nn.Parameter(a)``, a transposed alias or a buffer that views rows of a parameter are different
 tensors over the same bytes. In each such group one tensor owns the memory; the others are views of it.
@@ -226,7 +226,7 @@ class Place:
 
 
 def write_(target: Tensor, source: Tensor) -> None:
-    """Copy into a tensor of any kind, also expanded and inference tensors, which refuse a plain copy.
+    """Copy into a tensor of any kind, including expanded and inference tensors, which refuse a plain copy.
 
     Args:
         target: The tensor to overwrite.

@@ -1,4 +1,4 @@
-"""Which parameters optimizers move: one permanent hook on the steps of all of torch's optimizers notes them.
+"""Notes which parameters optimizers move, with one permanent hook on the steps of all of torch's optimizers.
 
 ``requires_grad`` at one moment is not enough: adversarial training freezes one half of a model while the other half's
 optimizer steps, and yet both halves are trained.

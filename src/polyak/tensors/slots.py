@@ -1,4 +1,4 @@
-"""Which tensors of a model are averaged, copied or left, and why.
+"""Decides which tensors of a model are averaged, copied or left, and why.
 
 Names are canonical, without the prefixes of wrappers (``DataParallel``, ``DistributedDataParallel``, ``torch.compile``,
 activation checkpointing), so that a state saved under one wrapper loads under another.
@@ -32,7 +32,7 @@ class Policy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place in a model that holds a tensor. The tensor is read each time, since modules replace theirs.
+    """A place in a model that holds a tensor. The tensor is read each time, since modules may replace it.
 
     Args:
         name: Canonical name.
