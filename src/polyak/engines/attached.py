@@ -1,4 +1,4 @@
-"""``EngineAttached``: the handle of an average of an engine's masters, in a loop of your own."""
+"""``EngineAttached``: the handle of an average of an engine's masters, in the user's own loop."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

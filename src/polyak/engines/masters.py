@@ -31,7 +31,7 @@ class Master:
 class Masters(nn.Module):
     """The model's structure over the masters: parameters are parts of masters, buffers are the model's own.
 
-    An average of it is one of the masters. It has no ``forward``.
+    An average of this module is an average of the masters. It has no ``forward``.
 
     Args:
         model: The model in training, wrapped or not.
@@ -94,7 +94,7 @@ class Masters(nn.Module):
             )
 
     def follow(self) -> None:
-        """Read again where the masters are: engines move them when they offload or load.
+        """Find the masters again, since engines move them when they offload or load.
 
         Raises:
             OptimizerError: If there are none now.

@@ -24,7 +24,7 @@ def attach(
     """Let an average follow DeepSpeed's engine, under ZeRO stage 0 to 3, with or without offload to the CPU.
 
     A call of ``engine.step()`` that moved weights is one step: calls that only accumulate gradients, and steps that
-    fp16 skipped, do not count. Each rank averages its own part of the masters, and sends nothing in an update. Evaluate
+    fp16 skipped, do not count. Each rank averages its own part of the masters, without communication. Evaluate
     under ``applied()``; a backward pass, a step, or a checkpoint is refused there. ``engine.save_checkpoint`` and
     ``load_checkpoint`` save and load the average too, in the folder ``polyak`` of the checkpoint.
 

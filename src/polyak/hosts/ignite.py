@@ -206,7 +206,7 @@ class Averaging(Handle):
         engine.run = run_with_average
 
     def saves(self, checkpoint: Callable[[Engine], object]) -> Callable[[Engine], None]:
-        """Return a handler that saves with the average in the model: that of ``to_save``.
+        """Return a handler that saves with the average in the model of ``to_save``.
 
         The training weights are in the state of this object, from which ``Checkpoint.load_objects`` resumes.
 
@@ -235,9 +235,9 @@ class Averaging(Handle):
 
 
 def _raw_metrics(engine: Engine, run: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Run an evaluator on the training weights, without handlers but those of metrics; return them as ``raw_...``.
+    """Run an evaluator on the training weights, with only the handlers of metrics; return the metrics as ``raw_...``.
 
-    Handlers of users, such as ``Checkpoint`` and ``EarlyStopping``, act on the metrics of the average alone.
+    Other handlers, such as ``Checkpoint`` and ``EarlyStopping``, act only on the metrics of the average.
     """
     handlers = engine._event_handlers  # noqa: SLF001  it has no public list of them
     of_metrics = {event: [one for one in added if _is_metric(one[0])] for event, added in handlers.items()}

@@ -1,4 +1,4 @@
-"""``attach`` for training loops of your own: it counts the steps of a torch optimizer by its step hooks."""
+"""``attach`` for your own training loops: it counts the steps of a torch optimizer with its step hooks."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -26,7 +26,7 @@ def attach(
     tokens_per_step: int = 0,
     logger: MetricLogger | None = None,
 ) -> Attached:
-    """Let algorithms follow a training loop of your own; return the handle of the average.
+    """Let algorithms follow your own training loop; return the handle of the average.
 
     One step of the optimizer is one batch. Steps that mixed precision skips, and steps without gradients, do not
     count. Give the counts for the units that your half-life needs; batches need none.

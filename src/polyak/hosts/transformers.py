@@ -187,7 +187,7 @@ class Attached(Handle, TrainerCallback):
         loop.fire(Event.FIT_START)
 
     def _trained(self) -> nn.Module:
-        """Return what the algorithms follow."""
+        """Return the model that the algorithms follow."""
         return self._trainer.model_wrapped
 
     def _count(self, loop: Loop, optimizer: Optimizer) -> None:
@@ -251,7 +251,7 @@ class Attached(Handle, TrainerCallback):
 
 
 class DeepSpeedAttached(MastersHandle, Attached):
-    """The same under DeepSpeed, where the average is one of the engine's float32 masters.
+    """The same under DeepSpeed, where the engine's float32 masters are averaged.
 
     The engine's own checkpoints have training weights, and the average. Evaluations and exports have the average.
 

@@ -1,4 +1,4 @@
-"""What a profile is, and the registry of all of them. The profiles themselves are in ``polyak.profiles``."""
+"""The protocol of profiles, and their registry. The profiles themselves are in ``polyak.profiles``."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from polyak.time import Time, TimeUnit
 
 
 class Profile(Protocol):
-    """What averaging needs of a profile. A custom class needs these three members and no more."""
+    """The members that averaging needs of a profile. A custom class needs only these three."""
 
     @property
     def unit(self) -> TimeUnit | None:
@@ -29,7 +29,7 @@ class Profile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a command line gives a profile: as ``--NAME VALUE``, or in a list as ``NAME=VALUE``.
+    """The form of a profile on a command line: ``--NAME VALUE``, or ``NAME=VALUE`` in a list.
 
     Args:
         name: The name of the option, without dashes.
@@ -102,7 +102,7 @@ class NamedProfile(ABC):
 
     @property
     def online(self) -> str:
-        """What to do instead of following the profile in one buffer, for error messages."""
+        """For error messages: what to do, since one buffer cannot follow the profile."""
         return "record the run and take this average from the record, or use HalfLife"
 
     @property

@@ -1,4 +1,4 @@
-"""Writing segments on a background thread, one at a time."""
+"""Writes segments on a background thread, one at a time."""
 
 import os
 import weakref
@@ -38,7 +38,7 @@ class Ended:
 
 
 class Appender:
-    """Appends to a record on a background thread. It keeps nothing: the caller keeps what is not written.
+    """Appends to a record on a background thread. The caller keeps segments until they are written.
 
     Args:
         writer: The writer of the record; closed with this object.

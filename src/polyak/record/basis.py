@@ -1,4 +1,4 @@
-"""The cumulative profiles of stored averages, at points that integrals over the run are sums over."""
+"""The cumulative profiles of stored averages at points of the run, over which integrals are computed as sums."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""``Contents``: what a record on disk consists of, and its files."""
+"""``Contents``: the segments, tensors and files of a record on disk."""
 
 import shlex
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ class Contents:
 
     @property
     def arguments(self) -> str | None:
-        """The arguments by which commands open the record; None if a command line cannot say it."""
+        """The arguments with which commands open the record; None if there are no such arguments."""
         return shlex.quote(str(self.folder))
 
     @property

@@ -56,7 +56,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def scales_of(difference: Tensor) -> Tensor:
-    """Return the size of a step in each row, such that its largest number has 127 steps.
+    """Return the size of a step in each row, for which its largest number has 127 steps.
 
     Args:
         difference: From the mean before.
@@ -85,7 +85,7 @@ def steps_of(difference: Tensor, scales: Tensor) -> Tensor:
 
 
 def from_steps(steps: Tensor, scales: Tensor) -> Tensor:
-    """Return the difference that steps are, in float32.
+    """Return the difference that steps encode, in float32.
 
     Args:
         steps: Some elements of a tensor.
@@ -95,9 +95,9 @@ def from_steps(steps: Tensor, scales: Tensor) -> Tensor:
 
 
 def lost(difference: Tensor, scales: Tensor) -> tuple[float, float]:
-    """Return the squares of what a difference loses at most, half a step of each number, and of its norm.
+    """Return the squared error bound of a difference, half a step for each number, and its squared norm.
 
-    Of NaN and inf all is lost.
+    NaN and inf are lost completely.
 
     Args:
         difference: From the mean before.

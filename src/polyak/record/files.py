@@ -1,4 +1,4 @@
-"""The files of a record, read one tensor at a time, and compared with their hashes.
+"""Reads the files of a record one tensor at a time, and compares them with their hashes.
 
 A segment is one safetensors file, or, where several ranks have written it together, a folder with a file of each rank.
 """

@@ -1,4 +1,4 @@
-"""Fills a model with an average of a record, each rank its shards."""
+"""Fills a model with an average of a record; each rank fills its shards."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The manifest of a record: which segments it has. Everything in it is checked when it is read.
+"""The manifest of a record, which lists its segments. Everything in it is checked when it is read.
 
 This module does not open the files that the manifest names.
 """
@@ -202,7 +202,7 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All that a record holds, but for the tensors.
+    """Everything that a record holds, except the tensors.
 
     Args:
         tensors: What is kept, by name.

@@ -1,4 +1,4 @@
-"""What a new segment and the mean of two segments hold, and in which dtypes."""
+"""Decides in which dtypes a new segment, and the mean of two segments, are stored."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -37,7 +37,7 @@ class Kept:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What its file says of that."""
+        """The description of this in the file's metadata."""
         before = self.before
         return {} if before is None else {"polyak.before": f"{before.start.updates}-{before.end.updates}"}
 
@@ -75,7 +75,7 @@ class Files:
 
     @contextmanager
     def source(self, segment: Segment) -> Iterator[Read]:
-        """Give a function that reads a segment, for a ``with`` block.
+        """Yield a function that reads a segment.
 
         Args:
             segment: One of the record.
@@ -85,7 +85,7 @@ class Files:
 
     @contextmanager
     def mean_of(self, older: Segment, newer: Segment) -> Iterator[Read]:
-        """Give a function that reads the mean of two segments, for a ``with`` block.
+        """Yield a function that reads the mean of two segments.
 
         Args:
             older: A segment.
@@ -179,7 +179,7 @@ def separate_as(files: Files, segment: Segment) -> Kept:
 
 @contextmanager
 def given(tensors: Mapping[str, Tensor]) -> Iterator[Read]:
-    """Give a function that reads tensors in memory, for a ``with`` block.
+    """Yield a function that reads tensors in memory.
 
     Args:
         tensors: By name. The box that a rank is asked for is its local shard.

@@ -1,4 +1,4 @@
-"""How a segment gets to the disk under a temporary name: as one file, or as one file of each rank."""
+"""Writes a segment to the disk under a temporary name: as one file, or as one file per rank."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Averages of a record, and the errors of averages, from passes over its files."""
+"""Computes averages of a record, and their errors, in passes over its files."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Passes:
-    """Computes averages and errors. It keeps the products that errors follow from, so that they are computed once."""
+    """Computes averages and errors. It keeps the products from which errors follow, so that they are computed once."""
 
     def __init__(self) -> None:
         self._products = list[list[float]]()

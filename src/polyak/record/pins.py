@@ -1,4 +1,4 @@
-"""Pins: which files of a record stay on disk, because checkpoints refer to them."""
+"""Pins keep files of a record on disk because checkpoints refer to them."""
 
 import os
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Which tensors of a segment few bits cannot hold well enough: these are kept in float32."""
+"""Decides which tensors of a segment few bits cannot hold well enough. These are kept in float32."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,7 +37,7 @@ def widened(
     before: Callable[[str], Tensor | None],
     ranks: Communicator,
 ) -> dict[str, TensorInfo]:
-    """Return how a segment keeps its tensors: in float32 those that float16 cannot hold well enough.
+    """Return how a segment keeps its tensors: in float32 if float16 cannot hold them well enough.
 
     Args:
         tensors: How the record keeps them.

@@ -23,7 +23,7 @@ _PATIENCE_S = 5.0
 
 @dataclass(slots=True)
 class OpenSegment:
-    """The segment that updates are added to, and the one before. One assignment, which no interrupt divides, ends it.
+    """The segment to which updates are added, and the one before. A single assignment, which is atomic, ends it.
 
     Args:
         start: Where it begins.
@@ -37,7 +37,7 @@ class OpenSegment:
 
 
 class SegmentQueue:
-    """Has a thread write segments that have ended, one at a time, and keeps what is not written.
+    """Lets a thread write segments that have ended, one at a time, and keeps those that are not written.
 
     Args:
         folder: The folder of the record, for messages.

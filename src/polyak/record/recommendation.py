@@ -1,4 +1,4 @@
-"""The average of a record that is recommended, and why; the one that needs no evaluation."""
+"""The recommended average of a record with the reasons, and the default that needs no evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -208,7 +208,7 @@ class Recorder(Algorithm):
         refuse_uncounted(f"interval='{interval}'", interval.unit, state, counted)
 
     def close(self) -> None:
-        """Write all that is not on disk yet, and release the record. The end of a run does so by itself.
+        """Write all that is not on disk yet, and release the record. The end of a run calls this.
 
         If that failed, as on a full disk, what was not written is still in memory: make room and call this again, on
         all ranks.

@@ -1,4 +1,4 @@
-"""``Recording``: what a ``Recorder`` does with one model: its running mean, its segments, its state."""
+"""``Recording``: the running mean, the segments and the state of a ``Recorder`` for one model."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Which ranks record, and what they compare."""
+"""Decides which ranks record, and compares the ranks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from polyak.time import Time, TimeUnit
 
 
 class Roles:
-    """The ranks that train a model, and the part that this one has in recording it.
+    """The ranks that train a model, and the role of this one in recording it.
 
     Args:
         model: As it is trained. All ranks that hold it must make this together.
@@ -114,7 +114,7 @@ class Roles:
             )
 
     def refuse_seconds(self, interval: Time, max_duration: Time | None) -> None:
-        """Refuse segments whose length the clock of each rank decides.
+        """Refuse segments with a length in seconds, which each rank's own clock would decide.
 
         Args:
             interval: The length of a segment.

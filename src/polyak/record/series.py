@@ -45,7 +45,7 @@ _MOST_LOST = 1e-2
 
 
 class SeriesFile(SegmentFile):
-    """A checkpoint in the place of a segment's file.
+    """A checkpoint that is read like the file of a segment.
 
     Args:
         name: The name of the average, for people.
@@ -242,7 +242,7 @@ class SeriesRecord(Record):
 
 
 def open_checkpoints(paths: Sequence[str | Path], said: Said) -> SeriesRecord:
-    """Return the record that the checkpoints of a run are.
+    """Return the checkpoints of a run as a record.
 
     Snapshots of EDM2, icefall's ``model_avg``, folders of ``PostHocEMA``, torch's ``AveragedModel`` and states of
     ``EMA`` of polyak and Composer are averages of known profiles. All others are the weights of moments: averages of

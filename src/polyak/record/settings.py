@@ -1,4 +1,4 @@
-"""What a ``Recorder`` was given, and what is made from it."""
+"""The settings of a ``Recorder``, and the objects made from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ _EARLIER_INTERVAL, _EARLIER_DTYPE = Time(1 / 512, TimeUnit.DURATION), torch.floa
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a ``Recorder`` was given.
+    """The settings of a ``Recorder``.
 
     Args:
         folder: As for ``Recorder``, absolute.

@@ -1,4 +1,4 @@
-"""Segments that several ranks write together, each its shards, through ``torch.distributed.checkpoint`` (DCP).
+"""Writes segments on several ranks together, each its shards, through ``torch.distributed.checkpoint`` (DCP).
 
 DCP plans which rank writes what, so that each number is written once, and gathers the errors. What a rank writes is a
 safetensors file that DCP's ``HuggingFaceStorageReader`` reads too.

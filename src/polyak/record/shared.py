@@ -1,4 +1,4 @@
-"""The manifest of a record that is written: the same on all ranks, and changed on disk by rank 0."""
+"""The manifest of a record that is being written. All ranks have it, and rank 0 changes it on disk."""
 
 import hashlib
 from collections.abc import Iterator

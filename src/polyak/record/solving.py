@@ -1,4 +1,4 @@
-"""Coefficients of stored averages in an average under any profile, and the error of that average.
+"""Computes the coefficients of stored averages in an average under any profile, and the error of that average.
 
 Each stored average has a cumulative profile: the share of it that is of the weights up to a moment. A combination of
 them has the combination of these. The coefficients make that nearest to the profile that is asked for, which is the

@@ -1,4 +1,4 @@
-"""``StoredAverage``: a checkpoint of another library in the place of a segment of a record."""
+"""``StoredAverage``: a checkpoint of another library, used like a segment of a record."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The outcome of a sweep in words, and how numbers are written."""
+"""Describes the outcome of a sweep in words, and formats numbers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a sweep evaluates: averages of a record, its raw weights, and weights from files."""
+"""The weights that a sweep evaluates: averages of a record, its raw weights, and weights from files."""
 
 import hashlib
 import json

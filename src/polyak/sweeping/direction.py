@@ -1,4 +1,4 @@
-"""Whether a higher or a lower value of a metric is better, as far as its name is sure to say."""
+"""Decides whether a higher or a lower value of a metric is better, if its name clearly says so."""
 
 import re
 from itertools import pairwise

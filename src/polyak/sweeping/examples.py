@@ -1,4 +1,4 @@
-"""Losses of single examples: an interval of their mean, and which averages are as good as the best."""
+"""Uses losses of single examples for an interval of their mean, and to find averages as good as the best."""
 
 import math
 from collections.abc import Sequence

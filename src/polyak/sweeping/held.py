@@ -1,4 +1,4 @@
-"""A record that a sweep reads while a run may still be writing it: all its files stay open, as they were at the start.
+"""A record that a sweep reads while a run may still write it: its files stay open, as they were at the start.
 
 A run that goes on merges segments and deletes the old files. A file that is open can still be read.
 """
@@ -80,7 +80,7 @@ def up_to(record: Record, segment: Segment) -> Record:
 
 @contextmanager
 def held(record: Record) -> Iterator[Record]:
-    """Open a record with all its files for a ``with`` block: a run may go on, and the record stays as it was.
+    """Open a record with all its files for a ``with`` block. It stays the same even if the run continues to write it.
 
     Args:
         record: The record. If a run has merged its files since, the newer record is opened in its place.

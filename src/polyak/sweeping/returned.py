@@ -1,4 +1,4 @@
-"""What a custom evaluation returns, checked: a number, the values of single examples, or either of them by name."""
+"""Checks what a custom evaluation returns: a number, the values of single examples, or either of them by name."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

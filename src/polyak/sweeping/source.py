@@ -1,4 +1,4 @@
-"""The source of a custom function, as a hash: results of another source are not reused."""
+"""Hashes the source of a custom function, since results of another source are not reused."""
 
 import ast
 import hashlib

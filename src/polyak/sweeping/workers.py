@@ -1,4 +1,4 @@
-"""``Workers``: the ranks that evaluate averages between them. One process alone is a worker too."""
+"""``Workers``: the ranks that share the evaluations of averages. A single process is a worker too."""
 
 import os
 import pickle
@@ -24,7 +24,7 @@ _PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """What a rank sends: a value, or the error that ended its work."""
+    """The message of a rank: a value, or the error that ended its work."""
 
     value: Any
     error: BaseException | None = None
@@ -32,7 +32,7 @@ class _Sent:
 
 @dataclass(slots=True)
 class Workers:
-    """The ranks that evaluate. Each sends as many messages as the others, whatever fails, so that none waits forever.
+    """The ranks that evaluate. Each sends as many messages as the others, even after a failure, so that none waits forever.
 
     Args:
         ranks: How they communicate.

@@ -1,4 +1,4 @@
-"""The clock of a training run: ``Timestamp``. It holds plain numbers, and makes a ``Time`` where one is read."""
+"""``Timestamp``: the clock of a training run. It holds plain numbers, and makes a ``Time`` when one is read."""
 
 import math
 import operator

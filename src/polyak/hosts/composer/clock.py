@@ -1,4 +1,4 @@
-"""``View``: what polyak's algorithms read of Composer's state."""
+"""``View``: Composer's state as polyak's algorithms read it."""
 
 from datetime import timedelta
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``compute_ema`` and ``EMAParameters``, for loops that average by Composer's functions."""
+"""``compute_ema`` and ``EMAParameters``, for loops that average with Composer's functions."""
 
 from typing import Any
 

@@ -33,7 +33,7 @@ _BEFORE_EVALUATIONS = frozenset({Event.AFTER_LOAD, Event.FIT_START, Event.EVAL_S
 
 
 class Hosted(Handle, ComposerAlgorithm):
-    """An algorithm of polyak as one of Composer's. It has the attributes of the algorithm.
+    """An algorithm of polyak as an algorithm of Composer's trainer, with the same attributes.
 
     It is also the handle of the average: ``model``, ``applied()``, ``save`` and more, once ``fit`` has begun.
 
@@ -198,7 +198,7 @@ class Hosted(Handle, ComposerAlgorithm):
 
 
 class _Followed:
-    """What ``Handle`` needs of a trainer of Composer's.
+    """The members of Composer's trainer that ``Handle`` needs.
 
     Args:
         hosted: In it.
@@ -313,7 +313,7 @@ def _evaluate_raw_too(state: Any) -> None:
 
 
 def _check(hosted: Hosted, state: Any) -> None:
-    """Refuse what cannot work in Composer."""
+    """Refuse arguments that cannot work in Composer."""
     if state.fsdp_config_version == 1 or state.tp_config is not None:
         raise NotImplementedError(
             "each process must hold the full model or its FSDP2 shards: FSDP1 keeps flat parameters, whose average "

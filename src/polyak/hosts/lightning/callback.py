@@ -238,7 +238,7 @@ class Averaging(Handle, Callback):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what makes Lightning warn if the checkpoint is resumed without this callback."""
+        """Return a state that makes Lightning warn if the checkpoint is resumed without this callback."""
         return {"algorithms": [repr(algorithm) for algorithm in self.algorithms]}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -330,7 +330,7 @@ def _set_lengths(loop: Loop, trainer: Any, pl_module: Any) -> None:
 
 
 def _duration(trainer: Any, epoch_length: int | None) -> Time | None:
-    """Return the length of a run: of its two limits the one that comes first."""
+    """Return the length of a run: the limit that is reached first."""
     epochs, steps = trainer.max_epochs, trainer.max_steps
     if epochs in (None, -1):
         return None if steps == -1 else Time(steps, TimeUnit.BATCH)

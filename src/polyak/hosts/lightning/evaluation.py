@@ -1,4 +1,4 @@
-"""``Evaluation``: which weights the model has while Lightning evaluates it."""
+"""``Evaluation``: swaps the average in and out while Lightning evaluates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +42,7 @@ class Evaluation:
         self._ends: list[Event] = []  # that end what has begun
 
     def has_average(self, trainer: Any) -> bool:
-        """Return whether the model has an average of its own: not where a checkpoint is evaluated.
+        """Return whether the average of this run is evaluated, and not the weights of a checkpoint.
 
         Args:
             trainer: Lightning's.
@@ -50,7 +50,7 @@ class Evaluation:
         return self.loop is not None and (trainer.state.fn.value == "fit" or trainer.ckpt_path is None)
 
     def begin(self, trainer: Any, start: Event, end: Event) -> None:
-        """Fire the first event, unless a checkpoint is evaluated: then the model has its weights.
+        """Fire the first event, unless a checkpoint is evaluated, whose weights are then in the model.
 
         Args:
             trainer: Lightning's.
@@ -104,7 +104,7 @@ class Evaluation:
             self.loop.fire(self._ends.pop(0))
 
     def end(self) -> None:
-        """Fire the events that end what has begun."""
+        """Fire the end events of all that has begun."""
         while self._ends:
             assert self.loop is not None
             self.loop.fire(self._ends.pop(0))

@@ -1,4 +1,4 @@
-"""A pass over the evaluation data with the raw weights, before Lightning's own with the average."""
+"""Evaluates the raw weights in a pass of their own, before Lightning's evaluation of the average."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""The strategies of Lightning under which weights cannot be averaged."""
+"""Refuses strategies of Lightning under which weights cannot be averaged."""
 
 from typing import Any
 

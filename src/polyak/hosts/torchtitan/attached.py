@@ -51,7 +51,7 @@ class TorchtitanAttached(Attached):
             )
 
     def _around(self, owner: Any, name: str, call: Any) -> None:
-        """Let ``call`` run instead of a method of the trainer's parts, until this is detached."""
+        """Replace a method of one of the trainer's parts by ``call``, until this is detached."""
         self._methods.append(Methods(owner))
         self._methods[-1].around(name, call)
 
@@ -73,7 +73,7 @@ class TorchtitanAttached(Attached):
         save_average(self._begun(), self._trainer, model, Path(path), overwrite=overwrite, hf=hf)
 
     def detach(self) -> None:
-        """Stop counting, and give the validator its own method back. Checkpoints keep the average."""
+        """Stop counting, and restore the validator's own method. Checkpoints keep the average."""
         for methods in self._methods:
             methods.remove()
         super().detach()

@@ -135,7 +135,7 @@ def averaged(config: Trainer.Config, **settings: Any) -> Any:
 def ema(config: BaseCheckpointManager.Config, **settings: Any) -> Any:
     """Average the weights in a run of any configuration: ``--override.imports polyak.hosts.torchtitan.config.ema``.
 
-    An override replaces a component, and the checkpoint manager is the one that meets the whole trainer.
+    An override replaces a component, and the checkpoint manager is the component that gets the whole trainer.
 
     Args:
         config: The configuration of the checkpoint manager.

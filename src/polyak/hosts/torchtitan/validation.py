@@ -1,4 +1,4 @@
-"""Validation by torchtitan's validator with the average, before it with the training weights if both are asked for."""
+"""Validates the average with torchtitan's validator, and the training weights before it if both are asked for."""
 
 import logging
 from collections.abc import Callable
