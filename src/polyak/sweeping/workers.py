@@ -32,7 +32,7 @@ class _Sent:
 
 @dataclass(slots=True)
 class Workers:
-    """The ranks that evaluate. Each sends as many messages as the others, even after a failure, so that none waits forever.
+    """The ranks that evaluate. All send the same number of messages, even after a failure, so that none waits forever.
 
     Args:
         ranks: How they communicate.
