@@ -55,7 +55,7 @@ def equal(some: dict, others: dict) -> bool:
 
 
 @pytest.mark.parametrize("given", ["the average", "the record"])
-def test_training_goes_on_from_a_polish_without_a_warning_of_weights_that_have_changed(tmp_path, given) -> None:
+def test_training_continues_after_a_polish_without_a_warning_of_weights_that_have_changed(tmp_path, given) -> None:
     algorithms = EMA("4ba"), Recorder(tmp_path / "record", "1ba")
     model, optimizer, attached = trained(*algorithms, steps=10)  # from step 10 to 11 weights are watched
     attached.state_dict()  # waits until all segments are written

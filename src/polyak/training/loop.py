@@ -74,8 +74,7 @@ class Loop:
         self._logger = logger or NoLogger()
         self._met = self._clock_checked = False  # the clock is checked after the first batch
         self.uncounted: Uncounted | None = None
-        self._counted = 0  # batches since steps are counted
-        self.swapping = True
+        self._counted, self.swapping = 0, True  # batches since steps are counted
 
     # Events
 
@@ -115,9 +114,8 @@ class Loop:
         elif event is Event.FIT_END:
             self.warn_of_uncounted(ended=True)
             self.uncounted = None
-        algorithms = self.algorithms
-        if not self.swapping and event in _SWAPPED_IN:
-            algorithms = [one for one in algorithms if not one.swaps]
+        unswapped = not self.swapping and event in _SWAPPED_IN
+        algorithms = [one for one in self.algorithms if not one.swaps] if unswapped else self.algorithms
         if torch.is_inference_mode_enabled():
             # A tensor made in inference mode cannot be changed outside it, where training weights may be restored.
             with torch.inference_mode(mode=False):
