@@ -52,7 +52,7 @@ def warn_of_short(schedule: Schedule, run: Run) -> None:
     interval = convert(schedule.interval, profile.span.unit, run)
     if interval is not None and interval > _MOST_HALF_LIVES * profile.span.value:
         _warn(
-            f"the average will be hardly more than the last weights: update_interval='{schedule.interval}' is "
+            f"the average will be little more than the last weights: update_interval='{schedule.interval}' is "
             f"{interval / profile.span.value:.4g} half-lives of '{profile.span}'; take a longer half-life or a shorter "
             "interval"
         )

@@ -35,13 +35,14 @@ class Recorder(Algorithm):
     what an ``EMA`` does: one running mean in memory, one update a step. A background thread writes and merges files.
     Training waits for it only if a segment ends before the one before is on disk, and warns if that takes long.
 
-    If a segment cannot be written, as on a full disk, the error is raised at the end of the next one, and the segment
-    stays in memory. Whoever catches the error, makes room and continues loses nothing: the segment is written then, and
-    the open one gets longer meanwhile. After the last update ``close`` does that. At most one such copy is in memory.
+    If a segment cannot be written, for example because the disk is full, the error is raised at the end of the next
+    one, and the segment stays in memory. If you catch the error, make room and continue, nothing is lost: the segment
+    is written then, and the open one gets longer meanwhile. After the last update, call ``close``. At most one such
+    segment is in memory.
 
-    A checkpoint holds what is needed to resume: the open segment, and which files it refers to. They stay on disk until
-    the checkpoint is deleted, or, where its path is not known, until two newer states were taken. A record that is
-    ahead of a resumed checkpoint is rewound to it.
+    A checkpoint has what is needed to resume: the open segment, and the names of the files that it needs. These stay
+    on disk until the checkpoint is deleted or, if its path is not known, until two newer states were taken. A record
+    that is ahead of a resumed checkpoint is rewound to it.
 
     Ranks that train one model together write one record. Of a sharded model each rank writes its shards, and any number
     of ranks can resume the record; all must then take the state together, as ``torch.distributed.checkpoint`` does. Of

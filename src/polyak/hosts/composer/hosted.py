@@ -172,7 +172,7 @@ class Hosted(Handle, ComposerAlgorithm):
         if not moves_parameters(other, self._view.model):
             return
         warnings.warn(
-            "steps must be counted to be averaged: those of the optimizer that the trainer had at the begin of fit() "
+            "steps must be counted to be averaged: those of the optimizer that the trainer had at the start of fit() "
             f"are, and {hooks.others} of {hooks.other}, which steps the same parameters, were not; give the trainer "
             "that optimizer, and call fit() again",
             PlanWarning,
