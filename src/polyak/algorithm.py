@@ -84,7 +84,7 @@ class Algorithm(ABC):
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
 
 
@@ -100,7 +100,7 @@ def dispatch(event: Event, state: State, algorithms: Iterable[Algorithm], logger
     Args:
         event: The event that has happened.
         state: The state of the loop.
-        algorithms: In order.
+        algorithms: The algorithms, in order.
         logger: Where they may log.
     """
     acting = []

@@ -204,7 +204,7 @@ def refuse_uncounted(
 
     Args:
         argument: The argument in this unit, as it was given, to name it in errors.
-        unit: Any.
+        unit: Any unit.
         state: The state of the run.
         counted: Units that the loop counts.
         fractions: Whether fractions of epochs matter.

@@ -43,7 +43,7 @@ def sums_of_bits(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     differ from this: they add up memory in its order, so they depend on the strides of a tensor.
 
     Args:
-        tensors: By name.
+        tensors: The tensors, by name.
     """
     sums = list(map(_sum_of_bits, tensors.values()))
     first = sums[0].device if sums else None

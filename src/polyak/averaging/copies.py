@@ -55,7 +55,7 @@ def without_model(average: "OnlineAverage") -> "OnlineAverage":
     """Return an average without its model, to be pickled: its tensors wait on the CPU for a model.
 
     Args:
-        average: With or without a model.
+        average: An average with or without a model.
 
     Raises:
         CopyError: If it is sharded.

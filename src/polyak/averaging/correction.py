@@ -130,7 +130,7 @@ class CorrectedShadow(Shadow):
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             CheckpointError: If it is the state of another average.

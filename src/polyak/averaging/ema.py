@@ -212,7 +212,7 @@ class EMA(Attributes):
         Args:
             event: The event that ``match`` answered True to.
             state: The state of the run.
-            logger: For metrics.
+            logger: The logger for metrics.
 
         Raises:
             ArgumentError: If the event is another trainer's.
@@ -280,7 +280,7 @@ class EMA(Attributes):
         average, the model gets its training weights, so load the model's own state first.
 
         Args:
-            state: As saved.
+            state: The saved state.
             strict: Whether all names must match the model's. If not, a warning lists those that do not match: missing
                 averages stay as they are, and unexpected ones are ignored. Shapes must match in any case.
 

@@ -14,7 +14,7 @@ class Gradients:
     cannot be undone.
 
     Args:
-        parameters: By name.
+        parameters: The parameters, by name.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:

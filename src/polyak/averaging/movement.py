@@ -52,7 +52,7 @@ class Movement:
         """Move every average by ``weight`` of the way to the model's tensors; copy what is copied.
 
         Args:
-            weight: From 0 to 1.
+            weight: The weight, from 0 to 1.
         """
         fingerprint = self.listing.fingerprint
         if fingerprint is None or not fingerprint.holds():

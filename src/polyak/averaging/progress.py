@@ -101,7 +101,7 @@ class Progress:
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self.origin = Timestamp.from_state_dict(state["origin"])
         self.updated_at = Timestamp.from_state_dict(state["updated_at"]) if state["updated"] else None

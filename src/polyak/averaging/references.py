@@ -42,7 +42,7 @@ def is_atomic(thing: object) -> bool:
     """Return whether ``thing`` refers to nothing that could be a module or a tensor.
 
     Args:
-        thing: Any.
+        thing: Any object.
     """
     return type(thing) in _ATOMIC
 
@@ -51,7 +51,7 @@ def serves_training(thing: object) -> bool:
     """Return whether ``thing`` is an optimizer, a trainer, a loader, a thread, a logger or one of polyak's objects.
 
     Args:
-        thing: Any.
+        thing: Any object.
     """
     kind = type(thing)
     if issubclass(kind, nn.Module | Tensor):
@@ -136,7 +136,7 @@ class References:
         """Return whether ``thing`` serves the training, and is shared.
 
         Args:
-            thing: Any.
+            thing: Any object.
         """
         kind = type(thing)
         if kind not in self._serving:
@@ -266,7 +266,7 @@ class References:
         """Return the globals that a function names, unless it is in a library, which does not refer to a model.
 
         Args:
-            function: Any.
+            function: Any function.
         """
         if self._from_library(function):
             return {}

@@ -70,7 +70,7 @@ def load(average: "OnlineAverage", state: Mapping[str, Any], strict: bool = True
 
     Args:
         average: The average, begun or not.
-        state: As saved.
+        state: The saved state.
         strict: Whether all names must match the model's.
 
     Raises:

@@ -81,7 +81,7 @@ class Copies:
         """Return the copy of ``thing``.
 
         Args:
-            thing: Any.
+            thing: Any object.
         """
         if is_atomic(thing) or isinstance(thing, type | ModuleType):
             return thing

@@ -269,7 +269,7 @@ class Shadow:
         A state that was taken while the average was in the model has the training weights, and the model gets them.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             LoanError: If the model holds an average.

@@ -1,4 +1,4 @@
-"""Writes a file of ``torch.save``: first without the tensors, whose places then are filled one after the other."""
+"""Writes a file of ``torch.save``: first without the tensors, which then fill their places one by one."""
 
 import zipfile
 import zlib

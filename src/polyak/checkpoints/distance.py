@@ -1,4 +1,4 @@
-"""How far two checkpoints are from each other, by tensor."""
+"""How far apart two checkpoints are, tensor by tensor."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _PIECE = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far a tensor of one checkpoint is from that of another.
+    """How far a tensor of one checkpoint is from the same tensor of another.
 
     Args:
         name: The name of the tensor.
@@ -35,7 +35,7 @@ class Distance:
 
     @property
     def relative(self) -> float:
-        """The L2 norm of the difference, divided by that of the first."""
+        """The L2 norm of the difference, divided by the norm of the first."""
         return _relative(self.square, self.square_of_first)
 
 
@@ -68,7 +68,7 @@ def distances(first: Checkpoint, second: Checkpoint) -> Iterator[Distance]:
 
 
 def overall(found: Iterable[Distance]) -> float:
-    """Return the distance of all tensors of one shape together, relative to the norm of the first.
+    """Return the distance between all tensors of one shape taken together, relative to the norm of the first.
 
     Args:
         found: The distances.

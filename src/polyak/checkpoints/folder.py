@@ -70,7 +70,7 @@ def read(path: Path, files: Files) -> Found:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the files in a folder by which libraries find its weights: indexes, then files with all weights.
+    """Return the files in a folder that libraries look for to find its weights: indexes, then files with all weights.
 
     Args:
         path: The path of the folder.

@@ -1,4 +1,4 @@
-"""Megatron's older folders (``iter_0001000``): a file for each rank of the model, each with tensors of its own."""
+"""Megatron's older folders (``iter_0001000``): one file per rank of the model, each with different tensors."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ _DEPTH = 8
 
 
 def accepts(path: Path) -> bool:
-    """Return whether it is a folder with a folder for each rank, or one with such folders and the number of the latest.
+    """Return whether it is a folder with a folder per rank, or a folder of those and a file with the latest's number.
 
     Args:
         path: The path of a checkpoint.

@@ -1,4 +1,4 @@
-"""Metrics of checkpoints: as they say themselves, as their names do, or as a log does."""
+"""Metrics of checkpoints: from the checkpoints themselves, from their names, or from a log."""
 
 import json
 import re
@@ -110,7 +110,7 @@ def _entry(path: Path, at_line: int, line: bytes) -> Mapping[str, Any]:
 
 
 def _as_number(value: object) -> object:
-    """Return a number that is text, as fairseq writes them, as a number."""
+    """Return a number that may be text, as fairseq writes it, as a number."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

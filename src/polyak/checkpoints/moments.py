@@ -1,4 +1,4 @@
-"""When a checkpoint was saved: as it says itself, or its name does."""
+"""When a checkpoint was saved, from its content or its name."""
 
 import re
 import struct

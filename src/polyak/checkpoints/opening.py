@@ -25,12 +25,12 @@ class Reader(Protocol):
 
     @property
     def FORMAT(self) -> str:  # noqa: N802  a constant of the module
-        """What it reads, for people."""
+        """What it reads, as text for messages."""
         ...
 
     @property
     def accepts(self) -> Callable[[Path], bool]:
-        """Whether it reads what is at a path."""
+        """Whether it can read what is at a path."""
         ...
 
     @property
@@ -154,7 +154,7 @@ def named_errors(path: Path) -> Iterator[None]:
         path: The path of the checkpoint.
 
     Raises:
-        CheckpointError: In place of any error.
+        CheckpointError: Instead of any error.
     """
     try:
         yield

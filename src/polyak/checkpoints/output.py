@@ -43,7 +43,7 @@ def form_of(path: Path, plan: Plan, form: str | None = None) -> str:
     """Return the format of an output: what it is told to be, what its suffix says, or what the newest checkpoint is.
 
     Args:
-        path: Of the output.
+        path: The path of the output.
         plan: What is averaged.
         form: One of `WRITERS`; None to find out.
 
@@ -174,7 +174,7 @@ class _Work:
 
     Args:
         staging: Keeps what is done.
-        communicator: Of the processes.
+        communicator: The communicator of the processes.
         files: That are hashed by any of them.
     """
 

@@ -1,4 +1,4 @@
-"""What is averaged: checkpoints, how much each counts, and the names of the tensors that they have in common."""
+"""What to average: checkpoints, their weights, and the names of the tensors that they have in common."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What an average was made from, as the outputs of `polyak average` and `polyak soup` say it themselves.
+"""What an average was made from. `polyak average` and `polyak soup` write it into their outputs.
 
 A safetensors file has it in its header, a file of torch in an entry of the archive that ``torch.load`` does not look
 at, and a folder of ``torch.distributed.checkpoint`` in a file of its own.

@@ -1,4 +1,4 @@
-"""Means of the newest checkpoints, of more and more of them: each checkpoint is read once for all of these means."""
+"""Means of the newest checkpoints, each over more of them. Each checkpoint is read once for all of these means."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The settings of a run that a checkpoint has: hyper-parameters, arguments and configurations, as plain values."""
+"""The settings of a run in its checkpoint: hyper-parameters, arguments and configurations, as plain values."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

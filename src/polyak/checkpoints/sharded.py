@@ -1,4 +1,4 @@
-"""Tensors whose shards are in several places on disk: any range of their elements, from the shards that have it."""
+"""Tensors whose shards are in several places on disk. Any range of elements is read from the shards that have it."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence

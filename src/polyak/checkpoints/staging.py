@@ -1,4 +1,4 @@
-"""The folder in which an output is made. A run that was stopped leaves it, and the next of the same plan resumes."""
+"""The folder in which an output is made. A run that was stopped leaves it; the next run of the same plan resumes it."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ _VERSION = 2
 
 
 def fingerprint_of(plan: Plan, form: str, given: Mapping[str, Tensor]) -> str:
-    """Return a text that is the same for two plans with the same output.
+    """Return a text that is the same for plans with the same output.
 
     Args:
         plan: What is averaged.
@@ -57,7 +57,7 @@ class Staging:
         return {one.stem: json.loads(one.read_text()) for one in files}
 
     def mark(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Keep that a unit is done, once what it wrote is on the disk.
+        """Record that a unit is done, once what it wrote is on the disk.
 
         Args:
             name: The name of the unit.
@@ -84,7 +84,7 @@ def _files(output: Path) -> list[Path]:
 
 @contextmanager
 def staged(path: Path, fingerprint: str, communicator: Communicator, *, folder: bool) -> Iterator[tuple[Staging, bool]]:
-    """Give the output of a plan to the processes that make it, and whether it was begun before.
+    """Give the output of a plan to the processes that make it, and say whether it was begun before.
 
     It becomes ``path`` when the ``with`` block ends. After an error nothing remains; after Ctrl-C or a kill what was
     done stays.
@@ -133,7 +133,7 @@ def staged(path: Path, fingerprint: str, communicator: Communicator, *, folder: 
 
 
 def keep_plan(path: Path, fingerprint: str) -> None:
-    """Keep which plan an output is of, once all files are prepared: from then on it can be resumed.
+    """Record the plan of an output, once all files are prepared: from then on it can be resumed.
 
     Args:
         path: The final name of the output.

@@ -1,4 +1,4 @@
-"""The work of writing an output, in units: processes share them, and a run that was stopped leaves finished ones."""
+"""The work of writing an output, in units: processes share them, and a run that resumes skips the finished ones."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

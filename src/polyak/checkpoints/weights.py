@@ -29,7 +29,7 @@ class Weights(NamedTuple):
 
     Args:
         place: Where they are.
-        tensors: By name.
+        tensors: The tensors, by name.
         extra: Extra states that are no tensors, but plain values, by name.
         left: The names of extra states that are neither.
         buffers: Which of the tensors are buffers, of a network that was pickled as an object; none of a state dict.

@@ -1,4 +1,4 @@
-"""Files from anywhere, opened and read without running code that they may hold."""
+"""Opens and reads files from anywhere, without running code that they may hold."""
 
 import json
 import mmap
@@ -150,7 +150,7 @@ def _is_safetensors(data: memoryview) -> bool:
 
 
 def safetensors_metadata(data: memoryview) -> Mapping[str, Any]:
-    """Return the texts in the header of a safetensors file; none of any other file.
+    """Return the texts in the header of a safetensors file; nothing for any other file.
 
     Args:
         data: The file's bytes.
@@ -171,7 +171,7 @@ def _header(data: memoryview) -> Mapping[str, Any]:
 
 
 def _safetensors(data: memoryview) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file: they are its own bytes."""
+    """Return the tensors of a safetensors file, over the file's own bytes."""
     begin = 8 + int.from_bytes(data[:8], "little")
     header = _header(data)
     about = header.get("__metadata__")
@@ -215,7 +215,7 @@ def _place(name: str, entry: object) -> tuple[int, int, torch.dtype, tuple[int, 
 
 
 def _are_whole(value: object) -> TypeGuard[list[int]]:
-    """Return whether it is a list of few whole numbers, none very large: their product must be cheap."""
+    """Return whether it is a short list of whole numbers, none very large: their product must be cheap."""
     return (
         isinstance(value, list)
         and len(value) <= _MOST_DIMENSIONS

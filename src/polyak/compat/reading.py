@@ -99,7 +99,7 @@ def _unknown(content: Content, path: Path) -> CheckpointError:
 
 
 def _chosen(content: Content, key: str | None, prefix: str | None) -> Averaged:
-    """Return what is where it was said to be."""
+    """Return what is at the given place."""
     value = content if key is None else dig(content, key)
     if isinstance(value, (list, tuple)) and value and prefix is None:
         tensors = tensors_of({str(i): tensor for i, tensor in enumerate(value)})
@@ -119,14 +119,14 @@ def _chosen(content: Content, key: str | None, prefix: str | None) -> Averaged:
 
 
 def dig(value: Any, key: str) -> Any:
-    """Return what is at a key, whose parts are separated by points; a key may itself have points.
+    """Return what is at a key whose parts are separated by points; a part may contain points.
 
     Args:
         value: The content of a file.
-        key: As ``ema`` or ``optimizer_states.0.ema``.
+        key: Such as ``ema`` or ``optimizer_states.0.ema``.
 
     Raises:
-        CheckpointError: If there is nothing.
+        CheckpointError: If there is nothing at the key.
     """
     if isinstance(value, (list, tuple)):
         value = {str(i): inner for i, inner in enumerate(value)}

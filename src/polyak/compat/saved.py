@@ -26,7 +26,7 @@ _VIEWED_BYTES = 1 << 20
 
 
 def most_bytes(size_bytes: int) -> int:
-    """Return how many bytes may come out of a file.
+    """Return how many bytes may be unpacked from a file.
 
     Args:
         size_bytes: Its size.
@@ -35,7 +35,7 @@ def most_bytes(size_bytes: int) -> int:
 
 
 class Checksum(NamedTuple):
-    """A checksum that has not been compared yet.
+    """A checksum that has not been checked yet.
 
     Args:
         data: The bytes that it is of.
@@ -69,7 +69,7 @@ def load_saved(data: memoryview, *, mapped: bool, strict: bool, unchecked: dict[
 
 
 def is_legacy(data: memoryview) -> bool:
-    """Return whether a number of torch is what a file begins with.
+    """Return whether a file begins with torch's magic number.
 
     Args:
         data: The data of the file.
@@ -78,7 +78,7 @@ def is_legacy(data: memoryview) -> bool:
 
 
 def _pickled(data: memoryview, *, mapped: bool, strict: bool, aligned: bool) -> Any:
-    """Return what ``pickle.dump`` wrote: its tensors are in the pickle, each as ``torch.save`` writes storages."""
+    """Return what ``pickle.dump`` wrote. Its tensors are in the pickle, as ``torch.save`` writes storages."""
 
     def storage(saved: object) -> Any:
         if not isinstance(saved, (bytes, memoryview)):
@@ -97,11 +97,11 @@ def _pickled(data: memoryview, *, mapped: bool, strict: bool, aligned: bool) -> 
 
 
 def compare(checksum: int, expected: int, entry: str) -> None:
-    """See that the content of an entry is what was saved.
+    """Raise unless the content of an entry is what was saved.
 
     Args:
-        checksum: Of what is there.
-        expected: Of what was saved.
+        checksum: The checksum of what is there.
+        expected: The checksum of what was saved.
         entry: Its name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""How names and values out of files are shown: short, and without what a terminal would obey."""
+"""How names and values from files are shown: short, and without control characters for the terminal."""
 
 from collections.abc import Iterable
 from pathlib import PurePath

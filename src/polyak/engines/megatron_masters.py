@@ -101,7 +101,7 @@ def replaced(state: Any, replace_one: Callable[[str, Any], Any], names: Mapping[
         state: Tensors, and containers of them, by name.
         replace_one: Given a name and what is there.
         names: Those of the tensors.
-        kind: Of what is replaced.
+        kind: The kind of object that is replaced.
     """
     if isinstance(state, Mapping):
         return {

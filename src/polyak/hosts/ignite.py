@@ -228,7 +228,7 @@ class Averaging(Handle):
         """Resume from what ``state_dict`` returned, with the training weights if the model had the average then.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self._loop.load_state_dict(state)
         self._random = state["rng"]

@@ -157,7 +157,7 @@ def lerp(pairs: Sequence[Pair], left_out: Tensor) -> "Lerp":
     """Return a function that moves the left tensors of pairs towards the right ones.
 
     Args:
-        pairs: With places, and accepted.
+        pairs: Accepted pairs that have places.
         left_out: A 0-dim int64 tensor on the CPU, which counts the tensors that had NaN or inf.
     """
     return Lerp(pairs, left_out)
@@ -223,7 +223,7 @@ class Lerp:
     """Move averages towards weights on as many threads as torch has.
 
     Args:
-        pairs: With places, and accepted.
+        pairs: Accepted pairs that have places.
         left_out: A 0-dim int64 tensor on the CPU, which counts the tensors that had NaN or inf.
     """
 

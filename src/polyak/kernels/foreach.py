@@ -64,7 +64,7 @@ def why_not(device: torch.device) -> str | None:
     """Return None: torch serves all devices.
 
     Args:
-        device: Any.
+        device: Any device.
     """
     del device
     return None
@@ -74,7 +74,7 @@ def accepts(pair: Pair) -> bool:
     """Return True: torch moves and swaps all tensors.
 
     Args:
-        pair: Any.
+        pair: Any pair.
     """
     del pair
     return True
@@ -229,7 +229,7 @@ class _Rows:
 
     Args:
         triples: Averages of one dtype, their weights, and their places.
-        runs: For each its ``run_of``.
+        runs: The ``run_of`` of each average.
         width: Words of a row: the most that any of them needs.
         scratch: Memory to work in.
     """

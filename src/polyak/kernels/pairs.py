@@ -89,6 +89,6 @@ def counted(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the tensors whose changes autograd counts: all but inference tensors.
 
     Args:
-        tensors: Any.
+        tensors: Any tensors.
     """
     return [tensor for tensor in tensors if not tensor.is_inference()]

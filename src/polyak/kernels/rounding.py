@@ -174,7 +174,7 @@ def is_within(tensor: Tensor, dtype: torch.dtype, scratch: Scratch) -> bool:
 
     Args:
         tensor: A tensor of float32.
-        dtype: To which it will be rounded.
+        dtype: The dtype to which it will be rounded.
         scratch: Memory to work in.
     """
     flags = (scratch.flag(tensor.dtype, tensor.device, name) for name in ("least", "most"))
@@ -190,7 +190,7 @@ def round_(tensor: Tensor, dtype: torch.dtype, random: Tensor, scratch: Scratch,
 
     Args:
         tensor: A tensor of float32.
-        dtype: To which it is rounded.
+        dtype: The dtype to which it is rounded.
         random: 16 random bits for each element, in int32. They are overwritten.
         scratch: Memory to work in.
         within: Whether it ``is_within`` the range of ``dtype``, which saves work.
@@ -218,7 +218,7 @@ def store(tensor: Tensor, into: Tensor) -> None:
 
     Args:
         tensor: A tensor of float32.
-        into: Of 16 bits.
+        into: A tensor of 16-bit numbers.
     """
     if into.dtype == torch.bfloat16:  # torch's own conversion gives other bits for a nan
         into.view(torch.int16).copy_(tensor.view(torch.int32).bitwise_right_shift_(16))

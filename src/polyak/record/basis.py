@@ -109,7 +109,7 @@ def clock_at(edges: Sequence[Edge], at: Tensor, unit: TimeUnit | None, max_durat
     """Return the readings of a clock, by linear interpolation between edges.
 
     Args:
-        edges: In order.
+        edges: The edges, in order.
         at: Updates.
         unit: The unit of the clock; None for updates.
         max_duration: The length of the run, for ``dur``.

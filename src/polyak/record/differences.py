@@ -59,7 +59,7 @@ def scales_of(difference: Tensor) -> Tensor:
     """Return the size of a step in each row, for which its largest number has 127 steps.
 
     Args:
-        difference: From the mean before.
+        difference: The difference from the mean before.
 
     Example:
         >>> scales_of(torch.tensor([[127.0, 1.0], [0.0, 0.0]]))
@@ -77,7 +77,7 @@ def steps_of(difference: Tensor, scales: Tensor) -> Tensor:
     """Return a difference in steps, rounded.
 
     Args:
-        difference: From the mean before.
+        difference: The difference from the mean before.
         scales: The size of a step in each row.
     """
     steps = difference / torch.where(scales > 0, scales, 1)
@@ -100,7 +100,7 @@ def lost(difference: Tensor, scales: Tensor) -> tuple[float, float]:
     NaN and inf are lost completely.
 
     Args:
-        difference: From the mean before.
+        difference: The difference from the mean before.
         scales: The size of a step in each row.
     """
     row = difference.numel() / max(1, scales.numel())

@@ -188,8 +188,8 @@ def check_tensors(expected: Mapping[str, TensorInfo], got: Mapping[str, Tensor] 
     """Check that tensors are those that a record keeps.
 
     Args:
-        expected: In the record.
-        got: To be recorded.
+        expected: The tensors in the record.
+        got: The tensors to be recorded.
 
     Raises:
         MismatchError: If names or shapes differ.

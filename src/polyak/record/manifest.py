@@ -60,7 +60,7 @@ class Edge:
         """Read the clock in ``unit``; with None, count the recorded updates.
 
         Args:
-            unit: Any.
+            unit: Any unit.
             max_duration: The length of the run; needed for ``dur``.
 
         Raises:
@@ -211,7 +211,7 @@ class Manifest:
         max_duration: The length of the run, if known, which times in ``dur`` refer to.
         aliases: Further names of tied tensors, and the name that each is kept under.
         segments: Oldest first, without gaps.
-        pins: By name.
+        pins: The pins, by name.
         raw: The raw weights where the last segment ends, as a segment of no updates, once the run has ended.
 
     Raises:

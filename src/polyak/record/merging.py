@@ -26,7 +26,7 @@ class Kept:
     """How a segment keeps its tensors.
 
     Args:
-        infos: By name.
+        infos: The facts about tensors, by name.
         before: The segment that some of them are differences from; None if none is.
         scales: The scales of the differences, by name.
     """
@@ -216,7 +216,7 @@ def own_dtype(tensor: Tensor, names: Mapping[torch.dtype, str]) -> torch.dtype:
     """Return the dtype of a tensor, or float32 if files have no name for it.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
         names: The dtypes that files have, with their names.
     """
     return tensor.dtype if tensor.dtype in names else torch.float32

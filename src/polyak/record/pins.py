@@ -26,7 +26,7 @@ def without_gone(folder: Path, pins: Mapping[str, Pin]) -> dict[str, Pin]:
 
     Args:
         folder: The folder of the record.
-        pins: By name.
+        pins: The pins, by name.
     """
     return {name: pin for name, pin in pins.items() if pin.path is None or (folder / pin.path).exists()}
 
@@ -36,7 +36,7 @@ def check_kept(folder: Path, pins: Mapping[str, Pin], segments: Iterable[Segment
 
     Args:
         folder: The folder of the record.
-        pins: By name; an error lists them.
+        pins: The pins, by name; an error lists them.
         segments: What the checkpoint refers to.
 
     Raises:

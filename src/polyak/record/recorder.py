@@ -234,7 +234,7 @@ class Recorder(Algorithm):
         """Resume from what ``state_dict`` returned; the record is rewound to it when training starts.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             CheckpointError: If it is not such a state, or this is not attached to a model yet.

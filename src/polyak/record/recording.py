@@ -245,7 +245,7 @@ class Recording:
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             MismatchError: If names or shapes differ from the model's.

@@ -49,7 +49,7 @@ class SeriesFile(SegmentFile):
 
     Args:
         name: The name of the average, for people.
-        tensors: By name.
+        tensors: The tensors, by name.
         files: The files that the tensors are in.
         held: How many bytes were read since the memory was let go: a list of one number, for all checkpoints.
         all_files: The files of all checkpoints.

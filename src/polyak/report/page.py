@@ -96,7 +96,7 @@ def embedded(identity: str, data: Any) -> str:
     """Return an element that holds JSON.
 
     Args:
-        identity: Of the element.
+        identity: The element's id.
         data: Anything that JSON can hold.
     """
     # A script element ends at the first "</script", even inside a string.

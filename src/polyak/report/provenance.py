@@ -17,7 +17,7 @@ class Provenance:
     Args:
         records: The folders of the records.
         command: The command that wrote it.
-        date: When.
+        date: The date.
         versions: The versions of polyak, torch and Python.
     """
 

@@ -162,7 +162,7 @@ def _ranges(ranks: Sequence[int]) -> str:
     """Return numbers as text, with three or more in a row as a range, shortened to fit a line.
 
     Args:
-        ranks: In ascending order.
+        ranks: The ranks in ascending order.
 
     Example:
         >>> _ranges([0, 1, 2, 3, 5, 7, 8])

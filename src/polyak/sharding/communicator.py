@@ -87,7 +87,7 @@ class OneProcess:
         """Return ``items``.
 
         Args:
-            items: By name.
+            items: The items, by name.
         """
         return dict(items)
 
@@ -103,7 +103,7 @@ class OneProcess:
         """Return ``tensor``.
 
         Args:
-            tensor: Any.
+            tensor: Any tensor.
         """
         return tensor
 

@@ -132,7 +132,7 @@ def has_numbered_experts(model: nn.Module) -> bool:
     """Return whether ranks hold whole experts, under other names on each.
 
     Args:
-        model: Any.
+        model: Any model.
     """
     found = (_DECLARED[module] for module in model.modules() if module in _DECLARED) if _DECLARED else ()
     return any(experts.dim is None for experts in found)
@@ -142,7 +142,7 @@ def has_experts(model: nn.Module) -> bool:
     """Return whether experts of a model were declared.
 
     Args:
-        model: Any.
+        model: Any model.
     """
     return any(module in _DECLARED for module in model.modules()) if _DECLARED else False
 
@@ -151,7 +151,7 @@ def declared(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model that were declared to differ by rank.
 
     Args:
-        model: Any.
+        model: Any model.
     """
     modules = [module for module in model.modules() if module in _DECLARED] if _DECLARED else []
     return [p for p in chain.from_iterable(module.parameters() for module in modules) if not is_sharded(p)]

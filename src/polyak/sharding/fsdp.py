@@ -148,7 +148,7 @@ def units_of(model: nn.Module) -> list[Unit]:
     """Return the calls of ``fully_shard`` in a model, inner modules first. The model holds its shards afterwards.
 
     Args:
-        model: With ``fully_shard``.
+        model: A model with ``fully_shard``.
 
     Raises:
         ShardingError: If that cannot be read, or cannot be done again for a copy.
@@ -229,7 +229,7 @@ def class_before(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module had before ``fully_shard``.
 
     Args:
-        module: Any.
+        module: Any module.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(module, fsdp.FSDPModule):
@@ -241,7 +241,7 @@ def attributes_before(module: nn.Module) -> Mapping[str, Any]:
     """Return the attributes of a module without the state and the hooks of ``fully_shard``.
 
     Args:
-        module: Any.
+        module: Any module.
     """
     if _PACKAGE not in sys.modules:
         return vars(module)

@@ -29,7 +29,7 @@ def ddps_of(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
     """Return the ``DistributedDataParallel`` that a model is, compiled or not, or those of its parts.
 
     Args:
-        model: Any.
+        model: Any model.
     """
     if isinstance(model, ModelParts):
         return list(chain.from_iterable(map(ddps_of, model.parts)))
@@ -124,7 +124,7 @@ def device_of(group: "ProcessGroup") -> torch.device:
     """Return the device on which a group sends tensors.
 
     Args:
-        group: Any.
+        group: Any group.
     """
     on_gpu = torch.distributed.get_backend(group) == torch.distributed.Backend.NCCL
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -35,7 +35,7 @@ def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
     """Return whether a tensor is a ``DTensor``, of which each rank holds a local shard.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
     """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -81,7 +81,7 @@ def local(tensor: Tensor) -> Tensor:
     Of a weight of torchao's that wraps its values in high precision, it is the tensor with these.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
     """
     shard = tensor._local_tensor if is_sharded(tensor) else tensor  # noqa: SLF001  to_local() makes a node of autograd
     return shard if type(shard) in _PLAIN else inner(shard)
@@ -91,7 +91,7 @@ def unwrapped(tensor: Tensor) -> Tensor:
     """Return a tensor, or in place of a weight of torchao's the plain one with its values, sharded as it is.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
     """
     shard = tensor._local_tensor if is_sharded(tensor) else tensor  # noqa: SLF001  see `local`
     return tensor if (values := inner(shard)) is shard else sharded_like(tensor, values)
@@ -113,7 +113,7 @@ def as_sharded(shard: Tensor, mesh: "DeviceMesh", placements: Any, full: Tensor)
     Args:
         shard: The local shard, in any dtype and on any device.
         mesh: The ranks.
-        placements: For each dimension of the mesh.
+        placements: The placement on each dimension of the mesh.
         full: Of the shape and strides of the full tensor.
     """
     from torch.distributed.tensor import DTensor  # noqa: PLC0415  see above
@@ -290,7 +290,7 @@ def is_fsdp(model: nn.Module) -> bool:
     """Return whether ``fully_shard`` was called on a module of the model.
 
     Args:
-        model: Any.
+        model: Any model.
     """
     return bool(_units(model))
 
@@ -301,7 +301,7 @@ def reshard(model: nn.Module) -> None:
     The next forward pass would not see what is copied into shards while full tensors are held.
 
     Args:
-        model: With or without ``fully_shard``.
+        model: A model with or without ``fully_shard``.
     """
     for unit in _units(model):
         unit.reshard()
@@ -311,7 +311,7 @@ def reshard_after_an_error(model: nn.Module) -> None:
     """Do what ``reshard`` does for a model whose forward pass has raised.
 
     Args:
-        model: With ``fully_shard``.
+        model: A model with ``fully_shard``.
 
     Raises:
         ShardingError: If this version of torch cannot.

@@ -29,7 +29,7 @@ def rewrapped(tensor: Tensor, by: Tensor) -> Tensor:
     """Return a tensor of the same class with other values, and without what was computed from the old ones.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
         by: The values. It is returned as it is if ``tensor`` wraps none.
     """
     if (name := _name(tensor)) is None:

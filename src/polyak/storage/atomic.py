@@ -138,7 +138,7 @@ def remove(path: Path) -> None:
     """Delete a file, link or folder with all that is in it; do nothing if it is absent.
 
     Args:
-        path: Any.
+        path: Any path.
 
     Raises:
         OSError: If the disk refuses.
@@ -153,7 +153,7 @@ def remove_whole(path: Path) -> None:
     """Delete a file or folder so that no part of it is left under its name, whatever happens meanwhile.
 
     Args:
-        path: Any.
+        path: Any path.
 
     Raises:
         OSError: If the disk refuses.
@@ -182,7 +182,7 @@ def flush_folder(folder: Path) -> None:
     """Flush the names in a folder to the disk, where the system has a way to.
 
     Args:
-        folder: Any.
+        folder: Any folder.
 
     Raises:
         OSError: If the disk refuses.

@@ -70,7 +70,7 @@ class TensorInfo:
         """Return how ``tensor`` is kept.
 
         Args:
-            tensor: Any.
+            tensor: Any tensor.
             averaged: Whether a segment holds its mean, or its last value.
             dtype: The dtype for the means of floating-point tensors: float32, float16, bfloat16, or int8 for
                 differences; None for float16. With the last two, tensors in float64 keep that.
@@ -93,7 +93,7 @@ def disk_errors(doing: str) -> Iterator[None]:
         doing: What the block does: "writing a file".
 
     Raises:
-        RecordError: In place of an ``OSError``.
+        RecordError: Instead of an ``OSError``.
     """
     try:
         yield
@@ -211,7 +211,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         name: The tensor's name, for errors.
-        tensor: Any.
+        tensor: Any tensor.
         dtype: The dtype of the result.
 
     Raises:

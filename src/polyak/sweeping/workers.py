@@ -35,7 +35,7 @@ class Workers:
     """The ranks that evaluate. All send the same number of messages, even after a failure, so that none waits forever.
 
     Args:
-        ranks: How they communicate.
+        ranks: How the ranks communicate.
         together: Whether all ranks evaluate each average together, as a sharded model needs.
     """
 
@@ -88,7 +88,7 @@ class Workers:
         """Check that all ranks were called with the same arguments.
 
         Args:
-            facts: By name.
+            facts: The facts, by name.
 
         Raises:
             ShardingError: On all ranks, if one has another fact.
@@ -113,7 +113,7 @@ class Workers:
         """Raise an error on all other ranks, in what they send next.
 
         Args:
-            error: Of this rank.
+            error: The error of this rank.
         """
         if not self._over:
             self._over = True
@@ -136,7 +136,7 @@ def portable(error: BaseException, rank: int) -> BaseException:
     """Return an error as another rank can raise it.
 
     Args:
-        error: Any.
+        error: Any error.
         rank: The one that raised it.
     """
     try:
@@ -159,7 +159,7 @@ def is_of_another_rank(error: BaseException) -> bool:
     """Return whether an error was first raised on another rank, which shows it.
 
     Args:
-        error: Any.
+        error: Any error.
     """
     return any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ()))
 

@@ -30,7 +30,7 @@ def has_memory(tensor: Tensor) -> bool:
     It has none if it is on the meta device, lazily built, empty, sparse, or a wrapper of inner tensors.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
     """
     if is_wrapper(tensor) or is_lazy(tensor) or tensor.layout != torch.strided:
         return False
@@ -230,7 +230,7 @@ def write_(target: Tensor, source: Tensor) -> None:
 
     Args:
         target: The tensor to overwrite.
-        source: Of the same shape.
+        source: A tensor of the same shape.
     """
     target, source = target.detach(), source.detach()
     for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):

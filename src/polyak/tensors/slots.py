@@ -181,7 +181,7 @@ def own_attribute(module: nn.Module, name: str) -> Any:
     """Return an attribute that a module or its class has; None for what only its ``__getattr__`` would answer.
 
     Args:
-        module: Any.
+        module: Any module.
         name: The name of the attribute.
     """
     return getattr(module, name) if name in vars(module) or hasattr(type(module), name) else None

@@ -170,7 +170,7 @@ class Timestamp:
         """Return the clock in ``unit``: as ``get``, with the elapsed fraction of an epoch, and of the run for ``dur``.
 
         Args:
-            unit: Any.
+            unit: Any unit.
             max_duration: The length of the run; needed for ``dur``.
 
         Raises:

@@ -19,8 +19,8 @@ class Time:
     are read, and seconds also compare with ``datetime.timedelta``.
 
     Args:
-        value: How many. Whole floats become ints, except in ``dur``, where 1 is the whole run.
-        unit: Of what.
+        value: The number. Whole floats become ints, except in ``dur``, where 1 is the whole run.
+        unit: The unit.
 
     Raises:
         TimeError: If ``value`` is not a number or ``unit`` not a unit; when comparing or adding different units.

@@ -13,7 +13,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
     Args:
         batch: Tensors in tuples, lists and mappings, or an object with a method ``to``.
-        device: To move them to.
+        device: The device to move them to.
     """
     if isinstance(batch, Mapping):
         moved = {key: to_device(value, device) for key, value in batch.items()}

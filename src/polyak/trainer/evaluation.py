@@ -70,7 +70,7 @@ class Evaluation:
         """Run evaluators during training, and note the batch at which they ran.
 
         Args:
-            evaluators: Which.
+            evaluators: The evaluators.
         """
         self._loop.fire(Event.EVAL_BEFORE_ALL)
         self.run(evaluators)
@@ -90,7 +90,7 @@ class Evaluation:
         """Run evaluators now; return the figures by label and name.
 
         Args:
-            evaluators: Which.
+            evaluators: The evaluators.
 
         Raises:
             LoanError: If raw weights are to be evaluated while the model holds an average.

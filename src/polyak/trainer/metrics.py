@@ -30,7 +30,7 @@ class Metrics:
     outputs of all ranks.
 
     Args:
-        metrics: By name.
+        metrics: The metrics, by name.
         group: The processes that train together.
     """
 

@@ -126,8 +126,8 @@ class Checked:
         eval_weights: Which weights are evaluated.
         eval_due: When evaluators without an interval run.
         log_due: When training is logged.
-        train_metrics: By name.
-        eval_metrics: By name.
+        train_metrics: The metrics of training, by name.
+        eval_metrics: The metrics of evaluations, by name.
         run_name: As given, or made from the date.
     """
 

@@ -23,7 +23,7 @@ class Group:
     Args:
         kind: ``"ddp"``, ``"fsdp2"``, or None for a single process.
         device: Where this process trains.
-        ranks: How they communicate.
+        ranks: How the processes communicate.
     """
 
     kind: str | None

@@ -162,7 +162,7 @@ class Polish:
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             CheckpointError: If the run was being polished, and this trainer does not polish.

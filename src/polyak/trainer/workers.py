@@ -30,8 +30,8 @@ class Workers:
         algorithms: At most one of them swaps an average in.
         optimizers: Over parameters of the model.
         schedulers: Over these optimizers.
-        callbacks: In order.
-        loggers: In order.
+        callbacks: The callbacks, in order.
+        loggers: The loggers, in order.
     """
 
     algorithms: list[Algorithm]

@@ -108,7 +108,7 @@ class Attached(Handle):
         """Resume from what ``state_dict`` returned. Load the states of the model and the optimizer first.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             CheckpointError: If it is the state of other algorithms.

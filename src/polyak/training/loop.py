@@ -265,7 +265,7 @@ class Loop:
         """Resume from what ``state_dict`` returned. Load the model's own state first.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             CheckpointError: If it is not such a state, or the state of other algorithms.

@@ -122,7 +122,7 @@ def norms_of(parameters: Mapping[str, Tensor]) -> Norms:
     """Return the norm and size of each parameter's local shard, without waiting for a device.
 
     Args:
-        parameters: By name.
+        parameters: The parameters, by name.
     """
     shards = {name: local(parameter).detach() for name, parameter in parameters.items()}
     norms = dict[str, tuple[Tensor, int]]()

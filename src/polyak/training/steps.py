@@ -175,7 +175,7 @@ class StepHooks:
         """Return whether the optimizer steps a tensor.
 
         Args:
-            tensor: Any.
+            tensor: Any tensor.
         """
         return id(tensor) in self._of
 
@@ -183,7 +183,7 @@ class StepHooks:
         """Return whether another optimizer moves one of the same tensors.
 
         Args:
-            other: On that optimizer.
+            other: Hooks on that optimizer.
         """
         return not self._of.isdisjoint(other._of)  # noqa: SLF001
 

@@ -162,7 +162,7 @@ class Watch(Algorithm):
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self._passed = None if state["passed"] < 0 else int(state["passed"])
         self.moments = [Moment.from_plain(one) for one in json.loads(state["moments"])]

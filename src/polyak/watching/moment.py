@@ -33,7 +33,7 @@ class Reading:
             ``"cooldown"``.
         share: The half-life or the length of the cooldown, as a share of the run so far; None for the others.
         name: The name for people.
-        metrics: By name.
+        metrics: The metrics, by name.
         error: The estimated error of the average; None if it is not known.
     """
 

@@ -23,7 +23,7 @@ _DEFAULT_PERIOD = 100
 
 
 def accepts(path: Path, content: Mapping[Any, Any]) -> bool:
-    """Return whether a checkpoint is one of icefall with an average.
+    """Return whether a checkpoint is icefall's and has an average.
 
     Args:
         path: The path of the checkpoint.

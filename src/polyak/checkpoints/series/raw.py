@@ -20,7 +20,7 @@ _UNITS = (TimeUnit.BATCH, TimeUnit.ITERATION, TimeUnit.EPOCH, TimeUnit.SAMPLE, T
 
 
 def accepts(path: Path, content: Mapping[Any, Any]) -> bool:
-    """Return that any checkpoint is.
+    """Return True: any checkpoint is.
 
     Args:
         path: The path of the checkpoint.

@@ -188,7 +188,7 @@ class Hosted(Handle, ComposerAlgorithm):
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self._load_clock(state)
         self.algorithm.load_state_dict(state)
@@ -201,7 +201,7 @@ class _Followed:
     """The members of Composer's trainer that ``Handle`` needs.
 
     Args:
-        hosted: In it.
+        hosted: The wrapper of the algorithms in Composer's trainer.
     """
 
     def __init__(self, hosted: Hosted) -> None:
@@ -261,7 +261,7 @@ class EMA(Hosted):
         """Resume from what ``state_dict`` returned, here or of Composer's own ``EMA``.
 
         Args:
-            state: As saved.
+            state: The saved state.
             strict: Whether all names must match the model's; see ``polyak.EMA.load_state_dict``.
         """
         self._load_clock(state)

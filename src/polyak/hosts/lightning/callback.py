@@ -120,7 +120,7 @@ class Averaging(Handle, Callback):
         """Log metrics by the trainer's loggers.
 
         Args:
-            metrics: By name.
+            metrics: The metrics, by name.
             step: Not used: the trainer's own is that of its other metrics.
         """
         del step

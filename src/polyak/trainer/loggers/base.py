@@ -24,7 +24,7 @@ class Logger:
 
     Args:
         state: The state of the trainer, for the default of ``step``.
-        destinations: In order.
+        destinations: The destinations, in order.
     """
 
     def __init__(self, state: TrainerState, destinations: Sequence[Destination] = ()) -> None:

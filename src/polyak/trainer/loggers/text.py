@@ -75,6 +75,6 @@ class JSONLinesLogger(Destination):
         """Truncate the file to its size when the state was saved.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self._begin(int(state["size"]))

@@ -89,7 +89,7 @@ class Tracker(Destination):
         """Continue the run of a checkpoint.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self.run_id = state["run_id"]
         if not self._named:
