@@ -219,7 +219,7 @@ def export_from(  # noqa: PLR0917
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write tensors that are read from elsewhere than the model, to one file or a folder. All ranks must call this.
+    """Write tensors that are not read from the model, to one file or a folder. All ranks must call this.
 
     Args:
         ema: The EMA whose average it is, for the metadata.

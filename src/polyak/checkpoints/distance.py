@@ -1,4 +1,4 @@
-"""How far apart two checkpoints are, tensor by tensor."""
+"""How far two checkpoints are from each other, tensor by tensor."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

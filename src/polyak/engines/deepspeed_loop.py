@@ -49,7 +49,7 @@ def surround(
     begin: Callable[[], object] = lambda: None,
     finish: Callable[[], object] = lambda: None,
 ) -> Methods:
-    """Replace methods of an engine: nothing trains averaged weights, and its checkpoints have the average.
+    """Replace methods of an engine, so that nothing trains averaged weights and its checkpoints have the average.
 
     Args:
         engine: DeepSpeed's engine.

@@ -21,7 +21,7 @@ from polyak.training.handle import Handle
 
 
 class MastersHandle(Handle):
-    """The members of a handle that differ if each rank has a part of the masters and of their average."""
+    """The members of a handle that differ if each rank has only a part of the masters and of their average."""
 
     @property
     def _masters(self) -> Masters:

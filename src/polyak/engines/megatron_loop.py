@@ -136,7 +136,7 @@ class MegatronAttached(EngineAttached):
         save_average(self._begun(), self._held, Path(path), dtype, overwrite=overwrite)
 
     def publish(self, load: Callable[[str, Tensor], object], *, every_rank: bool = False) -> None:
-        """Refuse: ranks have other layers, shards and experts.
+        """Refuse: each rank has different layers, shards and experts.
 
         Args:
             load: Not used.

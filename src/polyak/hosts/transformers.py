@@ -85,7 +85,7 @@ class Attached(Handle, TrainerCallback):
         return self._loop
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the algorithms and the clock, which checkpoints of the trainer have in ``polyak.pt``.
+        """Return the states of the algorithms and the clock, which the trainer's checkpoints keep in ``polyak.pt``.
 
         Raises:
             LoanError: If the trainer has not begun to train.
@@ -240,7 +240,7 @@ class Attached(Handle, TrainerCallback):
             self._loop.end_epoch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End; where the best checkpoint was loaded, load its training weights and its average."""
+        """End. If the best checkpoint was loaded, load its training weights and its average."""
         self._fire(Event.FIT_END)
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._load(Path(state.best_model_checkpoint), state)

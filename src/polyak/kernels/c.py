@@ -95,7 +95,7 @@ _team = _Team()
 
 
 class _Jobs:
-    """Jobs for C, which torch's number of threads can do any number of times. An interrupt comes before or after.
+    """Jobs for C that as many threads as torch has can do again and again. An interrupt comes before or after.
 
     Args:
         call: A function in C.
@@ -303,7 +303,7 @@ class Exchange:
             self._jobs.run(swapped)
 
     def _locate(self) -> None:
-        """Write the current addresses: storage may have moved, to shared memory for example.
+        """Write the current addresses: storage may have moved, for example to shared memory.
 
         Raises:
             MemoryLayoutError: If a tensor's storage has become smaller than the tensor.

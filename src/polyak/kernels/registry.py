@@ -165,7 +165,7 @@ def serving_cpu() -> list[str]:
 
 
 def reasons(device_type: str) -> dict[str, str | None]:
-    """Return for each kernel why it does not serve a type of device; None if it does. They are in their order.
+    """Return for each kernel, in order, why it does not serve a type of device; None if it does.
 
     Args:
         device_type: Such as ``"cpu"``.
@@ -252,7 +252,7 @@ def lerp_(
     *,
     by: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Place], Tensor], Update] = lerp,
 ) -> Tensor:
-    """Do once what ``lerp`` returns, and return how many tensors had NaN or inf, as a 0-dim tensor.
+    """Move every average once, and return how many tensors had NaN or inf, as a 0-dim tensor.
 
     Autograd counts the changes, as of torch's own operations in place.
 

@@ -135,7 +135,7 @@ class NamedProfile(ABC):
         return str(self)
 
     def debiased(self) -> "NamedProfile | None":
-        """Return the variant in which the first weights count no more than others; None if there is none."""
+        """Return the variant in which the first weights do not count more than others; None if there is none."""
         return None
 
 

@@ -61,7 +61,7 @@ class Appender:
         return self.process != os.getpid()
 
     def begin(self, ended: Ended) -> None:
-        """Have a segment written; return immediately.
+        """Start writing a segment; return immediately.
 
         Args:
             ended: The segment.

@@ -29,7 +29,7 @@ class Reader(Protocol):
 
 
 class Products:
-    """The inner products of the differences between the means of neighbors, of all averaged tensors together.
+    """The inner products of the differences between neighboring means, over all averaged tensors.
 
     Args:
         pairs: How many pairs of neighbors there are.

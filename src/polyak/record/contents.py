@@ -67,7 +67,7 @@ class Contents:
         return open_segment(self.folder, segment, self.tensors, self._verified)
 
     def open_raw(self) -> AbstractContextManager[SegmentFile]:
-        """Open the raw weights of what is averaged, at the end of the record, for the length of a ``with`` block.
+        """Open the raw weights of the averaged tensors, at the end of the record, for the length of a ``with`` block.
 
         Raises:
             RecordError: If the record has none, or the file is missing, truncated or foreign.
@@ -97,7 +97,7 @@ class Contents:
         return self._completed(result, device)
 
     def verify(self) -> None:
-        """Compare all files, also those that are kept for checkpoints, with the hashes in the manifest.
+        """Check all files against the hashes in the manifest, including those that are kept for checkpoints.
 
         Raises:
             RecordError: If one differs.

@@ -19,7 +19,7 @@ _MOST = 127
 
 
 def is_difference(info: TensorInfo) -> bool:
-    """Return whether a tensor is kept as a difference. In a record: whether it is where that is accurate enough.
+    """Return whether a tensor is kept as a difference; for a whole record, whether it is when that is accurate enough.
 
     Args:
         info: How it is kept. No mean is of whole numbers by itself.
@@ -56,7 +56,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def scales_of(difference: Tensor) -> Tensor:
-    """Return the size of a step in each row, for which its largest number has 127 steps.
+    """Return the size of a step in each row: that for which the largest number in the row is 127 steps.
 
     Args:
         difference: The difference from the mean before.

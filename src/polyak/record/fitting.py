@@ -87,7 +87,7 @@ class Fit:
 
     @property
     def median_age(self) -> float:
-        """The age in updates that half of the average is younger than; for a half-life this is the half-life."""
+        """The median age of the average in updates: half of it is younger. For a half-life this is the half-life."""
         now = self.segments[-1].end.updates
         for segment, values in zip(reversed(self.segments), reversed(self.profile), strict=True):
             step = segment.num_updates / (len(values) - 1)
@@ -112,7 +112,7 @@ def finest(segments: Sequence[Segment]) -> int:
 
 
 def _finest(segments: Sequence[Segment], unit: TimeUnit | None, max_duration: Time | None) -> float:
-    """Return what ``finest`` does in a unit of the clock, or in updates for None."""
+    """Return the same as ``finest`` in a unit of the clock, or in updates for None."""
     lengths = [one.end.clock(unit, max_duration) - one.start.clock(unit, max_duration) for one in segments[-2:]]
     if len(lengths) == 2 and not segments[-1].level:
         lengths[0] /= 2 ** segments[-2].level

@@ -93,12 +93,12 @@ class Segment:
 
     @property
     def num_differences(self) -> int:
-        """How many segments up to this one are differences, one from the other."""
+        """How many segments up to this one are differences, each from the one before."""
         return 0 if self.before is None else 1 + self.before.num_differences
 
     @property
     def num_updates(self) -> int:
-        """How many updates it is the mean of."""
+        """The number of updates that it is the mean of."""
         return self.end.updates - self.start.updates
 
     @property

@@ -44,7 +44,7 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Opens the segments of a record to change it. Each file is compared with its hash once.
+    """Opens the segments of a record in order to change it. Each file is checked against its hash once.
 
     Args:
         folder: The folder of the record.
@@ -161,13 +161,13 @@ def _differing_as(
 
 
 def _before(segments: Sequence[Segment], level: int) -> Segment | None:
-    """Return the segment that the next one of a level may have differences from; None if there is none."""
+    """Return the segment from which the next one of a level may have differences; None if there is none."""
     newest = segments[-1] if segments else None
     return newest if newest and newest.level == level and newest.num_differences < LONGEST else None
 
 
 def separate_as(files: Files, segment: Segment) -> Kept:
-    """Return how a segment keeps its tensors once it must have no differences: as it does, and those in float32.
+    """Return how a segment keeps its tensors without differences: those that were differences in float32.
 
     Args:
         files: The files of the record.
@@ -188,7 +188,7 @@ def given(tensors: Mapping[str, Tensor]) -> Iterator[Read]:
 
 
 def encoded(files: Files, source: Source, kept: Kept) -> Source:
-    """Return a source that gives what the file of a segment holds.
+    """Return a source that reads what the file of a segment holds.
 
     Args:
         files: The files of the record.

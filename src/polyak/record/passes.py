@@ -92,7 +92,7 @@ class Passes:
         return results
 
     def _unknown(self, segments: tuple[Segment, ...]) -> Products | None:
-        """Return an object to compute the products of segments in; None if they are known."""
+        """Return an object in which the products of segments are computed; None if they are known."""
         return None if self._segments[: len(segments)] == segments else Products(len(segments) - 1)
 
     def _keep(self, products: Products, segments: tuple[Segment, ...]) -> None:
@@ -129,7 +129,7 @@ def opened(record: "Record", segments: Sequence[Segment], *, raw: bool = False) 
 
 
 def averaged_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    """Return a tensor as it is in an average.
+    """Return a tensor in the form that it has in an average.
 
     Args:
         info: As the record keeps it.

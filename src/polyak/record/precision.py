@@ -71,7 +71,7 @@ def as_differences(
     before: Callable[[str], Tensor | None],
     ranks: Communicator,
 ) -> tuple[dict[str, TensorInfo], dict[str, Tensor]]:
-    """Return how a segment keeps its tensors, in float32 those that lose too much as differences; and the scales.
+    """Return how a segment keeps its tensors, with those in float32 that lose too much as differences; and the scales.
 
     Args:
         tensors: How the record keeps them.
@@ -96,7 +96,7 @@ def as_differences(
 
 @torch.no_grad()
 def _losses(mean: Tensor, before: Tensor | None) -> tuple[float, float, float]:
-    """Return the squares of what rounding to float16 loses, and of what it may lose by the norm and the distance."""
+    """Return the square of what rounding to float16 loses, and the squares of what it may lose by norm and distance."""
     lost = norm = distance = 0.0
     flat = mean.detach().cpu().reshape(-1)
     reference = [None] * len(flat.split(_CHUNK)) if before is None else before.reshape(-1).split(_CHUNK)

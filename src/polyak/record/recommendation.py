@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The best average of a sweep against the default one, a half-life of a sixteenth of the run.
+    """Compares the best average of a sweep with the default one, a half-life of a sixteenth of the run.
 
     Args:
         metric: The metric that decides.
@@ -47,7 +47,7 @@ class Comparison:
     raw: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the numbers as JSON can hold them; profiles in words."""
+        """Return the numbers in a form that JSON can hold, and profiles in words."""
         words = {"default": named(self.default).describe(), "best": named(self.best).describe()}
         return {name: words.get(name, getattr(self, name)) for name in self.__dataclass_fields__}
 
@@ -72,7 +72,7 @@ class Recommendation:
 
     @property
     def half_life(self) -> Time | None:
-        """The half-life; None if the recommended profile is another one."""
+        """The half-life; None if the recommended profile is of another kind."""
         return named(self.profile).half_life
 
     def average(

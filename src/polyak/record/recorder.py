@@ -132,7 +132,7 @@ class Recorder(Algorithm):
 
     @property
     def record(self) -> Record:
-        """The record as it is on disk now; a segment that has ended and is being written is waited for.
+        """The record as it is on disk now. Waits for a segment that has ended and is being written.
 
         Raises:
             RecordError: If no run has begun, if rank 0 has the record and this is another rank, or if the segment
@@ -149,7 +149,7 @@ class Recorder(Algorithm):
         return self._settings.shown
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied or pickled, before it is attached: then it owns its folder, and a thread.
+        """Return what is copied or pickled. Once it is attached it cannot be: it owns its folder, and a thread.
 
         Raises:
             CopyError: If it is attached.

@@ -182,7 +182,7 @@ class Recording:
             self._release()
 
     def close_after_an_error(self) -> None:
-        """Do what ``close`` does without the other ranks, which may be at another batch; warn of what is lost."""
+        """Close without the other ranks, which may be at another batch; warn about what is lost."""
         queue, sharded = self.queue, self._roles.sharded
         if queue.appender is None or queue.is_forked:
             self._release()

@@ -45,7 +45,7 @@ class Roles:
         return self._ranks.separate() if self.sharded else None
 
     def run(self, act: Callable[[], None]) -> None:
-        """Run on the ranks that record; raise an error of any of them on every rank.
+        """Run on the ranks that record; if one of them raises an error, raise it on every rank.
 
         Args:
             act: Called on each rank of a sharded model, else on rank 0.
@@ -56,7 +56,7 @@ class Roles:
             self._ranks.on_rank_0(act)
 
     def agree(self, mean: Shadow | None, facts: Mapping[str, Any]) -> None:
-        """Check that all ranks record the same; of a sharded model, also that what is not sharded is equal.
+        """Check that all ranks record the same, and that what is not sharded in a sharded model is equal.
 
         Args:
             mean: The running mean, if there is one yet.

@@ -115,7 +115,7 @@ class SeriesRecord(Record):
     Args:
         series: The averages in the checkpoints.
         max_duration: The length of the run, if it is known.
-        arguments: The arguments by which commands open it; None if a command line cannot say it.
+        arguments: The arguments with which commands open it; None if a command line cannot express them.
 
     Attributes:
         kind: What the checkpoints are, for people.
@@ -143,7 +143,7 @@ class SeriesRecord(Record):
 
     @property
     def arguments(self) -> str | None:
-        """The arguments by which commands open it; None if a command line cannot say it."""
+        """The arguments with which commands open it; None if a command line cannot express them."""
         return self._arguments
 
     def open(self, segment: Segment) -> AbstractContextManager[SegmentFile]:
@@ -161,7 +161,7 @@ class SeriesRecord(Record):
         return nullcontext(SeriesFile(one.name, one.checkpoint.tensors, one.checkpoint.files, self._held, every))
 
     def open_raw(self) -> AbstractContextManager[SegmentFile]:
-        """Return the weights of the last moment themselves for the length of a ``with`` block.
+        """Open the raw weights of the last moment for the length of a ``with`` block.
 
         Raises:
             RecordError: If the newest checkpoint does not have them.
@@ -171,7 +171,7 @@ class SeriesRecord(Record):
         return nullcontext(SeriesFile(newest.name, self._raw_tensors(), newest.checkpoint.files, self._held, every))
 
     def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
-        """Return the weights of the last moment themselves, if the newest checkpoint has them.
+        """Return the raw weights of the last moment, if the newest checkpoint has them.
 
         Args:
             device: The device for the result; None for the CPU.
@@ -191,7 +191,7 @@ class SeriesRecord(Record):
         return self._raw
 
     def verify(self) -> None:
-        """Read all checkpoints and compare them with the checksums that they have.
+        """Read all checkpoints and check those that have checksums.
 
         Raises:
             CheckpointError: If one is damaged.
@@ -203,7 +203,7 @@ class SeriesRecord(Record):
                     file.read(name)
 
     def _with_rounding(self, segments: tuple[StoredAverage, ...]) -> tuple[StoredAverage, ...]:
-        """Say of each average what its dtype loses, relative to how far the weights moved over the run."""
+        """Return what each average's dtype loses, relative to how far the weights moved over the run."""
         step = max(1, len(segments) // _SAMPLED_AVERAGES)
         taken = segments[::-1][::step][::-1]
         sampled = [self._sample(one) for one in taken]
@@ -276,7 +276,7 @@ def open_checkpoints(paths: Sequence[str | Path], said: Said) -> SeriesRecord:
 
 
 def _arguments(paths: Sequence[Path], said: Said) -> str | None:
-    """Return the arguments by which commands open the checkpoints; None if a command line cannot say it."""
+    """Return the arguments with which commands open the checkpoints; None if a command line cannot express them."""
     stored = said.get("stored")
     forms = [_form(one) for one in (() if stored is None else stored if isinstance(stored, Sequence) else (stored,))]
     if len(paths) > 1 or None in forms or said.get("times") or said.get("max_duration"):
@@ -289,7 +289,7 @@ def _arguments(paths: Sequence[Path], said: Said) -> str | None:
 
 
 def _form(profile: Profile) -> str | None:
-    """Return a profile as a command line says it, such as ``half-life=500ba``."""
+    """Return a profile as it is written on a command line, such as ``half-life=500ba``."""
     words = (named(profile).options or "").removeprefix("--").split()
     if not words:
         return None

@@ -68,13 +68,13 @@ class Settings:
         return interval
 
     def to_resume(self) -> dict[str, str]:
-        """Return what a run that resumes must continue with where its ``Recorder`` is given nothing else."""
+        """Return the settings with which a resumed run must continue if its ``Recorder`` is given no others."""
         dtype = {} if self.dtype is None else {"dtype": str(self.dtype).removeprefix("torch.")}
         kept = {"temporary": str(self.folder)} if self.temporary else {}
         return {"interval": (self.interval or _INTERVAL).to_timestring(), "dtype": "", **dtype, **kept}
 
     def resumed(self, plain: Mapping[str, Any]) -> "Settings":
-        """Return these settings with those of the record that a run resumes where the ``Recorder`` is given none.
+        """Return these settings, filled from the record that a run resumes where the ``Recorder`` is given none.
 
         Args:
             plain: What ``to_resume`` returned, among other entries; earlier versions saved none.
@@ -149,7 +149,7 @@ def pinned(writer: Writer, checkpoint: Path | None, num_updates: int) -> dict[st
 
 
 def _aliases(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the further names of tied tensors, and the name that each is kept under."""
+    """Return the other names of tied tensors, and the name under which each is kept."""
     persistent = {slot.name for slot in all_slots(model) if slot.persistent}
     tied = views_of(model, tied=True)
     place = places_of(model).name

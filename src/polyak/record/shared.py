@@ -15,7 +15,7 @@ from polyak.storage.safetensors import disk_errors
 
 
 class SharedManifest:
-    """The manifest that all ranks of a ``Writer`` have. All ranks make the same calls.
+    """The manifest that all ranks of a ``Writer`` share. All ranks make the same calls.
 
     Args:
         folder: The folder of the record, absolute.

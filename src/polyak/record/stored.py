@@ -32,12 +32,12 @@ class StoredAverage(Segment):
 
     @property
     def file(self) -> str:
-        """Its name, with a hash that is another one if this checkpoint or one before it is replaced."""
+        """Its name, with a hash that changes if this checkpoint or one before it is replaced."""
         return f"{self.name}@{self.sha256[:16]}"
 
 
 def all_stored(segments: Sequence[Segment]) -> TypeGuard[Sequence[StoredAverage]]:
-    """Return whether segments are checkpoints of another library. A record has either these or none.
+    """Return whether segments are checkpoints of another library. In a record, all of them are or none.
 
     Args:
         segments: The segments of a record.

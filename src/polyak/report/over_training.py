@@ -21,7 +21,7 @@ _ROWS = 24  # of a heat map whose half-lives differ by moment
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A chart over training, with what is written about it.
+    """A chart over training, with its text.
 
     Args:
         name: The key of the chart.

@@ -42,7 +42,7 @@ def bounds(result: Result, metric: str) -> str:
 
 
 def as_good(results: SweepResult) -> str:
-    """Return a sentence that says which half-lives are as good as the best; "" if nothing is known of it.
+    """Return a sentence that says which half-lives are as good as the best; "" if that is not known.
 
     Args:
         results: The results of a sweep.

@@ -100,7 +100,7 @@ def percent(share: float | None) -> str:
 
 
 def other_name(name: str) -> str:
-    """Return the name of other weights for people.
+    """Return the name of other weights, as text for people.
 
     Args:
         name: The name given to ``sweep``.

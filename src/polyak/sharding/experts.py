@@ -185,7 +185,7 @@ class Places:
         return name if found is None else found[0] + found[1].name(name[len(found[0]) :])
 
     def differs(self, name: str, tensor: Tensor) -> bool:
-        """Return whether each rank has another tensor under a name, or this rank alone has it.
+        """Return whether each rank has a different tensor under a name, or only this rank has it.
 
         Args:
             name: Its canonical name here.
@@ -195,7 +195,7 @@ class Places:
         return found is not None and (found[1].dim is None or tensor.dim() > found[1].dim) and not is_sharded(tensor)
 
     def shards(self, name: str, tensor: Tensor) -> int:
-        """Return on how many ranks there are different tensors of this kind; 1 if all have the same.
+        """Return the number of ranks that have different tensors of this kind; 1 if all have the same.
 
         Args:
             name: Its canonical name here.

@@ -171,7 +171,7 @@ class Fragment(Tensor):
 
 @dataclass(frozen=True)
 class FragmentRanks(Ranks):
-    """Ranks of which each has other parts of the parameters, cut anywhere: they have no tensors in common."""
+    """Ranks that each have different parts of the parameters, cut anywhere. They have no tensors in common."""
 
     def agree(self, what: str, facts: Mapping[str, Any], remedy: str = "") -> None:
         """Check that all ranks have the same facts, without those about tensors.

@@ -196,7 +196,7 @@ def _unit(state: Any) -> Unit:
 
 
 def reshard_abandoned(module: nn.Module) -> None:
-    """Let a module hold its shards if an exception has left its last forward pass, with full tensors of that moment.
+    """Let a module hold its shards if an exception in its last forward pass has left full tensors in it.
 
     Args:
         module: An outermost one of ``fully_shard``.

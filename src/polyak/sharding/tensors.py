@@ -88,7 +88,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """Return a tensor, or in place of a weight of torchao's the plain one with its values, sharded as it is.
+    """Return a tensor, or instead of torchao's weight the plain tensor with its values, sharded in the same way.
 
     Args:
         tensor: Any tensor.
@@ -125,7 +125,7 @@ def as_sharded(shard: Tensor, mesh: "DeviceMesh", placements: Any, full: Tensor)
 
 
 def sharded_over(shard: Tensor, mesh: "DeviceMesh", dim: int) -> Tensor:
-    """Return a tensor of which each rank of a mesh has a shard of the same size, over the memory of this one.
+    """Return a tensor over the memory of this one, of which each rank of a mesh has a shard of the same size.
 
     Args:
         shard: That of this rank.

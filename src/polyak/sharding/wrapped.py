@@ -15,7 +15,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def inner(tensor: Tensor) -> Tensor:
-    """Return the tensor with the values of one of torchao's, in the same shape and dtype; itself if there is none.
+    """Return the plain tensor with the values of torchao's, in the same shape and dtype; any other tensor itself.
 
     Args:
         tensor: Any, not sharded.
@@ -26,7 +26,7 @@ def inner(tensor: Tensor) -> Tensor:
 
 
 def rewrapped(tensor: Tensor, by: Tensor) -> Tensor:
-    """Return a tensor of the same class with other values, and without what was computed from the old ones.
+    """Return a tensor of the same class with new values, without anything computed from the old ones.
 
     Args:
         tensor: Any tensor.
@@ -41,7 +41,7 @@ def rewrapped(tensor: Tensor, by: Tensor) -> Tensor:
 
 
 def scales(tensor: Tensor) -> Iterator[tuple[Tensor, str]]:
-    """Yield the object and the attribute in which numbers are stored that were computed from the values in advance.
+    """Yield the object and the attribute that store numbers computed from the values in advance.
 
     Args:
         tensor: Any, not sharded.

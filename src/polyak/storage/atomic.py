@@ -91,7 +91,7 @@ def require_new(path: Path, *, overwrite: bool) -> None:
 
 
 def new_folder(path: Path) -> None:
-    """Make an empty folder, and those that it is in; remove what had its name.
+    """Make an empty folder and its parents; remove what had its name.
 
     Args:
         path: Its temporary name.
@@ -150,7 +150,7 @@ def remove(path: Path) -> None:
 
 
 def remove_whole(path: Path) -> None:
-    """Delete a file or folder so that no part of it is left under its name, whatever happens meanwhile.
+    """Delete a file or folder so that no part of it stays under its name, even if it is interrupted.
 
     Args:
         path: Any path.
@@ -179,7 +179,7 @@ def flush(file: IO[bytes] | IO[str]) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where the system has a way to.
+    """Flush the names in a folder to the disk, if the system can.
 
     Args:
         folder: Any folder.

@@ -107,7 +107,7 @@ def direction(metric: str, function: str, *, maximize: bool | None) -> bool:
 
 
 def asked(*, maximize: bool | None, minimize: bool | None) -> bool | None:
-    """Return what the two arguments of ``sweep`` say together, as ``maximize``; None for nothing.
+    """Return what the two arguments of ``sweep`` say together, as ``maximize``; None if they say nothing.
 
     Args:
         maximize: As given.

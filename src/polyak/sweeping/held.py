@@ -46,7 +46,7 @@ class HeldRecord(Record):
         return nullcontext(self._held[segment.file])
 
     def hold(self) -> None:
-        """Open all files, and only then compare them with their hashes: reading them takes long, opening does not.
+        """Open all files, and only then check them against their hashes: opening them is quick, reading takes long.
 
         Raises:
             OSError: If a file is missing or damaged.
@@ -122,7 +122,7 @@ def as_on_first(record: Record, workers: Workers) -> Record:
 
 @contextmanager
 def held_by_all(record: Record, workers: Workers) -> Iterator[Record]:
-    """Open a record as ``held`` does, on all ranks the same, whatever the run that is writing it has done meanwhile.
+    """Open a record as ``held`` does, the same on all ranks, even if the run that is writing it continues meanwhile.
 
     Args:
         record: The record, as this rank has it. Of several, that of rank 0 is opened.

@@ -133,7 +133,7 @@ def recommended(results: SweepResult) -> Recommendation:
 
 
 def default_of(record: Record) -> tuple[HalfLife, str]:
-    """Return the half-life that needs no evaluation, and why it is that.
+    """Return the half-life that needs no evaluation, and the reason for it.
 
     Args:
         record: A record with a segment.

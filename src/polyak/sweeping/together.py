@@ -17,7 +17,7 @@ _DEPTH = 5
 
 
 def communicates(function: Callable[..., Any]) -> bool:
-    """Return whether a function visibly uses a model whose ranks communicate. Nothing is called.
+    """Return whether a function visibly uses a model whose ranks communicate, without calling anything.
 
     Args:
         function: What a user gives to evaluate weights.

@@ -38,7 +38,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def compact(tensor: Tensor) -> Tensor:
-    """Return a view with each element once: of dimensions that repeat memory (stride 0) only the first index.
+    """Return a view with each element once: only the first index of dimensions that repeat memory (stride 0).
 
     Args:
         tensor: Strided.
@@ -74,7 +74,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
-    """Return the address of the first byte and that after the last byte.
+    """Return the address of the first byte and the address after the last byte.
 
     Args:
         tensor: Strided, with memory.

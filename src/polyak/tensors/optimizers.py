@@ -25,7 +25,7 @@ _seen = WeakKeyDictionary[Optimizer, tuple[int, list[Tensor]]]()  # the number o
 
 @cache
 def watch() -> RemovableHandle:
-    """Note what every optimizer moves from now on. Only the first call registers the hook."""
+    """Note what every optimizer moves from now on. Only the first call registers a hook."""
     return register_optimizer_step_pre_hook(_before_step)
 
 

@@ -64,7 +64,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is done with a tensor, and why.
+    """What averaging does with a tensor, and why.
 
     Args:
         policy: What.
@@ -76,7 +76,7 @@ class Decision:
 
 
 def decide(slot: Slot) -> Decision:  # noqa: PLR0911  a table of rules
-    """Return what is done with a tensor by default, and why. The first rule that applies decides.
+    """Return what averaging does with a tensor by default, and why. The first rule that applies decides.
 
     Args:
         slot: Where the tensor is.
@@ -178,7 +178,7 @@ def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def own_attribute(module: nn.Module, name: str) -> Any:
-    """Return an attribute that a module or its class has; None for what only its ``__getattr__`` would answer.
+    """Return an attribute that a module or its class has; None for one that only its ``__getattr__`` would return.
 
     Args:
         module: Any module.
@@ -213,7 +213,7 @@ def all_slots(model: nn.Module) -> Iterator[Slot]:
 
 
 def extra_states(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield what modules add to a state dict by ``get_extra_state``, under its canonical name.
+    """Yield what modules add to a state dict with ``get_extra_state``, under its canonical name.
 
     Args:
         model: Wrapped or not.

@@ -45,7 +45,7 @@ class _Counter:
 
 
 def _number_of(name: str, given: Any, unit: TimeUnit) -> int | float:
-    """Return the number of a counter: of a time in its unit, a time string, a ``timedelta`` or a number."""
+    """Return the number of a counter, given as a time in its unit, a time string, a ``timedelta`` or a number."""
     if type(given) is not Time:
         given = Time.from_timedelta(given) if isinstance(given, timedelta) else Time.from_input(given, unit)
     if given.unit is not unit:

@@ -30,7 +30,7 @@ class TimeUnit(StrEnum):
 
 
 def _words() -> dict[str, tuple[TimeUnit, int]]:
-    """Return each word for a unit of time strings, with the unit and how many of it one is."""
+    """Return each word for a unit in time strings, with the unit and how many of it the word stands for."""
     words = {unit.value: (unit, 1) for unit in TimeUnit}
     for unit, names in {
         TimeUnit.BATCH: ("batch", "batches", "step", "steps"),

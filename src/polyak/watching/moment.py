@@ -113,7 +113,7 @@ class Moment:
         return found
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the moment as JSON can hold it: NaN is null."""
+        """Return the moment in a form that JSON can hold: NaN is null."""
         return {
             "record": self.record,
             "updates": self.updates,

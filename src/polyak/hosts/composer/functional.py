@@ -40,7 +40,7 @@ class EMAParameters:
         return self._kept(parameters=False)
 
     def named_parameters(self) -> Any:
-        """Return the averages of parameters with their names."""
+        """Return the averages of parameters, with their names."""
         return self.named_parameters_dict.items()
 
     def named_buffers(self) -> Any:

@@ -201,7 +201,7 @@ class _Followed:
     """The members of Composer's trainer that ``Handle`` needs.
 
     Args:
-        hosted: The wrapper of the algorithms in Composer's trainer.
+        hosted: The algorithm in Composer's trainer.
     """
 
     def __init__(self, hosted: Hosted) -> None:
@@ -253,12 +253,12 @@ class EMA(Hosted):
             self.algorithm.apply(_OURS[event.value], self._view, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, with the entry by which Composer's own ``EMA`` can resume from a checkpoint."""
+        """Return the state, with the entry from which Composer's own ``EMA`` can resume."""
         state = super().state_dict()
         return {**state, "ema_weights_active": state.get("lent", False)}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
-        """Resume from what ``state_dict`` returned, here or of Composer's own ``EMA``.
+        """Resume from what ``state_dict`` returned, of this class or of Composer's own ``EMA``.
 
         Args:
             state: The saved state.

@@ -6,7 +6,7 @@ _FOREIGN = {"FSDPStrategy", "XLAFSDPStrategy"}
 
 
 def refuse_foreign(strategy: Any) -> None:
-    """Refuse a strategy under which a process does not hold the model's parameters as they are.
+    """Refuse a strategy under which a process does not hold the model's parameters themselves.
 
     Args:
         strategy: The strategy of a trainer or of Fabric.

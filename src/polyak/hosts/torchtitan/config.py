@@ -65,7 +65,7 @@ class Averaging(TorchtitanAttached, Configurable):
         """Folder in the dump folder for a record of the weights, for averages of any half-life; none by default."""
 
         algorithms: Annotated[Callable[[], Any] | None, tyro.conf.Suppress] = None
-        """Returns the algorithms, in place of the settings of one. It is not on the command line."""
+        """Returns the algorithms, instead of the settings of one. It cannot be given on the command line."""
 
         def __post_init__(self) -> None:
             # Checked where the command line is read, on every rank, before anything is built.
