@@ -217,7 +217,7 @@ def export_from(  # noqa: PLR0917
     path: Path,
     ranks: Communicator,
     *,
-    overwrite: bool = False,
+    overwrite: bool,
 ) -> None:
     """Write tensors that are not read from the model, to one file or a folder. All ranks must call this.
 

@@ -143,7 +143,7 @@ class References:
             self._serving[kind] = serves_training(thing)
         return self._serving[kind]
 
-    def leading_to(self, targets: Iterable[int], *, through: Iterable[int] = ()) -> set[int]:
+    def leading_to(self, targets: Iterable[int], *, through: Iterable[int]) -> set[int]:
         """Return the ids of all objects from which one of the targets is reached, and the targets.
 
         Args:

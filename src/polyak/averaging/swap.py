@@ -65,7 +65,7 @@ class Swap:
         slots: Sequence[Slot],
         averages: Sequence[Tensor],
         left: Sequence[Slot],
-        views: Sequence[Slot] = (),
+        views: Sequence[Slot],
         *,
         keep_averages: bool,
     ) -> None:

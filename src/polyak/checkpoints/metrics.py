@@ -122,7 +122,7 @@ def values_of(
     paths: Sequence[Path],
     moments: Sequence[Mapping[TimeUnit, float]],
     metrics: Sequence[Mapping[str, float]],
-    log: Path | None = None,
+    log: Path | None,
 ) -> list[float]:
     """Return a metric of each checkpoint.
 

@@ -144,7 +144,7 @@ def _in_name(path: Path) -> Iterator[tuple[TimeUnit, float]]:
                 break
 
 
-def _number_in(digits: str, multiple: str | None = None) -> float | None:
+def _number_in(digits: str, multiple: str | None) -> float | None:
     return _count(float(digits.replace("_", "")) * _MULTIPLES.get(multiple or "", 1))
 
 

@@ -64,7 +64,7 @@ class Scratch:
         return self._held[key]
 
 
-def order_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> list[int] | None:
+def order_of(tensors: Sequence[Tensor], *, in_order: bool) -> list[int] | None:
     """Return the order of dimensions in which all these tensors of one shape are contiguous.
 
     None if they are not dense, or have different layouts; with ``in_order`` also if they are not contiguous.

@@ -164,7 +164,7 @@ def _common(a: Box, b: Box) -> Box | None:
 
 @contextmanager
 def open_segment(
-    folder: Path, segment: Segment, tensors: Mapping[str, TensorInfo], verified: set[Path] | None = None
+    folder: Path, segment: Segment, tensors: Mapping[str, TensorInfo], verified: set[Path] | None
 ) -> Iterator[SegmentFile]:
     """Open a segment for the length of a ``with`` block, and check it against the manifest.
 

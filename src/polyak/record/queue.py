@@ -92,7 +92,7 @@ class SegmentQueue:
             writer.close()
             raise
 
-    def end_segment(self, now: Timestamp, mean: Shadow | None, *, with_raw: bool = False) -> None:
+    def end_segment(self, now: Timestamp, mean: Shadow | None, *, with_raw: bool) -> None:
         """End the open segment, and have a copy of it written. The one before must be on disk.
 
         Args:

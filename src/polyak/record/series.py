@@ -122,7 +122,7 @@ class SeriesRecord(Record):
         left_out: What is in their folders and was not taken, with the reason.
     """
 
-    def __init__(self, series: Series, max_duration: Time | None = None, arguments: str | None = None) -> None:
+    def __init__(self, series: Series, max_duration: Time | None, arguments: str | None) -> None:
         averages = list(series.averages)
         newest = averages[-1].checkpoint
         self.kind, self.left_out = series.kind, tuple(series.left_out)

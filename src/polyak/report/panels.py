@@ -9,7 +9,7 @@ from polyak.report.words import level_label, number, other_name, percent, writte
 from polyak.sweeping import Result
 
 
-def panels(sweeps: Sequence[Swept], more: Sequence[Panel] = ()) -> str:
+def panels(sweeps: Sequence[Swept], more: Sequence[Panel]) -> str:
     """Return the frames.
 
     Args:

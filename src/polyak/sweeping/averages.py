@@ -21,7 +21,7 @@ class Averages:
         processes: How many processes do so at the same time, which may be on one machine.
     """
 
-    def __init__(self, record: Record, processes: int = 1) -> None:
+    def __init__(self, record: Record, processes: int) -> None:
         self.record = record
         self._processes = processes
         self._computed: Iterator[dict[str, Tensor]] = iter(())

@@ -167,7 +167,7 @@ def check_loader(name: str, given: Any) -> Any:
     return given
 
 
-def check_metrics(metrics: Any, name: str = "metrics") -> dict[str, Any]:
+def check_metrics(metrics: Any, name: str) -> dict[str, Any]:
     """Return metrics by name.
 
     Args:
