@@ -36,7 +36,9 @@ from polyak import (
     Trainer,
     attach,
     compute_ema,
+    kernels,
 )
+from polyak.kernels import c, exchange, pieces
 from polyak.profiles import HalfLife
 
 
@@ -280,8 +282,8 @@ class FailingOps(TorchDispatchMode):
 
 
 def wide(dtype: torch.dtype) -> nn.Module:
-    """A model whose exchange takes several buckets, with a buffer of each kind; in bf16, half of it mixed."""
-    model = nn.Sequential(nn.Linear(6, 50_000), nn.BatchNorm1d(50_000), nn.Linear(50_000, 2)).to(dtype)
+    """A model whose exchange takes several small buckets, with a buffer of each kind; in bf16, half of it mixed."""
+    model = nn.Sequential(nn.Linear(6, 500), nn.BatchNorm1d(500), nn.Linear(500, 2)).to(dtype)
     model[1].float()
     return model
 
@@ -315,25 +317,37 @@ def asked_for(ema: EMA, model: nn.Module):
     ema.get_training_model(model)
 
 
+@contextmanager
+def in_small_pieces(kernel: str):
+    """Let a kernel exchange a KiB at a time."""
+    with pytest.MonkeyPatch.context() as patch, kernels.only(kernel):
+        for module in (exchange, pieces):
+            patch.setattr(module, "SCRATCH_ELEMENTS", 1000)
+        patch.setattr(c, "_SWAP", 1 << 10)
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lender", ["applied", "get_ema_model"])
 @pytest.mark.parametrize("how", ["before", "after", "half-way"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_error_in_any_operation_of_a_swap_leaves_training_weights_and_average(dtype, how, lender):
+@pytest.mark.parametrize("kernel", kernels.serving_cpu())
+def test_an_error_in_any_operation_of_a_swap_leaves_training_weights_and_average(kernel, dtype, how, lender):
     model, ema, attached, optimizer = average_of_wide(dtype)
     training, average = loops.bits(model), loops.averaged(ema)
     assert any(not torch.equal(training[name], average[name].to(training[name].dtype)) for name in training)
-    for n in range(1, 10_000):
-        error = KeyboardInterrupt() if n % 2 else torch.OutOfMemoryError("injected")
-        mode = FailingOps(n, how, error)
-        with suppress(type(error)), mode, attached.applied() if lender == "applied" else asked_for(ema, model):
-            pass
-        for held, want in ((model, training), (ema.ema_model, average)):
-            for name, tensor in loops.bits(held).items():
-                assert torch.equal(tensor, want[name]), (n, name)
-        assert not ema.ema_weights_active
-        if mode.left > 0:
-            break
+    with in_small_pieces(kernel):
+        for n in range(1, 10_000):
+            error = KeyboardInterrupt() if n % 2 else torch.OutOfMemoryError("injected")
+            mode = FailingOps(n, how, error)
+            with suppress(type(error)), mode, attached.applied() if lender == "applied" else asked_for(ema, model):
+                pass
+            for held, want in ((model, training), (ema.ema_model, average)):
+                for name, tensor in loops.bits(held).items():
+                    assert torch.equal(tensor, want[name]), (n, name)
+            assert not ema.ema_weights_active
+            if mode.left > 0:
+                break
     assert n > 3  # the exchange itself may be no operation of torch's
     steps(model, optimizer, 1)
     assert ema.num_updates == 3
@@ -370,8 +384,8 @@ def interrupted_at_line(n: int, files: tuple[str, ...]):
 def test_an_interrupt_at_any_line_of_a_swap_leaves_training_weights(dtype):
     torch.set_num_threads(1)
     of_average = ("ema", "online", "actions", "weights", "swapper", "states")
-    kernels = ("kernels/exchange.py", "kernels/c.py", "kernels/registry.py")
-    files = (*(f"averaging/{name}.py" for name in of_average), *kernels)
+    of_kernels = ("kernels/exchange.py", "kernels/c.py", "kernels/registry.py")
+    files = (*(f"averaging/{name}.py" for name in of_average), *of_kernels)
     model = nn.Linear(6, 3).to(dtype)
     ema = EMA("4ba")
     data = [(torch.ones(2, 6, dtype=dtype), torch.tensor([0, 1]))]

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-# A process that has imported torch forks for each file; a child may allocate one GiB more.
+# A process that has imported what the commands do forks for each file; a child may allocate one GiB more. It ends
+# without the end of torch, which takes longer than most commands.
 _CHILD = """
-import os, resource, runpy, sys
-import torch, polyak.cli
+import gc, os, resource, sys
+import safetensors.torch, torch, polyak.checkpoints.output, polyak.cli, polyak.compat
+gc.freeze()
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 for line in sys.stdin:
     number, *arguments = line.rstrip("\\n").split("\\t")
@@ -24,8 +26,12 @@ for line in sys.stdin:
         resource.setrlimit(resource.RLIMIT_AS, (pages + (1 << 30),) * 2)
         os.dup2(os.open(f"{number}.log", os.O_WRONLY | os.O_CREAT), 2)
         os.dup2(2, 1)
-        sys.argv = ["polyak", *arguments]
-        runpy.run_module("polyak", run_name="__main__")
+        try:
+            code = polyak.cli.main(arguments)
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+        os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
