@@ -391,7 +391,7 @@ def test_a_run_that_is_killed_resumes_from_its_checkpoint_with_the_same_record(t
         assert life.exitcode in (0, -signal.SIGKILL)
     trainer(killed, duration="20ep", autoresume=True).fit()
     assert segments(killed / "record") == segments(tmp_path / "whole" / "record")
-    assert Record(killed / "record").error(HalfLife("50ba")) > 0
+    assert Record(killed / "record").error(HalfLife("20ba")) > 0
 
 
 @pytest.mark.parametrize(

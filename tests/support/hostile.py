@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-# A process that has imported what the commands do forks for each file; a child may allocate one GiB more. It ends
-# without the end of torch, which takes longer than most commands.
+# A process that has run the first command, so that all is imported, forks for each; a child may allocate one GiB more.
 _CHILD = """
-import gc, os, resource, sys
-import safetensors.torch, torch, polyak.checkpoints.output, polyak.cli, polyak.compat
-gc.freeze()
+import contextlib, io, os, resource, sys
+import polyak.cli
+with contextlib.redirect_stderr(io.StringIO()):
+    polyak.cli.main(sys.argv[1:])
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 for line in sys.stdin:
     number, *arguments = line.rstrip("\\n").split("\\t")
@@ -41,7 +41,7 @@ def run(folder: Path, commands: list[list[str]]) -> list[tuple[int, str]]:
     lines = "".join("\t".join([str(k), *command]) + "\n" for k, command in enumerate(commands))
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # `import readline` sets it
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD], cwd=folder, input=lines, stdout=-1, text=True, check=True, env=env
+        [sys.executable, "-c", _CHILD, *commands[0]], cwd=folder, input=lines, stdout=-1, text=True, check=True, env=env
     )
     codes = [int(code) for code in done.stdout.split()]
     logs = [folder / f"{k}.log" for k in range(len(commands))]
