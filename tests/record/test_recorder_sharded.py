@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import sharded
-import sharded_record_crasher
 import sharded_records as jobs
 import torch
 from forking import fork, forks
@@ -40,12 +39,14 @@ def unequal(folder: Path) -> list[str]:
 
 # Models under these two are as under "ddp" and "fsdp, blocks": what differs is how an average is kept.
 OF_AVERAGES = {"ddp, divided average", "fsdp, offloaded average"}
-CELLS = [(kind, sizes[-1]) for kind, sizes in sharded.KINDS.items() if kind not in OF_AVERAGES] + [("fsdp, blocks", 1)]
+# Four ranks, of which one has no row of the smallest tensor, where the model is sharded in the usual way.
+CELLS = [(kind, sizes[0]) for kind, sizes in sharded.KINDS.items() if kind not in {"fsdp, blocks", *OF_AVERAGES}]
+CELLS += [("fsdp, blocks", 1), ("fsdp, blocks", 4)]
 
 
 @pytest.mark.parametrize(("kind", "size"), CELLS, ids=str)
 def test_the_record_of_ranks_is_that_of_the_whole_model_bit_for_bit(ranks, tmp_path, kind, size) -> None:
-    ranks.run(size, jobs.records, kind, str(tmp_path), 2, 15, {})
+    ranks.run(size, jobs.records, kind, str(tmp_path), 2, 13, {})
     assert unequal(tmp_path) == []
     record = Record(tmp_path / "sharded" / "record")
     assert max(segment.level for segment in record.segments) == 2
@@ -240,7 +241,12 @@ def test_an_error_on_one_rank_waits_for_no_other_and_leaves_what_was_recorded(ra
 
 @forks
 def test_a_writer_whose_ranks_are_killed_leaves_the_record_from_before_or_after(tmp_path) -> None:
-    process = fork(lambda: sharded_record_crasher.main(tmp_path, 12))
+    def kill() -> None:
+        import sharded_record_crasher  # takes seconds
+
+        sharded_record_crasher.main(tmp_path, 12)
+
+    process = fork(kill)
     process.join()
     assert process.exitcode == 0
 
@@ -270,9 +276,9 @@ def unlike(folder: Path) -> float:
 def test_ranks_keep_differences_with_scales_of_their_shards(ranks, tmp_path, kind, size) -> None:
     options = {"dtype": torch.int8, "per_level": 2}
     ranks.run(size, jobs.records, kind, str(tmp_path), 7, 9, options)
-    assert set(ranks.run(size, jobs.resumes, kind, str(tmp_path), 7, 25, options)) == {25}
+    assert set(ranks.run(size, jobs.resumes, kind, str(tmp_path), 7, 19, options)) == {19}
     record = Record(tmp_path / "sharded" / "record")
-    assert sum(segment.before is not None for segment in record.segments) >= 3
+    assert sum(segment.before is not None for segment in record.segments) >= 2
     assert unlike(tmp_path) < 0.05
     for name, weights in record.raw_weights().items():
         assert torch.equal(weights, Record(tmp_path / "whole" / "record").raw_weights()[name])
@@ -281,5 +287,5 @@ def test_ranks_keep_differences_with_scales_of_their_shards(ranks, tmp_path, kin
 def test_differences_that_n_ranks_wrote_are_continued_by_m(ranks, tmp_path) -> None:
     options = {"dtype": torch.int8, "per_level": 2}
     ranks.run(3, jobs.records, "fsdp, blocks", str(tmp_path), 7, 9, options)
-    assert set(ranks.run(2, jobs.resumes, "fsdp, blocks", str(tmp_path), 7, 25, options)) == {25}
+    assert set(ranks.run(2, jobs.resumes, "fsdp, blocks", str(tmp_path), 7, 19, options)) == {19}
     assert unlike(tmp_path) < 0.05

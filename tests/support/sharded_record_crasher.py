@@ -13,8 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo  # what the ranks import, once and before they fork
 import torch.distributed as dist
-import torch.distributed.checkpoint  # once, before forking
+import torch.distributed.checkpoint
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
