@@ -396,7 +396,7 @@ class HostContract:
             if argument == "interval of a Recorder"
             else EMA(**{"half_life": "4ba", argument: time})
         )
-        net, plan = net_of(), Plan(epochs=2, steps=3, counted=False)
+        net, plan = net_of(), Plan(epochs=2, counted=False)
         probe = Probe(net)
 
         def train() -> None:
