@@ -477,11 +477,6 @@ def composer(kind: str, folder: str, resume: bool = False, averages: bool = True
                 found.lines += 1
                 found.distances.append(metrics["ema/distance"])
 
-    class MyEMA(hosted.EMA):
-        def __init__(self) -> None:
-            super().__init__("2ba")
-            self.algorithm = ema_for(kind)
-
     found, path = Found(), Path(folder)
     model, train, held = Wrapped(net()), data(), data(1, 1)
     first_loads = kind == "fsdp, first rank loads"
@@ -490,7 +485,8 @@ def composer(kind: str, folder: str, resume: bool = False, averages: bool = True
     found.watch(model.net)
     optimizer = optimizer_of(model)
     found.follow(model.net, optimizer)
-    ema, algorithms, parallelism, checkpoint = MyEMA(), [], None, f"ep1-ba{STEPS}-rank0.pt"
+    ema, algorithms, parallelism, checkpoint = hosted.EMA("2ba"), [], None, f"ep1-ba{STEPS}-rank0.pt"
+    ema.algorithm = ema_for(kind)
     if kind.startswith(("fsdp", "tp")):
         parts = kind not in {"fsdp, one file", "fsdp, first rank loads"}
         checkpoint = f"ep1-ba{STEPS}" if parts else checkpoint
