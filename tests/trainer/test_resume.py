@@ -1,4 +1,3 @@
-import itertools
 import shutil
 import signal
 
@@ -25,7 +24,16 @@ PLANS = {
 
 
 @pytest.mark.parametrize(
-    ("plan", "half_life"), [*zip(PLANS, itertools.cycle(["4ba", "0.9ep"])), ("default interval", "0.9ep")]
+    ("plan", "half_life"),
+    [
+        ("default interval", "4ba"),
+        ("default interval", "0.9ep"),
+        ("every 3 batches", "0.9ep"),
+        ("every epoch", "4ba"),
+        ("started after the checkpoint", "4ba"),
+        ("started before the checkpoint", "0.9ep"),
+        ("started at a share of the run", "0.9ep"),
+    ],
 )
 def test_a_resumed_run_equals_one_that_never_stopped(half_life, plan, tmp_path):
     def build(folder, **options):
