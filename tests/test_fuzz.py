@@ -14,13 +14,11 @@ from tests.fuzz.cases import Case, draw
 from tests.fuzz.judge import judge
 
 PLAIN = Case(seed=1, blocks=("batch_norm",), steps=4, events=((3, "applied"),))
-
-
-COUNT = 125  # for each kernel, other cases
+COUNT = 125  # other cases for each kernel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kernel", "seed"), zip(kernels.serving_cpu(), (0, COUNT), strict=False))
+@pytest.mark.parametrize(("seed", "kernel"), [(COUNT * n, name) for n, name in enumerate(kernels.serving_cpu())])
 def test_random_models_loops_and_events_give_the_averages_of_the_reference(kernel: str, seed: int) -> None:
     done = warm.run("-m", "tests.fuzz", "--kernel", kernel, "--seed", seed, "--count", COUNT, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
