@@ -19,7 +19,8 @@ LACKS = {
 @pytest.mark.parametrize("system", LACKS)
 def test_tests_of_the_core_pass_on_a_system_with(system) -> None:
     hidden, files = LACKS[system]
-    command = ["-m", "pytest", "-p", "hidden_platform", "-q", "-n0", "-m", "not slow", *(f"tests/{file}" for file in files)]
+    options = ["-p", "hidden_platform", "-q", "-n0", "-m", "not slow"]
+    command = ["-m", "pytest", *options, *(f"tests/{file}" for file in files)]
     paths = [str(ROOT / "tests/support"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"HIDDEN": hidden, "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("POLYAK_KERNEL", None)

@@ -1,4 +1,4 @@
-"""A program that is forked from a process with torch does what it does in a new interpreter (see ``support/warm.py``)."""
+"""A program that is forked from a process with torch does what it does in a new one (see ``support/warm.py``)."""
 
 import os
 import signal

@@ -272,7 +272,8 @@ def test_sweep_writes_all_files_that_its_help_names(folder, script, tmp_path, ca
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_sweep_resumes_without_evaluating_again(folder, script, tmp_path, number) -> None:
-    command = ["-m", "polyak", "sweep", folder, "--evaluate", f"{script}:held", "--points", 12, "--out", tmp_path / "out"]
+    arguments = ["--evaluate", f"{script}:held", "--points", 12, "--out", tmp_path / "out"]
+    command = ["-m", "polyak", "sweep", folder, *arguments]
     kept = tmp_path / "out" / "sweep.jsonl"
     process = warm.Process(*command)
     wait_until(lambda: calls(script) == 5 or process.poll() is not None)

@@ -38,7 +38,7 @@ class Process:
 
     def __init__(self, *arguments: object, cwd: Path | str = ".", env: Mapping[str, str] | None = None) -> None:
         self.returncode: int | None = None
-        self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._out, self._err = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115  until `communicate`
         self._call = _Call(f"{folder()}/socket", [0, self._out.fileno(), self._err.fileno()])
         self.pid = self._call.begin([str(one) for one in arguments], os.path.realpath(cwd), env or os.environ)
 
@@ -144,7 +144,7 @@ def _text(file: BinaryIO) -> str:
 
 def _serve(listener: socket.socket) -> None:
     """Fork a process for each connection, and return in that process when it has run its program."""
-    import torch._dynamo  # which the first optimizer imports
+    import torch._dynamo  # noqa: F401  the first optimizer imports it
 
     gc.collect()
     gc.freeze()  # so that the pages of these objects stay shared
@@ -188,7 +188,8 @@ def _answer(connection: socket.socket) -> None:
 def _reopen(number: int, name: str) -> None:
     """Let a stream of ``sys`` begin with the file that its descriptor has now, which may be of another kind."""
     made = getattr(sys, name)
-    new = open(number, made.mode, 1 if made.line_buffering else -1, made.encoding, made.errors, closefd=False)
+    buffering = 1 if made.line_buffering else -1
+    new = open(number, made.mode, buffering, made.encoding, made.errors, closefd=False)  # noqa: SIM115  until the end
     setattr(sys, name, new)
     setattr(sys, f"__{name}__", new)
 
@@ -196,7 +197,7 @@ def _reopen(number: int, name: str) -> None:
 def _python(arguments: list[str], paths: list[str]) -> None:
     """Run a program as the interpreter does."""
     first, *rest = arguments
-    start = {"-c": "", "-m": os.getcwd()}.get(first, str(Path(first).resolve().parent))
+    start = {"-c": "", "-m": str(Path.cwd())}.get(first, str(Path(first).resolve().parent))
     sys.path[:1] = [start, *paths]
     sys.argv[:] = ["-c", *rest[1:]] if first in {"-c", "-m"} else arguments
     if first == "-m":
@@ -211,7 +212,7 @@ def _python(arguments: list[str], paths: list[str]) -> None:
 def _forward(path: str, *arguments: str) -> int:
     """Run a program with the streams of this process; return its exit status as a shell shows it."""
     call = _Call(path, [0, 1, 2])
-    pid = call.begin(list(arguments), os.getcwd(), os.environ)
+    pid = call.begin(list(arguments), str(Path.cwd()), os.environ)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: os.kill(pid, number))
     status = call.end()
