@@ -5,6 +5,7 @@ run in a process of their own, as a reader pastes them: see ``tests/support/page
 """
 
 import gc
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, chdir
@@ -37,6 +38,12 @@ def _leave(namespace: dict[str, Any]) -> None:
     namespace.pop(_HERE).close()
     if torch.distributed.is_initialized():  # by an example of several ranks, here of one
         torch.distributed.destroy_process_group()
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the processes that tests start: a shell starts background jobs that ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:

@@ -20,6 +20,7 @@ from polyak.profiles import HalfLife, Profile
 from polyak.record import Record
 from polyak.tensors.slots import all_slots, averaged_parameters, default_policy, unwrap
 from polyak.time import Time, TimeUnit
+from polyak.training.second import begun
 
 if TYPE_CHECKING:
     from polyak.training.handle import Handle
@@ -91,6 +92,8 @@ def polish(
                 "open the record"
             )
         load_average(model, ema)
+    for loop in begun(model):
+        loop.weights_loaded()
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # else that of an earlier scheduler would count
     return LambdaLR(optimizer, lambda n: factor * max(0.0, 1 - n / steps))

@@ -34,7 +34,7 @@ WRITERS: Mapping[str, Writer] = {
 }
 _FOLDERS = ("hf", "dcp")
 # Threads that hash: one hashes 1.6 GB/s, where all else reads and averages 5 GB/s.
-_HASHING = 2
+_HASHING = min(8, os.cpu_count() or 1)
 
 Progress = Callable[[str], None]
 

@@ -292,6 +292,10 @@ class Loop:
             algorithm.load_state_dict(own)
         length = self.state.timestamp.epoch_length
         self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)
+        self.weights_loaded()
+
+    def weights_loaded(self) -> None:
+        """Take the model's weights as they are now: no step has moved them, and nothing is wrong."""
         if self.uncounted is not None:
             self.uncounted.reset(self._counted)
 

@@ -1,9 +1,11 @@
-"""``warn_of_second_average``: a warning where two averages follow one model, as where a notebook's cell ran again."""
+"""The loops that train a model, and a warning where two average it, as where a notebook's cell ran again."""
 
 import gc
 import warnings
 from typing import TYPE_CHECKING
 from weakref import WeakSet
+
+from torch import nn
 
 from polyak.errors import PlanWarning
 from polyak.tensors.slots import unwrap
@@ -36,12 +38,21 @@ def warn_of_second_average(loop: "Loop") -> None:
     _LOOPS.add(loop)
 
 
+def begun(model: nn.Module) -> "list[Loop]":
+    """Return the loops that have begun to train a model.
+
+    Args:
+        model: Wrapped or not.
+    """
+    return [loop for loop in _LOOPS if unwrap(loop.state.model) is unwrap(model)]
+
+
 def _others(loop: "Loop") -> list[object]:
     """Return the averages of other loops that follow the same steps, and have begun before or are the same."""
-    ours, model = [repr(algorithm) for algorithm in _swapping(loop)], unwrap(loop.state.model)
+    ours = [repr(algorithm) for algorithm in _swapping(loop)]
     found = list[object]()
-    for other in list(_LOOPS) if ours else []:
-        if other is loop or unwrap(other.state.model) is not model or not _follow_same(loop, other):
+    for other in begun(loop.state.model) if ours else []:
+        if other is loop or not _follow_same(loop, other):
             continue
         began_before = other.state.timestamp.batch > loop.state.timestamp.batch
         found += [algorithm for algorithm in _swapping(other) if began_before or repr(algorithm) in ours]
