@@ -178,7 +178,6 @@ def _answer(connection: socket.socket) -> None:
         os.dup2(stream, number)
         os.close(stream)
         _reopen(number, name)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it starts in the background
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
