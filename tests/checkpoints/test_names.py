@@ -1,4 +1,4 @@
-"""Checkpoints whose names differ by wrappers alone are of one model: a resumed run may be compiled or wrapped in another way."""
+"""Checkpoints whose names differ by wrappers alone are of one model: a resumed run may be compiled or wrapped."""
 
 import pytest
 import torch

@@ -171,8 +171,8 @@ def _in_name(path: Path) -> Iterator[tuple[TimeUnit, float]]:
                 break
 
 
-def _number_in(digits: str, multiple: str | None) -> float | None:
-    return _count(float(digits.replace("_", "")) * _MULTIPLES.get(multiple or "", 1))
+def _number_in(digits: str, multiple: str = "") -> float | None:
+    return _count(float(digits.replace("_", "")) * _MULTIPLES.get(multiple, 1))
 
 
 def in_natural_order(path: Path) -> tuple[tuple[int, int | str], ...]:

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _open_streams() -> Iterator[None]:
-    """Open stdout and stderr for a ``with`` block, where whoever started the process has closed them."""
+    """Open stdout and stderr for a ``with`` block, where they are closed, as some schedulers do."""
     closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
     with Path(os.devnull).open("w") as nowhere:
         for name in closed:
