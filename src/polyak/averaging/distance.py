@@ -30,7 +30,7 @@ def relative_distance(  # noqa: PLR0917  the tensors of both, and who holds them
         ranks: The ranks that train the model, or this stage of it, together, if there are several. All must call this.
         pipeline: The ranks of all stages, if the model is a stage.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     for name in names:
         shards = local(averages[name]), rows(online[name], averages[name])
         own = averages[name]

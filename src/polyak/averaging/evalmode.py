@@ -29,6 +29,8 @@ def evaluate(view: nn.Module, tensors: Iterable[Tensor]) -> None:
             view.eval()
         for module in view.modules():
             vars(module)["training"] = False  # some modules refuse to be assigned to
+            if hasattr(type(module), "reset_running_stats"):
+                vars(module)["reset_running_stats"] = _ResetOwn(module)
 
 
 def keep_evaluating(view: nn.Module) -> None:
@@ -60,6 +62,30 @@ class _InEvalMode:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, ({}, "get")  # of (module, inputs) it returns the inputs; a file of the copy needs no polyak
+
+
+class _ResetOwn:
+    """``reset_running_stats`` of a layer of a view: it gives the layer statistics of its own before it resets them.
+
+    ``update_bn``, also torch's, measures the statistics of a view then, and those of the average stay. A copy of the
+    layer has the method of its class again.
+
+    Args:
+        layer: Of a view.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = weakref.ref(layer)
+
+    def __call__(self) -> None:
+        layer: Any = self._layer()
+        held = layer._buffers  # noqa: SLF001
+        held.update({name: buffer.clone() for name, buffer in held.items() if buffer is not None})
+        del vars(layer)["reset_running_stats"]
+        layer.reset_running_stats()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (self._layer(), "reset_running_stats")  # of the copy, which has nothing in its place yet
 
 
 def _has_own_mode(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from types import FrameType
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from polyak.tensors import optimizers
 from polyak.training.optimizer import BY_HAND, tensors_of
 
 # Steps of another optimizer in a row that mean that it has replaced one that still exists.
-_MANY = 100
+MANY = 100
 # Functions that step an optimizer to have a state to load into: of torch.distributed.checkpoint, and of torchtitan.
 _REHEARSALS = frozenset({"_init_optim_state", "init_optim_state"})
 
@@ -33,9 +34,6 @@ class Between(Protocol):
 
     def note(self) -> None:
         """Note the weights after a step that counts."""
-
-    def forget(self) -> None:
-        """Forget what was noted."""
 
 
 @dataclass(slots=True)
@@ -70,22 +68,27 @@ class StepHooks:
 
     Attributes:
         others: The number of steps of other optimizers of the same tensors after the last step that counted.
+        besides: The same of optimizers that have none of these tensors, and move others of the model.
         other: The name of the last of these optimizers.
-        replaced: Called with another optimizer that steps these tensors while this one does not: in its first step if
-            this one no longer exists, else after many.
+        moves: Whether an optimizer moves the model; by default none is known to.
+        replaced: Called with another optimizer that steps while this one does not: of the same tensors, in its first
+            step if this one no longer exists, else after many.
         between: Told where each step that counts begins and ends.
     """
 
     def __init__(
         self, optimizer: Optimizer, after: Callable[[], object], first: Callable[[], object] | None = None
     ) -> None:
-        self.others, self.other = 0, ""
+        self.others, self.besides, self.other = 0, 0, ""
+        self.moves: Callable[[Optimizer], bool] = lambda _: False
         self.replaced: Callable[[Optimizer], object] | None = None
         self.between: Between | None = None
         self._after, self._first = after, first
         self._optimizer = weakref.ref(optimizer)
         # Not weak references, with which torch cannot swap tensors. An id may be that of another tensor later.
         self._of = {id(tensor) for tensor in tensors_of(optimizer)}
+        # By optimizer: how many tensors it had, and whether it steps one of these, or else one of the model.
+        self._known = WeakKeyDictionary[Optimizer, tuple[int, bool, bool]]()
         self._call: _Call | None = None
         self._guarded = False  # whether the hook on all optimizers has just run for this step
         self._keeps_gradients = False  # whether its steps, as those of most optimizers, leave the gradients as they are
@@ -157,7 +160,7 @@ class StepHooks:
         # A fused step is called, and moves nothing, even when the gradient scaler found an inf.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf:
-            self.others = 0
+            self.others = self.besides = 0
             self._after()
             if self.between is not None:
                 self.between.wait -= 1
@@ -173,13 +176,24 @@ class StepHooks:
         if other is self._optimizer():
             self._guarded = True
             return
-        first = (group["params"][0] for group in other.param_groups if group["params"])
-        if any(id(tensor) in self._of for tensor in first) and (other.state or not _is_rehearsal()):
-            self.others, self.other = self.others + 1, type(other).__name__
-            if self.between is not None:
-                self.between.forget()
-            if self.replaced is not None and self.others == (1 if self._optimizer() is None else _MANY):
-                self.replaced(other)
+        same, besides = self._relation(other)
+        if not (same or besides) or not (other.state or not _is_rehearsal()):
+            return
+        self.others, self.besides, self.other = self.others + same, self.besides + besides, type(other).__name__
+        if same and self.between is not None and self.between.noted:
+            self.between.check()  # what this one moves now is not seen, and what it has moved after a step inside it is
+        first = 1 if self._optimizer() is None else MANY
+        if self.replaced is not None and ((same and self.others == first) or (besides and self.besides == MANY)):
+            self.replaced(other)
+
+    def _relation(self, other: Optimizer) -> tuple[bool, bool]:
+        """Return whether an optimizer steps one of these tensors, or else another one of the model."""
+        count = sum(len(group["params"]) for group in other.param_groups)
+        known = self._known.get(other)
+        if known is None or known[0] != count:
+            same = any(id(tensor) in self._of for tensor in tensors_of(other))
+            known = self._known[other] = count, same, not same and self.moves(other)
+        return known[1], known[2]
 
     @property
     def counting(self) -> bool:
