@@ -89,7 +89,8 @@ def _update(average: OnlineAverage, event: Event, state: State, logger: MetricLo
     del event, logger
     shadow, schedule, progress = average.shadow, average.schedule, average.progress
     assert shadow is not None
-    if progress.updated_at is not None and state.timestamp.batch < progress.updated_at.batch:
+    now, before = state.timestamp, progress.updated_at
+    if before is not None and now.elapsed(TimeUnit.BATCH) < before.elapsed(TimeUnit.BATCH):
         progress.resume(schedule, state)  # in mid-run, an average was loaded that has gone further than this run
         return
     if schedule.unit is None:

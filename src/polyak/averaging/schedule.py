@@ -176,9 +176,7 @@ class Schedule:
         interval, length, now = self.interval, run.max_duration, run.timestamp
         if updated_at is None:
             return now.elapsed(interval.unit, length) % interval.value == 0
-        if now.batch < updated_at.batch:
-            return True
-        return now.intervals(interval, length) > updated_at.intervals(interval, length)
+        return now.intervals(interval, length) != updated_at.intervals(interval, length)
 
     def origin(self, now: Timestamp) -> Timestamp:
         """Return where the profile's clock begins if averaging begins now: at ``start``, which may be earlier.
