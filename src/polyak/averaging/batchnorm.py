@@ -45,8 +45,8 @@ def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | st
         return
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
-    held = [(layer._buffers, name) for layer in layers for name in layer._buffers]  # noqa: SLF001
-    before = [(where, name, where[name], where[name].clone()) for where, name in held if where[name] is not None]
+    held = [(layer._buffers, name, buffer) for layer in layers for name, buffer in layer.named_buffers(recurse=False)]  # noqa: SLF001
+    before = [(where, name, buffer, buffer.clone()) for where, name, buffer in held]
     try:
         model.eval()
         for layer in layers:

@@ -52,7 +52,7 @@ def _tensors_in(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, Mapping):
         for value in batch.values():
             yield from _tensors_in(value)
-    elif isinstance(batch, tuple | list):
+    elif isinstance(batch, (tuple, list)):
         for value in batch:
             yield from _tensors_in(value)
 

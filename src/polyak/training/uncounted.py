@@ -31,7 +31,7 @@ class Uncounted:
         self._replaced = replaced
         self._between: BetweenSteps | None = None
         if hooks is not None:
-            hooks.replaced, hooks.moves = self._check, lambda other: moves_parameters(other, model)
+            hooks.replaced, hooks.moves = self._check, self._moves
             hooks.between = self._between = BetweenSteps(model, hooks.steps, f"{BY_HAND}, after that")
 
     def reset(self, counted: int) -> None:
@@ -44,8 +44,11 @@ class Uncounted:
         if self._between is not None:
             self._between.forget()
 
+    def _moves(self, other: Optimizer) -> bool:
+        return moves_parameters(other, self._model)
+
     def _check(self, other: Optimizer) -> None:
-        if moves_parameters(other, self._model):
+        if self._moves(other):
             self._replaced()
 
     def warn(self, counted: int, *, ended: bool = False) -> None:

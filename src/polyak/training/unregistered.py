@@ -1,7 +1,7 @@
 """The warning of tensors that an optimizer steps and that a model holds where it has no parameters."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -49,6 +49,9 @@ def _tensors_in(name: str, value: object, depth: int = 3) -> Iterator[tuple[str,
         yield name, value
     elif isinstance(value, nn.Module):
         yield from ((f"{name}.{inner}", parameter) for inner, parameter in value.named_parameters())
-    elif isinstance(value, list | tuple | dict) and depth:
-        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+    elif isinstance(value, Mapping) and depth:
+        for key, one in value.items():
             yield from _tensors_in(f"{name}[{key!r}]", one, depth - 1)
+    elif isinstance(value, (list, tuple)) and depth:
+        for i, one in enumerate(value):
+            yield from _tensors_in(f"{name}[{i}]", one, depth - 1)
