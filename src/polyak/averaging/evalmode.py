@@ -1,8 +1,12 @@
 """Eval mode for a view, without changes to the weights that it shares."""
 
+import copy
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
+from types import BuiltinMethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +44,7 @@ def keep_evaluating(view: nn.Module) -> None:
         view: In eval mode. A copy of it may train.
     """
     view.register_forward_pre_hook(_InEvalMode(view))
+    vars(view)["__prepare_scriptable__"] = _Unhooked(view)
 
 
 class _InEvalMode:
@@ -62,6 +67,33 @@ class _InEvalMode:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, ({}, "get")  # of (module, inputs) it returns the inputs; a file of the copy needs no polyak
+
+
+class _Unhooked:
+    """What ``torch.jit.script`` compiles in place of a module: the same one without the hook, which cannot be compiled.
+
+    Args:
+        view: The module.
+    """
+
+    def __init__(self, view: nn.Module) -> None:
+        self._view = weakref.ref(view)
+
+    def __call__(self) -> nn.Module:
+        view: Any = self._view()
+        bare = copy.copy(view)
+        hooks = view._forward_pre_hooks.items()  # noqa: SLF001
+        # Of a copy of the module the hook is a method of a dict.
+        kept = [(key, hook) for key, hook in hooks if not isinstance(hook, _InEvalMode | BuiltinMethodType)]
+        vars(bare)["_forward_pre_hooks"] = OrderedDict(kept)
+        del vars(bare)["__prepare_scriptable__"]
+        return bare
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Unhooked":
+        return _Unhooked(memo[id(self._view())])
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return partial, (copy.copy, self._view())
 
 
 class _ResetOwn:
