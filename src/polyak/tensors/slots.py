@@ -313,7 +313,8 @@ def rescaled_in_forward(model: nn.Module) -> set[int]:
         model: Wrapped or not.
     """
     embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
-    return {id(embedding.weight) for embedding in embeddings if embedding.max_norm is not None}
+    # Not the attribute, which a parametrization computes.
+    return {id(one._parameters.get("weight")) for one in embeddings if one.max_norm is not None}  # noqa: SLF001
 
 
 def averaged_parameters(model: nn.Module, policy: PolicyRule) -> list[Slot]:
