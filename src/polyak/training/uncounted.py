@@ -101,7 +101,7 @@ class Uncounted:
         )
 
     def _of_still_weights(self, counted: int) -> str | None:
-        """Compare the weights, at the first check, with those of the begin, if steps are counted by hand."""
+        """Compare the weights, at the first check, with those at the start, if steps are counted by hand."""
         if self.hooks is not None or self._counted or counted < _MOVED or not self._before:
             return None
         if moved_names(self._before, norms_of(parameters_of(self._model, self._before.keys()))):
