@@ -807,7 +807,7 @@ def test_a_second_optimizer_is_noticed_whichever_of_its_tensors_it_has_first() -
     head = torch.optim.SGD([model.weight], lr=0.1)
     attached = attach(EMA(smoothing=0.9), model, head)
     train(model, head, steps=20)
-    train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=20)
+    train(model, torch.optim.SGD([*model.body.parameters(), model.weight], lr=0.1), steps=20)
     with pytest.warns(PlanWarning, match="since then 20 of SGD, which steps the same parameters, were not"):
         attached.state_dict()
     attached.detach()

@@ -1,7 +1,7 @@
 """The warning of tensors that an optimizer steps and that a model holds where it has no parameters."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -49,7 +49,7 @@ def _tensors_in(name: str, value: object, depth: int = 3) -> Iterator[tuple[str,
         yield name, value
     elif isinstance(value, nn.Module):
         yield from ((f"{name}.{inner}", parameter) for inner, parameter in value.named_parameters())
-    elif isinstance(value, Mapping) and depth:
+    elif isinstance(value, dict) and depth:
         for key, one in value.items():
             yield from _tensors_in(f"{name}[{key!r}]", one, depth - 1)
     elif isinstance(value, (list, tuple)) and depth:
