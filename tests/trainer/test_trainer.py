@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import resource
 import stat
 import time
 import warnings
@@ -692,6 +693,18 @@ def test_a_failure_while_writing_leaves_the_old_file_and_nothing_else(error, tmp
     assert path.read_bytes() == before
     assert names(tmp_path / "folder") == ["x.pt"]
     assert loops.differences(training, loops.bits(trainer.state.model)) == []
+
+
+def test_a_full_disk_is_named_with_the_checkpoint(tmp_path):
+    trainer = build()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))  # torch.save says "unexpected pos"
+    try:
+        with pytest.raises(OSError, match="File too large.*x.pt"):
+            trainer.save_checkpoint(tmp_path / "x.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == []
 
 
 def test_a_checkpoint_has_the_permissions_of_other_files(tmp_path):

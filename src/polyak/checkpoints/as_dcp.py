@@ -66,7 +66,7 @@ def _unit(job: Job, file: Path, shards: Sequence[tuple[str, Box]]) -> Unit:
         with file.open("wb") as opened:
             for name, box in shards:
                 begin, shard = opened.tell(), _shard(job, name, box)
-                with saving():
+                with saving(file):
                     torch.save(shard, opened)
                 del shard  # before the next one is read
                 places.append([name, [list(one) for one in box], begin, opened.tell() - begin])

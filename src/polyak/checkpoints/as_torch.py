@@ -29,7 +29,7 @@ def prepare(job: Job, to: Path) -> None:
     """
     # Memory that nobody touches takes no place.
     state: dict[str, Any] = {name: torch.empty(one.shape, dtype=one.dtype) for name, one in job.plan.tensors.items()}
-    with saving(), _without_checksums(), skip_data():
+    with saving(to), _without_checksums(), skip_data():
         torch.save({**state, **job.plan.newest.extra}, to)
     with zipfile.ZipFile(to, "a") as archive:  # `torch.load` reads the entries that it knows, and passes over others
         archive.writestr(f"{_root(archive.namelist())}{PROVENANCE}", job.said[SAID])

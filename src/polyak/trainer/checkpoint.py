@@ -15,6 +15,7 @@ from polyak import sharding
 from polyak.errors import CheckpointError, PlanWarning
 from polyak.sharding import OneProcess, is_sharded
 from polyak.storage.atomic import new_folder, put, remove, temporary_path
+from polyak.storage.saving import saving
 from polyak.trainer import checksums
 from polyak.trainer.parallel import Group
 
@@ -86,7 +87,8 @@ def _finish(rest: Mapping[str, Any], temporary: Path, path: Path, *, folder: boo
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(temporary)
     with (temporary / _REST if folder else temporary).open("w+b") as file:
-        torch.save(rest, file)
+        with saving(path):
+            torch.save(rest, file)
         checksums.append(file)
     put(temporary, path, over_folder=True)
 
