@@ -164,7 +164,7 @@ def test_a_merge_rounds_once(tmp_path) -> None:
         (4, 1024, 38, 33),
         (4, 16_384, 58, 49),
         (8, 512, 52, 49),
-        pytest.param(4, 1_000_000, 87, 76, marks=pytest.mark.slow),
+        (4, 131_072, 73, 61),
     ],
 )
 def test_the_number_of_files_is_that_of_the_table(per_level, appended, most, at_the_end) -> None:
