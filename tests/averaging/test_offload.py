@@ -79,7 +79,7 @@ class Late:
         monkeypatch.setattr(Offloader, "settle", settle_and_close)
 
     def half_way(self) -> None:
-        """Return when an update is half done."""
+        """Return in the middle of an update."""
         assert self.reached.acquire(timeout=TIMEOUT_S)
 
 
@@ -357,7 +357,7 @@ def test_at_most_one_update_is_under_way(monkeypatch) -> None:
     assert most == 1
 
 
-def test_whoever_updates_does_nothing_but_copy_and_allocates_nothing() -> None:
+def test_an_update_only_copies_and_allocates_nothing() -> None:
     class Operations(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             found.append(str(function))
