@@ -1,7 +1,6 @@
 import importlib.util
 import itertools
 import math
-import subprocess
 import sys
 from contextlib import suppress
 from functools import cache, partial
@@ -9,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import warm
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -185,7 +185,8 @@ if child == 0:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=600)
+    done = warm.run("-c", program)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("size", [3, 3000])
