@@ -1,6 +1,5 @@
 import copy
 import gc
-import subprocess
 import sys
 import threading
 import weakref
@@ -11,6 +10,7 @@ from pathlib import Path
 import loops
 import pytest
 import torch
+import warm
 from forking import forks, in_a_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -533,8 +533,7 @@ threading.Timer(0.3, opened.set).start()
 
 
 def test_a_process_ends_with_an_update_under_way() -> None:
-    command = [sys.executable, "-W", "ignore", "-c", ENDS]
-    done = subprocess.run(command, timeout=600, capture_output=True, text=True, check=False)
+    done = warm.run("-c", ENDS)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

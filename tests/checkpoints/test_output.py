@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from forking import fork, forks
-from paths import SUPPORT
+from launching import restarted
 from safetensors.torch import load_file, save_file
 from torch import nn
 from waiting import wait_until
@@ -323,15 +322,7 @@ def test_several_processes_write_the_bits_of_one(ranks, tmp_path, monkeypatch, f
     monkeypatch.chdir(tmp_path)
     assert checkpoint_files.runs_in_small_units(str(tmp_path), *one) == 0
     if form == "safetensors":
-        script, options = SUPPORT / "checkpoint_files.py", ["--standalone", "--nproc-per-node", "3"]
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *options, script, tmp_path, *several],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        assert restarted(checkpoint_files.runs_in_small_units, str(tmp_path), *several) == [0, 0]
     else:
         assert ranks.run(3, checkpoint_files.runs_in_small_units, str(tmp_path), *several) == [0, 0, 0]
     files = [[one for one in (tmp_path / name).rglob("*") if one.is_file()] or [tmp_path / name] for name in names]

@@ -1,11 +1,10 @@
 """One writer at a time, on systems with ``flock`` and without."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from polyak.storage import lock
 from polyak.storage.lock import Lock
@@ -119,19 +118,14 @@ if len(sys.argv) > 2:
 """
 
 
-def without_fcntl(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", WITHOUT, str(path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-
-
 def test_without_fcntl_a_process_that_ends_frees_its_lock_and_for_a_killed_one_the_error_says_what_to_delete(
     tmp_path, monkeypatch
 ) -> None:
     for arguments in ((), ("killed",)):  # the second takes what the first has freed
-        done = without_fcntl(tmp_path / "lock", *arguments)
+        done = warm.run("-c", WITHOUT, tmp_path / "lock", *arguments)
         assert done.returncode == 0, done.stderr
     mark = tmp_path / ".lock.held"
-    said = without_fcntl(tmp_path / "lock").stderr
+    said = warm.run("-c", WITHOUT, tmp_path / "lock").stderr
     assert f"(if it was killed, delete {mark})" in said
     mark.unlink()
     monkeypatch.setattr(lock, "fcntl", None)

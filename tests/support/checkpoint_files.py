@@ -5,7 +5,6 @@ import collections
 import contextlib
 import json
 import os
-import sys
 import tarfile
 import warnings
 from collections.abc import Callable
@@ -226,7 +225,7 @@ def saves_model(kind: str, folder: str) -> dict[str, Tensor]:
 
 
 def runs_in_small_units(folder: str, *line: str) -> int:
-    """Run a command of polyak in a folder, with a unit for each tensor; on each of several ranks, if there is a group.
+    """Run a command of polyak in a folder, with a unit for each tensor; on each rank, where there is a group.
 
     Returns:
         The exit code.
@@ -244,7 +243,3 @@ def runs_in_small_units(folder: str, *line: str) -> int:
         contextlib.chdir(folder),
     ):
         return polyak.cli.main(line)
-
-
-if __name__ == "__main__":
-    sys.exit(runs_in_small_units(*sys.argv[1:]))
