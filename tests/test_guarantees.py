@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ NOT = "what-it-does-not-do"
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the documentation is not here")
 
 
+@functools.cache
 def lacks(name: str) -> Mapping[str, str]:
     """Return the capabilities that an integration lacks, read from its test file without importing the framework."""
     tree = ast.parse((ROOT / "tests" / "hosts" / f"test_{name}.py").read_text(encoding="utf-8"))

@@ -218,12 +218,10 @@ def test_a_run_that_grows_ends_as_one_that_was_that_long_from_the_start(uninterr
 
 def test_a_run_that_is_killed_repeatedly_ends_as_an_uninterrupted_one(uninterrupted, tmp_path) -> None:
     generator = random.Random(0)
-    for _ in range(6):
-        began = time.monotonic()
-        delay = generator.uniform(0.3, 2.5)
+    for reached in (0, *sorted(generator.sample(range(1, 120), 5))):  # of 123 lines
         process = start(tmp_path, "--steps", STEPS)
-        while process.poll() is None and time.monotonic() < began + delay:
-            time.sleep(0.001)
+        wait_until(lambda process=process, reached=reached: process.poll() is not None or lines(tmp_path) >= reached)
+        time.sleep(generator.uniform(0, 0.05))
         process.kill()
         process.communicate()
     demo(tmp_path, "--steps", STEPS)

@@ -103,7 +103,7 @@ class IgniteSession:
 
 class IgniteHost:
     lacks: Mapping[str, str] = {
-        "mid-epoch": "Ignite resumes inside an epoch only with a loader that has a state, and torch's has none"
+        "mid-epoch": "Ignite resumes inside an epoch only with a loader that has a state, which torch's does not"
     }
     losses = "loss", "raw_loss"
     uncounted = ("sp", "tok", "sec", "iter")

@@ -149,7 +149,7 @@ class LightningSession:
 
 class LightningHost:
     lacks: Mapping[str, str] = {
-        "mid-epoch": "Lightning resumes inside an epoch only with a loader that has a state, and torch's has none"
+        "mid-epoch": "Lightning resumes inside an epoch only with a loader that has a state, which torch's does not"
     }
     losses = "loss", "raw_loss"
     uncounted = ("sp", "tok", "sec", "iter")
