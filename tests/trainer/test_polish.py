@@ -75,7 +75,7 @@ def test_a_polish_starts_at_the_average_and_its_figures_are_logged(tmp_path) -> 
 
 @pytest.mark.parametrize("polish", ["5ba", "8ba"])  # of 14 batches: it begins where the run was saved
 @pytest.mark.parametrize("average", [EMA, BEMA])
-def test_a_run_resumes_bit_for_bit_before_in_and_at_the_begin_of_a_polish(tmp_path, polish, average) -> None:
+def test_a_run_resumes_bit_for_bit_before_in_and_at_the_start_of_a_polish(tmp_path, polish, average) -> None:
     def build(folder, **options) -> Trainer:
         ema = EMA("4ba") if average is EMA else BEMA(update_interval="2ba")
         return loops.train(folder, ema=ema, polish=polish, **options)
