@@ -37,10 +37,8 @@ def unequal(folder: Path) -> list[str]:
     return different
 
 
-# Models under these two are as under "ddp" and "fsdp, blocks": what differs is how an average is kept.
-OF_AVERAGES = {"ddp, divided average", "fsdp, offloaded average"}
 # Four ranks, of which one has no row of the smallest tensor, where the model is sharded in the usual way.
-CELLS = [(kind, sizes[0]) for kind, sizes in sharded.KINDS.items() if kind not in {"fsdp, blocks", *OF_AVERAGES}]
+CELLS = [(kind, sizes[0]) for kind, sizes in sharded.KINDS.items() if kind != "fsdp, blocks"]
 CELLS += [("fsdp, blocks", 1), ("fsdp, blocks", 4)]
 
 

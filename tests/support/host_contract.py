@@ -12,7 +12,6 @@ The model is looked at from inside its own ``forward`` (``Probe``) and the avera
 """
 
 import copy
-import inspect
 import os
 import re
 import signal
@@ -20,7 +19,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -29,11 +27,11 @@ import loops
 import pytest
 import reference
 import torch
-from launching import exit_code
-from paths import ROOT
+from forking import fork, forks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from waiting import END_S
 
 from polyak import EMA, Event, HalfLife, Recorder, Trainer
 from polyak.averaging.swap import swap_of
@@ -613,12 +611,13 @@ class HostContract:
         assert not loops.differences(whole.ema.state_dict(), resumed.ema.state_dict())
         assert not loops.differences(whole.ema.batches[-(18 - step) :], resumed.ema.batches[-(18 - step) :])
 
+    @forks
     def test_a_run_that_was_killed_resumes_from_its_last_checkpoint(self, tmp_path) -> None:
         self.needs("kill")
         plan = Plan(save_every=6)
-        # The name by which another process can import it: pytest names a test's module by its file alone.
-        module = ".".join(Path(inspect.getfile(type(self))).relative_to(ROOT).with_suffix("").parts)
-        assert exit_code(die, module, tmp_path / "killed") == -signal.SIGKILL
+        killed = fork(lambda: die(self.host, tmp_path / "killed"))
+        killed.join(END_S)
+        assert killed.exitcode == -signal.SIGKILL
         whole = Run(self.host, tmp_path / "whole", plan).fit()
         resumed = Run(self.host, tmp_path / "killed", plan, net=net_of(seed=7))
         resumed.fit(resumed.session.checkpoint(12))
@@ -668,8 +667,8 @@ class Kills(Probe):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die(test_module: str, folder: Path) -> None:
-    """Run in a separate process, which is killed before the end."""
-    run = Run(import_module(test_module).HOST, folder, Plan(save_every=6))
+def die(host: Host, folder: Path) -> None:
+    """Train in a process that is killed before the end."""
+    run = Run(host, folder, Plan(save_every=6))
     Kills(run.net)
     run.fit()

@@ -1,4 +1,4 @@
-"""Runs scripts under torchrun, and functions in processes that are restarted or killed."""
+"""Runs scripts and functions under torchrun."""
 
 import os
 import subprocess
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from ranks import processes
 from waiting import END_S
 
@@ -53,15 +52,3 @@ def restarted(job: Callable[..., Any], *arguments: object, restarts: int = 0, po
     with patch.dict(os.environ), ThreadPoolExecutor(1) as thread:
         found = thread.submit(elastic_launch(config, job), *arguments).result()
     return [found[rank] for rank in range(2)]
-
-
-def exit_code(job: Callable[..., None], *arguments: object) -> int | None:
-    """Run a function in a process of its own, and return the exit code: -9 after ``kill -9``.
-
-    The process has all that this one has imported. With CUDA it imports it again: autograd could not run in a fork.
-    """
-    context = processes("spawn" if torch.cuda.is_available() else "fork")
-    process = context.Process(target=job, args=arguments)
-    process.start()
-    process.join(END_S)
-    return process.exitcode

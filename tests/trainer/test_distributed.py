@@ -60,7 +60,7 @@ def test_a_run_of_several_ranks_equals_a_run_of_one(ranks, alone, tmp_path, kind
         ("ddp, divided average", 2, [loops.MID_EPOCH]),
         ("ddp", 3, [loops.MID_EPOCH]),
     ],
-    ids=str,
+    ids=["ddp-2", "fsdp2-2", "divided average-2", "ddp-3"],
 )
 def test_a_resumed_run_of_several_ranks_equals_one_that_never_stopped(ranks, tmp_path, kind, size, at) -> None:
     # Of three, it is the plain model whose sums show the order in which they were taken.

@@ -4,9 +4,10 @@ import signal
 import loops
 import pytest
 import torch
-from launching import exit_code
+from forking import fork, forks
 from loops import EPOCH_END, MID_EPOCH
 from torch.utils.data import DataLoader
+from waiting import END_S
 
 from polyak import EMA, CheckpointError, Evaluator, Event, PlanWarning, Trainer
 from polyak.profiles import HalfLife
@@ -148,8 +149,11 @@ def test_a_failed_run_resumes_from_its_last_checkpoint(tmp_path):
     assert loops.differences(want, got) == []
 
 
+@forks
 def test_a_run_killed_while_it_saves_resumes_bit_for_bit(tmp_path):
-    assert exit_code(loops.train_until_killed, tmp_path / "killed", 12) == -signal.SIGKILL
+    killed = fork(lambda: loops.train_until_killed(tmp_path / "killed", 12))
+    killed.join(END_S)
+    assert killed.exitcode == -signal.SIGKILL
     folder = tmp_path / "killed" / "checkpoints"
     assert [path.name for path in sorted(folder.glob("ep*.pt"))] == ["ep0-ba4.pt", "ep1-ba8.pt"]
     assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) > 8
