@@ -36,7 +36,7 @@ STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/co
 
 ENGINES := $(addprefix tests/hosts/test_,deepspeed.py deepspeed_trainers.py megatron.py torchtitan.py) tests/averaging/test_wrapped.py
 test-engines: build/engines.stamp ## Run the tests of DeepSpeed, Megatron, torchtitan and torchao
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src build/engines/bin/python -m pytest -n 0 $(ENGINES)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src build/engines/bin/python -m pytest -n 2 $(ENGINES)
 
 # In addition to what the other tests need, without what they ask for: that would be another torch, and CUDA.
 build/engines.stamp: $(VENV)/dev.stamp tests/stubs/engines.txt
