@@ -82,7 +82,7 @@ def test_under_each_layout_the_average_is_right_harmless_validated_and_resumed(r
         pytest.skip(f"needs {NEEDS[layout]}")
     runs = [
         {"name": "plain", "average": False},
-        {"name": "whole", "publish": True},
+        {"name": "whole", "publish": True, "interval": 4},
         {"name": "resumed", "load": "whole", "load_step": 4},
     ]
     lags, results = False, train(ranks, tmp_path, *runs, layout=layout, size=size)
@@ -101,7 +101,7 @@ def test_under_each_layout_the_average_is_right_harmless_validated_and_resumed(r
         assert averaged_losses.keys() == {1, 4, 8}
         lags = lags or averaged_losses[8] > raw[8]
     assert lags  # on the ranks with the last stage, which have a loss
-    fresh = torchtitan_configs.tiny().model_spec.model.build()
+    fresh = torchtitan_run.config_of(tmp_path, layout, {"name": "fresh"}).model_spec.model.build()
     fresh.load_state_dict(load_file(tmp_path / "published.safetensors"))  # under the names of torchtitan's checkpoints
     assert torchtitan_run.bits({name: tensor.detach() for name, tensor in fresh.named_parameters()}) == full
 
@@ -178,7 +178,7 @@ def test_the_section_keeps_the_trainers_own_class() -> None:
 
 
 def test_a_section_and_an_override_average_as_attach_does(ranks, whole, tmp_path) -> None:
-    tiny = ["--module", "torchtitan_configs", "--config"]
+    tiny = ["--checkpoint.interval=8", "--module", "torchtitan_configs", "--config"]
     override = (
         'polyak.hosts.torchtitan.config.ema={"half_life": "0.375dur", "eval_weights": "both", "save": "averaged"}'
     )

@@ -41,6 +41,10 @@ def config_of(folder: Path, layout: str, run: dict[str, Any]) -> Any:
     config = torchtitan_configs.tiny_float8() if layout == "float8" else torchtitan_configs.tiny()
     for name, value in LAYOUTS[layout].items():
         setattr(config.parallelism, name, value)
+    if layout != "fsdp":
+        del config.model_spec.model.layers[4:]
+    config.checkpoint.enable = run.get("average", True)
+    config.checkpoint.interval = run.get("interval", 2)
     config.dump_folder = str(folder / run.get("load", run["name"]))
     config.checkpoint.load_step = run.get("load_step", -1)
     config.checkpoint.load_only = "load" in run
