@@ -162,6 +162,10 @@ def test_meshes_that_no_rank_connects_are_refused_on_all_ranks(ranks) -> None:
     assert all("ShardingError: the meshes of a model must be connected" in one for one in said)
 
 
+def test_the_ranks_of_parts_are_those_of_their_ddp(ranks) -> None:
+    assert ranks.run(2, jobs.has_parts_in_ddp) == [([0, 1], True)] * 2
+
+
 # Pipelines.
 
 

@@ -331,6 +331,8 @@ def on_part(kind: str, folder: str) -> dict[str, Any]:
     group = dist.new_group(list(range(dist.get_world_size()))[1:]) if kind == "ddp" else None
     mesh, member = part_of(dist.get_world_size() - 1, kind)
     if not member:
+        elsewhere = nn.ParameterList([nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh))])
+        assert Ranks.of(elsewhere) is None
         return {}
     model = net()
     model = DistributedDataParallel(model, process_group=group) if kind == "ddp" else fully_shard(model, mesh=mesh)
@@ -423,6 +425,13 @@ def crossing(kind: str) -> Any:
         return f"{type(error).__name__}: {error}"
     assert ranks is not None
     return dist.get_process_group_ranks(ranks.group), ranks.sums(10 + dist.get_rank())
+
+
+def has_parts_in_ddp() -> tuple[list[int], bool]:
+    """Return the ranks of a model of two parts, each of which DDP replicates, and whether each has the full model."""
+    ranks = Ranks.of(ModelParts(DistributedDataParallel(net()), DistributedDataParallel(nn.ModuleDict({"x": net()}))))
+    assert ranks is not None
+    return dist.get_process_group_ranks(ranks.group), ranks.replicas
 
 
 # Pipelines
