@@ -5,6 +5,7 @@ run in a process of their own, as a reader pastes them: see ``tests/support/page
 """
 
 import gc
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, chdir
@@ -39,6 +40,12 @@ def _leave(namespace: dict[str, Any]) -> None:
         torch.distributed.destroy_process_group()
 
 
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the processes that tests start: a shell starts background jobs that ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_finish() -> None:
     """Hide all that is loaded now from the garbage collector: a full collection would take half a second."""
     gc.collect()
@@ -64,7 +71,7 @@ class Blocks(pytest.Item):
         lines = pages.unannounced(self.path)
         if lines:
             pytest.fail(f"{self.path}: the line before a block that does not run says so ({lines})", pytrace=False)
-        done = pages.in_process(self.path)
+        done = pages.in_process(self.path, forked=self.path.name not in pages.INSTALLED)
         if done.returncode == pages.MISSING:
             pytest.skip(done.stdout.strip())
         if done.returncode:

@@ -138,7 +138,7 @@ def shares(steps: int = 500, rounds: int = 40) -> dict[str, float]:
     """Return what `attach` adds to a step in which no update is due, and what the clock takes of it, in microseconds.
 
     The former is the difference between a step with an ``EMA`` that never begins and one without, of an idle optimizer.
-    They take turns; each is the quickest round, by the processor time of this thread, which other processes hardly
+    They take turns; each is the fastest round, by the processor time of this thread, which other processes barely
     change.
     """
     never = attached_step(nn.Linear(4, 4), EMA(smoothing=DECAY, ema_start=Time(10**12, "ba")))

@@ -54,6 +54,16 @@ def equal(some: dict, others: dict) -> bool:
     return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
 
 
+@pytest.mark.parametrize("given", ["the average", "the record"])
+def test_training_continues_after_a_polish_without_a_warning_of_weights_that_have_changed(tmp_path, given) -> None:
+    algorithms = EMA("4ba"), Recorder(tmp_path / "record", "1ba")
+    model, optimizer, attached = trained(*algorithms, steps=10)  # from step 10 to 11 weights are watched
+    attached.state_dict()  # waits until all segments are written
+    average = attached if given == "the average" else Record(tmp_path / "record")
+    polish(model, optimizer, average, steps=3, profile=None if given == "the average" else Uniform())
+    train(model, optimizer, 2)
+
+
 @pytest.mark.parametrize("given", ["what attach returned", "the EMA"])
 def test_a_polish_starts_at_the_average_with_the_state_of_the_optimizer(given) -> None:
     model, optimizer, attached = trained(ema := EMA("4ba"))

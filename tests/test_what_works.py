@@ -1,4 +1,4 @@
-"""The page of what works and what polyak refuses names tests that exist."""
+"""The page of what works names tests that exist, and that of plain loops warnings that exist."""
 
 import re
 from pathlib import Path
@@ -18,3 +18,13 @@ def test_the_page_names_tests_that_exist() -> None:
     sources = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     assert names
     assert not [name for name in names if f"def {name}" not in sources]
+
+
+def test_the_page_of_plain_loops_quotes_warnings_that_exist() -> None:
+    table = (ROOT / "docs" / "hosts" / "plain.md").read_text().partition("## Warnings")[2].partition("## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    quoted = [text for cell in cells for text in re.findall(r"`([^`]+)`", cell)]
+    sources = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    joined = re.sub(r'"\s*f?"', "", sources)  # literals over several lines
+    assert len(quoted) > 10
+    assert not [text for text in quoted if text not in joined and text != "QuarantineWarning"]

@@ -1,4 +1,4 @@
-"""``Algorithm``, which acts on events, and ``dispatch``, by which every training loop calls it."""
+"""``Algorithm``, which acts on events, and ``dispatch``, with which every training loop calls it."""
 
 import pickle
 import sys
@@ -28,7 +28,7 @@ class NoLogger:
 
 
 class Algorithm(ABC):
-    """Something that changes training at events. Asking (``match``) changes nothing; acting (``apply``) does.
+    """Changes training at events. ``match`` only asks whether to act; ``apply`` acts.
 
     Example:
         >>> class Count(Algorithm):
@@ -84,7 +84,7 @@ class Algorithm(ABC):
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
 
 
@@ -98,9 +98,9 @@ def dispatch(event: Event, state: State, algorithms: Iterable[Algorithm], logger
     At events that begin with ``AFTER`` they act in reverse order, as in Composer.
 
     Args:
-        event: That has happened.
-        state: Of the loop.
-        algorithms: In order.
+        event: The event that has happened.
+        state: The state of the loop.
+        algorithms: The algorithms, in order.
         logger: Where they may log.
     """
     acting = []
@@ -132,7 +132,7 @@ def as_algorithms(algorithms: Algorithm | Iterable[Algorithm]) -> list[Algorithm
 
 
 def check_one_swaps(swapping: Sequence[object]) -> None:
-    """Check that of the algorithms of a loop at most one swaps an average into the model.
+    """Check that at most one of a loop's algorithms swaps an average into the model.
 
     Args:
         swapping: Those that do.
@@ -178,17 +178,17 @@ def is_composers(algorithm: object) -> bool:
     """Return whether an object is an algorithm for Composer's trainer.
 
     Args:
-        algorithm: Of any class.
+        algorithm: An algorithm of any class.
     """
     return any(cls.__module__.partition(".")[0] == "composer" for cls in type(algorithm).__mro__)
 
 
 def check_event(event: object, name: str) -> None:
-    """Check that an event is one of polyak's, for algorithms of which there is another class for Composer's trainer.
+    """Check that an event is one of polyak's, for algorithms that have another class for Composer's trainer.
 
     Args:
         event: As given.
-        name: Of the algorithm's class.
+        name: The name of the algorithm's class.
 
     Raises:
         ArgumentError: If it is not; it says what to import.
@@ -208,7 +208,7 @@ def check_pickles(name: str, value: object) -> None:
     """Check that an argument of an algorithm can be pickled with it; called by ``__getstate__``.
 
     Args:
-        name: Of the argument.
+        name: The name of the argument.
         value: What was given.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A background thread that runs one job after the other. There is never a second thread, whatever interrupts it.
+"""A background thread that runs one job after another. An interrupt never leads to a second thread.
 
 ``concurrent.futures`` and ``threading.Thread`` wait by locks that are written in Python: a Ctrl-C at the wrong moment
 leaves an executor with a thread that it does not know, so that it starts a second one, or a lock that is never

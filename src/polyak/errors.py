@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 
 class PolyakError(Exception):
-    """Anything that polyak refuses to do."""
+    """The base class of all errors: polyak refuses to do something."""
 
 
 class ArgumentError(PolyakError, ValueError):
@@ -83,7 +83,7 @@ class MemoryLayoutError(PolyakError, ValueError):
 
 
 class OffloadError(PolyakError, RuntimeError):
-    """An update in the background that failed, and an average that nothing is known of since."""
+    """An update in the background that failed, after which the average is not reliable."""
 
 
 class CopyError(PolyakError, RuntimeError):
@@ -91,7 +91,7 @@ class CopyError(PolyakError, RuntimeError):
 
 
 class ExistsError(PolyakError, FileExistsError):
-    """A file or folder that is there already, and would be replaced: ``overwrite=True`` asks for that."""
+    """A file or folder that exists already and is replaced only with ``overwrite=True``."""
 
 
 class CheckpointError(PolyakError, ValueError):
@@ -99,11 +99,11 @@ class CheckpointError(PolyakError, ValueError):
 
 
 class ShardingError(PolyakError, RuntimeError):
-    """Ranks that disagree, or what cannot be done where each has but a part of the model."""
+    """Ranks that disagree, or an operation that is not possible if each rank has only a part of the model."""
 
 
 class MissingExtraError(PolyakError, ImportError):
-    """A library that is needed and not installed; the message names the extra of polyak that brings it."""
+    """A library that is needed and not installed. The message names the extra of polyak that installs it."""
 
 
 class OptimizerError(PolyakError, TypeError):
@@ -111,11 +111,11 @@ class OptimizerError(PolyakError, TypeError):
 
 
 class PlanWarning(UserWarning):
-    """A plan that works as asked but can hardly be meant: its numbers are in the message."""
+    """A plan that works as asked but is probably a mistake: its numbers are in the message."""
 
 
 class QuarantineWarning(UserWarning):
-    """Non-finite weights came and were kept out of the average."""
+    """Weights had NaN or inf, which were kept out of the average."""
 
 
 class RecordError(PolyakError, OSError):

@@ -1,4 +1,4 @@
-"""What an algorithm learns of a training loop: the ``Event`` that has happened, and the ``State`` of the loop."""
+"""What an algorithm gets from a training loop: the ``Event`` that has happened, and the ``State`` of the loop."""
 
 from collections.abc import Collection
 from enum import StrEnum
@@ -204,8 +204,8 @@ def refuse_uncounted(
 
     Args:
         argument: The argument in this unit, as it was given, to name it in errors.
-        unit: Any.
-        state: Of the run.
+        unit: Any unit.
+        state: The state of the run.
         counted: Units that the loop counts.
         fractions: Whether fractions of epochs matter.
 

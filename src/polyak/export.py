@@ -1,4 +1,4 @@
-"""Export of the averaged weights to safetensors files, which any tool reads."""
+"""Exports the averaged weights to safetensors files, which any tool reads."""
 
 import json
 import math
@@ -138,7 +138,7 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl"}
 
 
 def _average_of(ema: object, model: object) -> EMA:
-    """Return the EMA that is to be exported, with the model that it averages."""
+    """Return the EMA to export, with the model that it averages."""
     average = ema if isinstance(ema, EMA) else None if isinstance(ema, type) else getattr(ema, "average", None)
     if not isinstance(average, EMA) or not isinstance(model, nn.Module):
         raise ArgumentError(
@@ -150,7 +150,7 @@ def _average_of(ema: object, model: object) -> EMA:
 
 @contextmanager
 def swapped_in(average: EMA, model: nn.Module) -> Iterator[None]:
-    """Swap the average in for a block, unless the model holds it already: then it stays.
+    """Swap the average in for a block. If the model holds it already, it stays.
 
     Args:
         average: It has begun.
@@ -170,8 +170,8 @@ def agree_on_values(model: nn.Module, ranks: Communicator, stage: Communicator) 
     """Check that each name stands for one tensor: equal on all ranks of a stage, and on one stage only.
 
     Args:
-        model: With the average in it.
-        ranks: That train it, with all stages. All of them must call this.
+        model: The model with the average in it.
+        ranks: The ranks that train it, with all stages. All of them must call this.
         stage: Those of the same stage; the same object where there are no others.
 
     Raises:
@@ -217,18 +217,18 @@ def export_from(  # noqa: PLR0917
     path: Path,
     ranks: Communicator,
     *,
-    overwrite: bool = False,
+    overwrite: bool,
 ) -> None:
-    """Write tensors that are read from elsewhere than the model, to one file or a folder. All ranks must call this.
+    """Write tensors that are not read from the model, to one file or a folder. All ranks must call this.
 
     Args:
-        ema: Whose average it is, for the metadata.
-        model: In training, unwrapped.
+        ema: The EMA whose average it is, for the metadata.
+        model: The model in training, unwrapped.
         tensors: Their dtypes and shapes.
         source: Given a folder for temporary files, it returns what reads full tensors by their names on rank 0. It may
             communicate.
         path: A file whose name ends in ``.safetensors``, or a folder.
-        ranks: That train the model.
+        ranks: The ranks that train the model.
         overwrite: Whether an earlier export is replaced.
     """
     single = path.suffix == ".safetensors"
@@ -349,7 +349,7 @@ def shards(
     Args:
         saved: By name, as ``torch.distributed.checkpoint`` saves it.
         full: What the full tensors are.
-        folder: To be made.
+        folder: The folder to be made.
         ranks: All of which must call this.
     """
     from polyak.sharding import dcp  # noqa: PLC0415  half a second that few need

@@ -1,4 +1,4 @@
-"""``polish``: train on from the average for a little while, at a low rate that falls to 0."""
+"""``polish``: continue to train from the average for a short time, at a low rate that falls to 0."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from polyak.profiles import HalfLife, Profile
 from polyak.record import Record
 from polyak.tensors.slots import all_slots, averaged_parameters, default_policy, unwrap
 from polyak.time import Time, TimeUnit
+from polyak.training.second import begun
 
 if TYPE_CHECKING:
     from polyak.training.handle import Handle
@@ -44,16 +45,16 @@ def polish(
     each of the optimizer's, and no other scheduler's any more. Then the raw weights are the result.
 
     Args:
-        model: In training. Its averaged tensors are overwritten: save a checkpoint first.
-        optimizer: Of the model.
+        model: The model in training. Its averaged tensors are overwritten: save a checkpoint first.
+        optimizer: The optimizer of the model.
         average: What ``attach`` returned, the EMA itself, or a record of the run.
         steps: How many optimizer steps follow, such as a twentieth of the run.
         factor: The first rate as a share of the rate now, above 0.
-        profile: Of a record: which average is loaded; None for an unbiased half-life of a sixteenth of the recorded
+        profile: For a record: which average is loaded; None for an unbiased half-life of a sixteenth of the recorded
             run. It must be None otherwise.
 
     Raises:
-        ArgumentError: If an argument is none of these.
+        ArgumentError: If an argument is not one of these.
         LoanError: If averaging has not begun, or the model holds an average.
         MismatchError: If the record is one of another model.
         RecordError: If the record is empty, or a file of it is damaged.
@@ -91,6 +92,8 @@ def polish(
                 "open the record"
             )
         load_average(model, ema)
+    for loop in begun(model):
+        loop.weights_loaded()
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # else that of an earlier scheduler would count
     return LambdaLR(optimizer, lambda n: factor * max(0.0, 1 - n / steps))

@@ -1,8 +1,8 @@
-"""Text out of files, made safe for a terminal. No torch here: the command line imports this first."""
+"""Makes text from files safe for a terminal. It does not import torch, since the command line imports this first."""
 
 
 def printable(text: str) -> str:
-    r"""Return text with what is not printable escaped: a terminal obeys nothing in it, and shows all of it.
+    r"""Return text with unprintable characters escaped, so that a terminal shows them and does not obey them.
 
     Args:
         text: Any, such as the name of a tensor.

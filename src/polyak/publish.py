@@ -1,4 +1,4 @@
-"""Averaged weights for another program, such as an inference engine: one full tensor at a time."""
+"""Gives averaged weights to another program, such as an inference engine, one full tensor at a time."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -29,7 +29,7 @@ def publish_averaged(ema: EMA, model: nn.Module, load: Load, *, every_rank: bool
     """Call a function with each tensor of the model's state dict, with the average in it. All ranks must call this.
 
     Args:
-        ema: Whose average it is; it has begun.
+        ema: The EMA whose average it is; it has begun.
         model: The one in training, as it was given to the loop.
         load: Called with a name and a full tensor.
         every_rank: Whether to call it on every rank, not on rank 0 alone.
@@ -77,8 +77,8 @@ def stream(
     rank has is sent to all, by the lowest rank that has it.
 
     Args:
-        model: With the average in it.
-        ranks: That train it, with all stages.
+        model: The model with the average in it.
+        ranks: The ranks that train it, with all stages.
         load: Called with a name of the full model and a full tensor, which is valid until it returns.
         every_rank: Whether to call it on every rank, not on rank 0 alone.
         gathered: Returns a context of the full tensor of one of the model's.
@@ -108,7 +108,7 @@ def stream(
 
 
 def _received(full: Tensor, sender: int | None, ranks: Communicator) -> Tensor:
-    """Return a tensor as the rank has it that sends it, if one does."""
+    """Return a tensor as it is on the rank that sends it, if one does."""
     if sender is None:
         return full
     received = full if ranks.rank == sender else full.clone()  # not into a tensor of the model

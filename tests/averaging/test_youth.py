@@ -212,5 +212,5 @@ def test_an_interval_of_many_half_lives_is_warned_of_before_the_first_update(hal
         warnings.simplefilter("always")
         model(torch.ones(1, 1)).sum().backward()
         optimizer.step()
-    assert any("hardly more than the last weights" in str(warning.message) for warning in caught) is warns
+    assert any("little more than the last weights" in str(warning.message) for warning in caught) is warns
     attached.load_state_dict(attached.state_dict())

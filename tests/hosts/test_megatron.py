@@ -115,7 +115,9 @@ def test_nothing_trains_or_saves_averaged_weights(ranks, tmp_path) -> None:
         )
         assert found["on one rank"].startswith(refused), found["on one rank"]
         assert "optimizer_cpu_offload" in found["on one rank"]
-        assert found["offload"].startswith("OptimizerError: the masters must be in memory, in float32"), found["offload"]
+        assert found["offload"].startswith("OptimizerError: the masters must be in memory, in float32"), found[
+            "offload"
+        ]
         assert "optimizer_cpu_offload, which steps copies of the masters); turn that off" in found["offload"]
         assert found["without a master"].startswith("OptimizerError: the optimizer must step all parameters")
 

@@ -321,7 +321,7 @@ def test_a_model_that_holds_its_own_average_is_averaged_without_it() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_whoever_holds_the_average_reads_it_also_while_it_is_in_the_model() -> None:
+def test_a_tensor_that_somebody_holds_stays_the_average_while_it_is_in_the_model() -> None:
     model = nn.Linear(3, 3)
     shadow = Shadow(model)
     with torch.no_grad():

@@ -275,7 +275,7 @@ def test_a_first_try_that_is_right_does_what_it_says(code, holds, _) -> None:
 
 
 @pytest.mark.parametrize(("code", "says"), WARNED, ids=[code for code, _ in WARNED])
-def test_a_first_try_that_is_hardly_meant_warns(code, says) -> None:
+def test_a_first_try_that_is_probably_a_mistake_warns(code, says) -> None:
     with pytest.warns(PlanWarning, match=says):
         run(code)
 

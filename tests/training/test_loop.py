@@ -183,13 +183,13 @@ def test_algorithms_act_before_callbacks_and_a_batch_is_counted_without_an_event
 
 def test_a_clock_that_is_set_back_starts_again_with_the_same_epoch_length() -> None:
     loop = joined([EMA("2ba")])
-    loop.set_epoch_length(3)
+    loop.state.set_epoch_length(3)
     stepped(loop, 2)
     loop.leave_epoch()
     assert loop.state.timestamp.epoch == "1ep"
     loop.leave_epoch()
     assert loop.state.timestamp.epoch == "1ep"
-    loop.reset_clock()
+    loop.state.reset_clock()
     assert loop.state.timestamp == Timestamp(epoch_length=3)
     assert loop.state.previous_timestamp == Timestamp(epoch_length=3)
 

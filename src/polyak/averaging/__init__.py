@@ -1,1 +1,1 @@
-"""Averages of weights: when they move and how much, where they are, and how they are swapped in."""
+"""Averages of weights: when and how much they move, where they are kept, and how they are swapped in."""

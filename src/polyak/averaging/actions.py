@@ -1,4 +1,4 @@
-"""What is done with an average at an event, once ``OnlineAverage.decide`` has decided: one function per action."""
+"""Does what ``OnlineAverage.decide`` has decided at an event: one function per action."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from polyak.sharding import local
 from polyak.tensors.slots import Policy, averaged_parameters
 from polyak.time import TimeUnit
 
-# What is done with the weights between an event and the one that ends it, in warnings.
+# For warnings: how the weights are used after each event.
 _USED = {Event.EVAL_START: "evaluated", Event.PREDICT_START: "used to predict", Event.SAVE_START: "saved"}
 
 
@@ -38,7 +38,7 @@ def _start_run(average: OnlineAverage, event: Event, state: State, logger: Metri
         raise TimeError(
             f"max_duration must be known for times in dur (got None); give it, or other units to {average.name}"
         )
-    schedule.profile_in(state).decay(0, 1)  # a momentum raises if it needs the length of the run
+    schedule.profile_in(state).decay(0, 1)  # raises for a momentum that needs the unknown length of the run
     progress.counts_seconds = schedule.counts_seconds(state.max_duration)
     progress.fit_from = state.timestamp.batch, average.num_updates
     if average.started:
@@ -48,7 +48,7 @@ def _start_run(average: OnlineAverage, event: Event, state: State, logger: Metri
 
 
 def _end_run(average: OnlineAverage, event: Event, state: State, logger: MetricLogger) -> None:
-    """Warn if the run was not averaged, weights were kept out, or values exceeded the dtype."""
+    """Warn if the run was not averaged, if NaN or inf were kept out, or if weights exceeded the average's dtype."""
     del event, logger
     average.warn_of_quarantine()
     average.warn_of_range()
@@ -66,7 +66,7 @@ def _begin(average: OnlineAverage, event: Event, state: State, logger: MetricLog
     schedule, progress, now = average.schedule, average.progress, state.timestamp
     parameters = averaged_parameters(state.model, average.settings.policy)
     for slot in parameters:
-        check_layout(slot, Policy.AVERAGE)  # first: not all of torch's functions take what it refuses
+        check_layout(slot, Policy.AVERAGE)  # first, since torch's functions fail for some of what it refuses
     if not all(bool(local(slot.tensor).detach().isfinite().all()) for slot in parameters):
         progress.wait(now)
         return
@@ -99,7 +99,7 @@ def _update(average: OnlineAverage, event: Event, state: State, logger: MetricLo
 
 
 def _swap_in(average: OnlineAverage, event: Event, state: State, logger: MetricLogger) -> None:
-    """Put the average in the model until the event that ends what begins now; log metrics before an evaluation."""
+    """Put the average in the model until the matching end event. Before an evaluation, log metrics."""
     average.agree()
     if average.shadow is None:
         youth.warn_of_raw_weights(average.schedule, average.progress, state, _USED[event])
@@ -108,13 +108,13 @@ def _swap_in(average: OnlineAverage, event: Event, state: State, logger: MetricL
         _log(average, state, logger)
     average.warn_of_quarantine()
     average.warn_before_use(_USED[event])
-    # Set before the swap and reset after the restore, so that an interrupt in between leaves nothing swapped in.
+    # Set before the swap and reset after the restore, so that the average is restored after an interrupt in between.
     average.restore_at = SWAPS[event]
     average.shadow.swap_in(average.name)
 
 
 def _log(average: OnlineAverage, state: State, logger: MetricLogger) -> None:
-    """Log metrics once for each batch. All ranks that train together measure, whichever of them logs."""
+    """Log metrics, at most once per batch. All ranks that train together compute them, whichever of them logs."""
     now, progress = state.timestamp.batch, average.progress
     together = average.ranks is not None or average.pipeline() is not None
     if now != progress.logged_at and (together or not isinstance(logger, NoLogger)):

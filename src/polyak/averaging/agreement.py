@@ -1,4 +1,4 @@
-"""What ranks that train together must have in common, and that no two stages of a pipeline share a name."""
+"""Checks that ranks that train together have the same averages, and that stages of a pipeline have different names."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from polyak.errors import ShardingError
 from polyak.sharding import Communicator, Ranks, is_spread, local
 from polyak.tensors.slots import Policy, PolicyRule, all_slots, decided, places_of, slots
 
-# Rows that a sum takes together: what it needs in memory next to the tensors.
+# Rows that are summed together, which bounds the additional memory.
 _CHUNK = 1 << 20
 _AS_INT = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _REMEDY = (
@@ -23,27 +23,27 @@ _REMEDY = (
 
 @torch.no_grad()
 def agree_on_plain(ranks: Ranks, tensors: Mapping[str, Tensor]) -> None:
-    """Check that what is not sharded is equal on all ranks, bit for bit: it is saved as rank 0 has it.
+    """Check that tensors that are not sharded are equal on all ranks, bit for bit, since only rank 0's are saved.
 
     Args:
-        ranks: All of which must call this.
+        ranks: The ranks. All of them must call this.
         tensors: By name, sharded or not; the same names on all ranks.
 
     Raises:
-        ShardingError: If it is not; it names the tensors.
+        ShardingError: If they are not. The message names the tensors.
     """
     plain = {name: local(tensor).detach() for name, tensor in tensors.items() if not is_spread(tensor)}
     ranks.agree("the average", {"sum of the bits of": sums_of_bits(plain)}, _REMEDY)
 
 
 def sums_of_bits(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return for each tensor the sum of its bits as integers: equal on each device, whatever its memory layout.
+    """Return the sum of the bits of each tensor as integers: the same on all devices, whatever the memory layout.
 
-    Rows are weighted by their index, so that the same rows in another order have another sum. Unlike the kernels'
-    ``checksums``, which add up memory as it lies, two tensors with other strides and the same values have one sum.
+    Rows are weighted by their index, so that the same rows in another order have another sum. The checksums of kernels
+    differ from this: they add up memory in its order, so they depend on the strides of a tensor.
 
     Args:
-        tensors: By name.
+        tensors: The tensors, by name.
     """
     sums = list(map(_sum_of_bits, tensors.values()))
     first = sums[0].device if sums else None
@@ -62,7 +62,7 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
 
 
 def refuse_unsynchronized(ranks: Ranks | None, model: nn.Module, policy: PolicyRule) -> None:
-    """Refuse to save averages of parameters that ``DistributedDataParallel`` does not keep equal: rank 0's are saved.
+    """Refuse to save averages of parameters that ``DistributedDataParallel`` does not keep equal on all ranks.
 
     Nothing is communicated, so that rank 0 can save the state alone if each rank has the full model.
 
@@ -87,9 +87,9 @@ def refuse_unsynchronized(ranks: Ranks | None, model: nn.Module, policy: PolicyR
 
 
 def agree_on_names(pipeline: Ranks, stage: Communicator, model: nn.Module) -> None:
-    """Check that no two stages of a pipeline have different tensors of one name: one of them would be lost.
+    """Check that no two stages of a pipeline have different tensors of the same name, of which one would be lost.
 
-    Tied tensors that are the same on both stages, bit for bit, may have one name.
+    Tied tensors that are the same on both stages, bit for bit, may have the same name.
 
     Args:
         pipeline: The ranks of all stages. All of them must call this.
@@ -97,7 +97,7 @@ def agree_on_names(pipeline: Ranks, stage: Communicator, model: nn.Module) -> No
         model: The stage, or the ``ModelParts`` of this rank.
 
     Raises:
-        ShardingError: If they have; it names the tensors.
+        ShardingError: If they have. The message names the tensors.
     """
     names = {slot.name: slot.tensor.detach() for slot in all_slots(model) if slot.persistent}
     found = pipeline.gather_to_rank_0(list(places_of(model).as_full(names)) if stage.rank == 0 else [])

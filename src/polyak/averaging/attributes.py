@@ -1,4 +1,4 @@
-"""What can be read of an ``EMA``, and the error if somebody assigns to it."""
+"""The read-only attributes of an ``EMA``, and the errors for assigning to them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class Attributes(Algorithm):
 
     @property
     def profile(self) -> Profile:
-        """Decides on the decay."""
+        """The profile, which decides on the decay."""
         return self._average.schedule.profile
 
     @property
@@ -76,7 +76,7 @@ class Attributes(Algorithm):
 
     @property
     def ema_started(self) -> bool:
-        """Whether averaging has begun: by itself, or with the average that ``ema_model`` was set to."""
+        """Whether averaging has begun, with an update or with the average that ``ema_model`` was set to."""
         return self._average.started
 
     @ema_started.setter
@@ -95,7 +95,7 @@ class Attributes(Algorithm):
 
     @property
     def training_model(self) -> nn.Module | None:
-        """The model with its training weights; while the average is swapped in, a module over their backup."""
+        """The model with its training weights. While the average is swapped in, it is a module over their backup."""
         shadow = self._average.shadow
         return shadow.training_model() if shadow else self._average.model
 
@@ -106,7 +106,7 @@ class Attributes(Algorithm):
 
     @property
     def num_quarantined(self) -> int:
-        """How many tensors with NaN or inf have come; these values were kept out. Reading it waits for the device."""
+        """How many tensors had NaN or inf, which were kept out of the average. Reading it waits for the device."""
         shadow = self._average.shadow
         return shadow.num_quarantined if shadow else 0
 

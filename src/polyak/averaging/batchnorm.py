@@ -1,4 +1,4 @@
-"""Statistics of BatchNorm for averaged weights: averaged statistics belong to no single set of weights."""
+"""Recomputes statistics of BatchNorm for averaged weights: averaged statistics do not belong to them."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -16,9 +16,9 @@ from polyak.errors import ArgumentError
 def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
     """Replace the running statistics of every BatchNorm layer by their mean over all batches of ``loader``.
 
-    As ``torch.optim.swa_utils.update_bn``, except that all other layers run in evaluation mode, so that dropout neither
-    draws random numbers nor shifts the statistics. Afterwards each layer has its mode and momentum again, and if
-    anything fails its statistics too.
+    It is ``torch.optim.swa_utils.update_bn``, except that all other layers run in evaluation mode, so that dropout
+    neither draws random numbers nor shifts the statistics. Afterwards the mode and momentum of each layer are restored.
+    If anything fails, the statistics are restored too.
 
     Args:
         model: Called with one batch at a time. Without BatchNorm layers the loader is not read.
@@ -50,7 +50,7 @@ def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | st
         model.eval()
         for layer in layers:
             layer.reset_running_stats()
-            layer.momentum = None  # for torch: a plain mean over the batches
+            layer.momentum = None  # which makes torch compute a plain mean over the batches
             layer.training = True
         _run(model, loader, device)
     except BaseException:

@@ -23,17 +23,17 @@ from polyak.time import Time, TimeUnit, as_span
 class BEMA(EMA):
     """Keep a bias-corrected exponential moving average (BEMA) while training; evaluate and save with it as with an EMA.
 
-    After step t it is ``average + (lag + multiplier * t) ** -bias_power * (weights - first)``: an average whose update
-    at step t takes ``(lag + multiplier * t) ** -ema_power`` of the weights, and a share of the way that the weights
-    have come from the first ones. These are the weights before the first step, or those at ``ema_start``, from where t
-    is counted. Statistics of BatchNorm are averaged and not corrected: ``polyak.update_bn`` measures them.
+    After step t it is ``average + (lag + multiplier * t) ** -bias_power * (weights - first)``. An update of ``average``
+    at step t takes ``(lag + multiplier * t) ** -ema_power`` of the weights. ``first`` are the weights before the first
+    step, or those at ``ema_start``, from where t is counted. Statistics of BatchNorm are averaged and not corrected:
+    ``polyak.update_bn`` recomputes them.
 
     It needs three times the memory of the weights, and its update reads and writes about four times as much as that of
-    an EMA: a longer ``update_interval``, such as the authors' 100 to 400 steps, costs nothing.
+    an EMA. With a longer ``update_interval``, such as the authors' 100 to 400 steps, this does not matter.
 
     Args:
-        ema_power: The authors' kappa, from 0 to 1; the average is shorter at a smaller one.
-        bias_power: Their eta, from 0 to 1; the correction is smaller at a larger one. None for no correction.
+        ema_power: The authors' kappa, from 0 to 1; smaller values make the average shorter.
+        bias_power: Their eta, from 0 to 1; larger values make the correction smaller. None for no correction.
         lag: Their rho, at least 1.
         multiplier: Their gamma, above 0.
         ema_start: How much training comes before averaging, in any unit; their tau.

@@ -1,4 +1,4 @@
-"""The buffers of a model during a swap: each gets back the value and the tensor that it had before."""
+"""The buffers of a model during a swap: the value and the tensor of each are restored after it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ from polyak.sharding import local
 from polyak.tensors import memory
 from polyak.tensors.slots import Slot
 
-# Buffers without an average, such as caches of keys and values, are kept during a swap, the smallest first, up to this
-# size in all. Larger ones must not change.
+# Values of buffers without an average, such as caches of keys and values, are kept during a swap, up to this size in
+# total, the smallest first. Larger buffers must not change.
 _KEPT_BYTES = 1 << 26
 
 
@@ -33,7 +33,7 @@ class Buffer:
     before: Tensor | None
 
     def restore(self, *, moved: bool) -> None:
-        """Restore the value, also if an evaluation has replaced the tensor.
+        """Restore the value, even if an evaluation has replaced the tensor.
 
         Args:
             moved: Whether the model, and the buffer with it, was moved to another device or dtype.

@@ -1,4 +1,4 @@
-"""Errors and warnings about what has changed while the average was in the model."""
+"""Errors and warnings about tensors that have changed while the average was in the model."""
 
 import sys
 import warnings
@@ -39,7 +39,7 @@ def report_changed(names: Sequence[str], owner: str) -> None:
         "without what changes them; let a policy copy such a buffer"
     )
     if sys.exception() is not None:
-        warnings.warn(message, PlanWarning, stacklevel=5)  # the exception that leaves the block is to be seen
+        warnings.warn(message, PlanWarning, stacklevel=5)  # an error would hide the exception that leaves the block
         return
     raise LoanError(message)
 

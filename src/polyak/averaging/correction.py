@@ -1,4 +1,4 @@
-"""The averaged tensors of a ``BEMA``: an average that trails the weights, and a correction towards where they went."""
+"""The averaged tensors of a ``BEMA``: an average that lags behind the weights, and a correction of the lag."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from polyak.tensors.slots import check_match
 
 @dataclass(frozen=True, slots=True)
 class Correction(NamedProfile):
-    """How much each update keeps of the trailing average, and how much of the way from the first weights it adds.
+    """How much each update keeps of the trailing average, and how much of ``weights - first`` it adds.
 
     Args:
         ema_power: The power kappa of the trailing average.
@@ -62,13 +62,13 @@ class Correction(NamedProfile):
 
 
 class CorrectedShadow(Shadow):
-    """Averages to which a share of the way from the first weights to the current ones is added.
+    """Trailing averages to which a share of ``weights - first`` is added.
 
-    Of buffers, such as the statistics of BatchNorm, they are the trailing averages: a variance must stay positive.
+    For buffers, such as the statistics of BatchNorm, nothing is added, since a variance must stay positive.
 
     Args:
-        correction: How much of what.
-        model: In training; its weights are the first ones.
+        correction: The shares.
+        model: The model in training; its weights are the first ones.
         **settings: As for ``Shadow``.
     """
 
@@ -130,7 +130,7 @@ class CorrectedShadow(Shadow):
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             CheckpointError: If it is the state of another average.

@@ -1,4 +1,4 @@
-"""New averages of tensors: which tensors can have one, its dtype and device, and its memory later on."""
+"""Creates averages of tensors: checks which tensors can have one, and chooses dtype and device."""
 
 import zlib
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ def dtype_of(tensor: Tensor, policy: Policy, settings: Settings) -> torch.dtype:
 
     Args:
         tensor: The model's tensor.
-        policy: Whether it is averaged or copied. A copy loses no bit.
+        policy: Whether it is averaged or copied. Copies are exact.
         settings: How averages are kept.
     """
     dtype = tensor.dtype
@@ -104,7 +104,7 @@ def check_layout(slot: Slot, policy: Policy) -> None:
 
 
 def check_memory(averages: Mapping[str, Tensor]) -> None:
-    """Check that the averages still have their memory: others may hold tensors over it, and resize them.
+    """Check that the averages still have their memory, since others may hold tensors over it, and resize them.
 
     Args:
         averages: The averages by name.
@@ -123,7 +123,7 @@ def check_memory(averages: Mapping[str, Tensor]) -> None:
 
 
 def place_of(name: str, average: Tensor) -> Place:
-    """Return what the stochastic rounding of an average depends on: its name and its place in the full tensor.
+    """Return what the stochastic rounding of an average depends on: its name, and the place of its shard.
 
     Args:
         name: Its canonical name.

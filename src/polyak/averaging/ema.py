@@ -1,4 +1,4 @@
-"""``EMA``: the average of weights as users configure, read and save it. The arguments are MosaicML Composer's."""
+"""``EMA``: the average of weights as users configure, read and save it. Its arguments are MosaicML Composer's."""
 
 import copy
 from collections.abc import Collection, Mapping
@@ -11,6 +11,7 @@ from polyak.algorithm import MetricLogger, check_pickles
 from polyak.averaging import states
 from polyak.averaging.actions import ACTIONS
 from polyak.averaging.attributes import Attributes
+from polyak.averaging.copies import check_copyable, without_model
 from polyak.averaging.fill import fill_with_average, fill_with_training_weights
 from polyak.averaging.habits import ARGUMENTS_OF_AN_EMA, explained
 from polyak.averaging.offload import Offload
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class _Default(str):
-    """The half-life that is used if no argument asks for another profile."""
+    """The default half-life, which is replaced if another argument gives a profile."""
 
     __slots__ = ()
 
@@ -41,41 +42,41 @@ _DEFAULT = _Default("1000ba")
 class EMA(Attributes):
     """Keep an average of the weights while training; evaluate, predict and save with it.
 
-    The average begins with the weights after the first update event at or past ``ema_start``. With a half-life its
+    The average begins with the weights at the first update event at or after ``ema_start``. With a half-life, its
     decay follows the time between two updates, whatever the interval, the batch size or the skipped steps. The model
     holds the average from ``EVAL_START``, ``PREDICT_START`` and ``SAVE_START`` to the end event of each, and the
-    training weights at all other times. At the begin of an evaluation, ``metrics`` go to the loop's logger.
+    training weights at all other times. At the start of an evaluation, ``metrics`` are logged.
 
     Args:
         half_life: The time in which half of the average is replaced: ``"1000 steps"``, ``"1.5 epochs"``,
             ``"1e6 tokens"``, or short ``"1000ba"``, ``"1.5ep"``, ``"1e6tok"``; a whole number counts steps. 0 means no
-            averaging, ``"infba"`` an average that never moves. ``"auto"`` is a sixteenth of the run, unbiased: its
-            length must be known.
+            averaging, ``"infba"`` an average that never moves. ``"auto"`` is a sixteenth of the run, unbiased; it needs
+            the length of the run.
         smoothing: Composer's name of ``decay``.
         ema_start: How much training comes before averaging, in any unit.
         update_interval: The time between updates, in any unit. By default one epoch for a half-life in epochs, else
             one batch. Updates in ``ep`` are made at the ends of epochs, all others at the ends of batches.
         decay: Instead of a half-life, the share of the average that each update keeps, from 0 to 1. It is not adjusted
             to ``update_interval``.
-        profile: Instead of a half-life, any profile that one buffer can follow.
+        profile: Instead of a half-life, any profile that can be computed in one buffer.
         dtype: The dtype of the average; None for the model's own, and float32 where that has 16 bits.
         policy: Decides which tensors are averaged, copied or left.
-        mesh: Ranks over which the average is sharded, of a model that each of them has in full, as under
-            ``DistributedDataParallel``. The average of a sharded model has the model's shards, without this.
-        offload: How the average is kept in CPU memory and updated in the background: ``Offload()``. It is the same
-            average, and a run may resume with or without it.
+        mesh: Ranks over which the average is sharded, if each of them has the full model, as under
+            ``DistributedDataParallel``. The average of a sharded model is sharded without it.
+        offload: ``Offload()`` keeps the average in CPU memory and updates it in the background. The average is the
+            same, and a run may resume with or without it.
 
     Raises:
         TimeError: If a time string cannot be read, or its value is out of range.
-        ProfileError: If not exactly one of half-life, decay and profile is given, or one buffer cannot follow the
-            profile.
+        ProfileError: If not exactly one of half-life, decay and profile is given, or the profile cannot be computed in
+            one buffer.
         CallError: If there is no argument of that name.
 
     Attributes:
         half_life: The half-life as ``Time``, or None.
         decay: Another name of ``smoothing``.
         smoothing: The share that one update keeps, or None if it depends on the elapsed time.
-        profile: Decides on the decay.
+        profile: The profile, which decides on the decay.
         ema_start: As ``Time``.
         update_interval: As ``Time``.
         ema_started: Whether averaging has begun.
@@ -135,25 +136,25 @@ class EMA(Attributes):
         Raises:
             CopyError: If the average is sharded, or the model cannot be copied.
         """
-        self._average.check_copyable()
+        check_copyable(self._average)
         new = memo[id(self)] = self.__class__.__new__(self.__class__)
         vars(new).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is pickled: all but the model. The average waits on the CPU until it is attached to a model."""
+        """Return what is pickled: everything but the model. The average stays on the CPU until it is attached again."""
         check_pickles("policy", self._average.settings.policy)
-        return {**vars(self), "_average": self._average.detached()}
+        return {**vars(self), "_average": without_model(self._average)}
 
     @property
     def ema_model(self) -> nn.Module | None:
-        """The average as a module over its own tensors, in eval mode: not a copy. None before averaging has begun.
+        """The average as a module in eval mode, over its own tensors and not a copy. None before averaging has begun.
 
-        While the average is swapped in, this is the model in training. An offloaded average moves in the background:
-        read this property at each use, which waits for the last update.
+        While the average is swapped in, this is the model in training. An offloaded average is updated in the
+        background: read this property at each use, which waits for the last update.
 
-        It may be set to a module, or to anything with ``named_parameters`` and ``named_buffers``, whose values are
-        copied into the average. Until the model is known, it is what was set.
+        You can set it to a module, or to any object with ``named_parameters`` and ``named_buffers``. Its values are
+        copied into the average. Until the model is known, this returns the object that was set.
 
         Raises:
             MismatchError: If names or shapes differ from the model's.
@@ -167,12 +168,12 @@ class EMA(Attributes):
         self._average.given = average if self._average.model is None else None
 
     def metrics(self) -> dict[str, float]:
-        """Return what is worth a curve, by the names under which it is logged; nothing before averaging has begun.
+        """Return the metrics that are logged, by name; nothing before averaging has begun.
 
-        ``ema/decay`` is the share of the average that the last update kept, ``ema/distance`` how far the weights are
-        from the average (``Shadow.distance``). They are logged at the begin of an evaluation, once for each batch, and
-        not in updates: reading them waits for the device and takes a pass over the weights. To see them more often,
-        log what this returns. If several ranks train together, all must call this.
+        ``ema/decay`` is the share of the average that the last update kept, and ``ema/distance`` how far the weights
+        are from the average, relative to it. They are logged at the start of an evaluation, at most once per batch,
+        and not in updates, since reading them waits for the device and takes a pass over the weights. To see them more
+        often, log what this returns. If several ranks train together, all must call this.
 
         Raises:
             LoanError: If the model holds another average.
@@ -200,18 +201,18 @@ class EMA(Attributes):
         return plan(model, self._average.settings.policy)
 
     def match(self, event: Event, state: State) -> bool:
-        """Return whether to act: at set-up, when an update is due, when the average is swapped in or out."""
+        """Return whether to act: at set-up, when an update is due, or when the average is swapped in or out."""
         return self._average.decide(event, state) is not Action.NOTHING
 
     def apply(self, event: Event, state: State, logger: MetricLogger) -> None:
         """Begin or update the average, swap it in, or restore the training weights.
 
-        An update by hand needs only the model and the timestamp of ``state``.
+        To update by hand, call this with a ``state`` that has the model and the timestamp.
 
         Args:
-            event: That ``match`` answered True to.
-            state: Of the run.
-            logger: For metrics.
+            event: The event that ``match`` answered True to.
+            state: The state of the run.
+            logger: The logger for metrics.
 
         Raises:
             ArgumentError: If the event is another trainer's.
@@ -237,8 +238,8 @@ class EMA(Attributes):
     def get_ema_model(self, model: nn.Module) -> nn.Module:
         """Put the average in ``model`` and return it.
 
-        Another model gets a copy. Into the model in training the average is swapped, so that nothing is lost:
-        ``get_training_model`` restores the training weights, and training raises before that.
+        Another model gets a copy. If it is the model in training, the average is swapped in, so that nothing is lost:
+        ``get_training_model`` restores the training weights, and a training step before that is an error.
 
         Args:
             model: Any model with the names of the one in training, or that one itself.
@@ -251,7 +252,7 @@ class EMA(Attributes):
         return model
 
     def get_training_model(self, model: nn.Module) -> nn.Module:
-        """Put the training weights in ``model`` and return it; in the model in training they are restored.
+        """Put the training weights in ``model`` and return it. If it is the model in training, they are restored.
 
         Args:
             model: Any model with the names of the one in training, or that one itself.
@@ -264,24 +265,24 @@ class EMA(Attributes):
         return model
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run depends on, as tensors, numbers and strings.
+        """Return everything that a resumed run depends on, as tensors, numbers and strings.
 
         If the model holds the average, the state has the training weights too, as ``training_model``. If
-        ``torch.distributed`` is in use it has the same entries before averaging has begun as after, with the weights as
-        their average: ``torch.distributed.checkpoint`` loads into the entries that are there.
+        ``torch.distributed`` is in use, the state has the same entries before averaging has begun as after, with the
+        weights as their average, because ``torch.distributed.checkpoint`` loads only into existing entries.
         """
         return states.state_of(self._average)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
-        """Resume from what ``state_dict`` returned, here or in MosaicML Composer (of both its forms).
+        """Resume from what ``state_dict`` returned, here or in MosaicML Composer (in both of its formats).
 
-        Before the model is known, the state is kept until it is. A state that was taken while the model held the
-        average gives the model its training weights; load the model's own state before.
+        If the model is not known yet, the state is kept until it is. If the state was taken while the model held the
+        average, the model gets its training weights, so load the model's own state first.
 
         Args:
-            state: As saved.
-            strict: Whether all names must match the model's. If not, a warning lists those that do not: what is missing
-                stays as it is, what is unexpected is left out. Shapes must match in any case.
+            state: The saved state.
+            strict: Whether all names must match the model's. If not, a warning lists those that do not match: missing
+                averages stay as they are, and unexpected ones are ignored. Shapes must match in any case.
 
         Raises:
             CheckpointError: If it is not such a state.

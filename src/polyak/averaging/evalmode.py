@@ -1,4 +1,4 @@
-"""Eval mode for a view, without changes to the weights that it shares."""
+"""Puts a view in eval mode without changing the weights that it shares."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -21,14 +21,14 @@ def evaluate(view: nn.Module, tensors: Iterable[Tensor]) -> None:
         tensors: The tensors that it shares.
 
     Raises:
-        CopyError: If the view's own ``eval`` writes to them, as some merge LoRA's weights.
+        CopyError: If the view's own ``eval`` writes to them, such as one that merges LoRA's weights.
     """
     own = [m for m in view.modules() if _has_own_mode(m)]
     with _ReadOnly(tensors) if own else nullcontext():
         if own:
             view.eval()
         for module in view.modules():
-            vars(module)["training"] = False  # some modules refuse to be assigned to
+            vars(module)["training"] = False  # some modules refuse an assignment
 
 
 def keep_evaluating(view: nn.Module) -> None:
@@ -68,7 +68,7 @@ def _has_own_mode(module: nn.Module) -> bool:
 
 
 def _memory_of(tensor: Tensor) -> object:
-    """Return what tensors over the same memory have in common, also those that stand for memory on the meta device."""
+    """Return a key that tensors over the same memory share, also on the meta device."""
     if type(tensor) in {Tensor, nn.Parameter} and tensor.is_meta:
         return "meta", tensor.untyped_storage()._cdata  # noqa: SLF001
     return storage_of(tensor)

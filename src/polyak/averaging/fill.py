@@ -1,4 +1,4 @@
-"""A model filled with the average or the training weights: the model in training by a swap, another by a copy."""
+"""Fills a model with the average or the training weights: by a swap if it is in training, otherwise by a copy."""
 
 from torch import nn
 
@@ -22,7 +22,7 @@ def fill_with_average(average: OnlineAverage, model: nn.Module) -> None:
     """
     in_training = unwrap(model) is average.model
     if in_training and not average.active:
-        average.agree()  # first, so that what is refused on one rank is refused on all
+        average.agree()  # first, so that all ranks raise if one does
     if average.shadow is None:
         raise LoanError(
             f"averaging must have begun before there is an average (it begins at {average.schedule.start}); train "

@@ -1,4 +1,4 @@
-"""Warnings about suspicious configurations: what numbers alone say of an average before a run and after it."""
+"""Warnings about suspicious configurations, before a run and after it: plain numbers, without torch."""
 
 import math
 import warnings
@@ -9,7 +9,7 @@ from polyak.errors import PlanWarning
 from polyak.profiles import HalfLife, named
 from polyak.time import Time, Timestamp, TimeUnit
 
-_MOST_HALF_LIVES = 10  # of which an update keeps less than a thousandth of the average
+_MOST_HALF_LIVES = 10  # in one interval, after which an update keeps less than a thousandth of the average
 
 
 def warn_before(schedule: Schedule, run: Run) -> None:
@@ -17,7 +17,7 @@ def warn_before(schedule: Schedule, run: Run) -> None:
 
     Args:
         schedule: When averaging begins, and how it updates.
-        run: The run at its begin.
+        run: The run at its start.
     """
     warn_of_short(schedule, run)
     end, first = convert(run.max_duration, TimeUnit.BATCH, run), first_update(schedule, run)
@@ -40,19 +40,19 @@ def warn_before(schedule: Schedule, run: Run) -> None:
 
 
 def warn_of_short(schedule: Schedule, run: Run) -> None:
-    """Warn if one interval is many half-lives, so that the average is hardly more than the last weights.
+    """Warn if one interval is many half-lives, so that the average is little more than the last weights.
 
     Args:
         schedule: How the average updates.
         run: Has the length of an epoch and of the run, if they are known.
     """
     profile = schedule.profile
-    if not isinstance(profile, HalfLife) or profile.span.value == 0:  # 0 asks for the weights themselves
+    if not isinstance(profile, HalfLife) or profile.span.value == 0:  # with 0, the average is the weights
         return
     interval = convert(schedule.interval, profile.span.unit, run)
     if interval is not None and interval > _MOST_HALF_LIVES * profile.span.value:
         _warn(
-            f"the average will be hardly more than the last weights: update_interval='{schedule.interval}' is "
+            f"the average will be little more than the last weights: update_interval='{schedule.interval}' is "
             f"{interval / profile.span.value:.4g} half-lives of '{profile.span}'; take a longer half-life or a shorter "
             "interval"
         )
@@ -73,7 +73,7 @@ def first_update(schedule: Schedule, run: Run) -> float | None:
 
 
 def share_of_first_weights(schedule: Schedule, run: Run, first: float, end: float) -> float | None:
-    """Return the share of the first weights in the average at the end; None if it is not known, or always 1 by design.
+    """Return the share of the first weights in the average at the end; None if it is not known or does not matter.
 
     Args:
         schedule: How the average updates.
@@ -118,7 +118,7 @@ def warn_not_updated(schedule: Schedule, progress: Progress, num_updates: int, r
 
     Args:
         schedule: How the average updates.
-        progress: Its last update, and the begin of the run.
+        progress: Its last update, and the start of the run.
         num_updates: How often the average has moved.
         run: The run at its end.
     """

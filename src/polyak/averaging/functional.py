@@ -32,10 +32,10 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         smoothing: The share of the average that is kept, from 0 to 1.
 
     Raises:
-        ArgumentError: If one of the two is not a module, or ``ema_model`` has tensors that are trained as ``model``'s.
+        ArgumentError: If one of the two is not a module, or ``ema_model`` shares trained tensors with ``model``.
         LoanError: If ``model`` holds an average.
         ProfileError: If ``smoothing`` is not in [0, 1].
-        MismatchError: If names or shapes differ; it lists them.
+        MismatchError: If names or shapes differ. The message lists them.
 
     Example:
         >>> model, ema_model = nn.Linear(1, 1), nn.Linear(1, 1)

@@ -1,4 +1,4 @@
-"""The gradients of a model during a swap: those of an evaluation must not get into the training."""
+"""Keeps the gradients of a model during a swap: gradients of an evaluation must not get into the training."""
 
 from collections.abc import Mapping
 
@@ -10,11 +10,11 @@ from polyak.sharding import local
 class Gradients:
     """The gradients of parameters before a swap.
 
-    They are references, not copies: an evaluation that adds to them in place, because they were not cleared, cannot be
-    undone.
+    They are references, not copies. If an evaluation adds to gradients in place, because they were not cleared, that
+    cannot be undone.
 
     Args:
-        parameters: By name.
+        parameters: The parameters, by name.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -36,5 +36,5 @@ def _version(grad: Tensor | None) -> int:
 
 
 def _fits(tensor: Tensor, grad: Tensor | None) -> bool:
-    """Whether the parameter is on the device of its gradient: it may have been moved since."""
+    """Return whether a gradient has the device, dtype and shape of its parameter, which may have been moved since."""
     return grad is None or (grad.device, grad.dtype, grad.shape) == (tensor.device, tensor.dtype, tensor.shape)

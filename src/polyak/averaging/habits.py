@@ -1,4 +1,4 @@
-"""What users of other libraries type out of habit, and what polyak has instead; calls that do not fit a signature."""
+"""Errors for names of other libraries, which say what polyak has instead, and for calls that do not fit a signature."""
 
 import difflib
 import functools
@@ -53,7 +53,7 @@ OF_AN_AVERAGE: Mapping[str, str] = {
     "close": "ema.detach() stops averaging",
     "reset": "to begin again, ema.detach() and attach a new EMA",
 }
-# Of an EMA that is not attached yet, or is read through `algorithm`.
+# For an EMA that is not attached yet, or is read through `algorithm`.
 OF_AN_EMA: Mapping[str, str] = dict.fromkeys(
     (
         *("update", "update_parameters", "step", "applied", "average_parameters", "model", "module", "save", "store"),
@@ -96,12 +96,12 @@ ARGUMENTS_OF_ATTACH: Mapping[str, str] = {
 
 
 def absent(owner: object, name: str, instead: Mapping[str, str]) -> AttributeError:
-    """Return the error of an attribute that does not exist, which says what there is instead.
+    """Return the error for an attribute that does not exist, which says what to use instead.
 
     Args:
-        owner: The object that was asked.
-        name: Of the attribute.
-        instead: What there is instead, by name.
+        owner: The object.
+        name: The name of the attribute.
+        instead: What to use instead, by name.
     """
     kind = type(owner).__name__
     if name.startswith("_"):
@@ -117,11 +117,11 @@ def _shown(kind: str) -> str:
 
 
 def explained(example: str, instead: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator after which a call that does not fit the signature is an error that says what to write.
+    """Return a decorator that makes a call that does not fit the signature an error which says what to write.
 
     Args:
-        example: A call that is right.
-        instead: What to write instead of an argument that other libraries have, by its name.
+        example: A correct call.
+        instead: What to write instead of arguments that other libraries have, by name.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -161,7 +161,7 @@ def _refuse(
 
 
 def kind_of(given: object) -> str:
-    """Return what something is, in a word or two, for errors.
+    """Describe a value in a word or two, for errors.
 
     Args:
         given: Anything.

@@ -1,4 +1,4 @@
-"""The parameters that a model's modules hold during a swap: optimizers refer to these very tensors."""
+"""Keeps the parameter tensors of a model's modules during a swap, since optimizers refer to these tensors."""
 
 from dataclasses import dataclass, field
 
@@ -37,7 +37,7 @@ class Held:
 
     @property
     def is_replaced(self) -> bool:
-        """Whether the module holds another tensor of the same kind, which no optimizer knows."""
+        """Whether the module holds another tensor of the same kind, which the optimizer does not step."""
         now = self._now()
         replaced = now is not None and now is not self.tensor and not is_spread(self.tensor)
         return replaced and not self.is_moved and now.shape == self.tensor.shape

@@ -1,4 +1,4 @@
-"""Which tensors of a model have an average, and which average: listed once, and again when something has moved."""
+"""Lists which tensors of a model have an average: once, and again after tensors have moved in memory."""
 
 from collections.abc import Mapping
 from itertools import chain
@@ -38,8 +38,8 @@ class Listing:
         averaged: Those that are averaged, each with its average.
         copied: Those that are copied, each with its copy.
         views: By name, the tensors in the memory of others: the name of the owner, and the place in its memory.
-        view_slots: The places in the model of these.
-        policies: What was decided for each tensor: an evaluation or a resumed run must not decide otherwise.
+        view_slots: The places in the model of these tensors.
+        policies: What was decided for each tensor, so that an evaluation or a resumed run decides the same.
         fingerprint: Checks that nothing has moved; None if the tensors must be listed again.
     """
 
@@ -56,16 +56,16 @@ class Listing:
         self._guarded = False
 
     def guard(self) -> None:
-        """Check the averages' addresses too from now on: somebody gets them, and may move them.
+        """From now on, check the addresses of the averages too, since somebody gets the tensors and may move them.
 
-        Before, nobody can, and the check of 4,000 averages would take a fifth of the time of their update.
+        Before that nobody can, and checking 4,000 averages would add a fifth to the time of their update.
         """
         if not self._guarded:
             self._guarded = True
             self.fingerprint = self._new_fingerprint() if self.holds() else None
 
     def holds(self) -> bool:
-        """Return whether the model's tensors, and averages that others have, are where they were when listed."""
+        """Return whether the model's tensors, and averages that others hold, are still where they were."""
         return self.fingerprint is not None and self.fingerprint.holds()
 
     def online(self) -> dict[str, Tensor]:
@@ -114,9 +114,9 @@ class Listing:
         if not join:
             found = [slot for slot in found if slot.name in self.averages]
         policies = [(slot, self._policy_of(slot, through)) for slot in found]
-        # What is frozen later is still averaged: its average has not arrived yet.
+        # Tensors that are frozen later are still averaged, since their average has not caught up yet.
         held = [(s, p) for s, p in policies if p is not Policy.LEAVE or s.name in self.averages]
-        # A tensor that joins later begins with its value, which must be finite.
+        # The average of a tensor that joins later begins with its value, which must be finite.
         waiting = {s.name for s, _ in held if self.slots and s.name not in self.averages and not _is_finite(s)}
         held = [(slot, policy) for slot, policy in held if slot.name not in waiting]
         for slot, _ in held:
@@ -137,7 +137,7 @@ class Listing:
             self.fingerprint = self._new_fingerprint()
 
     def _refuse_shared(self) -> None:
-        """Refuse a model that has taken an average's own tensor in the place of the one that is averaged."""
+        """Refuse a model in which an average's own tensor has replaced the one that is averaged."""
         kept = {slot.name for slot in self.slots}
         for slot in all_slots(self._model):
             average = None if slot.name in kept else self.averages.get(slot.name)
@@ -153,7 +153,7 @@ class Listing:
         return Fingerprint(self._model, list(self.averages.values()) if self._guarded else ())
 
     def _found(self) -> list[Slot]:
-        # A teacher that is the average may be part of the model: its memory is that of the averages.
+        # A teacher over the average may be part of the model, and its memory is that of the averages.
         return list(slots(self._model, views=self._settings.views, foreign=list(map(local, self.averages.values()))))
 
     def _policy_of(self, slot: Slot, through: set[str]) -> Policy:

@@ -1,4 +1,4 @@
-"""The average as a module, and copies of it in other modules."""
+"""Makes the average a module, and copies it into other modules."""
 
 from collections.abc import Collection, Iterator, Mapping
 
@@ -64,7 +64,7 @@ def own_tensors(module: nn.Module, model: nn.Module) -> Iterator[Tensor]:
 def match_dtypes(module: nn.Module, listing: Listing, cast: Collection[str] = ()) -> None:
     """Widen buffers that have the model's dtype where the averages have a wider one.
 
-    Frozen layers, which may be large, refuse a call instead.
+    Frozen layers, which may be large, are not widened: calling them is an error.
 
     Args:
         module: Made over the averages.

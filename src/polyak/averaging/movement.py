@@ -1,4 +1,4 @@
-"""Averages that move towards a model's tensors: the update itself, and what ranks compare of it."""
+"""Moves averages towards a model's tensors, and compares them between ranks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +34,7 @@ class Movement:
         listing: The averages, and the tensor that belongs to each.
         quarantine: Counts tensors with NaN or inf.
         num_updates: How often the averages have moved.
-        offloader: What moves them in the background; None if nothing does, or it must be made again.
+        offloader: Updates them in the background; None if nothing does, or it must be made again.
     """
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
@@ -42,7 +42,7 @@ class Movement:
         self.listing, self.quarantine = Listing(model, settings), Quarantine()
         self.num_updates = 0
         self.offloader: Offloader | None = None
-        # What moves the averages, until something has moved in memory, and the copies to make after it.
+        # The update of a kernel, which is valid until a tensor moves in memory, and the copies to make after it.
         self._update: Update | None = None
         self._copies = list[tuple[Tensor, Tensor]]()
         self._counted, self._exposed = list[Tensor](), False
@@ -52,15 +52,15 @@ class Movement:
         """Move every average by ``weight`` of the way to the model's tensors; copy what is copied.
 
         Args:
-            weight: From 0 to 1.
+            weight: The weight, from 0 to 1.
         """
         fingerprint = self.listing.fingerprint
         if fingerprint is None or not fingerprint.holds():
             self.refresh(join=True)
         update = self._update or self._new_update()
         if self._exposed:
-            # Autograd then refuses a backward pass that needs an average as it was. Nobody else can have one that was
-            # never given to anybody, and 4,000 of them take a third of the time of their update.
+            # Autograd then refuses a backward pass that needs an earlier value of an average. Averages that nobody else
+            # holds need no counter, and counting 4,000 of them takes a third of the time of their update.
             increment_version(self._counted)
         update(weight, self.num_updates + 1)
         self.num_updates += 1
@@ -68,14 +68,14 @@ class Movement:
             copied.copy_(tensor.detach())
 
     def expose(self) -> dict[str, Tensor]:
-        """Return the averages by name, for others to use, who may move them, or compute gradients with them."""
+        """Return the averages by name, for callers that may move them, or compute gradients with them."""
         self.wait()
         self._exposed = True
         self.listing.guard()
         return self.listing.averages
 
     def make_room(self, sizes: Mapping[str, int]) -> None:
-        """Let the memory of averages have room for padding after them. Whoever holds an average still holds it.
+        """Grow the memory of averages to have room for padding after them. References to them stay valid.
 
         Args:
             sizes: By name, the number of elements for which there must be memory.
@@ -99,7 +99,7 @@ class Movement:
 
     @torch.no_grad()
     def _new_update(self) -> Update:
-        """Return what moves the averages, and keep it if it serves more than one update."""
+        """Return the update of the averages, and keep it if it can be used again."""
         averaged, counter, offload = self.listing.averaged, self.quarantine.counter, self.settings.offload
         averages = [local(average) for _, average in averaged]
         self._counted = counted(averages)
@@ -125,7 +125,7 @@ class Movement:
         return update
 
     def follow_model(self) -> None:
-        """List the tensors again if something has moved in memory. New tensors do not join: only updates let them."""
+        """List the tensors again if something has moved in memory. New tensors join only in updates."""
         if not self.listing.holds():
             self.refresh(join=not self.listing.slots)
 
@@ -150,11 +150,11 @@ class Movement:
             self.offloader.wait()
 
     def reset(self, num_updates: int, num_quarantined: int) -> None:
-        """Continue with other averages, which were loaded.
+        """Continue with averages that were loaded.
 
         Args:
             num_updates: How often they have moved.
-            num_quarantined: How many tensors with NaN or inf have come.
+            num_quarantined: How many tensors had NaN or inf.
         """
         self.num_updates = num_updates
         self.quarantine.reset(num_quarantined)
@@ -163,7 +163,7 @@ class Movement:
 
     @torch.no_grad()
     def agree(self, ranks: Ranks, facts: Mapping[str, Any]) -> None:
-        """Check that all ranks average the same, and give all of them rank 0's averages of buffers.
+        """Check that all ranks average the same, and copy rank 0's averages of buffers to all ranks.
 
         Args:
             ranks: All of which must call this.
@@ -172,7 +172,7 @@ class Movement:
         Raises:
             ShardingError: If they do not; it says which rank and what.
         """
-        known = ranks.each("the average", self._facts, facts)
+        known = ranks.on_every_rank("the average", self._facts, facts)
         if ranks.replicas:
             known["tensors with NaN or inf"] = self.quarantine.total
         else:
@@ -184,7 +184,7 @@ class Movement:
         ranks.broadcast(averages[s.name] for s in slots if not s.is_parameter and not is_spread(s.tensor))
 
     def _facts(self) -> dict[str, Any]:
-        """Return what ranks must agree on besides values. An error here on one rank is raised on all."""
+        """Return what ranks must agree on in addition to values. An error here on one rank is raised on all."""
         self.follow_model()
         self.wait()
         swap, places = swap_of(self.model), places_of(self.model)

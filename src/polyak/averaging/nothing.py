@@ -1,4 +1,4 @@
-"""The warning that there is nothing to average: all parameters are frozen, or the policy leaves them."""
+"""Warns if there is nothing to average: all parameters are frozen, or the policy leaves them."""
 
 import warnings
 
@@ -13,7 +13,7 @@ def warn_of_nothing(model: nn.Module, who: str) -> None:
 
     Args:
         model: Unwrapped.
-        who: Averages or records.
+        who: The average or the recorder, for the warning.
     """
     count = sum(slot.is_parameter for slot in all_slots(model))
     warnings.warn(

@@ -24,19 +24,19 @@ from polyak.tensors.memory import is_expanded
 class Offload:
     """Keep an average in CPU memory, and update it there in the background, on a separate thread.
 
-    It takes no GPU memory, and CPU memory of the size of the weights in addition to the average: each update copies
-    the weights into a pinned buffer before the thread reads them. If the next update is due before the thread is
-    done, training waits. Evaluation, states and all other readers of the average wait too, so that the numbers are
-    those of an average updated in place, bit for bit. The next call raises an error of the thread as an
+    It takes no GPU memory. In CPU memory it takes the size of the weights in addition to the average, since each update
+    copies the weights into a pinned buffer, from which the thread reads them. If the next update is due before the
+    thread is done, training waits. Evaluations, states and all other readers of the average wait too. So the numbers
+    have the same bits as those of an average updated in place. If the thread fails, the next call raises an
     ``OffloadError``.
 
-    For a model on the CPU it works the same way and gains nothing, since the copy takes about as long as an update.
+    For a model on the CPU it works the same way but gains nothing, since the copy takes about as long as an update.
 
     Args:
         overlap: Whether a GPU continues with the next batch while its weights are still being copied, on a separate
             stream. Steps of ``torch.optim`` optimizers, and swaps, wait for the copy. Other writes to parameters do
-            not, such as clipping them after a step, or a step replayed as a CUDA graph: if there are any, leave this
-            False, and the GPU copies before it continues.
+            not wait, such as clipping them after a step, or a step replayed as a CUDA graph. If there are any, leave
+            this False: the GPU then copies before it continues.
 
     Example:
         >>> from polyak import EMA, attach
@@ -55,14 +55,14 @@ class Offload:
 
 
 class Offloader:
-    """Updates averages in CPU memory in the background; called like the update of a kernel.
+    """Updates averages in CPU memory in the background. It is called like the update of a kernel.
 
     Args:
         offload: The options.
         kernel: Returns the update of the averages, given the staging buffers for the weights in CPU memory.
         online: The model's tensors to move averages towards, on any device.
         steady: For each of these, whether only an optimizer's step changes it. Buffers change in a forward pass.
-        copied: Further averages, each with the model's tensor whose value it takes.
+        copied: Further averages, each with the model's tensor that is copied into it.
 
     Attributes:
         staged: The staging buffers, for ``online`` and then for ``copied``.
@@ -87,7 +87,7 @@ class Offloader:
         if offload.overlap:
             _OVERLAPPING.update(self._transfers)
             _hold_steps()
-        # The update that the thread is to make, and its error. Setting the first is all that makes an update due.
+        # The update that the thread is to make, and its error. An update is due as soon as the first is set.
         self._job: tuple[float, int] | None = None
         self._error: BaseException | None = None
         self._start_thread()
@@ -126,9 +126,9 @@ class Offloader:
             ) from self._error
 
     def settle(self) -> None:
-        """Wait until the thread has nothing to do, also if an update failed."""
+        """Wait until the thread has nothing to do, even if an update failed."""
         if self._process != os.getpid():
-            # A forked process has no such thread, and the update that it was making stays half done.
+            # A forked process has no such thread, and an update that was running stays incomplete.
             if self._job is not None:
                 self._error, self._job = RuntimeError("the process was forked during an update"), None
             self._start_thread()
@@ -227,5 +227,5 @@ def hold_writes() -> None:
 
 @cache
 def _hold_steps() -> RemovableHandle:
-    """Do so before every step of every optimizer from now on. To check whose weights it changes would cost more."""
+    """Hold writes before every step of every optimizer. Checking whose weights a step changes would cost more."""
     return register_optimizer_step_pre_hook(lambda *_: hold_writes())

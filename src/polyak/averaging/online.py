@@ -1,4 +1,4 @@
-"""The average of one model while it trains, and the one decision that is made at each event."""
+"""The average of one model while it trains, and the decision that is made at each event."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -9,12 +9,13 @@ from torch import nn
 
 from polyak.algorithm import check_event
 from polyak.averaging import states, youth
+from polyak.averaging.copies import check_copyable, copy_of_model
 from polyak.averaging.progress import Progress
 from polyak.averaging.schedule import Schedule
 from polyak.averaging.settings import Settings
 from polyak.averaging.swap import swap_of
 from polyak.averaging.weights import Shadow
-from polyak.errors import CopyError, MismatchError, PolyakError
+from polyak.errors import MismatchError
 from polyak.events import Event, State
 from polyak.sharding import OneProcess, Ranks, pipeline_communicator_of
 from polyak.tensors import optimizers
@@ -22,7 +23,7 @@ from polyak.tensors.slots import unwrap
 
 
 class Action(StrEnum):
-    """What is done with an average at an event; ``actions.py`` does it."""
+    """What to do with an average at an event; ``actions.py`` does it."""
 
     NOTHING = "nothing"
     MEET = "meet"
@@ -51,7 +52,7 @@ class OnlineAverage:
     Args:
         schedule: When and how much it moves.
         settings: How it is kept.
-        name: What it is called in errors and states.
+        name: The name of the average in errors and states.
         kind: Makes the averaged tensors of a model.
 
     Attributes:
@@ -59,9 +60,9 @@ class OnlineAverage:
         ranks: The ranks that train the model together, if there are several.
         progress: The moments that the decay depends on.
         pending: A state that waits for the model, and whether its names must match.
-        given: What the user has set as the average, until the model is known.
-        quarantine_warned: How many tensors with NaN or inf the last warning has told of.
-        warned_of_range: Whether a warning has told of values beyond the range of the average's dtype.
+        given: The average that the user has set, until the model is known.
+        quarantine_warned: How many tensors with NaN or inf have been reported.
+        warned_of_range: Whether values beyond the range of the average's dtype have been reported.
         restore_at: The event at which the training weights are restored; None if no event has swapped the average in.
     """
 
@@ -83,7 +84,7 @@ class OnlineAverage:
     def shadow(self) -> Shadow | None:
         """The averaged tensors; None before averaging has begun.
 
-        Those of a copy are made when they are first needed: the model has no tensors while it is being copied.
+        In a copy they are made when they are first needed, since the model has no tensors while it is being copied.
         """
         if self._copied is not None:
             state, self._copied = self._copied, None
@@ -122,12 +123,12 @@ class OnlineAverage:
     # The decision
 
     def decide(self, event: Event, state: State, *, by_hand: bool = False) -> Action:  # noqa: PLR0911  a table
-        """Return what to do at an event. Nothing changes.
+        """Return what to do at an event, without changing anything.
 
         Args:
             event: The event.
             state: The loop's state.
-            by_hand: Whether to update or swap even if that is not due: the caller has asked before, or wants it so.
+            by_hand: Whether to update or swap even if that is not due, since the caller has asked before.
 
         Raises:
             ArgumentError: If the event is another trainer's.
@@ -146,9 +147,10 @@ class OnlineAverage:
                 return Action.RESTORE  # the loop has left an evaluation without its end
             return Action.UPDATE if started else Action.BEGIN
         if event in SWAPS:
-            # Ranks that train together compare what they have, also if averaging has not begun.
-            together = self.ranks is not None or self._pipeline is not None
-            wanted = by_hand or ((started or together or self._would_warn(state)) and not self.active)
+            # Ranks that train together compare their averages, even if averaging has not begun.
+            together = self.ranks is not None or self.in_pipeline
+            warns = not self.progress.warned_of_youth and state.timestamp.batch.value > 0
+            wanted = by_hand or ((started or together or warns) and not self.active)
             return Action.SWAP_IN if wanted else Action.NOTHING
         if self.restore_at is not None and event in (self.restore_at, Event.EXCEPTION):
             return Action.RESTORE
@@ -174,10 +176,15 @@ class OnlineAverage:
             (state, strict), self.pending = self.pending, None
             states.load(self, state, strict)
 
+    @property
+    def in_pipeline(self) -> bool:
+        """Whether the model is known to be a stage of a pipeline."""
+        return self._pipeline is not None
+
     def pipeline(self) -> Ranks | None:
         """Return the ranks of all stages if the model is a stage of a pipeline. All of them must call this.
 
-        A stage may be made after averaging has begun, so that this looks for it until there is one.
+        A stage may be made after averaging has begun, so this looks for one each time until it has found one.
         """
         if self._pipeline is None and self.model is not None:
             self._pipeline = pipeline_communicator_of(self.model, self.ranks or OneProcess())
@@ -198,7 +205,7 @@ class OnlineAverage:
         """Warn, once each, if the first weights are more than half of the average, or values exceed its dtype.
 
         Args:
-            what: What is done with the average, such as ``"evaluated"``.
+            what: How the average is used, such as ``"evaluated"``.
         """
         youth.warn_of_youth(self.schedule, self.progress, self.num_updates, what)
         self.warn_of_range()
@@ -208,14 +215,11 @@ class OnlineAverage:
         if self.shadow is not None and not self.warned_of_range:
             self.warned_of_range = self.shadow.warn_of_range()
 
-    def _would_warn(self, state: State) -> bool:
-        return not self.progress.warned_of_youth and state.timestamp.batch.value > 0
-
     def agree(self, shadow: Shadow | None = None) -> None:
-        """Check that the ranks that train together have the same average, and all stages of a pipeline as many updates.
+        """Check that ranks that train together have the same average, and stages of a pipeline the same update count.
 
         Args:
-            shadow: The average to compare, if it is not this one's.
+            shadow: The average to compare; None for this one.
         """
         facts: dict[str, Any] = {"algorithm": self.name, "averaging has begun": self.started}
         if (pipeline := self.pipeline()) is None:
@@ -228,7 +232,7 @@ class OnlineAverage:
     def _agree(self, shadow: Shadow | None, facts: dict[str, Any]) -> None:
         if self.ranks is None:
             return
-        if self.active:  # ranks that have not swapped it in send something else
+        if self.active:  # ranks that have not swapped it in send other facts
             self.ranks.agree("the average", {**facts, "swapped in": self.shadow and self.shadow.owner})
         elif shadow := shadow or self.shadow:
             shadow.agree(self.ranks, facts)
@@ -260,56 +264,16 @@ class OnlineAverage:
         Raises:
             CopyError: If the average is sharded, or the model cannot be copied.
         """
-        self.check_copyable()
+        check_copyable(self)
         new = memo[id(self)] = OnlineAverage(self.schedule, self.settings, self.name, self.kind)
         state = None if self.shadow is None else states.cloned(states.state_of(self))
         new.progress, new.ranks = copy.copy(self.progress), self.ranks
         new.quarantine_warned, new.warned_of_range = self.quarantine_warned, self.warned_of_range
         new.given = copy.deepcopy(self.given, memo)
-        new.model = self._copied_model(memo)
+        new.model = copy_of_model(self.model, memo)
         if state is not None:
             new._copied = {**state, "lent": False, "training_model": None}
         if state is None or state["lent"]:
             waiting = self.pending if state is None else (state, True)
             new.pending = None if waiting is None else (states.cloned(waiting[0]), waiting[1])
         return new
-
-    def detached(self) -> "OnlineAverage":
-        """Return this without its model, to be pickled: the average waits, on the CPU, for a model.
-
-        Raises:
-            CopyError: If the average is sharded.
-        """
-        self.check_copyable()
-        new = copy.copy(self)
-        waiting = self.pending
-        if waiting is None and self.shadow is not None:
-            waiting = states.state_of(self), True
-        new.pending = None if waiting is None else (states.cloned(waiting[0], "cpu"), waiting[1])
-        new.model = new.ranks = new.restore_at = new.shadow = None
-        new.progress = copy.copy(self.progress)
-        return new
-
-    def check_copyable(self) -> None:
-        """Check that this process has the full average.
-
-        Raises:
-            CopyError: If it does not.
-        """
-        sharded = self.ranks is not None and not self.ranks.replicas
-        if self.settings.mesh is not None or sharded or self._pipeline is not None:
-            raise CopyError(
-                f"one process must have the full average to copy or pickle an EMA, and {self.name} is sharded; save "
-                "its state_dict() with torch.distributed.checkpoint"
-            )
-
-    def _copied_model(self, memo: dict[int, Any]) -> nn.Module | None:
-        try:
-            return copy.deepcopy(self.model, memo)
-        except PolyakError:
-            raise
-        except Exception as error:
-            raise CopyError(
-                f"the model must be copyable, since an EMA is copied with it (got {error}); copy ema.state_dict(), and "
-                "load it into another EMA"
-            ) from error

@@ -1,4 +1,4 @@
-"""The warning that an average has reached the limit of its dtype, where weights exceed it."""
+"""Warns if an average has reached the limit of its dtype because weights exceed it."""
 
 import warnings
 from collections.abc import Iterable
@@ -15,8 +15,8 @@ from polyak.tensors.slots import Slot
 def warn_of_range(averaged: Iterable[tuple[Slot, Tensor]]) -> bool:
     """Warn of averages that have reached the largest value of their dtype, or NaN beyond it; return whether any have.
 
-    An average lies between weights that it has seen, so only dtypes with a smaller range than the model's are read:
-    where ``EMA(dtype=...)`` asks for less, as float16 for float32 weights. Others cost nothing.
+    An average lies between weights that it has seen. So only averages whose dtype has a smaller range than the model's
+    are read, such as float16 averages of float32 weights. Others cost nothing.
 
     Args:
         averaged: The averages, each with the place of its tensor in the model.
@@ -54,4 +54,4 @@ def _is_full(average: Tensor) -> bool:
         values = torch.view_as_real(values.resolve_conj())
     low, high = values.aminmax()
     most = torch.finfo(values.dtype).max
-    return not bool((low > -most) & (high < most))  # False also for NaN, which an update past inf leaves
+    return not bool((low > -most) & (high < most))  # True also for NaN, which an update past inf leaves

@@ -1,4 +1,4 @@
-"""What averaging does with each tensor of a model, and why, before any training."""
+"""Lists what averaging does with each tensor of a model, and why, before any training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Plan(Sequence[Row]):
     """A row for each tensor of a model; printed, it is a table.
 
     Args:
-        rows: In the order of the table.
+        rows: The rows in the order of the table.
 
     Example:
         >>> print(plan(nn.Sequential(nn.Linear(2, 1, bias=False), nn.BatchNorm1d(1))))

@@ -1,4 +1,4 @@
-"""Where an average is in a run: the start of its clock, its last update and decay. Plain numbers, without torch."""
+"""The progress of an average in a run: the start of its clock, its last update and decay. Without torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from polyak.time import Time, Timestamp, TimeUnit
 
 @dataclass(slots=True)
 class Progress:
-    """The moments that the decay of an average depends on, and what warnings at the end of a run depend on.
+    """The moments and counts that the decay of an average depends on, and the warnings at the end of a run.
 
     Attributes:
         origin: The start of the profile's clock.
@@ -21,11 +21,11 @@ class Progress:
         fit_from: The batch and the number of updates at which this run began.
         waits: How many updates found weights with NaN or inf, so that averaging could not begin.
         waits_since: The first of these.
-        began: What the profile's clock read when averaging began; None if that is not known.
-        has_history: Whether the number of updates is that of all updates since averaging began; not so for an average
-            that was given, or that Composer saved.
+        began: The reading of the profile's clock when averaging began; None if that is not known.
+        has_history: Whether all updates since averaging began were counted. It is False for an average that the user
+            has set, or that Composer saved.
         max_duration: The length of the run, if it is known.
-        warned_of_youth: Whether a warning has said that the average is young, or that there is none.
+        warned_of_youth: Whether there was a warning that the average is young, or has not begun.
     """
 
     origin: Timestamp = field(default_factory=Timestamp)
@@ -62,14 +62,14 @@ class Progress:
         self.began, self.has_history = max(0.0, elapsed[1] - elapsed[0]), True
 
     def resume(self, schedule: Schedule, run: Run) -> None:
-        """Continue at the begin of a run, on the clock of the run.
+        """Continue at the start of a run, on the clock of the run.
 
         Args:
             schedule: How the average updates.
-            run: The run at its begin.
+            run: The run at its start.
         """
         self.max_duration = run.max_duration
-        # A state of Composer's does not have the last update; it was at the end of the last interval.
+        # A state from Composer does not have the last update, which was at the end of the last interval.
         self.updated_at = self.updated_at or schedule.last_interval(run.timestamp)
         if run.timestamp.batch < self.updated_at.batch:
             self._follow_new_clock(self.updated_at, schedule.unit, run)
@@ -94,14 +94,14 @@ class Progress:
         }
 
     def _counters(self, moment: Timestamp) -> dict[str, int | float | None]:
-        """Return a moment as numbers. Wall clocks differ from run to run: 0 unless the decay depends on them."""
+        """Return a moment as numbers; wall-clock time, which differs from run to run, only if the decay needs it."""
         return moment.state_dict() | ({} if self.counts_seconds else {"total_wct": 0})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self.origin = Timestamp.from_state_dict(state["origin"])
         self.updated_at = Timestamp.from_state_dict(state["updated_at"]) if state["updated"] else None

@@ -1,4 +1,4 @@
-"""The count of tensors that came with NaN or inf, which were kept out of the average."""
+"""Counts tensors with NaN or inf, which are kept out of the average."""
 
 import warnings
 
@@ -9,17 +9,17 @@ from polyak.sharding import Ranks
 
 
 class Quarantine:
-    """Counts the tensors that came with NaN or inf.
+    """Counts tensors with NaN or inf.
 
     Attributes:
-        counter: A 0-dim tensor, which kernels count in.
+        counter: A 0-dim tensor, which kernels increment.
     """
 
     def __init__(self) -> None:
         self.reset(0)
 
     def reset(self, before: int) -> None:
-        """Begin to count.
+        """Start the count again.
 
         Args:
             before: How many there were before.
@@ -29,7 +29,7 @@ class Quarantine:
         self._by_rank = list[int]()
 
     def move_to(self, device: torch.device | None) -> None:
-        """Count where the averages are: on another device each update would have to wait.
+        """Move the counter to the device of the averages, since each update would wait for another device.
 
         Args:
             device: The device of the averages; None if there are none.
@@ -38,7 +38,7 @@ class Quarantine:
             self.counter = self.counter.to(device)
 
     def sum_over(self, ranks: Ranks) -> None:
-        """Take in what other ranks have counted in their shards. All ranks must call this.
+        """Add what other ranks have counted in their shards. All ranks must call this.
 
         Args:
             ranks: The ranks that train the model together.
@@ -47,7 +47,7 @@ class Quarantine:
 
     @property
     def total(self) -> int:
-        """How many there were so far. Reading it waits for the device."""
+        """The count so far. Reading it waits for the device."""
         own = int(self.counter)
         return self._before + (sum(self._by_rank) if self._by_rank else own)
 

@@ -1,4 +1,4 @@
-"""Which objects a module refers to: by attributes, containers, closures, hooks, weak references and named globals."""
+"""Finds the objects that a module refers to: attributes, containers, closures, hooks, weak references and globals."""
 
 import dis
 import gc
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# These refer to nothing. Python modules are too many to walk: only attributes that code names are followed.
+# These refer to nothing. There are too many Python modules to walk, so only attributes that code names are followed.
 _ATOMIC: frozenset[type] = frozenset({
     NoneType, EllipsisType, bool, int, float, complex, str, bytes, range, CodeType, ModuleType, torch.Size,
     torch.device, torch.dtype, torch.layout, torch.memory_format,
 })  # fmt: skip
-# These serve the training: a view shares them, and they are not walked.
+# These belong to the training: a view shares them, and they are not walked.
 _SERVING = (
     Optimizer, torch.optim.lr_scheduler.LRScheduler, DataLoader, Dataset, Sampler, logging.Logger, threading.Thread,
 )  # fmt: skip
@@ -42,7 +42,7 @@ def is_atomic(thing: object) -> bool:
     """Return whether ``thing`` refers to nothing that could be a module or a tensor.
 
     Args:
-        thing: Any.
+        thing: Any object.
     """
     return type(thing) in _ATOMIC
 
@@ -51,7 +51,7 @@ def serves_training(thing: object) -> bool:
     """Return whether ``thing`` is an optimizer, a trainer, a loader, a thread, a logger or one of polyak's objects.
 
     Args:
-        thing: Any.
+        thing: Any object.
     """
     kind = type(thing)
     if issubclass(kind, nn.Module | Tensor):
@@ -78,7 +78,7 @@ def _global_names(code: CodeType) -> frozenset[tuple[str, str | None]]:
 
 
 def _is_installed(namespace: dict[str, Any]) -> bool:
-    """Whether a module is part of a library, which was imported before any model was made."""
+    """Return whether a module is part of a library, which was imported before any model was made."""
     file = namespace.get("__file__")
     return isinstance(file, str) and (file.startswith(_LIBRARIES) or "site-packages" in Path(file).parts)
 
@@ -136,14 +136,14 @@ class References:
         """Return whether ``thing`` serves the training, and is shared.
 
         Args:
-            thing: Any.
+            thing: Any object.
         """
         kind = type(thing)
         if kind not in self._serving:
             self._serving[kind] = serves_training(thing)
         return self._serving[kind]
 
-    def leading_to(self, targets: Iterable[int], *, through: Iterable[int] = ()) -> set[int]:
+    def leading_to(self, targets: Iterable[int], *, through: Iterable[int]) -> set[int]:
         """Return the ids of all objects from which one of the targets is reached, and the targets.
 
         Args:
@@ -263,10 +263,10 @@ class References:
                 yield None, vars(module).get(attribute)
 
     def globals_of(self, function: FunctionType) -> dict[str, object]:
-        """Return the globals that a function names, unless it is a library's, which knows no model.
+        """Return the globals that a function names, unless it is in a library, which does not refer to a model.
 
         Args:
-            function: Any.
+            function: Any function.
         """
         if self._from_library(function):
             return {}
@@ -298,7 +298,7 @@ def _function_of(value: object) -> FunctionType | None:
 
 
 def _is_patched(function: FunctionType) -> bool:
-    """Whether a library's method closes over a module, a tensor or a method: it was wrapped after its import."""
+    """Return whether a library's method closes over a module, a tensor or a method: it was wrapped after its import."""
     for cell in function.__closure__ or ():
         try:
             content = cell.cell_contents

@@ -1,4 +1,4 @@
-"""What else lies in the memory of tensors that others replace, and the view of a replacement in its place."""
+"""Finds tensors in the memory of others that are replaced, and makes the same views of the replacements."""
 
 from collections.abc import Iterable
 
@@ -23,7 +23,7 @@ def storage_of(tensor: Tensor) -> int | None:
 
 
 class Replaced:
-    """Tensors that others replace.
+    """Tensors that are replaced by others.
 
     Args:
         replaced: Each of the tensors, and what replaces it.
@@ -56,7 +56,7 @@ class Replaced:
         return any(start < stop and begin < end for start, end in spans)
 
     def view(self, tensor: Tensor) -> Tensor | None:
-        """Return the view of a replacement that ``tensor`` is of what it replaces; None if a view cannot follow it.
+        """Return the view of a replacement that corresponds to ``tensor``; None if there is no such view.
 
         Args:
             tensor: One in the storage of one of them.

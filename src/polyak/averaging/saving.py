@@ -1,4 +1,4 @@
-"""The state of averaged tensors: taken, and loaded under any wrapper of the model."""
+"""Takes the state of averaged tensors, and loads it under any wrapper of the model."""
 
 from collections.abc import Mapping
 from itertools import chain
@@ -23,7 +23,7 @@ def tensors_state(movement: Movement, swapper: Swapper) -> dict[str, Any]:
 
     Args:
         movement: The averages.
-        swapper: Where they are.
+        swapper: Knows where they are.
     """
     averages, policies = swapper.averaged(), movement.listing.policies
     places = places_of(movement.model)
@@ -66,7 +66,7 @@ def load_tensors(movement: Movement, state: Mapping[str, Any]) -> None:
         raise LoanError(f"a state can be loaded only into training weights, and {swap.owner} has swapped them out")
     sharding.reshard(model)
     if movement.offloader is not None:
-        movement.offloader.settle()  # a state replaces a broken average as well
+        movement.offloader.settle()  # a state also replaces an average whose update failed
     places = places_of(model)
     averages: Mapping[str, Tensor] = places.as_local(state["averages"])
     waiting, copied = (set(places.as_local(_listed(state.get(key)))) for key in ("waiting", "copied"))
@@ -84,7 +84,7 @@ def load_tensors(movement: Movement, state: Mapping[str, Any]) -> None:
         training = places.as_local(training)
         check_match("saved training weights must fit the model", online, training)
     hold_writes()
-    # What was decided in the saved run holds: a mask that was infinite may be finite now.
+    # Decisions of the saved run are kept: a mask that was infinite may be finite now.
     if state.get("copied") is not None:
         listing.policies |= {name: Policy.COPY if name in copied else Policy.AVERAGE for name in online}
     keeps_dtypes = state.get("dtype") == str(settings.dtype)  # the model may have had another when averaging began

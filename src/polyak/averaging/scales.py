@@ -1,4 +1,4 @@
-"""The scales of weights of torchao during a swap: those that were computed of the training weights in advance."""
+"""Removes scales that torchao has computed from the training weights in advance, for the time of a swap."""
 
 from collections.abc import Iterable
 
@@ -8,12 +8,12 @@ from polyak.sharding import is_sharded, scales
 
 
 class Scales:
-    """The scales that ``precompute_float8_dynamic_scale_for_fsdp`` left at weights, before a swap.
+    """The scales that ``precompute_float8_dynamic_scale_for_fsdp`` has stored in weights, before a swap.
 
-    Without one, torchao computes it of the weights that are there, when it needs it.
+    If a weight has no scale, torchao computes it from the current weights when it needs one.
 
     Args:
-        tensors: The model's.
+        tensors: The model's tensors.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -26,6 +26,6 @@ class Scales:
             setattr(owner, name, None)
 
     def restore(self) -> None:
-        """Give each weight its scale back."""
+        """Restore the scale of each weight."""
         for owner, name, value in self._held:
             setattr(owner, name, value)

@@ -1,4 +1,4 @@
-"""When an average begins, when it is updated and how much of it each update keeps: plain numbers, without torch."""
+"""Decides when an average begins, when it is updated, and how much of it each update keeps. Without torch."""
 
 import math
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from polyak.errors import ProfileError, TimeError
 from polyak.profiles import HalfLife, Momentum, Profile, Smoothing, named
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 
-# A default that needs no evaluation: the values that others have tuned lie around it (docs/which-half-life.md).
+# A default that needs no evaluation, in the middle of the values that others have tuned (docs/which-half-life.md).
 AUTO, AUTO_SHARE = "auto", 1 / 16
 _AUTO = HalfLife(Time(AUTO_SHARE, TimeUnit.DURATION), unbiased=True)
 
 
 class Run(Protocol):
-    """What a schedule reads of a run: the clock and the length. Every ``State`` has both."""
+    """The members of a run that a schedule reads: the clock and the length. Every ``State`` has both."""
 
     @property
     def timestamp(self) -> Timestamp:
@@ -52,7 +52,7 @@ class Schedule:
     Args:
         start: How much training comes before averaging.
         interval: The time between updates.
-        profile: Decides on the decay.
+        profile: The profile, which decides on the decay.
 
     Attributes:
         unit: The unit of the profile's clock; None if it counts updates.
@@ -132,8 +132,8 @@ class Schedule:
 
     def requirements(self) -> Iterator[Requirement]:
         """Yield the units that the loop must count, each with the argument that needs it."""
-        # The profile first, since the interval follows it by default. If updates are due at the ends of epochs, only
-        # full epochs matter.
+        # The profile comes first, since the interval follows from it by default. If updates are due at the ends of
+        # epochs, only full epochs matter.
         if self.unit is not None:
             argument = named(self.profile).argument
             argument = f"{argument}, which is {AUTO!r}" if self.profile == _AUTO else argument
@@ -181,7 +181,7 @@ class Schedule:
     def origin(self, now: Timestamp) -> Timestamp:
         """Return where the profile's clock begins if averaging begins now: at ``start``, which may be earlier.
 
-        So the first weights count for the time that they stand for.
+        The first weights then count for the time since ``start``.
 
         Args:
             now: The first update event at or after ``start``.
@@ -218,7 +218,7 @@ class Schedule:
         return profile.decay(max(0.0, last - start), max(0.0, now - start))
 
     def profile_in(self, run: Run) -> Profile:
-        """Return the profile; one of momentum in steps, if the run says how many.
+        """Return the profile. A momentum is converted to steps, if the length of the run is known.
 
         Args:
             run: Has the length of an epoch and of the run, if they are known.

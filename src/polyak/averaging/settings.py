@@ -1,4 +1,4 @@
-"""How averages are kept: their dtype, their place, and which tensors have one. Checked where the values come in."""
+"""The settings of averages: dtype, device and which tensors have one, and the checks of ``EMA``'s arguments."""
 
 import math
 from collections.abc import Iterable
@@ -123,7 +123,7 @@ def one_decay(decay: float | None, smoothing: float | None) -> float | None:
 
 
 def check_half_life(given: Any) -> None:
-    """Check that a half-life is not what other libraries take in its place: a decay, a model, parameters.
+    """Check that a half-life is not what other libraries take as the first argument: a decay, a model, parameters.
 
     Args:
         given: As given to ``EMA``.

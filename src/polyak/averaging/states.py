@@ -1,4 +1,4 @@
-"""The state of an ``EMA``: taken, checked, loaded, copied, and fitted to a model with other names."""
+"""Takes, checks, loads and copies the state of an ``EMA``, also for a model with other names."""
 
 import warnings
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from polyak.tensors.slots import slots
 if TYPE_CHECKING:
     from polyak.averaging.online import OnlineAverage
 
-# What the state of the averaged tensors has under the same names in the state of an EMA.
+# Entries that the state of the averaged tensors and the state of an EMA have under the same names.
 _SAME = ("num_updates", "num_quarantined", "copied", "waiting", "dtype")
 
 
@@ -57,7 +57,7 @@ def state_of(average: "OnlineAverage") -> dict[str, Any]:
 
 
 def _joined(ranks: Ranks | None, saved: Mapping[str, Any]) -> dict[str, str]:
-    """Return the lists of names of all ranks where these differ: of text, only that of rank 0 is saved."""
+    """Return the joined lists of names of all ranks if they differ, since only rank 0's text is saved."""
     if ranks is None or not ranks.differ:
         return {}
     keys = ("copied", "waiting")
@@ -70,7 +70,7 @@ def load(average: "OnlineAverage", state: Mapping[str, Any], strict: bool = True
 
     Args:
         average: The average, begun or not.
-        state: As saved.
+        state: The saved state.
         strict: Whether all names must match the model's.
 
     Raises:

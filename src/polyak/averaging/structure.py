@@ -1,4 +1,4 @@
-"""Copies of what a model refers to, each made once: modules, tensors, containers, functions and other objects."""
+"""Copies the objects that a model refers to, each once: modules, tensors, containers, functions and others."""
 
 import copy
 import functools
@@ -19,7 +19,7 @@ from polyak.errors import CopyError
 from polyak.sharding import is_sharded, local, rewrapped
 from polyak.sharding.fsdp import attributes_before, class_before
 
-# The attributes of every module: a copied wrapper has these only.
+# The attributes that every module has. A copied wrapper has only these.
 _BARE = frozenset(vars(nn.Module()))
 INSTEAD = "evaluate the model itself, in a block of `with attached.applied():`"
 _CONTAINERS: frozenset[type] = frozenset({list, dict, tuple, set, frozenset, OrderedDict, defaultdict, deque})
@@ -39,7 +39,7 @@ class Copies:
     """The copies of what a model refers to, each made once.
 
     Args:
-        model: To be copied.
+        model: The model to be copied.
         replacements: As for ``module_over``.
 
     Attributes:
@@ -81,7 +81,7 @@ class Copies:
         """Return the copy of ``thing``.
 
         Args:
-            thing: Any.
+            thing: Any object.
         """
         if is_atomic(thing) or isinstance(thing, type | ModuleType):
             return thing
@@ -93,10 +93,10 @@ class Copies:
         return self._remember(thing, self._copy(thing))
 
     def finish(self) -> None:
-        """Complete what had to wait until all modules were copied."""
+        """Complete the copies that had to wait until all modules were copied."""
         while self._late:
             self._late.pop()()
-        # A module may leave out an attribute when it is copied, as Lightning's leave out their trainer.
+        # A module may leave out an attribute when it is copied, as Lightning's modules leave out their trainer.
         for key, module in self.modules.items() if self.shared else ():
             shared = {name: value for name, value in vars(module).items() if id(value) in self.shared}
             if key in self.memo:

@@ -1,8 +1,8 @@
-"""A swap: the average in the model, and the training weights until they are restored.
+"""Swaps the average into a model, and restores the training weights.
 
-A swap that was begun ends, whatever happens: an exception, an interrupt at any line, a tensor that was moved. One phase
-says how far it is; the next reader completes what an interrupt has left half done. All tensors here are detached,
-instead of `torch.no_grad`: an interrupt in its exit would leave gradients switched off.
+A swap that has begun also ends, whatever happens: an exception, an interrupt at any line, a tensor that was moved. The
+phase says how far it is. If an interrupt leaves it incomplete, the next reader completes it. All tensors here are
+detached, instead of using `torch.no_grad`, since an interrupt in its exit would leave gradients switched off.
 """
 
 import sys
@@ -31,7 +31,7 @@ from polyak.tensors.slots import Slot, all_slots, own_attribute, unwrap
 
 
 class Phase(Enum):
-    """How far a swap is: only in OUT, all training weights are in the model."""
+    """How far a swap is. Only in OUT are all training weights in the model."""
 
     OUT = "out"
     ENTERING = "entering"
@@ -42,9 +42,9 @@ class Phase(Enum):
 class Swap:
     """Puts averages into a model and restores the training weights, bit for bit.
 
-    Parameters with the dtype and device of their averages are exchanged with them in place, which takes no memory.
-    Otherwise, and if the averages must stay where they are, the model's own bits are copied to a backup. Buffers always
-    have a backup, since an evaluation may change them. Nothing else may change: sums of bits check that.
+    Parameters with the same dtype and device as their averages are exchanged with them in place, which takes no memory.
+    All others are copied to a backup, and so are all parameters if the averages must stay where they are. Buffers
+    always have a backup, since an evaluation may change them. Nothing else may change, which is checked by checksums.
 
     Args:
         model: The model, unwrapped.
@@ -55,7 +55,7 @@ class Swap:
         keep_averages: Whether the averages must stay where they are, because somebody else reads them.
 
     Attributes:
-        owner: Who has swapped, to name it in errors.
+        owner: The name of the average that was swapped in, for errors.
         scope: The swap ends when this object is gone; None if only a call ends it.
     """
 
@@ -65,7 +65,7 @@ class Swap:
         slots: Sequence[Slot],
         averages: Sequence[Tensor],
         left: Sequence[Slot],
-        views: Sequence[Slot] = (),
+        views: Sequence[Slot],
         *,
         keep_averages: bool,
     ) -> None:
@@ -74,7 +74,7 @@ class Swap:
         self.phase = Phase.OUT
         self.model, self._slots, self._averages = model, slots, averages
         self._lock = threading.RLock()
-        # Aliases, so that this memory stays where it is, whatever becomes of the model.
+        # Aliases keep this memory where it is, whatever happens to the model.
         self._tensors = [rows(slot.tensor, a).detach() for slot, a in zip(slots, averages, strict=True)]
         self._shards = [local(a) for a in averages]
         self._exchanged = [
@@ -99,7 +99,7 @@ class Swap:
         self._gradients: Gradients | None = None
         self._scales: Scales | None = None
         self._sharded = [slot for slot in slots if is_spread(slot.tensor)]
-        # Those whose average is sharded over ranks and which are not.
+        # Tensors that are not sharded, but whose average is.
         self._gathered = [
             slot for slot, a in zip(slots, averages, strict=True) if is_spread(a) > is_spread(slot.tensor)
         ]
@@ -107,21 +107,21 @@ class Swap:
 
     @property
     def active(self) -> bool:
-        """Whether the model does not hold its training weights. A swap that was left half done ends now."""
+        """Whether the model does not hold its training weights. A swap that was left incomplete ends now."""
         self.settle()
         return self.phase is not Phase.OUT
 
     def begin(self, owner: str) -> None:
-        """Put the average in the model. After an error or an interrupt ``end`` restores what was changed.
+        """Put the average in the model. After an error or an interrupt, ``end`` restores what was changed.
 
         Args:
-            owner: Who swaps.
+            owner: The name of the average, for errors.
         """
         with self._lock:
             hold_writes()
             self.owner = owner
-            # All allocations come before any change. A backup is on the device of the average: if that is another
-            # one, the model's has no room for it.
+            # All allocations come before any change. A backup is on the average's device. If that is not the model's,
+            # the model's device has no memory for it.
             for i, (slot, tensor, shard) in enumerate(zip(self._slots, self._tensors, self._shards, strict=True)):
                 if not slot.is_parameter:
                     self._buffers.append(Buffer(slot, slot.tensor, tensor, tensor.clone()))
@@ -149,7 +149,7 @@ class Swap:
             self.phase = Phase.IN
 
     def end(self) -> None:
-        """Restore the training weights, bit for bit. It may be called again when it was interrupted.
+        """Restore the training weights, bit for bit. If this is interrupted, it can be called again.
 
         Raises:
             LoanError: If a parameter was changed while the average was in the model, or a tensor cannot be restored.
@@ -162,7 +162,7 @@ class Swap:
                 self._note_changes(self._sums)
                 self._sums = None
             self.phase = Phase.LEAVING
-            # Twice, since an allocation that fails may succeed a moment later.
+            # Try twice, since an allocation that fails may succeed a moment later.
             failures = self._restore() and self._restore()
             if not failures:
                 self._versions.restore()
@@ -186,7 +186,7 @@ class Swap:
             report_changed(changed, self.owner)
 
     def _note_changes(self, before: Sequence[int]) -> None:
-        names = [*self._backup_names(), *(name for name, _ in self._watched)]
+        names = [*(self._slots[i].name for i in self._backup), *(name for name, _ in self._watched)]
         try:
             sums = kernels.checksums(self._all_watched())
         except Exception:  # restoring the weights matters more than knowing whether they changed
@@ -195,13 +195,13 @@ class Swap:
         self._changed += [held.slot.name for held in self._held if held.is_replaced]
 
     def settle(self) -> None:
-        """End the swap if an interrupt has left it half done, or its scope is gone.
+        """End the swap if an interrupt has left it incomplete, or its scope no longer exists.
 
         Raises:
-            LoanError: If a signal handler asks while weights are being exchanged.
+            LoanError: If a signal handler calls this while weights are being exchanged.
         """
         if self.phase in (Phase.ENTERING, Phase.LEAVING):
-            if self._is_running():
+            if _is_running(self):
                 raise LoanError(
                     f"a signal handler must not use weights while {self.owner} exchanges them; only note in it that "
                     "the signal came, and save or evaluate after the step"
@@ -218,15 +218,6 @@ class Swap:
                 stacklevel=3,
             )
 
-    def _is_running(self) -> bool:
-        """Whether ``begin`` or ``end`` is on the stack of this thread."""
-        frame = sys._getframe(1)  # noqa: SLF001
-        while frame is not None:
-            if frame.f_code.co_qualname in ("Swap.begin", "Swap.end") and frame.f_locals.get("self") is self:
-                return True
-            frame = frame.f_back
-        return False
-
     def averages(self) -> dict[str, Tensor]:
         """Return the averages by name, wherever they are now."""
         swapped = self.active
@@ -242,9 +233,6 @@ class Swap:
             assert kept is not None
             found[slot.name] = average if kept is average else sharding.beside(average, kept)
         return found
-
-    def _backup_names(self) -> list[str]:
-        return [self._slots[i].name for i in self._backup]
 
     def _all_watched(self) -> list[Tensor]:
         return [memory.compact(self._tensors[i]) for i in self._backup] + [tensor for _, tensor in self._watched]
@@ -287,7 +275,7 @@ class Swap:
             sharding.gather([slot.tensor for slot in self._gathered], self._mesh)
 
     def _publish(self) -> None:
-        """Let what follows the weights follow: what torch keeps of them, and the weights of an engine's masters."""
+        """Update what depends on the weights: caches of torch, and the weights that follow an engine's masters."""
         forget_derived()
         if (publish := own_attribute(self.model, "publish_weights")) is not None:
             publish()
@@ -300,11 +288,21 @@ class Swap:
                 sharding.reshard_after_an_error(self.model)
 
 
+def _is_running(swap: Swap) -> bool:
+    """Return whether `begin` or `end` of a swap is on the stack of this thread."""
+    frame = sys._getframe(1)  # noqa: SLF001
+    while frame is not None:
+        if frame.f_code.co_qualname in ("Swap.begin", "Swap.end") and frame.f_locals.get("self") is swap:
+            return True
+        frame = frame.f_back
+    return False
+
+
 _SWAPS = dict[int, Swap]()  # by id of the model, which its swap keeps alive
 
 
 def swap_of(model: nn.Module) -> Swap | None:
-    """Return the swap that keeps a model's training weights, if there is one. One whose scope is gone ends now.
+    """Return the swap that keeps a model's training weights, if there is one. If its scope no longer exists, end it.
 
     Args:
         model: Wrapped or not.
@@ -321,7 +319,7 @@ def refuse_second_swap(model: nn.Module, owner: str) -> None:
 
     Args:
         model: Wrapped or not.
-        owner: Who asks.
+        owner: The name of the second average, for the error.
 
     Raises:
         LoanError: If the model holds an average.
@@ -363,7 +361,7 @@ optimizers.guards.append(_refuse_step)
 
 
 def _exchangeable(tensor: Tensor, average: Tensor) -> bool:
-    """Whether the two can exchange their values in place."""
+    """Return whether the two can exchange their values in place."""
     if tensor.dtype != average.dtype or tensor.device != average.device or tensor.is_inference():
         return False
     plain = not (tensor.is_conj() or tensor.is_neg() or average.is_conj() or average.is_neg())
@@ -375,13 +373,13 @@ def _has_bits(tensor: Tensor) -> bool:
 
 
 def _check_in(slot: Slot, modules: Collection[nn.Module]) -> None:
-    """Check that the module of a restored tensor is still in the model: otherwise the model has other weights."""
+    """Check that the module of a restored tensor is still in the model, which has other weights otherwise."""
     if slot.owner not in modules:
         raise ValueError("its module was replaced in the model, which keeps the new one")
 
 
 def _follow(slot: Slot, tensor: Tensor, average: Tensor) -> None:
-    """Copy restored weights to the parameter's present tensor."""
+    """Copy restored weights to the parameter's current tensor, if that is another one."""
     here = rows(slot.tensor, average)
     if here.data_ptr() != tensor.data_ptr():
         if here.is_meta:
@@ -392,10 +390,10 @@ def _follow(slot: Slot, tensor: Tensor, average: Tensor) -> None:
 
 
 def refuse_merged(model: nn.Module) -> None:
-    """Refuse a model whose adapters are merged into frozen weights, which would compute with the adapters in training.
+    """Refuse a model with adapters merged into frozen weights, which would keep computing with the training adapters.
 
     Args:
-        model: The model that is about to hold the average, or to be copied over it.
+        model: The model that is about to hold the average, or to be copied for it.
 
     Raises:
         LoanError: If a module with frozen and trained parameters has a true ``merged``, as those of LoRA have.

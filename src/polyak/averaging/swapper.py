@@ -1,4 +1,4 @@
-"""An average that is swapped into its model, and where it is while that lasts."""
+"""``Swapper``: swaps averages into their model, and finds them during a swap."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -22,13 +22,13 @@ class Swapper:
     def __init__(self, movement: Movement) -> None:
         self._movement = movement
         self.swap: Swap | None = None
-        self._exposed = list[Callable[[], object]]()  # what others hold of the averages' memory, by weak references
+        self._exposed = list[Callable[[], object]]()  # weak references to tensors of others over the averages' memory
 
     @property
     def active(self) -> Swap | None:
-        """The swap while the average is in the model. One that was left half done ends here."""
+        """The swap while the average is in the model. If one was left incomplete, it ends here."""
         if self.swap is not None and not self.swap.active:
-            self.swap = None  # it keeps the model's memory
+            self.swap = None  # it would keep the model's memory alive
         return self.swap
 
     def swap_in(self, owner: str) -> None:
@@ -78,16 +78,16 @@ class Swapper:
             self.swap = None
 
     def expose(self, tensors: Iterable[Tensor]) -> None:
-        """Note tensors over the averages' memory that others hold: a swap must leave the averages where they are.
+        """Note tensors over the averages' memory that others hold, since a swap must leave these averages in place.
 
         Args:
-            tensors: As long as they live.
+            tensors: The tensors, until they are freed.
         """
         self._forget_released()  # a teacher that is read at each step would add to them without end
         self._exposed += map(weakref.ref, tensors)
 
     def is_exposed(self) -> bool:
-        """Return whether somebody holds such a tensor, who would read the training weights in it."""
+        """Return whether somebody still holds such a tensor, which must not get the training weights."""
         self._forget_released()
         return bool(self._exposed)
 
@@ -105,7 +105,7 @@ class Swapper:
     def training(self) -> dict[str, Tensor]:
         """Return the training weights of the tensors that have an average by name, wherever they are now."""
         swap = self.active
-        self._movement.expose()  # an average may hold the training weights, or get them later
+        self._movement.expose()  # the averages may hold the training weights, now or later
         return self._movement.listing.online() if swap is None else swap.training()
 
     def training_anywhere(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The counters by which autograd sees that a tensor has changed, during a swap."""
+"""Sets the version counters of tensors during a swap, with which autograd detects changes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,15 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# No number of writes between two passes comes near it.
+# More than the number of writes between two passes ever is.
 _FAR = 1 << 30
 
 
 class Versions:
-    """The counters of tensors that hold other values for a while, and then the same as before, bit for bit.
+    """The version counters of tensors that hold other values during a swap, and the same bits as before after it.
 
-    What was computed before may be differentiated after: a student's forward pass before its teacher's, which runs with
-    the average. What was computed in between needs the other values, and its backward pass is refused by torch.
+    A graph from before the swap can be differentiated after it, such as a student's forward pass before that of its
+    teacher, which runs with the average. A graph from during the swap needs the other values, so torch refuses its
+    backward pass after the swap.
 
     Args:
         tensors: Strided.
@@ -25,7 +26,7 @@ class Versions:
         self._before = tuple(tensor._version for tensor in self._tensors)  # noqa: SLF001
 
     def leave(self) -> None:
-        """Set the counters to values that no pass before has seen."""
+        """Set the counters to values that no earlier graph has."""
         self._set(tuple(version + _FAR for version in self._before))
 
     def restore(self) -> None:

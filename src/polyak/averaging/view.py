@@ -1,8 +1,8 @@
-"""A model over other tensors: a copy of its structure that computes with the average, or one clear error.
+"""Copies the structure of a model over other tensors, so that the copy computes with the average, or raises one error.
 
-``copy.deepcopy`` shares functions, and with them whatever they refer to: a patched ``forward`` would still compute with
-the model in training. Here functions, bound methods and weak references that lead to the model are copied for the
-copy, and in the end nothing that can be reached from the copy may be the model's own.
+``copy.deepcopy`` shares functions, and everything that they refer to: a patched ``forward`` would still compute with
+the model in training. Here functions, bound methods and weak references that lead to the model are copied too. In the
+end, a check confirms that nothing that is reached from the copy is the model's own.
 """
 
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ from polyak.errors import CopyError
 def module_over(model: nn.Module, replacements: Mapping[int, Tensor]) -> nn.Module:
     """Return a copy of a model's structure that computes with other tensors, in eval mode and without gradients.
 
-    Its tensors are the given ones, without a copy. Parameters without a replacement are shared, other tensors copied;
-    what serves the training (optimizers, trainers, averages, loaders) and what cannot be copied (locks, files, process
-    groups) is shared. What ``torch.compile`` has compiled runs uncompiled. The model is only read.
+    It uses the given tensors themselves. Parameters without a replacement are shared, and other tensors are copied.
+    Objects of the training (optimizers, trainers, averages, loaders) and objects that cannot be copied (locks, files,
+    process groups) are shared. Code that ``torch.compile`` has compiled runs uncompiled. The model does not change.
 
     Args:
         model: Unwrapped.
@@ -58,7 +58,7 @@ def module_over(model: nn.Module, replacements: Mapping[int, Tensor]) -> nn.Modu
 
 
 def _check_tensors(model: nn.Module, copies: Copies) -> None:
-    """Check that each module's copy holds the replacement of each tensor: some modules copy themselves."""
+    """Check that each module's copy holds the replacement of each tensor, since some modules copy themselves."""
     for name, module in model.named_modules():
         twin = copies.memo.get(id(module))
         held: dict[str, Any] = {} if twin is None else {**twin._parameters, **twin._buffers}  # noqa: SLF001

@@ -1,4 +1,4 @@
-"""``Shadow``: the averaged tensors of a model, how they move, and how they are swapped into the model."""
+"""``Shadow``: the averaged tensors of a model. It moves them, swaps them in, saves and copies them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from polyak.averaging.swap import refuse_averaged_weights, refuse_merged
 from polyak.averaging.swapper import Swapper
 from polyak.sharding import Ranks
 from polyak.tensors import optimizers
-from polyak.tensors.slots import PolicyRule, default_policy, places_of, unwrap
+from polyak.tensors.slots import PolicyRule, default_policy, unwrap
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -35,11 +35,11 @@ class Shadow:
             are rounded stochastically, since plain ones do not move at long half-lives.
         policy: Decides which tensors are averaged, copied or left.
         device: The device of the averages; None for the model's.
-        mesh: Ranks over which the averages are sharded, of a model that each of them has in full. A swap gathers them.
-        offload: How averages are kept on the CPU and moved in the background, instead of a device. All methods but
+        mesh: Ranks over which the averages are sharded, if each of them has the full model. A swap gathers them.
+        offload: How averages are kept on the CPU and moved in the background, instead of a device. All methods except
             ``update_`` wait until they have moved.
-        views: Whether a tensor in another one's memory, such as a transposed alias, has its own average. It is for
-            averages that are never swapped in.
+        views: Whether a tensor in another one's memory, such as a transposed alias, has its own average. This is only
+            for averages that are never swapped in.
 
     Raises:
         ValueError: If ``dtype`` is not a floating-point dtype of 16 bits or more, if both ``device`` and ``offload``
@@ -49,10 +49,8 @@ class Shadow:
             wrapper of inner tensors, or has a dtype that cannot be averaged.
 
     Attributes:
-        extra: What its state has besides, by name.
-        averages: The averaged and the copied tensors by canonical name. While swapped into a model of the same dtype,
-            they may hold the training weights.
-        num_updates: How often it has moved.
+        extra: The names of further entries of its state.
+        model: The model in training, unwrapped.
 
     Example:
         >>> model = nn.Linear(1, 1, bias=False)
@@ -79,16 +77,16 @@ class Shadow:
         offload: Offload | None = None,
         views: bool = False,
     ) -> None:
-        self._model = unwrap(model)
+        self.model = unwrap(model)
         given = {"dtype": dtype, "policy": policy, "mesh": mesh, "offload": offload, "views": views}
         optimizers.watch()
-        self._movement = Movement(self._model, settings_for(self._model, device=device, **given))
+        self._movement = Movement(self.model, settings_for(self.model, device=device, **given))
         self._swapper = Swapper(self._movement)
 
     def update_(self, weight: float) -> None:
         """Move every average by ``weight`` of the way to the model's weights; copy what is copied.
 
-        NaN and inf leave their elements of the average as they were; tensors with such values are counted.
+        Where the weights have NaN or inf, the average stays as it was; tensors with such values are counted.
 
         Args:
             weight: ``1 - decay``, from 0 to 1.
@@ -98,7 +96,7 @@ class Shadow:
             MismatchError: If an averaged tensor is missing from the model or has another shape.
             OffloadError: If the previous update failed in the background.
         """
-        refuse_averaged_weights(self._model)
+        refuse_averaged_weights(self.model)
         self._movement.move(weight)
 
     @property
@@ -108,7 +106,7 @@ class Shadow:
 
     @property
     def averages(self) -> dict[str, Tensor]:
-        """The averaged and the copied tensors by canonical name."""
+        """The averaged and the copied tensors by canonical name. In a swap they may hold the training weights."""
         return self._movement.expose()
 
     def kinds(self) -> dict[str, tuple[Tensor, bool]]:
@@ -118,15 +116,12 @@ class Shadow:
 
     @property
     def num_quarantined(self) -> int:
-        """How many tensors came with NaN or inf so far, in shards of other ranks up to the last ``agree``.
-
-        Reading it waits for the device.
-        """
+        """How many tensors came with NaN or inf, on other ranks up to the last ``agree``. It waits for the device."""
         self._movement.wait()
         return self._movement.quarantine.total
 
     def warn_of_quarantine(self, since: int = 0) -> int:
-        """Warn if more than ``since`` tensors came with NaN or inf; return how many did.
+        """Warn if more than ``since`` tensors had NaN or inf; return how many did.
 
         Args:
             since: What the last call returned.
@@ -152,12 +147,7 @@ class Shadow:
             LoanError: If the model holds another average.
             ShardingError: If it does on another rank.
         """
-        together = pipeline or ranks or sharding.OneProcess()
-        together.on_every_rank("the distance from the average", self._swapper.refuse_other)
-        sharding.reshard(self._model)
-        names = (slot.name for slot, _ in self._movement.listing.averaged if slot.is_parameter)
-        places, averaged, training = places_of(self._model), self._swapper.averaged(), self._swapper.training()
-        return relative_distance(names, averaged, training, places, ranks, pipeline)
+        return relative_distance(self._movement, self._swapper, ranks, pipeline)
 
     def agree(self, ranks: Ranks, facts: Mapping[str, Any]) -> None:
         """Check that all ranks average the same, and give all of them rank 0's averages of buffers.
@@ -183,9 +173,8 @@ class Shadow:
     def swap_in(self, owner: str) -> None:
         """Put the average in the model until ``restore``.
 
-        If model and average have one dtype, their values are exchanged in place, through a scratch buffer of at most
-        1 MiB, whatever their layout. Otherwise, and while somebody holds ``averaged_model`` or a state, the model's own
-        bits are copied to a backup of the model's size. Lists take a KiB a tensor.
+        If both have the same dtype, their values are exchanged in place, through a scratch buffer of at most 1 MiB.
+        Otherwise, and while somebody holds ``averaged_model()`` or a state, the weights are copied to a backup first.
 
         Args:
             owner: Who asks, to name it in errors.
@@ -216,7 +205,7 @@ class Shadow:
         before = self._swapper.swap
         try:
             self.swap_in(owner)
-            yield self._model
+            yield self.model
         finally:
             if self._swapper.swap is not before and self._swapper.active:
                 self.restore()
@@ -226,42 +215,34 @@ class Shadow:
         return self._swapper.averaged()
 
     def training_tensors(self) -> dict[str, Tensor]:
-        """Return the training weights of what is averaged by name, wherever they are now: not copies of them."""
+        """Return the training weights of averaged tensors by name, wherever they are now, without a copy."""
         self._movement.follow_model()
         found = self._swapper.training_anywhere()
         return {name: found[name].detach() for name, (_, averaged) in self.kinds().items() if averaged}
 
-    def as_full(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors under the names and with the shapes of the full model, where experts differ by rank.
-
-        Args:
-            tensors: By name here.
-        """
-        return places_of(self._model).as_full(tensors)
-
     def averaged_model(self) -> nn.Module:
-        """Return a module whose tensors are the averages: not copies of them, in eval mode, without gradients.
+        """Return a module over the averages themselves, not copies of them, in eval mode and without gradients.
 
-        While the average is swapped in, it is the model itself. Frozen parameters are shared with the model. Where the
-        averages are sharded, the module has ``fully_shard`` of its own, over their shards.
+        While the average is swapped in, it is the model itself. Frozen parameters are shared with the model. If the
+        averages are sharded, ``fully_shard`` is applied to the module too, over their shards.
 
         Raises:
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
             LoanError: If adapters are merged in the model.
-            ShardingError: If ``fully_shard`` cannot be called for it as for the model.
+            ShardingError: If ``fully_shard`` cannot be applied to it as to the model.
         """
         if self._swapper.active:
-            return self._model
-        refuse_merged(self._model)
+            return self.model
+        refuse_merged(self.model)
         self._movement.follow_model()
-        sharded = sharding.is_fsdp(self._model) or self._movement.settings.mesh is not None
+        sharded = sharding.is_fsdp(self.model) or self._movement.settings.mesh is not None
         module = (sharded_module if sharded else averaged_module)(self._movement)
-        self._swapper.expose(own_tensors(module, self._model))
+        self._swapper.expose(own_tensors(module, self.model))
         return module
 
     def training_model(self) -> nn.Module:
         """Return a module with the training weights: the model itself, unless the average is in it."""
-        return module_of(self._movement, self._swapper.training()) if self._swapper.active else self._model
+        return module_of(self._movement, self._swapper.training()) if self._swapper.active else self.model
 
     def copy_to(self, model: nn.Module, *, training: bool = False) -> None:
         """Copy the average, or the training weights, into another model with the same names.
@@ -288,7 +269,7 @@ class Shadow:
         A state that was taken while the average was in the model has the training weights, and the model gets them.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             LoanError: If the model holds an average.

@@ -1,4 +1,4 @@
-"""The warning that raw or almost raw weights are used in place of an average: plain numbers, without torch."""
+"""Warns if raw weights, or an average that is still mostly the first weights, are used. Without torch."""
 
 import math
 import warnings
@@ -12,12 +12,12 @@ from polyak.profiles import named
 def share_of_first_weights(schedule: Schedule, progress: Progress, num_updates: int) -> float | None:
     """Return the share of the first weights in an average: the product of its decays. None if it is not known.
 
-    It is 0 before the first update of a profile in which the first weights count no more than others, since the average
-    is then what the profile says.
+    If the first weights count no more than others in the profile, it is 0 before the first update, since the average is
+    then what the profile asks for.
 
     Args:
         schedule: How the average updates.
-        progress: Its begin and its last update.
+        progress: Its start and its last update.
         num_updates: How often it has moved.
     """
     profile, unit, updated_at = schedule.profile, schedule.unit, progress.updated_at
@@ -39,7 +39,7 @@ def warn_of_youth(schedule: Schedule, progress: Progress, num_updates: int, what
 
     Args:
         schedule: How it updates.
-        progress: Its begin and its last update.
+        progress: Its start and its last update.
         num_updates: How often it has moved.
         what: What is done with it, such as ``"evaluated"``.
     """

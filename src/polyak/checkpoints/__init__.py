@@ -1,9 +1,9 @@
 """Checkpoints of any library: opened without running code that they may hold, read one tensor at a time, averaged.
 
 ``average_checkpoints`` does all of it, ``greedy_soup`` chooses by an evaluation, ``summarize`` says what is in a
-checkpoint, and ``distances`` how far two are from each other. ``opening.open_checkpoint`` recognises what a path is.
-Each format has a file with the same three members: ``FORMAT``, ``accepts`` and ``read``. ``weights`` finds where the
-weights are in what was read, ``moments`` when it was saved, and ``choosing`` how much each checkpoint counts.
+checkpoint, and ``distances`` how far two are from each other. ``opening.open_checkpoint`` recognises the format of a
+path. Each format has a module with the same three members: ``FORMAT``, ``accepts`` and ``read``. ``weights`` finds
+where the weights are in what was read, ``moments`` when it was saved, and ``choosing`` how much each checkpoint counts.
 """
 
 from polyak.checkpoints.averaging import Plan

@@ -19,7 +19,7 @@ _METADATA = ".metadata"
 
 
 def _saved(job: Job) -> dict[str, Saved]:
-    """Return where each tensor goes: where the newest checkpoint has it, or in files of one size."""
+    """Return where each tensor goes: where the newest checkpoint has it, or in files of equal size."""
     tensors = job.plan.tensors
     if all(one.saved is not None and one.saved.keys[-1] == name for name, one in tensors.items()):
         return {name: one.saved for name, one in tensors.items() if one.saved is not None}

@@ -14,7 +14,7 @@ _FILE_BYTES = 5_000_000_000
 
 
 def _files(job: Job, to: Path) -> dict[Path, list[str]]:
-    """Return the names of the tensors by file."""
+    """Return the names of the tensors in each file."""
     plan, files = job.plan, dict[Path, list[str]]()
     if not to.is_dir():
         return {to: [*plan.names]}
@@ -41,7 +41,7 @@ def layout_of_folder(job: Job) -> dict[str, str]:
 
 
 def _as_safetensors(file: str) -> str:
-    """Return the name that Transformers, diffusers and peft look for, of a file with such tensors."""
+    """Return the file name that Transformers, diffusers or peft look for, for such tensors."""
     name = Path(file).with_suffix(".safetensors").name
     return name.removeprefix("pytorch_") if name.startswith("pytorch_model") else name
 

@@ -1,4 +1,4 @@
-"""Writes a file of ``torch.save``: first without the tensors, whose places then are filled one after the other."""
+"""Writes a file of ``torch.save``: first without the tensors, which then fill their places one by one."""
 
 import zipfile
 import zlib
@@ -144,7 +144,7 @@ def _begin(file: Any, entry: zipfile.ZipInfo) -> int:
 
 
 def _checksum(file: Any, entry: zipfile.ZipInfo) -> int:
-    """Return the checksum of an entry that is no tensor."""
+    """Return the checksum of an entry that is not a tensor."""
     file.seek(_begin(file, entry))
     return zlib.crc32(file.read(entry.file_size))
 

@@ -34,7 +34,7 @@ def average(plan: Plan, name: str, box: Box | None = None) -> Tensor:
 
     Args:
         plan: What is averaged.
-        name: Of the tensor.
+        name: The name of the tensor.
         box: Which part of it: where that begins and ends in each dimension; None for all.
 
     Raises:
@@ -98,7 +98,7 @@ def require_range(plan: Plan, name: str, rounded: Tensor, mean: Tensor) -> None:
 
     Args:
         plan: What is averaged.
-        name: Of the tensor.
+        name: The name of the tensor.
         rounded: In the dtype of the newest checkpoint.
         mean: Before it was rounded.
 
@@ -162,7 +162,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a sum.
 
     Args:
-        dtype: Of what is added.
+        dtype: The dtype of what is added.
     """
     return torch.complex128 if dtype.is_complex else torch.float64
 
@@ -182,9 +182,9 @@ def require_numbers(name: str, one: Checkpoint, piece: Tensor, newest: tuple[Che
     """See that a checkpoint has no NaN, and infinities only where the newest has the same, as masks do.
 
     Args:
-        name: Of the tensor.
+        name: The name of the tensor.
         one: The checkpoint.
-        piece: Of the tensor.
+        piece: The piece of the tensor.
         newest: The newest checkpoint, and what it has there.
 
     Raises:

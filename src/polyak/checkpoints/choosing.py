@@ -165,7 +165,7 @@ def _require_one_choice(
 
 
 def _best(opened: Sequence[Checkpoint], count: int, metric: str, log: Path | None, *, maximize: bool) -> list[int]:
-    """Return which checkpoints are the best, in their order."""
+    """Return the indices of the best checkpoints, in order."""
     of_each = [(one.path, one.moment, one.metrics) for one in opened]
     paths, moments, metrics = zip(*of_each, strict=True) if of_each else ((), (), ())
     values = values_of(metric, paths, moments, metrics, log)
@@ -176,7 +176,7 @@ def _best(opened: Sequence[Checkpoint], count: int, metric: str, log: Path | Non
 def _readings(
     opened: Sequence[Checkpoint], times: Sequence[Time | str] | None, unit: TimeUnit | None
 ) -> list[float] | None:
-    """Return when the checkpoints were saved: in a unit that is needed, or in any that all of them say."""
+    """Return when the checkpoints were saved: in the unit that is needed, or in any unit that all of them have."""
     if times is not None:
         given = [Time.from_input(time) for time in times]
         if other := [time for time in given if time.unit != (unit or given[0].unit)]:

@@ -18,7 +18,7 @@ def companions(folder: Path) -> list[Path]:
     """Return the files that belong to a folder.
 
     Args:
-        folder: Of a checkpoint; a file has none.
+        folder: The folder of a checkpoint; a file has none.
     """
     return sorted(
         one
@@ -34,7 +34,7 @@ def copy_companions(folder: Path, to: Path) -> None:
     """Copy the files that belong to a folder to another.
 
     Args:
-        folder: Of a checkpoint; a file has none.
+        folder: The folder of a checkpoint; a file has none.
         to: A folder.
     """
     for one in companions(folder):

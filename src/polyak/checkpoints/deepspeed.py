@@ -1,6 +1,6 @@
 """Folders of DeepSpeed's ZeRO (``global_step100``): float32 weights, put together from the parts of all ranks.
 
-They are laid out as DeepSpeed's own ``zero_to_fp32.py`` reads them, and nothing of it is run.
+They are read in the layout that DeepSpeed's own ``zero_to_fp32.py`` reads, without running any of its code.
 """
 
 import re
@@ -31,10 +31,10 @@ _Part = tuple[Tensor, int, int, int]
 
 
 def accepts(path: Path) -> bool:
-    """Return whether it is a folder of ZeRO, or one with such folders and the name of the latest.
+    """Return whether it is a folder of ZeRO, or a folder of such folders and a file with the name of the latest.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
     """
     return _folder(path) is not None
 
@@ -53,7 +53,7 @@ def read(path: Path, files: Files) -> Found:
     """Read what is in the files, but no tensor.
 
     Args:
-        path: Of the folder.
+        path: The path of the folder.
         files: Opens its files.
 
     Raises:
@@ -95,10 +95,10 @@ def _parallel(where: Path, what: str) -> CheckpointError:
 
 
 def require_all_weights(path: Path, content: Mapping[Any, Any]) -> None:
-    """See that a file has all weights of a model, if DeepSpeed saved it next to those of other ranks.
+    """Raise if a file has only some weights of a model, because DeepSpeed saved the rest in files of other ranks.
 
     Args:
-        path: Of the file.
+        path: The path of the file.
         content: What is in it.
 
     Raises:
@@ -152,7 +152,7 @@ def _weights(
 
 
 def _frozen(files: Files, models: Sequence[Mapping[Any, Any]]) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield the parameters that are not trained: a file has them, or with stage 3 each rank's file a part of them."""
+    """Yield the parameters that are not trained: in one file, or, with stage 3, in parts in each rank's file."""
     shapes = models[0].get("frozen_param_shapes") or {}
     fragments = [_mapping(one.get("frozen_param_fragments"), "its frozen parameters") for one in models if shapes]
     for name, shape in shapes.items():
@@ -177,7 +177,7 @@ def _flat(rank: Mapping[Any, Any], key: str) -> list[Tensor]:
 
 
 def _of_stage_2(files: Files, shapes: Mapping[str, Any], ranks: Sequence[Tensor]) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield tensors that follow each other, over the ends of ranks."""
+    """Yield tensors that lie one after the other, also where one begins on a rank and ends on the next."""
     at = 0
     begins = [sum(one.numel() for one in ranks[:i]) for i in range(len(ranks) + 1)]
     for name, shape in shapes.items():
@@ -198,7 +198,7 @@ def _of_stage_2(files: Files, shapes: Mapping[str, Any], ranks: Sequence[Tensor]
 def _of_stage_3(
     files: Files, shapes: Mapping[str, Any], ranks: Sequence[Sequence[Tensor]]
 ) -> Iterator[tuple[str, StoredTensor]]:
-    """Yield tensors of which each rank has an equal part."""
+    """Yield tensors that are split into equal parts, one per rank."""
     at = 0
     for name, shape in shapes.items():
         numel = torch.Size(shape).numel()
@@ -215,7 +215,7 @@ def _of_stage_3(
 
 
 def _pieces(flat: Sequence[Tensor], at: int, begin: int, end: int) -> Iterator[_Part]:
-    """Yield where the elements from one number to another of a tensor are in the flat tensors of a rank."""
+    """Yield where a range of a tensor's elements is in the flat tensors of a rank."""
     first = 0
     for one in flat:
         low, high = max(at, first), min(at + end - begin, first + one.numel())

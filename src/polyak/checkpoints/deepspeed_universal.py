@@ -19,7 +19,7 @@ def accepts(path: Path) -> bool:
     """Return whether it is a folder with a folder for each parameter.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
     """
     return any((path / _PARAMETERS).glob(f"*/{_FILE}"))
 
@@ -28,7 +28,7 @@ def read(path: Path, files: Files) -> Found:
     """Read what is in the files, but no tensor.
 
     Args:
-        path: Of the folder.
+        path: The path of the folder.
         files: Opens its files.
 
     Raises:

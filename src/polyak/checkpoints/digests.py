@@ -12,10 +12,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 def files_of(checkpoints: Sequence[Checkpoint]) -> list[Path]:
-    """Return the files with weights of checkpoints.
+    """Return the files that hold the weights of checkpoints.
 
     Args:
-        checkpoints: Which.
+        checkpoints: The checkpoints.
     """
     return [path for one in checkpoints for path in one.files.paths]
 
@@ -24,8 +24,8 @@ def placeholder(path: Path, fingerprint: str) -> str:
     """Return what stands for the hash of a file until it is known: as long, and the same in each run of a plan.
 
     Args:
-        path: Of the file.
-        fingerprint: Of the plan.
+        path: The path of the file.
+        fingerprint: The fingerprint of the plan.
     """
     return hashlib.sha256(f"{fingerprint}{path.absolute()}".encode()).hexdigest()
 
@@ -34,7 +34,7 @@ class Digests:
     """Hashes files next to a reader of all of them, so that each is read from the disk once.
 
     Args:
-        paths: Of the files.
+        paths: The paths of the files.
         pools: Of one thread each. A file is hashed by one thread; a disk may be faster than that.
     """
 
@@ -82,8 +82,8 @@ def fill(path: Path, hashes: Mapping[str, str]) -> None:
     """Replace the placeholders in the header of a safetensors file.
 
     Args:
-        path: Of the file.
-        hashes: By their placeholders.
+        path: The path of the file.
+        hashes: The hashes, by their placeholders.
 
     Raises:
         OSError: If the disk refuses.
@@ -98,8 +98,8 @@ def filled(text: str, hashes: Mapping[str, str]) -> str:
     """Return a text with hashes in place of their placeholders.
 
     Args:
-        text: Which.
-        hashes: By their placeholders.
+        text: The text.
+        hashes: The hashes, by their placeholders.
     """
     for stands, found in hashes.items():
         text = text.replace(stands, found)

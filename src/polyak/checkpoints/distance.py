@@ -1,4 +1,4 @@
-"""How far two checkpoints are from each other, by tensor."""
+"""How far two checkpoints are from each other, tensor by tensor."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ _PIECE = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """How far a tensor of one checkpoint is from that of another.
+    """How far a tensor of one checkpoint is from the same tensor of another.
 
     Args:
-        name: Of the tensor.
-        shapes: In the first and in the second.
-        dtypes: In the first and in the second.
+        name: The name of the tensor.
+        shapes: The shapes in the first and in the second.
+        dtypes: The dtypes in the first and in the second.
         square: The sum of the squares of the differences; NaN where the shapes differ.
         square_of_first: The sum of the squares of the first.
         largest: The largest absolute difference; NaN where the shapes differ.
@@ -35,7 +35,7 @@ class Distance:
 
     @property
     def relative(self) -> float:
-        """The L2 norm of the difference, divided by that of the first."""
+        """The L2 norm of the difference, divided by the norm of the first."""
         return _relative(self.square, self.square_of_first)
 
 
@@ -68,7 +68,7 @@ def distances(first: Checkpoint, second: Checkpoint) -> Iterator[Distance]:
 
 
 def overall(found: Iterable[Distance]) -> float:
-    """Return the distance of all tensors of one shape together, relative to the norm of the first.
+    """Return the distance between all tensors of one shape taken together, relative to the norm of the first.
 
     Args:
         found: The distances.

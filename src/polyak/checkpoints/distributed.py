@@ -30,7 +30,7 @@ def accepts(path: Path) -> bool:
     """Return whether it is a folder with the metadata of ``torch.distributed.checkpoint``.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
     """
     return (path / _METADATA).is_file()
 
@@ -39,7 +39,7 @@ def read(path: Path, files: Files) -> Found:
     """Read what is in the folder, but no tensor.
 
     Args:
-        path: Of the folder.
+        path: The path of the folder.
         files: Opens its files.
 
     Raises:
@@ -60,7 +60,7 @@ def read(path: Path, files: Files) -> Found:
 
 
 def _with_separate_optimizer(content: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return the content with the tensors of the optimizer in a mapping, where Megatron has all names in one."""
+    """Return the content with the optimizer's tensors in their own mapping; Megatron has all names in one."""
     names = [name for name in content if isinstance(name, str) and name.startswith(("optimizer.", "chained_"))]
     found = {name: value for name, value in content.items() if name not in names}
     if names:

@@ -26,7 +26,7 @@ def accepts(path: Path) -> bool:
     """Return whether it is a folder.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
     """
     return path.is_dir()
 
@@ -35,7 +35,7 @@ def read(path: Path, files: Files) -> Found:
     """Read what is in the files with weights, but no tensor.
 
     Args:
-        path: Of the folder.
+        path: The path of the folder.
         files: Opens its files.
 
     Raises:
@@ -70,10 +70,10 @@ def read(path: Path, files: Files) -> Found:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return the files in a folder by which libraries find its weights: indexes, then files with all weights.
+    """Return the files in a folder that libraries look for to find its weights: indexes, then files with all weights.
 
     Args:
-        path: Of the folder.
+        path: The path of the folder.
     """
     indexes = [one for one in path.glob(f"*{INDEX}") if one.name.startswith(("model", "pytorch", "diffusion"))]
     return [*sorted(indexes, key=lambda one: _SAFETENSORS not in one.name), *sorted(_models(path))]

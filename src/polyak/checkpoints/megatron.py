@@ -1,4 +1,4 @@
-"""Megatron's older folders (``iter_0001000``): a file for each rank of the model, each with tensors of its own."""
+"""Megatron's older folders (``iter_0001000``): one file per rank of the model, each with different tensors."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,10 +18,10 @@ _DEPTH = 8
 
 
 def accepts(path: Path) -> bool:
-    """Return whether it is a folder with a folder for each rank, or one with such folders and the number of the latest.
+    """Return whether it is a folder with a folder per rank, or a folder of those and a file with the latest's number.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
     """
     return bool(_ranks(path))
 
@@ -37,7 +37,7 @@ def read(path: Path, files: Files) -> Found:
     """Read what is in the files, but no tensor. With several ranks, the names begin with that of the rank.
 
     Args:
-        path: Of the folder.
+        path: The path of the folder.
         files: Opens its files.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Metrics of checkpoints: as they say themselves, as their names do, or as a log does."""
+"""Metrics of checkpoints: from the checkpoints themselves, from their names, or from a log."""
 
 import json
 import re
@@ -28,7 +28,7 @@ def metrics_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any])
     What a callback or a trainer's log says counts more than what is in the name, which is rounded.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
         content: What is in it.
         clock: What files next to the weights say, as Transformers' ``trainer_state.json``.
     """
@@ -70,10 +70,10 @@ class Log:
     """A log with a JSON object on each line: a counter, such as ``step`` or ``epoch``, and metrics.
 
     Args:
-        path: Of the file.
+        path: The path of the file.
 
     Raises:
-        CheckpointError: If it is no such file.
+        CheckpointError: If it is not such a file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,7 +110,7 @@ def _entry(path: Path, at_line: int, line: bytes) -> Mapping[str, Any]:
 
 
 def _as_number(value: object) -> object:
-    """Return a number that is text, as fairseq writes them, as a number."""
+    """Return a number that may be text, as fairseq writes it, as a number."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -122,13 +122,13 @@ def values_of(
     paths: Sequence[Path],
     moments: Sequence[Mapping[TimeUnit, float]],
     metrics: Sequence[Mapping[str, float]],
-    log: Path | None = None,
+    log: Path | None,
 ) -> list[float]:
     """Return a metric of each checkpoint.
 
     Args:
         metric: Its name.
-        paths: Of the checkpoints.
+        paths: The paths of the checkpoints.
         moments: When each was saved.
         metrics: What each says of itself.
         log: A log that says it instead.

@@ -1,4 +1,4 @@
-"""Whether checkpoints are of one run. Two runs in one folder are a mistake that an average would hide."""
+"""Checks that checkpoints are from one run. Two runs in one folder are a mistake that an average would hide."""
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""When a checkpoint was saved: as it says itself, or its name does."""
+"""When a checkpoint was saved, from its content or its name."""
 
 import re
 import struct
@@ -53,7 +53,7 @@ def moment_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any]) 
     """Return when a checkpoint was saved, in the units that are known.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
         content: What is in it.
         clock: What files next to the weights say.
     """
@@ -96,7 +96,7 @@ def is_counter(name: str) -> bool:
     """Return whether a name is that of a counter, such as ``global_step``.
 
     Args:
-        name: Of a value.
+        name: The name of a value.
     """
     return any(name in names for names in _COUNTERS.values())
 
@@ -144,7 +144,7 @@ def _in_name(path: Path) -> Iterator[tuple[TimeUnit, float]]:
                 break
 
 
-def _number_in(digits: str, multiple: str | None = None) -> float | None:
+def _number_in(digits: str, multiple: str | None) -> float | None:
     return _count(float(digits.replace("_", "")) * _MULTIPLES.get(multiple or "", 1))
 
 
@@ -152,7 +152,7 @@ def in_natural_order(path: Path) -> tuple[tuple[int, int | str], ...]:
     """Return a key that sorts names as people do: ``step-9`` comes before ``step-10``.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
 
     Example:
         >>> sorted([Path("b-10.pt"), Path("b-9.pt")], key=in_natural_order)[0].name

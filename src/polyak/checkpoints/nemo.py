@@ -19,7 +19,7 @@ def accepts(path: Path) -> bool:
     """Return whether it is a file with NeMo's suffix.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
     """
     return path.suffix == ".nemo" and not path.is_dir()
 
@@ -28,11 +28,11 @@ def read(path: Path, files: Files) -> Found:
     """Read what is in the file of torch in the archive, but no tensor.
 
     Args:
-        path: Of the archive.
+        path: The path of the archive.
         files: Opens it.
 
     Raises:
-        CheckpointError: If it is no such archive, is compressed or is damaged.
+        CheckpointError: If it is not such an archive, is compressed or is damaged.
     """
     data = files.open(path)
     try:

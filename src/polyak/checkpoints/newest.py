@@ -1,4 +1,4 @@
-"""Which of the newest checkpoints: the last N, or N of them at a distance, such as every second one."""
+"""Selections of the newest checkpoints: the last N, or N of them at a distance, such as every second one."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

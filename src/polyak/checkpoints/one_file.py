@@ -11,10 +11,10 @@ FORMAT = "file"
 
 
 def accepts(path: Path) -> bool:
-    """Return whether it is no folder.
+    """Return whether it is not a folder.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
     """
     return not path.is_dir()
 
@@ -23,11 +23,11 @@ def read(path: Path, files: Files) -> Found:
     """Read what is in the file, but no tensor.
 
     Args:
-        path: Of the file.
+        path: The path of the file.
         files: Opens it.
 
     Raises:
-        CheckpointError: If it is no such file, or is damaged.
+        CheckpointError: If it is not such a file, or is damaged.
     """
     data = files.open(path)
     content = load(path, data=data, unchecked=files.unchecked)

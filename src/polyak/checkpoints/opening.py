@@ -25,12 +25,12 @@ class Reader(Protocol):
 
     @property
     def FORMAT(self) -> str:  # noqa: N802  a constant of the module
-        """What it reads, for people."""
+        """What it reads, as text for messages."""
         ...
 
     @property
     def accepts(self) -> Callable[[Path], bool]:
-        """Whether it reads what is at a path."""
+        """Whether it can read what is at a path."""
         ...
 
     @property
@@ -130,7 +130,7 @@ def read(path: Path, files: Files) -> Found:
     """Read what is at a path, but no tensor.
 
     Args:
-        path: Of a checkpoint.
+        path: The path of a checkpoint.
         files: Opens its files.
 
     Raises:
@@ -151,10 +151,10 @@ def named_errors(path: Path) -> Iterator[None]:
     """Let errors in a ``with`` block name the checkpoint.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
 
     Raises:
-        CheckpointError: In place of any error.
+        CheckpointError: Instead of any error.
     """
     try:
         yield

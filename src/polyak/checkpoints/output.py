@@ -34,7 +34,7 @@ WRITERS: Mapping[str, Writer] = {
 }
 _FOLDERS = ("hf", "dcp")
 # Threads that hash: one hashes 1.6 GB/s, where all else reads and averages 5 GB/s.
-_HASHING = 2
+_HASHING = min(8, os.cpu_count() or 1)
 
 Progress = Callable[[str], None]
 
@@ -43,7 +43,7 @@ def form_of(path: Path, plan: Plan, form: str | None = None) -> str:
     """Return the format of an output: what it is told to be, what its suffix says, or what the newest checkpoint is.
 
     Args:
-        path: Of the output.
+        path: The path of the output.
         plan: What is averaged.
         form: One of `WRITERS`; None to find out.
 
@@ -174,7 +174,7 @@ class _Work:
 
     Args:
         staging: Keeps what is done.
-        communicator: Of the processes.
+        communicator: The communicator of the processes.
         files: That are hashed by any of them.
     """
 

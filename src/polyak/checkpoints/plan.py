@@ -1,4 +1,4 @@
-"""What is averaged: checkpoints, how much each counts, and the names of the tensors that they have in common."""
+"""What to average: checkpoints, their weights, and the names of the tensors that they have in common."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Plan:
     Args:
         checkpoints: The newest last.
         amounts: How much each checkpoint counts, relative to the others.
-        names: Of the tensors that are averaged, in the order of the newest.
+        names: The names of the tensors that are averaged, in the order of the newest.
         left_out: Names that not all checkpoints have.
     """
 
@@ -115,6 +115,6 @@ def is_averaged(dtype: torch.dtype) -> bool:
     """Return whether numbers of a dtype are averaged, or else those of the newest checkpoint are taken.
 
     Args:
-        dtype: Of a tensor.
+        dtype: The dtype of a tensor.
     """
     return dtype.is_floating_point or dtype.is_complex

@@ -1,4 +1,4 @@
-"""What an average was made from, as the outputs of `polyak average` and `polyak soup` say it themselves.
+"""What an average was made from. `polyak average` and `polyak soup` write it into their outputs.
 
 A safetensors file has it in its header, a file of torch in an entry of the archive that ``torch.load`` does not look
 at, and a folder of ``torch.distributed.checkpoint`` in a file of its own.
@@ -25,8 +25,8 @@ def made_from(plan: Plan, path: Path, fingerprint: str) -> list[dict[str, object
 
     Args:
         plan: What is averaged.
-        path: Of the output.
-        fingerprint: Of the plan; placeholders stand for the hashes.
+        path: The path of the output.
+        fingerprint: The fingerprint of the plan; placeholders stand for the hashes.
     """
     here = Path(os.path.realpath(path)).parent
     return [
@@ -45,7 +45,7 @@ def provenance_of(path: str | Path) -> list[dict[str, Any]]:
     """Return what an average was made from, one entry for each checkpoint; nothing for a file that does not say it.
 
     Args:
-        path: Of a file or a folder that `average_checkpoints` or a command wrote.
+        path: The path of a file or a folder that `average_checkpoints` or a command wrote.
 
     Raises:
         CheckpointError: If it cannot be read.

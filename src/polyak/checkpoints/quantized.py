@@ -1,4 +1,4 @@
-"""Quantized weights are codes and scales. An average of each is no average of the weights: they are refused."""
+"""Refuses quantized weights: averaging their codes and their scales does not average the weights."""
 
 import re
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ _NEVER = ("float4", "e8m0")
 
 
 def require_no_codes(checkpoint: Checkpoint) -> None:
-    """See that the weights of a checkpoint are numbers, and not codes that have scales next to them.
+    """Raise if the weights of a checkpoint are not numbers but codes with scales next to them.
 
     Args:
-        checkpoint: Which.
+        checkpoint: The checkpoint.
 
     Raises:
         CheckpointError: If it has codes.

@@ -1,4 +1,4 @@
-"""Means of the newest checkpoints, of more and more of them: each checkpoint is read once for all of these means."""
+"""Means of the newest checkpoints, each over more of them. Each checkpoint is read once for all of these means."""
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class RunningMean:
     It has the bits of `average`. Its memory is one set of weights in float64.
 
     Args:
-        plan: Of the checkpoints: its newest has the dtypes and the integers of the mean.
+        plan: The plan of the checkpoints: its newest has the dtypes and the integers of the mean.
     """
 
     def __init__(self, plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""The settings of a run that a checkpoint has: hyper-parameters, arguments and configurations, as plain values."""
+"""The settings of a run in its checkpoint: hyper-parameters, arguments and configurations, as plain values."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -33,7 +33,7 @@ def settings_in(content: Mapping[Any, Any]) -> Settings:
     Those that a resumed run may change are left out.
 
     Args:
-        content: Of a checkpoint.
+        content: The content of a checkpoint.
 
     Example:
         >>> settings_in({"hyper_parameters": {"lr": 0.1, "log_every": 5}, "epoch": 3})

@@ -1,4 +1,4 @@
-"""Tensors whose shards are in several places on disk: any range of their elements, from the shards that have it."""
+"""Tensors whose shards are in several places on disk. Any range of elements is read from the shards that have it."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ def boxes_between(first: int, last: int, shape: Sequence[int]) -> Iterator[Box]:
     Args:
         first: The number of the first element.
         last: The number after that of the last.
-        shape: Of the tensor.
+        shape: The shape of the tensor.
 
     Example:
         >>> list(boxes_between(2, 12, (4, 4)))

@@ -1,4 +1,4 @@
-"""The names of EDM2's snapshots: ``network-snapshot-0001234-0.050.pkl`` is of 1,234 thousand images, and width 0.050.
+"""The names of EDM2's snapshots: ``network-snapshot-0001234-0.050.pkl`` has seen 1,234 thousand images, width 0.050.
 
 Karras et al., 2024, https://arxiv.org/abs/2312.02696. Files of ``torch.save`` and safetensors with such names are read
 too, as ports of EDM2 write them.
@@ -25,10 +25,10 @@ class Snapshot(NamedTuple):
 
     @classmethod
     def named(cls, name: str) -> Self | None:
-        """Return what a name says; None if it is not that of a snapshot.
+        """Return what a name says, or None if it is not the name of a snapshot.
 
         Args:
-            name: Of a file.
+            name: The name of a file.
 
         Example:
             >>> Snapshot.named("network-snapshot-0020971-0.050.pkl")
@@ -39,6 +39,6 @@ class Snapshot(NamedTuple):
 
 
 def _images(thousands: int) -> int:
-    """Return the number of images of a snapshot, a multiple of 1,024 whose full thousands are in the name."""
+    """Return the number of images of a snapshot: a multiple of 1,024 whose full thousands are in the name."""
     images = -(-thousands * 1000 // 1024) * 1024
     return images if images // 1000 == thousands else thousands * 1000

@@ -1,4 +1,4 @@
-"""Greedy soups: checkpoints join an average one after the other, the best first, as long as it gets no worse."""
+"""Greedy soups: checkpoints join an average one by one, the best first, and stay if it does not get worse."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Ingredient:
     """A checkpoint that was tried.
 
     Args:
-        checkpoint: Which.
+        checkpoint: The checkpoint.
         alone: Its own value.
         joined: The value of the soup with it; that of itself for the first.
         kept: Whether it is in the soup.
@@ -36,7 +36,7 @@ class Soup:
 
     Args:
         plan: Averages what is in the soup. The best counts as the newest: its dtypes, layout and integers are kept.
-        value: Of the soup.
+        value: The value of the soup.
         ingredients: All that were tried, the best first.
     """
 

@@ -1,4 +1,4 @@
-"""The folder in which an output is made. A run that was stopped leaves it, and the next of the same plan resumes."""
+"""The folder in which an output is made. A run that was stopped leaves it; the next run of the same plan resumes it."""
 
 import hashlib
 import json
@@ -22,11 +22,11 @@ _VERSION = 2
 
 
 def fingerprint_of(plan: Plan, form: str, given: Mapping[str, Tensor]) -> str:
-    """Return a text that is the same for two plans with the same output.
+    """Return a text that is the same for plans with the same output.
 
     Args:
         plan: What is averaged.
-        form: Of the output.
+        form: The form of the output.
         given: Tensors that are written instead of their average.
     """
     said = [
@@ -57,10 +57,10 @@ class Staging:
         return {one.stem: json.loads(one.read_text()) for one in files}
 
     def mark(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Keep that a unit is done, once what it wrote is on the disk.
+        """Record that a unit is done, once what it wrote is on the disk.
 
         Args:
-            name: Of the unit.
+            name: The name of the unit.
             facts: What it returned.
 
         Raises:
@@ -84,15 +84,15 @@ def _files(output: Path) -> list[Path]:
 
 @contextmanager
 def staged(path: Path, fingerprint: str, communicator: Communicator, *, folder: bool) -> Iterator[tuple[Staging, bool]]:
-    """Give the output of a plan to the processes that make it, and whether it was begun before.
+    """Give the output of a plan to the processes that make it, and say whether it was begun before.
 
     It becomes ``path`` when the ``with`` block ends. After an error nothing remains; after Ctrl-C or a kill what was
     done stays.
 
     Args:
         path: The final name.
-        fingerprint: Of the plan.
-        communicator: Of the processes.
+        fingerprint: The fingerprint of the plan.
+        communicator: The communicator of the processes.
         folder: Whether the output is a folder.
 
     Raises:
@@ -133,11 +133,11 @@ def staged(path: Path, fingerprint: str, communicator: Communicator, *, folder: 
 
 
 def keep_plan(path: Path, fingerprint: str) -> None:
-    """Keep which plan an output is of, once all files are prepared: from then on it can be resumed.
+    """Record the plan of an output, once all files are prepared: from then on it can be resumed.
 
     Args:
         path: The final name of the output.
-        fingerprint: Of the plan.
+        fingerprint: The fingerprint of the plan.
 
     Raises:
         OSError: If the disk refuses.

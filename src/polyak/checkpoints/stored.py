@@ -42,8 +42,8 @@ class StoredTensor:
     """A tensor in a file.
 
     Args:
-        dtype: Of the tensor.
-        shape: Of the tensor.
+        dtype: The dtype of the tensor.
+        shape: The shape of the tensor.
         grain: What is read begins and ends at multiples of this number of elements.
         read: Returns the elements from one number to another, in order, as a tensor of one dimension.
         saved: Where it is in a folder of ``torch.distributed.checkpoint``; None in any other checkpoint.
@@ -130,12 +130,12 @@ class Files:
 
     @property
     def states(self) -> list[tuple[str, tuple[int, ...]]]:
-        """What tells the files from others of their names: inode, size and time of the last change."""
+        """What identifies the files beyond their names: inode, size and time of the last change."""
         return [(str(path.absolute()), state) for path, (_, state) in self._open.items()]
 
     @property
     def size_bytes(self) -> int:
-        """The size of all files that were opened."""
+        """The total size of the files that were opened."""
         return sum(len(data) for data, _ in self._open.values())
 
     def stored(self, tensor: Tensor) -> StoredTensor:
@@ -160,7 +160,7 @@ class Files:
         return StoredTensor(tensor.dtype, shape, grain, read, take=take)
 
     def check(self, tensor: Tensor) -> None:
-        """Compare the checksum of the bytes that a tensor is in, once.
+        """Check the checksum of a tensor's bytes, once.
 
         Args:
             tensor: As it was built from the file.
@@ -180,13 +180,13 @@ class Files:
         del self.unchecked[address]
 
     def release(self) -> None:
-        """Let go of the memory into which files were read. They are read again when they are used."""
+        """Release the memory into which files were read. They are read again when they are used."""
         for data, _ in self._open.values():
             if isinstance(data.obj, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
                 data.obj.madvise(mmap.MADV_DONTNEED)
 
     def require_unchanged(self) -> None:
-        """See that no file was written since it was opened.
+        """Raise if a file was written to since it was opened.
 
         Raises:
             CheckpointError: If one was.

@@ -1,4 +1,4 @@
-"""What is in a checkpoint: all its state dicts, when it was saved, and what was measured then. No tensor is read."""
+"""What is in a checkpoint: its state dicts, when it was saved, and what was measured then. No tensor is read."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ class StateDict:
 
     Args:
         place: Where it is, as for ``--key``; empty if it is the file itself.
-        tensors: By name.
+        tensors: The tensors, by name.
         unread: Tensors that cannot be read, each with its kind.
     """
 

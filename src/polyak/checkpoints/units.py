@@ -1,4 +1,4 @@
-"""The work of writing an output, in units: processes share them, and a run that was stopped leaves finished ones."""
+"""The work of writing an output, in units: processes share them, and a run that resumes skips the finished ones."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Read(Protocol):
         """Return a part of it, or all.
 
         Args:
-            name: Of the tensor.
+            name: The name of the tensor.
             box: Where the part begins and ends in each dimension; None for all.
         """
         ...
@@ -81,7 +81,7 @@ def in_groups(names: Sequence[str], size_of: Callable[[str], int], most: int = U
     """Return names in groups, in order: each has tensors of at most so many bytes together, or one tensor.
 
     Args:
-        names: Of tensors.
+        names: The names of tensors.
         size_of: Returns the size of one.
         most: How many bytes.
 

@@ -20,7 +20,7 @@ _OTHERS = ("optim", "sched", "scaler", "rng", "random", "dataloader", "dataset",
 _ALSO_OTHERS = {"opt", "opt_state", "args", "config", "amp", "ddp", "batch"}
 _DEPTH = 5
 _MOST_ITEMS = 64  # of a list that is looked into
-# What layers keep in a state dict that is no weight: how torch names it, after the name of the layer.
+# What layers keep in a state dict that is not a weight: how torch names it, after the name of the layer.
 EXTRA_STATE = "_extra_state"
 
 
@@ -29,7 +29,7 @@ class Weights(NamedTuple):
 
     Args:
         place: Where they are.
-        tensors: By name.
+        tensors: The tensors, by name.
         extra: Extra states that are no tensors, but plain values, by name.
         left: The names of extra states that are neither.
         buffers: Which of the tensors are buffers, of a network that was pickled as an object; none of a state dict.
@@ -46,8 +46,8 @@ def weights_in(content: _Mapping, files: Files, key: str | None, prefix: str | N
     """Return where the weights are, and them, by name.
 
     Args:
-        content: Of a checkpoint.
-        files: That its tensors are in.
+        content: The content of a checkpoint.
+        files: The files that its tensors are in.
         key: Where they are, as ``model`` or ``state.model``; None to find out.
         prefix: How the names of the tensors to take begin, as ``teacher.``, which is left out of them; None for all.
 
@@ -101,7 +101,7 @@ def stored_in(state: _Mapping, files: Files) -> dict[str, StoredTensor]:
 
     Args:
         state: The state dict.
-        files: That its tensors are in.
+        files: The files that its tensors are in.
     """
     stored = {name: files.stored(value) if isinstance(value, Tensor) else value for name, value in state.items()}
     return {name: value for name, value in stored.items() if isinstance(value, StoredTensor)}
@@ -133,7 +133,7 @@ def state_dicts(content: object, place: str = "", depth: int = _DEPTH) -> Iterat
     """Yield what may be a model's state dict, with its place. States of optimizers and others are passed over.
 
     Args:
-        content: Of a checkpoint.
+        content: The content of a checkpoint.
         place: Where that is.
         depth: How many levels further in are looked at.
     """

@@ -114,7 +114,7 @@ def add_profiles(group: Any) -> None:
     """Add an option for each kind of profile, and one for any in words.
 
     Args:
-        group: Of options that exclude each other, of a parser.
+        group: A group of options that exclude each other, of a parser.
     """
     for form in options():
         group.add_argument(

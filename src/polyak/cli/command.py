@@ -15,7 +15,7 @@ class Answer:
     """What a command prints on stdout: the text, or with ``--json`` the object.
 
     Args:
-        text: For people, with the line breaks of the terminal.
+        text: The text for people, with the line breaks of the terminal.
         plain: For programs. It has the keys of the command's ``JSON``.
         one_line: Whether the object is printed on one line, since others follow.
     """

@@ -28,7 +28,7 @@ def is_checkpoint(path: Path) -> bool:
     """Return whether a path is to be read as a checkpoint, and not as a record.
 
     Args:
-        path: Of a record or a checkpoint.
+        path: The path of a record or a checkpoint.
     """
     from polyak.record.manifest import MANIFEST
 

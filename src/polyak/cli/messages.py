@@ -76,7 +76,7 @@ def in_words(error: OSError) -> str:
     """Return an error of the system as a sentence, without numbers and temporary names.
 
     Args:
-        error: Any.
+        error: Any error.
     """
     reason = error.strerror or str(error)
     name = None if error.filename is None else Path(os.fsdecode(error.filename))

@@ -36,7 +36,7 @@ def run_recommend(arguments: Namespace) -> Answer | None:
     parallel: Parallel = "together" if arguments.together else True
     with working(parallel, evaluate) as workers, Progress("polyak recommend") as progress:
         if output is not None and workers.is_first:
-            # Next to the checkpoints of a pattern, an average is none of them.
+            # Next to the checkpoints of a pattern, an average is not one of them.
             source = record.folder if arguments.record.is_dir() else arguments.record
             check_output(output, force=arguments.force, source=source)
         result = recommend(

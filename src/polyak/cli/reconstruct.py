@@ -77,7 +77,7 @@ def run(arguments: Namespace) -> Answer:
     """
     profile, output = _profile(arguments), arguments.output
     record = open_record(arguments.record, arguments)
-    # Next to the checkpoints of a pattern, an average is none of them.
+    # Next to the checkpoints of a pattern, an average is not one of them.
     check_output(output, force=arguments.force, source=record.folder if arguments.record.is_dir() else arguments.record)
     import torch
     from safetensors import safe_open

@@ -1,6 +1,6 @@
-"""Averages that other libraries saved: their files are recognised, read without running code, and kept as safetensors.
+"""Averages that other libraries saved. Their files are recognised, read without running code, and kept as safetensors.
 
-``formats`` has what libraries write, and ``shapes`` what training scripts do. ``files.load`` opens a file safely;
+``formats`` has what libraries write, and ``shapes`` what training scripts write. ``files.load`` opens a file safely;
 ``pickles`` reads a pickle as data, without importing or calling anything that it names.
 """
 

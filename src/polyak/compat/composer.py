@@ -11,7 +11,7 @@ from polyak.time import Timestamp
 
 
 def as_started(average: Any) -> dict[str, Any]:
-    """Return the state in which Composer's ``EMA`` would be with an average that was assigned to it.
+    """Return the state that Composer's ``EMA`` would have if an average was assigned to it.
 
     Args:
         average: A module, ``EMAParameters`` of Composer or polyak, or anything with their two methods.
@@ -33,14 +33,14 @@ def as_started(average: Any) -> dict[str, Any]:
 
 
 def from_composer(state: Mapping[str, Any], model: nn.Module, policy: PolicyRule) -> dict[str, Any]:
-    """Return the state of Composer's ``EMA`` as one of ours.
+    """Return the state of Composer's ``EMA`` as a state of ours.
 
     Up to 0.12 it has the state dicts of two models. Later it has one set of tensors, which are the average, or, if
     ``ema_weights_active``, the training weights, the model then having been saved with the average in it.
 
     Args:
         state: As Composer saved it.
-        model: In training, with the weights of the checkpoint.
+        model: The model in training, with the weights of the checkpoint.
         policy: Which tensors are averaged.
     """
     known = named_tensors(model)

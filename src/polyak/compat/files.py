@@ -1,4 +1,4 @@
-"""Files from anywhere, opened and read without running code that they may hold."""
+"""Opens and reads files from anywhere, without running code that they may hold."""
 
 import json
 import mmap
@@ -43,7 +43,7 @@ def opened(path: Path) -> memoryview:
         path: Where it is.
 
     Raises:
-        CheckpointError: If it is none, is empty, or may not be read.
+        CheckpointError: If it is not one, is empty, or may not be read.
     """
     try:
         _require_regular(path, path.stat().st_mode)
@@ -83,10 +83,10 @@ def load(
     """Return what is in a file, without running code that it may hold, in memory bounded by the file's size.
 
     Args:
-        path: Of a safetensors file, or one of ``torch.save``, compressed or not.
+        path: The path of a safetensors file, or one of ``torch.save``, compressed or not.
         mapped: Whether tensors may be the file's own bytes, which stay on disk until they are used; the file must then
             not change. They can be written to, which does not change the file.
-        strict: Whether to refuse what is no tensor, container, number or text. Otherwise something stands in for it.
+        strict: Whether to refuse what is not a tensor, container, number or text. Otherwise something stands in for it.
         data: The file's bytes, if it is open.
         unchecked: As for `load_saved`: to read no tensor now.
 
@@ -124,7 +124,7 @@ def load_bytes(
 
     Args:
         data: The bytes.
-        path: Of the file that they are all of.
+        path: The path of the file that they are all in.
         mapped: As for `load`.
         strict: As for `load`.
         unchecked: As for `load`.
@@ -150,7 +150,7 @@ def _is_safetensors(data: memoryview) -> bool:
 
 
 def safetensors_metadata(data: memoryview) -> Mapping[str, Any]:
-    """Return the texts in the header of a safetensors file; none of any other file.
+    """Return the texts in the header of a safetensors file; nothing for any other file.
 
     Args:
         data: The file's bytes.
@@ -171,7 +171,7 @@ def _header(data: memoryview) -> Mapping[str, Any]:
 
 
 def _safetensors(data: memoryview) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file: they are its own bytes."""
+    """Return the tensors of a safetensors file, over the file's own bytes."""
     begin = 8 + int.from_bytes(data[:8], "little")
     header = _header(data)
     about = header.get("__metadata__")
@@ -215,7 +215,7 @@ def _place(name: str, entry: object) -> tuple[int, int, torch.dtype, tuple[int, 
 
 
 def _are_whole(value: object) -> TypeGuard[list[int]]:
-    """Return whether it is a list of few whole numbers, none very large: their product must be cheap."""
+    """Return whether it is a short list of whole numbers, none very large: their product must be cheap."""
     return (
         isinstance(value, list)
         and len(value) <= _MOST_DIMENSIONS
@@ -230,7 +230,7 @@ def read_json(path: Path) -> Any:
         path: Where it is.
 
     Raises:
-        CheckpointError: If it is none, or a very large one.
+        CheckpointError: If it is not one, or a very large one.
     """
     return _json(bytes(opened(path)[: _MOST_JSON_BYTES + 1]), shown(path))
 

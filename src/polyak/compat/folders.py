@@ -1,4 +1,4 @@
-"""Averages that are folders: those of diffusers' ``EMAModel``, and of ``torch.distributed.checkpoint``."""
+"""Averages in folders, saved by diffusers' ``EMAModel`` or by ``torch.distributed.checkpoint``."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ from polyak.errors import CheckpointError
 
 _CONFIG = "config.json"
 _METADATA = ".metadata"
-# Of a sharded checkpoint of polyak.Trainer: what is no sharded tensor, with the names of those.
+# Of a sharded checkpoint of polyak.Trainer: what is not a sharded tensor, with the names of those.
 _REST = "rest.pt"
 _SHARDED = "polyak_sharded"
 # Of the files of torch.save in a folder of diffusers; others, such as optimizer.bin, are no weights.
@@ -26,10 +26,10 @@ _BINS = ("diffusion_pytorch_model*.bin", "pytorch_model*.bin")
 
 
 def is_diffusers(path: Path) -> bool:
-    """Return whether a folder is not one of ``torch.distributed.checkpoint``.
+    """Return whether a folder was not saved by ``torch.distributed.checkpoint``.
 
     Args:
-        path: Of a file or folder.
+        path: The path of a file or folder.
     """
     return path.is_dir() and not (path / _METADATA).exists()
 
@@ -41,7 +41,7 @@ def diffusers(path: Path) -> Averaged:
         path: The folder.
 
     Raises:
-        CheckpointError: If it is none, or cannot be read.
+        CheckpointError: If it is not one, or cannot be read.
     """
     try:
         config = read_json(path / _CONFIG)
@@ -84,11 +84,11 @@ def load_distributed(path: Path) -> Content:
 
 
 def with_rest(path: Path, tensors: Content) -> Content:
-    """Return what polyak's Trainer keeps in a file next to its sharded tensors, with those put in.
+    """Return what polyak's Trainer keeps in a file next to its sharded tensors, with these tensors put in.
 
     Args:
-        path: Of the folder. Without that file the tensors are returned.
-        tensors: By their names in the metadata.
+        path: The path of the folder. Without that file the tensors are returned.
+        tensors: The tensors, by their names in the metadata.
 
     Raises:
         CheckpointError: If the file cannot be read, or names other tensors.
@@ -111,7 +111,7 @@ def _with_rest(value: Any, tensors: Content) -> Any:
 
 
 def _fields(value: object, kind: str) -> Mapping[str, Any]:
-    """Return the fields of a dataclass of a name."""
+    """Return the fields of a dataclass with a given name."""
     if isinstance(value, StandIn) and value.of.rpartition(".")[2] == kind and isinstance(value.state, Mapping):
         return value.state
     raise CheckpointError(f"its metadata must have a {kind} (got {shown(value)})")
@@ -170,10 +170,10 @@ class Distributed:
         return content if isinstance(content, Mapping) else found
 
     def keys(self, name: str) -> tuple[str | int, ...]:
-        """Return the keys by which an item is in the mappings that were saved.
+        """Return the keys that lead to an item in the mappings that were saved.
 
         Args:
-            name: In the metadata.
+            name: The name in the metadata.
 
         Raises:
             CheckpointError: If the metadata do not say it.
@@ -187,9 +187,9 @@ class Distributed:
         """Yield where each shard of a tensor begins and ends in each dimension, and the name of its file.
 
         Args:
-            name: In the metadata.
+            name: The name in the metadata.
             item: What the metadata say of it.
-            shape: Of the tensor.
+            shape: The shape of the tensor.
 
         Raises:
             CheckpointError: If the metadata do not say it.
@@ -203,7 +203,7 @@ class Distributed:
             yield tuple((a, a + n) for a, n in zip(begin, size, strict=True)), _file_of(place)
 
     def blobs(self, wanted: Callable[[str], bool]) -> dict[str, tuple[tuple[str | int, ...], memoryview]]:
-        """Return items that are no tensors by their names: the keys and the bytes of each.
+        """Return the items that are not tensors, by name: the keys and the bytes of each.
 
         Args:
             wanted: Whether an item of a name is.
@@ -222,7 +222,7 @@ class Distributed:
         """Return a tensor, made of its shards.
 
         Args:
-            name: In the metadata.
+            name: The name in the metadata.
             item: What the metadata say of it.
 
         Raises:
@@ -246,8 +246,8 @@ class Distributed:
         """Return the shards of a tensor, each with where it begins and ends in each dimension.
 
         Args:
-            name: In the metadata.
-            shape: Of the tensor.
+            name: The name in the metadata.
+            shape: The shape of the tensor.
             unchecked: As for `load_saved`: to read no tensor now.
 
         Raises:
@@ -315,7 +315,7 @@ def metadata_shape(value: object) -> tuple[int, ...]:
         value: What is there.
 
     Raises:
-        CheckpointError: If it is none.
+        CheckpointError: If it is not one.
     """
     if isinstance(value, StandIn) and value.of.endswith("Size"):
         value = value.arguments
@@ -325,7 +325,7 @@ def metadata_shape(value: object) -> tuple[int, ...]:
 
 
 def _overlap(boxes: list[Box]) -> bool:
-    """Return whether two shards have elements in common. Only those that meet in one dimension are compared."""
+    """Return whether two shards have elements in common. Only shards that meet in one dimension are compared."""
     held = [box for box in boxes if all(begin < end for begin, end in box)]
     if not held or not held[0]:
         return len(held) > 1
@@ -340,7 +340,7 @@ def _overlap(boxes: list[Box]) -> bool:
 
 
 def _with_lists(value: Any) -> Any:
-    """Return mappings whose keys are 0, 1, 2, ... as the lists that they were."""
+    """Turn mappings whose keys are 0, 1, 2, ... back into the lists that they were."""
     todo: list[tuple[dict[Any, Any], Any, dict[Any, Any]]] = []
     for parent, key, inner in _inner(value):
         todo.append((parent, key, inner))
@@ -351,7 +351,7 @@ def _with_lists(value: Any) -> Any:
 
 
 def _inner(value: dict[Any, Any]) -> Iterator[tuple[dict[Any, Any], Any, dict[Any, Any]]]:
-    """Yield the mappings in a mapping, outer ones first, each with where it is."""
+    """Yield the mappings in a mapping, outer ones first, each with its place."""
     waiting = [value]
     while waiting:
         outer = waiting.pop()

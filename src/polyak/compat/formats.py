@@ -86,7 +86,7 @@ def training_weights(saved: object, model: Content) -> dict[str, Tensor] | None:
 
 
 def _polyak_loop(content: Content) -> Averaged | None:
-    """Read what `attach` and the integrations keep next to the model: the states of algorithms, and a clock."""
+    """Read what `attach` and the integrations save next to the model: the states of algorithms, and a clock."""
     if not {"algorithms", "timestamp"} <= content.keys():
         return None
     return next((found for _, saved in _pairs(content["algorithms"]) if (found := _ema_state(saved))), None)
@@ -108,7 +108,7 @@ def timm_state(content: Content) -> Averaged:
     """Read the state dict of timm's ``ModelEmaV3``, which looks like that of any model under DDP.
 
     Args:
-        content: Of the file.
+        content: The content of the file.
 
     Raises:
         CheckpointError: If it cannot be one.
@@ -137,7 +137,7 @@ def _ema_pytorch(content: Content) -> Averaged | None:
 
 
 def _positional(content: Content) -> Averaged | None:
-    """Read what has no names: diffusers' ``EMAModel`` and torch-ema's ``ExponentialMovingAverage``."""
+    """Read averages without names: diffusers' ``EMAModel`` and torch-ema's ``ExponentialMovingAverage``."""
     parameters = content.get("shadow_params")
     if not isinstance(parameters, (list, tuple)):
         return None
@@ -188,7 +188,7 @@ def _whose(saved: Content) -> str:
 
 
 def _with_states(kind: str, model: Content, algorithms: Any) -> Averaged:
-    """Take the average from the state of an ``EMA``, and what it has not from the model."""
+    """Take the average from the state of an ``EMA``, and the rest from the model."""
     for _, saved in _pairs(algorithms):
         if isinstance(saved, Mapping) and (found := _ema_state(saved)) is not None:
             base = tensors_of(model)
@@ -200,7 +200,7 @@ def _with_states(kind: str, model: Content, algorithms: Any) -> Averaged:
 
 
 def _with_counters(average: Mapping[str, Tensor], training: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take integer and bool tensors from the training weights: Composer averages them, and cuts the result."""
+    """Take integer and bool tensors from the training weights: Composer averages them and truncates the result."""
     return {
         name: tensor if tensor.is_floating_point() or name not in training else training[name]
         for name, tensor in average.items()

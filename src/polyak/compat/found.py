@@ -1,4 +1,4 @@
-"""What was found in a file, and the names of its tensors as the model itself has them."""
+"""What was found in a file, with its tensors under the names that they have in the model."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def require(holds: object, kind: str, problem: str) -> None:
 
     Args:
         holds: What must be so.
-        kind: Of which format the file is.
+        kind: The format of the file.
         problem: What is the case otherwise.
 
     Raises:
@@ -51,13 +51,13 @@ def require(holds: object, kind: str, problem: str) -> None:
 
 
 def count(value: object) -> str:
-    """Return a number out of a file, for a note.
+    """Return a number from a file, for a note.
 
     Args:
         value: A number, or a tensor of one.
 
     Raises:
-        CheckpointError: If it is none.
+        CheckpointError: If it is not one.
     """
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
@@ -68,13 +68,13 @@ def count(value: object) -> str:
 
 
 def tensors_of(state: object) -> dict[str, Tensor]:
-    """Return the tensors of a state dict under their canonical names. What is no tensor, such as extra state, is left.
+    """Return the tensors of a state dict under their canonical names, without anything else, such as extra state.
 
     Args:
         state: The state dict.
 
     Raises:
-        CheckpointError: If it is none, a tensor cannot be read, or two have one name.
+        CheckpointError: If it is not one, a tensor cannot be read, or two have one name.
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(f"a state dict must be where the file has {shown(state)}")
@@ -101,30 +101,30 @@ def tensors_of(state: object) -> dict[str, Tensor]:
 
 
 def canonical_name(name: str) -> str:
-    """Return a name without what wrappers put into it.
+    """Return a name without the prefixes that wrappers add.
 
     Args:
-        name: In a state dict.
+        name: A name in a state dict.
     """
     return ".".join(part for part in name.split(".") if part not in WRAPPED_NAMES)
 
 
 def named_under(prefix: str, names: Iterable[Any]) -> bool:
-    """Return whether there are names, and all of them begin so.
+    """Return whether there are names, and all of them begin with a prefix.
 
     Args:
-        prefix: How.
-        names: Which.
+        prefix: The prefix.
+        names: The names.
     """
     given = list(names)
     return bool(given) and all(isinstance(name, str) and name.startswith(prefix) for name in given)
 
 
 def under(prefix: str, content: Content) -> dict[str, Tensor]:
-    """Return the tensors whose names begin so, as the model itself names them: without that, and without ``module.``.
+    """Return the tensors whose names begin with a prefix, named as in the model: without it, and without ``module.``.
 
     Args:
-        prefix: How.
+        prefix: The prefix.
         content: A state dict.
     """
     inside = {
@@ -136,10 +136,10 @@ def under(prefix: str, content: Content) -> dict[str, Tensor]:
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take ``module.``, which DDP and DataParallel put in front, off all names.
+    """Remove ``module.``, which DDP and DataParallel put in front, from all names.
 
     Args:
-        tensors: By name.
+        tensors: The tensors, by name.
     """
     found = dict(tensors)
     while named_under(MODULE, found):
@@ -148,10 +148,10 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def like(tensors: Mapping[str, Tensor], model: Content) -> dict[str, Tensor]:
-    """Take ``module.`` off all names if the model has none of them otherwise.
+    """Remove ``module.`` from all names if otherwise the model has none of them.
 
     Args:
-        tensors: By name.
+        tensors: The tensors, by name.
         model: The model's state dict.
     """
     return dict(tensors) if tensors.keys() & model.keys() else plain(tensors)

@@ -42,10 +42,10 @@ class NetworkState(dict[str, Any]):
 
 
 def with_state_dicts(content: Any, depth: int = _DEPTH) -> Any:
-    """Return the content of a file with the state dicts of networks in place of those that were pickled as objects.
+    """Return the content of a file, with state dicts in place of the networks that were pickled as objects.
 
     Args:
-        content: Of a file.
+        content: The content of a file.
         depth: How many levels of mappings are looked into.
 
     Raises:
@@ -63,7 +63,7 @@ def with_state_dicts(content: Any, depth: int = _DEPTH) -> Any:
 
 
 def _parts(value: object) -> Mapping[Any, Any] | None:
-    """Return the attributes of a network; None if it is none."""
+    """Return the attributes of a network; None if it is not a network."""
     if not isinstance(value, StandIn):
         return None
     state = value.state

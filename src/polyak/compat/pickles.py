@@ -1,7 +1,7 @@
-"""Pickles read as data. Containers, numbers and text are built; of classes and functions only the names are kept.
+"""Reads pickles as data. Containers, numbers and text are built; only the names of classes and functions are kept.
 
-Nothing in a pickle is imported or called. What it would make by a class or a function that is not in the given table
-is a `StandIn`, which does nothing. The size of what is built is bounded by the size of the pickle and by limits.
+Nothing in a pickle is imported or called. An object whose class or function is not in the given table becomes
+a `StandIn`, which does nothing. The size of what is built is bounded by the size of the pickle and by limits.
 """
 
 import io
@@ -14,9 +14,9 @@ from typing import Any, cast
 from polyak.compat.words import shown
 from polyak.errors import CheckpointError
 
-# Of the pickle alone: tensors are stored outside it.
+# The size of the pickle alone: tensors are stored outside it.
 MOST_BYTES = 64 << 20
-# An opcode makes at most about 100 bytes, so that this bounds the memory to some 600 MB.
+# An opcode makes at most about 100 bytes, so this bounds the memory to about 600 MB.
 MOST_OPCODES = 6_000_000
 
 
@@ -24,7 +24,7 @@ class Name:
     """The name of a class or function in a pickle.
 
     Args:
-        path: With the module, as ``collections.OrderedDict``.
+    path: The path with the module, such as ``collections.OrderedDict``.
     """
 
     __slots__ = ("path",)
@@ -38,7 +38,7 @@ class StandIn(dict[Any, Any]):
 
     Args:
         of: Its class or function.
-        arguments: That it would have been made with.
+        arguments: The arguments that it would have been made with.
     """
 
     __slots__ = ("arguments", "of", "state")
@@ -48,7 +48,7 @@ class StandIn(dict[Any, Any]):
         self.arguments = arguments
         self.state: object = None
 
-    # By identity, so that it can be the key of a mapping.
+    # Hashed and compared by identity, so that it can be the key of a mapping.
 
     def __hash__(self) -> int:
         return id(self)
@@ -66,10 +66,10 @@ _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
 def as_key(value: object) -> Any:
-    """Return it as the key of a mapping: itself if its hash is cheap, or else a stand-in.
+    """Return a value that can be the key of a mapping: the value itself if its hash is cheap, or else a stand-in.
 
     Args:
-        value: Any. The hash of a deeply nested tuple would overflow the stack.
+    value: Any value. The hash of a deeply nested tuple would overflow the stack.
     """
     if type(value) in _ATOMS or isinstance(value, (StandIn, Name)):
         return value
@@ -117,7 +117,7 @@ _CONTAINERS: Builders = {
 _NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
 _BYTES = ("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8")
 _TEXTS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
-# They push what they bring along.
+# These push their argument.
 _PUSHED = frozenset((*_NUMBERS, *_BYTES, *_TEXTS))
 _CONSTANTS: Mapping[str, Callable[[], Any]] = {
     "MARK": lambda: _MARK,
@@ -136,12 +136,12 @@ class Unpickler:
     """Reads one pickle.
 
     Args:
-        builders: Functions of ours by the name of what they make, in addition to those of containers.
-        constants: What names stand for that are no functions, such as dtypes.
-        persistent: Makes what lies outside the pickle from its id.
+    builders: Our functions, by the name of what they make, in addition to those that make containers.
+    constants: What other names stand for, such as dtypes.
+    persistent: Makes an object that lies outside the pickle from its id.
 
     Attributes:
-        unknown: The names that are in none of the tables, in order.
+    unknown: The names that are not in any of the tables, in order.
     """
 
     def __init__(
@@ -156,13 +156,13 @@ class Unpickler:
         self.unknown: list[str] = []
 
     def load(self, file: Any) -> Any:
-        """Return what the pickle holds; the file is then after its end.
+        """Return what the pickle holds, and leave the file at its end.
 
         Args:
             file: Open for reading.
 
         Raises:
-            CheckpointError: If it is no pickle, is too large, or does what no pickler does.
+            CheckpointError: If it is not a pickle, is too large, or does what no pickler does.
         """
         try:
             for opcode, argument, _ in pickletools.genops(file):
@@ -181,7 +181,7 @@ class Unpickler:
         """Count what was built.
 
         Args:
-            cost: In opcodes.
+            cost: The cost in opcodes.
 
         Raises:
             CheckpointError: If there is more than `MOST_OPCODES` in all.
@@ -384,10 +384,10 @@ class Window:
     """A part of a file, for reading.
 
     Args:
-        data: What is read.
-        most: How many bytes may be read in all; None for any number.
-        at_once: How many by one call.
-        viewed: From how many bytes on a read is of the file's own memory, which counts nothing; None for never.
+    data: What is read.
+    most: How many bytes may be read in all; None for no limit.
+    at_once: How many bytes one call may read.
+    viewed: Reads of at least so many bytes return a view of the file, which does not count; None for never.
     """
 
     def __init__(
@@ -415,11 +415,11 @@ class Window:
         size = min(size if size >= 0 else len(self._data), max(0, len(self._data) - self._at))
         if self._viewed is not None and size >= self._viewed:
             self._at += size
-            return cast(bytes, self._data[self._at - size : self._at])  # its length is all that pickletools asks for
+            return cast(bytes, self._data[self._at - size : self._at])  # pickletools asks only for its length
         return self._take(size)
 
     def readline(self) -> bytes:
-        """Return the bytes up to the next end of a line."""
+        """Return the bytes up to the end of the line."""
         for begin in range(self._at, len(self._data), _CHUNK):
             if (end := bytes(self._data[begin : begin + _CHUNK]).find(b"\n")) >= 0:
                 return self._take(begin + end + 1 - self._at)
@@ -442,12 +442,12 @@ class Window:
         """Change the position, and return it.
 
         Args:
-            offset: From where ``whence`` says.
+            offset: The offset from where ``whence`` says.
             whence: As for files.
         """
         self._at = max(0, offset + (0, self._at, len(self._data))[operator.index(whence)])
         return self._at
 
     def seekable(self) -> bool:
-        """Return that it is."""
+        """Return True."""
         return True

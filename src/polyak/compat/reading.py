@@ -16,7 +16,7 @@ from polyak.compat.shapes import STATISTICS, candidates, is_state_dict, one_of, 
 from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
 
-# A state dict that has one of these is no model's.
+# A state dict that has one of these is not a model's.
 _COUNTERS = {"n_averaged", "initted", "step", "num_updates", "ema_started"}
 
 
@@ -26,9 +26,9 @@ def read(
     """Find the average in a file, whatever library saved it.
 
     Args:
-        path: Of a checkpoint, a state dict, or a folder of diffusers or ``torch.distributed.checkpoint``.
-        names: Of a file with the names for an average that has none: the model's state dict, saved by ``torch.save``,
-            or a JSON list of the names of its parameters in order.
+        path: The path of a checkpoint, a state dict, or a folder of diffusers or ``torch.distributed.checkpoint``.
+        names: A file with the names for an average that has none: the model's state dict, saved by ``torch.save``, or a
+            JSON list of the names of its parameters in order.
         timm: Whether the file is the state dict of timm's ``ModelEmaV3``. It looks like that of any model under DDP.
         key: Where the average is, as ``ema`` or ``optimizer_states.0.ema``; None to find out.
         prefix: How the names of its tensors begin, as ``teacher.``; None to find out.
@@ -99,7 +99,7 @@ def _unknown(content: Content, path: Path) -> CheckpointError:
 
 
 def _chosen(content: Content, key: str | None, prefix: str | None) -> Averaged:
-    """Return what is where it was said to be."""
+    """Return what is at the given place."""
     value = content if key is None else dig(content, key)
     if isinstance(value, (list, tuple)) and value and prefix is None:
         tensors = tensors_of({str(i): tensor for i, tensor in enumerate(value)})
@@ -119,14 +119,14 @@ def _chosen(content: Content, key: str | None, prefix: str | None) -> Averaged:
 
 
 def dig(value: Any, key: str) -> Any:
-    """Return what is at a key, whose parts are separated by points; a key may itself have points.
+    """Return what is at a key whose parts are separated by points; a part may contain points.
 
     Args:
         value: The content of a file.
-        key: As ``ema`` or ``optimizer_states.0.ema``.
+        key: Such as ``ema`` or ``optimizer_states.0.ema``.
 
     Raises:
-        CheckpointError: If there is nothing.
+        CheckpointError: If there is nothing at the key.
     """
     if isinstance(value, (list, tuple)):
         value = {str(i): inner for i, inner in enumerate(value)}

@@ -26,7 +26,7 @@ _VIEWED_BYTES = 1 << 20
 
 
 def most_bytes(size_bytes: int) -> int:
-    """Return how many bytes may come out of a file.
+    """Return how many bytes may be unpacked from a file.
 
     Args:
         size_bytes: Its size.
@@ -35,7 +35,7 @@ def most_bytes(size_bytes: int) -> int:
 
 
 class Checksum(NamedTuple):
-    """A checksum that has not been compared yet.
+    """A checksum that has not been checked yet.
 
     Args:
         data: The bytes that it is of.
@@ -54,12 +54,12 @@ def load_saved(data: memoryview, *, mapped: bool, strict: bool, unchecked: dict[
     Args:
         data: The file, or the part of it that was saved by one call.
         mapped: Whether the tensors are the file's own bytes where they can be.
-        strict: Whether to refuse what is no tensor, container, number or text; otherwise something stands in for it.
+        strict: Whether to refuse what is not a tensor, container, number or text; otherwise something stands in for it.
         unchecked: To read no tensor now. The checksums of mapped storages are put in it, by their address, to be
             compared by who reads the tensors; and tensors are not copied where the file has them unaligned.
 
     Raises:
-        CheckpointError: If it is no such file, or is damaged.
+        CheckpointError: If it is not such a file, or is damaged.
     """
     if bytes(data[:4]) == b"PK\x03\x04":
         return _Archive(data, mapped=mapped, unchecked=unchecked).load(strict=strict)
@@ -69,16 +69,16 @@ def load_saved(data: memoryview, *, mapped: bool, strict: bool, unchecked: dict[
 
 
 def is_legacy(data: memoryview) -> bool:
-    """Return whether a number of torch is what a file begins with.
+    """Return whether a file begins with torch's magic number.
 
     Args:
-        data: Of the file.
+        data: The data of the file.
     """
     return _LEGACY_MAGIC.to_bytes(10, "little") in bytes(data[:32])
 
 
 def _pickled(data: memoryview, *, mapped: bool, strict: bool, aligned: bool) -> Any:
-    """Return what ``pickle.dump`` wrote: its tensors are in the pickle, each as ``torch.save`` writes storages."""
+    """Return what ``pickle.dump`` wrote. Its tensors are in the pickle, as ``torch.save`` writes storages."""
 
     def storage(saved: object) -> Any:
         if not isinstance(saved, (bytes, memoryview)):
@@ -97,11 +97,11 @@ def _pickled(data: memoryview, *, mapped: bool, strict: bool, aligned: bool) -> 
 
 
 def compare(checksum: int, expected: int, entry: str) -> None:
-    """See that the content of an entry is what was saved.
+    """Raise unless the content of an entry is what was saved.
 
     Args:
-        checksum: Of what is there.
-        expected: Of what was saved.
+        checksum: The checksum of what is there.
+        expected: The checksum of what was saved.
         entry: Its name.
 
     Raises:

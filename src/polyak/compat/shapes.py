@@ -1,4 +1,4 @@
-"""Where training scripts keep the average in their checkpoints: one table, a line for each shape."""
+"""Where training scripts keep the average in their checkpoints: a table with one line for each layout."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,10 +108,10 @@ SHAPES: Sequence[Shape] = (
 
 
 def candidates(content: Content) -> dict[str, tuple[Shape, Any]]:
-    """Return what may be averages, by their places.
+    """Return everything that may be an average, by its place.
 
     Args:
-        content: Of a file.
+        content: The content of a file.
     """
     found = dict[str, tuple[Shape, Any]]()
     for shape in SHAPES:
@@ -154,10 +154,10 @@ def _fits(shape: Shape, content: Content, value: Any) -> bool:
 
 
 def is_state_dict(value: object) -> bool:
-    """Return whether tensors by name are in it, and no mappings or lists.
+    """Return whether a mapping has tensors by name, and no mappings or lists.
 
     Args:
-        value: Any.
+        value: Any value.
     """
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         return False
@@ -166,13 +166,13 @@ def is_state_dict(value: object) -> bool:
 
 
 def _has_both(value: Content) -> bool:
-    """Return whether the state dict of an EMA class is there, with the training weights and counters in it."""
+    """Return whether it is the state dict of an EMA class, with the training weights and counters in it."""
     parts = {part for name in value for part in name.split(".")}
     return {"online_model", "ema_model"} <= parts
 
 
 def _names(value: Content, prefix: str = "") -> list[str]:
-    """Return the names of tensors without ``module.``, or those that begin so, without that."""
+    """Return the names of tensors without ``module.``, or those that begin with a prefix, without it."""
     names = [name for name, one in value.items() if isinstance(name, str) and isinstance(one, (Tensor, Unread))]
     if named_under(MODULE, names):
         names = [name.removeprefix(MODULE) for name in names]
@@ -183,8 +183,8 @@ def take(shape: Shape, content: Content, value: Any) -> Averaged:
     """Return the average at a place.
 
     Args:
-        shape: By which it was found.
-        content: Of the file.
+        shape: The shape by which it was found.
+        content: The content of the file.
         value: What is there.
 
     Raises:
@@ -221,7 +221,7 @@ def _respelled(shape: Shape, tensors: Mapping[str, Tensor], kind: str, notes: tu
 
 
 def _in_order(kind: str, content: Content, given: Mapping[str, Tensor]) -> Averaged:
-    """Name an average without names after the model in the file, if only one order can be meant."""
+    """Give an average without names those of the model in the file, if only one order is possible."""
     model = content.get("state_dict")
     groups = [
         len(opt["param_groups"])
@@ -238,10 +238,10 @@ def _in_order(kind: str, content: Content, given: Mapping[str, Tensor]) -> Avera
 
 
 def one_of(found: Mapping[str, object]) -> CheckpointError:
-    """Return the error that several averages are in a file.
+    """Return the error that a file has several averages.
 
     Args:
-        found: By their places.
+        found: The averages, by their places.
     """
     return CheckpointError(
         f"the file must hold one average (it has {len(found)}, at {listed(map(repr, found))}); say which by --key, "

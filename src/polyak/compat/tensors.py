@@ -1,4 +1,4 @@
-"""Tensors in the files of ``torch.save``, built from bytes that were measured before."""
+"""Builds the tensors in files of ``torch.save``, from bytes whose sizes are checked first."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Unread:
     """Stands for a tensor that cannot be read.
 
     Args:
-        kind: Of which kind it is.
+        kind: Its kind.
     """
 
     kind: str
@@ -31,7 +31,7 @@ class Storage:
     """The bytes of one or several tensors.
 
     Args:
-        dtype: Of the numbers in it.
+        dtype: The dtype of the numbers in it.
         data: The bytes; None on the meta device.
     """
 
@@ -121,7 +121,7 @@ def _build(storage: object, dtype: torch.dtype | None, offset: object, shape: ob
 
 
 def _with_bits(tensor: Any, metadata: object) -> Any:
-    """Return it as its metadata says: conjugate, or negative."""
+    """Return a tensor with the bits that its metadata sets: conjugate, negative."""
     if isinstance(tensor, Unread) or not metadata:
         return tensor
     if not isinstance(metadata, Mapping) or not metadata.keys() <= {"conj", "neg"}:
@@ -134,15 +134,15 @@ def _with_bits(tensor: Any, metadata: object) -> Any:
 
 
 def _may_be_copied(tensor: Tensor) -> bool:
-    """Return whether it has no more numbers than are stored."""
+    """Return whether a tensor has no more numbers than are stored."""
     return tensor.numel() * tensor.dtype.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def copy_if_unaligned(tensor: Any) -> Any:
-    """Return a copy where the bytes in the file do not begin at a multiple of the size of a number.
+    """Return a copy if the bytes in the file do not begin at a multiple of the size of a number.
 
     Args:
-        tensor: What was built. What is no tensor is returned as it is.
+        tensor: What was built. Anything but a tensor is returned as it is.
     """
     if isinstance(tensor, Tensor) and tensor.numel() and tensor.data_ptr() % min(8, tensor.dtype.itemsize):
         return tensor.clone() if _may_be_copied(tensor) else Unread("a tensor that repeats numbers, and is not aligned")
@@ -228,7 +228,7 @@ def unpickler(persistent: Any, *, aligned: bool = True, storage: Callable[[objec
     """
 
     def from_type(function: object, kind: object, arguments: object, state: object = None) -> Any:
-        """Make a tensor that had attributes, or of a subclass: they are left."""
+        """Make a tensor that had attributes or was of a subclass, without either."""
         del kind, state
         if isinstance(function, Name) and function.path in _MADE and isinstance(arguments, tuple):
             return _MADE[function.path](*arguments)

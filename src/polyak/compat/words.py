@@ -1,4 +1,4 @@
-"""How names and values out of files are shown: short, and without what a terminal would obey."""
+"""How names and values from files are shown: short, and without control characters for the terminal."""
 
 from collections.abc import Iterable
 from pathlib import PurePath
@@ -7,12 +7,14 @@ from polyak.printable import printable
 
 __all__ = ["listed", "printable", "shown"]
 
+_MOST = 6
+
 
 def shown(value: object, most: int = 80) -> str:
-    r"""Return it as text for an error or a note, with what is not printable escaped, and not too long.
+    r"""Return a value as short text for an error or a note, with unprintable characters escaped.
 
     Args:
-        value: Text, an error, a number; a path, as a whole; a container, of which only the kind is shown.
+        value: Text, an error, a number, or a path, which is shown as a whole; of anything else only the kind is shown.
         most: How many characters are shown of text.
 
     Example:
@@ -31,12 +33,11 @@ def shown(value: object, most: int = 80) -> str:
     return escaped if len(text) <= most else f"{escaped[:most]}..."
 
 
-def listed(names: Iterable[object], most: int = 6) -> str:
-    """Return some names for an error or a note.
+def listed(names: Iterable[object]) -> str:
+    """Return the first names for an error or a note.
 
     Args:
-        names: Any number of them.
-        most: How many are shown.
+        names: Any number of names.
     """
     given = list(names)
-    return ", ".join(shown(name) for name in given[:most]) + (", ..." if len(given) > most else "")
+    return ", ".join(shown(name) for name in given[:_MOST]) + (", ..." if len(given) > _MOST else "")

@@ -19,8 +19,8 @@ def write(found: Averaged, path: Path, source: Path) -> None:
     """Keep an average as a safetensors file that says where it is from. It is complete, or ``path`` is as it was.
 
     Args:
-        found: By ``read``.
-        path: Of the file.
+        found: What ``read`` found.
+        path: The path of the file.
         source: What was read.
 
     Raises:
@@ -48,10 +48,10 @@ def write(found: Averaged, path: Path, source: Path) -> None:
 
 
 def check_writable(tensors: Mapping[str, Tensor], source: Path) -> None:
-    """See that a safetensors file can hold what was found.
+    """Raise unless a safetensors file can hold what was found.
 
     Args:
-        tensors: By name.
+        tensors: The tensors, by name.
         source: What was read.
 
     Raises:

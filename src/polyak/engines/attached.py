@@ -1,16 +1,14 @@
-"""``EngineAttached``: the handle of an average of an engine's masters, in a loop of your own."""
+"""``EngineAttached``: the handle of an average of an engine's masters, in the user's own loop."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from polyak.algorithm import Algorithm, as_algorithms
-from polyak.engines.handle import MastersHandle, check_averages, refuse_swapped
+from polyak.engines.handle import MastersHandle, check_averages
 from polyak.engines.masters import Masters
 from polyak.training.attached import Attached
 from polyak.training.options import LoopOptions
-
-__all__ = ["EngineAttached", "refuse_swapped"]
 
 
 class EngineAttached(MastersHandle, Attached):
@@ -18,8 +16,8 @@ class EngineAttached(MastersHandle, Attached):
 
     Args:
         algorithms: One ``EMA``, or a list of one.
-        masters: Of the engine's optimizer.
-        options: Of the loop.
+        masters: The masters of the engine's optimizer.
+        options: The options of the loop.
 
     Raises:
         ArgumentError: If there is another algorithm than an ``EMA``, or its average is to be sharded over a mesh.

@@ -28,7 +28,7 @@ def masters_of(engine: Any) -> Masters:
         engine: What ``deepspeed.initialize`` returned first.
 
     Raises:
-        ArgumentError: If it is no engine of DeepSpeed.
+        ArgumentError: If it is not an engine of DeepSpeed.
         OptimizerError: If its masters cannot be averaged; it says why, and what to use instead.
     """
     _refuse(engine)
@@ -112,7 +112,7 @@ def _of_stage_3(optimizer: Any) -> _Found:
 
 
 def _publish_stage_3(optimizer: Any) -> None:
-    """Do what follows a step: nothing gathered from the weights before may be used any more."""
+    """Do what follows a step: discard what was gathered from the weights before."""
     optimizer._partition_all_parameters()  # noqa: SLF001
     for number in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(number)  # noqa: SLF001

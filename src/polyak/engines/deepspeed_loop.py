@@ -22,10 +22,10 @@ class DeepSpeedAttached(EngineAttached):
     Args:
         algorithms: One ``EMA``, or a list of one.
         engine: What ``deepspeed.initialize`` returned first.
-        options: Of the loop.
+        options: The options of the loop.
 
     Raises:
-        ArgumentError: If there is another algorithm than an ``EMA``, or ``engine`` is no engine of DeepSpeed.
+        ArgumentError: If there is another algorithm than an ``EMA``, or ``engine`` is not an engine of DeepSpeed.
         OptimizerError: If the masters cannot be averaged.
         TimeError: If a time is in a unit that is not counted.
     """
@@ -49,11 +49,11 @@ def surround(
     begin: Callable[[], object] = lambda: None,
     finish: Callable[[], object] = lambda: None,
 ) -> Methods:
-    """Replace methods of an engine: nothing trains averaged weights, and its checkpoints have the average.
+    """Replace methods of an engine, so that nothing trains averaged weights and its checkpoints have the average.
 
     Args:
-        engine: Of DeepSpeed.
-        masters: Of the engine.
+        engine: DeepSpeed's engine.
+        masters: The masters of the engine.
         loop: Which follows the masters.
         begin: Called before each step.
         finish: Called after each step that moved weights.
@@ -106,7 +106,7 @@ def folder_of(folder: Any, tag: Any = None) -> Path:
 
     Args:
         folder: As given to ``load_checkpoint``.
-        tag: Of the checkpoint; None for the latest.
+        tag: The tag of the checkpoint; None for the latest.
     """
     latest = Path(folder, "latest")
     tag = latest.read_text().strip() if tag is None and latest.is_file() else tag
@@ -128,7 +128,7 @@ def load_average(loop: Loop, masters: Masters, folder: Path) -> bool:
 
     Args:
         loop: Which follows the masters.
-        masters: Of the engine, which has loaded its own state.
+        masters: The masters of the engine, which has loaded its own state.
         folder: As ``folder_of`` returned it.
     """
     from polyak.sharding import dcp  # noqa: PLC0415  takes half a second to import

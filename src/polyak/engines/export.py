@@ -23,7 +23,7 @@ def check_dtype(dtype: torch.dtype | None) -> None:
         dtype: As given; None for the model's own.
 
     Raises:
-        ArgumentError: If it is no floating-point dtype.
+        ArgumentError: If it is not a floating-point dtype.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ArgumentError(f"dtype must be a floating-point dtype (got {dtype}); use None for the model's own")
@@ -33,14 +33,14 @@ def save_average(ema: EMA, masters: Masters, path: Path, dtype: torch.dtype | No
     """Write the model with its averaged weights. All ranks must call this; no rank holds the full model.
 
     Args:
-        ema: Of the masters; it has begun.
-        masters: Of the model.
+        ema: The EMA of the masters; it has begun.
+        masters: The masters of the model.
         path: A file whose name ends in ``.safetensors``, or a folder.
         dtype: Of what is averaged; None for the model's own.
         overwrite: Whether an earlier export is replaced.
 
     Raises:
-        ArgumentError: If ``dtype`` is no floating-point dtype.
+        ArgumentError: If ``dtype`` is not a floating-point dtype.
     """
     check_dtype(dtype)
     ranks = communicator_of(masters)

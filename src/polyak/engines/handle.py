@@ -1,4 +1,4 @@
-"""``MastersHandle``: the members of a handle whose average is one of an engine's masters."""
+"""``MastersHandle``: the members of a handle for an average of an engine's masters."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ from polyak.training.handle import Handle
 
 
 class MastersHandle(Handle):
-    """What differs in a handle where each rank has a part of the masters, and of their average."""
+    """The members of a handle that differ if each rank has only a part of the masters and of their average."""
 
     @property
     def _masters(self) -> Masters:
@@ -31,7 +31,7 @@ class MastersHandle(Handle):
 
     @property
     def model(self) -> nn.Module:
-        """Not there under an engine: no rank has the full average.
+        """Refuse to return a module: no rank has the full average.
 
         Raises:
             ShardingError: Always; it says what to use.
@@ -70,7 +70,7 @@ class MastersHandle(Handle):
         Raises:
             FileExistsError: If there is something already.
             LoanError: If averaging has not begun.
-            ArgumentError: If ``dtype`` is no floating-point dtype.
+            ArgumentError: If ``dtype`` is not a floating-point dtype.
         """
         save_average(self._begun(), self._masters, Path(path), dtype, overwrite=overwrite)
 
@@ -144,7 +144,7 @@ def refuse_swapped(masters: Masters, what: str) -> None:
     """Refuse what needs training weights while an average is swapped in.
 
     Args:
-        masters: Of the engine.
+        masters: The masters of the engine.
         what: What must be done with training weights, for the error: "a step must be made".
 
     Raises:

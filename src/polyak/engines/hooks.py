@@ -1,4 +1,4 @@
-"""``Methods``: methods of one object that are replaced until they are removed."""
+"""``Methods``: replaces methods of one object for a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +17,10 @@ class Methods:
         self.active = True
 
     def around(self, name: str, call: Callable[..., Any]) -> None:
-        """Let ``call`` run instead of a method.
+        """Replace a method by ``call``.
 
         Args:
-            name: Of the method.
+            name: The name of the method.
             call: Given the method as it was, and the arguments. It is no longer called after ``remove``.
         """
         inner, own = getattr(self._owner, name), name in vars(self._owner)
@@ -32,7 +32,7 @@ class Methods:
         self._replaced.append((name, method, own, inner))
 
     def remove(self) -> None:
-        """Give the object its methods back, unless somebody else has replaced them since: then they do nothing more."""
+        """Restore the object's methods. If somebody else has replaced one since, it then only calls the original."""
         self.active = False
         for name, method, own, inner in reversed(self._replaced):
             if vars(self._owner).get(name) is method:

@@ -20,7 +20,7 @@ class Master:
     Args:
         tensor: Its elements, of one dimension: a view of the memory that the optimizer steps.
         offset: Where they begin in the flattened parameter.
-        length: Of the flattened parameter.
+        length: The length of the flattened parameter.
     """
 
     tensor: Tensor
@@ -31,10 +31,10 @@ class Master:
 class Masters(nn.Module):
     """The model's structure over the masters: parameters are parts of masters, buffers are the model's own.
 
-    An average of it is one of the masters. It has no ``forward``.
+    An average of this module is an average of the masters. It has no ``forward``.
 
     Args:
-        model: In training, wrapped or not.
+        model: The model in training, wrapped or not.
         find: Returns by the parameter's id the part of its master that this rank has, which may be empty. It is asked
             again before each update and each swap, since engines move masters in memory.
         publish: Lets the model's weights follow the masters. All ranks must call it.
@@ -45,7 +45,7 @@ class Masters(nn.Module):
         OptimizerError: If there are no masters.
 
     Attributes:
-        model: In training, unwrapped.
+        model: The model in training, unwrapped.
         names: The canonical names of all parameters that have a master, on this rank or others.
         places: By canonical name, where the part of a master on this rank is in its parameter.
         ranks_of_model: As given.
@@ -94,7 +94,7 @@ class Masters(nn.Module):
             )
 
     def follow(self) -> None:
-        """Read again where the masters are: engines move them when they offload or load.
+        """Find the masters again, since engines move them when they offload or load.
 
         Raises:
             OptimizerError: If there are none now.
@@ -118,7 +118,7 @@ class Masters(nn.Module):
         """Return a state with a ``Fragment`` in place of each part of a master, for ``torch.distributed.checkpoint``.
 
         Args:
-            state: Of an algorithm or a loop.
+            state: The state of an algorithm or a loop.
         """
         return _replaced(state, lambda name, tensor: Fragment.of(tensor, *self.places[name]), self.places)
 

@@ -127,7 +127,7 @@ def _refuse(chunks: Sequence[Any], parts: Sequence[Any]) -> None:
 
 
 def _parts(optimizer: Any) -> Iterator[Any]:
-    """Return the optimizers of a chain; those that have no parameters on this rank are left out."""
+    """Return the optimizers of a chain, without those that have no parameters on this rank."""
     if _kind(optimizer) == "ChainedOptimizer":
         for part in optimizer.chained_optimizers:
             yield from _parts(part)

@@ -18,14 +18,14 @@ def save_average(ema: EMA, masters: MegatronMasters, path: Path, dtype: torch.dt
     """Write the model with its averaged weights. All ranks must call this; no rank holds the full model.
 
     Args:
-        ema: Of the masters; it has begun.
-        masters: Of the model.
+        ema: The EMA of the masters; it has begun.
+        masters: The masters of the model.
         path: A file whose name ends in ``.safetensors``, or a folder.
         dtype: Of what is averaged; None for the model's own.
         overwrite: Whether an earlier export is replaced.
 
     Raises:
-        ArgumentError: If ``dtype`` is no floating-point dtype.
+        ArgumentError: If ``dtype`` is not a floating-point dtype.
     """
     check_dtype(dtype)
     ranks = communicator_of(masters)

@@ -27,7 +27,7 @@ class Piece:
 
     Args:
         start: The first of them.
-        shape: Of the block.
+        shape: The shape of the block.
         offsets: Where it begins in the full tensor.
     """
 
@@ -41,11 +41,11 @@ class Place:
     """What a tensor of this rank is in the full model.
 
     Args:
-        name: Of the full tensor.
-        shape: Of the full tensor.
-        pieces: Of this rank's tensor, in its order.
+        name: The name of the full tensor.
+        shape: The shape of the full tensor.
+        pieces: The pieces of this rank's tensor, in its order.
         replica: Megatron's coordinates among the ranks that have the same elements; the last one is data-parallel.
-        tensor: Of this rank.
+        tensor: The tensor of this rank.
     """
 
     name: str
@@ -92,7 +92,7 @@ def places_of_chunk(chunk: Any) -> list[Place]:
         chunk: In Megatron's ``DistributedDataParallel``.
 
     Raises:
-        OptimizerError: If a tensor is no block of rows of one of the full model, or has no place there.
+        OptimizerError: If a tensor is not a block of rows of one of the full model, or has no place there.
     """
     from megatron.core.transformer.utils import sharded_state_dict_default  # noqa: PLC0415  in use where a chunk is
 
@@ -164,7 +164,7 @@ def under_full_names(chunks: Sequence[nn.Module], places: Mapping[str, Place]) -
 
     Args:
         chunks: As given to ``places_of_chunk``.
-        places: Of their tensors, by name.
+        places: The places of their tensors, by name.
     """
     root, owners = nn.Module(), dict[int, tuple[nn.Module, str]]()
     for module in (module for chunk in chunks for module in inside(chunk).modules()):

@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak.algorithm import Algorithm
 from polyak.averaging.swap import refuse_second_swap
-from polyak.engines.attached import EngineAttached, refuse_swapped
+from polyak.engines.attached import EngineAttached
+from polyak.engines.handle import refuse_swapped
 from polyak.engines.hooks import Methods
 from polyak.engines.masters import Masters
 from polyak.engines.megatron import masters_of
@@ -48,7 +49,7 @@ class MegatronAttached(EngineAttached):
         algorithms: One ``EMA``, or a list of one.
         model: A chunk of the model, or a list of chunks.
         optimizer: As ``get_megatron_optimizer`` returned it.
-        options: Of the loop.
+        options: The options of the loop.
 
     Raises:
         ArgumentError: If there is another algorithm than an ``EMA``, or model and optimizer are none of Megatron's.
@@ -132,7 +133,7 @@ class MegatronAttached(EngineAttached):
         Raises:
             FileExistsError: If there is something already.
             LoanError: If averaging has not begun.
-            ArgumentError: If ``dtype`` is no floating-point dtype.
+            ArgumentError: If ``dtype`` is not a floating-point dtype.
         """
         save_average(self._begun(), self._held, Path(path), dtype, overwrite=overwrite)
 

@@ -27,7 +27,7 @@ class MegatronRanks(FragmentRanks):
 
         Args:
             tensor: A fragment.
-            name: Of the tensor.
+            name: The name of the tensor.
         """
         return 0.0 if name in self.saved_elsewhere else super().share(tensor, name)
 
@@ -39,7 +39,7 @@ class MegatronMasters(Masters):
     """The masters of this rank under their names in the full model.
 
     Args:
-        places: Of the tensors of this rank, by name.
+        places: The places of the tensors of this rank, by name.
         chunks: As Megatron trains them.
         find: As for ``Masters``.
         publish: As for ``Masters``.
@@ -64,8 +64,8 @@ class MegatronMasters(Masters):
         """Return an average, or a tensor of the model, as a part of the full tensor.
 
         Args:
-            name: Of a tensor of this rank.
-            tensor: Of the elements that this rank has.
+            name: The name of a tensor of this rank.
+            tensor: The elements that this rank has.
         """
         ranks = self.ranks_of_model
         written = not isinstance(ranks, MegatronRanks) or name not in ranks.saved_elsewhere
@@ -76,7 +76,7 @@ class MegatronMasters(Masters):
         """Return a state with a ``Fragment`` in place of each tensor of the model.
 
         Args:
-            state: Of an algorithm or a loop.
+            state: The state of an algorithm or a loop.
         """
         return replaced(state, self.fragment, self.layout)
 
@@ -101,7 +101,7 @@ def replaced(state: Any, replace_one: Callable[[str, Any], Any], names: Mapping[
         state: Tensors, and containers of them, by name.
         replace_one: Given a name and what is there.
         names: Those of the tensors.
-        kind: Of what is replaced.
+        kind: The kind of object that is replaced.
     """
     if isinstance(state, Mapping):
         return {

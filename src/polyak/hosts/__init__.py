@@ -1,1 +1,1 @@
-"""Hosts: whose training loop calls. One file each, independent of each other; none decides when to average."""
+"""Integrations: one file or folder per framework, independent of each other. None decides when to average."""

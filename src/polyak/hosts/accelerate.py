@@ -34,7 +34,7 @@ class _Logger:
 class _Checkpoints:
     """The states of attached algorithms in Accelerate's checkpoints; it calls all of these methods.
 
-    There is nothing to save when no variable refers to the average any more.
+    If no variable refers to the average any more, nothing is saved.
     """
 
     def __init__(self, loop: CountedLoop, model: nn.Module, number: int) -> None:
@@ -87,19 +87,19 @@ def attach(
     samples_per_step: int = 0,
     tokens_per_step: int = 0,
 ) -> Attached:
-    """Let algorithms follow a loop with Accelerate, and go into its checkpoints.
+    """Let algorithms follow a loop with Accelerate, and save them in its checkpoints.
 
     Evaluate under ``applied()``, and export the model there (``accelerator.save_model``, ``save_pretrained``).
-    ``save_state`` and ``load_state`` are for resuming, with the training weights in the model and the average next to
-    them; they are refused while the average is in the model. One step of the optimizer is one batch: passes that only
-    accumulate gradients, and steps that mixed precision skips, do not count.
+    ``save_state`` and ``load_state`` are for resuming: they save the training weights, and the average separately. They
+    are refused while the average is in the model. One step of the optimizer is one batch: passes that only accumulate
+    gradients, and steps that mixed precision skips, do not count.
 
-    Under DeepSpeed the average is one of the engine's float32 masters, as by ``polyak.hosts.deepspeed.attach``; each
-    rank has a part of it.
+    Under DeepSpeed the engine's float32 masters are averaged, as by ``polyak.hosts.deepspeed.attach``, and each rank
+    has a part of the average.
 
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several. Under DeepSpeed, one ``EMA``.
-        accelerator: That prepared the model.
+        accelerator: The accelerator that prepared the model.
         model: As ``accelerator.prepare`` returned it.
         optimizer: As ``accelerator.prepare`` returned it; of several, the one that steps last in a batch. None if you
             call ``step`` of what this returns, once after each batch.
@@ -110,7 +110,7 @@ def attach(
 
     Raises:
         NotImplementedError: Under FSDP1 and Megatron-LM.
-        TimeError: If ``max_duration`` is no time.
+        TimeError: If ``max_duration`` is not a time.
         CallError: If an argument is missing, or there is none of that name.
         ArgumentError: If more than one of the algorithms swaps an average in; under DeepSpeed, if there is another
             algorithm than an ``EMA``, or the model was not prepared.

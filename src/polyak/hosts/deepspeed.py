@@ -24,7 +24,7 @@ def attach(
     """Let an average follow DeepSpeed's engine, under ZeRO stage 0 to 3, with or without offload to the CPU.
 
     A call of ``engine.step()`` that moved weights is one step: calls that only accumulate gradients, and steps that
-    fp16 skipped, do not count. Each rank averages its own part of the masters, and sends nothing in an update. Evaluate
+    fp16 skipped, do not count. Each rank averages its own part of the masters, without communication. Evaluate
     under ``applied()``; a backward pass, a step, or a checkpoint is refused there. ``engine.save_checkpoint`` and
     ``load_checkpoint`` save and load the average too, in the folder ``polyak`` of the checkpoint.
 
@@ -38,7 +38,7 @@ def attach(
         logger: Where the metrics go.
 
     Raises:
-        ArgumentError: If ``engine`` is none of DeepSpeed's, or there is another algorithm than an ``EMA``.
+        ArgumentError: If ``engine`` is not DeepSpeed's, or there is another algorithm than an ``EMA``.
         OptimizerError: If the masters cannot be averaged: with experts, pipeline or tensor parallelism, ZenFlow,
             SuperOffload, MiCS, or masters on NVMe.
         TimeError: If a time is in a unit that is not counted.

@@ -44,8 +44,8 @@ class Averaging(Handle):
     Args:
         algorithms: One or several; one of them at most may swap an average in.
         trainer: The engine whose process function trains.
-        model: In training.
-        optimizer: Of several optimizers, the one whose steps are to be counted.
+        model: The model in training.
+        optimizer: If there are several optimizers, the one whose steps are to be counted.
         evaluators: Engines that evaluate with the average, unless ``eval_weights`` says otherwise.
         predictors: Engines that predict with the average.
         gradient_accumulation_steps: Iterations in an optimizer step, for times in ``ep`` and ``dur``.
@@ -146,7 +146,7 @@ class Averaging(Handle):
             state.max_duration = Time(trainer.state.max_iters // self._accumulates, TimeUnit.BATCH)
         length = trainer.state.epoch_length
         steps = length // self._accumulates if length and length % self._accumulates == 0 else None
-        self._loop.set_epoch_length(steps)
+        self._loop.state.set_epoch_length(steps)
         if self._random is not None and hasattr(trainer.state, "rng_states"):
             # A DeterministicEngine sets its own before the order of the data is drawn, which changes that order.
             trainer.state.rng_states = None
@@ -206,7 +206,7 @@ class Averaging(Handle):
         engine.run = run_with_average
 
     def saves(self, checkpoint: Callable[[Engine], object]) -> Callable[[Engine], None]:
-        """Return a handler that saves with the average in the model: that of ``to_save``.
+        """Return a handler that saves with the average in the model of ``to_save``.
 
         The training weights are in the state of this object, from which ``Checkpoint.load_objects`` resumes.
 
@@ -228,16 +228,16 @@ class Averaging(Handle):
         """Resume from what ``state_dict`` returned, with the training weights if the model had the average then.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self._loop.load_state_dict(state)
         self._random = state["rng"]
 
 
 def _raw_metrics(engine: Engine, run: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Run an evaluator on the training weights, without handlers but those of metrics; return them as ``raw_...``.
+    """Run an evaluator on the training weights, with only the handlers of metrics; return the metrics as ``raw_...``.
 
-    Handlers of users, such as ``Checkpoint`` and ``EarlyStopping``, act on the metrics of the average alone.
+    Other handlers, such as ``Checkpoint`` and ``EarlyStopping``, act only on the metrics of the average.
     """
     handlers = engine._event_handlers  # noqa: SLF001  it has no public list of them
     of_metrics = {event: [one for one in added if _is_metric(one[0])] for event, added in handlers.items()}

@@ -25,7 +25,7 @@ def attach(
     """Let an average follow Megatron's optimizer, under tensor, pipeline, expert and data parallelism.
 
     A call of ``optimizer.step()`` that moved weights is one step: steps that an overflow skipped do not count. Each
-    rank averages its own part of the masters, and sends nothing in an update. Evaluate under ``applied()``; a backward
+    rank averages its own part of the masters, without communication. Evaluate under ``applied()``; a backward
     pass, a step, or a checkpoint of the optimizer is refused there. ``sharded_state_dict()`` is saved and loaded by
     ``megatron.core.dist_checkpointing`` with the model's and the optimizer's. All ranks must call this.
 

@@ -1,4 +1,4 @@
-"""``attach`` for training loops of your own: it counts the steps of a torch optimizer by its step hooks."""
+"""``attach`` for your own training loops: it counts the steps of a torch optimizer with its step hooks."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -26,17 +26,18 @@ def attach(
     tokens_per_step: int = 0,
     logger: MetricLogger | None = None,
 ) -> Attached:
-    """Let algorithms follow a training loop of your own; return the handle of the average.
+    """Let algorithms follow your own training loop; return the handle of the average.
 
     One step of the optimizer is one batch. Steps that mixed precision skips, and steps without gradients, do not
     count. Give the counts for the units that your half-life needs; batches need none.
 
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several.
-        model: In training, wrapped or sharded or not. All ranks must swap the average in at the same moments.
-        optimizer: Of its parameters; of several, the one that steps last in a batch; of one that wraps another, as
-            Lookahead, the wrapper. None if no step of one optimizer is a batch, as where each parameter has its own
-            that steps in the backward pass: then call ``step`` of what this returns, once after each batch.
+        model: The model in training, wrapped or sharded or not. All ranks must swap the average in at the same moments.
+        optimizer: The optimizer of its parameters. If there are several, the one that steps last in a batch; if it
+            wraps another, as Lookahead, the wrapper. None if no step of one optimizer is a batch, as where each
+            parameter has its own that steps in the backward pass: then call ``step`` of what this returns, once after
+            each batch.
         max_duration: The length of the run, in any unit or steps, for times in ``dur`` and warnings about the plan.
         steps_per_epoch: Steps in an epoch, for times in ``ep``; or ``"by hand"`` if you call ``end_epoch`` after each.
         samples_per_step: Samples in a step, for times in ``sp``.
@@ -44,7 +45,7 @@ def attach(
         logger: Where the algorithms log, such as ``TensorBoardLogger`` or anything with its method ``log_metrics``.
 
     Raises:
-        TimeError: If ``max_duration`` is no time, or a time of an algorithm is in a unit that is not counted.
+        TimeError: If ``max_duration`` is not a time, or a time of an algorithm is in a unit that is not counted.
         ProfileError: If a profile is in a unit that is not counted.
         OptimizerError: If the optimizer does not run torch's step hooks, as a list or a custom class may not, or steps
             float32 masters instead of the model's parameters, as DeepSpeed, Megatron and apex do.

@@ -51,7 +51,7 @@ class _Logger:
 
 
 class Attached(Handle, TrainerCallback):
-    """Algorithms at work in a ``Trainer``, and the handle of their average; ``attach`` makes it.
+    """Algorithms that run in a ``Trainer``, and the handle of their average; ``attach`` makes it.
 
     ``model`` is the averaged module, ``applied()`` swaps the average into the trainer's model for a block, ``save``
     writes the averaged weights. They need a trainer that has begun to train.
@@ -85,7 +85,7 @@ class Attached(Handle, TrainerCallback):
         return self._loop
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the algorithms and the clock, which checkpoints of the trainer have in ``polyak.pt``.
+        """Return the states of the algorithms and the clock, which the trainer's checkpoints keep in ``polyak.pt``.
 
         Raises:
             LoanError: If the trainer has not begun to train.
@@ -180,14 +180,14 @@ class Attached(Handle, TrainerCallback):
             loop.state.max_duration = Time(args.max_steps, TimeUnit.BATCH)
         else:
             loop.state.max_duration = Time(args.num_train_epochs, TimeUnit.EPOCH)
-        loop.set_epoch_length(_steps_per_epoch(self._trainer, kwargs["train_dataloader"]))
+        loop.state.set_epoch_length(_steps_per_epoch(self._trainer, kwargs["train_dataloader"]))
         self._load(self._resuming, state)
         self._samples, self._tokens_before = 0, state.num_input_tokens_seen
         self._count(loop, kwargs["optimizer"])
         loop.fire(Event.FIT_START)
 
     def _trained(self) -> nn.Module:
-        """Return what the algorithms follow."""
+        """Return the model that the algorithms follow."""
         return self._trainer.model_wrapped
 
     def _count(self, loop: Loop, optimizer: Optimizer) -> None:
@@ -240,7 +240,7 @@ class Attached(Handle, TrainerCallback):
             self._loop.end_epoch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """End; where the best checkpoint was loaded, load its training weights and its average."""
+        """End. If the best checkpoint was loaded, load its training weights and its average."""
         self._fire(Event.FIT_END)
         if args.load_best_model_at_end and state.best_model_checkpoint:
             self._load(Path(state.best_model_checkpoint), state)
@@ -251,7 +251,7 @@ class Attached(Handle, TrainerCallback):
 
 
 class DeepSpeedAttached(MastersHandle, Attached):
-    """The same under DeepSpeed, where the average is one of the engine's float32 masters.
+    """The same under DeepSpeed, where the engine's float32 masters are averaged.
 
     The engine's own checkpoints have training weights, and the average. Evaluations and exports have the average.
 
@@ -392,7 +392,7 @@ def attach(
     Raises:
         NotImplementedError: Under FSDP1.
         ArgumentError: If the trainer has algorithms already, more than one of these swaps an average in,
-            ``eval_weights`` is none of its values, or there is another algorithm than an ``EMA`` under DeepSpeed.
+            ``eval_weights`` is not one of its values, or there is another algorithm than an ``EMA`` under DeepSpeed.
         TimeError: If a time of an algorithm is in a unit that is not counted, as ``tok`` without
             ``include_num_input_tokens_seen``.
         ProfileError: If a profile is in such a unit.

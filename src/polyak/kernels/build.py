@@ -1,4 +1,4 @@
-"""Compile the C kernel, next to its sources.
+"""Compiles the C kernel, next to its sources.
 
 Installing the package does this (``hatch_build.py`` at the root of the repository, which loads this file by its path,
 since a build has no torch), and so does ``python -m polyak.kernels``. It needs a C compiler, ``cc`` on the path or what

@@ -1,4 +1,4 @@
-"""The kernel in C for averages on the CPU, where it was compiled: all tensors in one call, in ``cpu.c``."""
+"""The kernel in C (``cpu.c``) for averages on the CPU, if it was compiled: all tensors in one call."""
 
 import ctypes
 import os
@@ -95,7 +95,7 @@ _team = _Team()
 
 
 class _Jobs:
-    """Jobs for C, which as many threads as torch has may do any number of times. An interrupt comes before or after.
+    """Jobs for C that as many threads as torch has can do again and again. An interrupt comes before or after.
 
     Args:
         call: A function in C.
@@ -143,7 +143,7 @@ def accepts(pair: Pair) -> bool:
     """Return whether C knows the dtypes and the layout of a pair.
 
     Args:
-        pair: On the CPU. Without a place, two tensors to swap.
+        pair: A pair on the CPU. Without a place, two tensors to swap.
     """
     a, b, place = pair
     if place is None:
@@ -157,14 +157,14 @@ def lerp(pairs: Sequence[Pair], left_out: Tensor) -> "Lerp":
     """Return a function that moves the left tensors of pairs towards the right ones.
 
     Args:
-        pairs: With places, and accepted.
+        pairs: Accepted pairs that have places.
         left_out: A 0-dim int64 tensor on the CPU, which counts the tensors that had NaN or inf.
     """
     return Lerp(pairs, left_out)
 
 
 def swap(pairs: Sequence[Pair]) -> "Exchange":
-    """Return what swaps pairs, in one pass over memory and without scratch.
+    """Return a function that swaps pairs, in one pass over memory and without scratch.
 
     Args:
         pairs: Without places, and accepted.
@@ -223,7 +223,7 @@ class Lerp:
     """Move averages towards weights on as many threads as torch has.
 
     Args:
-        pairs: With places, and accepted.
+        pairs: Accepted pairs that have places.
         left_out: A 0-dim int64 tensor on the CPU, which counts the tensors that had NaN or inf.
     """
 
@@ -303,7 +303,7 @@ class Exchange:
             self._jobs.run(swapped)
 
     def _locate(self) -> None:
-        """Write the current addresses: storage may have moved, to shared memory for example.
+        """Write the current addresses: storage may have moved, for example to shared memory.
 
         Raises:
             MemoryLayoutError: If a tensor's storage has become smaller than the tensor.

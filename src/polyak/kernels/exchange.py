@@ -1,4 +1,4 @@
-"""Swaps of tensors in plain torch, and checksums, which show whether tensors have changed."""
+"""Swaps tensors in plain torch, and computes checksums, which show whether tensors have changed."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +17,7 @@ class Exchange:
     it: each step gives the same result when it is repeated.
 
     Args:
-        pairs: Of one shape, dtype and device each.
+        pairs: Pairs of one shape, dtype and device each.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:

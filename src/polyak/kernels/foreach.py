@@ -64,17 +64,17 @@ def why_not(device: torch.device) -> str | None:
     """Return None: torch serves all devices.
 
     Args:
-        device: Any.
+        device: Any device.
     """
     del device
     return None
 
 
 def accepts(pair: Pair) -> bool:
-    """Return that torch moves and swaps all tensors.
+    """Return True: torch moves and swaps all tensors.
 
     Args:
-        pair: Any.
+        pair: Any pair.
     """
     del pair
     return True
@@ -84,7 +84,7 @@ def swap(pairs: Sequence[Pair]) -> Exchange:
     """Return what swaps pairs through a scratch buffer.
 
     Args:
-        pairs: On one device.
+        pairs: Pairs on one device.
     """
     return Exchange(pairs)
 
@@ -93,7 +93,7 @@ def lerp(pairs: Sequence[Pair], left_out: Tensor) -> "Lerp":
     """Return a function that moves the left tensors of pairs towards the right ones.
 
     Args:
-        pairs: On one device, with places.
+        pairs: Pairs on one device, with places.
         left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
     """
     return Lerp(pairs, left_out)
@@ -103,7 +103,7 @@ class Lerp:
     """Move averages towards weights, as ``registry.lerp`` says. Nothing here waits for a device.
 
     Args:
-        pairs: On one device, with places.
+        pairs: Pairs on one device, with places.
         left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
     """
 
@@ -229,7 +229,7 @@ class _Rows:
 
     Args:
         triples: Averages of one dtype, their weights, and their places.
-        runs: For each its ``run_of``.
+        runs: The ``run_of`` of each average.
         width: Words of a row: the most that any of them needs.
         scratch: Memory to work in.
     """

@@ -1,4 +1,4 @@
-"""What kernels work on: pairs of tensors, and where in a full tensor the elements of a shard lie."""
+"""The inputs of kernels: pairs of tensors, and where the elements of a shard are in the full tensor."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor's elements lie in the full tensor of which it may be a shard.
+    """Where a tensor's elements are in the full tensor, of which it may be a shard.
 
     A 16-bit average is rounded by a hash of each element's index in the full tensor, so that shards get the bits that
     the full tensor would get. Other averages do not use it.
 
     Args:
         seed: The seed of its rounding, from 0 to 2 ** 32 - 1.
-        shape: Of the full tensor, which is contiguous. None: the tensor is not a shard; its elements are counted in the
-            order in which they lie in memory.
+        shape: The shape of the full tensor, which is contiguous. None: the tensor is not a shard; its elements are
+            counted in the order in which they lie in memory.
         offset: Where in the full tensor the shard begins, an index for each dimension. None without ``shape``.
 
     Example:
@@ -89,6 +89,6 @@ def counted(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the tensors whose changes autograd counts: all but inference tensors.
 
     Args:
-        tensors: Any.
+        tensors: Any tensors.
     """
     return [tensor for tensor in tensors if not tensor.is_inference()]

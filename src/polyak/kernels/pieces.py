@@ -1,4 +1,4 @@
-"""Tensors in pieces of bounded size, and scratch memory for one piece at a time: what the kernel in torch works in."""
+"""Cuts tensors in pieces of bounded size, with scratch memory for one piece at a time, for the kernel in torch."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +20,8 @@ class Scratch:
         """Return all ``SCRATCH_ELEMENTS`` of one scratch, with undefined values.
 
         Args:
-            dtype: Of the result.
-            device: Of the result.
+            dtype: The dtype of the result.
+            device: The device of the result.
             purpose: Two results that are used at the same time need two purposes.
         """
         return self._kept(purpose, dtype, device, torch.empty, SCRATCH_ELEMENTS)
@@ -31,7 +31,7 @@ class Scratch:
 
         Args:
             piece: A piece of at most ``SCRATCH_ELEMENTS``.
-            dtype: Of the result.
+            dtype: The dtype of the result.
             purpose: Two results that are used at the same time need two purposes.
         """
         return self.all(dtype, piece.device, purpose)[: piece.numel()].view(piece.shape)
@@ -40,8 +40,8 @@ class Scratch:
         """Return a 0-dim tensor, with an undefined value.
 
         Args:
-            dtype: Of the result.
-            device: Of the result.
+            dtype: The dtype of the result.
+            device: The device of the result.
             purpose: Two results that are used at the same time need two purposes.
         """
         return self._kept(purpose, dtype, device, torch.empty, ())
@@ -51,7 +51,7 @@ class Scratch:
 
         Args:
             count: How many, at most ``SCRATCH_ELEMENTS``.
-            device: Of the result.
+            device: The device of the result.
         """
         return self._kept("numbers", torch.int32, device, torch.arange, SCRATCH_ELEMENTS)[:count]
 
@@ -64,13 +64,13 @@ class Scratch:
         return self._held[key]
 
 
-def order_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> list[int] | None:
+def order_of(tensors: Sequence[Tensor], *, in_order: bool) -> list[int] | None:
     """Return the order of dimensions in which all these tensors of one shape are contiguous.
 
     None if they are not dense, or have different layouts; with ``in_order`` also if they are not contiguous.
 
     Args:
-        tensors: Of any layouts.
+        tensors: Tensors of any layouts.
         in_order: Whether the order must be that of the indices.
     """
     order = list(range(tensors[0].dim()))
@@ -83,7 +83,7 @@ def views_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> list[Tenso
     """Return flat views of tensors for which ``order_of`` finds an order, and the tensors themselves otherwise.
 
     Args:
-        tensors: Of any layouts, and one shape.
+        tensors: Tensors of any layouts, and one shape.
         in_order: Whether the order must be that of the indices.
     """
     order = order_of(tensors, in_order=in_order)
@@ -94,7 +94,7 @@ def pieces_of(tensors: Sequence[Tensor], *, in_order: bool = False) -> Iterator[
     """Cut tensors of one shape in views of at most ``SCRATCH_ELEMENTS``, all at the same indices.
 
     Args:
-        tensors: Of any layouts.
+        tensors: Tensors of any layouts.
         in_order: Whether the pieces must come in the order of the indices, and not in that of memory.
     """
     views = views_of(tensors, in_order=in_order)
@@ -106,7 +106,7 @@ def num_pieces(shape: torch.Size) -> int:
     """Return the number of pieces in which a tensor of this shape is cut.
 
     Args:
-        shape: Of any tensor.
+        shape: The shape of any tensor.
     """
     if shape.numel() <= SCRATCH_ELEMENTS:
         return 1
@@ -128,8 +128,8 @@ def piece_of(tensor: Tensor, number: int) -> Tensor:
     """Return one piece of a tensor: a view.
 
     Args:
-        tensor: Of any layout.
-        number: Of the piece, below ``num_pieces``, in the order of the indices.
+        tensor: A tensor of any layout.
+        number: The number of the piece, below ``num_pieces``, in the order of the indices.
     """
     if tensor.numel() <= SCRATCH_ELEMENTS:
         return tensor

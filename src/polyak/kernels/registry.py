@@ -1,4 +1,4 @@
-"""Which kernel serves which tensors: each pair goes to the first kernel in the list that accepts it.
+"""Chooses the kernel for each pair of tensors: the first in the list that accepts it.
 
 The environment variable ``POLYAK_KERNEL`` names the kernel to begin with (``triton``, ``c`` or ``torch``). Those before
 it in the list then serve nothing, and it must be able to serve.
@@ -45,7 +45,7 @@ class Kernel(Protocol):
         """Return why the kernel cannot serve a device; None if it can.
 
         Args:
-            device: Of a type that the kernel is listed for.
+            device: A device of a type that the kernel is listed for.
         """
 
     def accepts(self, pair: Pair) -> bool:
@@ -59,7 +59,7 @@ class Kernel(Protocol):
         """Return a function that moves the left tensors of pairs towards the right ones.
 
         Args:
-            pairs: On one device, and accepted. Their addresses are noted: where they may change, make a new one.
+            pairs: Pairs on one device, and accepted. Their addresses are noted: where they may change, make a new one.
             left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
         """
 
@@ -67,7 +67,7 @@ class Kernel(Protocol):
         """Return what swaps pairs.
 
         Args:
-            pairs: On one device, and accepted.
+            pairs: Pairs on one device, and accepted.
         """
 
 
@@ -75,7 +75,7 @@ class _Line(NamedTuple):
     """A line of the list. The module is imported when a device needs it, since Triton takes a while.
 
     Args:
-        module: With the functions of a ``Kernel``.
+        module: A module with the functions of a ``Kernel``.
         devices: The types of devices that it serves. None stands for all.
         requires: A package that must be installed.
     """
@@ -165,7 +165,7 @@ def serving_cpu() -> list[str]:
 
 
 def reasons(device_type: str) -> dict[str, str | None]:
-    """Return for each kernel why it does not serve a type of device; None if it does. They are in their order.
+    """Return for each kernel, in order, why it does not serve a type of device; None if it does.
 
     Args:
         device_type: Such as ``"cpu"``.
@@ -224,7 +224,7 @@ def lerp(averages: Sequence[Tensor], online: Sequence[Tensor], places: Sequence[
 
 
 class _Updates:
-    """Moves averages that several kernels, or other devices, serve.
+    """Moves averages with several kernels or on several devices.
 
     Args:
         parts: What moves some of them, and the counter that it uses.
@@ -252,7 +252,7 @@ def lerp_(
     *,
     by: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Place], Tensor], Update] = lerp,
 ) -> Tensor:
-    """Do once what ``lerp`` returns, and return how many tensors had NaN or inf, as a 0-dim tensor.
+    """Move every average once, and return how many tensors had NaN or inf, as a 0-dim tensor.
 
     Autograd counts the changes, as of torch's own operations in place.
 
@@ -284,7 +284,7 @@ def swap(left: Sequence[Tensor], right: Sequence[Tensor]) -> Exchange:
 
 
 class _Exchanges:
-    """Swaps pairs that several kernels, or several devices, serve.
+    """Swaps pairs with several kernels or on several devices.
 
     Args:
         parts: What swaps some of them, and their numbers.

@@ -1,4 +1,4 @@
-"""Stochastic rounding to 16 bits in plain torch: all in scratch memory, so that an update allocates nothing.
+"""Stochastic rounding to 16 bits in plain torch. It uses scratch memory, so that an update allocates nothing.
 
 The 16 random bits of an element are a hash of a counter, its index in the full tensor, and a key. So they are the same
 on each device and in each split of the work, and need no state. Two neighbours share the 32 bits of one draw, a word:
@@ -173,8 +173,8 @@ def is_within(tensor: Tensor, dtype: torch.dtype, scratch: Scratch) -> bool:
     """Return whether all elements are finite and within the range of ``dtype``. This waits for the device.
 
     Args:
-        tensor: Of float32.
-        dtype: To which it will be rounded.
+        tensor: A tensor of float32.
+        dtype: The dtype to which it will be rounded.
         scratch: Memory to work in.
     """
     flags = (scratch.flag(tensor.dtype, tensor.device, name) for name in ("least", "most"))
@@ -189,8 +189,8 @@ def round_(tensor: Tensor, dtype: torch.dtype, random: Tensor, scratch: Scratch,
     A value beyond the range of ``dtype`` becomes the largest in it.
 
     Args:
-        tensor: Of float32.
-        dtype: To which it is rounded.
+        tensor: A tensor of float32.
+        dtype: The dtype to which it is rounded.
         random: 16 random bits for each element, in int32. They are overwritten.
         scratch: Memory to work in.
         within: Whether it ``is_within`` the range of ``dtype``, which saves work.
@@ -217,8 +217,8 @@ def store(tensor: Tensor, into: Tensor) -> None:
     """Copy rounded values to a 16-bit tensor. This overwrites ``tensor``.
 
     Args:
-        tensor: Of float32.
-        into: Of 16 bits.
+        tensor: A tensor of float32.
+        into: A tensor of 16-bit numbers.
     """
     if into.dtype == torch.bfloat16:  # torch's own conversion gives other bits for a nan
         into.view(torch.int16).copy_(tensor.view(torch.int32).bitwise_right_shift_(16))

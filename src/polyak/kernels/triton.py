@@ -1,4 +1,4 @@
-"""The kernel in Triton for averages on a GPU: one launch for all tensors of a pair of dtypes, and nothing that waits.
+"""The kernel in Triton for averages on a GPU: one launch for all tensors of a pair of dtypes, without waiting.
 
 Only imported for averages on a GPU, since Triton takes a while.
 """
@@ -25,7 +25,7 @@ def why_not(device: torch.device) -> str | None:
     """Return why Triton cannot serve a device; None if it can. It needs a GPU, and most versions a C compiler.
 
     Args:
-        device: Of the type ``cuda``.
+        device: A device of the type ``cuda``.
     """
     del device
     try:
@@ -39,7 +39,7 @@ def accepts(pair: Pair) -> bool:
     """Return whether a pair is of plain tensors, dense and laid out in the same way. Swaps are left to torch.
 
     Args:
-        pair: On one device.
+        pair: A pair on one device.
     """
     average, online, place = pair
     if place is None:
@@ -61,7 +61,7 @@ def lerp(pairs: Sequence[Pair], left_out: Tensor) -> "Lerp":
     """Return a function that moves the left tensors of pairs towards the right ones.
 
     Args:
-        pairs: On one device, with places, and accepted.
+        pairs: Pairs on one device, with places, and accepted.
         left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
     """
     return Lerp(pairs, left_out)
@@ -71,7 +71,7 @@ def swap(pairs: Sequence[Pair]) -> Exchange:
     """Return what swaps pairs, in torch.
 
     Args:
-        pairs: On one device.
+        pairs: Pairs on one device.
     """
     return Exchange(pairs)
 
@@ -227,7 +227,7 @@ class Lerp:
     and keep it as long as the graph.
 
     Args:
-        pairs: On one device, with places, and accepted.
+        pairs: Pairs on one device, with places, and accepted.
         left_out: A 0-dim int64 tensor on their device, which counts the tensors that had NaN or inf.
     """
 

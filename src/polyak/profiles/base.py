@@ -1,4 +1,4 @@
-"""What a profile is, and the registry of all of them. The profiles themselves are in ``polyak.profiles``."""
+"""The protocol of profiles, and their registry. The profiles themselves are in ``polyak.profiles``."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from polyak.time import Time, TimeUnit
 
 
 class Profile(Protocol):
-    """What averaging needs of a profile. A custom class needs these three members and no more."""
+    """The members that averaging needs of a profile. A custom class needs only these three."""
 
     @property
     def unit(self) -> TimeUnit | None:
@@ -29,10 +29,10 @@ class Profile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a command line gives a profile: as ``--NAME VALUE``, or in a list as ``NAME=VALUE``.
+    """The form of a profile on a command line: ``--NAME VALUE``, or ``NAME=VALUE`` in a list.
 
     Args:
-        name: Of the option, without dashes.
+        name: The name of the option, without dashes.
         metavar: Stands for the value in the help.
         help: What the profile is, for the help.
         example: A value that can be parsed.
@@ -65,7 +65,7 @@ class NamedProfile(ABC):
 
         Raises:
             PolyakError: If the value is out of range.
-            ValueError: If the text is no value.
+            ValueError: If the text is not a value.
         """
         raise ProfileError(f"a profile on the command line must have a form (got {form}={text} for {cls.__name__})")
 
@@ -102,7 +102,7 @@ class NamedProfile(ABC):
 
     @property
     def online(self) -> str:
-        """What to do instead of following the profile in one buffer, for error messages."""
+        """For error messages: what to do, since one buffer cannot follow the profile."""
         return "record the run and take this average from the record, or use HalfLife"
 
     @property
@@ -135,7 +135,7 @@ class NamedProfile(ABC):
         return str(self)
 
     def debiased(self) -> "NamedProfile | None":
-        """Return the variant in which the first weights count no more than others; None if there is none."""
+        """Return the variant in which the first weights do not count more than others; None if there is none."""
         return None
 
 
@@ -230,7 +230,7 @@ def parse(form: str, text: str) -> NamedProfile:
 
     Raises:
         PolyakError: If the value is out of range.
-        ValueError: If the text is no value.
+        ValueError: If the text is not a value.
 
     Example:
         >>> parse("power", "0.1").describe()
@@ -248,7 +248,7 @@ def parse_words(text: str) -> NamedProfile:
 
     Raises:
         PolyakError: If there is no such form, or the value is out of range.
-        ValueError: If the text is no value.
+        ValueError: If the text is not a value.
 
     Example:
         >>> parse_words("cooldown 20%, 1-sqrt, floor 0.1").describe()

@@ -46,7 +46,7 @@ class Cooldown(NamedProfile):
 
     Raises:
         TimeError: If ``span`` is not a time, or is not above 0.
-        ProfileError: If ``shape`` is none of these, or ``floor`` is out of range.
+        ProfileError: If ``shape`` is not one of these, or ``floor`` is out of range.
 
     Example:
         >>> Cooldown("10ba").decay(before=95, now=100)  # as Window("10ba")

@@ -1,4 +1,4 @@
-"""The record of a run: means of the weights over segments of training, in safetensors files, and how to read them.
+"""The record of a run: writes and reads means of the weights over segments of training, in safetensors files.
 
 ``docs/record-format.md`` describes the format.
 """

@@ -1,4 +1,4 @@
-"""Writing segments on a background thread, one at a time."""
+"""Writes segments on a background thread, one at a time."""
 
 import os
 import weakref
@@ -38,7 +38,7 @@ class Ended:
 
 
 class Appender:
-    """Appends to a record on a background thread. It keeps nothing: the caller keeps what is not written.
+    """Appends to a record on a background thread. The caller keeps segments until they are written.
 
     Args:
         writer: The writer of the record; closed with this object.
@@ -61,7 +61,7 @@ class Appender:
         return self.process != os.getpid()
 
     def begin(self, ended: Ended) -> None:
-        """Have a segment written; return immediately.
+        """Start writing a segment; return immediately.
 
         Args:
             ended: The segment.
@@ -128,7 +128,7 @@ def settle(folder: Path) -> None:
     """Wait for what this process is writing to a record, so that a reader finds all segments that have ended.
 
     Args:
-        folder: Of the record.
+        folder: The folder of the record.
     """
     for appender in list(_APPENDERS):
         if appender.writer.folder == folder:

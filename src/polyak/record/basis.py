@@ -1,4 +1,4 @@
-"""The cumulative profiles of stored averages, at points that integrals over the run are sums over."""
+"""The cumulative profiles of stored averages at points of the run, over which integrals are computed as sums."""
 
 import math
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class Basis:
         """Return the reading of a clock at each point, by linear interpolation between the edges.
 
         Args:
-            unit: Of the clock; None for updates.
+            unit: The unit of the clock; None for updates.
         """
         return clock_at(self.edges, self.at, unit, self.max_duration).tolist()
 
@@ -59,7 +59,7 @@ class Basis:
         """Return the reading of a clock at each edge.
 
         Args:
-            unit: Of the clock; None for updates.
+            unit: The unit of the clock; None for updates.
         """
         return [edge.clock(unit, self.max_duration) for edge in self.edges]
 
@@ -96,7 +96,7 @@ def basis_of(averages: tuple[StoredAverage, ...], max_duration: Time | None) -> 
 
 
 def _cells(length: float, parts: int, *, first: bool) -> list[tuple[float, float]]:
-    """Divide an interval: evenly, the last part and in the first interval also the first part again and again."""
+    """Divide an interval evenly, then its last part, and in the first interval also its first part, again and again."""
     width = length / parts
     halvings = min(_MOST_HALVINGS if parts == _MOST_PARTS else parts, max(0, int(math.log2(max(1.0, width)))))
     cells = [(i * width, width) for i in range(int(first), parts - 1)]
@@ -109,9 +109,9 @@ def clock_at(edges: Sequence[Edge], at: Tensor, unit: TimeUnit | None, max_durat
     """Return the readings of a clock, by linear interpolation between edges.
 
     Args:
-        edges: In order.
+        edges: The edges, in order.
         at: Updates.
-        unit: Of the clock; None for updates.
+        unit: The unit of the clock; None for updates.
         max_duration: The length of the run, for ``dur``.
 
     Raises:
@@ -133,7 +133,7 @@ def clock_at(edges: Sequence[Edge], at: Tensor, unit: TimeUnit | None, max_durat
 
 
 def _curves(averages: Sequence[StoredAverage], edges: Sequence[Edge], at: Tensor, max_duration: Time | None) -> Tensor:
-    """Return the share of each average that is of the weights up to each point."""
+    """Return the share of each average that comes from the weights up to each point."""
     logs = dict[tuple[Profile, float], tuple[Tensor, Tensor]]()
     curves = torch.zeros(len(averages), len(at), dtype=torch.float64)
     for curve, one in zip(curves, averages, strict=True):
@@ -152,7 +152,7 @@ def _curves(averages: Sequence[StoredAverage], edges: Sequence[Edge], at: Tensor
 
 
 def _log_shares(profile: Profile, clock: list[float]) -> Tensor:
-    """Return the logarithm of the share in an average at the last point, which has a constant factor to any other."""
+    """Return the logarithm of an average's share at the last point; at any other it differs by a constant factor."""
     logs = [0.0]
     for i in range(len(clock) - 1, 0, -1):
         decay = profile.decay(clock[i - 1], clock[i])

@@ -9,7 +9,7 @@ _COUNTERS = ("batch", "epoch", "iteration", "sample", "token", "total_wct")
 
 
 class RecordClock:
-    """Reads the loop's clock, which may start from 0 again where the record continues.
+    """Reads the loop's clock, and continues if that starts from 0 again.
 
     Attributes:
         ahead: By counter, how far the record's clock is ahead of the loop's.

@@ -29,7 +29,7 @@ class Reader(Protocol):
 
 
 class Products:
-    """The inner products of the differences between the means of neighbors, of all averaged tensors together.
+    """The inner products of the differences between neighboring means, over all averaged tensors.
 
     Args:
         pairs: How many pairs of neighbors there are.
@@ -88,7 +88,7 @@ def combine(  # noqa: PLR0917  one pass, with all that it needs
         info: The tensor.
         coefficients: For each average, the weight of each file.
         results: For each average, the tensor that is overwritten.
-        products: Of the segments, to be added to; None for none.
+        products: The products of the segments, to be added to; None for none.
 
     Raises:
         RecordError: If a file is damaged, or a value is infinite in the dtype of a result.

@@ -1,4 +1,4 @@
-"""``Contents``: what a record on disk consists of, and its files."""
+"""``Contents``: the segments, tensors and files of a record on disk."""
 
 import shlex
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ class Contents:
 
     @property
     def arguments(self) -> str | None:
-        """The arguments by which commands open the record; None if a command line cannot say it."""
+        """The arguments with which commands open the record; None if there are no such arguments."""
         return shlex.quote(str(self.folder))
 
     @property
@@ -67,7 +67,7 @@ class Contents:
         return open_segment(self.folder, segment, self.tensors, self._verified)
 
     def open_raw(self) -> AbstractContextManager[SegmentFile]:
-        """Open the raw weights of what is averaged, at the end of the record, for the length of a ``with`` block.
+        """Open the raw weights of the averaged tensors, at the end of the record, for the length of a ``with`` block.
 
         Raises:
             RecordError: If the record has none, or the file is missing, truncated or foreign.
@@ -84,7 +84,7 @@ class Contents:
         """Return the raw weights at the end of the record by name, bit for bit, in the model's dtypes.
 
         Args:
-            device: For the result; None for the CPU.
+            device: The device for the result; None for the CPU.
 
         Raises:
             RecordError: If the record has none, or a file is missing, truncated, damaged or foreign.
@@ -97,7 +97,7 @@ class Contents:
         return self._completed(result, device)
 
     def verify(self) -> None:
-        """Compare all files, also those that are kept for checkpoints, with the hashes in the manifest.
+        """Check all files against the hashes in the manifest, including those that are kept for checkpoints.
 
         Raises:
             RecordError: If one differs.

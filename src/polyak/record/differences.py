@@ -19,7 +19,7 @@ _MOST = 127
 
 
 def is_difference(info: TensorInfo) -> bool:
-    """Return whether a tensor is kept as a difference. In a record: whether it is where that is accurate enough.
+    """Return whether a tensor is kept as a difference; for a whole record, whether it is when that is accurate enough.
 
     Args:
         info: How it is kept. No mean is of whole numbers by itself.
@@ -46,7 +46,7 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the scales of a tensor: a number for each row, or one if it has less than two dimensions.
 
     Args:
-        shape: Of the tensor, or of the local shard that a file has.
+        shape: The shape of the tensor, or of the local shard that a file has.
 
     Example:
         >>> scale_shape((64, 3, 3)), scale_shape((64,)), scale_shape(())
@@ -56,10 +56,10 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def scales_of(difference: Tensor) -> Tensor:
-    """Return the size of a step in each row, such that its largest number has 127 steps.
+    """Return the size of a step in each row: that for which the largest number in the row is 127 steps.
 
     Args:
-        difference: From the mean before.
+        difference: The difference from the mean before.
 
     Example:
         >>> scales_of(torch.tensor([[127.0, 1.0], [0.0, 0.0]]))
@@ -77,7 +77,7 @@ def steps_of(difference: Tensor, scales: Tensor) -> Tensor:
     """Return a difference in steps, rounded.
 
     Args:
-        difference: From the mean before.
+        difference: The difference from the mean before.
         scales: The size of a step in each row.
     """
     steps = difference / torch.where(scales > 0, scales, 1)
@@ -85,7 +85,7 @@ def steps_of(difference: Tensor, scales: Tensor) -> Tensor:
 
 
 def from_steps(steps: Tensor, scales: Tensor) -> Tensor:
-    """Return the difference that steps are, in float32.
+    """Return the difference that steps encode, in float32.
 
     Args:
         steps: Some elements of a tensor.
@@ -95,12 +95,12 @@ def from_steps(steps: Tensor, scales: Tensor) -> Tensor:
 
 
 def lost(difference: Tensor, scales: Tensor) -> tuple[float, float]:
-    """Return the squares of what a difference loses at most, half a step of each number, and of its norm.
+    """Return the squared error bound of a difference, half a step for each number, and its squared norm.
 
-    Of NaN and inf all is lost.
+    NaN and inf are lost completely.
 
     Args:
-        difference: From the mean before.
+        difference: The difference from the mean before.
         scales: The size of a step in each row.
     """
     row = difference.numel() / max(1, scales.numel())

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,13 +10,16 @@ from torch import Tensor
 from polyak.profiles import Profile
 from polyak.record.combining import combine
 from polyak.record.fitting import Fit
-from polyak.record.passes import Readable, averaged_as, opened, weights
+from polyak.record.passes import averaged_as, opened, weights
 from polyak.storage.atomic import replacing
 from polyak.storage.safetensors import disk_errors, write_tensors
 
+if TYPE_CHECKING:
+    from polyak.record.reader import Record
+
 
 def export(  # noqa: PLR0917  the average, and all that is written about it
-    record: Readable, profile: Profile, fitted: Fit, error: float, path: Path, dtype: torch.dtype | None
+    record: "Record", profile: Profile, fitted: Fit, error: float, path: Path, dtype: torch.dtype | None
 ) -> None:
     """Write an average, with its profile, moment and error in the file's metadata.
 

@@ -1,4 +1,4 @@
-"""The files of a record, read one tensor at a time, and compared with their hashes.
+"""Reads the files of a record one tensor at a time, and compares them with their hashes.
 
 A segment is one safetensors file, or, where several ranks have written it together, a folder with a file of each rank.
 """
@@ -61,7 +61,7 @@ class _Stored:
 
 @dataclass(slots=True)
 class _Open:
-    """A file that is open for reading. It is compared with its hash before the first read."""
+    """A file that is open for reading. It is checked against its hash before the first read."""
 
     path: Path
     sha256: str
@@ -79,7 +79,7 @@ def full_box(shape: Sequence[int]) -> Box:
     """Return the box that is all of a tensor.
 
     Args:
-        shape: Of the tensor.
+        shape: The shape of the tensor.
     """
     return tuple(slice(0, size) for size in shape)
 
@@ -164,7 +164,7 @@ def _common(a: Box, b: Box) -> Box | None:
 
 @contextmanager
 def open_segment(
-    folder: Path, segment: Segment, tensors: Mapping[str, TensorInfo], verified: set[Path] | None = None
+    folder: Path, segment: Segment, tensors: Mapping[str, TensorInfo], verified: set[Path] | None
 ) -> Iterator[SegmentFile]:
     """Open a segment for the length of a ``with`` block, and check it against the manifest.
 
@@ -196,7 +196,7 @@ def open_segment(
 def _where(
     path: Path, files: Sequence[_Open], tensors: Mapping[str, TensorInfo], has_differences: bool
 ) -> dict[str, list[_Stored]]:
-    """Return where each tensor is stored; check that all its elements are, with the scales of differences."""
+    """Return where each tensor is stored; check that all its elements are there, with the scales of differences."""
     stored: dict[str, list[_Stored]] = {name: [] for name in tensors}
     wrong = set[str]()
     for file in files:
@@ -228,7 +228,7 @@ def _where(
 
 
 def _fits(dtype: torch.dtype, info: TensorInfo) -> bool:
-    """Return whether a file may keep a tensor in a dtype: a mean that few bits cannot hold is kept in more."""
+    """Return whether a file may keep a tensor in a dtype: a mean that needs more bits is kept in more."""
     narrow = info.dtype.is_floating_point or is_difference(info)
     return dtype == info.dtype or (info.averaged and dtype.is_floating_point and narrow)
 
@@ -249,7 +249,7 @@ def _within(box: Box, shape: tuple[int, ...]) -> bool:
 
 
 def _listed(folder: Path, name: str, sha256: str) -> dict[Path, tuple[int | None, str]]:
-    """Return the files of a segment, with the size, if it is known, and the hash of each."""
+    """Return the files of a segment, each with its hash and, if known, its size."""
     path = folder / name
     if name.endswith(".safetensors"):
         return {path: (None, sha256)}
@@ -310,7 +310,7 @@ def hash_in(name: str) -> str:
 
 
 def check_content(folder: Path, name: str, sha256: str) -> None:
-    """Compare the files of a segment with their hashes.
+    """Check the files of a segment against their hashes.
 
     Args:
         folder: The folder of the record.

@@ -1,7 +1,8 @@
-"""Fills a model with an average of a record, each rank its shards."""
+"""Fills a model with an average of a record; each rank fills its shards."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +11,21 @@ from polyak.errors import MismatchError
 from polyak.record.combining import combine
 from polyak.record.files import Box, SegmentFile, full_box
 from polyak.record.fitting import Fit
-from polyak.record.passes import Readable, averaged_as, opened, weights
+from polyak.record.passes import averaged_as, opened, weights
 from polyak.sharding import local, offset, pipeline_of, reshard
 from polyak.tensors.slots import all_slots, places_of
 
+if TYPE_CHECKING:
+    from polyak.record.reader import Record
+
 
 @torch.no_grad()
-def fill(record: Readable, model: nn.Module, fitted: Fit) -> None:
+def fill(record: "Record", model: nn.Module, fitted: Fit) -> None:
     """Overwrite the tensors of a model with their average.
 
     Args:
         record: What is read.
-        model: With the recorded names; each rank has its shards.
+        model: The model with the recorded names; each rank has its shards.
         fitted: What ``fit`` returned for the average.
 
     Raises:
@@ -44,7 +48,7 @@ def fill(record: Readable, model: nn.Module, fitted: Fit) -> None:
                 _fill(record, files, name, tensors[name], fitted)
 
 
-def _fill(record: Readable, files: Sequence[SegmentFile], name: str, tensor: Tensor, fitted: Fit) -> None:
+def _fill(record: "Record", files: Sequence[SegmentFile], name: str, tensor: Tensor, fitted: Fit) -> None:
     shard = local(tensor)
     info = replace(averaged_as(record.tensors[name], None), shape=tuple(shard.shape))
     if not shard.numel():

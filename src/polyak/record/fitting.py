@@ -1,4 +1,4 @@
-"""Coefficients of the segments of a record in an average under any profile, and the error of that average.
+"""Computes the coefficients of a record's segments in an average under any profile, and the error of that average.
 
 A linear combination of the segments' means gives all updates in a segment the same weight. Its cumulative profile is a
 linear spline with knots at the segments' edges. ``coefficients`` chooses the spline nearest to the given profile, which
@@ -77,7 +77,7 @@ class Fit:
 
     @property
     def remedy(self) -> str:
-        """What makes the error smaller in another run."""
+        """How to make the error smaller in another run."""
         return "record with a larger per_level or a shorter interval"
 
     @property
@@ -87,7 +87,7 @@ class Fit:
 
     @property
     def median_age(self) -> float:
-        """The age in updates that half of the average is younger than; for a half-life this is the half-life."""
+        """The median age of the average in updates: half of it is younger. For a half-life this is the half-life."""
         now = self.segments[-1].end.updates
         for segment, values in zip(reversed(self.segments), reversed(self.profile), strict=True):
             step = segment.num_updates / (len(values) - 1)
@@ -112,7 +112,7 @@ def finest(segments: Sequence[Segment]) -> int:
 
 
 def _finest(segments: Sequence[Segment], unit: TimeUnit | None, max_duration: Time | None) -> float:
-    """Return what ``finest`` does in a unit of the clock, or in updates for None."""
+    """Return the same as ``finest`` in a unit of the clock, or in updates for None."""
     lengths = [one.end.clock(unit, max_duration) - one.start.clock(unit, max_duration) for one in segments[-2:]]
     if len(lengths) == 2 and not segments[-1].level:
         lengths[0] /= 2 ** segments[-2].level
@@ -134,7 +134,7 @@ def coefficients(
 
     Args:
         profile: Its clock starts where the record does.
-        segments: Of the record, oldest first.
+        segments: The segments of the record, oldest first.
         at: The moment of the average, which must be the end of a segment; None for the last.
         max_duration: The length of the run; needed for times in ``dur``.
 
@@ -183,7 +183,7 @@ def fit(
     *,
     max_duration: Time | None = None,
 ) -> Fit:
-    """Return the coefficients together with what their errors follow from; do not warn of the error.
+    """Return the coefficients and the data for their errors, without a warning.
 
     Args:
         profile: As for ``coefficients``.
@@ -311,7 +311,7 @@ def _until(segments: Sequence[Segment], at: Time | str | int | None, max_duratio
 
 
 def _placed(profile: Profile, segments: Sequence[Segment], max_duration: Time | None) -> tuple[NamedProfile, float]:
-    """Return the profile of the segments, and the share of the last raw weights besides."""
+    """Return the profile of the segments, and the separate share of the last raw weights."""
     edges = [segments[0].start, *(segment.end for segment in segments)]
     readings = [edge.clock(profile.unit, max_duration) for edge in edges]
     return named(profile).placed([reading - readings[0] for reading in readings])

@@ -1,4 +1,4 @@
-"""The folder of a record: its lock, its manifest, and which of its files are deleted.
+"""The folder of a record: its lock, its manifest, and the deletion of files.
 
 A new manifest replaces the old one in one step, and only then are files deleted. Whatever happens meanwhile, the record
 on disk is the one before or the one after. Files that no manifest names are deleted afterwards, or when the next writer
@@ -125,7 +125,7 @@ class RecordFolder:
         self.clean(manifest)
 
     def clean(self, manifest: Manifest) -> None:
-        """Delete files of this format that ``manifest`` does not name. What cannot be deleted is left for next time.
+        """Delete files of this format that ``manifest`` does not name. If one cannot be deleted, the next call does it.
 
         Args:
             manifest: The one on disk.
@@ -147,7 +147,7 @@ class RecordFolder:
         return None
 
     def close(self) -> None:
-        """Let the next writer in."""
+        """Release the lock for the next writer."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -188,8 +188,8 @@ def check_tensors(expected: Mapping[str, TensorInfo], got: Mapping[str, Tensor] 
     """Check that tensors are those that a record keeps.
 
     Args:
-        expected: In the record.
-        got: To be recorded.
+        expected: The tensors in the record.
+        got: The tensors to be recorded.
 
     Raises:
         MismatchError: If names or shapes differ.

@@ -1,4 +1,4 @@
-"""The lock of a record: one process writes to a folder, and only while the folder is in its place."""
+"""The lock of a record: one process writes to a folder, and only while the folder is where it was."""
 
 import os
 from functools import partial

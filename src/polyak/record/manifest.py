@@ -1,4 +1,4 @@
-"""The manifest of a record: which segments it has. Everything in it is checked when it is read.
+"""The manifest of a record, which lists its segments. Everything in it is checked when it is read.
 
 This module does not open the files that the manifest names.
 """
@@ -60,7 +60,7 @@ class Edge:
         """Read the clock in ``unit``; with None, count the recorded updates.
 
         Args:
-            unit: Any.
+            unit: Any unit.
             max_duration: The length of the run; needed for ``dur``.
 
         Raises:
@@ -93,12 +93,12 @@ class Segment:
 
     @property
     def num_differences(self) -> int:
-        """How many segments up to this one are differences, one from the other."""
+        """How many segments up to this one are differences, each from the one before."""
         return 0 if self.before is None else 1 + self.before.num_differences
 
     @property
     def num_updates(self) -> int:
-        """How many updates it is the mean of."""
+        """The number of updates that it is the mean of."""
         return self.end.updates - self.start.updates
 
     @property
@@ -202,7 +202,7 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All that a record holds, but for the tensors.
+    """Everything that a record holds, except the tensors.
 
     Args:
         tensors: What is kept, by name.
@@ -211,7 +211,7 @@ class Manifest:
         max_duration: The length of the run, if known, which times in ``dur`` refer to.
         aliases: Further names of tied tensors, and the name that each is kept under.
         segments: Oldest first, without gaps.
-        pins: By name.
+        pins: The pins, by name.
         raw: The raw weights where the last segment ends, as a segment of no updates, once the run has ended.
 
     Raises:
@@ -305,7 +305,7 @@ class Manifest:
             text: What ``to_json`` returned, or any other text.
 
         Raises:
-            RecordError: If it is no manifest, or one of a later version, if a field is wrong, or if it does not have
+            RecordError: If it is not a manifest, or one of a later version, if a field is wrong, or if it does not have
                 the hash that it ends with. Manifests of older versions of polyak end without one.
         """
         try:

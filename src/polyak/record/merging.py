@@ -1,4 +1,4 @@
-"""What a new segment and the mean of two segments hold, and in which dtypes."""
+"""Decides in which dtypes a new segment, and the mean of two segments, are stored."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -26,9 +26,9 @@ class Kept:
     """How a segment keeps its tensors.
 
     Args:
-        infos: By name.
+        infos: The facts about tensors, by name.
         before: The segment that some of them are differences from; None if none is.
-        scales: Of the differences, by name.
+        scales: The scales of the differences, by name.
     """
 
     infos: Infos
@@ -37,14 +37,14 @@ class Kept:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What its file says of that."""
+        """The description of this in the file's metadata."""
         before = self.before
         return {} if before is None else {"polyak.before": f"{before.start.updates}-{before.end.updates}"}
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Opens the segments of a record to change it. Each file is compared with its hash once.
+    """Opens the segments of a record in order to change it. Each file is checked against its hash once.
 
     Args:
         folder: The folder of the record.
@@ -75,7 +75,7 @@ class Files:
 
     @contextmanager
     def source(self, segment: Segment) -> Iterator[Read]:
-        """Give a function that reads a segment, for a ``with`` block.
+        """Yield a function that reads a segment.
 
         Args:
             segment: One of the record.
@@ -85,7 +85,7 @@ class Files:
 
     @contextmanager
     def mean_of(self, older: Segment, newer: Segment) -> Iterator[Read]:
-        """Give a function that reads the mean of two segments, for a ``with`` block.
+        """Yield a function that reads the mean of two segments.
 
         Args:
             older: A segment.
@@ -108,8 +108,8 @@ def kept_as(files: Files, segments: Sequence[Segment], tensors: Mapping[str, Ten
     """Return how a new segment keeps its tensors.
 
     Args:
-        files: Of the record.
-        segments: That the record has so far.
+        files: The files of the record.
+        segments: The segments that the record has so far.
         tensors: Those of the new segment.
         ranks: Those that write together.
     """
@@ -133,8 +133,8 @@ def merged_as(
     """Return how the mean of two segments keeps its tensors: in float16 where both do, or where it is enough now.
 
     Args:
-        files: Of the record.
-        segments: That the record has so far.
+        files: The files of the record.
+        segments: The segments that the record has so far.
         i: The older of the two; the newer is the next.
         like: Tensors that are sharded as those of the mean are.
         ranks: Those that write together.
@@ -161,16 +161,16 @@ def _differing_as(
 
 
 def _before(segments: Sequence[Segment], level: int) -> Segment | None:
-    """Return the segment that the next one of a level may have differences from; None if there is none."""
+    """Return the segment from which the next one of a level may have differences; None if there is none."""
     newest = segments[-1] if segments else None
     return newest if newest and newest.level == level and newest.num_differences < LONGEST else None
 
 
 def separate_as(files: Files, segment: Segment) -> Kept:
-    """Return how a segment keeps its tensors once it must have no differences: as it does, and those in float32.
+    """Return how a segment keeps its tensors without differences: those that were differences in float32.
 
     Args:
-        files: Of the record.
+        files: The files of the record.
         segment: A segment with differences.
     """
     with files.open(segment) as file:
@@ -179,7 +179,7 @@ def separate_as(files: Files, segment: Segment) -> Kept:
 
 @contextmanager
 def given(tensors: Mapping[str, Tensor]) -> Iterator[Read]:
-    """Give a function that reads tensors in memory, for a ``with`` block.
+    """Yield a function that reads tensors in memory.
 
     Args:
         tensors: By name. The box that a rank is asked for is its local shard.
@@ -188,10 +188,10 @@ def given(tensors: Mapping[str, Tensor]) -> Iterator[Read]:
 
 
 def encoded(files: Files, source: Source, kept: Kept) -> Source:
-    """Return a source that gives what the file of a segment holds.
+    """Return a source that reads what the file of a segment holds.
 
     Args:
-        files: Of the record.
+        files: The files of the record.
         source: Gives the means.
         kept: How the segment keeps its tensors.
     """
@@ -216,7 +216,7 @@ def own_dtype(tensor: Tensor, names: Mapping[torch.dtype, str]) -> torch.dtype:
     """Return the dtype of a tensor, or float32 if files have no name for it.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
         names: The dtypes that files have, with their names.
     """
     return tensor.dtype if tensor.dtype in names else torch.float32

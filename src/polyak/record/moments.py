@@ -2,23 +2,19 @@
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from polyak.errors import TimeError
 from polyak.record.manifest import Segment
 from polyak.time import Time, TimeUnit
 
+if TYPE_CHECKING:
+    from polyak.record.reader import Record
+
 _SHOWN = 4
 
 
-class Ending(Protocol):
-    """The members of a ``Record`` that say where averages can end."""
-
-    segments: tuple[Segment, ...]
-    max_duration: Time | None
-
-
-def ends(record: Ending, at: str | Time | Sequence[str | Time]) -> list[Segment]:
+def ends(record: "Record", at: str | Time | Sequence[str | Time]) -> list[Segment]:
     """Return the segments that end at given moments, oldest first.
 
     Args:
@@ -41,12 +37,12 @@ def moment(segment: Segment) -> Time:
     """Return the end of a segment in batches.
 
     Args:
-        segment: Of a record.
+        segment: The segment of a record.
     """
     return Time(segment.end.clock(TimeUnit.BATCH), TimeUnit.BATCH)
 
 
-def resolved(record: Ending, at: str | Time | int | None) -> str | Time | int | None:
+def resolved(record: "Record", at: str | Time | int | None) -> str | Time | int | None:
     """Return a moment as ``fit`` takes it: for a share such as ``"50%"`` the nearest end of a segment, in batches.
 
     Args:
@@ -61,7 +57,7 @@ def resolved(record: Ending, at: str | Time | int | None) -> str | Time | int | 
     return at
 
 
-def _end(record: Ending, at: str | Time) -> Segment:
+def _end(record: "Record", at: str | Time) -> Segment:
     if isinstance(at, str) and at.strip().endswith("%"):
         share = _share(at.strip())
         return min(

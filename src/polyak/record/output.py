@@ -1,4 +1,4 @@
-"""How a segment gets to the disk under a temporary name: as one file, or as one file of each rank."""
+"""Writes a segment to the disk under a temporary name: as one file, or as one file per rank."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ class Output(Protocol):
             tensors: What is written.
             like: Tensors that are sharded as what is written is.
             source: Gives the values.
-            metadata: For the headers of the files.
+            metadata: The metadata for the headers of the files.
 
         Raises:
             OSError: If the disk refuses.

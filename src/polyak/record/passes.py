@@ -1,11 +1,10 @@
-"""Averages of a record, and the errors of averages, from passes over its files."""
+"""Computes averages of a record, and their errors, in passes over its files."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,36 +16,19 @@ from polyak.record.fitting import Fit, error_estimate, warn_of_error
 from polyak.record.manifest import Segment
 from polyak.storage.safetensors import TensorInfo
 
-
-class Readable(Protocol):
-    """What a pass reads: a ``Record``, which may hold its files open."""
-
-    folder: Path
-    tensors: Mapping[str, TensorInfo]
-    aliases: Mapping[str, str]
-
-    def open(self, segment: Segment) -> AbstractContextManager[SegmentFile]:
-        """Open a segment's file for the length of a ``with`` block.
-
-        Args:
-            segment: One of the record.
-        """
-        ...
-
-    def open_raw(self) -> AbstractContextManager[SegmentFile]:
-        """Open the raw weights at the end of the record for the length of a ``with`` block."""
-        ...
+if TYPE_CHECKING:
+    from polyak.record.reader import Record
 
 
 class Passes:
-    """Computes averages and errors. It keeps the products that errors follow from, so that they are computed once."""
+    """Computes averages and errors. It keeps the products from which errors follow, so that they are computed once."""
 
     def __init__(self) -> None:
         self._products = list[list[float]]()
         self._segments: tuple[Segment, ...] = ()  # those that the products are of
 
     def averages(
-        self, record: Readable, asked: Sequence[tuple[Profile, Fit]], dtype: torch.dtype | None, max_bytes: float
+        self, record: "Record", asked: Sequence[tuple[Profile, Fit]], dtype: torch.dtype | None, max_bytes: float
     ) -> Iterator[dict[str, Tensor]]:
         """Yield averages by name, each with a warning if its error is above 5 %.
 
@@ -69,7 +51,7 @@ class Passes:
                 warn_of_error(profile, self.error(record, fitted), fitted.remedy)
                 yield results.pop(0)  # this frame keeps none
 
-    def error(self, record: Readable, fitted: Fit) -> float:
+    def error(self, record: "Record", fitted: Fit) -> float:
         """Estimate the error of an average; read the files only if the products are not known.
 
         Args:
@@ -89,7 +71,7 @@ class Passes:
         return error_estimate(fitted, self._products)
 
     def _combined(
-        self, record: Readable, fits: Sequence[Fit], infos: Mapping[str, TensorInfo]
+        self, record: "Record", fits: Sequence[Fit], infos: Mapping[str, TensorInfo]
     ) -> list[dict[str, Tensor]]:
         """Return averages from one pass over the files, and keep the products that their errors follow from."""
         segments, raw = max((fitted.segments for fitted in fits), key=len), any(fitted.raw for fitted in fits)
@@ -110,7 +92,7 @@ class Passes:
         return results
 
     def _unknown(self, segments: tuple[Segment, ...]) -> Products | None:
-        """Return an object to compute the products of segments in; None if they are known."""
+        """Return an object in which the products of segments are computed; None if they are known."""
         return None if self._segments[: len(segments)] == segments else Products(len(segments) - 1)
 
     def _keep(self, products: Products, segments: tuple[Segment, ...]) -> None:
@@ -130,12 +112,12 @@ def weights(fitted: Fit, segments: int, *, raw: bool) -> list[float]:
 
 
 @contextmanager
-def opened(record: Readable, segments: Sequence[Segment], *, raw: bool = False) -> Iterator[list[SegmentFile]]:
+def opened(record: "Record", segments: Sequence[Segment], *, raw: bool = False) -> Iterator[list[SegmentFile]]:
     """Open the files of segments for the length of a ``with`` block.
 
     Args:
         record: What is read.
-        segments: Of the record.
+        segments: The segments of the record.
         raw: Whether to open the raw weights after them.
 
     Raises:
@@ -147,7 +129,7 @@ def opened(record: Readable, segments: Sequence[Segment], *, raw: bool = False) 
 
 
 def averaged_as(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    """Return a tensor as it is in an average.
+    """Return a tensor in the form that it has in an average.
 
     Args:
         info: As the record keeps it.

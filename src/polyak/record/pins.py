@@ -1,4 +1,4 @@
-"""Pins: which files of a record stay on disk, because checkpoints refer to them."""
+"""Pins keep files of a record on disk because checkpoints refer to them."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ def pin_of(folder: Path, manifest: Manifest, checkpoint: str | Path | None) -> P
 
     Args:
         folder: The folder of the record.
-        manifest: Of the record.
+        manifest: The manifest of the record.
         checkpoint: The checkpoint that refers to the files; None if its path is not known.
     """
     relative = None if checkpoint is None else Path(os.path.relpath(checkpoint, folder)).as_posix()
@@ -26,7 +26,7 @@ def without_gone(folder: Path, pins: Mapping[str, Pin]) -> dict[str, Pin]:
 
     Args:
         folder: The folder of the record.
-        pins: By name.
+        pins: The pins, by name.
     """
     return {name: pin for name, pin in pins.items() if pin.path is None or (folder / pin.path).exists()}
 
@@ -36,7 +36,7 @@ def check_kept(folder: Path, pins: Mapping[str, Pin], segments: Iterable[Segment
 
     Args:
         folder: The folder of the record.
-        pins: By name; an error lists them.
+        pins: The pins, by name; an error lists them.
         segments: What the checkpoint refers to.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which tensors of a segment few bits cannot hold well enough: these are kept in float32."""
+"""Decides which tensors of a segment few bits cannot hold well enough. These are kept in float32."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,7 +37,7 @@ def widened(
     before: Callable[[str], Tensor | None],
     ranks: Communicator,
 ) -> dict[str, TensorInfo]:
-    """Return how a segment keeps its tensors: in float32 those that float16 cannot hold well enough.
+    """Return how a segment keeps its tensors: in float32 if float16 cannot hold them well enough.
 
     Args:
         tensors: How the record keeps them.
@@ -71,11 +71,11 @@ def as_differences(
     before: Callable[[str], Tensor | None],
     ranks: Communicator,
 ) -> tuple[dict[str, TensorInfo], dict[str, Tensor]]:
-    """Return how a segment keeps its tensors, in float32 those that lose too much as differences; and the scales.
+    """Return how a segment keeps its tensors, with those in float32 that lose too much as differences; and the scales.
 
     Args:
         tensors: How the record keeps them.
-        mean: As for ``widened``; None if the shard is no box of the tensor.
+        mean: As for ``widened``; None if the shard is not a box of the tensor.
         before: As for ``widened``.
         ranks: As for ``widened``.
     """
@@ -96,7 +96,7 @@ def as_differences(
 
 @torch.no_grad()
 def _losses(mean: Tensor, before: Tensor | None) -> tuple[float, float, float]:
-    """Return the squares of what rounding to float16 loses, and of what it may lose by the norm and the distance."""
+    """Return the square of what rounding to float16 loses, and the squares of what it may lose by norm and distance."""
     lost = norm = distance = 0.0
     flat = mean.detach().cpu().reshape(-1)
     reference = [None] * len(flat.split(_CHUNK)) if before is None else before.reshape(-1).split(_CHUNK)
@@ -114,7 +114,7 @@ def _square(tensor: Tensor) -> float:
 
 
 def shard_of(read: Read, name: str, like: Tensor) -> Tensor | None:
-    """Read the part of a tensor that is this rank's local shard; None if it is no box.
+    """Read the part of a tensor that is this rank's local shard; None if it is not a box.
 
     Args:
         read: Reads a box of a tensor.

@@ -14,6 +14,7 @@ from polyak.record.appender import Appender, Ended
 from polyak.record.manifest import Edge
 from polyak.record.writer import Writer
 from polyak.sharding import local, sharded_like
+from polyak.tensors.slots import places_of
 from polyak.time import Time, Timestamp
 
 # How long training may wait for the disk, all in all, before it warns.
@@ -22,7 +23,7 @@ _PATIENCE_S = 5.0
 
 @dataclass(slots=True)
 class OpenSegment:
-    """The segment that updates are added to, and the one before. One assignment, which no interrupt divides, ends it.
+    """The segment to which updates are added, and the one before. A single assignment, which is atomic, ends it.
 
     Args:
         start: Where it begins.
@@ -36,7 +37,7 @@ class OpenSegment:
 
 
 class SegmentQueue:
-    """Has a thread write segments that have ended, one at a time, and keeps what is not written.
+    """Lets a thread write segments that have ended, one at a time, and keeps those that are not written.
 
     Args:
         folder: The folder of the record, for messages.
@@ -91,7 +92,7 @@ class SegmentQueue:
             writer.close()
             raise
 
-    def end_segment(self, now: Timestamp, mean: Shadow | None, *, with_raw: bool = False) -> None:
+    def end_segment(self, now: Timestamp, mean: Shadow | None, *, with_raw: bool) -> None:
         """End the open segment, and have a copy of it written. The one before must be on disk.
 
         Args:
@@ -101,8 +102,10 @@ class SegmentQueue:
         """
         end, ended = Edge(self.num_updates, now), None
         if mean is not None and self.appender is not None:
-            raw = _copies(mean.as_full(mean.training_tensors())) if with_raw and end.updates else None
-            ended = Ended(_copies(mean.as_full(mean.averages)) if self.open.count else {}, self.open.start, end, raw)
+            places = places_of(mean.model)
+            means = _copies(places.as_full(mean.averages)) if self.open.count else {}
+            raw = _copies(places.as_full(mean.training_tensors())) if with_raw and end.updates else None
+            ended = Ended(means, self.open.start, end, raw)
         self.open = OpenSegment(end, before=ended)
         if ended is not None and self.appender is not None:
             self.appender.begin(ended)

@@ -94,7 +94,7 @@ class Record(Contents):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> dict[str, Tensor]:
-        """Return the average under ``profile`` by name; of tensors that are not averaged, the last value.
+        """Return the average under ``profile`` by name, and the last value of tensors that are not averaged.
 
         Warn if ``error`` is above 5 %. Each file is read once, for the average and its error together.
 
@@ -102,8 +102,9 @@ class Record(Contents):
             profile: Its clock starts where the record does.
             at: The moment of the average, counted from the start of the run, which must be one of ``moments``; or a
                 share of the record such as ``"50%"``, for the nearest of them; None for the last.
-            device: For the result; None for the CPU.
-            dtype: For the tensors that are averaged; None for float32, and float64 where the record keeps that.
+            device: The device for the result; None for the CPU.
+            dtype: The dtype for the tensors that are averaged; None for float32, and float64 where the record keeps
+                that.
 
         Raises:
             ProfileError: If the record does not resolve the profile.
@@ -121,7 +122,7 @@ class Record(Contents):
         dtype: torch.dtype | None = None,
         max_bytes: float = 4e9,
     ) -> Iterator[dict[str, Tensor]]:
-        """Return the averages under several profiles, in their order: each what ``average`` returns.
+        """Return the averages under several profiles, in order, each as ``average`` returns it.
 
         Each file is read once for as many averages as fit into ``max_bytes``, and for one at least. Memory is bounded
         by ``max_bytes``, or one average, and a few times the largest row of a tensor. An average is released as soon as
@@ -212,14 +213,15 @@ class Record(Contents):
         export(self, profile, fitted, error, Path(path), dtype)
 
     def average_into(self, model: nn.Module, profile: Profile, at: Time | str | int | None = None) -> None:
-        """Overwrite a model's tensors with their average; of a sharded model each rank reads only its shards.
+        """Overwrite a model's tensors with their average. If the model is sharded, each rank reads only its shards.
 
         Nothing is communicated, and no rank holds the full average. The values are those of ``average`` in the model's
         dtypes, bit for bit. Tensors that the record does not keep, such as frozen ones, stay. ``error`` is not
         computed: ask for it in one process.
 
         Args:
-            model: With the names of the recorded one, wrapped, sharded by ``fully_shard`` or as ``DTensor``, or not.
+            model: The model with the names of the recorded one, wrapped, sharded by ``fully_shard`` or as ``DTensor``,
+                or not.
             profile: As for ``average``.
             at: As for ``average``.
 

@@ -1,50 +1,23 @@
-"""The average of a record that is recommended, and why; the one that needs no evaluation."""
+"""The recommended average of a record with the reasons, and the default that needs no evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from polyak.averaging.schedule import AUTO_SHARE
 from polyak.profiles import HalfLife, Profile, named
-from polyak.record.manifest import Segment
 from polyak.time import Time, TimeUnit
 
-
-class Recorded(Protocol):
-    """The members of a ``Record`` that a recommendation reads."""
-
-    segments: tuple[Segment, ...]
-    max_duration: Time | None
-
-    def average(
-        self, profile: Profile, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> dict[str, Tensor]:
-        """Return an average at the end of the record.
-
-        Args:
-            profile: Of the average.
-            device: For the result.
-            dtype: For the tensors that are averaged.
-        """
-        ...
-
-    def export(self, profile: Profile, path: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Write an average to a file.
-
-        Args:
-            profile: Of the average.
-            path: The file.
-            dtype: For the tensors that are averaged.
-        """
-        ...
+if TYPE_CHECKING:
+    from polyak.record.reader import Record
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The best average of a sweep against the default one, a half-life of a sixteenth of the run.
+    """Compares the best average of a sweep with the default one, a half-life of a sixteenth of the run.
 
     Args:
         metric: The metric that decides.
@@ -74,7 +47,7 @@ class Comparison:
     raw: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the numbers as JSON can hold them; profiles in words."""
+        """Return the numbers in a form that JSON can hold, and profiles in words."""
         words = {"default": named(self.default).describe(), "best": named(self.best).describe()}
         return {name: words.get(name, getattr(self, name)) for name in self.__dataclass_fields__}
 
@@ -85,13 +58,13 @@ class Recommendation:
 
     Args:
         record: The record.
-        profile: Of the average.
+        profile: The profile of the average.
         reason: Why, in words.
         error: The estimated error of the average, as ``Record.error``.
         comparison: What an evaluation said; None without one.
     """
 
-    record: Recorded
+    record: "Record"
     profile: Profile
     reason: str
     error: float
@@ -99,7 +72,7 @@ class Recommendation:
 
     @property
     def half_life(self) -> Time | None:
-        """The half-life; None if the recommended profile is another one."""
+        """The half-life; None if the recommended profile is of another kind."""
         return named(self.profile).half_life
 
     def average(
@@ -108,8 +81,9 @@ class Recommendation:
         """Return the average by name, for ``load_state_dict``; see ``Record.average``.
 
         Args:
-            device: For the result; None for the CPU.
-            dtype: For the tensors that are averaged; None for float32, and float64 where the record keeps that.
+            device: The device for the result; None for the CPU.
+            dtype: The dtype for the tensors that are averaged; None for float32, and float64 where the record keeps
+                that.
 
         Raises:
             RecordError: If a file is missing, truncated or damaged.
@@ -132,7 +106,7 @@ class Recommendation:
         return f"{named(self.profile).describe()}: {self.reason}"
 
 
-def unit_of(record: Recorded) -> TimeUnit:
+def unit_of(record: "Record") -> TimeUnit:
     """Return the unit of a run's length, in which ``EMA("auto")`` counts; batches where the length is not known.
 
     Args:
@@ -143,18 +117,18 @@ def unit_of(record: Recorded) -> TimeUnit:
     return record.max_duration.unit
 
 
-def length_of(record: Recorded, unit: TimeUnit) -> float:
+def length_of(record: "Record", unit: TimeUnit) -> float:
     """Return how long a record is.
 
     Args:
         record: A record with a segment.
-        unit: Of the result.
+        unit: The unit of the result.
     """
     start, end = record.segments[0].start, record.segments[-1].end
     return end.clock(unit, record.max_duration) - start.clock(unit, record.max_duration)
 
 
-def share_of(record: Recorded, share: float) -> Time:
+def share_of(record: "Record", share: float) -> Time:
     """Return a share of the length of a record as a time.
 
     Args:
@@ -165,7 +139,7 @@ def share_of(record: Recorded, share: float) -> Time:
     return Time(length_of(record, unit) * share, unit)
 
 
-def sixteenth(record: Recorded) -> HalfLife:
+def sixteenth(record: "Record") -> HalfLife:
     """Return the average that needs no evaluation: a half-life of a sixteenth of what was recorded, unbiased.
 
     At the end of a run whose ``max_duration`` is known it is that of ``EMA("auto")``.

@@ -35,13 +35,14 @@ class Recorder(Algorithm):
     what an ``EMA`` does: one running mean in memory, one update a step. A background thread writes and merges files.
     Training waits for it only if a segment ends before the one before is on disk, and warns if that takes long.
 
-    If a segment cannot be written, as on a full disk, the error is raised at the end of the next one, and the segment
-    stays in memory. Whoever catches the error, makes room and continues loses nothing: the segment is written then, and
-    the open one gets longer meanwhile. After the last update ``close`` does that. At most one such copy is in memory.
+    If a segment cannot be written, for example because the disk is full, the error is raised at the end of the next
+    one, and the segment stays in memory. If you catch the error, make room and continue, nothing is lost: the segment
+    is written then, and the open one gets longer meanwhile. After the last update, call ``close``. At most one such
+    segment is in memory.
 
-    A checkpoint holds what is needed to resume: the open segment, and which files it refers to. They stay on disk until
-    the checkpoint is deleted, or, where its path is not known, until two newer states were taken. A record that is
-    ahead of a resumed checkpoint is rewound to it.
+    A checkpoint has what is needed to resume: the open segment, and the names of the files that it needs. These stay
+    on disk until the checkpoint is deleted or, if its path is not known, until two newer states were taken. A record
+    that is ahead of a resumed checkpoint is rewound to it.
 
     Ranks that train one model together write one record. Of a sharded model each rank writes its shards, and any number
     of ranks can resume the record; all must then take the state together, as ``torch.distributed.checkpoint`` does. Of
@@ -61,9 +62,9 @@ class Recorder(Algorithm):
             ``max_duration``: half-lives of a 512th of the run or more.
         per_level: How many segments of one length are kept: 4 is exact to about 0.5 %, 8 to 0.2 % with half as many
             files again. None merges nothing, for averages that end anywhere in the run.
-        dtype: Of the files: float32, float16, bfloat16 or int8. None takes float64 for tensors of that dtype, and
-            float16 for the others. A tensor is kept in float32 in a segment in which float16 would lose more than an
-            eighth of its distance from the segment before, or a value is beyond its range. ``torch.int8`` takes less
+        dtype: The dtype of the files: float32, float16, bfloat16 or int8. None takes float64 for tensors of that dtype,
+            and float16 for the others. A tensor is kept in float32 in a segment in which float16 would lose more than
+            an eighth of its distance from the segment before, or a value is beyond its range. ``torch.int8`` takes less
             space, for nearly the same error: the differences from the segment before are kept in 8 bits, or a tensor in
             float32 where that may lose more than the eighth. Most files are then no models by themselves, and earlier
             versions of polyak cannot read the record. Complex tensors keep their dtype.
@@ -73,7 +74,7 @@ class Recorder(Algorithm):
             files that its checkpoints refer to. A run that resumes from a checkpoint continues its record instead.
 
     Raises:
-        TimeError: If ``interval`` is no time, or not above 0.
+        TimeError: If ``interval`` is not a time, or not above 0.
         RecordError: If ``per_level`` is below 1.
         ArgumentError: If another argument has a wrong type or value; it names it.
 
@@ -131,7 +132,7 @@ class Recorder(Algorithm):
 
     @property
     def record(self) -> Record:
-        """The record as it is on disk now; a segment that has ended and is being written is waited for.
+        """The record as it is on disk now. Waits for a segment that has ended and is being written.
 
         Raises:
             RecordError: If no run has begun, if rank 0 has the record and this is another rank, or if the segment
@@ -148,7 +149,7 @@ class Recorder(Algorithm):
         return self._settings.shown
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied or pickled, before it is attached: then it owns its folder, and a thread.
+        """Return what is copied or pickled. Once it is attached it cannot be: it owns its folder, and a thread.
 
         Raises:
             CopyError: If it is attached.
@@ -208,7 +209,7 @@ class Recorder(Algorithm):
         refuse_uncounted(f"interval='{interval}'", interval.unit, state, counted)
 
     def close(self) -> None:
-        """Write all that is not on disk yet, and release the record. The end of a run does so by itself.
+        """Write all that is not on disk yet, and release the record. The end of a run calls this.
 
         If that failed, as on a full disk, what was not written is still in memory: make room and call this again, on
         all ranks.
@@ -233,10 +234,10 @@ class Recorder(Algorithm):
         """Resume from what ``state_dict`` returned; the record is rewound to it when training starts.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
-            CheckpointError: If it is no such state, or this is not attached to a model yet.
+            CheckpointError: If it is not such a state, or this is not attached to a model yet.
             MismatchError: If names or shapes differ from the model's.
         """
         if "num_updates" not in state or "count" not in state:

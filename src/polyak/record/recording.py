@@ -1,4 +1,4 @@
-"""``Recording``: what a ``Recorder`` does with one model: its running mean, its segments, its state."""
+"""``Recording``: the running mean, the segments and the state of a ``Recorder`` for one model."""
 
 import json
 import warnings
@@ -25,8 +25,8 @@ class Recording:
     """Records a model.
 
     Args:
-        settings: Of the ``Recorder``.
-        state: Of the loop.
+        settings: The settings of the ``Recorder``.
+        state: The state of the loop.
 
     Attributes:
         state: As given, or of the loop that the model is in now.
@@ -48,7 +48,7 @@ class Recording:
         """Record the same model in another loop.
 
         Args:
-            state: Of that loop.
+            state: The state of that loop.
         """
         self.state = state
         self._roles = Roles(state.model)
@@ -114,7 +114,7 @@ class Recording:
         """Add the weights to the open segment; end it if it is long enough.
 
         Args:
-            state: Of the loop, after a batch.
+            state: The state of the loop, after a batch.
 
         Raises:
             RecordError: If the segment before cannot be written.
@@ -182,7 +182,7 @@ class Recording:
             self._release()
 
     def close_after_an_error(self) -> None:
-        """Do what ``close`` does without the other ranks, which may be at another batch; warn of what is lost."""
+        """Close without the other ranks, which may be at another batch; warn about what is lost."""
         queue, sharded = self.queue, self._roles.sharded
         if queue.appender is None or queue.is_forked:
             self._release()
@@ -245,7 +245,7 @@ class Recording:
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             MismatchError: If names or shapes differ from the model's.

@@ -1,4 +1,4 @@
-"""Which ranks record, and what they compare."""
+"""Decides which ranks record, and compares the ranks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from polyak.time import Time, TimeUnit
 
 
 class Roles:
-    """The ranks that train a model, and the part that this one has in recording it.
+    """The ranks that train a model, and the role of this one in recording it.
 
     Args:
         model: As it is trained. All ranks that hold it must make this together.
@@ -45,7 +45,7 @@ class Roles:
         return self._ranks.separate() if self.sharded else None
 
     def run(self, act: Callable[[], None]) -> None:
-        """Run on the ranks that record; raise an error of any of them on every rank.
+        """Run on the ranks that record; if one of them raises an error, raise it on every rank.
 
         Args:
             act: Called on each rank of a sharded model, else on rank 0.
@@ -56,7 +56,7 @@ class Roles:
             self._ranks.on_rank_0(act)
 
     def agree(self, mean: Shadow | None, facts: Mapping[str, Any]) -> None:
-        """Check that all ranks record the same; of a sharded model, also that what is not sharded is equal.
+        """Check that all ranks record the same, and that what is not sharded in a sharded model is equal.
 
         Args:
             mean: The running mean, if there is one yet.
@@ -114,7 +114,7 @@ class Roles:
             )
 
     def refuse_seconds(self, interval: Time, max_duration: Time | None) -> None:
-        """Refuse segments whose length the clock of each rank decides.
+        """Refuse segments with a length in seconds, which each rank's own clock would decide.
 
         Args:
             interval: The length of a segment.

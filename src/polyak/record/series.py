@@ -45,14 +45,14 @@ _MOST_LOST = 1e-2
 
 
 class SeriesFile(SegmentFile):
-    """A checkpoint in the place of a segment's file.
+    """A checkpoint that is read like the file of a segment.
 
     Args:
-        name: Of the average, for people.
-        tensors: By name.
-        files: That the tensors are in.
+        name: The name of the average, for people.
+        tensors: The tensors, by name.
+        files: The files that the tensors are in.
         held: How many bytes were read since the memory was let go: a list of one number, for all checkpoints.
-        all_files: Of all checkpoints.
+        all_files: The files of all checkpoints.
     """
 
     def __init__(
@@ -115,14 +115,14 @@ class SeriesRecord(Record):
     Args:
         series: The averages in the checkpoints.
         max_duration: The length of the run, if it is known.
-        arguments: The arguments by which commands open it; None if a command line cannot say it.
+        arguments: The arguments with which commands open it; None if a command line cannot express them.
 
     Attributes:
         kind: What the checkpoints are, for people.
         left_out: What is in their folders and was not taken, with the reason.
     """
 
-    def __init__(self, series: Series, max_duration: Time | None = None, arguments: str | None = None) -> None:
+    def __init__(self, series: Series, max_duration: Time | None, arguments: str | None) -> None:
         averages = list(series.averages)
         newest = averages[-1].checkpoint
         self.kind, self.left_out = series.kind, tuple(series.left_out)
@@ -143,7 +143,7 @@ class SeriesRecord(Record):
 
     @property
     def arguments(self) -> str | None:
-        """The arguments by which commands open it; None if a command line cannot say it."""
+        """The arguments with which commands open it; None if a command line cannot express them."""
         return self._arguments
 
     def open(self, segment: Segment) -> AbstractContextManager[SegmentFile]:
@@ -161,7 +161,7 @@ class SeriesRecord(Record):
         return nullcontext(SeriesFile(one.name, one.checkpoint.tensors, one.checkpoint.files, self._held, every))
 
     def open_raw(self) -> AbstractContextManager[SegmentFile]:
-        """Return the weights of the last moment themselves for the length of a ``with`` block.
+        """Open the raw weights of the last moment for the length of a ``with`` block.
 
         Raises:
             RecordError: If the newest checkpoint does not have them.
@@ -171,10 +171,10 @@ class SeriesRecord(Record):
         return nullcontext(SeriesFile(newest.name, self._raw_tensors(), newest.checkpoint.files, self._held, every))
 
     def raw_weights(self, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
-        """Return the weights of the last moment themselves, if the newest checkpoint has them.
+        """Return the raw weights of the last moment, if the newest checkpoint has them.
 
         Args:
-            device: For the result; None for the CPU.
+            device: The device for the result; None for the CPU.
 
         Raises:
             RecordError: If it does not.
@@ -191,7 +191,7 @@ class SeriesRecord(Record):
         return self._raw
 
     def verify(self) -> None:
-        """Read all checkpoints and compare them with the checksums that they have.
+        """Read all checkpoints and check those that have checksums.
 
         Raises:
             CheckpointError: If one is damaged.
@@ -203,7 +203,7 @@ class SeriesRecord(Record):
                     file.read(name)
 
     def _with_rounding(self, segments: tuple[StoredAverage, ...]) -> tuple[StoredAverage, ...]:
-        """Say of each average what its dtype loses, relative to how far the weights moved over the run."""
+        """Return what each average's dtype loses, relative to how far the weights moved over the run."""
         step = max(1, len(segments) // _SAMPLED_AVERAGES)
         taken = segments[::-1][::step][::-1]
         sampled = [self._sample(one) for one in taken]
@@ -242,7 +242,7 @@ class SeriesRecord(Record):
 
 
 def open_checkpoints(paths: Sequence[str | Path], said: Said) -> SeriesRecord:
-    """Return the record that the checkpoints of a run are.
+    """Return the checkpoints of a run as a record.
 
     Snapshots of EDM2, icefall's ``model_avg``, folders of ``PostHocEMA``, torch's ``AveragedModel`` and states of
     ``EMA`` of polyak and Composer are averages of known profiles. All others are the weights of moments: averages of
@@ -276,7 +276,7 @@ def open_checkpoints(paths: Sequence[str | Path], said: Said) -> SeriesRecord:
 
 
 def _arguments(paths: Sequence[Path], said: Said) -> str | None:
-    """Return the arguments by which commands open the checkpoints; None if a command line cannot say it."""
+    """Return the arguments with which commands open the checkpoints; None if a command line cannot express them."""
     stored = said.get("stored")
     forms = [_form(one) for one in (() if stored is None else stored if isinstance(stored, Sequence) else (stored,))]
     if len(paths) > 1 or None in forms or said.get("times") or said.get("max_duration"):
@@ -289,7 +289,7 @@ def _arguments(paths: Sequence[Path], said: Said) -> str | None:
 
 
 def _form(profile: Profile) -> str | None:
-    """Return a profile as a command line says it, such as ``half-life=500ba``."""
+    """Return a profile as it is written on a command line, such as ``half-life=500ba``."""
     words = (named(profile).options or "").removeprefix("--").split()
     if not words:
         return None

@@ -1,4 +1,4 @@
-"""What a ``Recorder`` was given, and what is made from it."""
+"""The settings of a ``Recorder``, and the objects made from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ _EARLIER_INTERVAL, _EARLIER_DTYPE = Time(1 / 512, TimeUnit.DURATION), torch.floa
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a ``Recorder`` was given.
+    """The settings of a ``Recorder``.
 
     Args:
         folder: As for ``Recorder``, absolute.
@@ -54,7 +54,7 @@ class Settings:
         """Return the length of a segment.
 
         Args:
-            state: Of the loop.
+            state: The state of the loop.
 
         Raises:
             TimeError: If it is a share of a run whose ``max_duration`` is not known.
@@ -68,13 +68,13 @@ class Settings:
         return interval
 
     def to_resume(self) -> dict[str, str]:
-        """Return what a run that resumes must continue with where its ``Recorder`` is given nothing else."""
+        """Return the settings with which a resumed run must continue if its ``Recorder`` is given no others."""
         dtype = {} if self.dtype is None else {"dtype": str(self.dtype).removeprefix("torch.")}
         kept = {"temporary": str(self.folder)} if self.temporary else {}
         return {"interval": (self.interval or _INTERVAL).to_timestring(), "dtype": "", **dtype, **kept}
 
     def resumed(self, plain: Mapping[str, Any]) -> "Settings":
-        """Return these settings with those of the record that a run resumes where the ``Recorder`` is given none.
+        """Return these settings, filled from the record that a run resumes where the ``Recorder`` is given none.
 
         Args:
             plain: What ``to_resume`` returned, among other entries; earlier versions saved none.
@@ -97,7 +97,7 @@ class Settings:
         """Return a running mean of no updates.
 
         Args:
-            state: Of the loop.
+            state: The state of the loop.
         """
         return Shadow(state.model, policy=self.policy, device=self.device, views=True)
 
@@ -106,7 +106,7 @@ class Settings:
 
         Args:
             mean: The running mean, whose tensors are recorded.
-            state: Of the loop.
+            state: The state of the loop.
             ranks: As for ``Writer``.
             new: Whether a run begins that resumes nothing. Then a record that exists is replaced with ``overwrite``,
                 and moved to a backup if the trainer has found no checkpoint to continue it from.
@@ -133,7 +133,7 @@ def pinned(writer: Writer, checkpoint: Path | None, num_updates: int) -> dict[st
     """Keep the files of a record for a checkpoint; return what ``Writer.rewind`` needs.
 
     Args:
-        writer: Of the record.
+        writer: The writer of the record.
         checkpoint: Its path; None if that is not known.
         num_updates: How many updates were recorded.
 
@@ -149,7 +149,7 @@ def pinned(writer: Writer, checkpoint: Path | None, num_updates: int) -> dict[st
 
 
 def _aliases(model: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return the further names of tied tensors, and the name that each is kept under."""
+    """Return the other names of tied tensors, and the name under which each is kept."""
     persistent = {slot.name for slot in all_slots(model) if slot.persistent}
     tied = views_of(model, tied=True)
     place = places_of(model).name
@@ -168,7 +168,7 @@ def check_arguments(*, per_level: Any, dtype: Any, device: Any, policy: Any, ove
         overwrite: As given.
 
     Raises:
-        RecordError: If ``per_level`` is no whole number, or below 1.
+        RecordError: If ``per_level`` is not a whole number, or below 1.
         ArgumentError: If another one has a wrong type or value.
     """
     whole = isinstance(per_level, int) and not isinstance(per_level, bool)

@@ -1,4 +1,4 @@
-"""Segments that several ranks write together, each its shards, through ``torch.distributed.checkpoint`` (DCP).
+"""Writes segments on several ranks together, each its shards, through ``torch.distributed.checkpoint`` (DCP).
 
 DCP plans which rank writes what, so that each number is written once, and gathers the errors. What a rank writes is a
 safetensors file that DCP's ``HuggingFaceStorageReader`` reads too.
@@ -56,7 +56,7 @@ class ShardFiles:
             tensors: What is written.
             like: Tensors that are sharded as what is written is.
             source: Gives the values.
-            metadata: For the headers of the files.
+            metadata: The metadata for the headers of the files.
 
         Raises:
             RecordError: If a rank failed; it says which, and why.

@@ -1,4 +1,4 @@
-"""The manifest of a record that is written: the same on all ranks, and changed on disk by rank 0."""
+"""The manifest of a record that is being written. All ranks have it, and rank 0 changes it on disk."""
 
 import hashlib
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from polyak.storage.safetensors import disk_errors
 
 
 class SharedManifest:
-    """The manifest that all ranks of a ``Writer`` have. All ranks make the same calls.
+    """The manifest that all ranks of a ``Writer`` share. All ranks make the same calls.
 
     Args:
         folder: The folder of the record, absolute.

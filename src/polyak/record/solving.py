@@ -1,4 +1,4 @@
-"""Coefficients of stored averages in an average under any profile, and the error of that average.
+"""Computes the coefficients of stored averages in an average under any profile, and the error of that average.
 
 Each stored average has a cumulative profile: the share of it that is of the weights up to a moment. A combination of
 them has the combination of these. The coefficients make that nearest to the profile that is asked for, which is the
@@ -68,7 +68,7 @@ class StoredFit(Fit):
 def fit_stored(
     profile: Profile, averages: Sequence[StoredAverage], at: Time | str | int | None, max_duration: Time | None
 ) -> StoredFit:
-    """Return the coefficients of stored averages, with what their errors follow from.
+    """Return the coefficients of stored averages, with the data for their errors.
 
     Args:
         profile: Its clock starts where the record does.
@@ -196,7 +196,7 @@ def _target(profile: Profile, basis: Basis) -> tuple[Tensor, float]:
 
 
 def _rounding(averages: Sequence[StoredAverage]) -> Tensor:
-    """Return what the files lose by rounding, if the weights moved over the run as far as they are large."""
+    """Return what the files lose by rounding, assuming that the weights moved over the run by as much as their norm."""
     return torch.tensor([one.rounding for one in averages], dtype=torch.float64)
 
 
@@ -242,7 +242,7 @@ def _solve(averages: tuple[StoredAverage, ...], basis: Basis, curve: Tensor) -> 
 
 
 def _variances(basis: Basis, between: Tensor) -> Tensor:
-    """Return the variance of the walk in each interval: of the steps of as long a time as the run, in all numbers."""
+    """Return the variance of the walk in each interval, over all numbers, for steps over as long a time as the run."""
     differences = basis.profiles.diff(dim=0).square() * basis.weights
     whole = differences.sum(dim=1)
     found = torch.where(whole > 0, between.diagonal() / whole.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
@@ -262,7 +262,7 @@ def _at_edges(averages: Sequence[StoredAverage], basis: Basis, curve: Tensor) ->
 
 
 def _shown(averages: Sequence[StoredAverage], basis: Basis, curve: Tensor) -> tuple[tuple[float, ...], ...]:
-    """Return ``Fit.profile``: evenly spaced values in each segment, and two equal ones for further averages of it."""
+    """Return ``Fit.profile``: evenly spaced values in each segment, and two equal ones for other averages of it."""
     shown, before = list[tuple[float, ...]](), None
     values = curve.tolist()
     at = basis.at.tolist()

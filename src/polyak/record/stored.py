@@ -1,4 +1,4 @@
-"""``StoredAverage``: a checkpoint of another library in the place of a segment of a record."""
+"""``StoredAverage``: a checkpoint of another library, used like a segment of a record."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class StoredAverage(Segment):
     Averages of one moment have the same ``start``, the moment before, and the one with the oldest weights comes first.
 
     Args:
-        name: Of its file, for people; with a ``:`` and a place, if the file has several averages.
+        name: The name of its file, for people; with a ``:`` and a place, if the file has several averages.
         profile: How much each moment of the run counts in it; None if it is the weights of ``end`` alone.
         origin: The reading of the profile's clock where averaging began.
         last: The reading of the profile's clock at the last update of the average; None for that at ``end``.
@@ -32,14 +32,14 @@ class StoredAverage(Segment):
 
     @property
     def file(self) -> str:
-        """Its name, with a hash that is another one if this checkpoint or one before it is replaced."""
+        """Its name, with a hash that changes if this checkpoint or one before it is replaced."""
         return f"{self.name}@{self.sha256[:16]}"
 
 
 def all_stored(segments: Sequence[Segment]) -> TypeGuard[Sequence[StoredAverage]]:
-    """Return whether segments are checkpoints of another library. A record has either these or none.
+    """Return whether segments are checkpoints of another library. In a record, all of them are or none.
 
     Args:
-        segments: Of a record.
+        segments: The segments of a record.
     """
     return bool(segments) and isinstance(segments[0], StoredAverage)

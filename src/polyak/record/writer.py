@@ -115,7 +115,7 @@ class Writer:
         return self._manifest.pins
 
     def append(self, tensors: Mapping[str, Tensor], start: Edge, end: Edge) -> Segment:
-        """Write a segment, and merge older ones. After an error the same call may be made again.
+        """Write a segment, and merge older ones. After an error, the same call may be repeated.
 
         Whether the record then has the segment already, because only what came after failed, makes no difference.
 
@@ -156,7 +156,7 @@ class Writer:
         return segments[-1]  # which may have been written again
 
     def keep_raw(self, weights: Mapping[str, Tensor]) -> None:
-        """Keep the raw weights where the last segment ends, until the next segment is appended.
+        """Keep the raw weights at the end of the last segment, until the next segment is appended.
 
         After an error the same call may be made again.
 
@@ -282,7 +282,7 @@ class Writer:
 
 
 def _held(tensors: Mapping[str, TensorInfo], own: Collection[str]) -> dict[str, TensorInfo]:
-    """Return those tensors of the record that this rank has, in full or in part."""
+    """Return the tensors of the record that this rank has, in full or in part."""
     return {name: info for name, info in tensors.items() if name in own}
 
 

@@ -106,7 +106,7 @@ def training(moments: Sequence[Swept]) -> go.Figure:
         mode="lines+markers",
         line={"color": LIGHT["raw"], "width": 1.5, "dash": "dash"},
         marker={"size": 6},
-        name="newest mean, hardly averaged",
+        name="newest mean, little averaged",
         hoverinfo="y",
     )
     figure.update_xaxes(range=[0, ends[-1] * 1.03])

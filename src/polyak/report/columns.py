@@ -12,7 +12,7 @@ def wrapped(text: str, width: int, *, first: str = "", rest: str | None = None) 
 
     Args:
         text: Words; line breaks in it are spaces.
-        width: Of the terminal.
+        width: The width of the terminal.
         first: What the first line begins with.
         rest: What the other lines begin with; None for as many spaces as ``first`` has characters.
 
@@ -33,7 +33,7 @@ def fields(rows: Sequence[tuple[str, str]], width: int) -> str:
 
     Args:
         rows: The pairs.
-        width: Of the terminal.
+        width: The width of the terminal.
 
     Example:
         >>> print(fields([("format", "safetensors"), ("size", "2 kB")], 80))
@@ -52,7 +52,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int, *,
     Args:
         headings: One for each column; "" for a column that needs none.
         rows: Their cells. All columns but ``text`` and the first are flush right.
-        width: Of the terminal.
+        width: The width of the terminal.
         text: The column whose cells may be broken into several lines.
 
     Example:

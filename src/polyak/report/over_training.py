@@ -21,13 +21,13 @@ _ROWS = 24  # of a heat map whose half-lives differ by moment
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A chart over training, with what is written about it.
+    """A chart over training, with its text.
 
     Args:
         name: The key of the chart.
-        heading: Of its frame.
+        heading: The heading of its frame.
         caption: Below the heading.
-        summary: For screen readers.
+        summary: The summary for screen readers.
         figure: The chart.
         low: Whether it needs less height than the main chart.
     """
@@ -142,7 +142,7 @@ def _curves(moments: Sequence[Moment]) -> Panel:
 
 
 def _range(moments: Sequence[Moment]) -> list[float] | None:
-    """Return the ends of the axis without the begin of training, which would flatten the rest; None for all."""
+    """Return the ends of the axis without the start of training, which would flatten the rest; None for all."""
     settled = moments[len(moments) // 5 :]
     values = [moment.value(one) for moment in settled for one in moment.readings]
     known = [value for value in values if math.isfinite(value)]

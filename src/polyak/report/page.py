@@ -96,7 +96,7 @@ def embedded(identity: str, data: Any) -> str:
     """Return an element that holds JSON.
 
     Args:
-        identity: Of the element.
+        identity: The element's id.
         data: Anything that JSON can hold.
     """
     # A script element ends at the first "</script", even inside a string.
@@ -130,7 +130,7 @@ def _sweeps(sweeps: Sequence[Swept], more: Sequence[Panel]) -> list[dict[str, An
 
 
 def of_one_record(sweeps: Sequence[Swept]) -> list[Swept]:
-    """Return the sweeps of the record of the first, oldest moment first.
+    """Return the sweeps of the same record as the first, oldest moment first.
 
     Args:
         sweeps: All.
@@ -139,7 +139,7 @@ def of_one_record(sweeps: Sequence[Swept]) -> list[Swept]:
 
 
 def _rounded(values: Sequence[float]) -> list[float]:
-    """Return values in six significant digits, which a screen cannot resolve."""
+    """Return values with six significant digits, more than a screen can resolve."""
     return [float(f"{value:.6g}") for value in values]
 
 
@@ -197,7 +197,7 @@ def _chooser(sweeps: Sequence[Swept]) -> str:
 
 
 def _selects(sweeps: Sequence[Swept]) -> str:
-    """Return what chooses the sweep, the metric and the scale, as far as there is a choice."""
+    """Return the controls for the sweep, the metric and the scale, where there is a choice."""
     swept = sweeps[0]
     lists = list[str]()
     if len(sweeps) > 1:

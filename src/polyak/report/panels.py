@@ -9,7 +9,7 @@ from polyak.report.words import level_label, number, other_name, percent, writte
 from polyak.sweeping import Result
 
 
-def panels(sweeps: Sequence[Swept], more: Sequence[Panel] = ()) -> str:
+def panels(sweeps: Sequence[Swept], more: Sequence[Panel]) -> str:
     """Return the frames.
 
     Args:
@@ -92,9 +92,9 @@ def frame(name: str, heading: str, caption: str, summary: str, kind: str = "") -
 
     Args:
         name: The key of the chart.
-        heading: Of the frame.
+        heading: The heading of the frame.
         caption: Below the heading.
-        summary: For screen readers.
+        summary: The summary for screen readers.
         kind: Classes of the frame.
     """
     return (

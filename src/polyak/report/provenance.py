@@ -17,8 +17,8 @@ class Provenance:
     Args:
         records: The folders of the records.
         command: The command that wrote it.
-        date: When.
-        versions: Of polyak, torch and Python.
+        date: The date.
+        versions: The versions of polyak, torch and Python.
     """
 
     records: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The numbers that the demo's figure draws. Nothing is drawn here."""
+"""The numbers for the demo's figure. Nothing is drawn here."""
 
 import json
 from collections.abc import Sequence

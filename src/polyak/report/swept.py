@@ -1,4 +1,4 @@
-"""The numbers that the page and the figure of a sweep draw. Nothing is drawn here."""
+"""The numbers for the page and the figure of a sweep. Nothing is drawn here."""
 
 import math
 import shlex

@@ -11,7 +11,7 @@ def sweep_table(results: SweepResult, width: int) -> str:
 
     Args:
         results: The results of a sweep.
-        width: In characters.
+        width: The width in characters.
     """
     chosen = results.best if results.has_best else None
     metrics = list(results[0].metrics)
@@ -42,7 +42,7 @@ def bounds(result: Result, metric: str) -> str:
 
 
 def as_good(results: SweepResult) -> str:
-    """Return a sentence that says which half-lives are as good as the best; "" if nothing is known of it.
+    """Return a sentence that says which half-lives are as good as the best; "" if that is not known.
 
     Args:
         results: The results of a sweep.

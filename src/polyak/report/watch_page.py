@@ -102,6 +102,6 @@ def _table(moments: Sequence[Moment]) -> str:
 
 
 def _words(name: str) -> str:
-    """Return the name of a reading for people: ``cooldown_10`` is a cooldown over 10 % of the training."""
+    """Return the name of a reading, as text for people: ``cooldown_10`` is a cooldown over 10 % of the training."""
     words = {"sixteenth": "T/16", "best_half_life": "best half-life", "newest": "newest mean"}
     return words.get(name, f"{name.replace('_', ' ')} %" if name.startswith("cooldown") else name)

@@ -1,4 +1,4 @@
-"""The outcome of a sweep in words, and how numbers are written."""
+"""Describes the outcome of a sweep in words, and formats numbers."""
 
 import math
 
@@ -100,7 +100,7 @@ def percent(share: float | None) -> str:
 
 
 def other_name(name: str) -> str:
-    """Return the name of other weights for people.
+    """Return the name of other weights, as text for people.
 
     Args:
         name: The name given to ``sweep``.

@@ -1,17 +1,22 @@
-"""Facts that ranks compare in small messages, and the lines of the error that shows where they differ.
+"""Facts that ranks compare in small messages, and the error that shows where they differ.
 
 Ranks that agree exchange one digest. Others exchange digests of buckets of facts, then the facts in the buckets that
-differ: messages do not grow with the number of facts, and the error grows neither with that nor with the world size.
+differ. So messages do not grow with the number of facts, and the error grows neither with that nor with the world size.
 """
 
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
+
+from polyak.errors import ShardingError
+
+if TYPE_CHECKING:
+    from polyak.sharding.communicator import Ranks
 
 # By the path of its names, the value of each fact as text.
 Facts = dict[tuple[str, ...], str]
@@ -20,7 +25,7 @@ Sent = dict[tuple[str, ...], tuple[int, str]]
 
 MOST_FACTS = 8
 # In larger groups only rank 0 shows what differs: thousands of equal errors would hide it.
-MOST_SHOWING = 16
+_MOST_SHOWING = 16
 _MOST_VALUES = 4
 _MOST_RUNS = 12
 _HEAD, _TAIL = 140, 60
@@ -94,6 +99,31 @@ def _shortened(value: str) -> str:
     return value if len(value) <= _HEAD + _TAIL else f"{value[:_HEAD]} ... {value[-_TAIL:]}"
 
 
+def refuse(ranks: "Ranks", what: str, own: Facts, remedy: str) -> NoReturn:
+    """Raise the error of ranks whose digests differ. A collective: all ranks must call it.
+
+    Args:
+        ranks: The ranks that do not agree.
+        what: What they must agree on.
+        own: The facts of this rank, as of ``flat``.
+        remedy: What to do about it; empty if the facts say it.
+
+    Raises:
+        ShardingError: It shows which rank has which value.
+    """
+    buckets = ranks.differing(digests(own))
+    found = ranks.gather_to_rank_0(in_buckets(own, buckets[:MOST_FACTS]))
+    members = torch.distributed.get_process_group_ranks(ranks.group)
+    if ranks.world_size > _MOST_SHOWING and ranks.rank > 0:
+        raise ShardingError(f"all ranks must agree on {what}: see the error of rank {members[0]}")
+    lines = differences(found, members) if ranks.rank == 0 else []
+    if ranks.world_size <= _MOST_SHOWING:
+        lines = ranks.from_rank_0(lines)
+    if hidden := len(buckets[MOST_FACTS:]):
+        lines.append(f"  and at least {hidden} more")
+    raise ShardingError("\n".join([f"all ranks must agree on {what}:", *lines, *([remedy] if remedy else [])]))
+
+
 def differences(sent: Sequence[Sent], ranks: Sequence[int]) -> list[str]:
     """Return a line for each fact in which ranks differ.
 
@@ -129,10 +159,10 @@ def _by_value(who: Mapping[tuple[int, str] | None, Sequence[int]]) -> str:
 
 
 def _ranges(ranks: Sequence[int]) -> str:
-    """Return numbers as text, three or more in a row as a range, and no more than fit a line.
+    """Return numbers as text, with three or more in a row as a range, shortened to fit a line.
 
     Args:
-        ranks: In ascending order.
+        ranks: The ranks in ascending order.
 
     Example:
         >>> _ranges([0, 1, 2, 3, 5, 7, 8])

@@ -1,4 +1,4 @@
-"""How the processes that hold one model communicate, and the object that stands for a single process.
+"""Communication between the processes that hold one model, and an object with the same methods for a single process.
 
 ``Communicator`` is either: callers need not ask which. All ranks must call the same methods in the same order.
 """
@@ -87,7 +87,7 @@ class OneProcess:
         """Return ``items``.
 
         Args:
-            items: By name.
+            items: The items, by name.
         """
         return dict(items)
 
@@ -103,12 +103,12 @@ class OneProcess:
         """Return ``tensor``.
 
         Args:
-            tensor: Any.
+            tensor: Any tensor.
         """
         return tensor
 
     def senders(self, held: Sequence[bool]) -> list[int | None]:
-        """Return None for each item: this process has all that there are.
+        """Return None for each item, since this process has all items.
 
         Args:
             held: Which items this process has.
@@ -119,7 +119,7 @@ class OneProcess:
         """Do nothing."""
 
     def separate(self, patience: timedelta | None = None) -> "OneProcess":
-        """Return this object, which nothing can get in the way of.
+        """Return this object, since there are no messages that could be mixed up.
 
         Args:
             patience: Not used.
@@ -133,7 +133,7 @@ class OneProcess:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that hold one model together. Others of the same job may train other models, and take no part.
+    """The processes that hold one model together. Other processes of the job may train other models.
 
     Args:
         group: The group of these processes, and of no others.
@@ -212,7 +212,7 @@ class Ranks:
         """Run on every rank, and return the result of this one; if any rank fails, raise on all.
 
         Args:
-            what: In what all must succeed, for the error.
+            what: What all ranks must do, for the error.
             act: Called on each. If it communicates, it must itself fail on all ranks where it does on one.
             facts: What the ranks must also agree on, as for ``agree``; ranks with nothing to run may call that instead.
 
@@ -234,8 +234,6 @@ class Ranks:
             raise failure
         return results[0]
 
-    each = on_every_rank
-
     def agree(self, what: str, facts: Mapping[str, Any], remedy: str = "") -> None:
         """Check that all ranks have the same facts, in one message of 16 bytes; raise on every rank if not.
 
@@ -249,25 +247,18 @@ class Ranks:
                 ranks, only rank 0 shows that, and the others refer to it.
         """
         own = agreement.flat(facts)
-        if self._differing(torch.tensor([agreement.digest(own)])).numel() == 0:
-            return
-        buckets = self._differing(agreement.digests(own)).tolist()
-        found = self.gather_to_rank_0(agreement.in_buckets(own, buckets[: agreement.MOST_FACTS]))
-        members = torch.distributed.get_process_group_ranks(self.group)
-        if self.world_size > agreement.MOST_SHOWING and self.rank > 0:
-            raise ShardingError(f"all ranks must agree on {what}: see the error of rank {members[0]}")
-        lines = agreement.differences(found, members) if self.rank == 0 else []
-        if self.world_size <= agreement.MOST_SHOWING:
-            lines = self.from_rank_0(lines)
-        if hidden := len(buckets[agreement.MOST_FACTS :]):
-            lines.append(f"  and at least {hidden} more")
-        raise ShardingError("\n".join([f"all ranks must agree on {what}:", *lines, *([remedy] if remedy else [])]))
+        if self.differing(torch.tensor([agreement.digest(own)])):
+            agreement.refuse(self, what, own, remedy)
 
-    def _differing(self, numbers: Tensor) -> Tensor:
-        """Return the places at which not all ranks have the same number."""
+    def differing(self, numbers: Tensor) -> list[int]:
+        """Return the indices at which not all ranks have the same number.
+
+        Args:
+            numbers: The numbers of this rank; as many on each.
+        """
         extremes = torch.stack([numbers, -numbers]).to(self.device)
         torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX, self.group)
-        return (extremes[0] != -extremes[1]).nonzero().flatten()
+        return (extremes[0] != -extremes[1]).nonzero().flatten().tolist()
 
     def from_rank_0(self, value: T) -> T:
         """Return the value of rank 0.
@@ -283,7 +274,7 @@ class Ranks:
         """Return the values of all ranks, by rank.
 
         Args:
-            value: That of this rank: anything that can be pickled.
+            value: The value of this rank: anything that can be pickled.
         """
         found: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(found, value, self.group)
@@ -293,22 +284,21 @@ class Ranks:
         """Return the values of all ranks, by rank, on rank 0, and an empty list on the others.
 
         Args:
-            value: That of this rank: anything that can be pickled.
+            value: The value of this rank: anything that can be pickled.
         """
         found: list[Any] = [None] * self.world_size if self.rank == 0 else []
         torch.distributed.gather_object(value, found or None, group=self.group, group_dst=0)
         return found
 
     def union(self, items: Mapping[str, T]) -> dict[str, T]:
-        """Return the items of all ranks, in the order of the ranks. Of ranks with the same items only one sends them.
+        """Return the items of all ranks, in the order of the ranks. If ranks have the same items, only one sends them.
 
         Args:
             items: Those of this rank, by name: what can be pickled, and shown as text.
         """
         digests = self.sums(agreement.digest(agreement.flat(items)))
-        first = digests.index(digests[self.rank]) == self.rank
-        found = self.gather_to_rank_0(dict(items if first else ()))
-        return self.from_rank_0({name: item for one in found for name, item in one.items()})
+        own = items if digests.index(digests[self.rank]) == self.rank else {}
+        return self.from_rank_0({name: item for one in self.gather_to_rank_0(dict(own)) for name, item in one.items()})
 
     def totals(self, *numbers: float) -> list[float]:
         """Return the sum over all ranks of each number; whole numbers are exact below 2 ** 53.
@@ -319,21 +309,21 @@ class Ranks:
         return self.total(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """Return the mean of a tensor over all ranks. It waits for no device.
+        """Return the mean of a tensor over all ranks, without waiting for a device.
 
         Args:
-            tensor: Of one shape on all ranks.
+            tensor: A tensor of one shape on all ranks.
         """
         mean = tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
         torch.distributed.all_reduce(mean, group=self.group)
         return mean / self.world_size
 
     def share(self, tensor: Tensor, name: str = "") -> float:
-        """Return the factor of a local shard in a sum over all ranks in which each element is to count once.
+        """Return the factor of a local shard in a sum over all ranks, so that each element counts once.
 
         Args:
             tensor: Sharded over these ranks, or the same on each.
-            name: Of the tensor; engines need it.
+            name: The name of the tensor; engines need it.
         """
         del name
         return (_shards(tensor) if is_sharded(tensor) else 1) / self.world_size
@@ -342,7 +332,7 @@ class Ranks:
         """Return the sum of the tensors of all ranks.
 
         Args:
-            tensor: That of this rank, of one shape on all.
+            tensor: The tensor of this rank, of one shape on all.
         """
         total = tensor.to(self.device, copy=True)
         torch.distributed.all_reduce(total, group=self.group)
@@ -352,12 +342,11 @@ class Ranks:
         """Return the numbers of all ranks, by rank, in a message without pickles.
 
         Args:
-            number: That of this rank.
+            number: The number of this rank.
         """
         found = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
-        own = torch.tensor([number], dtype=torch.int64, device=self.device)
-        torch.distributed.all_gather(list(found.split(1)), own, self.group)
-        return found.tolist()
+        found[self.rank] = number
+        return self.total(found).tolist()
 
     def senders(self, held: Sequence[bool]) -> list[int | None]:
         """Return for each item the lowest rank that has it, or None if every rank has it, in one message for all.
@@ -374,7 +363,7 @@ class Ranks:
         """Overwrite tensors with those of one rank.
 
         Args:
-            tensors: Of the same shapes on all ranks.
+            tensors: Tensors of the same shapes on all ranks.
             device: Where the messages are; None for the device of the group's messages.
             source: The rank whose tensors are sent.
         """
@@ -411,7 +400,7 @@ def communicator_of(model: nn.Module) -> Communicator:
 
 
 def pipeline_communicator_of(model: nn.Module, own: Communicator) -> Ranks | None:
-    """Return the communicator of all ranks of the pipeline that a model is a stage of; None if it is in no pipeline.
+    """Return the communicator of all ranks of the model's pipeline; None if the model is not a stage of one.
 
     They are the ranks of all stages, with their replicas and shards. All of them must call this.
 
@@ -430,7 +419,7 @@ def pipeline_communicator_of(model: nn.Module, own: Communicator) -> Ranks | Non
 
 
 def _shards(tensor: Any) -> int:
-    """Return into how many shards a ``DTensor`` is divided."""
+    """Return the number of shards of a ``DTensor``."""
     sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
     return math.prod(size for size, placement in sizes if not placement.is_replicate())
 

@@ -1,4 +1,4 @@
-"""Saving and loading of sharded tensors by ``torch.distributed.checkpoint`` (DCP): the only place that calls it.
+"""Saves and loads sharded tensors with ``torch.distributed.checkpoint`` (DCP). No other module calls it to do so.
 
 Importing it takes half a second, so it is imported where it is used. Each rank writes its own shards. Tensors that
 several ranks have, such as buffers, are written by rank 0.
@@ -94,7 +94,7 @@ def load(state: dict[str, Any], folder: Path, group: "ProcessGroup | None" = Non
 
 
 def _hint(error: dcp.CheckpointException) -> str:
-    """Return what to do if the checkpoint has no state of an algorithm that the run has now."""
+    """Return the advice for a checkpoint that has no state of an algorithm that the run has now."""
     missing = any("Missing key" in str(one) for one, _ in error.failures.values())
     return (
         "; if it was saved before the algorithm was added, load the rest by dcp.load(..., "

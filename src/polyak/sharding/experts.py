@@ -1,4 +1,4 @@
-"""Experts that are plain tensors and differ by rank: what a user declares of them, and their places in the full model.
+"""Experts that are plain tensors and differ by rank: their declaration, and their places in the full model.
 
 Averages stay plain local tensors. Only where they leave the process, in a state, an export or a record, they get the
 names and the shapes that they have in the full model.
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """What is known of the experts in one module.
+    """The declaration of the experts in one module.
 
     Args:
         mesh: The ranks whose experts are together those of the model; of one dimension.
@@ -64,7 +64,7 @@ _DECLARED: "weakref.WeakKeyDictionary[nn.Module, Experts]" = weakref.WeakKeyDict
 def declare_experts(
     module: nn.Module, mesh: "DeviceMesh", *, dim: int = 0, numbers: Sequence[int | str] | None = None
 ) -> None:
-    """Say that a module's plain parameters differ by rank, and how they make up those of the full model.
+    """Declare that a module's plain parameters differ by rank, and how they form the parameters of the full model.
 
     Averages of such parameters are then swapped, and saved by ``torch.distributed.checkpoint``, exported and recorded
     as the full model has them. Without this they are refused, because one rank's would stand for all. Experts that are
@@ -132,7 +132,7 @@ def has_numbered_experts(model: nn.Module) -> bool:
     """Return whether ranks hold whole experts, under other names on each.
 
     Args:
-        model: Any.
+        model: Any model.
     """
     found = (_DECLARED[module] for module in model.modules() if module in _DECLARED) if _DECLARED else ()
     return any(experts.dim is None for experts in found)
@@ -142,7 +142,7 @@ def has_experts(model: nn.Module) -> bool:
     """Return whether experts of a model were declared.
 
     Args:
-        model: Any.
+        model: Any model.
     """
     return any(module in _DECLARED for module in model.modules()) if _DECLARED else False
 
@@ -151,7 +151,7 @@ def declared(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of a model that were declared to differ by rank.
 
     Args:
-        model: Any.
+        model: Any model.
     """
     modules = [module for module in model.modules() if module in _DECLARED] if _DECLARED else []
     return [p for p in chain.from_iterable(module.parameters() for module in modules) if not is_sharded(p)]
@@ -185,7 +185,7 @@ class Places:
         return name if found is None else found[0] + found[1].name(name[len(found[0]) :])
 
     def differs(self, name: str, tensor: Tensor) -> bool:
-        """Return whether each rank has another tensor under a name, or this rank alone has it.
+        """Return whether each rank has a different tensor under a name, or only this rank has it.
 
         Args:
             name: Its canonical name here.
@@ -195,7 +195,7 @@ class Places:
         return found is not None and (found[1].dim is None or tensor.dim() > found[1].dim) and not is_sharded(tensor)
 
     def shards(self, name: str, tensor: Tensor) -> int:
-        """Return on how many ranks there are different tensors of this kind; 1 if all have the same.
+        """Return the number of ranks that have different tensors of this kind; 1 if all have the same.
 
         Args:
             name: Its canonical name here.

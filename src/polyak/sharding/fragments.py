@@ -42,7 +42,7 @@ def boxes_of(start: int, stop: int, shape: Sequence[int]) -> Iterator[Box]:
     Args:
         start: The first element.
         stop: The element after the last.
-        shape: Of the tensor.
+        shape: The shape of the tensor.
 
     Example:
         >>> for box in boxes_of(2, 11, (4, 3)):
@@ -73,7 +73,7 @@ def _in_row(row: int, boxes: Iterator[Box]) -> Iterator[Box]:
 
 
 class Fragment(Tensor):
-    """The elements of a larger tensor that one rank has, wherever they are in it.
+    """The elements of a larger tensor that one rank has, at any places in it.
 
     A ``DTensor`` divides a tensor evenly. Engines that flatten many parameters into one buffer, and divide that, cut
     parameters anywhere. Ranks may have the same fragment, which is then saved once.
@@ -89,9 +89,9 @@ class Fragment(Tensor):
         """Return a fragment of a flattened tensor, over the memory of a tensor.
 
         Args:
-            tensor: Of one dimension.
+            tensor: A tensor of one dimension.
             offset: Where it begins in the flattened tensor.
-            length: Of the flattened tensor.
+            length: The length of the flattened tensor.
 
         Example:
             >>> fragment = Fragment.of(torch.arange(3.0), offset=2, length=10)
@@ -105,9 +105,9 @@ class Fragment(Tensor):
         """Return a fragment over the memory of a tensor, whose elements lie in blocks of a larger one.
 
         Args:
-            tensor: Of one dimension: the elements of each block, one block after the other.
+            tensor: A tensor of one dimension: the elements of each block, one block after the other.
             boxes: The blocks.
-            shape: Of the larger tensor.
+            shape: The shape of the larger tensor.
             written: Whether this rank saves it; otherwise it loads only, and another rank saves the same elements.
         """
         fragment = tensor.detach().as_subclass(Fragment)
@@ -171,7 +171,7 @@ class Fragment(Tensor):
 
 @dataclass(frozen=True)
 class FragmentRanks(Ranks):
-    """Ranks of which each has other parts of the parameters, cut anywhere: they have no tensors in common."""
+    """Ranks that each have different parts of the parameters, cut anywhere. They have no tensors in common."""
 
     def agree(self, what: str, facts: Mapping[str, Any], remedy: str = "") -> None:
         """Check that all ranks have the same facts, without those about tensors.

@@ -1,4 +1,4 @@
-"""What ``fully_shard`` was called with, read from a model, and the same call for a copy of the model over other shards.
+"""Reads from a model how ``fully_shard`` was called, and makes the same calls for a copy of the model.
 
 torch has no public way to read this. Attributes that a version of torch does not have are an error by name.
 """
@@ -42,7 +42,7 @@ class Managed:
 
     @classmethod
     def of(cls, held: Any) -> "Managed":
-        """Return what torch's object for a parameter tells of it.
+        """Return the parameter that an object of torch describes.
 
         Args:
             held: An ``FSDPParam``.
@@ -52,19 +52,19 @@ class Managed:
 
     @property
     def memory(self) -> Tensor:
-        """All of the memory of its local shard, with the padding; of one dimension."""
+        """The memory of its local shard with the padding, as a tensor of one dimension."""
         return self.held._sharded_param_data  # noqa: SLF001
 
     @property
     def size(self) -> int:
-        """The number of elements of the largest shard: all ranks send as many, and those with fewer have padding."""
+        """The number of elements of the largest shard. All ranks send as many; those with fewer elements pad them."""
         return self.held.padded_sharded_param_size.numel()
 
     def stand_in(self, dtype: torch.dtype) -> Tensor:
         """Return a parameter without memory, of the shape that it has before ``fully_shard``.
 
         Args:
-            dtype: Of its values.
+            dtype: The dtype of its values.
         """
         if self.held is None:
             return nn.Parameter(torch.empty_like(self.tensor, dtype=dtype, device="meta"), requires_grad=False)
@@ -80,7 +80,7 @@ class Managed:
 
         Args:
             like: The sharded tensor to compute with.
-            memory: All of the memory of its local shard, with the padding; of one dimension.
+            memory: The memory of its local shard with the padding, as a tensor of one dimension.
         """
         shard = nn.Parameter(sharded_like(like, local(like).detach()), requires_grad=False)
         self.held.sharded_param = shard
@@ -90,7 +90,7 @@ class Managed:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one call of ``fully_shard`` is given, and the parameters that it manages.
+    """The arguments of one call of ``fully_shard``, and the parameters that it manages.
 
     Args:
         modules: One, or several that are gathered together.
@@ -145,10 +145,10 @@ class Unit:
 
 
 def units_of(model: nn.Module) -> list[Unit]:
-    """Return what ``fully_shard`` was called with in a model, inner modules first. The model holds its shards then.
+    """Return the calls of ``fully_shard`` in a model, inner modules first. The model holds its shards afterwards.
 
     Args:
-        model: With ``fully_shard``.
+        model: A model with ``fully_shard``.
 
     Raises:
         ShardingError: If that cannot be read, or cannot be done again for a copy.
@@ -196,7 +196,7 @@ def _unit(state: Any) -> Unit:
 
 
 def reshard_abandoned(module: nn.Module) -> None:
-    """Let a module hold its shards if an exception has left its last forward pass, with full tensors of that moment.
+    """Let a module hold its shards if an exception in its last forward pass has left full tensors in it.
 
     Args:
         module: An outermost one of ``fully_shard``.
@@ -229,7 +229,7 @@ def class_before(module: nn.Module) -> type[nn.Module]:
     """Return the class that a module had before ``fully_shard``.
 
     Args:
-        module: Any.
+        module: Any module.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not isinstance(module, fsdp.FSDPModule):
@@ -241,7 +241,7 @@ def attributes_before(module: nn.Module) -> Mapping[str, Any]:
     """Return the attributes of a module without the state and the hooks of ``fully_shard``.
 
     Args:
-        module: Any.
+        module: Any module.
     """
     if _PACKAGE not in sys.modules:
         return vars(module)

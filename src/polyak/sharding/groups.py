@@ -1,4 +1,4 @@
-"""Which ranks hold a model, as seen from its parameters, and a group in which they alone communicate."""
+"""Finds the ranks that hold a model from its parameters, and makes a group of exactly these ranks."""
 
 import functools
 import gc
@@ -30,7 +30,7 @@ def ddps_of(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
     """Return the ``DistributedDataParallel`` that a model is, compiled or not, or those of its parts.
 
     Args:
-        model: Any.
+        model: Any model.
     """
     if isinstance(model, ModelParts):
         return list(chain.from_iterable(map(ddps_of, model.parts)))
@@ -63,7 +63,7 @@ def _meshes(model: nn.Module) -> list["DeviceMesh"]:
 
 
 def group_of(groups: Iterable["ProcessGroup"], meshes: Sequence["DeviceMesh"]) -> "ProcessGroup | None":
-    """Return a group of exactly the ranks that hold a model; None if this rank holds nothing of it.
+    """Return a group of exactly the ranks that hold a model; None if this rank holds no part of it.
 
     They are the ranks of its meshes, of its ``DistributedDataParallel`` and of its pipeline. All of them must call
     this, and no others. A group is made only where there is none; it lasts as long as the group of all ranks.
@@ -122,10 +122,10 @@ def _reached(members: frozenset[int], groups: Sequence["ProcessGroup"]) -> froze
 
 
 def device_of(group: "ProcessGroup") -> torch.device:
-    """Return where tensors must be for a message in a group.
+    """Return the device on which a group sends tensors.
 
     Args:
-        group: Any.
+        group: Any group.
     """
     on_gpu = torch.distributed.get_backend(group) == torch.distributed.Backend.NCCL
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -199,8 +199,8 @@ _STAGES = dict[type, "weakref.WeakKeyDictionary[Any, None]"]()
 def _stages(kind: Any) -> Iterable[Any]:
     """Return all stages. A stage knows its module, and not the reverse; its class knows no stages.
 
-    To look for what refers to the class takes as long as a step of a small model. So this happens once, and from then on
-    stages are noted when they are made.
+    To look for what refers to the class takes as long as a step of a small model. So this happens once, and stages are
+    noted when they are made from then on.
 
     Args:
         kind: The class that all stages are of.

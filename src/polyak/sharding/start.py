@@ -1,4 +1,4 @@
-"""The start of a process group that survives restarts by ``torchrun``, whichever its rendezvous."""
+"""Starts a process group so that restarts by ``torchrun`` work with any rendezvous."""
 
 import atexit
 import os

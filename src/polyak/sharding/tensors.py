@@ -35,7 +35,7 @@ def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
     """Return whether a tensor is a ``DTensor``, of which each rank holds a local shard.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
     """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -81,17 +81,17 @@ def local(tensor: Tensor) -> Tensor:
     Of a weight of torchao's that wraps its values in high precision, it is the tensor with these.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
     """
     shard = tensor._local_tensor if is_sharded(tensor) else tensor  # noqa: SLF001  to_local() makes a node of autograd
     return shard if type(shard) in _PLAIN else inner(shard)
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """Return a tensor, or in place of a weight of torchao's the plain one with its values, sharded as it is.
+    """Return a tensor, or instead of torchao's weight the plain tensor with its values, sharded in the same way.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
     """
     shard = tensor._local_tensor if is_sharded(tensor) else tensor  # noqa: SLF001  see `local`
     return tensor if (values := inner(shard)) is shard else sharded_like(tensor, values)
@@ -113,7 +113,7 @@ def as_sharded(shard: Tensor, mesh: "DeviceMesh", placements: Any, full: Tensor)
     Args:
         shard: The local shard, in any dtype and on any device.
         mesh: The ranks.
-        placements: For each dimension of the mesh.
+        placements: The placement on each dimension of the mesh.
         full: Of the shape and strides of the full tensor.
     """
     from torch.distributed.tensor import DTensor  # noqa: PLC0415  see above
@@ -125,7 +125,7 @@ def as_sharded(shard: Tensor, mesh: "DeviceMesh", placements: Any, full: Tensor)
 
 
 def sharded_over(shard: Tensor, mesh: "DeviceMesh", dim: int) -> Tensor:
-    """Return a tensor of which each rank of a mesh has a shard of the same size, over the memory of this one.
+    """Return a tensor over the memory of this one, of which each rank of a mesh has a shard of the same size.
 
     Args:
         shard: That of this rank.
@@ -146,7 +146,7 @@ def offset(tensor: Tensor) -> tuple[int, ...] | None:
         tensor: Sharded or not.
 
     Raises:
-        ShardingError: If the shard is no box: some ways of dividing a dimension twice leave gaps.
+        ShardingError: If the shard is not a box: some ways of dividing a dimension twice leave gaps.
     """
     if not is_sharded(tensor) or not local(tensor).numel():
         return None
@@ -200,9 +200,9 @@ def divided(tensor: Tensor, dtype: torch.dtype, mesh: "DeviceMesh", device: torc
 
     Args:
         tensor: Full on every rank, of one dimension or more.
-        dtype: Of the copy.
+        dtype: The dtype of the copy.
         mesh: The ranks; of one dimension.
-        device: Of the copy; None for the tensor's.
+        device: The device of the copy; None for the tensor's.
     """
     from torch.distributed.tensor import Shard  # noqa: PLC0415
 
@@ -215,8 +215,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, mesh: "DeviceMesh") -> Tenso
     """Return an uninitialized tensor on the CPU, sharded over the ranks by its first dimension if it has one.
 
     Args:
-        shape: Of the full tensor.
-        dtype: Of its values.
+        shape: The shape of the full tensor.
+        dtype: The dtype of its values.
         mesh: The ranks; of one dimension.
     """
     from torch.distributed.tensor import Replicate, Shard  # noqa: PLC0415
@@ -233,7 +233,7 @@ def _chunks(tensor: Tensor, number: int) -> list[Tensor]:
 
 @torch.no_grad()
 def gather(tensors: Sequence[Tensor], mesh: "DeviceMesh") -> None:
-    """All-gather the rows of tensors, in place: each rank's own rows are right before, and all rows afterwards.
+    """All-gather the rows of tensors in place: before, each rank has its own rows, and afterwards all rows.
 
     Args:
         tensors: Full on every rank, of one dimension or more.
@@ -249,7 +249,7 @@ def broadcast(tensors: Iterable[Tensor], source: int, group: "ProcessGroup", dev
     """Overwrite tensors with those of one rank, many in one message.
 
     Args:
-        tensors: Of the same shapes on all ranks.
+        tensors: Tensors of the same shapes on all ranks.
         source: The rank whose tensors are sent; its number in the group.
         group: The ranks.
         device: Where the messages are; None for the device of the tensors.
@@ -290,28 +290,28 @@ def is_fsdp(model: nn.Module) -> bool:
     """Return whether ``fully_shard`` was called on a module of the model.
 
     Args:
-        model: Any.
+        model: Any model.
     """
     return bool(_units(model))
 
 
 def reshard(model: nn.Module) -> None:
-    """Make the modules of the model hold their shards: after a forward pass the outermost ones hold full tensors.
+    """Make the modules of the model hold their shards. After a forward pass the outermost modules hold full tensors.
 
     The next forward pass would not see what is copied into shards while full tensors are held.
 
     Args:
-        model: With or without ``fully_shard``.
+        model: A model with or without ``fully_shard``.
     """
     for unit in _units(model):
         unit.reshard()
 
 
 def reshard_after_an_error(model: nn.Module) -> None:
-    """Do what ``reshard`` does in a model whose forward pass was left by an exception.
+    """Do what ``reshard`` does for a model whose forward pass has raised.
 
     Args:
-        model: With ``fully_shard``.
+        model: A model with ``fully_shard``.
 
     Raises:
         ShardingError: If this version of torch cannot.

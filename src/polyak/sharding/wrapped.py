@@ -1,4 +1,4 @@
-"""Weights of torchao that wrap the tensor with their values, and only change how it is multiplied or gathered.
+"""Weights of torchao that wrap a tensor with their values, and only change how it is multiplied or gathered.
 
 So are those of float8 training with an fp8 all-gather, of int8 mixed precision, BitNet, and of grouped products in
 float8. The inner tensor has the values in high precision, and is the one that optimizers step, so it is averaged.
@@ -15,7 +15,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def inner(tensor: Tensor) -> Tensor:
-    """Return the tensor with the values of one of torchao's, in the same shape and dtype; itself if there is none.
+    """Return the plain tensor with the values of torchao's, in the same shape and dtype; any other tensor itself.
 
     Args:
         tensor: Any, not sharded.
@@ -26,10 +26,10 @@ def inner(tensor: Tensor) -> Tensor:
 
 
 def rewrapped(tensor: Tensor, by: Tensor) -> Tensor:
-    """Return a tensor of the same class with other values, and without what was computed of the old ones.
+    """Return a tensor of the same class with new values, without anything computed from the old ones.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
         by: The values. It is returned as it is if ``tensor`` wraps none.
     """
     if (name := _name(tensor)) is None:
@@ -41,7 +41,7 @@ def rewrapped(tensor: Tensor, by: Tensor) -> Tensor:
 
 
 def scales(tensor: Tensor) -> Iterator[tuple[Tensor, str]]:
-    """Yield where numbers are kept that were computed of the values in advance: the object, and the attribute.
+    """Yield the object and the attribute that store numbers computed from the values in advance.
 
     Args:
         tensor: Any, not sharded.

@@ -1,4 +1,4 @@
-"""Safe writes: a file or folder is complete or as it was, whatever ends the process meanwhile.
+"""Safe writes: a file or folder is complete or as it was before, whatever ends the process meanwhile.
 
 The content goes to a temporary name in the same folder and is flushed to the disk, then the temporary gets its final
 name in one step, then the folder is flushed. Nothing else in polyak renames or flushes what it writes.
@@ -40,7 +40,7 @@ def temporary_path(path: Path, *, process: int | None = None) -> Path:
 
 @contextmanager
 def replacing(path: Path, *, folder: bool = False, exclusive: bool = False) -> Iterator[Path]:
-    """Give a temporary path to write to; it becomes ``path`` when the ``with`` block ends without an error.
+    """Yield a temporary path to write to. It becomes ``path`` if the ``with`` block ends without an error.
 
     After an error nothing temporary remains, and ``path`` is as it was.
 
@@ -76,7 +76,7 @@ def require_new(path: Path, *, overwrite: bool) -> None:
     """Check that nothing is lost when ``path`` is written.
 
     Args:
-        path: Of a file, or of a folder, which may be empty.
+        path: The path of a file, or of a folder, which may be empty.
         overwrite: Whether the user has asked to replace it.
 
     Raises:
@@ -91,7 +91,7 @@ def require_new(path: Path, *, overwrite: bool) -> None:
 
 
 def new_folder(path: Path) -> None:
-    """Make an empty folder, and those that it is in; remove what had its name.
+    """Make an empty folder and its parents; remove what had its name.
 
     Args:
         path: Its temporary name.
@@ -138,7 +138,7 @@ def remove(path: Path) -> None:
     """Delete a file, link or folder with all that is in it; do nothing if it is absent.
 
     Args:
-        path: Any.
+        path: Any path.
 
     Raises:
         OSError: If the disk refuses.
@@ -150,10 +150,10 @@ def remove(path: Path) -> None:
 
 
 def remove_whole(path: Path) -> None:
-    """Delete a file or folder such that no part of it is left under its name, whatever happens meanwhile.
+    """Delete a file or folder so that no part of it stays under its name, even if it is interrupted.
 
     Args:
-        path: Any.
+        path: Any path.
 
     Raises:
         OSError: If the disk refuses.
@@ -179,10 +179,10 @@ def flush(file: IO[bytes] | IO[str]) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, where the system has a way to.
+    """Flush the names in a folder to the disk, if the system can.
 
     Args:
-        folder: Any.
+        folder: Any folder.
 
     Raises:
         OSError: If the disk refuses.

@@ -53,6 +53,6 @@ def complete_lines(content: bytes) -> list[bytes]:
     """Return the lines that end with a newline, with it.
 
     Args:
-        content: Of a file.
+        content: The content of a file.
     """
     return content[: content.rfind(b"\n") + 1].splitlines(keepends=True)

@@ -95,7 +95,7 @@ class Lock:
         return content
 
     def _mark(self, content: bytes) -> None:
-        """Hold the lock without ``flock``: by a file that only one process can create."""
+        """Hold the lock without ``flock``, with a file that only one process can create."""
         mark = self._path.absolute().with_name(f".{self._path.absolute().name}.held")
         try:
             os.close(os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY))

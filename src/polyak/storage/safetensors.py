@@ -56,8 +56,8 @@ class TensorInfo:
     """How a file keeps a tensor.
 
     Args:
-        dtype: Of the file.
-        shape: Of the tensor, or of the local shard that the file has.
+        dtype: The dtype of the file.
+        shape: The shape of the tensor, or of the local shard that the file has.
         averaged: Whether a segment holds its mean, or its last value.
     """
 
@@ -70,10 +70,10 @@ class TensorInfo:
         """Return how ``tensor`` is kept.
 
         Args:
-            tensor: Any.
+            tensor: Any tensor.
             averaged: Whether a segment holds its mean, or its last value.
-            dtype: For the means of floating-point tensors: float32, float16, bfloat16, or int8 for differences; None
-                for float16. With the last two, tensors in float64 keep that.
+            dtype: The dtype for the means of floating-point tensors: float32, float16, bfloat16, or int8 for
+                differences; None for float16. With the last two, tensors in float64 keep that.
 
         Example:
             >>> TensorInfo.of(torch.zeros(2, dtype=torch.float64), averaged=True)
@@ -93,7 +93,7 @@ def disk_errors(doing: str) -> Iterator[None]:
         doing: What the block does: "writing a file".
 
     Raises:
-        RecordError: In place of an ``OSError``.
+        RecordError: Instead of an ``OSError``.
     """
     try:
         yield
@@ -116,7 +116,7 @@ def layout_of(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) ->
 
     Args:
         tensors: What is in the file.
-        metadata: For the header.
+        metadata: The metadata for the header.
 
     Example:
         >>> header, places, size = layout_of({"a": TensorInfo(torch.float32, (2,), averaged=False)}, {})
@@ -159,7 +159,7 @@ def write_tensors(
         tensors: What is written. The same tensors give the same bytes.
         read: Returns a tensor by name. It is called for one at a time, and the result is cast to its dtype in
             ``tensors``.
-        metadata: For the header of the file.
+        metadata: The metadata for the header of the file.
 
     Raises:
         OSError: If the disk refuses.
@@ -211,7 +211,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         name: The tensor's name, for errors.
-        tensor: Any.
+        tensor: Any tensor.
         dtype: The dtype of the result.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Evaluate the averages of a record under many profiles with a custom function, and find the best."""
+"""Evaluates the averages of a record under many profiles with a custom function, and finds the best."""
 
 from polyak.sweeping.checkpoint_outcome import CheckpointSweep, Tried
 from polyak.sweeping.checkpoints import sweep_checkpoints

@@ -21,13 +21,13 @@ class Averages:
         processes: How many processes do so at the same time, which may be on one machine.
     """
 
-    def __init__(self, record: Record, processes: int = 1) -> None:
+    def __init__(self, record: Record, processes: int) -> None:
         self.record = record
         self._processes = processes
         self._computed: Iterator[dict[str, Tensor]] = iter(())
 
     def plan(self, profiles: Sequence[Profile]) -> None:
-        """Note what is taken next.
+        """Note which averages are taken next.
 
         Args:
             profiles: The profiles, in the order in which they are taken.
@@ -35,7 +35,7 @@ class Averages:
         self._computed = self.record.averages(profiles, max_bytes=_MOST_BYTES / self._processes)
 
     def take(self, profile: Profile) -> tuple[dict[str, Tensor], float]:
-        """Return an average and its error, without a warning of the error: every result has it.
+        """Return an average and its error, without a warning about the error: every result has it.
 
         Args:
             profile: The next of the planned ones.

@@ -1,4 +1,4 @@
-"""What a sweep evaluates: averages of a record, its raw weights, and weights from files."""
+"""The weights that a sweep evaluates: averages of a record, its raw weights, and weights from files."""
 
 import hashlib
 import json
@@ -35,11 +35,11 @@ class Candidate:
     """Weights to evaluate.
 
     Args:
-        name: For people.
+        name: The name for people.
         weights: Returns them.
         source: What they are made of: the newest file of the record, or the hash of another file.
         record: The record, up to the moment.
-        profile: That of an average; None for other weights.
+        profile: The profile of an average; None for other weights.
         at: The moment of an average; None for the end of the whole record.
         averages: Those at the same moment, computed together; None for other weights.
     """
@@ -60,8 +60,8 @@ def average(
 
     Args:
         averages: Those at this moment.
-        name: For people.
-        profile: That of the average.
+        name: The name for people.
+        profile: The profile of the average.
         at: The moment; None for the end of the whole record.
         batchnorm: As for ``sweep``.
     """
@@ -94,7 +94,7 @@ def given(record: Record, name: str, path: Path) -> Candidate:
 
     Args:
         record: The record that they are compared with.
-        name: For people.
+        name: The name for people.
         path: The safetensors file.
 
     Raises:

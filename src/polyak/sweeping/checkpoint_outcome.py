@@ -49,7 +49,7 @@ class CheckpointSweep:
 
     @property
     def best(self) -> Tried:
-        """The mean with the best value; of equal ones that of the fewest checkpoints.
+        """The mean with the best value; among equal ones, that of the fewest checkpoints.
 
         Raises:
             EvaluationError: If the metric is NaN for all.

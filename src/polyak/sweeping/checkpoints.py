@@ -136,7 +136,7 @@ class _Run:
         self._code = source_hash(self.evaluate)
 
     def evaluated(self, which: Sequence[Newest]) -> Iterator[Result]:
-        """Yield the results of means with one distance, of more and more checkpoints."""
+        """Yield the results of means with one distance, each over more checkpoints."""
         self.found |= {one: result for one in which if (result := self._already(one)) is not None}
         left = [one for one in which if one not in self.found]
         yield from (self.found[one] for one in which if one in self.found)

@@ -1,4 +1,4 @@
-"""Whether a higher or a lower value of a metric is better, as far as its name is sure to say."""
+"""Decides whether a higher or a lower value of a metric is better, if its name clearly says so."""
 
 import re
 from itertools import pairwise
@@ -107,7 +107,7 @@ def direction(metric: str, function: str, *, maximize: bool | None) -> bool:
 
 
 def asked(*, maximize: bool | None, minimize: bool | None) -> bool | None:
-    """Return what the two arguments of ``sweep`` say together, as ``maximize``; None for nothing.
+    """Return what the two arguments of ``sweep`` say together, as ``maximize``; None if they say nothing.
 
     Args:
         maximize: As given.

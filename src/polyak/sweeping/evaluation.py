@@ -55,7 +55,7 @@ class Evaluator:
         }
 
     def known(self, candidate: Candidate) -> Result | None:
-        """Return the result that is kept; None if the weights are to be evaluated, for the first time or again.
+        """Return the kept result; None if the weights must be evaluated, for the first time or again.
 
         Args:
             candidate: The weights.
@@ -96,7 +96,7 @@ class Evaluator:
         self.kept.add(self.key(candidate), self.checked(result), self._code, candidate.record.folder)
 
     def warn_of_other_source(self, candidates: Iterable[Candidate]) -> None:
-        """Warn, once, if weights are evaluated again because the source of the function is another one.
+        """Warn, once, if weights are evaluated again because the source of the function has changed.
 
         Args:
             candidates: What is to be evaluated.

@@ -1,4 +1,4 @@
-"""Losses of single examples: an interval of their mean, and which averages are as good as the best."""
+"""Uses losses of single examples for an interval of their mean, and to find averages as good as the best."""
 
 import math
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ def is_worse(values: Sequence[float], best: Sequence[float], *, maximize: bool) 
     """Return whether an average is worse than the best by more than chance: by the paired difference, at 95 %.
 
     Args:
-        values: Of the average, one for each example.
-        best: Of the best average, for the same examples.
+        values: The values of the average, one for each example.
+        best: The values of the best average, for the same examples.
         maximize: Whether a higher value is better.
 
     Example:

@@ -46,7 +46,7 @@ def resolves(record: Record, profile: Profile) -> bool:
 
     Args:
         record: The record.
-        profile: Of the average.
+        profile: The profile of the average.
     """
     try:
         fit(profile, record.segments, max_duration=record.max_duration)

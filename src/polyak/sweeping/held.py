@@ -1,4 +1,4 @@
-"""A record that a sweep reads while a run may still be writing it: all its files stay open, as they were at the start.
+"""A record that a sweep reads while a run may still write it: its files stay open, as they were at the start.
 
 A run that goes on merges segments and deletes the old files. A file that is open can still be read.
 """
@@ -46,7 +46,7 @@ class HeldRecord(Record):
         return nullcontext(self._held[segment.file])
 
     def hold(self) -> None:
-        """Open all files, and only then compare them with their hashes: reading them takes long, opening does not.
+        """Open all files, and only then check them against their hashes: opening them is quick, reading takes long.
 
         Raises:
             OSError: If a file is missing or damaged.
@@ -80,7 +80,7 @@ def up_to(record: Record, segment: Segment) -> Record:
 
 @contextmanager
 def held(record: Record) -> Iterator[Record]:
-    """Open a record with all its files for a ``with`` block: a run may go on, and the record stays as it was.
+    """Open a record with all its files for a ``with`` block. It stays the same even if the run continues to write it.
 
     Args:
         record: The record. If a run has merged its files since, the newer record is opened in its place.
@@ -122,7 +122,7 @@ def as_on_first(record: Record, workers: Workers) -> Record:
 
 @contextmanager
 def held_by_all(record: Record, workers: Workers) -> Iterator[Record]:
-    """Open a record as ``held`` does, on all ranks the same, whatever the run that is writing it has done meanwhile.
+    """Open a record as ``held`` does, the same on all ranks, even if the run that is writing it continues meanwhile.
 
     Args:
         record: The record, as this rank has it. Of several, that of rank 0 is opened.

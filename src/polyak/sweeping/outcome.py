@@ -102,7 +102,7 @@ class SweepResult(list[Result]):
         """Return a table of all results as text.
 
         Args:
-            width: In characters.
+            width: The width in characters.
         """
         from polyak.report.text import sweep_table  # noqa: PLC0415  the report is built on sweeps
 

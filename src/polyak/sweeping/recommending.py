@@ -115,7 +115,7 @@ def recommended(results: SweepResult) -> Recommendation:
     The default is the half-life nearest to a sixteenth of the run that was evaluated.
 
     Args:
-        results: Of a sweep with half-lives. Of several end moments, that of the best average counts.
+        results: The results of a sweep with half-lives. If it has several end moments, that of the best average counts.
 
     Raises:
         EvaluationError: If the metric is NaN for every average.
@@ -133,7 +133,7 @@ def recommended(results: SweepResult) -> Recommendation:
 
 
 def default_of(record: Record) -> tuple[HalfLife, str]:
-    """Return the half-life that needs no evaluation, and why it is that.
+    """Return the half-life that needs no evaluation, and the reason for it.
 
     Args:
         record: A record with a segment.

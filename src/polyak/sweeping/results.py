@@ -48,7 +48,7 @@ class Result:
     examples: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]], repr=False)
 
     def interval(self, metric: str | None = None) -> tuple[float, float] | None:
-        """Return the 95 % interval of a metric; None where the evaluation does not return it for single examples.
+        """Return the 95 % interval of a metric; None if the evaluation does not return it for single examples.
 
         Args:
             metric: The name of the metric; None for the first.
@@ -191,7 +191,7 @@ def require_equal(results: Sequence[Result]) -> None:
     """Check that all ranks got the same values for the same weights, up to the rounding of their devices.
 
     Args:
-        results: Of each rank.
+        results: The results of each rank.
 
     Raises:
         EvaluationError: If they did not.
@@ -208,7 +208,7 @@ def require_equal(results: Sequence[Result]) -> None:
 
 
 def records_in(path: Path, known: Iterable[str]) -> list[str]:
-    """Return the folders of the records that a file of results is of.
+    """Return the folders of the records that a file has results of.
 
     Args:
         path: The file. One that does not exist has no results.
@@ -237,7 +237,7 @@ def _busy(path: Path, owner: str) -> str:
 
 
 def _plain(value: float | None) -> float | None:
-    """Return the value as JSON can hold it: infinity and NaN become null."""
+    """Return the value in a form that JSON can hold: infinity and NaN become null."""
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -1,4 +1,4 @@
-"""What a custom evaluation returns, checked: a number, the values of single examples, or either of them by name."""
+"""Checks what a custom evaluation returns: a number, the values of single examples, or either of them by name."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ def measured(returned: Any, name: str) -> _Measured:
 
     Args:
         returned: What the custom function returned.
-        name: Of the weights, for errors.
+        name: The name of the weights, for errors.
 
     Raises:
         EvaluationError: If it is of another type.

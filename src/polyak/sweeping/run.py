@@ -93,7 +93,7 @@ class Run:
             self._evaluate()
 
     def _evaluate(self) -> None:
-        """Evaluate what is pending: on each rank what is its own, in rounds, and take the results in their order."""
+        """Evaluate what is pending: each rank its own part, in rounds. Take the results in order."""
         pending, self._pending = self._pending, list[Candidate]()
         new = dict[str, Candidate]()  # by key, since of equal ones only one is evaluated
         for one in pending:

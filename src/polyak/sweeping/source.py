@@ -1,4 +1,4 @@
-"""The source of a custom function, as a hash: results of another source are not reused."""
+"""Hashes the source of a custom function, since results of another source are not reused."""
 
 import ast
 import hashlib
@@ -22,7 +22,7 @@ def named(function: Any) -> Any:
 
 
 def source_hash(function: Any) -> str | None:
-    """Return a hash of a function's source, together with what it uses of its own file; None if there is no source.
+    """Return a hash of a function's source and of what it uses from its own file; None if there is no source.
 
     Comments and the layout do not count. What other files define does not count either, nor do the values that the
     function finds when it runs.

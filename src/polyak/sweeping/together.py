@@ -1,4 +1,4 @@
-"""Whether an evaluation communicates between ranks: with a sharded model, all ranks must evaluate one average."""
+"""Detects whether an evaluation communicates between ranks. If so, all ranks must evaluate the same average."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +17,7 @@ _DEPTH = 5
 
 
 def communicates(function: Callable[..., Any]) -> bool:
-    """Return whether a function is seen to use a model whose ranks communicate when it runs. Nothing is called.
+    """Return whether a function visibly uses a model whose ranks communicate, without calling anything.
 
     Args:
         function: What a user gives to evaluate weights.

@@ -1,4 +1,4 @@
-"""``Workers``: the ranks that evaluate averages between them. One process alone is a worker too."""
+"""``Workers``: the ranks that share the evaluations of averages. A single process is a worker too."""
 
 import os
 import pickle
@@ -24,7 +24,7 @@ _PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """What a rank sends: a value, or the error that ended its work."""
+    """The message of a rank: a value, or the error that ended its work."""
 
     value: Any
     error: BaseException | None = None
@@ -32,10 +32,10 @@ class _Sent:
 
 @dataclass(slots=True)
 class Workers:
-    """The ranks that evaluate. Each sends as many messages as the others, whatever fails, so that none waits forever.
+    """The ranks that evaluate. All send the same number of messages, even after a failure, so that none waits forever.
 
     Args:
-        ranks: How they communicate.
+        ranks: How the ranks communicate.
         together: Whether all ranks evaluate each average together, as a sharded model needs.
     """
 
@@ -62,7 +62,7 @@ class Workers:
         """Return the values of all ranks, by rank; raise if a rank has failed.
 
         Args:
-            value: That of this rank: anything that can be pickled.
+            value: The value of this rank: anything that can be pickled.
         """
         return self._gather(_Sent(value))
 
@@ -70,7 +70,7 @@ class Workers:
         """Return the value of rank 0.
 
         Args:
-            value: That of this rank, which only rank 0 sends.
+            value: The value of this rank, which only rank 0 sends.
         """
         return self.exchange(value if self.is_first else None)[0]  # pyrefly: ignore[bad-return]
 
@@ -88,7 +88,7 @@ class Workers:
         """Check that all ranks were called with the same arguments.
 
         Args:
-            facts: By name.
+            facts: The facts, by name.
 
         Raises:
             ShardingError: On all ranks, if one has another fact.
@@ -113,7 +113,7 @@ class Workers:
         """Raise an error on all other ranks, in what they send next.
 
         Args:
-            error: Of this rank.
+            error: The error of this rank.
         """
         if not self._over:
             self._over = True
@@ -136,7 +136,7 @@ def portable(error: BaseException, rank: int) -> BaseException:
     """Return an error as another rank can raise it.
 
     Args:
-        error: Any.
+        error: Any error.
         rank: The one that raised it.
     """
     try:
@@ -159,7 +159,7 @@ def is_of_another_rank(error: BaseException) -> bool:
     """Return whether an error was first raised on another rank, which shows it.
 
     Args:
-        error: Any.
+        error: Any error.
     """
     return any(note.startswith(_NOTE) for note in getattr(error, "__notes__", ()))
 

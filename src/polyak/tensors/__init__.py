@@ -1,1 +1,1 @@
-"""The tensors of a model: slots and names, memory that they share, what optimizers move, whether they have changed."""
+"""The tensors of a model: their slots and names, shared memory, moves by optimizers, and fingerprints."""

@@ -1,4 +1,4 @@
-"""Whether a model still has the tensors that were listed, at the same addresses, which kernels note.
+"""Checks whether a model still has the tensors that were listed, at the addresses that kernels have noted.
 
 With the C kernel one call checks all tensors (``fingerprint_c.py``). Otherwise a few passes in Python check the same.
 """
@@ -52,7 +52,7 @@ class Fingerprint:
         self._frozen = [p for p in parameters if not (p.requires_grad or optimizers.is_moved(p))]
 
     def holds(self) -> bool:
-        """Return whether model and averages still are as they were."""
+        """Return whether the model and the averages are unchanged."""
         for read, dicts in self._dicts:
             if not all(map(is_, map(read, self._modules), dicts)):
                 return False
@@ -73,7 +73,7 @@ def take(dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -> Check:
 
     Args:
         dicts: Those of modules.
-        tensors: Of any kind, in the dicts or not.
+        tensors: Tensors of any kind, in the dicts or not.
     """
     in_c = fingerprint_c.AVAILABLE and "c" in serving_cpu()
     return (in_c and fingerprint_c.take(dicts, tensors)) or take_in_python(dicts, tensors)
@@ -84,7 +84,7 @@ def take_in_python(dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -
 
     Args:
         dicts: Those of modules.
-        tensors: Of any kind, in the dicts or not.
+        tensors: Tensors of any kind, in the dicts or not.
     """
     empty, filled = [dict_ for dict_ in dicts if not dict_], [dict_ for dict_ in dicts if dict_]
     names, values = list(map(tuple, filled)), list(chain.from_iterable(map(_VALUES, filled)))

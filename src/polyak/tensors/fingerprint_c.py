@@ -26,7 +26,7 @@ _handle_of = attrgetter("_cdata")  # the address of what torch knows of a tensor
 
 
 class _Library:
-    """The function in C, and what it must know of torch.
+    """The function in C, and the facts about torch that it needs.
 
     Attributes:
         check: The function, to be called with the interpreter's lock held.
@@ -66,7 +66,7 @@ def take(dicts: Sequence[dict[str, Any]], tensors: Sequence[Tensor]) -> Callable
 
     Args:
         dicts: Those of modules.
-        tensors: In the dicts or not. Of wrapper tensors only the identity is checked.
+        tensors: Tensors, in the modules' dicts or not. Only the identity of wrapper tensors is checked.
     """
     assert _library is not None
     # The caller of C keeps all objects whose addresses it passes: C reads no memory that may have been freed.

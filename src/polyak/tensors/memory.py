@@ -1,4 +1,4 @@
-"""Which tensors share memory, so that it is averaged and swapped once.
+"""Finds tensors that share memory, so that it is averaged and swapped once.
 
 ``b.data = a.data``, ``nn.Parameter(a)``, a transposed alias or a buffer that views rows of a parameter are different
 tensors over the same bytes. In each such group one tensor owns the memory; the others are views of it.
@@ -30,7 +30,7 @@ def has_memory(tensor: Tensor) -> bool:
     It has none if it is on the meta device, lazily built, empty, sparse, or a wrapper of inner tensors.
 
     Args:
-        tensor: Any.
+        tensor: Any tensor.
     """
     if is_wrapper(tensor) or is_lazy(tensor) or tensor.layout != torch.strided:
         return False
@@ -38,7 +38,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def compact(tensor: Tensor) -> Tensor:
-    """Return a view with each element once: of dimensions that repeat memory (stride 0) only the first index.
+    """Return a view with each element once: only the first index of dimensions that repeat memory (stride 0).
 
     Args:
         tensor: Strided.
@@ -74,7 +74,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def span(tensor: Tensor) -> tuple[int, int]:
-    """Return the address of the first byte and that after the last byte.
+    """Return the address of the first byte and the address after the last byte.
 
     Args:
         tensor: Strided, with memory.
@@ -94,7 +94,7 @@ def owners(tensors: Sequence[Tensor], names: Sequence[str], rank: Sequence[int])
 
     Args:
         tensors: Any. A tensor without memory owns itself.
-        names: Of the tensors, for the error.
+        names: The names of the tensors, for the error.
         rank: Of two tensors over the same bytes, the one with the lower rank owns them; of equal ranks, the first.
 
     Raises:
@@ -177,10 +177,10 @@ class Place:
     """Where a view lies in the tensor that owns its memory, to make the same view of another tensor.
 
     Args:
-        owner_shape: Of the owner.
-        owner_stride: Of the owner.
-        shape: Of the view.
-        stride: Of the view.
+        owner_shape: The shape of the owner.
+        owner_stride: The strides of the owner.
+        shape: The shape of the view.
+        stride: The stride of the view.
         offset: From the owner's first element to the view's, in elements.
         conj: Whether the view conjugates the owner's values.
         neg: Whether it negates them.
@@ -226,11 +226,11 @@ class Place:
 
 
 def write_(target: Tensor, source: Tensor) -> None:
-    """Copy into a tensor of any kind, also expanded and inference tensors, which refuse a plain copy.
+    """Copy into a tensor of any kind, including expanded and inference tensors, which refuse a plain copy.
 
     Args:
         target: The tensor to overwrite.
-        source: Of the same shape.
+        source: A tensor of the same shape.
     """
     target, source = target.detach(), source.detach()
     for dim, (size, stride) in enumerate(zip(target.shape, target.stride(), strict=True)):

@@ -1,4 +1,4 @@
-"""Which parameters optimizers move: one permanent hook on the steps of all of torch's optimizers notes them.
+"""Notes which parameters optimizers move, with one permanent hook on the steps of all of torch's optimizers.
 
 ``requires_grad`` at one moment is not enough: adversarial training freezes one half of a model while the other half's
 optimizer steps, and yet both halves are trained.
@@ -25,7 +25,7 @@ _seen = WeakKeyDictionary[Optimizer, tuple[int, list[Tensor]]]()  # the number o
 
 @cache
 def watch() -> RemovableHandle:
-    """Note what every optimizer moves from now on. Only the first call registers the hook."""
+    """Note what every optimizer moves from now on. Only the first call registers a hook."""
     return register_optimizer_step_pre_hook(_before_step)
 
 

@@ -1,4 +1,4 @@
-"""Which tensors of a model are averaged, copied or left, and why.
+"""Decides which tensors of a model are averaged, copied or left, and why.
 
 Names are canonical, without the prefixes of wrappers (``DataParallel``, ``DistributedDataParallel``, ``torch.compile``,
 activation checkpointing), so that a state saved under one wrapper loads under another.
@@ -32,7 +32,7 @@ class Policy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place in a model that holds a tensor. The tensor is read each time, since modules replace theirs.
+    """A place in a model that holds a tensor. The tensor is read each time, since modules may replace it.
 
     Args:
         name: Canonical name.
@@ -64,7 +64,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is done with a tensor, and why.
+    """What averaging does with a tensor, and why.
 
     Args:
         policy: What.
@@ -76,7 +76,7 @@ class Decision:
 
 
 def decide(slot: Slot) -> Decision:  # noqa: PLR0911  a table of rules
-    """Return what is done with a tensor by default, and why. The first rule that applies decides.
+    """Return what averaging does with a tensor by default, and why. The first rule that applies decides.
 
     Args:
         slot: Where the tensor is.
@@ -133,7 +133,7 @@ def decided(policy: PolicyRule, slot: Slot) -> Policy:
     """Return what a policy decides for a tensor.
 
     Args:
-        policy: Of polyak or of a user.
+        policy: A policy of polyak or of a user.
         slot: Where the tensor is.
 
     Raises:
@@ -178,11 +178,11 @@ def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def own_attribute(module: nn.Module, name: str) -> Any:
-    """Return an attribute that a module or its class has; None for what only its ``__getattr__`` would answer.
+    """Return an attribute that a module or its class has; None for one that only its ``__getattr__`` would return.
 
     Args:
-        module: Any.
-        name: Of the attribute.
+        module: Any module.
+        name: The name of the attribute.
     """
     return getattr(module, name) if name in vars(module) or hasattr(type(module), name) else None
 
@@ -213,7 +213,7 @@ def all_slots(model: nn.Module) -> Iterator[Slot]:
 
 
 def extra_states(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield what modules add to a state dict by ``get_extra_state``, under its canonical name.
+    """Yield what modules add to a state dict with ``get_extra_state``, under its canonical name.
 
     Args:
         model: Wrapped or not.

@@ -1,4 +1,4 @@
-"""The clock of a training run: ``Timestamp``. It holds plain numbers, and makes a ``Time`` where one is read."""
+"""``Timestamp``: the clock of a training run. It holds plain numbers, and makes a ``Time`` when one is read."""
 
 import math
 import operator
@@ -27,7 +27,7 @@ class _Counter:
     """A counter of a ``Timestamp``, whose ``__dict__`` holds its number by name.
 
     Args:
-        unit: Of the counter.
+        unit: The unit of the counter.
     """
 
     def __init__(self, unit: TimeUnit) -> None:
@@ -45,7 +45,7 @@ class _Counter:
 
 
 def _number_of(name: str, given: Any, unit: TimeUnit) -> int | float:
-    """Return the number of a counter: of a time in its unit, a time string, a ``timedelta`` or a number."""
+    """Return the number of a counter, given as a time in its unit, a time string, a ``timedelta`` or a number."""
     if type(given) is not Time:
         given = Time.from_timedelta(given) if isinstance(given, timedelta) else Time.from_input(given, unit)
     if given.unit is not unit:
@@ -78,7 +78,7 @@ class Timestamp:
         epoch_length: Batches in an epoch, if known: without it, epochs have no fractions.
 
     Raises:
-        TimeError: If a counter is no time in its unit.
+        TimeError: If a counter is not a time in its unit.
 
     Example:
         >>> now = Timestamp(epoch_length=4).to_next_batch(samples=8).to_next_batch(samples=8)
@@ -111,7 +111,7 @@ class Timestamp:
             **changes: By name; None leaves a counter as it is.
 
         Raises:
-            TimeError: If a value is no time in the unit of its counter.
+            TimeError: If a value is not a time in the unit of its counter.
         """
         unknown = [name for name in changes if name not in Timestamp.__dataclass_fields__]
         if unknown:
@@ -170,7 +170,7 @@ class Timestamp:
         """Return the clock in ``unit``: as ``get``, with the elapsed fraction of an epoch, and of the run for ``dur``.
 
         Args:
-            unit: Any.
+            unit: Any unit.
             max_duration: The length of the run; needed for ``dur``.
 
         Raises:

@@ -19,11 +19,11 @@ class Time:
     are read, and seconds also compare with ``datetime.timedelta``.
 
     Args:
-        value: How many. Whole floats become ints, except in ``dur``, where 1 is the whole run.
-        unit: Of what.
+        value: The number. Whole floats become ints, except in ``dur``, where 1 is the whole run.
+        unit: The unit.
 
     Raises:
-        TimeError: If ``value`` is no number, or ``unit`` is no unit; when comparing or adding two of different units.
+        TimeError: If ``value`` is not a number or ``unit`` not a unit; when comparing or adding different units.
 
     Example:
         >>> Time.from_timestring("1000ba")
@@ -55,7 +55,7 @@ class Time:
             timestring: For example ``"1000ba"``, ``"1000 steps"``, ``"1.5 epochs"``, ``"0.5dur"``, ``"infba"``.
 
         Raises:
-            TimeError: If it is no such string; the message names the accepted form.
+            TimeError: If it is not such a string; the message names the accepted form.
 
         Example:
             >>> Time.from_timestring("1h30m")
@@ -72,7 +72,7 @@ class Time:
             default_int_unit: What a number counts; without it, numbers are refused.
 
         Raises:
-            TimeError: If it is none of them, or a time string that cannot be read.
+            TimeError: If it is not one of them, or a time string that cannot be read.
 
         Example:
             >>> Time.from_input(1, "ep")
@@ -146,7 +146,7 @@ class Time:
         """Return the seconds of a wall clock, as ``datetime.timedelta`` does.
 
         Raises:
-            TimeError: If this is no wall clock.
+            TimeError: If this is not a wall clock.
         """
         if self.unit is not TimeUnit.SECOND:
             raise TimeError(f"only times in sec are wall clocks (got {self}); read .value instead")

@@ -30,7 +30,7 @@ class TimeUnit(StrEnum):
 
 
 def _words() -> dict[str, tuple[TimeUnit, int]]:
-    """Return each word for a unit of time strings, with the unit and how many of it one is."""
+    """Return each word for a unit in time strings, with the unit and how many of it the word stands for."""
     words = {unit.value: (unit, 1) for unit in TimeUnit}
     for unit, names in {
         TimeUnit.BATCH: ("batch", "batches", "step", "steps"),
@@ -109,7 +109,7 @@ def parse(timestring: object) -> tuple[int | float, TimeUnit]:
 
 
 def _meant(timestring: str) -> str:
-    """Return what was perhaps meant by a string that is no time string."""
+    """Return what was perhaps meant by a string that is not a time string."""
     match = _OTHER_UNIT.fullmatch(timestring)
     if match is None:
         share = re.fullmatch(rf"\s*({_NUMBER})\s*%\s*", timestring)

@@ -13,13 +13,13 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
     Args:
         batch: Tensors in tuples, lists and mappings, or an object with a method ``to``.
-        device: To move them to.
+        device: The device to move them to.
     """
     if isinstance(batch, Mapping):
         moved = {key: to_device(value, device) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return moved
-        kept = copy.copy(batch)  # of its class, which may have its values as attributes too
+        kept = copy.copy(batch)  # keeps the class, which may also have the values as attributes
         kept.update(moved)
         return kept
     if isinstance(batch, (tuple, list)):
@@ -73,17 +73,17 @@ def split(batch: Any, parts: int) -> list[Any]:
 def shares(
     batch: Any, parts: int, count: Callable[[Any], int], *, rank: int = 0, size: int = 1
 ) -> list[tuple[Any, float]]:
-    """Return the microbatches of one rank's share of a batch, each with the factor of its loss.
+    """Return the microbatches of one rank's share of a batch, each with the factor for its loss.
 
-    With these factors the mean over ranks of the sum over microbatches is the mean over the samples of the batch. All
-    ranks get the same number of microbatches, since each forward pass may be a collective: a rank that has too few
-    samples gets other samples with a factor of 0.
+    With these factors, the mean over ranks of the sum over microbatches is the mean over the samples of the batch. All
+    ranks get the same number of microbatches, since each forward pass may be a collective. A rank with too few samples
+    gets other samples, with a factor of 0.
 
     Args:
         batch: Tensors with one first dimension, in tuples, lists and mappings.
         parts: The largest number of microbatches for each rank.
         count: Returns how many samples a batch has.
-        rank: Whose share.
+        rank: The rank whose share is returned.
         size: The world size.
     """
     if parts == size == 1:

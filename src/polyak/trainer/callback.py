@@ -9,10 +9,10 @@ from polyak.trainer.state import TrainerState
 
 
 class Callback:
-    """Observes training. A method that has the name of an event is called at that event.
+    """Observes training. A method with the name of an event is called at that event.
 
-    The methods take ``(state, logger)``. They run after the algorithms of the same event. ``close(state, logger)`` and
-    ``post_close()`` are called by ``Trainer.close``.
+    The methods take ``(state, logger)``, and run after the algorithms of the same event. ``Trainer.close`` calls
+    ``close(state, logger)`` and ``post_close()``.
 
     Example:
         >>> class SayHello(Callback):
@@ -21,11 +21,11 @@ class Callback:
     """
 
     def run_event(self, event: Event, state: TrainerState, logger: MetricLogger) -> None:
-        """Call the method named as the event, if there is one.
+        """Call the method with the name of the event, if there is one.
 
         Args:
-            event: That has happened.
-            state: Of the trainer.
+            event: The event that has happened.
+            state: The state of the trainer.
             logger: Where to log.
         """
         method = getattr(self, event.value, None)
@@ -36,7 +36,7 @@ class Callback:
         """Release resources, when the trainer is closed.
 
         Args:
-            state: Of the trainer.
+            state: The state of the trainer.
             logger: Where to log.
         """
 
@@ -51,5 +51,5 @@ class Callback:
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """

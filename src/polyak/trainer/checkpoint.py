@@ -1,4 +1,4 @@
-"""Checkpoint files: one file, or a folder if tensors are sharded, written completely or not at all."""
+"""Reads and writes checkpoints: one file, or a folder if tensors are sharded, written completely or not at all."""
 
 import hashlib
 import re
@@ -21,7 +21,7 @@ from polyak.trainer.parallel import Group
 _FORMAT = 3
 _WITHOUT_CHECKSUMS = 2  # an earlier format, which can be read
 _NAME = re.compile(r"ep(\d+)-ba(\d+)(\.pt)?")
-# In a folder: everything except the sharded tensors, which mappings with this key replace.
+# In a folder: the file with everything except sharded tensors, in which mappings with this key stand for these.
 _REST = "rest.pt"
 _SHARDED = "polyak_sharded"
 # In the same file: the hashes of the other files in the folder.
@@ -47,8 +47,8 @@ def has_shards(state: Mapping[str, Any]) -> bool:
 def write(checkpoint: Mapping[str, Any], path: Path, group: Group) -> None:
     """Write a checkpoint; ``path`` is complete or absent, whatever happens meanwhile. A collective: all ranks call it.
 
-    Without sharded tensors it is a file. With them it is a folder, to which all ranks write the sharded tensors by
-    ``torch.distributed.checkpoint``, and rank 0 the rest.
+    Without sharded tensors it is a file. With them it is a folder: all ranks write the sharded tensors with
+    ``torch.distributed.checkpoint``, and rank 0 writes the rest.
 
     Args:
         checkpoint: Tensors and plain containers; full tensors are written as rank 0 has them.
@@ -148,11 +148,11 @@ def read_newest(paths: Sequence[Path], group: Group) -> tuple[Path, dict[str, An
     """Return the path and the content of the newest checkpoint that is not damaged; warn of newer ones.
 
     Args:
-        paths: Of the checkpoints, newest first; at least one.
+        paths: The paths of the checkpoints, newest first; at least one.
         group: As for ``read``.
 
     Raises:
-        CheckpointError: If one is no checkpoint of the trainer; if all are damaged, for the newest.
+        CheckpointError: If one is not a checkpoint of the trainer; if all are damaged, for the newest.
     """
     newest: DamagedCheckpointError | None = None
     for path in paths:
@@ -180,7 +180,7 @@ def _read_rest(path: Path, *, verify: bool) -> dict[str, Any]:
     except PermissionError as error:
         raise CheckpointError(f"{file} must be readable to be loaded ({error}): change its permissions") from error
     except Exception as error:  # torch does not specify what it raises for a damaged file
-        # For a file that it cannot unpickle, torch's message is a page about loading it unsafely.
+        # For a file that it cannot unpickle, torch's message explains at length how to load it unsafely.
         reason = "torch.load cannot read it" if isinstance(error, UnpicklingError) else error
         raise DamagedCheckpointError(
             f"{file} must be a checkpoint of polyak.Trainer ({reason}); it is damaged, or a file of another kind"

@@ -39,7 +39,7 @@ def verify(path: Path) -> bool:
     A file without one is checked against the checksums of the archive, which leave out the bytes between its entries.
 
     Args:
-        path: Of the file.
+        path: The path of the file.
 
     Raises:
         ValueError: If the file differs from what was written.

@@ -14,7 +14,7 @@ class GradientClipping(Algorithm):
 
     Args:
         clipping_type: ``"norm"`` scales all gradients so that their norm together is at most the threshold;
-            ``"value"`` cuts each element off.
+            ``"value"`` clamps each element.
         clipping_threshold: Above 0.
 
     Raises:
@@ -44,6 +44,6 @@ class GradientClipping(Algorithm):
         return event is Event.AFTER_TRAIN_BATCH
 
     def apply(self, event: Event, state: State, logger: MetricLogger) -> None:
-        """Clip them."""
+        """Clip the gradients."""
         clip = clip_grad_norm_ if self.clipping_type == "norm" else clip_grad_value_
         clip(state.model.parameters(), self.clipping_threshold)

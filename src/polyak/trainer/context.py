@@ -1,4 +1,4 @@
-"""``Context``: what all parts of a trainer share."""
+"""``Context``: the objects that all parts of a trainer share."""
 
 import zlib
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What all parts of a trainer share.
+    """The objects that all parts of a trainer share.
 
     Args:
         group: The processes that train together.
@@ -42,7 +42,7 @@ class Context:
 
     @classmethod
     def of(cls, checked: "Checked") -> "Context":
-        """Return the context of a new trainer. The model is on its device, wrapped or sharded.
+        """Return the context of a new trainer, with the model on its device, wrapped or sharded.
 
         Args:
             checked: The arguments of the trainer.

@@ -1,4 +1,4 @@
-"""``Epochs``: the batches of each epoch, from the batch at which the run stands."""
+"""``Epochs``: draws the batches of each epoch, from the current batch of the run on."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ class Epochs:
     """Draws the batches of one epoch after another.
 
     Args:
-        context: Of the trainer.
+        context: The context of the trainer.
         loader: The data to train on; None if ``fit`` will get it.
         num_samples: Function of a batch: how many samples it has.
 
@@ -56,7 +56,7 @@ class Epochs:
         self.own_batches = divides_itself(loader)
         self.completed = 0
         self._stream.generators = rng.generators_of(loader)
-        self._loop.set_epoch_length(length_of(loader))
+        self._state.set_epoch_length(length_of(loader))
 
     def remaining(self) -> Iterator[Any]:
         """Yield the batches of this epoch that are not completed, in the loader's order.
@@ -65,12 +65,12 @@ class Epochs:
             CheckpointError: If the data are not those that the checkpoint was saved with.
             ValueError: If there are no batches.
         """
-        # Before the loader's iterator is made: numbers drawn at this event must not change the order of the epoch.
+        # Fire this before the iterator is made: numbers drawn at this event must not change the order of the epoch.
         self._loop.fire(Event.BEFORE_DATALOADER)
         skip, now = self.completed, self._stream.get_state()
         self._set_epoch()
         if skip:
-            # The order and the random transforms of an epoch follow from the generators' states at its start.
+            # The generators' states at the start of an epoch determine its order and its random transforms.
             assert self.epoch_rng is not None
             self._stream.set_state(self.epoch_rng)
         else:

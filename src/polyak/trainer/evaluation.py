@@ -27,7 +27,7 @@ class Evaluation:
     Each rank runs its share of every batch of an evaluator; all ranks get the figures of the full batches.
 
     Args:
-        context: Of the trainer. The state's ``eval_metrics`` are set.
+        context: The context of the trainer. The state's ``eval_metrics`` are set.
         checked: The arguments of the trainer.
 
     Raises:
@@ -70,7 +70,7 @@ class Evaluation:
         """Run evaluators during training, and note the batch at which they ran.
 
         Args:
-            evaluators: Which.
+            evaluators: The evaluators.
         """
         self._loop.fire(Event.EVAL_BEFORE_ALL)
         self.run(evaluators)
@@ -90,7 +90,7 @@ class Evaluation:
         """Run evaluators now; return the figures by label and name.
 
         Args:
-            evaluators: Which.
+            evaluators: The evaluators.
 
         Raises:
             LoanError: If raw weights are to be evaluated while the model holds an average.
@@ -125,7 +125,7 @@ class Evaluation:
         return found
 
     def _fire_unswapped(self, event: Event) -> None:
-        """Fire an event for all but the algorithms that would swap an average in."""
+        """Fire an event for all algorithms except those that would swap an average in."""
         others = [algorithm for algorithm in self._loop.algorithms if not algorithm.swaps]
         dispatch(event, self._state, others, self._logger)
         self._loop.notify(event)
@@ -169,7 +169,7 @@ class Evaluation:
     def _run_on(self, evaluator: Evaluator, label: str, fire: Callable[[Event], None]) -> dict[str, float]:
         """Return the mean loss as ``loss`` and each metric by name.
 
-        The random numbers that training draws stay the same, whether and how often the model is evaluated.
+        It does not change the random numbers of the training, whether and how often the model is evaluated.
         """
         metrics = self._metrics.of_names(evaluator.metric_names)
         metrics.reset()
@@ -192,12 +192,12 @@ class Evaluation:
         total, samples = self._group.ranks.totals(total, samples)
         if samples == 0:
             raise ValueError(f"an evaluation must have at least one batch (the data loader of {label!r} gave none)")
-        # Decisions that follow from the figures must be the same on all ranks.
+        # Decisions based on the metrics must be the same on all ranks.
         figures = self._group.ranks.from_rank_0({"loss": total / samples, **metrics.compute()})
         return {f"{label}/{name}": value for name, value in figures.items()}
 
     def _own_share(self, batch: Any, loader: Iterable[Any]) -> tuple[Any, bool]:
-        """Return this rank's share of a batch, and whether that counts: all ranks take part in each forward pass."""
+        """Return this rank's share of a batch, and whether it counts, since all ranks must run each forward pass."""
         if self._group.size == 1 or divides_itself(loader):
             return batch, True
         parts = batches.split(batch, self._group.size)

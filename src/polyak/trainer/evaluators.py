@@ -1,4 +1,4 @@
-"""``Evaluator``: data to evaluate, its metrics and when; and what ``eval_dataloader`` may be."""
+"""``Evaluator``: data to evaluate, with metrics and an interval; and the evaluators of ``eval_dataloader``."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ class Evaluator:
 
     Raises:
         ArgumentError: If an argument is not what it must be.
-        TimeError: If ``eval_interval`` is no time.
+        TimeError: If ``eval_interval`` is not a time.
 
     Example:
         >>> data = [(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))]
@@ -76,7 +76,7 @@ def evaluators_of(given: Any) -> list[Evaluator]:
         given: A loader, several by label, an evaluator or several, or None.
 
     Raises:
-        ArgumentError: If it is none of these, or two have the same label.
+        ArgumentError: If it is not one of these, or two have the same label.
     """
     if given is None:
         return []
@@ -121,7 +121,7 @@ def evaluation_question(
         counted: The units that are counted; None if that is not known yet.
 
     Raises:
-        TimeError: If it is none of these.
+        TimeError: If it is not one of these.
     """
     if type(interval) is int and interval == 0:
         return lambda state, event: False

@@ -1,8 +1,10 @@
 """``Fitting``: the training loop, epochs of batches until the run has reached its duration."""
 
 import time
+import warnings
 from typing import Any
 
+from polyak.errors import PlanWarning
 from polyak.events import Event
 from polyak.trainer.context import Context
 from polyak.trainer.epochs import Epochs
@@ -17,12 +19,12 @@ from polyak.training.moved import BetweenSteps
 class Fitting:
     """Trains, and evaluates and logs when that is due.
 
-    A batch is either complete (counted, averaged, and part of what is saved) or has not begun: when an exception or an
-    interrupt leaves it early, its changes are undone, and a later ``run`` or a resumed run repeats it.
+    A batch is either complete (counted, averaged, and in later checkpoints) or has not begun. If an exception or an
+    interrupt stops it, its changes are undone, and a later ``run`` or a resumed run repeats it.
 
     Args:
-        context: Of the trainer.
-        epochs: Gives the batches.
+        context: The context of the trainer.
+        epochs: Draws the batches.
         step: Trains on a batch.
         evaluation: Evaluates.
         polish: The last phase of the run.
@@ -48,6 +50,8 @@ class Fitting:
         self._log_due = checked.log_due
         self._num_samples = checked.given.num_samples
         self._num_tokens = checked.given.num_tokens
+        self._loaded = checked.given.load_path is not None and not checked.given.autoresume
+        self._has_run = False
         instead = "do it in optimizer.register_step_post_hook, inside the step"
         self._between = BetweenSteps(context.state.model, lambda _: bool(context.state.algorithms), instead)
 
@@ -55,6 +59,8 @@ class Fitting:
         """Train until the state's ``max_duration``, and run the evaluators that are due at the end."""
         state, fire = self._state, self._loop.fire
         state.stopping = False
+        self._warn_if_over()
+        self._has_run = True
         rollback = Rollback(state.model, self._context.stream)
         self._between.forget()
         try:
@@ -77,9 +83,21 @@ class Fitting:
                 rollback.restore()
             raise
 
+    def _warn_if_over(self) -> None:
+        """Warn if the run has reached its end, or the run that was loaded has gone further than this one will."""
+        state, length = self._state, self._state.max_duration
+        beyond = self._loaded and length is not None and state.timestamp.get(length.unit) > length
+        if beyond or (self._has_run and state.finished):
+            warnings.warn(
+                f"fit() has nothing to train: the run has reached its max_duration, {length}; give fit(duration=) to "
+                "train longer, or reset_time=True to start the clock again",
+                PlanWarning,
+                stacklevel=4,
+            )
+
     def reset_time(self) -> None:
         """Set the clock back to the start."""
-        self._loop.reset_clock()
+        self._state.reset_clock()
         self._epochs.completed = 0
         self._evaluation.evaluated_at = {}
         self._polish.reset()
@@ -99,8 +117,8 @@ class Fitting:
             fire(Event.BATCH_START)
             self._polish.set_rates()
             self._step.compute_gradients()
-            # An interrupt, and a checkpoint that its handler saves, must not find weights that have moved without being
-            # counted, or been counted without being averaged.
+            # An interrupt, and a checkpoint that its handler saves, must not see weights that have moved and were not
+            # counted, or were counted and not averaged.
             if self._between.noted:
                 self._between.check()
             with signals_held():
@@ -124,7 +142,7 @@ class Fitting:
         rollback.done()
 
     def _move_and_count(self, batch: Any, began: float) -> None:
-        """Make the optimizer step and count it: the same on all ranks, with the seconds of rank 0."""
+        """Make the optimizer step and count it. All ranks count the same, with the seconds of rank 0."""
         stepped = self._step.move()
         samples = self._num_samples(batch)
         tokens = self._num_tokens(batch) if self._num_tokens else 0
@@ -152,7 +170,7 @@ class Fitting:
     def _evaluate_if_due(self, event: Event, rollback: Rollback) -> None:
         due = self._evaluation.due_at(event)
         if due:
-            rollback.begin()  # an evaluation that is left early has drawn random numbers too
+            rollback.begin()  # an evaluation that is stopped early has drawn random numbers too
             self._evaluation.run_in_training(due)
             rollback.done()
 

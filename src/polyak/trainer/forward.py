@@ -1,4 +1,4 @@
-"""``Forward``: outputs and loss of a model for a batch, by a loss function or by methods of the model."""
+"""``Forward``: computes outputs and loss of a model for a batch, with a loss function or methods of the model."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ class Forward:
     """Runs the model of a trainer's state on batches.
 
     Args:
-        state: Whose model.
+        state: The state of the trainer, which has the model.
         loss: Function of outputs and targets for a plain module; None for a model with its own.
         precision: One of ``PRECISIONS``.
         device: Where the model is.
@@ -48,7 +48,7 @@ class Forward:
         """Return the outputs for a batch.
 
         Args:
-            batch: On the device.
+            batch: The batch, on the device.
         """
         model: nn.Module = self._state.model
         with self.autocast():
@@ -58,8 +58,8 @@ class Forward:
         """Return the loss, or several in a mapping or a sequence.
 
         Args:
-            outputs: For the batch.
-            batch: On the device.
+            outputs: The outputs for the batch.
+            batch: The batch, on the device.
         """
         with self.autocast():
             if self._loss is not None:
@@ -70,7 +70,7 @@ class Forward:
         """Return the outputs for a batch of an evaluation.
 
         Args:
-            batch: On the device.
+            batch: The batch, on the device.
         """
         if self._loss is None and hasattr(self.inner, "eval_forward"):
             with self.autocast():
@@ -81,8 +81,8 @@ class Forward:
         """Return the outputs that training metrics are updated with.
 
         Args:
-            batch: On the device.
-            outputs: Of the forward pass in training.
+            batch: The batch, on the device.
+            outputs: The outputs of the forward pass in training.
         """
         if self._loss is None and self._reuses_outputs:
             with self.autocast():
@@ -93,7 +93,7 @@ class Forward:
         """Return the outputs for a batch that may have no targets.
 
         Args:
-            batch: On the device; of a pair a plain module gets the first, its inputs.
+            batch: The batch, on the device; a plain module gets the first of a pair, its inputs.
         """
         paired = self._loss is not None and isinstance(batch, (tuple, list))
         with self.autocast():

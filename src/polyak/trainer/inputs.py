@@ -1,4 +1,4 @@
-"""Checks of the trainer's arguments, before anything changes: each wrong argument gives one error that names it."""
+"""Checks the trainer's arguments before anything changes. Each wrong argument gives one error that names it."""
 
 import inspect
 import math
@@ -51,7 +51,7 @@ def _are_names(given: Any) -> bool:
     return isinstance(given, Sequence) and not isinstance(given, str) and all(isinstance(key, str) for key in given)
 
 
-# For each argument whose value needs no other to be checked: what must hold, and in words.
+# For each argument that can be checked alone: the condition, and the condition in words.
 PLAIN: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "precision": (_one_of(*PRECISIONS), f"one of {', '.join(PRECISIONS)}"),
     "parallelism": (_or_none(_one_of(*KINDS)), f"None or one of {', '.join(KINDS)}"),
@@ -76,7 +76,7 @@ PLAIN: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def described(given: object) -> str:
-    """Return a value in a few words, for an error.
+    """Describe a value in a few words, for an error.
 
     Args:
         given: Anything.
@@ -98,7 +98,7 @@ def require(holds: object, name: str, must: str, given: object, advice: str = ""
 
     Args:
         holds: The condition.
-        name: Of the argument.
+        name: The name of the argument.
         must: What the argument must be.
         given: What was given.
         advice: What to do instead.
@@ -120,7 +120,7 @@ def instance_of(given: object) -> str:
 
 
 def check_model(model: object, loss: object) -> None:
-    """Check that a model is one, and that there is one loss: an argument, or a method of the model.
+    """Check that the model is a module, and that there is one loss: an argument, or a method of the model.
 
     Args:
         model: As given.
@@ -150,11 +150,11 @@ def check_loader(name: str, given: Any) -> Any:
     """Return the iterable that batches are drawn from, epoch after epoch.
 
     Args:
-        name: Of the argument.
+        name: The name of the argument.
         given: As given.
 
     Raises:
-        ArgumentError: If it gives no batches, or gives them only once.
+        ArgumentError: If it has no batches, or yields them only once.
     """
     must = "an iterable of batches, such as a DataLoader"
     if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
@@ -167,15 +167,15 @@ def check_loader(name: str, given: Any) -> Any:
     return given
 
 
-def check_metrics(metrics: Any, name: str = "metrics") -> dict[str, Any]:
+def check_metrics(metrics: Any, name: str) -> dict[str, Any]:
     """Return metrics by name.
 
     Args:
         metrics: As given; None for none.
-        name: Of the argument.
+        name: The name of the argument.
 
     Raises:
-        ArgumentError: If they are something else than a mapping of names to metrics.
+        ArgumentError: If they are not a mapping of names to metrics.
     """
     if metrics is None:
         return {}
@@ -225,12 +225,12 @@ def duration_of(name: str, given: str | Time | float, counted: frozenset[TimeUni
     """Return how long to train; a number is one of epochs.
 
     Args:
-        name: Of the argument.
+        name: The name of the argument.
         given: As given.
         counted: The units that are counted.
 
     Raises:
-        TimeError: If it is no time, or one whose unit is not counted.
+        TimeError: If it is not a time, or one whose unit is not counted.
         ArgumentError: If it is infinite, or in ``dur``.
     """
     span = as_span(name, given, above=0, whole=True, unit=TimeUnit.EPOCH)
@@ -247,7 +247,7 @@ def check_device(given: Any) -> None:
         given: As given; None for the default.
 
     Raises:
-        ArgumentError: If it has not, or it is no device.
+        ArgumentError: If it does not, or the argument is not a device.
     """
     if given is None:
         return

@@ -1,4 +1,4 @@
-"""What an interrupt finds: a batch that is complete, or one that has not begun."""
+"""Makes a batch either complete or not begun if an interrupt stops it."""
 
 import signal
 import threading
@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from polyak.training import rng
 
-# BatchNorm's kernels change running statistics without changing the tensor's version. An unchanged version means
-# unchanged values only for larger buffers, which are no statistics of channels.
+# BatchNorm's kernels change running statistics without changing the tensor's version. So an unchanged version means
+# unchanged values only for buffers above this size, which are too large to be such statistics.
 _TRUSTED_ABOVE = 1 << 16
 
 
 class Rollback:
-    """Copies buffers and random states at the start of a batch, and restores them if the batch is left early.
+    """Copies buffers and random states at the start of a batch, and restores them if the batch is stopped early.
 
     A forward pass in train mode updates buffers, such as the statistics of BatchNorm, and draws random numbers; loading
     a batch draws some too. A resumed run repeats the batch, so both must be what they were before it.
 
     Args:
-        model: In training.
+        model: The model in training.
         stream: The random numbers that the data loader draws.
     """
 
@@ -37,8 +37,8 @@ class Rollback:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Copy buffers and random states: a batch begins."""
-        self._random = None  # while some copies are new and others old
+        """Copy buffers and random states at the start of a batch."""
+        self._random = None  # nothing can be restored while some copies are new and others old
         stale: list[tuple[Tensor, Tensor]] = []
         for index, (module, name) in enumerate(self._places):
             buffer = module._buffers.get(name)  # noqa: SLF001
@@ -59,12 +59,12 @@ class Rollback:
         self._random = (everywhere, self._stream.get_state() if self._stream.is_separate else None)
 
     def done(self) -> None:
-        """Keep the changes of the batch: it is counted."""
+        """Keep the changes of the batch, which was counted."""
         self._random = None
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restore what ``begin`` copied, unless the batch is counted."""
+        """Restore what ``begin`` copied, unless the batch was counted."""
         if self._random is None:
             return
         (everywhere, of_data), self._random = self._random, None

@@ -16,7 +16,7 @@ def countable(name: str, time: Time, *, tokens: bool = True) -> Time:
     """Return a time whose unit a trainer counts.
 
     Args:
-        name: Of the argument, for errors.
+        name: The name of the argument, for errors.
         time: In any unit.
         tokens: Whether tokens are counted.
 
@@ -36,13 +36,13 @@ def question(
     """Return a question that is true once each ``interval``.
 
     Args:
-        name: Of the argument, for errors.
+        name: The name of the argument, for errors.
         interval: A time, or epochs as a number; above 0 and whole.
         at: As for ``every``.
         counted: The units that are counted; None if that is not known yet.
 
     Raises:
-        TimeError: If it is no such time.
+        TimeError: If it is not such a time.
     """
     span = as_span(name, interval, above=0, whole=True, unit=TimeUnit.EPOCH)
     return every(countable(name, span, tokens=counted is None or TimeUnit.TOKEN in counted), at=at)
@@ -74,7 +74,7 @@ def ends_run(state: TrainerState, event: Event) -> bool:
     """Return whether a checkpoint event is the last one of the run.
 
     Args:
-        state: Of the trainer.
+        state: The state of the trainer.
         event: ``BATCH_CHECKPOINT`` or ``EPOCH_CHECKPOINT``.
     """
     # If the last batch ends an epoch, the end of the epoch follows.

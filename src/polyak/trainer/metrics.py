@@ -30,7 +30,7 @@ class Metrics:
     outputs of all ranks.
 
     Args:
-        metrics: By name.
+        metrics: The metrics, by name.
         group: The processes that train together.
     """
 
@@ -77,8 +77,8 @@ class Metrics:
 
         Args:
             model: Unwrapped; its ``update_metric(batch, outputs, metric)`` is used if it has one.
-            batch: On the device.
-            outputs: For the batch.
+            batch: The batch, on the device.
+            outputs: The outputs for the batch.
             counts: Whether the batch is part of this rank's data, not one that it runs because other ranks have more.
         """
         gathered = list[Metric]()

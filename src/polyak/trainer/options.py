@@ -1,4 +1,4 @@
-"""The arguments of the trainer: ``Options`` as given, ``Checked`` as its parts read them."""
+"""The arguments of the trainer: ``Options`` as they were given, ``Checked`` as the parts of the trainer read them."""
 
 import time
 import uuid
@@ -28,7 +28,7 @@ from polyak.training.evalweights import EvalWeights, eval_weights_of
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of ``Trainer``, by its names and with its defaults."""
+    """The arguments of ``Trainer``, with the same names and defaults."""
 
     model: nn.Module
     train_dataloader: Iterable[Any] | None = None
@@ -66,7 +66,7 @@ class Options:
     num_tokens: Callable[[Any], int] | None = None
 
     def checked(self) -> "Checked":
-        """Check the arguments; return what is made of them.
+        """Check the arguments, and return what the trainer needs.
 
         Raises:
             ArgumentError: If one has a wrong type or value, or some contradict each other.
@@ -115,19 +115,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Checked:
-    """The arguments of ``Trainer``, checked, and what is made of them.
+    """The checked arguments of ``Trainer``, and objects made from them.
 
     Args:
-        given: As given, for arguments that need no change.
+        given: The arguments as given, for those that need no change.
         workers: The objects that take part in training.
         counted: The units of time that are counted.
-        max_duration: How long to train; None if ``fit`` will get it.
-        evaluators: What is evaluated.
+        max_duration: How long to train; None if it will be given to ``fit``.
+        evaluators: The data to evaluate.
         eval_weights: Which weights are evaluated.
         eval_due: When evaluators without an interval run.
         log_due: When training is logged.
-        train_metrics: By name.
-        eval_metrics: By name.
+        train_metrics: The metrics of training, by name.
+        eval_metrics: The metrics of evaluations, by name.
         run_name: As given, or made from the date.
     """
 
@@ -151,7 +151,7 @@ class Checked:
 
         Raises:
             ArgumentError: If an argument for saving was given without ``save_folder``.
-            TimeError: If the interval is no time.
+            TimeError: If the interval is not a time.
         """
         given = self.given
         interval, keep = given.save_interval, given.save_num_checkpoints_to_keep

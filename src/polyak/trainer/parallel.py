@@ -23,7 +23,7 @@ class Group:
     Args:
         kind: ``"ddp"``, ``"fsdp2"``, or None for a single process.
         device: Where this process trains.
-        ranks: How they communicate.
+        ranks: How the processes communicate.
     """
 
     kind: str | None
@@ -52,7 +52,7 @@ class Group:
         """Overwrite tensors with those of rank 0.
 
         Args:
-            tensors: On the group's device, of the same shapes on all.
+            tensors: Tensors on the group's device, of the same shapes on all ranks.
         """
         self.ranks.broadcast(tensors, self.device)
 

@@ -1,4 +1,4 @@
-"""``Polish``: the phase at the end of a run that trains on from the average, at a low rate that falls to 0."""
+"""``Polish``: the phase at the end of a run that continues from the average, at a low rate that falls to 0."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,7 +22,7 @@ def span_of(polish: str | Time | int) -> Time:
         polish: As for ``Trainer``.
 
     Raises:
-        ArgumentError: If it is a percentage of 0 or of 100 and more, or is none.
+        ArgumentError: If it is not a percentage above 0 and below 100.
         TimeError: If it is not a time above 0.
     """
     if not isinstance(polish, str) or not polish.strip().endswith("%"):
@@ -37,13 +37,13 @@ def span_of(polish: str | Time | int) -> Time:
 
 
 class Polish:
-    """Loads the average into the model near the end of a run, and sets the learning rates of the rest.
+    """Loads the average into the model near the end of a run, and sets the learning rates from there on.
 
-    From then on schedulers rest, and the weights that are evaluated, predicted with and saved are the training weights.
+    From then on, schedulers are paused, and evaluations, predictions and checkpoints use the training weights.
 
     Args:
-        context: Of the trainer.
-        step: Whose schedulers rest.
+        context: The context of the trainer.
+        step: The trainer's step, whose schedulers are paused.
         evaluation: Evaluates before and after.
         polish: As for ``Trainer``; None for no such phase.
 
@@ -162,7 +162,7 @@ class Polish:
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             CheckpointError: If the run was being polished, and this trainer does not polish.

@@ -1,4 +1,4 @@
-"""``PolishStart``: the weights that a polish starts from, the average of an ``EMA`` or of a record."""
+"""``PolishStart``: the weights from which a polish starts, the average of an ``EMA`` or of a record."""
 
 from polyak.averaging.ema import EMA
 from polyak.averaging.schedule import convert
@@ -9,17 +9,17 @@ from polyak.tensors.slots import slots
 from polyak.time import Time, TimeUnit
 from polyak.trainer.context import Context
 
-# A record of fewer intervals than these has no half-life of its own.
+# With fewer intervals, a record does not resolve any half-life.
 _FEWEST = 2
 
 
 class PolishStart:
-    """Loads the average of the one ``EMA`` of a trainer into its model; without one, that of its one ``Recorder``.
+    """Loads the average of a trainer's ``EMA`` into its model. Without an ``EMA``, it takes that of its ``Recorder``.
 
-    Of a record this is the average that ``Record.recommend`` recommends: a half-life of a sixteenth of the run so far.
+    For a record this is the average that ``Record.recommend`` recommends: a half-life of a sixteenth of the run so far.
 
     Args:
-        context: Of the trainer.
+        context: The context of the trainer.
 
     Raises:
         ArgumentError: If there is no average, or there are several.

@@ -34,7 +34,7 @@ class CheckpointSaver(Callback):
         keep: How many of the newest to keep; None keeps all.
 
     Raises:
-        TimeError: If ``save_interval`` is no time, or not above 0.
+        TimeError: If ``save_interval`` is not a time, or not above 0.
         ValueError: If ``keep`` is below 1.
         ArgumentError: If ``folder`` is a file.
     """
@@ -67,7 +67,7 @@ class CheckpointSaver(Callback):
 
         Args:
             event: What happened.
-            state: Of the trainer.
+            state: The state of the trainer.
             logger: Not used.
         """
         del logger

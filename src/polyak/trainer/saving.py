@@ -1,4 +1,4 @@
-"""``Checkpoints``: the entries of a checkpoint, and how a run resumes from them."""
+"""``Checkpoints``: saves the entries of a checkpoint, and resumes a run from them."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ from polyak.trainer.step import Step
 from polyak.training import rng
 from polyak.training.uncountable import refuse_uncountable
 
-# Entries that are ignored together: without the clock a new epoch begins, random numbers are ignored as a whole.
+# Entries that are ignored together: without the clock a new epoch begins, and all random numbers are ignored together.
 _WITH = {
     "timestamp": ("drawn", "evaluated_at", "polish"),
     "rng": ("epoch_rng", "data_rng"),
@@ -41,7 +41,7 @@ class Checkpoints:
     """Saves everything that a resumed run depends on, and resumes from it.
 
     Args:
-        context: Of the trainer. The state's ``save_checkpoint`` is set.
+        context: The context of the trainer. The state's ``save_checkpoint`` is set.
         epochs: Knows how many batches of the epoch are completed.
         step: Has the gradient scaler.
         evaluation: Knows when evaluators last ran.
@@ -72,7 +72,7 @@ class Checkpoints:
             ArgumentError: If ``autoresume`` does not know where checkpoints are.
         """
         if self._state.max_duration is None:
-            # `fit` gets the length, and asks again.
+            # `fit` gets the length, and checks again.
             refuse_uncountable(self._loop.algorithms, self._loop.counts)
         else:
             self._loop.refuse_uncounted()
@@ -108,7 +108,7 @@ class Checkpoints:
             ShardingError: If experts of the model were declared to differ by rank. On the other ranks, if rank 0 could
                 not write. Rank 0 raises the error itself.
         """
-        refuse_experts(self._state.model)  # they may have been declared since
+        refuse_experts(self._state.model)  # they may have been declared since the start
         self._group.share_buffers(self._state.model)
         with self._loop.saving(path):
             checkpoint.write(self._entries(), Path(path), self._group)
@@ -145,7 +145,7 @@ class Checkpoints:
         """Load only the weights: the averaged ones, if there is an average.
 
         Args:
-            path: Of the checkpoint, for errors.
+            path: The path of the checkpoint, for errors.
             saved: What was read.
             ignored: As for ``load``.
 
@@ -159,7 +159,7 @@ class Checkpoints:
         """Resume from a checkpoint.
 
         Args:
-            path: Of the checkpoint, for errors.
+            path: The path of the checkpoint, for errors.
             saved: What was read.
             ignored: Entries that are not loaded: ``"optimizers"``, ``"timestamp"``, ``"model/head.*"``.
 

@@ -1,4 +1,4 @@
-"""``TrainerState``: what the trainer's algorithms and callbacks see."""
+"""``TrainerState``: the state that the trainer's algorithms and callbacks read."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -26,22 +26,23 @@ class Scheduler(Protocol):
 
 @dataclass(kw_only=True)
 class TrainerState(LoopState):
-    """The state of a trainer, by the names of Composer's state.
+    """The state of a trainer, with the names of Composer's state.
 
     Args:
         optimizers: As given to the trainer.
         schedulers: As given to the trainer.
-        algorithms: In order; a callback may append more.
-        callbacks: In order, the loggers last; more may be appended.
+        algorithms: The algorithms, in order; a callback may append more.
+        callbacks: The callbacks, in order, with the loggers last; more may be appended.
         train_dataloader: As given to the trainer.
-        dataloader: In use: that of training, or of an evaluator.
+        dataloader: The current data loader: that of training, or of an evaluator.
         dataloader_label: ``"train"``, or the label of the evaluator.
-        evaluators: What is evaluated, each with its label.
-        batch: In use: on the CPU until ``BEFORE_TRAIN_BATCH``, then each microbatch on the device.
-        outputs: Of the model for ``batch``.
-        loss: Of the last batch, over all ranks, detached; from ``AFTER_LOSS`` to ``AFTER_BACKWARD`` of the microbatch.
-        eval_metrics: Of the last evaluation, by name.
-        train_metrics: Of the last batch whose training metrics were logged, by name.
+        evaluators: The data to evaluate, each with its label.
+        batch: The current batch: on the CPU until ``BEFORE_TRAIN_BATCH``, then each microbatch on the device.
+        outputs: The outputs of the model for ``batch``.
+        loss: The loss of the last batch, over all ranks, detached; from ``AFTER_LOSS`` to ``AFTER_BACKWARD`` of the
+            microbatch.
+        eval_metrics: The metrics of the last evaluation, by name.
+        train_metrics: The metrics of the last batch whose training metrics were logged, by name.
         counted: The units of time that are counted.
         rank: The rank of this process among those that train the model. Only rank 0 should write and print.
         sharded: Whether the model or an average is sharded over ranks, so that checkpoints are folders.

@@ -41,7 +41,7 @@ def load_model(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     Args:
         model: Wrapped or not.
-        weights: As saved.
+        weights: The saved weights.
     """
     inner = unwrap(model)
     sharding.reshard(inner)
@@ -52,7 +52,7 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     """Return an optimizer's state.
 
     Args:
-        optimizer: Of the trainer.
+        optimizer: The optimizer of the trainer.
         model: Wrapped or not, to name its parameters.
 
     Raises:
@@ -83,7 +83,7 @@ def check_optimizer(optimizer: Optimizer, state: Mapping[str, Any], model: nn.Mo
     """Check that a saved state is that of an optimizer with the same settings over the same parameters, in order.
 
     Args:
-        optimizer: That gets the state.
+        optimizer: The optimizer that gets the state.
         state: As saved; one of an earlier version says less.
         model: Wrapped or not, to name its parameters.
 
@@ -115,7 +115,7 @@ def load_optimizer(optimizer: Optimizer, state: Mapping[str, Any], saved_dtypes:
 
     Args:
         optimizer: Over as many parameters as the saved one.
-        state: As saved.
+        state: The saved state.
         saved_dtypes: The dtypes in which its parameters were saved, by ``id``.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -137,7 +137,7 @@ def saved_dtypes(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[int, t
 
     Args:
         model: Wrapped or not.
-        weights: As saved.
+        weights: The saved weights.
     """
     named = unwrap(model).named_parameters(remove_duplicate=False)
     return {id(parameter): weights[name].dtype for name, parameter in named if name in weights}

@@ -22,13 +22,13 @@ class Step:
     """Trains on one batch at a time, with Composer's events in between.
 
     Args:
-        context: Of the trainer. The state's ``batch`` is trained on; its ``outputs`` and ``loss`` are set.
+        context: The context of the trainer. The state's ``batch`` is trained on; its ``outputs`` and ``loss`` are set.
         epochs: Where the batches come from.
         checked: The arguments of the trainer.
 
     Attributes:
-        metrics: Of training.
-        scaler: Of gradients; it does nothing unless the precision is ``amp_fp16``.
+        metrics: The training metrics.
+        scaler: The scaler of gradients; it does nothing unless the precision is ``amp_fp16``.
         skipped_in_a_row: How many steps mixed precision has skipped since the last step that it has not.
         schedules: Whether schedulers step; they rest while an average is polished.
     """

@@ -1,6 +1,5 @@
 """``Trainer``: the native training loop."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 
 from polyak.algorithm import Algorithm
 from polyak.averaging.swap import swap_of
-from polyak.errors import LoanError, PlanWarning
+from polyak.errors import LoanError
 from polyak.events import Event
 from polyak.time import Time
 from polyak.trainer import batches, inputs
@@ -36,20 +35,20 @@ class Trainer:
     """Train a model, with algorithms such as ``EMA`` at the events of MosaicML Composer's trainer.
 
     One batch of the clock is one optimizer step: a step that mixed precision skips is not counted. A run that resumes
-    from a checkpoint is bit for bit the run that did not stop: weights, average, optimizers, schedulers, random numbers
-    and the order of the data, also inside an epoch. (The random numbers of persistent workers are an exception, since
-    their states cannot be read.) After ``fit``, and after any exception, the model has its training weights.
+    from a checkpoint has the same bits as a run that did not stop: weights, average, optimizers, schedulers, random
+    numbers and the order of the data, also inside an epoch. (The random numbers of persistent workers are an exception,
+    since their states cannot be read.) After ``fit``, and after any exception, the model has its training weights.
 
     With ``parallelism`` the same script trains on one device or, started by ``torchrun``, on many. All ranks draw the
-    same batches, and each trains on its share, so that a batch is the same for any number of ranks. If the loader's
+    same batches, and each trains on its share, so that a batch does not depend on the number of ranks. If the loader's
     sampler is a ``DistributedSampler``, each rank draws its own batches, which together are the batch of the step.
-    The loss and its gradient are means over the samples of that batch; the clock and all figures are the same on all
+    The loss and its gradient are means over the samples of that batch. The clock and all metrics are the same on all
     ranks. Rank 0 logs and prints. Callbacks run on all ranks. See ``docs/distributed.md``.
 
     Args:
-        model: Either any module, with ``loss``; or a ``ComposerModel``: one with a method ``loss(outputs, batch)``,
-            whose ``forward`` takes the whole batch, and which may have ``eval_forward(batch)`` and
-            ``update_metric(batch, outputs, metric)``.
+        model: Either any module, together with ``loss``; or a ``ComposerModel``, which has a method
+            ``loss(outputs, batch)``, whose ``forward`` takes the whole batch, and which may have
+            ``eval_forward(batch)`` and ``update_metric(batch, outputs, metric)``.
         train_dataloader: Batches; for a plain module, pairs of inputs and targets.
         max_duration: How long to train: ``"10ep"``, ``"5000ba"``, ``"30m"``, or epochs as a number.
         eval_dataloader: Batches for evaluation, several loaders by label, or ``Evaluator`` objects.
@@ -63,9 +62,9 @@ class Trainer:
             ``get_metrics(is_train=True)``.
         callbacks: Run at events, after the algorithms.
         loggers: Where metrics go.
-        eval_interval: Time between evaluations, or epochs as a number; the model is evaluated at the end too, and
-            with 0 never. Or a function of the state and the event (``BATCH_END``, ``EPOCH_END`` or ``FIT_END``) that
-            returns whether to evaluate.
+        eval_interval: Time between evaluations, or epochs as a number; the model is also evaluated at the end. With 0
+            it is never evaluated. Or a function of the state and the event (``BATCH_END``, ``EPOCH_END`` or
+            ``FIT_END``) that returns whether to evaluate.
         eval_weights: ``"averaged"`` evaluates the average, if there is one; ``"raw"`` the training weights; ``"both"``
             the average, as ``eval``, and the training weights, as ``eval_raw``.
         log_interval: Time between logs of the training loss.
@@ -76,12 +75,12 @@ class Trainer:
             ``DistributedDataParallel`` or under ``fully_shard`` already is trained as it is.
         grad_accum: The number of microbatches of each batch, or of each rank's share of it.
         step_schedulers_every_batch: Whether schedulers step with batches instead of epochs.
-        polish: How long, at the end of the run, to train on from the average instead: ``"5%"`` or a time, in steps as a
-            number. The average is loaded into the model, the optimizers keep their state, and their rates fall from 0.3
-            of what they are then to 0. The average is evaluated before it, as ``polish/before/...``, and the weights
-            after it, as ``polish/after/...``. From its begin on the training weights are evaluated, predicted with and
-            saved, since they are the result. It needs an ``EMA`` among ``algorithms``; without one, the average of a
-            ``Recorder`` is taken that ``Record.recommend`` recommends.
+        polish: How long, at the end of the run, to continue from the average: ``"5%"`` or a time; a number is one of
+            steps. The average is loaded into the model, the optimizers keep their state, and their rates fall from 0.3
+            of their current value to 0. The average is evaluated before it, as ``polish/before/...``, and the weights
+            after it, as ``polish/after/...``. Once it has begun, evaluations, predictions and checkpoints use the
+            training weights, since they are the result. It needs an ``EMA`` among ``algorithms``; without one, it takes
+            the average that ``Record.recommend`` recommends for a ``Recorder``.
         seed: For all global random number generators, set here.
         deterministic_mode: Whether torch uses only deterministic algorithms, from now on in this process.
         run_name: The name of this run, as ``state.run_name``; made from the date by default.
@@ -105,10 +104,10 @@ class Trainer:
         TimeError: If a time cannot be read, or its unit is not counted.
         ValueError: If an optimizer has a state when the model is sharded.
         ShardingError: If the ranks were given different arguments.
-        CheckpointError: If the checkpoint to load is none, or is that of another model or other optimizers.
+        CheckpointError: If the checkpoint to load is not one, or is that of another model or other optimizers.
 
     Attributes:
-        state: What algorithms and callbacks see.
+        state: The state that algorithms and callbacks read.
         logger: Where they log.
 
     Example:
@@ -177,9 +176,8 @@ class Trainer:
         phase = Polish(self._context, self._step, self._evaluation, checked.given.polish)
         self._fitting = Fitting(self._context, self._epochs, self._step, self._evaluation, phase, checked)
         self._checkpoints = Checkpoints(self._context, self._epochs, self._step, self._evaluation, phase)
-        self._fitted = self._closed = False
+        self._closed = False
         self._checkpoints.begin(checked.given)
-        self._loaded = load_path is not None and not autoresume
 
     # Training
 
@@ -192,8 +190,8 @@ class Trainer:
     ) -> None:
         """Train until ``max_duration``, or for ``duration`` from now, and evaluate at the end.
 
-        An exception inside a batch leaves the trainer as it was at the end of the last batch: after it, ``fit``
-        continues and ``save_checkpoint`` saves from there.
+        After an exception inside a batch, the trainer is as it was at the end of the batch before: ``fit`` continues
+        from there, and ``save_checkpoint`` saves that state.
 
         Args:
             train_dataloader: Replaces the trainer's; a new epoch begins.
@@ -222,21 +220,7 @@ class Trainer:
             raise ValueError(f"training needs {', '.join(name for name, absent in missing.items() if absent)}")
         if swap := swap_of(self.state.model):
             raise LoanError(f"training must begin with training weights: {swap.owner} has swapped its average in")
-        self.state.stopping = False
-        if (self._fitted and self.state.finished) or self._is_beyond():
-            warnings.warn(
-                f"fit() has nothing to train: the run has reached its max_duration, {self.state.max_duration}; give "
-                "fit(duration=) to train longer, or reset_time=True to start the clock again",
-                PlanWarning,
-                stacklevel=2,
-            )
-        self._fitted = True
         self._fitting.run()
-
-    def _is_beyond(self) -> bool:
-        """Whether the run that was loaded has gone further than this one is to go."""
-        length = self.state.max_duration
-        return self._loaded and length is not None and self.state.timestamp.get(length.unit) > length
 
     def eval(
         self,
@@ -264,10 +248,10 @@ class Trainer:
         return metrics
 
     def predict(self, dataloader: Iterable[Any]) -> list[Any]:
-        """Return the outputs for each batch, by the averaged weights if there are any. Each rank runs all batches.
+        """Return the outputs for each batch, from the averaged weights if there are any. Each rank runs all batches.
 
         Args:
-            dataloader: Batches as the model takes them; of a pair, a plain module gets the first, its inputs.
+            dataloader: Batches as the model takes them; a plain module gets the first of a pair, its inputs.
         """
         return self._evaluation.predict(dataloader)
 

@@ -30,8 +30,8 @@ class Workers:
         algorithms: At most one of them swaps an average in.
         optimizers: Over parameters of the model.
         schedulers: Over these optimizers.
-        callbacks: In order.
-        loggers: In order.
+        callbacks: The callbacks, in order.
+        loggers: The loggers, in order.
     """
 
     algorithms: list[Algorithm]
@@ -47,7 +47,7 @@ class Workers:
         """Return one or several of each, as given to the trainer, as checked lists.
 
         Args:
-            model: To be trained.
+            model: The model to be trained.
             algorithms: One or several.
             optimizers: One or several.
             schedulers: One or several.

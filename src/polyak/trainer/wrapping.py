@@ -22,7 +22,7 @@ def kind_of(model: nn.Module) -> str | None:
     """Return how a model is wrapped or sharded already; None if it is not.
 
     Args:
-        model: Any.
+        model: Any model.
 
     Raises:
         ValueError: If ``Trainer`` cannot train it.
@@ -164,7 +164,7 @@ def laid_out(source: Tensor, like: Tensor) -> Tensor:
 
     Args:
         source: Sharded in any way, or full.
-        like: Of the same shape.
+        like: A value of the same shape.
     """
     if is_sharded(like):
         target = torch.empty_like(like, dtype=source.dtype, requires_grad=False)

@@ -1,1 +1,1 @@
-"""What every training loop stands on: algorithms in a loop, the steps that count, and what `attach` returns."""
+"""The parts that all training loops share: algorithms in a loop, the steps that count, and what `attach` returns."""

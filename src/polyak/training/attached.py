@@ -24,28 +24,28 @@ from polyak.training.summary import summary
 
 
 class Attached(Handle):
-    """Algorithms at work in a training loop of your own, and the handle of their average. ``attach`` makes it.
+    """The handle of an average in your own training loop, and of its other algorithms. ``attach`` makes it.
 
     ``model`` is the averaged module, ``applied()`` swaps the average into your own model for a block, ``save`` writes
-    the averaged weights, ``state_dict`` is for resuming. As a context manager it detaches at the end of the block. An
-    average is updated as long as this, or the algorithm itself, is referred to. A copy of this, made together with its
-    model and optimizer, follows the copied ones.
+    the averaged weights, and ``state_dict`` is for resuming. As a context manager, it detaches at the end of the block.
+    An average is updated as long as a variable refers to this object, or to the algorithm itself. If this is copied
+    together with its model and optimizer, the copy follows the copied ones.
 
     Args:
         algorithms: One or several.
-        model: In training, wrapped or not.
-        optimizer: Whose steps are counted; None if ``step`` counts them.
-        options: Of the loop.
+        model: The model in training, wrapped or not.
+        optimizer: The optimizer whose steps are counted; None if ``step`` counts them.
+        options: The options of the loop.
 
     Raises:
         TimeError: If an algorithm has a time in a unit that is not counted.
         ProfileError: If a profile is in such a unit.
         ArgumentError: If more than one of the algorithms swaps an average in.
         NotImplementedError: If this process does not hold the model's parameters as they are.
-        OptimizerError: If the steps of the optimizer cannot be seen, or move other tensors than the model's.
+        OptimizerError: If the optimizer has no step hooks, or steps other tensors than the model's.
 
     Attributes:
-        algorithms: At work.
+        algorithms: The algorithms in use.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Attached(Handle):
 
     @property
     def timestamp(self) -> Timestamp:
-        """The clock: everything that has been counted so far."""
+        """The clock: what has been counted so far."""
         return self._loop.state.timestamp
 
     def step(self) -> None:
-        """Count a batch after all weights have moved. Only where ``attach`` was given no optimizer.
+        """Count a batch, after all weights have moved. Use it only if ``attach`` was given no optimizer.
 
         Raises:
             ValueError: If an optimizer's steps are counted, or this is detached.
@@ -100,7 +100,7 @@ class Attached(Handle):
         """Return the state of the algorithms and the clock, to be saved next to the model's and the optimizer's.
 
         Args:
-            path: Where it will be saved. A ``Recorder`` keeps the files that the state refers to while that exists.
+            path: Where it will be saved. A ``Recorder`` keeps the files that the state refers to as long as it exists.
         """
         return self._loop.state_for(path)
 
@@ -108,7 +108,7 @@ class Attached(Handle):
         """Resume from what ``state_dict`` returned. Load the states of the model and the optimizer first.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
             CheckpointError: If it is the state of other algorithms.

@@ -1,4 +1,4 @@
-"""``Between``: a block between two events, in which the model may hold an average."""
+"""``Between``: a ``with`` block between two events, in which the model may hold an average."""
 
 import weakref
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from polyak.events import Event, State
 
 
 class Between:
-    """Fires one event before a ``with`` block and another after it, also after an error in it.
+    """Fires one event before a ``with`` block and another after it, even if the block raises.
 
-    An average that the first event swaps in belongs to the block: if an interrupt skips the second event, the next
-    access to the weights restores the training weights, since this object no longer exists.
+    An average that the first event swaps in belongs to the block. If an interrupt skips the second event, this object
+    no longer exists, and the next access to the weights restores the training weights.
 
     Args:
         fire: Fires an event.
-        state: Of the loop.
+        state: The state of the loop.
         start: Before the block.
         end: After it.
     """
@@ -25,7 +25,7 @@ class Between:
         self._fire, self._state, self._start, self._end = fire, state, start, end
 
     def __enter__(self) -> None:
-        """Fire the first event; after an error in it the second one too."""
+        """Fire the first event. If it raises, fire the second one too."""
         try:
             before = swap_of(self._state.model)
             self._fire(self._start)
@@ -39,7 +39,7 @@ class Between:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Fire the second event; if that is interrupted, once more."""
+        """Fire the second event. If it is interrupted, fire it once more."""
         try:
             self._fire(self._end)
         except BaseException:

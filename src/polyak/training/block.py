@@ -1,4 +1,4 @@
-"""``block``: a method for ``with`` that may be called or not."""
+"""``block``: a method that can be used in ``with`` with or without calling it."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ Owner = TypeVar("Owner")
 
 
 class Block(Generic[P, T]):
-    """A context manager that is made when it is called, or entered without a call.
+    """Makes a context manager when it is called, or when it is entered without a call.
 
     Args:
-        make: Makes it.
+        make: Returns a new context manager.
     """
 
     def __init__(self, make: Callable[P, AbstractContextManager[T]]) -> None:
@@ -39,7 +39,7 @@ class Block(Generic[P, T]):
 
 
 class block(Generic[Owner, P, T]):  # noqa: N801  a decorator
-    """``contextlib.contextmanager`` for a method, after which ``with thing.method:`` is ``with thing.method():``.
+    """``contextlib.contextmanager`` for a method, which allows ``with thing.method:`` for ``with thing.method():``.
 
     Args:
         function: A generator function, the method.

@@ -1,4 +1,4 @@
-"""``CountedLoop``: a loop of your own, of which polyak sees only the steps of an optimizer."""
+"""``CountedLoop``: the user's own loop, in which polyak sees only the steps of an optimizer."""
 
 import threading
 import warnings
@@ -20,13 +20,13 @@ from polyak.training.steps import StepHooks
 
 
 class _Reachable(Sequence[Algorithm]):
-    """Algorithms, of which those that swap an average in are held weakly.
+    """A sequence of algorithms that holds those that swap an average in by weak references.
 
-    The optimizer keeps its hooks. An average to which no variable refers any more, as when the cell of a notebook was
-    run again, would be updated for nobody. A ``Recorder`` needs no variable to work.
+    The optimizer keeps its hooks alive. Without weak references, an average that no variable refers to any more, such
+    as after a notebook's cell was run again, would still be updated. A ``Recorder`` works without a variable.
 
     Args:
-        algorithms: The owner holds them.
+        algorithms: The algorithms, which their owner keeps alive.
     """
 
     def __init__(self, algorithms: Sequence[Algorithm]) -> None:
@@ -57,13 +57,13 @@ def _constant(algorithm: Algorithm) -> Callable[[], Algorithm]:
 
 
 class CountedLoop(Loop):
-    """Follows the steps of an optimizer, which keeps it alive, or of a caller.
+    """Follows the steps of an optimizer, which keeps this object alive, or of a caller.
 
     Args:
-        algorithms: At work; their owner must keep those that swap an average in.
-        model: In training, wrapped or not.
-        optimizer: Whose steps are counted; None if the caller counts them.
-        options: Of the loop.
+        algorithms: The algorithms in use; their owner must keep those that swap an average in.
+        model: The model in training, wrapped or not.
+        optimizer: The optimizer whose steps are counted; None if the caller counts them.
+        options: The options of the loop.
 
     Raises:
         TimeError: If an algorithm has a time in a unit that is not counted.
@@ -72,8 +72,8 @@ class CountedLoop(Loop):
         NotImplementedError: If this process does not hold the model's parameters as they are.
 
     Attributes:
-        hooks: On the optimizer; None if steps are counted by hand.
-        by_hand: Whether they are.
+        hooks: The hooks on the optimizer; None if steps are counted by hand.
+        by_hand: Whether steps are counted by hand.
         detached: Whether counting has stopped.
     """
 
@@ -119,7 +119,7 @@ class CountedLoop(Loop):
             self.fire(Event.FIT_END)
 
     def state_for(self, path: str | Path | None) -> dict[str, Any]:
-        """Return ``state_dict()``, and warn of weights that have moved uncounted.
+        """Return ``state_dict()``, and warn if weights have moved without a counted step.
 
         Args:
             path: Where it will be saved, if that is known.
@@ -138,7 +138,7 @@ class CountedLoop(Loop):
 
     @classmethod
     def of_parts(cls, parts: Mapping[str, Any], algorithms: Sequence[Algorithm]) -> "CountedLoop":
-        """Return a loop at work. Its model may be half made, where the model refers to what is being copied.
+        """Return a loop that counts. Its model may be incomplete, if the model refers to what is being copied.
 
         Args:
             parts: Copies of what ``parts`` returned.
@@ -157,7 +157,7 @@ class CountedLoop(Loop):
         return loop
 
     def meet(self) -> None:
-        """Let the algorithms meet the model, if they have not; a copy's wait until the copied model is complete."""
+        """Let the algorithms meet the model, if they have not. Those of a copy wait until the model is complete."""
         if not self._met:
             super().meet()
             if not self.detached:
@@ -167,7 +167,7 @@ class CountedLoop(Loop):
 def _is_complete(model: nn.Module) -> bool:
     try:
         return list(model.parameters()) is not None
-    except AttributeError:  # it refers to what is being copied, and is half made
+    except AttributeError:  # it refers to what is being copied, and is not complete yet
         return False
 
 
@@ -176,7 +176,7 @@ _LOCK = threading.Lock()
 
 
 def _detach_others(loop: CountedLoop) -> None:
-    """Detach other loops of the same algorithms, which would count each step twice, and loops without any left."""
+    """Detach other loops of the same algorithms, which would count each step twice, and loops without algorithms."""
     with _LOCK:
         others = [other for held in _LOOPS if (other := held()) is not None and not other.detached]
         _LOOPS[:] = [weakref.ref(other) for other in (*others, loop)]

@@ -1,4 +1,4 @@
-"""The check of what ``attach`` is given: an algorithm, a model and an optimizer, in this order."""
+"""Checks the arguments of ``attach``: an algorithm, a model and an optimizer, in this order."""
 
 from collections.abc import Iterable, Mapping
 
@@ -22,7 +22,7 @@ def check_order(algorithms: object, model: object, optimizer: object) -> None:
         optimizer: As given to ``attach``.
 
     Raises:
-        ArgumentError: If not; it says the order, and what came.
+        ArgumentError: If not. The message has the right order, and what was given.
     """
     given = (algorithms, model, optimizer)
     if isinstance(algorithms, Handle) and not is_composers(algorithms):

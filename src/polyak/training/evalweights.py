@@ -1,4 +1,4 @@
-"""``eval_weights``: which weights an evaluation uses, in one vocabulary for all trainers."""
+"""``eval_weights``: which weights an evaluation uses, with the same values for all trainers."""
 
 import warnings
 from typing import Literal
@@ -20,10 +20,10 @@ def eval_weights_of(given: object, *, stacklevel: int = 3) -> EvalWeights:
 
     Args:
         given: As given; ``"training"`` is the deprecated name of ``"raw"``.
-        stacklevel: Of the warning, as for ``warnings.warn``.
+        stacklevel: The stacklevel of the warning, as for ``warnings.warn``.
 
     Raises:
-        ArgumentError: If it is none of its values.
+        ArgumentError: If it is not one of its values.
 
     Example:
         >>> eval_weights_of("both")
@@ -45,7 +45,7 @@ def eval_weights_of(given: object, *, stacklevel: int = 3) -> EvalWeights:
 
 
 def refuse_raw_of_averaged(model: nn.Module) -> None:
-    """Refuse to evaluate the raw weights of a model that holds an average: the figures would be those of the average.
+    """Refuse to evaluate raw weights while the model holds an average: the results would be those of the average.
 
     Args:
         model: Wrapped or not.

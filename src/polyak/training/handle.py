@@ -1,4 +1,4 @@
-"""``Handle``: what to read, evaluate and save of an attached average, in a plain loop or a trainer."""
+"""``Handle``: the members by which users read, evaluate and save an attached average, in a plain loop or a trainer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,25 +40,25 @@ class Followed(Protocol):
 
 
 class Handle(ABC):
-    """The average among the algorithms of a loop or of a trainer: the members that all integrations have.
+    """The handle of the average of a loop or a trainer, with the members that all integrations have.
 
     Attributes:
-        algorithms: At work.
+        algorithms: The algorithms in use.
     """
 
     algorithms: Sequence[Algorithm]
 
     @abstractmethod
     def _follows(self) -> Followed | None:
-        """Return what follows the steps; None before a trainer has shown its model."""
+        """Return the loop that follows the steps; None before a trainer has a model."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, or what of it the framework saves by this name."""
+        """Return the state, or the part of it that the framework saves by this name."""
 
     @property
     def average(self) -> EMA:
-        """The EMA among the algorithms: its settings, and more that one can do with it.
+        """The EMA among the algorithms, with its settings and further methods.
 
         Raises:
             ArgumentError: If there is none.
@@ -73,15 +73,15 @@ class Handle(ABC):
 
     @property
     def model(self) -> nn.Module:
-        """The averaged module: the model's structure over the averages, not copies of them, in eval mode.
+        """The averaged module, in eval mode: the model's structure over the averages themselves, not over copies.
 
-        It follows the updates, and needs no gradients. Each read makes a new module, and while one is kept,
-        ``applied()`` takes the memory of another copy. Where the average is sharded, under FSDP2 or by
-        ``EMA(mesh=...)``, the module has ``fully_shard`` of its own over its shards: all ranks call it together.
+        It follows the updates, and needs no gradients. Each read makes a new module. While you keep one, ``applied()``
+        needs memory for another copy of the weights. If the average is sharded, under FSDP2 or by ``EMA(mesh=...)``,
+        ``fully_shard`` is applied to the module too, and all ranks must call it together.
 
         Raises:
-            LoanError: If averaging has not begun; when it is called after ``train()``.
-            ShardingError: If ``fully_shard`` cannot be called for the module as for the model: use ``applied()``.
+            LoanError: If averaging has not begun, or if the module is called after ``train()``.
+            ShardingError: If ``fully_shard`` cannot be applied to it as to the model: use ``applied()``.
             CopyError: If the module would still compute with the model's own tensors, or cannot be made.
         """
         average = self._begun()
@@ -96,11 +96,11 @@ class Handle(ABC):
     @block
     @explained("ema.applied()", {})
     def applied(self) -> Iterator[nn.Module]:
-        """Swap the average into the model for a ``with`` block: to evaluate it, or to export it.
+        """Swap the average into the model for a ``with`` block, to evaluate or export it.
 
-        Before averaging has begun, the model keeps its own weights. In the block of a trainer's average all that the
-        trainer evaluates, predicts and saves has the average, also with ``eval_weights="raw"``. With ``"both"`` the
-        trainer refuses to evaluate in it, since the raw weights are not in the model.
+        Before averaging has begun, the model keeps its own weights. With a trainer, everything that it evaluates,
+        predicts and saves in the block uses the average, also with ``eval_weights="raw"``. With ``"both"``, it refuses
+        to evaluate in the block, since the raw weights are not in the model.
 
         Raises:
             LoanError: If the model holds an average already, or a trainer has not begun to train it.
@@ -112,7 +112,7 @@ class Handle(ABC):
             yield unwrap(followed.state.model)
 
     def _swapped_in(self, followed: Followed) -> AbstractContextManager[None]:
-        """Return the context of ``applied``. No event of the trainer in its block ends it."""
+        """Return the context of ``applied``. Events of the trainer inside the block do not end it."""
         average, model = self.average, followed.state.model
         if not average.ema_started:
             return followed.between(Event.EVAL_START, Event.EVAL_END)
@@ -128,9 +128,9 @@ class Handle(ABC):
 
     @property
     def num_updates(self) -> int:
-        """How many updates were made: the first took the weights as they were, and each later one moved the average.
+        """How many updates were made: the first copied the weights, and each later one moved the average.
 
-        It is one more than ``average.num_updates``, which counts how often the average has moved.
+        It is one more than ``average.num_updates``, which counts only how often the average has moved.
         """
         return updates_of(self.average)
 
@@ -151,12 +151,12 @@ class Handle(ABC):
 
         Args:
             path: A file whose name ends in ``.safetensors``, or a folder, which gets files of at most 5 GB.
-            overwrite: Whether what was saved there before is replaced.
+            overwrite: Whether to replace what was saved there before.
 
         Raises:
-            ExistsError: If there is something already.
+            ExistsError: If the path exists.
             LoanError: If averaging has not begun, or the model holds another average.
-            ArgumentError: If the name has another ending, as ``.pt``.
+            ArgumentError: If the name has another ending, such as ``.pt``.
             CheckpointError: If the model has a tensor that safetensors cannot hold.
         """
         average = self._begun()
@@ -165,12 +165,13 @@ class Handle(ABC):
 
     @explained("ema.publish(lambda name, tensor: engine.load_weights([(name, tensor)]))", {})
     def publish(self, load: Callable[[str, Tensor], object], *, every_rank: bool = False) -> None:
-        """Give the averaged weights to another program, such as an inference engine: one full tensor at a time.
+        """Give the averaged weights to another program, such as an inference engine, one full tensor at a time.
 
-        ``load`` is called with the names, dtypes and order of the model's ``state_dict()``; of a pipeline, with those
-        of all stages, one after the other, and of declared experts, with those of the full model. Shards are gathered
-        for the call, so that a rank holds one full tensor in addition to what ``applied()`` takes. All ranks must call
-        this, since each has shards. If ``load`` fails on one rank, all raise, and the model has its training weights.
+        ``load`` is called with the names, dtypes and order of the model's ``state_dict()``. For a pipeline these are
+        the names of all stages, one after the other, and for declared experts those of the full model. Shards are
+        gathered for each call, so a rank holds one full tensor in addition to the memory of ``applied()``. All ranks
+        must call this, since each has shards. If ``load`` fails on one rank, all raise, and the training weights are
+        restored.
 
         Args:
             load: A function of a name and a tensor. It must not change the tensor, and copies what it keeps.

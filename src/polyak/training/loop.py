@@ -21,7 +21,7 @@ from polyak.training.steps import StepHooks
 from polyak.training.uncountable import refuse_unmoved
 from polyak.training.uncounted import Uncounted
 
-# Where a warning of weights that moved without a counted step is not too late; and at FIT_END.
+# At these events, and at FIT_END, the loop warns if weights have moved without a counted step.
 _SWAPPED_IN = frozenset({Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START})
 
 
@@ -34,15 +34,15 @@ class Listener(Protocol):
 
 
 class Loop:
-    """Algorithms, and callbacks after them, in a training loop: fires events, counts batches, saves states.
+    """Runs algorithms, and callbacks after them, in a training loop: fires events, counts batches, saves states.
 
     Integrations translate the hooks of their framework to calls of its methods. The algorithms meet the model
-    (``INIT``) by ``meet``, or before the first other event.
+    (``INIT``) when ``meet`` is called, or before the first other event.
 
     Args:
-        algorithms: In order. A list may grow later.
-        state: What they read; the loop counts on its clock, the integration sets the rest.
-        logger: Where they may log.
+        algorithms: The algorithms, in order. A list may grow later.
+        state: The state that they read. The loop updates its clock, and the integration sets the rest.
+        logger: Where algorithms log.
         callbacks: Called after the algorithms. A list may grow later.
         counts: The units that are counted.
 
@@ -54,7 +54,7 @@ class Loop:
         state: As given.
         counts: The units that are counted.
         uncounted: Warns of weights that move without a counted step; None before steps are counted.
-        swapping: Whether algorithms may swap an average in; not so while an average is polished.
+        swapping: Whether algorithms may swap an average in. It is off while an average is polished.
     """
 
     def __init__(
@@ -72,10 +72,9 @@ class Loop:
         self.counts = set(counts)
         self._callbacks = callbacks
         self._logger = logger or NoLogger()
-        self._met = self._clock_checked = False  # the latter after a batch has shown which units are counted
+        self._met = self._clock_checked = False  # the clock is checked after the first batch
         self.uncounted: Uncounted | None = None
-        self._counted = 0  # batches since steps are counted
-        self.swapping = True
+        self._counted, self.swapping = 0, True  # batches since steps are counted
 
     # Events
 
@@ -89,17 +88,17 @@ class Loop:
         """Dispatch an event to the algorithms, then to the callbacks.
 
         Args:
-            event: That has happened.
+            event: The event that has happened.
         """
         self.dispatch(event)
         if self._callbacks:
             self.notify(event)
 
     def dispatch(self, event: Event) -> None:
-        """Dispatch an event to the algorithms alone; ``notify`` follows when the loop is interruptible again.
+        """Dispatch an event only to the algorithms; call ``notify`` when the loop may be interrupted again.
 
         Args:
-            event: That has happened.
+            event: The event that has happened.
         """
         if not self._met:
             self.meet()
@@ -115,9 +114,8 @@ class Loop:
         elif event is Event.FIT_END:
             self.warn_of_uncounted(ended=True)
             self.uncounted = None
-        algorithms = self.algorithms
-        if not self.swapping and event in _SWAPPED_IN:
-            algorithms = [one for one in algorithms if not one.swaps]
+        unswapped = not self.swapping and event in _SWAPPED_IN
+        algorithms = [one for one in self.algorithms if not one.swaps] if unswapped else self.algorithms
         if torch.is_inference_mode_enabled():
             # A tensor made in inference mode cannot be changed outside it, where training weights may be restored.
             with torch.inference_mode(mode=False):
@@ -126,7 +124,7 @@ class Loop:
             dispatch(event, self.state, algorithms, self._logger)
 
     def notify(self, event: Event) -> None:
-        """Dispatch an event to the callbacks alone.
+        """Dispatch an event only to the callbacks.
 
         Args:
             event: On which the algorithms have acted.
@@ -135,7 +133,7 @@ class Loop:
             callback.run_event(event, self.state, self._logger)
 
     def between(self, start: Event, end: Event) -> Between:
-        """Return a context that fires ``start`` before its block and ``end`` after it, also after an error.
+        """Return a context that fires ``start`` before its block and ``end`` after it, even if the block raises.
 
         Args:
             start: Such as ``EVAL_START``.
@@ -145,7 +143,7 @@ class Loop:
 
     @contextmanager
     def saving(self, path: str | Path | None = None) -> Iterator[None]:
-        """Surround the writing of a checkpoint with ``SAVE_START`` and ``SAVE_END``.
+        """Return a context for writing a checkpoint, between ``SAVE_START`` and ``SAVE_END``.
 
         Args:
             path: Where it is written, if that is known.
@@ -180,12 +178,12 @@ class Loop:
         self._counted += steps
 
     def begin_epoch(self) -> None:
-        """Fire ``EPOCH_START``. An epoch that was left before its end counts as one."""
+        """Fire ``EPOCH_START``. If the previous epoch was left early, count it first."""
         self.leave_epoch()
         self.fire(Event.EPOCH_START)
 
     def leave_epoch(self) -> None:
-        """Count the epoch that was left before its end, if one was, without an event."""
+        """Count the epoch that was left early, if there is one, without an event."""
         if self.state.timestamp.in_epoch:
             self.count_epoch()
 
@@ -195,7 +193,7 @@ class Loop:
         self.fire(Event.EPOCH_END)
 
     def end_full_epoch(self) -> None:
-        """End the epoch if its last batch has ended."""
+        """End the epoch if this was its last batch."""
         if self.state.timestamp.ends_epoch:
             self.end_epoch()
 
@@ -203,19 +201,6 @@ class Loop:
         """Count an epoch without an event."""
         self.state.previous_timestamp = self.state.timestamp
         self.state.timestamp = self.state.timestamp.to_next_epoch()
-
-    def set_epoch_length(self, batches: int | None) -> None:
-        """Set how many batches an epoch has, for its fractions.
-
-        Args:
-            batches: None if that is not known.
-        """
-        self.state.timestamp = replace(self.state.timestamp, epoch_length=batches)
-
-    def reset_clock(self) -> None:
-        """Set the clock back to the start. At the next ``FIT_START`` an average continues from there."""
-        start = Timestamp(epoch_length=self.state.timestamp.epoch_length)
-        self.state.timestamp = self.state.previous_timestamp = start
 
     # Checks
 
@@ -240,7 +225,7 @@ class Loop:
             first: Called before the first step.
 
         Raises:
-            OptimizerError: If its steps cannot be seen, or move other tensors than the model's.
+            OptimizerError: If it has no step hooks, or steps other tensors than the model's.
         """
         counted = counted_optimizer(optimizer)
         refuse_masters(counted, self.state.model)
@@ -249,10 +234,10 @@ class Loop:
         return hooks
 
     def watch(self, hooks: StepHooks | None) -> None:
-        """Warn from now on, at evaluations, saves and the end, if weights move without a step that is counted.
+        """From now on, warn at evaluations, saves and the end if weights have moved without a counted step.
 
         Args:
-            hooks: On the optimizer whose steps are counted; None if they are counted by hand.
+            hooks: The hooks on the optimizer whose steps are counted; None if they are counted by hand.
         """
         self.uncounted, self._counted = Uncounted(self.state.model, hooks, self.warn_of_uncounted), 0
 
@@ -280,10 +265,10 @@ class Loop:
         """Resume from what ``state_dict`` returned. Load the model's own state first.
 
         Args:
-            state: As saved.
+            state: The saved state.
 
         Raises:
-            CheckpointError: If it is not such a state, or that of other algorithms.
+            CheckpointError: If it is not such a state, or the state of other algorithms.
             MismatchError: If names or shapes differ from the model's.
         """
         self.meet()
@@ -292,6 +277,10 @@ class Loop:
             algorithm.load_state_dict(own)
         length = self.state.timestamp.epoch_length
         self.state.timestamp = replace(Timestamp.from_state_dict(state["timestamp"]), epoch_length=length)
+        self.weights_loaded()
+
+    def weights_loaded(self) -> None:
+        """Take the model's weights as they are now: no step has moved them, and nothing is wrong."""
         if self.uncounted is not None:
             self.uncounted.reset(self._counted)
 

@@ -1,4 +1,4 @@
-"""Whether weights have moved, by their norms; and the warning that they have between two steps."""
+"""Checks by norms whether weights have moved, and warns if they have between two steps."""
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,20 +14,20 @@ Norms = Mapping[str, tuple[Tensor, int]]
 
 
 class BetweenSteps:
-    """Warns, once, if weights change after a step that counts and before the next, as where a loop clips them.
+    """Warns, once, if weights change between two counted steps, for example because the loop clips them.
 
-    An average takes them where a step ends. Steps 1, 10, 100 and so on are watched; in all others, attributes say that
-    there is nothing to call. Where the next step moves nothing, whoever sets the weights does so before a step, as in a
-    test, and nothing is wrong.
+    An average takes the weights at the end of a step, and would miss such changes. Only steps 1, 10, 100 and so on are
+    watched; for all others, the attributes tell the caller that there is nothing to do. If the next step moves nothing,
+    the loop sets the weights before a step on purpose, as tests do, and there is no warning.
 
     Args:
-        model: In training, wrapped or not.
-        steps: Whether a tensor is one that the steps move.
-        instead: What to do, in words.
+        model: The model in training, wrapped or not.
+        steps: Returns whether the optimizer steps a tensor.
+        instead: What the user should do, for the warning.
 
     Attributes:
         noted: The weights that are watched until the next step.
-        wait: How many steps it is until ``note`` must be called. Whoever steps counts them down.
+        wait: The number of steps until ``note`` must be called. The caller counts it down.
     """
 
     def __init__(self, model: nn.Module, steps: Callable[[Tensor], bool], instead: str) -> None:
@@ -38,7 +38,7 @@ class BetweenSteps:
         self.wait = 1
 
     def check(self) -> None:
-        """See, before a step, whether the weights that were noted have changed."""
+        """Check, before a step, whether the noted weights have changed."""
         stepped, self.noted = self.noted, dict[str, Tensor]()
         if _is_capturing():
             return
@@ -48,7 +48,7 @@ class BetweenSteps:
             self._left, self.wait = self.wait, 1
 
     def note(self) -> None:
-        """Note the weights after a step that is watched, or warn after one before which they had changed."""
+        """Note the weights after a watched step, or warn if they had changed before this one."""
         if self._changed:
             changed, self._changed = self._changed, dict[str, Tensor]()
             self.wait = self._left - 1
@@ -75,14 +75,14 @@ class BetweenSteps:
         self.noted = {}
 
 
-# A perturbation that is taken back, as by some implementations of SAM, leaves rounding errors.
+# Some implementations of SAM perturb the weights and undo it, which leaves rounding errors.
 _ROUNDING = 1e-5
 
 
 def moved_names(before: Norms, now: Norms, tolerance: float = 0.0) -> list[str]:
-    """Return the names whose norms differ. Norms on another device, of another dtype or size say nothing.
+    """Return the names whose norms differ. Norms of another device, dtype or size cannot be compared.
 
-    FSDP2 leaves some parameters in full after a forward pass, and has shards of them at other times.
+    Sizes differ because FSDP2 leaves some parameters unsharded after a forward pass.
 
     Args:
         before: As ``norms_of`` returned them.
@@ -122,7 +122,7 @@ def norms_of(parameters: Mapping[str, Tensor]) -> Norms:
     """Return the norm and size of each parameter's local shard, without waiting for a device.
 
     Args:
-        parameters: By name.
+        parameters: The parameters, by name.
     """
     shards = {name: local(parameter).detach() for name, parameter in parameters.items()}
     norms = dict[str, tuple[Tensor, int]]()
@@ -144,7 +144,7 @@ def _is_plain(parameter: Tensor) -> bool:
 
 
 def _is_capturing() -> bool:
-    """Return whether a CUDA graph is being captured, in which nothing may be read."""
+    """Return whether a CUDA graph is being captured; nothing may be read from the device then."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 

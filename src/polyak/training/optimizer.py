@@ -1,4 +1,4 @@
-"""Which optimizer's steps can be counted."""
+"""Finds the optimizer whose steps are counted, and refuses optimizers whose steps cannot be."""
 
 from collections.abc import Iterable
 
@@ -27,14 +27,14 @@ _INTEGRATION = "polyak.hosts.deepspeed with DeepSpeed, polyak.hosts.megatron wit
 def counted_optimizer(optimizer: object) -> Optimizer:
     """Return the optimizer whose steps are counted: the outermost one that runs torch's step hooks.
 
-    Of a wrapper that only calls another optimizer, as Accelerate's, the inner one is counted. Other wrappers, such as
-    Lookahead, are counted themselves, since they may move the weights after the optimizer that they wrap.
+    If a wrapper only calls another optimizer, as Accelerate's does, the inner one is counted. Other wrappers, such as
+    Lookahead, are counted themselves, since they may move the weights after the step of the optimizer inside.
 
     Args:
         optimizer: Wrapped or not.
 
     Raises:
-        OptimizerError: If it is not an optimizer of torch, or one that does not run torch's step hooks.
+        OptimizerError: If it is not a torch optimizer, or does not run torch's step hooks.
 
     Example:
         >>> sgd = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
@@ -64,7 +64,7 @@ def _shown(given: object) -> str:
 
 
 def _instead(given: object) -> str:
-    """Return what to give in place of what is no optimizer."""
+    """Return what to give instead of an object that is not an optimizer."""
     if isinstance(given, type):
         return f"make one over the model's parameters: {given.__name__}(model.parameters(), ...)"
     if type(given).__module__.partition(".")[0] == "deepspeed":
@@ -79,14 +79,14 @@ def _instead(given: object) -> str:
 
 
 def refuse_masters(optimizer: Optimizer, model: nn.Module) -> None:
-    """Refuse an optimizer that steps other tensors than the model's, from which the model gets its weights later.
+    """Refuse an optimizer that steps other tensors than the model's, which are copied to the model later.
 
-    Engines with float32 masters do so: DeepSpeed's ZeRO, Megatron, apex O2. After a step of such an optimizer the model
-    still has its old weights.
+    Engines with float32 masters do so: DeepSpeed's ZeRO, Megatron, apex O2. Right after a step of such an optimizer,
+    the model still has its old weights.
 
     Args:
-        optimizer: Whose steps are to be counted.
-        model: In training, wrapped or not.
+        optimizer: The optimizer whose steps are to be counted.
+        model: The model in training, wrapped or not.
 
     Raises:
         OptimizerError: If none of its tensors is a parameter of the model, or it has float32 masters of the model's
@@ -129,13 +129,13 @@ def _covers(sizes: Iterable[int], wanted: Iterable[int]) -> bool:
 
 
 def _covers_flat(masters: Iterable[Tensor], wanted: int) -> bool:
-    """Return whether flat masters are this rank's part of so many elements, with padding."""
+    """Return whether flat masters are this rank's part of ``wanted`` elements, with padding."""
     ranks = torch.distributed.get_world_size() if is_initialized() else 1
     found = ranks * sum(tensor.numel() for tensor in masters if tensor.dim() == 1)
     return wanted <= found <= min(2 * wanted, wanted + ranks * _PADDING)
 
 
-_PADDING = 4096  # elements at most, by which an engine rounds up the size of a flat buffer
+_PADDING = 4096  # elements, at most, that an engine adds to a flat buffer
 
 
 def moves_parameters(optimizer: Optimizer, model: nn.Module) -> bool:

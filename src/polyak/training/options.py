@@ -1,4 +1,4 @@
-"""``LoopOptions``: the options of a training loop of your own, checked once."""
+"""``LoopOptions``: the options of ``attach``, checked once."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class LoopOptions:
         logger: Where the algorithms log.
 
     Raises:
-        TimeError: If ``max_duration`` is no time above 0.
+        TimeError: If ``max_duration`` is not a time above 0.
         ArgumentError: If one of the numbers is not whole, or too small, or the logger has no ``log_metrics``.
     """
 

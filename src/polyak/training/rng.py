@@ -84,10 +84,10 @@ def set_state(state: Mapping[str, Any], generators: Sequence[torch.Generator] = 
 
 @contextmanager
 def preserved(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
-    """Restore the states after the block, so that numbers drawn in it change none that are drawn later.
+    """Restore the states after the block, so that numbers drawn in it do not change later ones.
 
     Args:
-        generators: Others to restore than the global ones.
+        generators: Generators to restore in addition to the global ones.
     """
     state = get_state(generators)
     try:
@@ -101,13 +101,13 @@ def preserved(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
 
 
 class Stream:
-    """The random numbers of a data loader: those of the global generators, or separate ones.
+    """The random numbers of a data loader, from the global generators or separate ones.
 
-    Ranks that divide the same batches have separate streams with one start: they must draw the same order and the same
-    transforms, while the model on each rank must draw other numbers.
+    Ranks that divide the same batches have separate streams with the same start: they must draw the same order and the
+    same transforms, while the model must draw different numbers on each rank.
 
     Args:
-        loader: Its generators belong to the stream.
+        loader: The loader, whose generators belong to the stream.
     """
 
     def __init__(self, loader: object) -> None:
@@ -123,7 +123,7 @@ class Stream:
         """Separate it from the global generators from now on.
 
         Args:
-            state: Its first, as ``get_state`` returned it.
+            state: The first state of the stream, as ``get_state`` returned it.
         """
         self._separate = state
         self.set_state(state)
@@ -149,7 +149,7 @@ class Stream:
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """Let the block draw from it."""
+        """Let the block draw from the stream."""
         if self._separate is None:
             yield
             return

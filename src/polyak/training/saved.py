@@ -1,4 +1,4 @@
-"""The check of a state that a loop is to resume from."""
+"""Checks a state that a loop resumes from."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ def check_saved(state: Any, ours: list[str]) -> None:
         ours: The names of the loop's algorithms.
 
     Raises:
-        CheckpointError: If it is not; it says what it is, if that can be seen, and what to do.
+        CheckpointError: If it is not. The message says what it is, if that is recognized, and what to do.
     """
     if not isinstance(state, Mapping) or not {"algorithms", "timestamp"} <= state.keys():
         raise CheckpointError(f"the state must be one that ema.state_dict() returned ({_found(state)}")

@@ -1,9 +1,11 @@
-"""``warn_of_second_average``: a warning where two averages follow one model, as where a notebook's cell ran again."""
+"""The loops that train a model, and a warning if two of them average it, as after a notebook's cell has run again."""
 
 import gc
 import warnings
 from typing import TYPE_CHECKING
 from weakref import WeakSet
+
+from torch import nn
 
 from polyak.errors import PlanWarning
 from polyak.tensors.slots import unwrap
@@ -16,15 +18,15 @@ _LOOPS: "WeakSet[Loop]" = WeakSet()  # those that have begun to train
 
 
 def warn_of_second_average(loop: "Loop") -> None:
-    """Warn if another loop averages the model too, counts the same steps, and was probably left by mistake.
+    """Warn if another loop averages the same model, counts the same steps, and was probably left by mistake.
 
-    Two averages that differ and begin together are meant.
+    Two averages with different settings that begin together are intended.
 
     Args:
-        loop: That begins to train.
+        loop: The loop that begins to train.
     """
     if _others(loop):
-        gc.collect()  # what is only in a cycle of references is about to go
+        gc.collect()  # loops that are only in a cycle of references are about to be freed
         if others := _others(loop):
             warnings.warn(
                 f"a model should have one average, and {others[0]} follows this one already: each step updates it and "
@@ -36,12 +38,21 @@ def warn_of_second_average(loop: "Loop") -> None:
     _LOOPS.add(loop)
 
 
+def begun(model: nn.Module) -> "list[Loop]":
+    """Return the loops that have begun to train a model.
+
+    Args:
+        model: Wrapped or not.
+    """
+    return [loop for loop in _LOOPS if unwrap(loop.state.model) is unwrap(model)]
+
+
 def _others(loop: "Loop") -> list[object]:
-    """Return the averages of other loops that follow the same steps, and have begun before or are the same."""
-    ours, model = [repr(algorithm) for algorithm in _swapping(loop)], unwrap(loop.state.model)
+    """Return averages of other loops that follow the same steps, and have begun before or have the same settings."""
+    ours = [repr(algorithm) for algorithm in _swapping(loop)]
     found = list[object]()
-    for other in list(_LOOPS) if ours else []:
-        if other is loop or unwrap(other.state.model) is not model or not _follow_same(loop, other):
+    for other in begun(loop.state.model) if ours else []:
+        if other is loop or not _follow_same(loop, other):
             continue
         began_before = other.state.timestamp.batch > loop.state.timestamp.batch
         found += [algorithm for algorithm in _swapping(other) if began_before or repr(algorithm) in ours]
@@ -58,6 +69,6 @@ def _follow_same(loop: "Loop", other: "Loop") -> bool:
 
 
 def _hooks(loop: "Loop") -> StepHooks | None:
-    """Return the hooks by which a loop counts steps now; None if none do, or a caller counts."""
+    """Return the hooks with which a loop counts steps now; None if it does not count, or a caller does."""
     hooks = None if loop.uncounted is None else loop.uncounted.hooks
     return hooks if hooks is not None and hooks.counting else None

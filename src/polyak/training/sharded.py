@@ -1,4 +1,4 @@
-"""States of a loop whose tensors are sharded over ranks, saved and loaded by ``torch.distributed.checkpoint``."""
+"""Saves and loads a loop's state whose tensors are sharded over ranks, with ``torch.distributed.checkpoint``."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ def is_sharded(loop: Loop) -> bool:
     """Return whether each rank must save its own shards of the state. A collective: all ranks must call it.
 
     Args:
-        loop: Whose state is to be saved.
+        loop: The loop whose state is to be saved.
     """
     model = loop.state.model
     return is_initialized() and (
@@ -26,9 +26,9 @@ def save(loop: Loop, folder: Path, *, weights: bool) -> None:
     """Save the state of a loop. A collective: all ranks must call it.
 
     Args:
-        loop: To be saved.
-        folder: To be made, in that of the checkpoint that is being written.
-        weights: Whether to save the model's weights too: where the rest of the checkpoint has averaged weights.
+        loop: The loop to be saved.
+        folder: The folder to be made, in that of the checkpoint that is being written.
+        weights: Whether to save the model's weights too, because the rest of the checkpoint has averaged weights.
     """
     from polyak.sharding import dcp  # noqa: PLC0415  takes half a second to import
 
@@ -40,7 +40,7 @@ def load(loop: Loop, folder: Path, *, weights: bool) -> None:
     """Resume from what ``save`` wrote, on the same ranks or others. A collective: all ranks must call it.
 
     Args:
-        loop: To be resumed.
+        loop: The loop to be resumed.
         folder: As given to ``save``.
         weights: As given to ``save``; the model gets them.
 

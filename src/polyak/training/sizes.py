@@ -27,7 +27,7 @@ class BatchSizes:
         """Add a batch.
 
         Args:
-            batch: Of this rank.
+            batch: The batch of this rank.
             world_size: The number of ranks, each with a batch of the same size.
         """
         if self._num_samples is not None:

@@ -7,35 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from polyak.tensors import optimizers
+from polyak.training.moved import BetweenSteps
 from polyak.training.optimizer import BY_HAND, tensors_of
 
-# Steps of another optimizer in a row that mean that it has replaced one that still exists.
+# After so many steps in a row, another optimizer is taken to have replaced one that still exists.
 _MANY = 100
-# Functions that step an optimizer to have a state to load into: of torch.distributed.checkpoint, and of torchtitan.
+# Functions of torch.distributed.checkpoint and torchtitan that step an optimizer to initialize a state to load into.
 _REHEARSALS = frozenset({"_init_optim_state", "init_optim_state"})
-
-
-class Between(Protocol):
-    """Watches what happens to weights between two steps; see ``BetweenSteps``."""
-
-    noted: dict[str, Tensor]
-    wait: int
-
-    def check(self) -> None:
-        """Look at the weights that were noted, before a step."""
-
-    def note(self) -> None:
-        """Note the weights after a step that counts."""
-
-    def forget(self) -> None:
-        """Forget what was noted."""
 
 
 @dataclass(slots=True)
@@ -43,10 +28,10 @@ class _Call:
     """A step that is running: the outermost one of its optimizer.
 
     Args:
-        frame: Of torch's wrapper of ``step``, by which a nested step finds this one among its callers.
-        rehearsal: Whether ``torch.distributed.checkpoint`` makes it, to have a state to load into.
+        frame: The frame of torch's wrapper of ``step``, with which a nested step finds this one among its callers.
+        rehearsal: Whether ``torch.distributed.checkpoint`` makes it, to initialize a state to load into.
         graded: Whether it began with gradients that it uses.
-        versions: Of all tensors, if gradients may not show whether it moved them.
+        versions: The versions of all tensors, if gradients may not show whether the step moved them.
         nested: The number of steps of a parent class that are running inside it.
     """
 
@@ -69,11 +54,11 @@ class StepHooks:
         first: Called once, before the first step.
 
     Attributes:
-        others: The number of steps of other optimizers of the same tensors after the last step that counted.
+        others: How many steps other optimizers have made on the same tensors since the last step that counted.
         other: The name of the last of these optimizers.
-        replaced: Called with another optimizer that steps these tensors while this one does not: in its first step if
-            this one no longer exists, else after many.
-        between: Told where each step that counts begins and ends.
+        replaced: Called with another optimizer that steps these tensors instead: in its first step if this one no
+            longer exists, otherwise after many steps.
+        between: Checks that weights do not change between two steps; None if nothing does.
     """
 
     def __init__(
@@ -81,15 +66,15 @@ class StepHooks:
     ) -> None:
         self.others, self.other = 0, ""
         self.replaced: Callable[[Optimizer], object] | None = None
-        self.between: Between | None = None
+        self.between: BetweenSteps | None = None
         self._after, self._first = after, first
         self._optimizer = weakref.ref(optimizer)
         # Not weak references, with which torch cannot swap tensors. An id may be that of another tensor later.
         self._of = {id(tensor) for tensor in tensors_of(optimizer)}
         self._call: _Call | None = None
         self._guarded = False  # whether the hook on all optimizers has just run for this step
-        self._keeps_gradients = False  # whether its steps, as those of most optimizers, leave the gradients as they are
-        # An average moves inside them, which cannot be traced: `torch.compile` runs them between two graphs.
+        self._keeps_gradients = False  # whether its steps leave the gradients as they are, as most optimizers' do
+        # An average moves inside the hooks, which cannot be traced: `torch.compile` runs them between two graphs.
         self._hooks = [
             optimizer.register_step_pre_hook(_untraced(self._enter)),
             optimizer.register_step_post_hook(_untraced(self._leave)),
@@ -106,8 +91,8 @@ class StepHooks:
             optimizers.before_step(optimizer)
         self._guarded = False
         frame, rehearsal = _hooked_frame(), False
-        # A call that is left over is that of a step that raised, or this step is nested in it; a counter of nested
-        # steps alone would be wrong for good after such an error. A rehearsal is made only where there is no state.
+        # If a call is left over, this step is nested in it, or it is that of a step that raised. A counter of nested
+        # steps would stay wrong after such an error. A rehearsal is made only if there is no state.
         if self._call is not None or not getattr(optimizer, "state", None):
             nested, rehearsal = self._callers(frame)
             if nested:
@@ -131,7 +116,7 @@ class StepHooks:
             if call is not None and outer is call.frame:
                 call.nested += 1
                 return True, False
-            # What it does to the optimizer could also be a real step, of a warm-up from a learning rate of 0.
+            # Its effects alone do not show it: a real step in a warm-up from a learning rate of 0 has the same.
             rehearsal = rehearsal or outer.f_code.co_name in _REHEARSALS
             outer = outer.f_back
         return False, rehearsal
@@ -154,7 +139,7 @@ class StepHooks:
             moved = moved or graded_after or (bool(call.versions) and _versions(optimizer) != call.versions)
         if not moved or call.rehearsal:
             return
-        # A fused step is called, and moves nothing, even when the gradient scaler found an inf.
+        # With an inf in the gradients, a gradient scaler still calls a fused step, which then moves nothing.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf:
             self.others = 0
@@ -190,7 +175,7 @@ class StepHooks:
         """Return whether the optimizer steps a tensor.
 
         Args:
-            tensor: Any.
+            tensor: Any tensor.
         """
         return id(tensor) in self._of
 
@@ -198,12 +183,12 @@ class StepHooks:
         """Return whether another optimizer moves one of the same tensors.
 
         Args:
-            other: On that optimizer.
+            other: Hooks on that optimizer.
         """
         return not self._of.isdisjoint(other._of)  # noqa: SLF001
 
     def remove(self) -> bool:
-        """Stop calling; return whether that was not done before."""
+        """Remove the hooks; return whether they were still there."""
         counting = bool(self._hooks)
         while self._hooks:
             self._hooks.pop().remove()
@@ -212,7 +197,7 @@ class StepHooks:
 
 
 def _is_rehearsal() -> bool:
-    """Return whether a step that is running is made to have a state to load into."""
+    """Return whether the running step only initializes a state to load into."""
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001
     while frame is not None and frame.f_code.co_name not in _REHEARSALS:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""What an attached loop does, in a sentence."""
+"""Describes what an attached loop does, in one sentence."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ def summary(model: nn.Module, algorithms: Sequence[Algorithm], now: Timestamp, *
     """Return what is averaged, how, and how far it is.
 
     Args:
-        model: In training, unwrapped.
+        model: The model in training, unwrapped.
         algorithms: At work in the loop.
         now: What has been counted.
         detached: Whether counting has stopped.
@@ -33,7 +33,7 @@ def summary(model: nn.Module, algorithms: Sequence[Algorithm], now: Timestamp, *
 
 
 def updates_of(ema: EMA) -> int:
-    """Return how many updates were made, with the first, which made the average.
+    """Return how many updates were made, including the first, which began the average.
 
     Args:
         ema: Attached.

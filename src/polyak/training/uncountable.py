@@ -1,4 +1,4 @@
-"""Errors for units of time that no run of a loop counts, and for those that its first batch shows it does not count."""
+"""Refuses times in units that a loop does not count: before the run, and after its first batch."""
 
 from collections.abc import Collection, Iterable
 
@@ -12,10 +12,11 @@ from polyak.training.state import LoopState
 def refuse_uncountable(algorithms: Iterable[Algorithm], counts: Collection[TimeUnit]) -> None:
     """Refuse algorithms with times in a unit that no run of a loop counts.
 
-    The lengths of the run and of an epoch are taken as known. ``Loop.refuse_uncounted`` asks again when a run begins.
+    It assumes that the lengths of the run and of an epoch are known. ``Loop.refuse_uncounted`` checks again when a run
+    begins.
 
     Args:
-        algorithms: Of the loop.
+        algorithms: The algorithms of the loop.
         counts: The units that it counts.
 
     Raises:
@@ -28,12 +29,12 @@ def refuse_uncountable(algorithms: Iterable[Algorithm], counts: Collection[TimeU
 
 
 def refuse_unmoved(algorithms: Iterable[Algorithm], state: LoopState, counts: Collection[TimeUnit]) -> None:
-    """Refuse, after the first batch, times in a unit of which that batch had none.
+    """Refuse, after the first batch, times in units that this batch did not advance.
 
     Args:
-        algorithms: Of the loop.
+        algorithms: The algorithms of the loop.
         state: After the batch.
-        counts: The units that the loop counts, as far as it knew.
+        counts: The units that the loop was said to count.
 
     Raises:
         TimeError: If there are any.
@@ -46,5 +47,4 @@ def refuse_unmoved(algorithms: Iterable[Algorithm], state: LoopState, counts: Co
             algorithm.refuse_uncounted(state, set(counts) - missing)
 
 
-# What every batch has some of.
 _OF_BATCHES = frozenset({TimeUnit.SAMPLE, TimeUnit.TOKEN})

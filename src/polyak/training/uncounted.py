@@ -1,4 +1,4 @@
-"""``Uncounted``: warnings about weights that move without a step that is counted."""
+"""``Uncounted``: warnings about weights that move without a counted step."""
 
 import warnings
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from polyak.training.steps import StepHooks
 
 
 class Uncounted:
-    """Warns, once, if weights have moved without a step that was counted.
+    """Warns, once, if weights have moved without a counted step.
 
     Args:
-        model: In training, wrapped or not. Its weights are noted.
-        hooks: On the optimizer whose steps are counted; None if they are counted by hand.
+        model: The model in training, wrapped or not. Its weights are noted.
+        hooks: The hooks on the optimizer whose steps are counted; None if they are counted by hand.
         replaced: Called when another optimizer seems to have replaced it.
 
     Attributes:
@@ -49,11 +49,11 @@ class Uncounted:
             self._replaced()
 
     def warn(self, counted: int, *, ended: bool = False) -> None:
-        """Warn if weights have moved since the last step that was counted, as far as that can be seen.
+        """Warn if weights have moved since the last counted step, as far as that can be seen.
 
         Args:
             counted: The number of steps that were counted since this was made.
-            ended: Whether the run has ended: its trainer may have loaded the best weights.
+            ended: Whether the run has ended; its trainer may have loaded the best weights.
         """
         if self._warned or swap_of(self._model) is not None:
             return

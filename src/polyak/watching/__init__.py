@@ -1,4 +1,4 @@
-"""What a run would score with its averages now: readings of a record while it is written."""
+"""Evaluates what a run would score with its averages now, from its record while that is written."""
 
 from polyak.watching.algorithm import Watch
 from polyak.watching.log import Log, read_moments

@@ -46,7 +46,7 @@ class Watch(Algorithm):
         minimize: As for ``sweep``.
 
     Raises:
-        TimeError: If ``interval`` is no time, or not above 0.
+        TimeError: If ``interval`` is not a time, or not above 0.
 
     Attributes:
         moments: What was evaluated, oldest first.
@@ -144,7 +144,7 @@ class Watch(Algorithm):
         return moment
 
     def _due(self, record: Record, *, ended: bool) -> bool:
-        """Return whether there is something to evaluate: at the end of the run, more than there was at the last."""
+        """Return whether there is something to evaluate; at the end of the run, more than at the last evaluation."""
         if not record.segments:
             return False
         return not (ended and self.moments and self.moments[-1].updates == record.segments[-1].end.updates)
@@ -154,7 +154,7 @@ class Watch(Algorithm):
         refuse_uncounted(f"interval='{self.interval}'", self.interval.unit, state, counted)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return when the last evaluation was, and what they gave."""
+        """Return when the last evaluation was, and the results so far."""
         moments = json.dumps([one.to_plain() for one in self.moments])
         return {"repr": repr(self), "passed": -1 if self._passed is None else self._passed, "moments": moments}
 
@@ -162,7 +162,7 @@ class Watch(Algorithm):
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self._passed = None if state["passed"] < 0 else int(state["passed"])
         self.moments = [Moment.from_plain(one) for one in json.loads(state["moments"])]

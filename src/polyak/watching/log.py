@@ -49,7 +49,7 @@ class Log:
             self._file = None
 
     def add(self, moment: Moment) -> None:
-        """Append a moment. It takes the place of those that are not before it, as after a run was resumed.
+        """Append a moment. It replaces those that are not before it, for example after a run was resumed.
 
         Args:
             moment: The moment.
@@ -60,13 +60,13 @@ class Log:
 
 
 def read_moments(path: Path) -> list[Moment]:
-    """Return the moments in a file, oldest first. Of a run that was resumed, the later ones count.
+    """Return the moments in a file, oldest first. If the run was resumed, later entries replace earlier ones.
 
     Args:
         path: The file.
 
     Raises:
-        WatchError: If a complete line is no moment.
+        WatchError: If a complete line is not a moment.
         OSError: If the file cannot be read.
     """
     found = list[Moment]()

@@ -32,8 +32,8 @@ class Reading:
         kind: ``"raw"``, ``"newest"`` (the mean over the newest segment of the record, nearly raw), ``"half_life"`` or
             ``"cooldown"``.
         share: The half-life or the length of the cooldown, as a share of the run so far; None for the others.
-        name: For people.
-        metrics: By name.
+        name: The name for people.
+        metrics: The metrics, by name.
         error: The estimated error of the average; None if it is not known.
     """
 
@@ -113,7 +113,7 @@ class Moment:
         return found
 
     def to_plain(self) -> dict[str, Any]:
-        """Return the moment as JSON can hold it: NaN is null."""
+        """Return the moment in a form that JSON can hold: NaN is null."""
         return {
             "record": self.record,
             "updates": self.updates,

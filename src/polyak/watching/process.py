@@ -96,7 +96,7 @@ def watch(
     Each moment has the metrics of the newest mean of the record, which is nearly raw, of averages with half-lives of a
     sixteenth and other shares of the run so far, and of virtual cooldowns. The raw weights are there once the run has
     ended. It ends with the run, or if the record is deleted or does not grow for ``patience_s``. Nothing of the run is
-    changed, and it is not slowed down but for the disk and the devices that ``evaluate`` uses.
+    changed, and it is slowed down only by sharing the disk and the devices that ``evaluate`` uses.
 
     Args:
         record: The folder of the record. It need not exist yet.
@@ -180,7 +180,7 @@ class _Growth:
 
         Args:
             record: The record as it is now; None if there is none.
-            folder: Of the record.
+            folder: The folder of the record.
             say: As for ``watch``.
         """
         if record is not None:

@@ -60,7 +60,7 @@ def open_series(paths: Sequence[Path], options: Options) -> Series:
 
 
 def _age(average: Average) -> float:
-    """Return a number that is larger for the older of two averages of one moment."""
+    """Return a number that is larger for the older of two averages from the same moment."""
     now = float(average.updates)
     return -1.0 if average.profile is None else average.profile.decay(now / 2, now)
 
@@ -106,7 +106,7 @@ def _inside(folder: Path) -> tuple[list[Path], list[str]]:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is one checkpoint, and not a folder of them: it has weights, or Accelerate's shards."""
+    """Return whether a folder is a checkpoint, not a folder of checkpoints: it has weights, or Accelerate's shards."""
     inside = list(folder.iterdir())
     sharded = [one for one in inside if distributed.accepts(one) and not one.name.startswith("optim")]
     return any(_WEIGHTS.fullmatch(one.name) for one in inside) or len(sharded) == 1

@@ -15,7 +15,7 @@ from polyak.time import Time, TimeUnit
 
 
 class Said(TypedDict, total=False):
-    """What ``Record.from_checkpoints`` is told of checkpoints, where they do not say it themselves.
+    """What the user tells ``Record.from_checkpoints`` about checkpoints that do not say it themselves.
 
     Attributes:
         stored: The profiles of the averages: one, or one for each average of a step, in their order.
@@ -40,7 +40,7 @@ class Said(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the user says of checkpoints, for what they do not say themselves.
+    """What the user says about checkpoints that do not say it themselves.
 
     Args:
         stored: The profiles of the averages; None for those that the files or their names say.
@@ -65,7 +65,7 @@ class Options:
         """Return options with a time for each path.
 
         Args:
-            paths: Of the checkpoints.
+            paths: The paths of the checkpoints.
             said: What the user says of them.
 
         Raises:
@@ -93,7 +93,7 @@ class Average:
 
     Args:
         checkpoint: The file, with the tensors of the average.
-        name: Of the average, for people.
+        name: The name of the average, for people.
         updates: How many updates of the average, or steps of the run, there were when it was saved.
         clock: The run's clock at that moment, by unit.
         profile: How much each moment counts; None if these are the weights of the moment alone.
@@ -132,16 +132,16 @@ class Series:
 
 
 class Family(Protocol):
-    """The members of the module of a family."""
+    """The members of a family's module."""
 
     @property
     def KIND(self) -> str:  # noqa: N802  a constant of the module
-        """What it reads, for people."""
+        """What it reads, as text for messages."""
         ...
 
     @property
     def accepts(self) -> Callable[[Path, Mapping[Any, Any]], bool]:
-        """Whether a checkpoint with that content is one of the family."""
+        """Whether a checkpoint with this content belongs to the family."""
         ...
 
     @property
@@ -178,11 +178,11 @@ class PlainMean:
 
 
 def as_count(path: Path, name: str, value: float | None) -> int:
-    """Return a count that a checkpoint says.
+    """Return a count from a checkpoint.
 
     Args:
-        path: Of the checkpoint.
-        name: Of the count.
+        path: The path of the checkpoint.
+        name: The name of the count.
         value: What it says.
 
     Raises:

@@ -31,7 +31,7 @@ _PLAIN = (str, int, float, bool)
 
 
 def require_one_run(averages: Sequence[Average]) -> None:
-    """See that averages can be of one run, each saved once.
+    """Raise unless averages can be from one run, each saved once.
 
     Args:
         averages: Oldest first.
@@ -90,7 +90,7 @@ def _require_same_tensors(one: Average, newest: Average) -> None:
 
 
 def _settings(average: Average) -> dict[str, Any]:
-    """Return what a run was started with, as its checkpoint or the file next to its weights says."""
+    """Return what a run was started with, from its checkpoint or the file next to its weights."""
     path = average.checkpoint.path
     if path.is_dir():
         config = read_json(path / _CONFIG) if (path / _CONFIG).is_file() else {}

@@ -21,7 +21,7 @@ def accepts(path: Path, content: Mapping[Any, Any]) -> bool:
     """Return whether a checkpoint is named like a snapshot of EDM2.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
         content: What is in it.
     """
     del content
@@ -32,7 +32,7 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     """Return the averages in snapshots.
 
     Args:
-        paths: Of the snapshots.
+        paths: The paths of the snapshots.
         options: What the user says.
 
     Raises:
@@ -66,7 +66,7 @@ def _average(path: Path, options: Options) -> Average:
 
 
 def _batch_size(folder: Path) -> int:
-    """Return the images in a batch, as the options of the run say, or else 1."""
+    """Return the number of images in a batch, from the options of the run; 1 if they do not say it."""
     path = folder / _SETTINGS
     settings = read_json(path) if path.is_file() else None
     found = settings.get("batch_size") if isinstance(settings, Mapping) else None

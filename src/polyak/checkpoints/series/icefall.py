@@ -23,10 +23,10 @@ _DEFAULT_PERIOD = 100
 
 
 def accepts(path: Path, content: Mapping[Any, Any]) -> bool:
-    """Return whether a checkpoint is one of icefall with an average.
+    """Return whether a checkpoint is icefall's and has an average.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
         content: What is in it.
     """
     del path
@@ -37,7 +37,7 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     """Return the averages in checkpoints, with the weights of the last.
 
     Args:
-        paths: Of the checkpoints.
+        paths: The paths of the checkpoints.
         options: What the user says.
 
     Raises:

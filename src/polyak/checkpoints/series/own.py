@@ -28,7 +28,7 @@ def accepts(path: Path, content: Mapping[Any, Any]) -> bool:
     """Return whether a checkpoint has the state of an ``EMA``.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
         content: What is in it.
     """
     del path
@@ -39,7 +39,7 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     """Return the averages in checkpoints.
 
     Args:
-        paths: Of the checkpoints.
+        paths: The paths of the checkpoints.
         options: What the user says.
 
     Raises:

@@ -24,7 +24,7 @@ _PREFIX = "ema_model."
 
 @dataclass(frozen=True, slots=True)
 class Strided:
-    """A power function that is updated every few steps, as ``KarrasEMA`` does it.
+    """A power function that is updated every few steps, as in ``KarrasEMA``.
 
     The decay of update i, at step ``i * every``, is ``((s + 1) / (s + 2)) ** (gamma + 1)``, s being that step: as if
     one step had passed. With nitrous-ema's correction it is the geometric mean of two such decays, to the power of
@@ -86,10 +86,10 @@ class Strided:
 
 
 def accepts(path: Path, content: Mapping[Any, Any]) -> bool:
-    """Return whether a checkpoint is one of ``PostHocEMA``.
+    """Return whether a checkpoint was saved by ``PostHocEMA``.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
         content: What is in it.
     """
     named = any(isinstance(name, str) and name.startswith(_PREFIX) for name in content)
@@ -100,7 +100,7 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     """Return the averages in a folder.
 
     Args:
-        paths: Of the files.
+        paths: The paths of the files.
         options: What the user says.
 
     Raises:

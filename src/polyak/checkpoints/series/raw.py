@@ -20,10 +20,10 @@ _UNITS = (TimeUnit.BATCH, TimeUnit.ITERATION, TimeUnit.EPOCH, TimeUnit.SAMPLE, T
 
 
 def accepts(path: Path, content: Mapping[Any, Any]) -> bool:
-    """Return that any checkpoint is.
+    """Return True: any checkpoint is.
 
     Args:
-        path: Of the checkpoint.
+        path: The path of the checkpoint.
         content: What is in it.
     """
     del path, content
@@ -34,7 +34,7 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     """Return the checkpoints as moments, or as averages of the profile that the user gives.
 
     Args:
-        paths: Of the checkpoints.
+        paths: The paths of the checkpoints.
         options: What the user says.
 
     Raises:

@@ -1,4 +1,4 @@
-"""``View``: what polyak's algorithms read of Composer's state."""
+"""``View``: Composer's state as polyak's algorithms read it."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -59,7 +59,7 @@ class View:
         return counted if length is None else {*counted, TimeUnit.ITERATION}
 
     def end_batch(self, *, stepped: bool) -> None:
-        """Note a batch. Mixed precision may have skipped its step, and Composer's clock continues all the same.
+        """Note a batch. If mixed precision skipped its step, Composer's clock counts it all the same.
 
         Args:
             stepped: Whether the optimizer has moved the weights.

@@ -1,4 +1,4 @@
-"""``compute_ema`` and ``EMAParameters``, for loops that average by Composer's functions."""
+"""``compute_ema`` and ``EMAParameters``, for loops that average with Composer's functions."""
 
 from typing import Any
 
@@ -40,7 +40,7 @@ class EMAParameters:
         return self._kept(parameters=False)
 
     def named_parameters(self) -> Any:
-        """Return the averages of parameters with their names."""
+        """Return the averages of parameters, with their names."""
         return self.named_parameters_dict.items()
 
     def named_buffers(self) -> Any:
@@ -82,7 +82,7 @@ class EMAParameters:
         """Copy the average into another model with the same names.
 
         Args:
-            model: To be overwritten.
+            model: The model to be overwritten.
 
         Raises:
             MismatchError: If names or shapes differ.

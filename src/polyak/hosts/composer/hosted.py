@@ -33,7 +33,7 @@ _BEFORE_EVALUATIONS = frozenset({Event.AFTER_LOAD, Event.FIT_START, Event.EVAL_S
 
 
 class Hosted(Handle, ComposerAlgorithm):
-    """An algorithm of polyak as one of Composer's. It has the attributes of the algorithm.
+    """An algorithm of polyak as an algorithm of Composer's trainer, with the same attributes.
 
     It is also the handle of the average: ``model``, ``applied()``, ``save`` and more, once ``fit`` has begun.
 
@@ -172,7 +172,7 @@ class Hosted(Handle, ComposerAlgorithm):
         if not moves_parameters(other, self._view.model):
             return
         warnings.warn(
-            "steps must be counted to be averaged: those of the optimizer that the trainer had at the begin of fit() "
+            "steps must be counted to be averaged: those of the optimizer that the trainer had at the start of fit() "
             f"are, and {hooks.others} of {hooks.other}, which steps the same parameters, were not; give the trainer "
             "that optimizer, and call fit() again",
             PlanWarning,
@@ -188,7 +188,7 @@ class Hosted(Handle, ComposerAlgorithm):
         """Resume from what ``state_dict`` returned.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self._load_clock(state)
         self.algorithm.load_state_dict(state)
@@ -198,10 +198,10 @@ class Hosted(Handle, ComposerAlgorithm):
 
 
 class _Followed:
-    """What ``Handle`` needs of a trainer of Composer's.
+    """The members of Composer's trainer that ``Handle`` needs.
 
     Args:
-        hosted: In it.
+        hosted: The algorithm in Composer's trainer.
     """
 
     def __init__(self, hosted: Hosted) -> None:
@@ -253,15 +253,15 @@ class EMA(Hosted):
             self.algorithm.apply(_OURS[event.value], self._view, logger)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, with the entry by which Composer's own ``EMA`` can resume from a checkpoint."""
+        """Return the state, with the entry from which Composer's own ``EMA`` can resume."""
         state = super().state_dict()
         return {**state, "ema_weights_active": state.get("lent", False)}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
-        """Resume from what ``state_dict`` returned, here or of Composer's own ``EMA``.
+        """Resume from what ``state_dict`` returned, of this class or of Composer's own ``EMA``.
 
         Args:
-            state: As saved.
+            state: The saved state.
             strict: Whether all names must match the model's; see ``polyak.EMA.load_state_dict``.
         """
         self._load_clock(state)
@@ -313,7 +313,7 @@ def _evaluate_raw_too(state: Any) -> None:
 
 
 def _check(hosted: Hosted, state: Any) -> None:
-    """Refuse what cannot work in Composer."""
+    """Refuse arguments that cannot work in Composer."""
     if state.fsdp_config_version == 1 or state.tp_config is not None:
         raise NotImplementedError(
             "each process must hold the full model or its FSDP2 shards: FSDP1 keeps flat parameters, whose average "

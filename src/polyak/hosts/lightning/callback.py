@@ -50,10 +50,10 @@ class Averaging(Handle, Callback):
             of the training weights. Or a list of the first two, one for each dataloader. It may be changed.
         num_samples: Function of a batch: how many samples it has; needed for times in ``sp``.
         num_tokens: Function of a batch: how many tokens it has; needed for times in ``tok``.
-        optimizer: Of several optimizers, the number of the one whose steps are counted.
+        optimizer: If there are several optimizers, the number of the one whose steps are counted.
 
     Raises:
-        ArgumentError: If more than one algorithm swaps an average in, or ``eval_weights`` is none of its values.
+        ArgumentError: If more than one algorithm swaps an average in, or ``eval_weights`` is not one of its values.
         TimeError: If a time is in a unit that is not counted, or ``ProfileError`` if that is a profile's.
     """
 
@@ -101,7 +101,7 @@ class Averaging(Handle, Callback):
         Args:
             trainer: Lightning's.
             pl_module: The model.
-            stage: That begins.
+            stage: The stage that begins.
 
         Raises:
             NotImplementedError: Under DeepSpeed and FSDP1.
@@ -120,7 +120,7 @@ class Averaging(Handle, Callback):
         """Log metrics by the trainer's loggers.
 
         Args:
-            metrics: By name.
+            metrics: The metrics, by name.
             step: Not used: the trainer's own is that of its other metrics.
         """
         del step
@@ -141,24 +141,11 @@ class Averaging(Handle, Callback):
         self._random = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to count steps.
-
-        Args:
-            trainer: Lightning's.
-            pl_module: The model.
-
-        Raises:
-            ArgumentError: If the model has no optimizer of the number that was given.
-        """
+        """Begin to count steps."""
         assert self._loop is not None
         self._stop_counting()
         _set_lengths(self._loop, trainer, pl_module)
-        if self._optimizer >= len(trainer.optimizers):
-            raise ArgumentError(
-                f"optimizer must be the number of one of the model's {len(trainer.optimizers)} optimizers (got "
-                f"{self._optimizer}); count from 0"
-            )
-        self._hooks = self._loop.count(trainer.optimizers[self._optimizer], self._after_step)
+        self._hooks = self._loop.count(_optimizer_of(trainer, self._optimizer), self._after_step)
         self._sizes.take()
         self._loop.fire(Event.FIT_START)
 
@@ -237,15 +224,8 @@ class Averaging(Handle, Callback):
         del pl_module
         self._evaluation.begin_dataloaders(trainer, self.eval_weights, len(trainer.num_test_batches))
 
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Change the weights for another dataloader."""
-        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-
-    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Restore the training weights."""
-        self.on_validation_end(trainer, pl_module)
+    on_test_batch_start = on_validation_batch_start
+    on_test_end = on_validation_end
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """Swap the average in."""
@@ -253,14 +233,12 @@ class Averaging(Handle, Callback):
         if self.eval_weights != "raw":
             self._evaluation.begin(trainer, Event.PREDICT_START, Event.PREDICT_END)
 
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Restore the training weights."""
-        self.on_validation_end(trainer, pl_module)
+    on_predict_end = on_validation_end
 
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what makes Lightning warn if the checkpoint is resumed without this callback."""
+        """Return a state that makes Lightning warn if the checkpoint is resumed without this callback."""
         return {"algorithms": [repr(algorithm) for algorithm in self.algorithms]}
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -269,7 +247,7 @@ class Averaging(Handle, Callback):
         Args:
             trainer: Lightning's.
             pl_module: The model.
-            checkpoint: To be added to.
+            checkpoint: The checkpoint to add to.
         """
         if self._loop is not None:
             swap = swap_of(pl_module)
@@ -323,18 +301,36 @@ def _surround_saving(trainer: Any, loop_now: Callable[[], Loop | None]) -> None:
     trainer.save_checkpoint = save_checkpoint
 
 
+def _optimizer_of(trainer: Any, number: int) -> Any:
+    """Return one of the model's optimizers.
+
+    Args:
+        trainer: Lightning's.
+        number: As given to ``Averaging``.
+
+    Raises:
+        ArgumentError: If there is none of that number.
+    """
+    if number >= len(trainer.optimizers):
+        raise ArgumentError(
+            f"optimizer must be the number of one of the model's {len(trainer.optimizers)} optimizers (got {number}); "
+            "count from 0"
+        )
+    return trainer.optimizers[number]
+
+
 def _set_lengths(loop: Loop, trainer: Any, pl_module: Any) -> None:
     """Set the lengths of an epoch and of the run, as far as they are known."""
     batches = trainer.num_training_batches
     # In manual optimization only the model knows when it steps.
     known = pl_module.automatic_optimization and math.isfinite(batches)
     length = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
-    loop.set_epoch_length(length)
+    loop.state.set_epoch_length(length)
     loop.state.max_duration = _duration(trainer, length)
 
 
 def _duration(trainer: Any, epoch_length: int | None) -> Time | None:
-    """Return the length of a run: of its two limits the one that comes first."""
+    """Return the length of a run: the limit that is reached first."""
     epochs, steps = trainer.max_epochs, trainer.max_steps
     if epochs in (None, -1):
         return None if steps == -1 else Time(steps, TimeUnit.BATCH)

@@ -1,4 +1,4 @@
-"""``Evaluation``: which weights the model has while Lightning evaluates it."""
+"""``Evaluation``: swaps the average in and out while Lightning evaluates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def weights_of(given: object) -> Weights:
         given: As given to ``Averaging``.
 
     Raises:
-        ArgumentError: If it is none of its values, or a list has ``"both"``.
+        ArgumentError: If it is not one of its values, or a list has ``"both"``.
     """
     if not isinstance(given, (list, tuple)):
         return eval_weights_of(given, stacklevel=4)
@@ -34,7 +34,7 @@ class Evaluation:
     """Fires the events around validation, test and prediction, and those that change the weights between dataloaders.
 
     Attributes:
-        loop: Of the model; None before it is known.
+        loop: The loop of the model; None before it is known.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Evaluation:
         self._ends: list[Event] = []  # that end what has begun
 
     def has_average(self, trainer: Any) -> bool:
-        """Return whether the model has an average of its own: not where a checkpoint is evaluated.
+        """Return whether the average of this run is evaluated, and not the weights of a checkpoint.
 
         Args:
             trainer: Lightning's.
@@ -50,12 +50,12 @@ class Evaluation:
         return self.loop is not None and (trainer.state.fn.value == "fit" or trainer.ckpt_path is None)
 
     def begin(self, trainer: Any, start: Event, end: Event) -> None:
-        """Fire the first event, unless a checkpoint is evaluated: then the model has its weights.
+        """Fire the first event, unless a checkpoint is evaluated, whose weights are then in the model.
 
         Args:
             trainer: Lightning's.
-            start: To be fired.
-            end: That ``end`` will fire.
+            start: The event to fire.
+            end: The event that ``end`` will fire.
         """
         if self.has_average(trainer):
             assert self.loop is not None
@@ -104,7 +104,7 @@ class Evaluation:
             self.loop.fire(self._ends.pop(0))
 
     def end(self) -> None:
-        """Fire the events that end what has begun."""
+        """Fire the end events of all that has begun."""
         while self._ends:
             assert self.loop is not None
             self.loop.fire(self._ends.pop(0))

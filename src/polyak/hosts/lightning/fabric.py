@@ -46,7 +46,7 @@ def attach(
 
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several.
-        fabric: That set up the model.
+        fabric: The ``Fabric`` object that set up the model.
         model: As ``fabric.setup`` returned it, or, on one device, as it was before.
         optimizer: As ``fabric.setup`` returned it, or as it was before; of several, the one that steps last in a batch.
             None if you call ``step`` of what this returns, once after each batch.
@@ -57,7 +57,7 @@ def attach(
 
     Raises:
         NotImplementedError: Under DeepSpeed, FSDP and ``ModelParallelStrategy``.
-        TimeError: If ``max_duration`` is no time.
+        TimeError: If ``max_duration`` is not a time.
         CallError: If an argument is missing, or there is none of that name.
         ArgumentError: If more than one of the algorithms swaps an average in.
     """

@@ -1,4 +1,4 @@
-"""A pass over the evaluation data with the raw weights, before Lightning's own with the average."""
+"""Evaluates the raw weights in a pass of their own, before Lightning's evaluation of the average."""
 
 import copy
 import functools
@@ -14,7 +14,7 @@ PREFIX = "raw_"
 
 
 def evaluate_raw_first(trainer: Any, wanted: Callable[[], bool]) -> None:
-    """Let validation and test run on the raw weights first where that is wanted.
+    """Let validation and test run on the raw weights first, if that is wanted.
 
     In that pass callbacks are not called, so that none saves or stops by it. Its metrics are the trainer's, with
     ``raw_`` before their names, when the callbacks of the second pass are called, and go to the loggers after it.
@@ -70,7 +70,7 @@ def _alone(trainer: Any, loop: Any) -> Iterator[None]:
 
 
 def _keep(connector: Any, metrics: Mapping[str, Any], step: int | None = None) -> None:
-    """Keep what would go to the loggers, in place of ``log_metrics``."""
+    """Keep what would go to the loggers, instead of ``log_metrics``."""
     del step
     connector._logged_metrics.update(metrics)  # noqa: SLF001
 

@@ -1,4 +1,4 @@
-"""The strategies of Lightning under which weights cannot be averaged."""
+"""Refuses strategies of Lightning under which weights cannot be averaged."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ _FOREIGN = {"FSDPStrategy", "XLAFSDPStrategy"}
 
 
 def refuse_foreign(strategy: Any) -> None:
-    """Refuse a strategy under which a process does not hold the model's parameters as they are.
+    """Refuse a strategy under which a process does not hold the model's parameters themselves.
 
     Args:
-        strategy: Of a trainer or of Fabric.
+        strategy: The strategy of a trainer or of Fabric.
 
     Raises:
         NotImplementedError: If it is one.

@@ -29,8 +29,8 @@ class TorchtitanAttached(Attached):
         eval_weights: Which weights validation uses.
 
     Raises:
-        ArgumentError: If ``trainer`` is none of torchtitan's, has an average already, or has trained or loaded a
-            checkpoint; or if ``eval_weights`` is none of its values.
+        ArgumentError: If ``trainer`` is not torchtitan's, has an average already, or has trained or loaded a
+            checkpoint; or if ``eval_weights`` is not one of its values.
         TimeError: If a time is in a unit that is not counted.
     """
 
@@ -51,7 +51,7 @@ class TorchtitanAttached(Attached):
             )
 
     def _around(self, owner: Any, name: str, call: Any) -> None:
-        """Let ``call`` run instead of a method of the trainer's parts, until this is detached."""
+        """Replace a method of one of the trainer's parts by ``call``, until this is detached."""
         self._methods.append(Methods(owner))
         self._methods[-1].around(name, call)
 
@@ -73,7 +73,7 @@ class TorchtitanAttached(Attached):
         save_average(self._begun(), self._trainer, model, Path(path), overwrite=overwrite, hf=hf)
 
     def detach(self) -> None:
-        """Stop counting, and give the validator its own method back. Checkpoints keep the average."""
+        """Stop counting, and restore the validator's own method. Checkpoints keep the average."""
         for methods in self._methods:
             methods.remove()
         super().detach()
@@ -93,14 +93,14 @@ def attach(
 
     Args:
         algorithms: ``EMA``, ``Recorder`` or others, one or several.
-        trainer: Of torchtitan.
+        trainer: torchtitan's trainer.
         eval_weights: ``"averaged"``; ``"raw"`` to validate with the training weights; or ``"both"``: then
             ``validation_metrics/loss`` is that of the average, and ``raw_validation_metrics/loss`` that of the
             training weights.
 
     Raises:
-        ArgumentError: If ``trainer`` is none of torchtitan's, has an average already, or has trained or loaded a
-            checkpoint; or if ``eval_weights`` is none of its values.
+        ArgumentError: If ``trainer`` is not torchtitan's, has an average already, or has trained or loaded a
+            checkpoint; or if ``eval_weights`` is not one of its values.
         TimeError: If a time is in a unit that is not counted.
     """
     return TorchtitanAttached(algorithms, trainer, eval_weights)

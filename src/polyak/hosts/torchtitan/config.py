@@ -65,7 +65,7 @@ class Averaging(TorchtitanAttached, Configurable):
         """Folder in the dump folder for a record of the weights, for averages of any half-life; none by default."""
 
         algorithms: Annotated[Callable[[], Any] | None, tyro.conf.Suppress] = None
-        """Returns the algorithms, in place of the settings of one. It is not on the command line."""
+        """Returns the algorithms, instead of the settings of one. It cannot be given on the command line."""
 
         def __post_init__(self) -> None:
             # Checked where the command line is read, on every rank, before anything is built.
@@ -117,8 +117,8 @@ def averaged(config: Trainer.Config, **settings: Any) -> Any:
     """Return a configuration with a section ``polyak``: of the same trainer, with an average.
 
     Args:
-        config: Of torchtitan's ``Trainer``, or of a class of it.
-        **settings: Of ``Averaging.Config``, such as ``half_life="1000ba"`` and ``eval_weights="both"``.
+        config: The configuration of torchtitan's ``Trainer``, or of a subclass of it.
+        **settings: The settings of ``Averaging.Config``, such as ``half_life="1000ba"`` and ``eval_weights="both"``.
 
     Raises:
         ArgumentError: If the configuration has such a section already.
@@ -135,11 +135,11 @@ def averaged(config: Trainer.Config, **settings: Any) -> Any:
 def ema(config: BaseCheckpointManager.Config, **settings: Any) -> Any:
     """Average the weights in a run of any configuration: ``--override.imports polyak.hosts.torchtitan.config.ema``.
 
-    An override replaces a component, and the checkpoint manager is the one that meets the whole trainer.
+    An override replaces a component, and the checkpoint manager is the component that gets the whole trainer.
 
     Args:
-        config: That of the checkpoint manager.
-        **settings: Of ``Averaging.Config``.
+        config: The configuration of the checkpoint manager.
+        **settings: The settings of ``Averaging.Config``.
     """
     return derive(config, _manager_of(_owner(config)).Config, polyak=Averaging.Config(**settings))
 

@@ -19,8 +19,8 @@ def save_average(ema: EMA, trainer: Any, model: Any, path: Path, *, overwrite: b
     torchtitan splits fused projections when it takes a state dict, so that the names are not those of the parameters.
 
     Args:
-        ema: Of the model; it has begun.
-        trainer: Of torchtitan.
+        ema: The EMA of the model; it has begun.
+        trainer: torchtitan's trainer.
         model: All of it that this rank trains.
         path: A file whose name ends in ``.safetensors``, or a folder.
         overwrite: Whether an earlier export is replaced.

@@ -1,4 +1,4 @@
-"""Validation by torchtitan's validator with the average, before it with the training weights if both are asked for."""
+"""Validates the average with torchtitan's validator, and the training weights before it if both are asked for."""
 
 import logging
 from collections.abc import Callable
@@ -14,8 +14,8 @@ def validation(applied: Callable[..., Any], model: nn.Module, validator: Any, *,
 
     Args:
         applied: Returns a context in which the model has the average.
-        model: In training.
-        validator: Of the trainer.
+        model: The model in training.
+        validator: The trainer's validator.
         both: Whether to validate with the training weights too.
     """
 

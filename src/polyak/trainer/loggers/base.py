@@ -23,8 +23,8 @@ class Logger:
     """Passes metrics to all destinations.
 
     Args:
-        state: Of the trainer, for the default of ``step``.
-        destinations: In order.
+        state: The state of the trainer, for the default of ``step``.
+        destinations: The destinations, in order.
     """
 
     def __init__(self, state: TrainerState, destinations: Sequence[Destination] = ()) -> None:

@@ -23,7 +23,7 @@ class MLflowLogger(Tracker):
         experiment_name: By default that of ``MLFLOW_EXPERIMENT_NAME`` in the environment, or ``"Default"``. It is
             created if it does not exist.
         run_name: By default the ``run_name`` of the trainer.
-        tags: Of the run.
+        tags: The tags of the run.
         tracking_uri: Where MLflow stores runs; its own default if None.
         rank_zero_only: True, as in Composer by default: only rank 0 logs.
 

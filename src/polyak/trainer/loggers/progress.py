@@ -36,7 +36,7 @@ class ProgressBar(Destination):
         """Start the bar.
 
         Args:
-            state: Of the trainer.
+            state: The state of the trainer.
             logger: Not used.
         """
         del logger
@@ -65,7 +65,7 @@ class ProgressBar(Destination):
         """Move the bar.
 
         Args:
-            state: Of the trainer.
+            state: The state of the trainer.
             logger: Not used.
         """
         del logger
@@ -78,7 +78,7 @@ class ProgressBar(Destination):
         """Stop the bar.
 
         Args:
-            state: Of the trainer.
+            state: The state of the trainer.
             logger: Not used.
         """
         self.batch_end(state, logger)

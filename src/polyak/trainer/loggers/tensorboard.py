@@ -13,7 +13,7 @@ class TensorBoardLogger(Destination):
     """Writes metrics for TensorBoard; it needs ``pip install polyak[tensorboard]``.
 
     Args:
-        folder: For the event files.
+        folder: The folder for the event files.
     """
 
     def __init__(self, folder: str | Path) -> None:

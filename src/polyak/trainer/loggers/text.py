@@ -40,7 +40,7 @@ class JSONLinesLogger(Destination):
     A resumed run truncates the file to its size at the checkpoint, so that no line comes twice. A new run empties it.
 
     Args:
-        path: Of the file; its folder is created if it is missing.
+        path: The path of the file; its folder is created if it is missing.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -75,6 +75,6 @@ class JSONLinesLogger(Destination):
         """Truncate the file to its size when the state was saved.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self._begin(int(state["size"]))

@@ -48,7 +48,7 @@ class Tracker(Destination):
     """Has a run of an experiment tracker, which starts with the trainer. A resumed trainer continues it.
 
     Args:
-        name: Of the run; None for the ``run_name`` of the trainer.
+        name: The name of the run; None for the ``run_name`` of the trainer.
     """
 
     def __init__(self, name: str | None) -> None:
@@ -89,7 +89,7 @@ class Tracker(Destination):
         """Continue the run of a checkpoint.
 
         Args:
-            state: As saved.
+            state: The saved state.
         """
         self.run_id = state["run_id"]
         if not self._named:

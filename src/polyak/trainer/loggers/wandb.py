@@ -16,11 +16,11 @@ class WandBLogger(Tracker):
     resumed run repeats are in it once. If ``wandb.init`` has started a run already, that run is used, and not ended.
 
     Args:
-        project: Of W&B.
-        group: Of runs.
-        name: Of the run; by default the ``run_name`` of the trainer.
+        project: The project of W&B.
+        group: The group of runs.
+        name: The name of the run; by default the ``run_name`` of the trainer.
         entity: User or team.
-        tags: Of the run.
+        tags: The tags of the run.
         rank_zero_only: True, as in Composer by default: only rank 0 logs.
         init_kwargs: More arguments of ``wandb.init``, such as ``mode``, ``dir`` and ``config``.
 
