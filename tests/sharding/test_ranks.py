@@ -129,7 +129,7 @@ def test_experts_that_do_not_fit_together_are_refused_on_all_ranks(ranks) -> Non
 # Models on part of the ranks.
 
 
-@pytest.mark.parametrize("kind", ["1-d", "2-d", "ddp"])
+@pytest.mark.parametrize("kind", ["1-d", "2-d", "2-d, one copy", "ddp"])
 def test_a_model_on_part_of_the_ranks_needs_no_others(ranks, tmp_path, kind) -> None:
     idle, *found = ranks.run(3, jobs.on_part, kind, str(tmp_path))
     assert idle == {}

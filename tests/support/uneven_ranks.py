@@ -314,8 +314,9 @@ def reads_its_shards(folder: str) -> list[str]:
 def part_of(size: int, kind: str) -> tuple[DeviceMesh, bool]:
     """Return a mesh of the last ``size`` ranks, and whether this is one of them. All ranks must call this."""
     ranks = list(range(dist.get_world_size()))[-size:]
-    if kind == "2-d":
-        mesh = DeviceMesh("cpu", torch.tensor(ranks).view(size, 1), mesh_dim_names=("copies", "shards"))
+    if "2-d" in kind:
+        shape = (1, size) if "one copy" in kind else (size, 1)
+        mesh = DeviceMesh("cpu", torch.tensor(ranks).view(shape), mesh_dim_names=("copies", "shards"))
     else:
         mesh = DeviceMesh("cpu", torch.tensor(ranks))
     return mesh, dist.get_rank() in ranks
@@ -336,7 +337,9 @@ def on_part(kind: str, folder: str) -> dict[str, Any]:
         return {}
     model = net()
     model = DistributedDataParallel(model, process_group=group) if kind == "ddp" else fully_shard(model, mesh=mesh)
-    found = everything(model, folder, process_group=group or Ranks.of(model).group)
+    made = Ranks.of(model).group
+    assert Ranks.of(model).group is made  # a group is made once
+    found = everything(model, folder, process_group=group or made)
     state = {slot.name: slot.tensor.detach() for slot in slots(model)}
     found["whole"] = {name: list(tensor.shape) for name, tensor in whole(state).items()}
     return found
