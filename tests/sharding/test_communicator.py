@@ -25,6 +25,25 @@ def test_parameters_that_ddp_ignores_are_not_synchronized_except_those_that_it_r
     assert found is module["ignored"]
 
 
+def test_of_ranks_with_the_same_items_one_sends_them() -> None:
+    sent = list[dict[str, int]]()
+
+    class Second(Ranks):
+        def sums(self, number: int) -> list[int]:
+            return [number, number]
+
+        def gather_to_rank_0(self, value: Any) -> list[Any]:
+            sent.append(value)
+            return []
+
+        def from_rank_0(self, value: Any) -> Any:
+            return value
+
+    group: Any = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+    Second(group, torch.device("cpu"), replicas=False).union({"weight": 1})
+    assert sent == [{}]
+
+
 def test_one_process_has_every_method_of_ranks_that_callers_share_with_the_same_arguments() -> None:
     def methods(cls: type) -> dict[str, list[str]]:
         return {
