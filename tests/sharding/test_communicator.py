@@ -55,7 +55,7 @@ def test_one_process_has_every_method_of_ranks_that_callers_share_with_the_same_
     alone, several = methods(OneProcess), methods(Ranks)
     assert alone == {name: parameters for name, parameters in several.items() if name in alone}
     # These are about tensors of several ranks.
-    assert several.keys() - alone.keys() == {"each", "share", "total", "sums"}
+    assert several.keys() - alone.keys() == {"differing", "share", "total", "sums"}
 
 
 def test_one_process_returns_what_it_gives_to_a_collective() -> None:
