@@ -7,6 +7,7 @@ import pytest
 import torch
 import uneven_ranks as jobs
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyak import ArgumentError, ModelParts, Record, Uniform
 from polyak.averaging.agreement import sums_of_bits
@@ -333,6 +334,19 @@ def test_checksums_follow_bits_and_their_order_and_change_nothing(dtype, shape) 
     other = before.flatten()
     other[-1] = 9
     assert sums_of_bits({"": other.reshape(shape)})[""] != checksum
+
+
+def test_checksums_of_many_tensors_are_read_together_since_each_read_waits_for_a_device() -> None:
+    reads = list[str]()
+
+    class Notes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            reads.extend([str(function)] * (function is torch.ops.aten._local_scalar_dense.default))
+            return function(*args, **(kwargs or {}))
+
+    with Notes():
+        sums_of_bits({name: torch.ones(3, 2) for name in "abc"})
+    assert reads == []
 
 
 def test_checksums_of_nothing_and_of_empty_tensors_are_zero() -> None:
