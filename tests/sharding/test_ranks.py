@@ -121,10 +121,12 @@ def test_each_rank_reads_its_shards_of_a_record_with_the_bits_of_one_process(ran
 def test_experts_that_do_not_fit_together_are_refused_on_all_ranks(ranks) -> None:
     for found in ranks.run(2, jobs.declares_wrongly):
         assert "same names and shapes, or numbers on each rank" in found["shapes"]
+        assert "same names and shapes, or numbers on each rank" in found["one"]
         assert "each expert must be on one rank of the mesh (got ['0'] twice)" in found["numbers"]
         assert "there are 2 child modules and 1 numbers" in found["count"]
         assert "have no dimension 1" in found["dim"]
         assert "a mesh of one dimension (got 2)" in found["mesh"]
+        assert "['weight', 'bias'] are DTensors, which need no declaration" in found["sharded"]
 
 
 # Models on part of the ranks.

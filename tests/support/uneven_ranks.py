@@ -291,6 +291,8 @@ def declares_wrongly() -> dict[str, str]:
         "count": said(lambda: declare_experts(two, mesh, numbers=[rank])),
         "dim": said(lambda: declare_experts(nn.ParameterDict({"scale": torch.zeros(2)}), mesh, dim=1)),
         "mesh": said(lambda: declare_experts(two, grid)),
+        "one": said(lambda: declare_experts(two, mesh, numbers=None if rank else [0, 1])),
+        "sharded": said(lambda: declare_experts(fully_shard(nn.Linear(2, 2), mesh=mesh), mesh)),
     }
 
 

@@ -28,7 +28,7 @@ def stream(masters: MegatronMasters, ranks: Communicator, load: Load, *, every_r
         if name in own:
             _put_blocks(masters, name, own[name], full)
         if isinstance(ranks, Ranks):
-            # Each element is on one rank, and zero on the others. A sum of bytes is right for any dtype, and keeps -0.0.
+            # Each element is on one rank, and zero on the others. A sum of bytes is right for any dtype, and for -0.0.
             full = ranks.total(full.view(-1).view(torch.uint8)).view(dtype).view(shape)
 
         def act(name: str = name, full: Tensor = full) -> object:
