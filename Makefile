@@ -37,15 +37,17 @@ STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/co
 	tests/hosts/test_golden_trace.py tests/compat/test_convert_timm.py \
 	tests/checkpoints/test_libraries.py::test_checkpoints_of_timm_are_averaged_and_loaded_again
 
-ENGINES := $(addprefix tests/hosts/test_,deepspeed.py deepspeed_trainers.py megatron.py torchtitan.py) tests/averaging/test_wrapped.py
+ENGINES := $(addprefix tests/hosts/test_,torchtitan.py megatron.py deepspeed.py deepspeed_trainers.py) tests/averaging/test_wrapped.py
 test-engines: build/engines.stamp ## Run the tests of DeepSpeed, Megatron, torchtitan and torchao
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src build/engines/bin/python -m pytest -n 0 $(ENGINES)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/src build/engines/bin/python -m pytest -n 2 $(ENGINES)
 
-# In addition to what the other tests need, without what they ask for: that would be another torch, and CUDA.
+# In addition to what the other tests need, without what they ask for: that would be another torch, and CUDA. DeepSpeed is
+# built, which needs a setuptools as new as that of $(VENV): without a pip, the environment has no older one.
 build/engines.stamp: $(VENV)/dev.stamp tests/stubs/engines.txt
-	$(PYTHON) -m venv build/engines
+	rm -rf build/engines
+	$(PYTHON) -m venv --without-pip build/engines
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(build/engines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
-	DS_BUILD_OPS=0 build/engines/bin/python -m pip install --quiet --no-deps --no-build-isolation --requirement tests/stubs/engines.txt
+	DS_BUILD_OPS=0 $(BIN)/python -m pip --python build/engines/bin/python install --quiet --no-deps --no-build-isolation --requirement tests/stubs/engines.txt
 	touch $@
 
 docs: $(VENV)/dev.stamp ## Build the site in docs/_build; a warning is an error

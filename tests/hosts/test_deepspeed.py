@@ -1,6 +1,6 @@
 """An average under DeepSpeed's engine: right against float64, harmless, and resumed on any number of ranks."""
 
-import multiprocessing
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,22 +8,23 @@ from typing import Any
 import deepspeed_runs as runs
 import pytest
 import torch
-from ranks import Ranks
+from forked_ranks import ForkedRanks, Origin
 from safetensors.torch import load_file
 
-pytest.importorskip("deepspeed")
+if importlib.util.find_spec("deepspeed") is None:  # which only the ranks import
+    pytest.skip("needs DeepSpeed", allow_module_level=True)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 
 class Pools:
     """A group of processes for each world size: DeepSpeed remembers that of the first."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._pools = folder, dict[int, Ranks]()
+    def __init__(self, folder: Path, origin: Origin) -> None:
+        self._folder, self._origin, self._pools = folder, origin, dict[int, ForkedRanks]()
 
     def run(self, size: int, job: Callable[..., Any], *args: Any) -> list[Any]:
         if size not in self._pools:
-            self._pools[size] = Ranks(self._folder, most=size)
+            self._pools[size] = ForkedRanks(self._folder, self._origin, most=size)
         return self._pools[size].run(size, job, *args)
 
     def close(self) -> None:
@@ -33,12 +34,13 @@ class Pools:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pools]:
-    pools = Pools(tmp_path_factory.mktemp("ranks"))
-    yield pools
-    pools.close()
+    with Origin("deepspeed_runs", "deepspeed", "polyak.hosts.deepspeed", "polyak.sharding.dcp") as origin:
+        pools = Pools(tmp_path_factory.mktemp("ranks"), origin)
+        yield pools
+        pools.close()
 
 
-CELLS = [(kind, 2) for kind in runs.KINDS] + [("bf16, zero 2", 3), ("bf16, zero 3", 3), ("bf16, zero 3", 1)]
+CELLS = [(kind, size) for kind, sizes in runs.FOLLOWED.items() for size in sizes]
 
 
 @pytest.mark.parametrize(("kind", "size"), CELLS, ids=str)
@@ -106,13 +108,13 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("kind", ["fp32, stage 0", "bf16, zero 2", "bf16, zero 3, nothing persistent"])
+@pytest.mark.parametrize("kind", runs.SAVED)
 def test_a_checkpoint_of_the_engine_has_the_average_which_loads_on_other_ranks_too(ranks, kind, tmp_path) -> None:
     first, second = ranks.run(2, runs.saves, kind, str(tmp_path))
     for found in ranks.run(2, runs.resumes, kind, str(tmp_path)):
         assert found["updates"] == 7
         assert equal(found["later"], first["later"])
-    for other, size in [(kind, 1), (kind, 3), ("bf16, zero 3" if "2" in kind else "bf16, zero 2", 3)]:
+    for other, size in runs.SAVED[kind]:
         for found in ranks.run(size, runs.loads, other, str(tmp_path)):
             assert equal(found, first["saved"])
     exported, wide = (load_file(tmp_path / f"averaged{bits}.safetensors") for bits in ("", "32"))
@@ -126,19 +128,15 @@ def test_a_checkpoint_of_the_engine_has_the_average_which_loads_on_other_ranks_t
     assert wide["frozen.weight"].dtype == exported["frozen.weight"].dtype
 
 
-@pytest.mark.parametrize("kind", ["bf16, zero 2", "bf16, zero 3"])
-def test_a_run_that_was_killed_resumes_with_the_bits_of_one_that_was_not(kind, tmp_path: Path) -> None:
-    context, ends = multiprocessing.get_context("spawn"), []
-    for name, kills in (("whole", [99]), ("killed", [3, 99])):
-        (folder := tmp_path / name).mkdir()
-        for at in kills:
-            arguments = (2, str(folder / f"meeting {at}"), "is_killed", kind, str(folder), at)
-            processes = [context.Process(target=runs.in_process, args=(rank, *arguments)) for rank in range(2)]
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join()
-                assert process.exitcode == (-9 if at == 3 else 0)
-        ends.append(torch.load(folder / "end.pt"))
+@pytest.mark.parametrize("kind", runs.KILLED)
+def test_a_run_that_was_killed_resumes_with_the_bits_of_one_that_was_not(ranks, kind, tmp_path: Path) -> None:
+    (whole := tmp_path / "whole").mkdir()
+    (killed := tmp_path / "killed").mkdir()
+    ranks.run(2, runs.is_killed, kind, str(whole), 99)
+    with pytest.raises(AssertionError, match="a rank died"):
+        ranks.run(2, runs.is_killed, kind, str(killed), 3)
+    assert not (killed / "end.pt").exists()
+    ranks.run(2, runs.is_killed, kind, str(killed), 99)
+    ends = [torch.load(folder / "end.pt") for folder in (whole, killed)]
     for what in ("raw", "average"):
         assert equal(ends[0][what], ends[1][what])

@@ -1,5 +1,6 @@
 """An average under DeepSpeed, where Accelerate or Transformers' ``Trainer`` makes the engine."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import deepspeed_trainers as jobs
 import pytest
 import torch
-from ranks import Ranks
+from forked_ranks import ForkedRanks, Origin
 
-pytest.importorskip("deepspeed")
+if importlib.util.find_spec("deepspeed") is None:  # which only the ranks import
+    pytest.skip("needs DeepSpeed", allow_module_level=True)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 KINDS = ["fp32, stage 0", "bf16, zero 1", "bf16, zero 2", "bf16, zero 3"]
@@ -17,9 +19,10 @@ KINDS = ["fp32, stage 0", "bf16, zero 1", "bf16, zero 2", "bf16, zero 3"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
-    ranks = Ranks(tmp_path_factory.mktemp("ranks"), most=2)
-    yield lambda job, *args: ranks.run(2, job, *args)
-    ranks.close()
+    with Origin("deepspeed_trainers", "deepspeed", "accelerate", "transformers.trainer", "lightning") as origin:
+        ranks = ForkedRanks(tmp_path_factory.mktemp("ranks"), origin, most=2)
+        yield lambda job, *args: ranks.run(2, job, *args)
+        ranks.close()
 
 
 def assert_follows(found: dict[str, Any], samples: int) -> None:

@@ -1,20 +1,19 @@
 """An average in torchtitan's trainer: right against float64, harmless, validated, configured, and resumed."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked_ranks import ForkedRanks, Origin
 from paths import ROOT
-from waiting import END_S
+from safetensors.torch import load_file
 
 pytest.importorskip("torchtitan")
 import torchtitan_configs
+import torchtitan_run
 import torchtitan_shim  # noqa: F401  before torchtitan
 from torchtitan.config import ConfigManager
 from torchtitan.models.llama3.state_dict_adapter import Llama3StateDictAdapter
@@ -27,36 +26,37 @@ from polyak.hosts.torchtitan.config import AveragedTrainer, Averaging, averaged
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-SCRIPT = Path(__file__).parents[1] / "support" / "torchtitan_run.py"
 PAGE = ROOT / "docs" / "hosts" / "torchtitan.md"
 LAYOUTS = [("tp", 2), ("fsdp and tp", 4), ("pp", 2), ("pp, several parts", 2), ("pp and fsdp", 4), ("float8", 2)]
 NEEDS = {"float8": "torchao"}
 
 
-def run(folder: Path, *options: str, ranks: int = 2, killed: bool = False) -> list[dict[str, Any]]:
-    """Run processes of the script; return what each rank has saved."""
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [f"--rdzv-conf=timeout={END_S},read_timeout={END_S}", str(SCRIPT)]
-    paths = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PYTHONPATH": paths}
-    done = subprocess.run(
-        [*command, str(folder), *options], env=environment, capture_output=True, text=True, check=False
-    )
-    assert (done.returncode != 0) is killed, done.stderr[-6000:]
-    return [] if killed else [torch.load(folder / f"end-{rank}.pt", weights_only=False) for rank in range(ranks)]
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedRanks]:
+    with Origin("torchtitan_run", "torchtitan.trainer", "torchtitan.models.llama3") as origin:
+        pool = ForkedRanks(tmp_path_factory.mktemp("ranks"), origin)
+        yield pool
+        pool.close()
+
+
+Found = dict[str, Any]
+
+
+def train(ranks: ForkedRanks, folder: Path, *runs: Found, layout: str = "fsdp", size: int = 2) -> list[Found]:
+    """Run torchtitan's trainer once for each of some runs; return what each rank found of them."""
+    return ranks.run(size, torchtitan_run.trains, str(folder), layout, list(runs))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def whole(ranks, tmp_path_factory: pytest.TempPathFactory) -> Found:
     folder = tmp_path_factory.mktemp("whole")
-    return run(folder, "--runs", json.dumps([{"name": "run", "export": True}]))[0]["run"] | {"folder": folder}
+    return train(ranks, folder, {"name": "run", "export": True})[0]["run"] | {"folder": folder}
 
 
-def test_the_average_is_right_and_training_is_as_without_it(whole, tmp_path) -> None:
+def test_the_average_is_right_and_training_is_as_without_it(ranks, whole, tmp_path) -> None:
     assert whole["error"] < 1e-6
     assert (whole["updates"], whole["tokens"]) == (8, 8 * 2 * 2 * 32)
-    assert run(tmp_path, "--plain")[0]["run"]["raw"] == whole["raw"]
+    assert train(ranks, tmp_path, {"name": "plain", "average": False})[0]["plain"]["raw"] == whole["raw"]
 
 
 def test_validation_has_the_average_and_the_training_weights(whole) -> None:
@@ -65,30 +65,34 @@ def test_validation_has_the_average_and_the_training_weights(whole) -> None:
     assert found[1, "validation_metrics/loss"] == found[1, "raw_validation_metrics/loss"]
     assert found[8, "validation_metrics/loss"] > found[8, "raw_validation_metrics/loss"]  # it lags behind
     assert whole["logged"] == ["ema/decay", "ema/distance"]
+    assert whole["refused"].startswith("LoanError: "), whole["refused"]  # both, while the average is swapped in
 
 
-def test_a_run_that_was_killed_resumes_with_the_bits_of_one_that_was_not(whole, tmp_path) -> None:
-    run(tmp_path, "6", killed=True)
-    resumed = run(tmp_path)[0]["run"]
+def test_a_run_that_was_killed_resumes_with_the_bits_of_one_that_was_not(ranks, whole, tmp_path) -> None:
+    with pytest.raises(AssertionError, match="a rank died"):
+        train(ranks, tmp_path, {"name": "run", "kill_at": 6})
+    resumed = train(ranks, tmp_path, {"name": "run"})[0]["run"]
     assert (resumed["raw"], resumed["average"]) == (whole["raw"], whole["average"])
     assert resumed["losses"] == [one for one in whole["losses"] if one[0] == 8]
 
 
-@pytest.mark.parametrize(("layout", "ranks"), LAYOUTS)
-def test_under_each_layout_the_average_is_right_harmless_validated_and_resumed(layout, ranks, tmp_path) -> None:
+@pytest.mark.parametrize(("layout", "size"), LAYOUTS)
+def test_under_each_layout_the_average_is_right_harmless_validated_and_resumed(ranks, layout, size, tmp_path) -> None:
     if layout in NEEDS and importlib.util.find_spec(NEEDS[layout]) is None:
         pytest.skip(f"needs {NEEDS[layout]}")
     runs = [
         {"name": "plain", "average": False},
-        {"name": "whole"},
+        {"name": "whole", "publish": True, "interval": 4},
         {"name": "resumed", "load": "whole", "load_step": 4},
     ]
-    lags = False
-    for found in run(tmp_path, "--layout", layout, "--runs", json.dumps(runs), ranks=ranks):
+    lags, results = False, train(ranks, tmp_path, *runs, layout=layout, size=size)
+    full = {name: bits for found in results for name, bits in found["whole"]["average"].items()}
+    for found in results:
         plain, whole, resumed = found["plain"], found["whole"], found["resumed"]
         assert whole["error"] < 1e-6
         assert (whole["updates"], resumed["updates"]) == (8, 8)
         assert whole["average"] != whole["raw"] == plain["raw"]
+        assert whole["published"] == full  # that of all stages
         assert (resumed["raw"], resumed["average"]) == (whole["raw"], whole["average"])
         assert resumed["losses"] == [one for one in whole["losses"] if one[0] > 4]
         raw = {step: value for step, name, value in whole["losses"] if name.startswith("raw_")}
@@ -97,6 +101,9 @@ def test_under_each_layout_the_average_is_right_harmless_validated_and_resumed(l
         assert averaged_losses.keys() == {1, 4, 8}
         lags = lags or averaged_losses[8] > raw[8]
     assert lags  # on the ranks with the last stage, which have a loss
+    fresh = torchtitan_run.config_of(tmp_path, layout, {"name": "fresh"}).model_spec.model.build()
+    fresh.load_state_dict(load_file(tmp_path / "published.safetensors"))  # under the names of torchtitan's checkpoints
+    assert torchtitan_run.bits({name: tensor.detach() for name, tensor in fresh.named_parameters()}) == full
 
 
 def test_the_page_has_the_table_of_layouts() -> None:
@@ -109,12 +116,11 @@ def test_the_page_has_the_table_of_layouts() -> None:
 
 
 def test_the_average_is_saved_under_the_names_of_torchtitans_checkpoints_and_of_hugging_face(whole) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
     folder, model = whole["folder"], torchtitan_configs.tiny().model_spec.model
     averaged_weights = torch.load(folder / "averaged-0.pt")
-    saved = safetensors.load_file(folder / "titan.safetensors")
+    saved = load_file(folder / "titan.safetensors")
     assert "layers.0.attention.qkv_linear.wq.weight" in saved
-    hugging = safetensors.load_file(folder / "hf" / "model.safetensors")
+    hugging = load_file(folder / "hf" / "model.safetensors")
     assert "model.layers.0.self_attn.q_proj.weight" in hugging
     for state in saved, Llama3StateDictAdapter(model, None).from_hf(hugging):
         fresh = model.build()
@@ -171,15 +177,17 @@ def test_the_section_keeps_the_trainers_own_class() -> None:
     assert isinstance(averaged(Trainer.Config()), AveragedTrainer.Config)
 
 
-def test_a_section_and_an_override_average_as_attach_does(whole, tmp_path) -> None:
-    tiny = ["--module", "torchtitan_configs", "--config"]
-    override = 'polyak.hosts.torchtitan.config.ema={"half_life": "3ba", "eval_weights": "both", "save": "averaged"}'
+def test_a_section_and_an_override_average_as_attach_does(ranks, whole, tmp_path) -> None:
+    tiny = ["--checkpoint.interval=8", "--module", "torchtitan_configs", "--config"]
+    override = (
+        'polyak.hosts.torchtitan.config.ema={"half_life": "0.375dur", "eval_weights": "both", "save": "averaged"}'
+    )
     runs = [
         {"name": "section", "args": [*tiny, "tiny_averaged", "--polyak.half_life", "3ba", "--polyak.record=record"]},
         {"name": "override", "args": [*tiny, "tiny", "--override.imports", override]},
         {"name": "off", "args": [*tiny, "tiny_averaged", "--polyak.no-enable"]},
     ]
-    found = run(tmp_path, "--runs", json.dumps(runs))[0]
+    found = train(ranks, tmp_path, *runs)[0]
     for name in "section", "override":
         for key in "raw", "average", "losses", "updates", "tokens", "logged":
             assert found[name][key] == whole[key]

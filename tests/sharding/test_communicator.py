@@ -2,17 +2,46 @@
 
 import inspect
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from ranks import Ranks as GlooRanks
 
 from polyak.errors import ShardingError
-from polyak.sharding import Communicator, OneProcess, Ranks, communicator_of
+from polyak.sharding import Communicator, OneProcess, Ranks, communicator, communicator_of
 
 
 def test_a_model_in_one_process_has_the_communicator_of_one_process() -> None:
     assert communicator_of(torch.nn.Linear(2, 1)) == OneProcess()
+
+
+def test_parameters_that_ddp_ignores_are_not_synchronized_except_those_that_it_reduces_later() -> None:
+    module = torch.nn.ParameterDict({name: torch.ones(1) for name in ("reduced", "reduced later", "ignored")})
+    later, ignored = module["reduced later"], {"reduced later", "ignored"}
+    ddp: Any = SimpleNamespace(module=module, parameters_to_ignore=ignored, _delay_all_reduce_params=[later])
+    (found,) = communicator._unsynchronized(ddp)
+    assert found is module["ignored"]
+
+
+def test_of_ranks_with_the_same_items_one_sends_them() -> None:
+    sent = list[dict[str, int]]()
+
+    class Second(Ranks):
+        def sums(self, number: int) -> list[int]:
+            return [number, number]
+
+        def gather_to_rank_0(self, value: Any) -> list[Any]:
+            sent.append(value)
+            return []
+
+        def from_rank_0(self, value: Any) -> Any:
+            return value
+
+    group: Any = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+    Second(group, torch.device("cpu"), replicas=False).union({"weight": 1})
+    assert sent == [{}]
 
 
 def test_one_process_has_every_method_of_ranks_that_callers_share_with_the_same_arguments() -> None:

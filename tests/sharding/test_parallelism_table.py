@@ -1,5 +1,8 @@
 """The table in ``docs/distributed.md``, made of the tests' own parameters: a cell stands for a test that ran."""
 
+import deepspeed_runs
+import megatron_runs
+import pytest
 import sharded
 from paths import ROOT
 
@@ -60,6 +63,33 @@ def test_the_page_has_the_table_of_pipelines_and_experts() -> None:
     begin, end = "<!--- table of pipelines and experts -->", "<!--- end of the table of pipelines and experts -->"
     inside = PAGE.read_text().partition(begin)[2].partition(end)[0]
     assert inside.strip().splitlines() == pipelines_and_experts()
+
+
+def of_engine(name: str) -> list[str]:
+    """Return the table of an engine's page, of the parameters of its tests."""
+    rows = list[list[str]]()
+    if name == "deepspeed":
+        for kind, sizes in deepspeed_runs.FOLLOWED.items():
+            loaded = [
+                f"{size} ({other})" if other != kind else str(size)
+                for other, size in deepspeed_runs.SAVED.get(kind, [])
+            ]
+            killed = "2" if kind in deepspeed_runs.KILLED else ""
+            rows.append([kind, ", ".join(map(str, sorted(sizes))), "; ".join(loaded), killed])
+    else:
+        for kind in megatron_runs.FOLLOWED:
+            size = str(megatron_runs.KINDS[kind].size)
+            loaded = megatron_runs.SAVED.get(kind, [])
+            rows.append([kind, size, "; ".join(loaded), size if kind in megatron_runs.KILLED else ""])
+    head = ["layout", "average, swap, training: ranks", "its state loads on", "killed and resumed: ranks"]
+    return ["| " + " | ".join(cells).replace("  ", " ") + " |" for cells in [head, ["---"] * 4, *rows]]
+
+
+@pytest.mark.parametrize("name", ["deepspeed", "megatron"])
+def test_the_page_of_an_engine_has_the_table_of_what_is_tested(name) -> None:
+    page = (ROOT / "docs" / "hosts" / f"{name}.md").read_text()
+    inside = page.partition("<!--- table of layouts -->")[2].partition(END)[0]
+    assert inside.strip().splitlines() == of_engine(name), "\n".join(["the table should be:", *of_engine(name)])
 
 
 def test_no_cell_of_the_table_is_empty() -> None:

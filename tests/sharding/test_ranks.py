@@ -7,6 +7,7 @@ import pytest
 import torch
 import uneven_ranks as jobs
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyak import ArgumentError, ModelParts, Record, Uniform
 from polyak.averaging.agreement import sums_of_bits
@@ -120,16 +121,18 @@ def test_each_rank_reads_its_shards_of_a_record_with_the_bits_of_one_process(ran
 def test_experts_that_do_not_fit_together_are_refused_on_all_ranks(ranks) -> None:
     for found in ranks.run(2, jobs.declares_wrongly):
         assert "same names and shapes, or numbers on each rank" in found["shapes"]
+        assert "same names and shapes, or numbers on each rank" in found["one"]
         assert "each expert must be on one rank of the mesh (got ['0'] twice)" in found["numbers"]
         assert "there are 2 child modules and 1 numbers" in found["count"]
         assert "have no dimension 1" in found["dim"]
         assert "a mesh of one dimension (got 2)" in found["mesh"]
+        assert "['weight', 'bias'] are DTensors, which need no declaration" in found["sharded"]
 
 
 # Models on part of the ranks.
 
 
-@pytest.mark.parametrize("kind", ["1-d", "2-d", "ddp"])
+@pytest.mark.parametrize("kind", ["1-d", "2-d", "2-d, one copy", "ddp"])
 def test_a_model_on_part_of_the_ranks_needs_no_others(ranks, tmp_path, kind) -> None:
     idle, *found = ranks.run(3, jobs.on_part, kind, str(tmp_path))
     assert idle == {}
@@ -160,6 +163,10 @@ def test_meshes_that_no_rank_connects_are_refused_on_all_ranks(ranks) -> None:
     *said, outside = ranks.run(4, jobs.crossing, "apart")
     assert outside is None
     assert all("ShardingError: the meshes of a model must be connected" in one for one in said)
+
+
+def test_the_ranks_of_parts_are_those_of_their_ddp(ranks) -> None:
+    assert ranks.run(2, jobs.has_parts_in_ddp) == [([0, 1], True)] * 2
 
 
 # Pipelines.
@@ -329,6 +336,19 @@ def test_checksums_follow_bits_and_their_order_and_change_nothing(dtype, shape) 
     other = before.flatten()
     other[-1] = 9
     assert sums_of_bits({"": other.reshape(shape)})[""] != checksum
+
+
+def test_checksums_of_many_tensors_are_read_together_since_each_read_waits_for_a_device() -> None:
+    reads = list[str]()
+
+    class Notes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            reads.extend([str(function)] * (function is torch.ops.aten._local_scalar_dense.default))
+            return function(*args, **(kwargs or {}))
+
+    with Notes():
+        sums_of_bits({name: torch.ones(3, 2) for name in "abc"})
+    assert reads == []
 
 
 def test_checksums_of_nothing_and_of_empty_tensors_are_zero() -> None:

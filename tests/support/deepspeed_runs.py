@@ -3,7 +3,6 @@
 import os
 import signal
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
-from waiting import END_S
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -35,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "zero_force_ds_cpu_optimizer": False,
     },
     "bf16, zero 3": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
+    "bf16, zero 3, offloaded average": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3}},
     "bf16, zero 3, nothing persistent": {
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
@@ -53,6 +52,17 @@ KINDS: dict[str, dict[str, Any]] = {
         "zero_force_ds_cpu_optimizer": False,
     },
 }
+# What the tests run, and the page lists: numbers of ranks, layouts that a state of two ranks is loaded in, and kills.
+FOLLOWED = dict.fromkeys(KINDS, (2,)) | {"bf16, zero 2": (2, 3), "bf16, zero 3": (1, 2, 3)}
+SAVED = {
+    kind: [(kind, 1), (kind, 3), (other, 3)]
+    for kind, other in (
+        ("fp32, stage 0", "bf16, zero 2"),
+        ("bf16, zero 2", "bf16, zero 3"),
+        ("bf16, zero 3, nothing persistent", "bf16, zero 2"),
+    )
+}
+KILLED = ["bf16, zero 2", "bf16, zero 3"]
 
 
 class Scale(nn.Module):
@@ -221,16 +231,6 @@ def single(reference: dict[str, Tensor], engine: Any, buffers: dict[str, Tensor]
     return model.eval()(torch.randn(5, 37, generator=torch.Generator().manual_seed(9)).to(dtype(engine))).detach()
 
 
-def in_process(rank: int, size: int, meeting: str, job: str, *args: Any) -> None:
-    """Run a job in a process of its own, which it may kill."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=END_S)
-    )
-    globals()[job](*args)
-    dist.destroy_process_group()
-
-
 # Jobs
 
 
@@ -238,11 +238,13 @@ def follows(kind: str) -> dict[str, Any]:
     """Train; compare the average, a swap and later training to references."""
     from torch.profiler import ProfilerActivity, profile
 
+    from polyak import Offload
+
     plain = engine_of(kind)
     train(plain, range(9))
     expected = master(plain)
     engine = engine_of(kind)
-    ema, reference = attach(engine), None
+    ema, reference = attach(engine, offload=Offload() if "offloaded average" in kind else None), None
     for step in range(6):
         train(engine, range(step, step + 1))
         reference = reference_of(engine, reference)

@@ -2,10 +2,10 @@
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.utils._pytree import tree_leaves
-from waiting import END_S
 
 HALF_LIFE, DECAY = "3ba", 0.5 ** (1 / 3)
 VOCABULARY, LENGTH = 32, 8
@@ -37,6 +36,7 @@ class Kind:
         overlap: Whether weights are gathered during the next forward pass.
         instances: How many times the masters are divided over some of the data-parallel ranks.
         tied: Whether the output layer has the embedding's weights.
+        offload: Whether the average is kept in CPU memory, and updated in the background.
     """
 
     size: int = 2
@@ -50,11 +50,13 @@ class Kind:
     overlap: bool = False
     instances: int = 1
     tied: bool = False
+    offload: bool = False
 
 
 KINDS = {
     "dp 2": Kind(),
     "dp 2, overlap": Kind(overlap=True),
+    "dp 2, offloaded average": Kind(offload=True),
     "dp 2, replicated": Kind(distributed=False),
     "dp 2, float32": Kind(dtype=torch.float32),
     "dp 2, float32, replicated": Kind(dtype=torch.float32, distributed=False),
@@ -72,6 +74,16 @@ KINDS = {
     "one, tied": Kind(size=1, tied=True),
     "one, experts": Kind(size=1, experts=True),
 }
+# What the tests run, and the page lists: layouts, those that a state is loaded in, and kills.
+FOLLOWED = [kind for kind in KINDS if not kind.startswith("one") and "fp16" not in kind]
+SAVED = {
+    "dp 2": ["tp 2", "pp 2", "dp 2, replicated", "one"],
+    "tp 2": ["dp 2", "tp 2, dp 2"],
+    "pp 2, dp 2": ["one, tied", "pp 2, tied"],
+    "ep 2": ["one, experts"],
+    "pp 2, experts": ["ep 2"],
+}
+KILLED = ["dp 2"]
 
 
 @dataclass
@@ -193,12 +205,12 @@ def run_of(name: str, **more: Any) -> Run:
     return Run(kind, config, chunks, optimizer, models)
 
 
-def attach(run: Run, half_life: str = HALF_LIFE, **options: Any) -> Any:
-    from polyak import EMA
+def attach(run: Run) -> Any:
+    from polyak import EMA, Offload
     from polyak.hosts.megatron import attach as attach_megatron
 
     model = run.chunks if len(run.chunks) > 1 else run.chunks[0]
-    return attach_megatron(EMA(half_life, **options), model, run.optimizer)
+    return attach_megatron(EMA(HALF_LIFE, offload=Offload() if run.kind.offload else None), model, run.optimizer)
 
 
 def batches(step: int, *, same: bool = False) -> Iterator[Tensor]:
@@ -323,16 +335,6 @@ def replicas_agree(run: Run) -> bool:
     return all(torch.equal(found[0][name], tensor) for other in found for name, tensor in other.items())
 
 
-def in_process(rank: int, size: int, meeting: str, job: str, *args: Any) -> None:
-    """Run a job in a process of its own, which it may kill."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(seconds=END_S)
-    )
-    globals()[job](*args)
-    dist.destroy_process_group()
-
-
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -344,7 +346,8 @@ def messages(act: Callable[[], object]) -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         act()
     words = ("c10d", "gloo", "gather", "reduce", "broadcast", "send", "recv", "barrier", "record_param_comms")
-    return {e.key: e.count for e in profiled.key_averages() if any(word in e.key for word in words)}
+    names = (event.name() for event in profiled.profiler.kineto_results.events())  # key_averages() takes seconds
+    return Counter(name for name in names if any(word in name for word in words))
 
 
 # Jobs
@@ -358,9 +361,11 @@ def follows(name: str) -> dict[str, Any]:
     expected, expected_weights = master(plain), weights(plain)
     run = run_of(name)
     ema, reference = attach(run), None
-    for step in range(6):
-        found_messages = messages(lambda step=step: train(run, range(step, step + 1)))
+    for step in range(5):
+        train(run, range(step, step + 1))
         reference = reference_of(run, reference)
+    found_messages = messages(lambda: train(run, range(5, 6)))
+    reference = reference_of(run, reference)
     shadow, updates = ema.average._average.shadow, ema.num_updates
     before, raw = evaluated(run), master(run)
     for chunk in run.chunks if run.kind.overlap else []:
@@ -447,13 +452,21 @@ def refuses(name: str, folder: str) -> dict[str, str]:
         attempt("sharded state", ema.sharded_state_dict)
         attempt("load", lambda: ema.load_state_dict({}))
         attempt("second", lambda: ema.applied().__enter__())
+    calls = list[str]()
+
+    def fails(name: str, tensor: Tensor) -> None:
+        del tensor
+        calls.append(name)
+        raise OSError("the engine is gone")
+
+    attempt("publish", lambda: ema.publish(fails))
+    found["calls"] = str(len(calls))
     found["lost"] = str(not same(before, master(run)))
     found["gradients"] = str(
         [buffer for chunk in run.chunks for buffer in chunk.buffers if bool(buffer.grad_data.any())]
     )
     attempt("model", lambda: ema.model)
     attempt("copy", lambda: copy.deepcopy(ema))
-    attempt("publish", lambda: ema.publish(print))
     attempt("by hand", ema.step)
     attempt("recorder", lambda: attach_megatron(Recorder(folder, "1ba"), run.chunks, run.optimizer))
     attempt("unwrapped", lambda: attach_megatron(EMA("2ba"), run.models[0], run.optimizer))
@@ -465,6 +478,8 @@ def refuses(name: str, folder: str) -> dict[str, str]:
     config.optimizer_cpu_offload = dist.get_rank() == 0
     attempt("on one rank", lambda: attach_megatron(EMA("2ba"), run.chunks, run.optimizer))
     config.optimizer_cpu_offload = False
+    offloaded = run_of(name, optimizer_cpu_offload=True, optimizer_offload_fraction=1.0)
+    attempt("offload", lambda: attach(offloaded))
     run.models[0].register_parameter("extra", nn.Parameter(torch.ones(1)))
     attempt("without a master", lambda: attach_megatron(EMA("2ba"), run.chunks, run.optimizer))
     return found
@@ -488,8 +503,24 @@ def saves(name: str, folder: str) -> dict[str, Any]:
     ema.save(f"{folder}/averaged32.safetensors", dtype=torch.float32)
     raw = evaluated(run)
     buffers = {name: buffer.clone() for name, buffer in run.models[0].named_buffers() if name.endswith("bias")}
+    published = dict[str, Tensor]()
+    ema.publish(lambda name, tensor: published.update({name: tensor.clone()}), every_rank=True)
     with ema.applied():
-        return {"raw": raw, "averaged": evaluated(run), "buffers": buffers, "written": written}
+        found = {"raw": raw, "averaged": evaluated(run), "buffers": buffers, "written": written, "published": published}
+    saves_later(run, ema, f"{folder}/later")
+    return found
+
+
+def saves_later(run: Run, ema: Any, to: str) -> None:
+    """Let an asynchronous save write as late as it can: after the average has moved on."""
+    from megatron.core import dist_checkpointing
+
+    if dist.get_rank() == 0:
+        Path(to).mkdir()
+    dist.barrier()
+    request = dist_checkpointing.save({"polyak": ema.sharded_state_dict()}, to, async_sharded_save=True)
+    train(run, range(4, 5))
+    request.execute_sync()
 
 
 def loads(name: str, folder: str, way: str, to: str) -> int:
@@ -498,8 +529,8 @@ def loads(name: str, folder: str, way: str, to: str) -> int:
 
     run = run_of(name)
     ema = attach(run)
-    if way == "megatron":
-        state = dist_checkpointing.load({"polyak": ema.sharded_state_dict()}, f"{folder}/megatron")["polyak"]
+    if way in {"megatron", "later"}:
+        state = dist_checkpointing.load({"polyak": ema.sharded_state_dict()}, f"{folder}/{way}")["polyak"]
     else:
         state = {"ema": ema.state_dict()}
         dcp.load(state, checkpoint_id=f"{folder}/dcp")

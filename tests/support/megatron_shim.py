@@ -10,8 +10,10 @@ import warnings
 from typing import Any
 
 import torch
+import torch._dynamo
 
 torch.set_num_threads(1)
+torch._dynamo.config.disable = True  # compiling takes longer than all tests
 warnings.filterwarnings("ignore")
 _CPU = torch.device("cpu")
 

@@ -1,15 +1,15 @@
-"""Trains torchtitan's debug model with an average, under torchrun: ``torchtitan_run.py FOLDER [kill-at] [--plain]``.
+"""Trains torchtitan's debug model with an average, under torchrun: ``torchtitan_run.py FOLDER [kill-at]``.
 
-``--layout`` says how the model is distributed. ``--runs`` names several runs, one after the other in this process:
-``[{"name": "whole"}, {"name": "resumed", "load": "whole", "load_step": 4}]``; each rank saves what they gave.
+``--layout`` says how the model is distributed. ``trains`` is for tests: several runs, one after the other, such as
+``[{"name": "whole"}, {"name": "resumed", "load": "whole", "load_step": 4}]``.
 """
 
 import argparse
 import hashlib
-import json
 import os
 import signal
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ def config_of(folder: Path, layout: str, run: dict[str, Any]) -> Any:
     config = torchtitan_configs.tiny_float8() if layout == "float8" else torchtitan_configs.tiny()
     for name, value in LAYOUTS[layout].items():
         setattr(config.parallelism, name, value)
+    if layout != "fsdp":
+        del config.model_spec.model.layers[4:]
+    config.checkpoint.enable = run.get("average", True)
+    config.checkpoint.interval = run.get("interval", 2)
     config.dump_folder = str(folder / run.get("load", run["name"]))
     config.checkpoint.load_step = run.get("load_step", -1)
     config.checkpoint.load_only = "load" in run
@@ -94,6 +98,14 @@ class Observer:
         return float(max(off))
 
 
+def error_of(act: Callable[[], object]) -> str:
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def train(folder: Path, layout: str, run: dict[str, Any]) -> dict[str, Any]:
     trainer = config_of(folder, layout, run).build()
     if run.get("average", True) and "args" not in run:
@@ -112,28 +124,40 @@ def train(folder: Path, layout: str, run: dict[str, Any]) -> dict[str, Any]:
         end |= {"average": bits(found), "tokens": ema.timestamp.token.value, "updates": ema.num_updates}
         if "load" not in run:
             end["error"] = observer.error(found)
+        if run.get("publish"):
+            published = dict[str, torch.Tensor]()
+            ema.publish(lambda name, tensor: published.update({name: tensor.clone()}), every_rank=True)
+            end["published"] = bits(published)
+            ema.save(folder / "published.safetensors")
         if run.get("export"):
             ema.save(folder / "titan.safetensors")
             ema.save(folder / "hf", hf=True)
             torch.save(found, folder / f"averaged-{torch.distributed.get_rank()}.pt")
+            with ema.applied():
+                end["refused"] = error_of(lambda: trainer.validator.validate(trainer.model_parts, trainer.step))
+            ema.detach()
+            assert "validate" not in vars(trainer.validator)
         assert bits(weights(trainer)) == end["raw"]  # restored
     trainer.close()
     return end
+
+
+def trains(folder: str, layout: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Do the same in a process of ``ranks.Ranks``; return what the runs gave on this rank."""
+    rank, size = (str(number) for number in (torch.distributed.get_rank(), torch.distributed.get_world_size()))
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, WANDB_MODE="disabled")
+    torch.autograd.set_multithreading_enabled(False)  # as torchtitan does where it makes the group itself
+    return {run["name"]: train(Path(folder), layout, run) for run in runs}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("kill_at", type=int, nargs="?", default=-1)
-    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--layout", choices=LAYOUTS, default="fsdp")
-    parser.add_argument("--runs", type=json.loads)
     given = parser.parse_args()
     init_logger()
-    runs = given.runs or [{"name": "run", "kill_at": given.kill_at, "average": not given.plain}]
-    found = {run["name"]: train(given.folder, given.layout, run) for run in runs}
-    torch.save(found, given.folder / f"end-{torch.distributed.get_rank()}.pt")
-    torch.distributed.barrier()
+    train(given.folder, given.layout, {"name": "run", "kill_at": given.kill_at})
     torch.distributed.destroy_process_group()
 
 

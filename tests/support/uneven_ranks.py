@@ -291,6 +291,8 @@ def declares_wrongly() -> dict[str, str]:
         "count": said(lambda: declare_experts(two, mesh, numbers=[rank])),
         "dim": said(lambda: declare_experts(nn.ParameterDict({"scale": torch.zeros(2)}), mesh, dim=1)),
         "mesh": said(lambda: declare_experts(two, grid)),
+        "one": said(lambda: declare_experts(two, mesh, numbers=None if rank else [0, 1])),
+        "sharded": said(lambda: declare_experts(fully_shard(nn.Linear(2, 2), mesh=mesh), mesh)),
     }
 
 
@@ -314,8 +316,9 @@ def reads_its_shards(folder: str) -> list[str]:
 def part_of(size: int, kind: str) -> tuple[DeviceMesh, bool]:
     """Return a mesh of the last ``size`` ranks, and whether this is one of them. All ranks must call this."""
     ranks = list(range(dist.get_world_size()))[-size:]
-    if kind == "2-d":
-        mesh = DeviceMesh("cpu", torch.tensor(ranks).view(size, 1), mesh_dim_names=("copies", "shards"))
+    if "2-d" in kind:
+        shape = (1, size) if "one copy" in kind else (size, 1)
+        mesh = DeviceMesh("cpu", torch.tensor(ranks).view(shape), mesh_dim_names=("copies", "shards"))
     else:
         mesh = DeviceMesh("cpu", torch.tensor(ranks))
     return mesh, dist.get_rank() in ranks
@@ -331,10 +334,14 @@ def on_part(kind: str, folder: str) -> dict[str, Any]:
     group = dist.new_group(list(range(dist.get_world_size()))[1:]) if kind == "ddp" else None
     mesh, member = part_of(dist.get_world_size() - 1, kind)
     if not member:
+        elsewhere = nn.ParameterList([nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh))])
+        assert Ranks.of(elsewhere) is None
         return {}
     model = net()
     model = DistributedDataParallel(model, process_group=group) if kind == "ddp" else fully_shard(model, mesh=mesh)
-    found = everything(model, folder, process_group=group or Ranks.of(model).group)
+    made = Ranks.of(model).group
+    assert Ranks.of(model).group is made  # a group is made once
+    found = everything(model, folder, process_group=group or made)
     state = {slot.name: slot.tensor.detach() for slot in slots(model)}
     found["whole"] = {name: list(tensor.shape) for name, tensor in whole(state).items()}
     return found
@@ -423,6 +430,13 @@ def crossing(kind: str) -> Any:
         return f"{type(error).__name__}: {error}"
     assert ranks is not None
     return dist.get_process_group_ranks(ranks.group), ranks.sums(10 + dist.get_rank())
+
+
+def has_parts_in_ddp() -> tuple[list[int], bool]:
+    """Return the ranks of a model of two parts, each of which DDP replicates, and whether each has the full model."""
+    ranks = Ranks.of(ModelParts(DistributedDataParallel(net()), DistributedDataParallel(nn.ModuleDict({"x": net()}))))
+    assert ranks is not None
+    return dist.get_process_group_ranks(ranks.group), ranks.replicas
 
 
 # Pipelines

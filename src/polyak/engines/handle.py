@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from polyak.algorithm import Algorithm
 from polyak.averaging.ema import EMA
@@ -14,8 +14,8 @@ from polyak.averaging.swap import refuse_second_swap, swap_of
 from polyak.engines.export import save_average
 from polyak.engines.masters import Masters
 from polyak.errors import ArgumentError, CopyError, LoanError, ShardingError
-from polyak.publish import check_loader, stream
-from polyak.sharding import communicator_of
+from polyak.publish import Load, check_loader, stream
+from polyak.sharding import Communicator, communicator_of
 from polyak.training.block import block
 from polyak.training.handle import Handle
 
@@ -74,11 +74,10 @@ class MastersHandle(Handle):
         """
         save_average(self._begun(), self._masters, Path(path), dtype, overwrite=overwrite)
 
-    def publish(self, load: Callable[[str, Tensor], object], *, every_rank: bool = False) -> None:
+    def publish(self, load: Load, *, every_rank: bool = False) -> None:
         """Give the averaged weights to another program, one full tensor at a time, as ``Attached.publish`` does.
 
-        They have the engine's dtype. Parameters that ZeRO-3 has partitioned are gathered for the call. All ranks must
-        call this.
+        They have the engine's dtype, and the names and shapes of the full model. All ranks must call this.
 
         Args:
             load: A function of a name and a tensor. It must not change the tensor, and copies what it keeps.
@@ -89,11 +88,15 @@ class MastersHandle(Handle):
             LoanError: If averaging has not begun.
             ShardingError: If the ranks disagree, or ``load`` failed on another rank.
         """
-        average, masters = self._begun(), self._masters
-        ranks = communicator_of(masters)
+        average, ranks = self._begun(), communicator_of(self._masters)
         ranks.on_every_rank("publishing", lambda: check_loader(load))
         with nullcontext() if average.ema_weights_active else self.applied():
-            stream(masters.model, ranks, load, every_rank=every_rank, gathered=masters.gathered)
+            self._stream(ranks, load, every_rank=every_rank)
+
+    def _stream(self, ranks: Communicator, load: Load, *, every_rank: bool) -> None:
+        """Give each weight of the model, into which the average is swapped, to a function."""
+        masters = self._masters
+        stream(masters.model, ranks, load, every_rank=every_rank, gathered=masters.gathered)
 
     def _in_fragments(self, state: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         masters = self._masters

@@ -121,8 +121,8 @@ def _refuse(chunks: Sequence[Any], parts: Sequence[Any]) -> None:
     }
     if found := [reason for reason, holds in reasons.items() if holds]:
         raise OptimizerError(
-            f"the masters must be in memory, in float32, to be averaged (got {'; '.join(found)}); train with "
-            f"one of {', '.join(_MASTERS)}"
+            f"the masters must be in memory, in float32, to be averaged (got {'; '.join(found)}); turn "
+            f"that off, and train with one of {', '.join(_MASTERS)}"
         )
 
 

@@ -1,6 +1,6 @@
 """How an average follows Megatron's optimizer: its steps, its backward passes and its checkpoints."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from polyak.engines.megatron import masters_of
 from polyak.engines.megatron_export import save_average
 from polyak.engines.megatron_layout import inside
 from polyak.engines.megatron_masters import MegatronMasters, replaced
-from polyak.errors import ShardingError
+from polyak.engines.megatron_publish import stream
 from polyak.events import Event
+from polyak.publish import Load
+from polyak.sharding import Communicator
 from polyak.sharding.fragments import Fragment
 from polyak.training.block import block
 from polyak.training.counted import CountedLoop
@@ -135,21 +137,8 @@ class MegatronAttached(EngineAttached):
         """
         save_average(self._begun(), self._held, Path(path), dtype, overwrite=overwrite)
 
-    def publish(self, load: Callable[[str, Tensor], object], *, every_rank: bool = False) -> None:
-        """Refuse: each rank has different layers, shards and experts.
-
-        Args:
-            load: Not used.
-            every_rank: Not used.
-
-        Raises:
-            ShardingError: Always; it says what to use.
-        """
-        del load, every_rank
-        raise ShardingError(
-            "every rank must have all names of the model for them to be published, and under Megatron each has other "
-            "layers and shards; in `with ema.applied():`, send the weights as those of training, or use ema.save(path)"
-        )
+    def _stream(self, ranks: Communicator, load: Load, *, every_rank: bool) -> None:
+        stream(self._held, ranks, load, every_rank=every_rank)
 
 
 def _surround(methods: Methods, loop: CountedLoop, masters: Masters, optimizer: Any) -> None:
@@ -210,13 +199,17 @@ def _for_megatron(state: Any, path: str) -> Any:
 
 
 def _sharded_tensors(fragment: Fragment, key: str) -> dict[str, Any]:
-    """Return a fragment as tensors that Megatron saves, one for each of its blocks."""
+    """Return a fragment as tensors that Megatron saves, one for each of its blocks.
+
+    What is in CPU memory is copied: a save in the background would read it there after later updates. What is on a GPU,
+    Megatron copies before training continues.
+    """
     from megatron.core.dist_checkpointing import ShardedTensor  # noqa: PLC0415  in use where it is called
 
     return {
         str(number): ShardedTensor(
             key,
-            data,
+            data.clone() if data.is_cpu else data,
             data.dtype,
             tuple(data.shape),
             tuple(fragment.size()),

@@ -1,5 +1,6 @@
 """Finds the ranks that hold a model from its parameters, and makes a group of exactly these ranks."""
 
+import functools
 import gc
 import math
 import os
@@ -180,18 +181,42 @@ def pipeline_of(model: nn.Module) -> list["ProcessGroup"]:
     module = sys.modules.get("torch.distributed.pipelining.stage")
     if module is None:
         return []
-    # A stage knows its module, and not the reverse; its class knows no stages, but each refers to its class.
-    kinds = _with_subclasses(module._PipelineStageBase)  # noqa: SLF001
-    stages = [one for one in gc.get_referrers(*kinds) if type(one) in kinds]
     own = set(map(id, model.modules()))
     world = torch.distributed.group.WORLD
     assert world is not None
     found: list[ProcessGroup] = [
         stage.group or world
-        for stage in stages
+        for stage in _stages(module._PipelineStageBase)  # noqa: SLF001
         if getattr(stage, "group_size", 1) > 1 and not own.isdisjoint(map(id, stage.submod.modules()))
     ]
     return list(dict.fromkeys(found))
+
+
+# By their class, all stages of this process, in one order.
+_STAGES = dict[type, "weakref.WeakKeyDictionary[Any, None]"]()
+
+
+def _stages(kind: Any) -> Iterable[Any]:
+    """Return all stages. A stage knows its module, and not the reverse; its class knows no stages.
+
+    To look for what refers to the class takes as long as a step of a small model. So this happens once, and stages are
+    noted when they are made from then on.
+
+    Args:
+        kind: The class that all stages are of.
+    """
+    if kind not in _STAGES:
+        kinds = _with_subclasses(kind)
+        made = weakref.WeakKeyDictionary({one: None for one in gc.get_referrers(*kinds) if type(one) in kinds})
+        _STAGES[kind], begin = made, kind.__init__
+
+        @functools.wraps(begin)
+        def noted(stage: Any, *args: Any, **kwargs: Any) -> None:
+            begin(stage, *args, **kwargs)
+            made[stage] = None
+
+        kind.__init__ = noted
+    return list(_STAGES[kind])
 
 
 def _with_subclasses(kind: type) -> list[type]:
