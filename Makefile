@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Where it is set, each of the many processes of the tests compiles all of polyak again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo check quick test test-engines docs fuzz sanitize dist format clean
 
@@ -27,7 +30,7 @@ FRAMEWORKS := $(filter-out %/test_native.py %/test_plain.py,$(wildcard tests/hos
 
 test: check ## Check, then run all tests and all examples
 	$(BIN)/pytest -n 2
-	PYTHONPATH=tests/stubs $(BIN)/pytest -n 2 $(STUBBED)
+	PYTHONPATH=tests/stubs $(BIN)/pytest -n 2 --dist=loadscope $(STUBBED)
 
 # Composer imports torchvision. The stub is in these processes alone, so that no other library takes it for torchvision.
 STUBBED := tests/hosts/test_composer.py tests/hosts/test_distributed.py tests/compat/test_composer_files.py tests/hosts/test_composer_surface.py \

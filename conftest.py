@@ -71,7 +71,7 @@ class Blocks(pytest.Item):
         lines = pages.unannounced(self.path)
         if lines:
             pytest.fail(f"{self.path}: the line before a block that does not run says so ({lines})", pytrace=False)
-        done = pages.in_process(self.path)
+        done = pages.in_process(self.path, forked=self.path.name not in pages.INSTALLED)
         if done.returncode == pages.MISSING:
             pytest.skip(done.stdout.strip())
         if done.returncode:

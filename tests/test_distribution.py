@@ -23,8 +23,13 @@ def build(folder: Path, target: str, tree: Path = distribution.ROOT, **environme
     return made, done.stdout + done.stderr
 
 
-def test_the_pure_wheel_is_complete_and_has_no_library(tmp_path) -> None:
-    wheel, _ = build(tmp_path, "wheel", POLYAK_PURE="1")
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The pure wheel."""
+    return build(tmp_path_factory.mktemp("wheel"), "wheel", POLYAK_PURE="1")[0]
+
+
+def test_the_pure_wheel_is_complete_and_has_no_library(wheel) -> None:
     assert wheel.name == f"polyak-{distribution.version()}-py3-none-any.whl"
     assert distribution.wheel_faults(wheel) == []
 
@@ -41,8 +46,7 @@ def test_the_source_distribution_is_complete_and_builds_without_a_compiler_which
     assert distribution.wheel_faults(wheel) == []
 
 
-def test_a_wheel_that_lacks_a_file_is_found(tmp_path) -> None:
-    wheel, _ = build(tmp_path / "all", "wheel", POLYAK_PURE="1")
+def test_a_wheel_that_lacks_a_file_is_found(wheel, tmp_path) -> None:
     less = tmp_path / wheel.name
     with zipfile.ZipFile(wheel) as full, zipfile.ZipFile(less, "w") as copy:
         for name in full.namelist():

@@ -1,13 +1,12 @@
 """The documentation builds without a warning, and its pages run as a reader pastes them (see ``pages.py``)."""
 
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pages
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -18,10 +17,8 @@ pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="needs the documentati
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("furo") is None, reason="needs the extra docs")
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html"]
-    built = subprocess.run(
-        [*command, "-d", tmp_path / "doctrees", DOCS, tmp_path / "site"], capture_output=True, text=True, check=False
-    )
+    command = ["-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html", "-d", tmp_path / "doctrees"]
+    built = warm.run(*command, DOCS, tmp_path / "site")
     assert built.returncode == 0, built.stderr
     site = "".join(page.read_text(encoding="utf-8") for page in (tmp_path / "site").rglob("*.html"))
     loaded = re.findall(r"""<(?:script|link|img)\b[^>]*\b(?:src|href)=["'](https?:[^"']*)""", site)

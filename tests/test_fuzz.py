@@ -1,13 +1,12 @@
 """Random models, loops and events with fixed seeds; ``make fuzz`` runs more, with new seeds."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import warm
+from paths import ROOT
 
 from polyak import kernels
 from polyak.averaging.weights import Shadow
@@ -15,13 +14,13 @@ from tests.fuzz.cases import Case, draw
 from tests.fuzz.judge import judge
 
 PLAIN = Case(seed=1, blocks=("batch_norm",), steps=4, events=((3, "applied"),))
+COUNT = 125  # other cases for each kernel
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", kernels.serving_cpu())
-def test_random_models_loops_and_events_give_the_averages_of_the_reference(kernel: str) -> None:
-    command = [sys.executable, "-m", "tests.fuzz", "--kernel", kernel, "--count", "250"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(("seed", "kernel"), [(COUNT * n, name) for n, name in enumerate(kernels.serving_cpu())])
+def test_random_models_loops_and_events_give_the_averages_of_the_reference(kernel: str, seed: int) -> None:
+    done = warm.run("-m", "tests.fuzz", "--kernel", kernel, "--seed", seed, "--count", COUNT, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,10 +1,9 @@
 """The core works where the system lacks what Linux has. ``tests/support/hidden_platform.py`` says what is hidden."""
 
 import os
-import subprocess
-import sys
 
 import pytest
+import warm
 from paths import ROOT
 
 LACKS = {
@@ -20,18 +19,10 @@ LACKS = {
 @pytest.mark.parametrize("system", LACKS)
 def test_tests_of_the_core_pass_on_a_system_with(system) -> None:
     hidden, files = LACKS[system]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "hidden_platform",
-        "-q",
-        "-n0",
-        *(f"tests/{file}" for file in files),
-    ]
+    options = ["-p", "hidden_platform", "-q", "-n0", "-m", "not slow"]
+    command = ["-m", "pytest", *options, *(f"tests/{file}" for file in files)]
     paths = [str(ROOT / "tests/support"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"HIDDEN": hidden, "PYTHONPATH": os.pathsep.join(paths)}
     environment.pop("POLYAK_KERNEL", None)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = warm.run(*command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

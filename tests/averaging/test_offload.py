@@ -11,6 +11,7 @@ from pathlib import Path
 import loops
 import pytest
 import torch
+from forking import forks, in_a_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -506,78 +507,72 @@ def test_an_interrupt_at_any_line_of_waiting_leaves_the_update_to_be_waited_for(
     assert n > 5
 
 
-def run(program: str) -> None:
-    """Run a program that must be silent and end well, with another's start."""
-    start = """
-import os, threading, torch
+ENDS = """
+import threading, torch
 from torch import nn
 import polyak.averaging.movement
 import polyak.averaging.weights
-from polyak import Offload, OffloadError
+from polyak import Offload
 from polyak.kernels import lerp
 
-go_on = threading.Event()
+opened = threading.Event()
 
 class Slow:
     def __init__(self, *arguments):
         self.update = lerp(*arguments)
 
     def __call__(self, weight, num_updates):
-        go_on.wait(600)
+        opened.wait(600)
         self.update(weight, num_updates)
 
 polyak.averaging.movement.lerp = Slow
-torch.set_num_threads(1)  # OpenMP does not survive a fork
-model = nn.Linear(100, 100)
-shadow = polyak.averaging.weights.Shadow(model, offload=Offload())
+shadow = polyak.averaging.weights.Shadow(nn.Linear(100, 100), offload=Offload())
 shadow.update_(0.5)
+threading.Timer(0.3, opened.set).start()
 """
-    command = [sys.executable, "-W", "ignore", "-c", start + program]
+
+
+def test_a_process_ends_with_an_update_under_way() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", ENDS]
     done = subprocess.run(command, timeout=600, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_process_ends_with_an_update_under_way() -> None:
-    run("threading.Timer(0.3, go_on.set).start()")
-
-
+@forks
 def test_a_forked_process_continues_with_its_own_thread() -> None:
-    run("""
-go_on.set()
-shadow.averages
-child = os.fork()
-nn.init.ones_(model.weight)
-shadow.update_(1.0)
-assert torch.equal(shadow.averages["weight"], model.weight)
-if child == 0:
-    os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
-""")
+    model = net()
+    shadow = Shadow(model, offload=Offload())
+    shadow.update_(0.5)
+    assert shadow.num_quarantined == 0  # the update has ended
+
+    def again() -> None:
+        shift(model)
+        shadow.update_(1.0)
+        assert same(dict(shadow.averages), values(model))
+
+    assert in_a_fork(again) == ""
+    again()
 
 
-def test_a_process_that_was_forked_during_an_update_refuses_its_half_moved_average() -> None:
-    run("""
-averages = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-state = {"averages": averages, "num_updates": 1, "num_quarantined": 0}
-child = os.fork()
-go_on.set()
-if child:
+@forks
+def test_a_process_that_was_forked_during_an_update_refuses_its_half_moved_average(late) -> None:
+    shadow = Shadow(net(), offload=Offload())
+    state = copy.deepcopy(shadow.state_dict())
     shadow.update_(0.5)
-    shadow.averages
-    assert os.waitpid(child, 0)[1] == 0
-else:
-    for call in (lambda: shadow.update_(0.5), shadow.state_dict):
-        try:
-            call()
-        except OffloadError as error:
-            assert "forked during an update" in str(error)
-        else:
-            os._exit(1)
-    shadow.load_state_dict(state)
+    late.half_way()
+
+    def refuses() -> None:
+        late.opened = threading.Event()  # a thread that is not here may hold the lock of the other
+        for call in (lambda: shadow.update_(0.5), shadow.state_dict):
+            with pytest.raises(OffloadError, match="forked during an update"):
+                call()
+        shadow.load_state_dict(state)
+        shadow.update_(0.5)
+        assert shadow.state_dict()["num_updates"] == 1
+
+    assert in_a_fork(refuses) == ""
     shadow.update_(0.5)
-    shadow.averages
-    os._exit(0)
-""")
+    assert shadow.state_dict()["num_updates"] == 2
 
 
 def threads() -> int:

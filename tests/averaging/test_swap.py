@@ -6,10 +6,11 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import pytest
 import torch
@@ -173,20 +174,27 @@ def test_a_tensor_that_cannot_be_restored_is_named_and_the_others_are_restored()
 # Interrupts
 
 
-def interrupted_at(line: int, ema, *, leaving: bool) -> str:
-    """Raise an interrupt at one line of polyak's while the average is swapped in, or restored; return where."""
-    seen, place = 0, ""
+Line = tuple[CodeType, int]
+
+
+def interrupted_at(place: tuple[Line, int] | None, ema, *, leaving: bool) -> Counter[Line]:
+    """Interrupt a line of polyak's when it runs for the n-th time, while the average is swapped in, or restored.
+
+    Returns:
+        The lines that ran, and how often.
+    """
+    ran = Counter[Line]()
 
     def trace(frame, event, arg):
-        nonlocal seen, place
         del arg
         if not frame.f_code.co_filename.startswith(ROOT):
             return None
-        seen += event == "line"
-        if seen == line and event == "line":
-            place = frame.f_code.co_qualname
-            sys.settrace(None)
-            raise KeyboardInterrupt
+        if event == "line":
+            line = frame.f_code, frame.f_lineno
+            ran[line] += 1
+            if (line, ran[line]) == place:
+                sys.settrace(None)
+                raise KeyboardInterrupt
         return trace
 
     with suppress(KeyboardInterrupt), warnings.catch_warnings():
@@ -198,24 +206,29 @@ def interrupted_at(line: int, ema, *, leaving: bool) -> str:
                 sys.settrace(trace if leaving else None)
         finally:
             sys.settrace(None)
-    return place
+    return ran
+
+
+def places(ema, *, leaving: bool) -> list[tuple[Line, int]]:
+    """Return where to interrupt a swap or its end: the first two and the last two runs of each line."""
+    for _ in range(2):  # the second is as those that follow
+        ran = interrupted_at(None, ema, leaving=leaving)
+    return [(line, n) for line, last in ran.items() for n in range(1, last + 1) if n < 3 or n > last - 2]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("leaving", [False, True], ids=["entering", "leaving"])
 def test_after_an_interrupt_at_any_line_training_continues_from_its_own_weights(leaving) -> None:
-    line = 0
     model, optimizer, ema = trained()
     before, averages = everything(model), averages_of(ema)
-    while True:
-        line += 1
-        place = interrupted_at(line, ema, leaving=leaving)
-        if not place:
-            break
+    interrupted = 0
+    for number, place in enumerate(places(ema, leaving=leaving)):
+        line, runs = place
+        interrupted += interrupted_at(place, ema, leaving=leaving)[line] == runs
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a swap that was left without its end says so
             assert equal(averages_of(ema), averages), place
-            if line % 2:
+            if number % 2:
                 optimizer.zero_grad()
                 optimizer.step()  # moves nothing; it must not be refused
             else:
@@ -223,15 +236,15 @@ def test_after_an_interrupt_at_any_line_training_continues_from_its_own_weights(
                     pass
         assert equal(everything(model), before), place
         assert swap_of(model) is None, place
-    assert line > 50
+    assert interrupted > 0.9 * (number + 1) > 200
 
 
 def test_two_interrupts_in_a_row_lose_nothing() -> None:
     model, _, ema = trained()
     before = everything(model)
-    for line in range(1, 200, 7):
+    for place in places(ema, leaving=True)[::7]:
         for _ in range(2):
-            interrupted_at(line, ema, leaving=True)
+            interrupted_at(place, ema, leaving=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with ema.applied():

@@ -1,22 +1,28 @@
 """An output is written in any format, by one process or several, and a run that was stopped is resumed."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 import zipfile
 from hashlib import sha256
+from pathlib import Path
 
 import checkpoint_files
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from forking import fork, forks
+from paths import SUPPORT
 from safetensors.torch import load_file, save_file
 from torch import nn
 from waiting import wait_until
 
+import polyak.cli
 from polyak import ArgumentError, CheckpointError
 from polyak.checkpoints import as_safetensors, open_checkpoint, units
 from polyak.checkpoints.averaging import average, plan
@@ -235,44 +241,45 @@ def test_a_run_that_was_stopped_is_resumed_and_does_no_finished_unit_again(tmp_p
     assert sorted(one.name for one in tmp_path.iterdir()) == ["in", out.name]
 
 
-# Notes each tensor, and holds before the sixth until it is stopped; the next process does not hold.
-HELD = """
-import sys, time
-from pathlib import Path
-from polyak.checkpoints import as_safetensors
-from polyak.cli import average, main
+def averages(folder: Path, line: list[str]) -> None:
+    """Run the command as a process does that notes each tensor, and holds before the sixth until it is stopped."""
+    os.chdir(folder)
+    noted = Path("noted")
 
-as_safetensors.in_groups = lambda names, size_of: [[name] for name in names]
-noted = Path("noted")
+    def note(_: object, name: str) -> None:
+        begun = noted.read_text().splitlines() if noted.exists() else []
+        while len(begun) == 5 and not Path("stopped").exists():
+            time.sleep(0.01)
+        noted.write_text("\n".join([*begun, name]))
 
-def note(self, name):
-    begun = noted.read_text().splitlines() if noted.exists() else []
-    while len(begun) == 5 and not Path("stopped").exists():
-        time.sleep(0.01)
-    noted.write_text("\\n".join([*begun, name]))
-
-average._Progress.__call__ = note
-sys.exit(main(sys.argv[1:]))
-"""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    as_safetensors.in_groups = lambda names, size_of: [[name] for name in names]
+    polyak.cli.average._Progress.__call__ = note
+    with Path("said").open("w") as said, contextlib.redirect_stderr(said):
+        code = polyak.cli.main(line)
+    sys.exit(code)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@forks
 def test_a_process_that_is_stopped_leaves_what_the_same_command_resumes(tmp_path, number) -> None:
-    (tmp_path / "run.py").write_text(HELD)
     made = opened("Lightning", tmp_path)
-    line = [sys.executable, "run.py", "average", *(one.path.name for one in made.checkpoints), "-o", "out.safetensors"]
-    process = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: len([*tmp_path.rglob("done/tensors-*.json")]) == 5 or process.poll() is not None)
-    assert process.poll() is None, process.communicate()
-    process.send_signal(number)
-    said = process.communicate()[1]
+    line = ["average", *(one.path.name for one in made.checkpoints), "-o", "out.safetensors"]
+    process = fork(lambda: averages(tmp_path, line))
+    wait_until(lambda: len([*tmp_path.rglob("done/tensors-*.json")]) == 5 or not process.is_alive())
+    assert process.is_alive(), (tmp_path / "said").read_text()
+    os.kill(process.pid, number)
+    process.join()
     if number is signal.SIGINT:
-        assert process.returncode == 130
+        assert process.exitcode == 130
+        said = (tmp_path / "said").read_text()
         assert said == "polyak average: interrupted; run the same command again to resume\n"
     assert not (tmp_path / "out.safetensors").exists()
     (tmp_path / "stopped").touch()
-    subprocess.run(line, cwd=tmp_path, check=True, capture_output=True)
+    process = fork(lambda: averages(tmp_path, line))
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "said").read_text()
     assert sorted((tmp_path / "noted").read_text().splitlines()) == sorted(made.names)  # each once
     got = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(got[name], average(made, name)) for name in made.names)
@@ -306,32 +313,27 @@ def test_units_hold_at_most_so_many_bytes_or_one_tensor() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["safetensors", "dcp"])
-def test_several_processes_write_the_bits_of_one(tmp_path, form) -> None:
+def test_several_processes_write_the_bits_of_one(ranks, tmp_path, monkeypatch, form) -> None:
     generator = torch.Generator().manual_seed(0)
     for i in (1, 2):
         tensors = {f"w{n}": torch.randn(100, 3, generator=generator) for n in range(5)}
         save_file(tensors, tmp_path / f"step-{i}.safetensors")
-    (tmp_path / "run.py").write_text(
-        "import sys\n"
-        "from polyak.checkpoints import as_dcp, as_safetensors\n"
-        "as_dcp._FILE_BYTES = 1\n"
-        "as_safetensors.in_groups = lambda names, size_of: [[name] for name in names]\n"
-        "from polyak.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    line = ["run.py", "average", "step-1.safetensors", "step-2.safetensors", "--as", form, "-o"]
     names = [f"{who}{'.safetensors' if form == 'safetensors' else ''}" for who in ("one", "several")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, start in zip(names, ([], ["-m", "torch.distributed.run", "--nproc-per-node", "3"]), strict=True):
+    one, several = (["average", "step-1.safetensors", "step-2.safetensors", "--as", form, "-o", name] for name in names)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint_files.runs_in_small_units(str(tmp_path), *one) == 0
+    if form == "safetensors":
+        script, options = SUPPORT / "checkpoint_files.py", ["--standalone", "--nproc-per-node", "3"]
         done = subprocess.run(
-            [sys.executable, *start, *line, name],
-            cwd=tmp_path,
-            env=environment,
+            [sys.executable, "-m", "torch.distributed.run", *options, script, tmp_path, *several],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr
+    else:
+        assert ranks.run(3, checkpoint_files.runs_in_small_units, str(tmp_path), *several) == [0, 0, 0]
     files = [[one for one in (tmp_path / name).rglob("*") if one.is_file()] or [tmp_path / name] for name in names]
     assert len(files[0]) == len(files[1])
     one, several = (open_checkpoint(tmp_path / name) for name in names)

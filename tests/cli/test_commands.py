@@ -3,11 +3,11 @@
 import json
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 from paths import SUPPORT
 from records import build, record, validate
 from safetensors import safe_open
@@ -272,10 +272,10 @@ def test_sweep_writes_all_files_that_its_help_names(folder, script, tmp_path, ca
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_sweep_resumes_without_evaluating_again(folder, script, tmp_path, number) -> None:
-    command = [sys.executable, "-m", "polyak", "sweep", str(folder), "--evaluate", f"{script}:held", "--points", "12"]
-    command += ["--out", str(tmp_path / "out")]
+    arguments = ["--evaluate", f"{script}:held", "--points", 12, "--out", tmp_path / "out"]
+    command = ["-m", "polyak", "sweep", folder, *arguments]
     kept = tmp_path / "out" / "sweep.jsonl"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = warm.Process(*command)
     wait_until(lambda: calls(script) == 5 or process.poll() is not None)
     assert process.poll() is None, process.communicate()
     process.send_signal(number)
@@ -287,7 +287,7 @@ def test_a_stopped_sweep_resumes_without_evaluating_again(folder, script, tmp_pa
         assert "Traceback" not in said
     measured, before = kept.read_bytes().count(b"\n"), calls(script)
     assert before <= measured + 1
-    subprocess.run(command, check=True, capture_output=True)
+    assert warm.run(*command).returncode == 0
     total = kept.read_bytes().count(b"\n")
     assert total > 12
     assert calls(script) == before + total - measured

@@ -6,12 +6,12 @@ import random
 import re
 import signal
 import statistics
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
+import warm
 from safetensors import safe_open
 from safetensors.torch import load_file
 from waiting import END_S, wait_until
@@ -46,13 +46,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def start(out, *arguments, program=("-m", "polyak")):
-    return subprocess.Popen(
-        [sys.executable, *program, "demo", "--out", str(out), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
+    return warm.Process(*program, "demo", "--out", out, *arguments, env=os.environ | {"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -226,7 +220,7 @@ def test_a_run_that_is_killed_repeatedly_ends_as_an_uninterrupted_one(uninterrup
     generator = random.Random(0)
     for _ in range(6):
         began = time.monotonic()
-        delay = generator.uniform(1.0, 5.0)
+        delay = generator.uniform(0.3, 2.5)
         process = start(tmp_path, "--steps", STEPS)
         while process.poll() is None and time.monotonic() < began + delay:
             time.sleep(0.001)

@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm
 
 import polyak
 from polyak import kernels
@@ -35,12 +34,7 @@ def test_env_prints_versions_devices_threads_and_kernels(capsys) -> None:
     [("torch", "c does not serve: POLYAK_KERNEL begins with torch"), ("fast", "there is no kernel of this name")],
 )
 def test_env_says_what_polyak_kernel_leads_to_also_where_nothing_else_runs(name, expected) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "polyak", "env"],
-        env={**os.environ, "POLYAK_KERNEL": name, "COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = warm.run("-m", "polyak", "env", env=os.environ | {"POLYAK_KERNEL": name, "COLUMNS": "200"})
+    assert done.returncode == 0
     assert expected in done.stdout
     assert f"POLYAK_KERNEL   {name}" in done.stdout

@@ -1,14 +1,13 @@
 """Nothing is overwritten without ``--force``: neither a file, nor the results of another record."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 from records import record
 from safetensors.torch import load_file
-from waiting import END_S
 
 from polyak.cli import main
 
@@ -76,7 +75,6 @@ def test_a_sweep_does_not_replace_files_that_are_not_of_a_sweep(here, capsys) ->
 def test_a_program_that_converts_in_a_loop_may_replace_what_it_wrote_itself(here, capsys) -> None:
     line = ["convert", "a.pt", "-o", "again.safetensors"]
     assert main(line) == main(line) == 0
-    other = [sys.executable, "-m", "polyak", *line]
-    refused = subprocess.run(other, check=False, capture_output=True, text=True, cwd=here, timeout=END_S)
+    refused = warm.run("-m", "polyak", *line, cwd=here)
     assert refused.returncode == 2
     assert "add --force to replace it" in refused.stderr

@@ -16,38 +16,47 @@ import sys
 for name in {hidden}:
     sys.modules[name] = None
 from polyak.cli import main
-try:
-    code = main(sys.argv[1:])
-except SystemExit as error:
-    code = error.code
-print([name for name in {forbidden} if sys.modules.get(name) is not None], file=sys.stderr)
-sys.exit(code)
+codes = []
+for line in {lines}:
+    try:
+        codes.append(main(line.split()))
+    except SystemExit as error:
+        codes.append(error.code)
+    found = [name for name in {forbidden} if sys.modules.get(name) is not None]
+    assert not found, (line, found)
+    print(file=sys.stderr)
+print(codes, file=sys.stderr)
 """
 
 
-def run(folder, *arguments, hidden=(), forbidden=()):
-    return subprocess.run(
-        [sys.executable, "-c", RUN.format(hidden=hidden, forbidden=forbidden), *arguments],
+def run(folder, *lines, hidden=(), forbidden=()):
+    """Run the command once for each line, in one new interpreter; return the exit codes, stdout and stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN.format(lines=lines, hidden=hidden, forbidden=forbidden)],
         cwd=folder,
         env={**os.environ, "COLUMNS": "100"},
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-@pytest.mark.parametrize("arguments", [["--version"], ["--help"], *([c.NAME, "--help"] for c in COMMANDS)], ids=str)
-def test_the_help_and_the_version_import_no_torch(tmp_path, arguments) -> None:
-    done = run(tmp_path, *arguments, hidden=("torch", "safetensors", "numpy"), forbidden=("torch",))
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "[]\n"
-    assert "polyak" in done.stdout
+    said, _, codes = done.stderr.rstrip("\n").rpartition("\n")
+    return codes, done.stdout, said
+
+
+def test_the_help_and_the_version_import_no_torch(tmp_path) -> None:
+    lines = ["--version", "--help", *(f"{command.NAME} --help" for command in COMMANDS)]
+    codes, printed, said = run(tmp_path, *lines, hidden=("torch", "safetensors", "numpy"), forbidden=("torch",))
+    assert codes == str([0] * len(lines)), said
+    assert said.strip() == ""
+    for command in COMMANDS:
+        assert f"usage: polyak {command.NAME}" in printed
 
 
 def test_a_wrong_argument_is_refused_without_torch(tmp_path) -> None:
-    done = run(tmp_path, "sweep", "record", hidden=("torch",))
-    assert done.returncode == 2
-    assert "required: --evaluate" in done.stderr
+    codes, _, said = run(tmp_path, "sweep record", hidden=("torch",))
+    assert codes == "[2]"
+    assert "required: --evaluate" in said
 
 
 @pytest.fixture(scope="module")
@@ -58,21 +67,17 @@ def here(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_the_commands_work_without_any_extra(here) -> None:
+    codes, _, said = run(
+        here,
         "inspect run --verify",
         "reconstruct run --half-life 20ba -o new.safetensors",
-        "convert new.safetensors -o again.safetensors --key model",
+        "convert new.safetensors -o again.safetensors --key model",  # says that the file is none that it knows
         "sweep run --evaluate evaluate.py:validate --points 2 --refine 0",
         "env",
-    ],
-)
-def test_the_commands_work_without_any_extra(here, line) -> None:
-    done = run(here, *line.split(), hidden=EXTRAS)
-    assert "Error" not in done.stderr, done.stderr
-    assert "needs rich" not in done.stderr
-    if not line.startswith("convert"):  # which says that the file is none that it knows
-        assert done.returncode == 0, done.stderr
-    if line.startswith("sweep"):
-        assert sorted(path.name for path in (here / "polyak-sweep").iterdir()) == ["best.safetensors", "sweep.jsonl"]
+        hidden=EXTRAS,
+    )
+    assert codes == "[0, 0, 2, 0, 0]", said
+    assert "Error" not in said
+    assert "needs rich" not in said
+    assert sorted(path.name for path in (here / "polyak-sweep").iterdir()) == ["best.safetensors", "sweep.jsonl"]

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import warm
 from records import record
 
 from polyak.cli import COMMANDS, main
@@ -103,6 +104,6 @@ def test_a_line_of_progress_comes_for_each_tenth_of_the_work_where_there_is_no_t
 
 
 def test_the_reader_of_a_pipe_may_stop(here) -> None:
-    command = f"{sys.executable} -m polyak inspect run | true; exit ${{PIPESTATUS[0]}}"
+    command = f"{warm.folder()}/polyak inspect run | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=here, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,8 +1,10 @@
 """Hosts on several processes, under their frameworks' own settings: gloo groups of two."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import hosts_in_ranks
+import loops
 import pytest
 import sharded
 import torch
@@ -11,7 +13,7 @@ from ranks import Ranks
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    made = Ranks(tmp_path_factory.mktemp("ranks"), most=2)
+    made = Ranks(tmp_path_factory.mktemp("ranks"), most=2, method="fork")
     yield made
     made.close()
 
@@ -115,6 +117,29 @@ def test_a_checkpoint_whose_average_no_algorithm_resumes_restores_the_training_w
     without = ranks.run(2, hosts_in_ranks.composer, *runs[3:], True, False)
     for whole, resumed in zip(runs[0], without, strict=True):
         assert sharded.unequal(whole.weights, resumed.weights) == []
+
+
+def test_samples_are_counted_on_all_ranks(runs) -> None:
+    if runs[2] not in {"transformers", "composer"}:
+        pytest.skip("its script does not say how many samples there are")
+    assert {found.samples for found in runs[0]} == {hosts_in_ranks.EPOCHS * hosts_in_ranks.STEPS * 2 * loops.BATCH}
+
+
+@pytest.mark.filterwarnings("ignore:The current world size \\(1 is less")  # Composer's own
+def test_a_checkpoint_of_two_processes_resumes_in_one(runs, tmp_path) -> None:
+    if runs[2:4] != ("composer", "ddp"):
+        pytest.skip("only DDP in Composer changes names")
+    from composer_script import trainer
+
+    from polyak.hosts.composer import EMA
+
+    net, ema, first = hosts_in_ranks.net(), EMA("2ba"), runs[0][0]
+    file = Path(runs[4]) / f"ep1-ba{hosts_in_ranks.STEPS}-rank0.pt"
+    made = trainer(tmp_path, ema, net=net, load_path=str(file))
+    assert sharded.unequal(first.saved, {name: net.get_parameter(name).detach() for name in first.saved}) == []
+    assert sharded.unequal(first.loadable, hosts_in_ranks._inner(loops.averaged(ema))) == []
+    made.fit()
+    assert ema.num_updates == int(made.state.timestamp.batch) - 1
 
 
 def test_ranks_record_what_they_train_and_a_resumed_run_continues_the_record(runs) -> None:

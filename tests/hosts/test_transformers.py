@@ -1,8 +1,5 @@
 """The ``Trainer`` of Transformers, held to the contract, and to what only it can get wrong."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +9,6 @@ import loops
 import pytest
 import torch
 from host_contract import HostContract, Overflows, Plan, Run, Session, Watched, loss_of, native, net_of, of_net
-from paths import ROOT
 from torch import Tensor, nn
 
 from polyak import EMA, Event, HalfLife, LoanError, MismatchError, PlanWarning, Record, Recorder
@@ -403,52 +399,6 @@ def test_steps_made_by_hand_after_training_do_not_count(tmp_path) -> None:
         parameter.grad = torch.ones_like(parameter)
     ended.session.trainer.optimizer.step()
     assert len(ended.ema.batches) == 18
-
-
-def train_in_a_process(folder: str, resume: str = "") -> None:
-    """Train under torchrun, and leave what each process has."""
-    rank = os.environ["RANK"]
-    # Two processes share the batches of an epoch.
-    one = run(Path(folder), [Watched("40sp", update_interval="1ba")], Plan(steps=12, save_every=3), ddp_backend="gloo")
-    one.fit(Path(resume) if resume else None)
-    one.session.evaluate()
-    torch.save({"model": one.weights, "ema": one.ema.state_dict()}, Path(folder) / f"rank-{rank}.pt")
-    torch.distributed.destroy_process_group()  # or its threads may abort the process at its end
-
-
-@pytest.mark.slow
-def test_two_processes_have_one_average_and_resume_bit_for_bit(tmp_path) -> None:
-    def launch(*arguments: str) -> list[dict[str, Any]]:
-        call = f"from tests.hosts import test_transformers as t; t.train_in_a_process(*{arguments!r})"
-        (tmp_path / "script.py").write_text(call)
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            "OMP_NUM_THREADS": "1",
-        }
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node=2",
-                tmp_path / "script.py",
-            ],
-            cwd=ROOT,
-            env=environment,
-            check=False,
-            capture_output=True,
-        )
-        # Written last. What becomes of the processes after that, where gloo has been seen to abort, is not asked.
-        files = [Path(arguments[0]) / f"rank-{rank}.pt" for rank in (0, 1)]
-        assert all(file.exists() for file in files), done.stderr.decode()[-4000:]
-        return [torch.load(file, weights_only=True) for file in files]
-
-    whole = launch(str(tmp_path / "whole"))
-    assert not loops.differences(*whole)
-    assert whole[0]["ema"]["updated_at"]["sample"] == 2 * 3 * 6 * loops.BATCH
-    resumed = launch(str(tmp_path / "resumed"), str(tmp_path / "whole" / "checkpoint-9"))
-    assert not loops.differences(whole, resumed)
 
 
 def language_model() -> Any:

@@ -1,7 +1,6 @@
+import importlib.util
 import itertools
 import math
-import os
-import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from polyak import kernels
+from polyak import KernelError, kernels
 from polyak.kernels import SCRATCH_ELEMENTS, Pair, Place, c, exchange, foreach, pieces, registry, rounding
 from polyak.kernels.pieces import Scratch
 from polyak.kernels.rounding import RandomBits, RowBits, key, round_
@@ -251,29 +250,26 @@ def test_all_that_is_swapped_counts_as_changed_whatever_counters_it_shares(excha
     assert all(tensor._version > version for tensor, version in zip(counting, before, strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["torch", "c", "cobol"])
-def test_the_environment_can_force_a_kernel(name) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from polyak.kernels import serving_cpu; print(serving_cpu()[0])"],
-        env={**os.environ, "POLYAK_KERNEL": name},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if name in KERNELS:
-        assert done.stdout.strip() == name
+def test_the_environment_can_force_a_kernel(monkeypatch, name) -> None:
+    monkeypatch.setenv("POLYAK_KERNEL", name)
+    spec = importlib.util.spec_from_file_location("polyak.kernels.another_registry", registry.__file__)
+    another = importlib.util.module_from_spec(spec)  # it reads the environment once, when it is imported
+    if name == "torch" or (name == "c" and not c.WHY_NOT):
+        spec.loader.exec_module(another)
+        assert another.serving_cpu()[0] == name
     else:
-        assert re.search(r"POLYAK_KERNEL must be (triton or )?c or torch on this machine", done.stderr)
+        with pytest.raises(KernelError, match=r"POLYAK_KERNEL must be (triton or )?(c or )?torch on this machine"):
+            spec.loader.exec_module(another)
 
 
 def test_a_16_bit_average_is_rounded_otherwise_in_each_update() -> None:
     assert len({key(seed, update) for seed in range(50) for update in range(50)}) == 2500
     average, online = torch.zeros(1000, dtype=torch.bfloat16), torch.ones(1000)
-    for update in range(4000):
+    for update in range(1000):
         kernels.lerp([average], [online], [Place(1)], torch.zeros((), dtype=torch.int64))(0.001, update)
-    # 1 - 0.999 ** 4000 is 0.982; rounding to nearest would have stalled at 0.25.
-    assert abs(average.double().mean() - 0.982) < 0.005
+    # 1 - 0.999 ** 1000 is 0.632; rounding to nearest would have stalled at 0.25.
+    assert abs(average.double().mean() - 0.632) < 0.005
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -37,6 +37,18 @@ def written(folder, per_level, interval=2):
     return Record(folder)
 
 
+@pytest.fixture(scope="module")
+def unmerged(tmp_path_factory):
+    """The folder of a record in which each segment is as it was written."""
+    return written(tmp_path_factory.mktemp("unmerged"), per_level=None).folder
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """The folder of a record with as few segments as there can be."""
+    return written(tmp_path_factory.mktemp("merged"), per_level=1).folder
+
+
 def exact(profile, moment) -> Tensor:
     weights = walk()[:moment].double()
     shares = [1.0]
@@ -48,8 +60,8 @@ def exact(profile, moment) -> Tensor:
 
 
 @pytest.mark.parametrize("profile", [HalfLife("40ba", unbiased=True), PowerFunction(0.1), Uniform(), Cooldown("100ba")])
-def test_an_average_at_each_moment_is_as_near_to_the_exact_one_as_its_error_says(tmp_path, profile) -> None:
-    record = written(tmp_path / "run", per_level=None)
+def test_an_average_at_each_moment_is_as_near_to_the_exact_one_as_its_error_says(unmerged, profile) -> None:
+    record = Record(unmerged)
     for moment in (128, 256, 400, 512):
         average, error = record.average(profile, f"{moment}ba"), record.error(profile, f"{moment}ba")
         want = exact(profile, moment)
@@ -70,8 +82,8 @@ def test_an_early_average_of_a_merged_record_has_an_error_that_says_so(tmp_path)
     assert error > 3 * record.error(profile, last)
 
 
-def test_a_moment_may_be_a_share_of_the_record(tmp_path) -> None:
-    record = written(tmp_path / "run", per_level=None)
+def test_a_moment_may_be_a_share_of_the_record(unmerged) -> None:
+    record = Record(unmerged)
     profile = HalfLife("40ba", unbiased=True)
     torch.testing.assert_close(record.average(profile, "50%"), record.average(profile, "256ba"), rtol=0, atol=0)
     assert record.error(profile, "50%") == record.error(profile, "256ba")
@@ -101,9 +113,8 @@ def reads(monkeypatch):
 
 
 @pytest.mark.parametrize("profile", [HalfLife("40ba", unbiased=True), Cooldown("30ba", "1-sqrt")])
-def test_an_average_reads_nothing_twice_to_decide_on_its_warning(tmp_path, reads, profile) -> None:
-    record = written(tmp_path / "run", per_level=1)
-    reads.clear()  # merging reads, too
+def test_an_average_reads_nothing_twice_to_decide_on_its_warning(merged, reads, profile) -> None:
+    record = Record(merged)
     if isinstance(profile, Cooldown):
         with pytest.warns(PlanWarning, match="only coarsely"):
             record.average(profile)
@@ -117,8 +128,8 @@ def test_an_average_reads_nothing_twice_to_decide_on_its_warning(tmp_path, reads
     assert reads == before
 
 
-def test_the_error_of_an_earlier_moment_reads_nothing_after_the_average_at_the_end(tmp_path, reads) -> None:
-    record = written(tmp_path / "run", per_level=None)
+def test_the_error_of_an_earlier_moment_reads_nothing_after_the_average_at_the_end(unmerged, reads) -> None:
+    record = Record(unmerged)
     record.average(HalfLife("40ba", unbiased=True))
     before = dict(reads)
     record.error(HalfLife("40ba", unbiased=True), "50%")

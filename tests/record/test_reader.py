@@ -6,6 +6,7 @@ import weakref
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -321,15 +322,26 @@ def history() -> dict[str, Tensor]:
     return {"weight": walk(4, 3), "bias": walk(4), "steps": torch.arange(1, HISTORY + 1)}
 
 
-def recorded(folder: Path, dtype: torch.dtype = torch.float32) -> Record:
+@cache
+def files(dtype: torch.dtype) -> dict[str, bytes]:
+    """Return what is in the folder of a record: to write it takes longer than most tests."""
     steps = history()
     infos = {
         name: TensorInfo.of(steps[name][0], averaged=steps[name].is_floating_point(), dtype=dtype) for name in steps
     }
-    with Writer(folder, infos, per_level=2, aliases={"tied": "weight"}, max_duration=Time(HISTORY, "ba")) as writer:
-        for start in range(0, HISTORY, 2):
-            means = {name: one[start : start + 2].double().mean(0) for name, one in steps.items()}
-            writer.append(means | {"steps": steps["steps"][start + 1]}, edge(start), edge(start + 2))
+    options = {"per_level": 2, "aliases": {"tied": "weight"}, "max_duration": Time(HISTORY, "ba")}
+    with TemporaryDirectory() as folder:
+        with Writer(folder, infos, **options) as writer:
+            for start in range(0, HISTORY, 2):
+                means = {name: one[start : start + 2].double().mean(0) for name, one in steps.items()}
+                writer.append(means | {"steps": steps["steps"][start + 1]}, edge(start), edge(start + 2))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def recorded(folder: Path, dtype: torch.dtype = torch.float32) -> Record:
+    folder.mkdir(exist_ok=True)
+    for name, content in files(dtype).items():
+        (folder / name).write_bytes(content)
     return Record(folder)
 
 

@@ -1,16 +1,15 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import record_crasher
 import torch
+from forking import fork, forks, in_a_fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paths import SUPPORT
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,8 +21,6 @@ from polyak.record import Edge, Record, Writer, load_manifest
 from polyak.record.writer import due
 from polyak.storage.safetensors import TensorInfo, write_tensors
 from polyak.time import Time, Timestamp
-
-CRASHER = SUPPORT.joinpath("record_crasher.py")
 
 
 def edge(updates: int) -> Edge:
@@ -329,23 +326,12 @@ def test_a_pin_goes_with_its_checkpoint(tmp_path) -> None:
 # What can go wrong.
 
 
-def crash(tmp_path: Path, kills: int, dtype: str) -> int:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    arguments = [sys.executable, str(CRASHER), str(tmp_path), str(kills), dtype]
-    run = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return int(run.stdout.split()[0])
-
-
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
+@forks
 def test_a_writer_killed_at_any_moment_leaves_the_record_before_or_after(tmp_path, dtype) -> None:
-    assert crash(tmp_path, 20, dtype) >= 20
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_two_hundred_killed_writers_lose_nothing(tmp_path, dtype) -> None:
-    assert crash(tmp_path, 200, dtype) >= 200
+    process = fork(lambda: record_crasher.main(tmp_path, 50, dtype))
+    process.join()
+    assert process.exitcode == 0
 
 
 # Appending and merging once call what FullDisk refuses this often until the new manifest is in its place: open, fsync
@@ -412,14 +398,12 @@ def test_a_really_full_device_is_reported(tmp_path) -> None:
     Record(tmp_path).verify()
 
 
+@forks
 def test_a_second_writer_is_refused_and_told_who_is_writing(tmp_path) -> None:
     with Writer(tmp_path, TENSORS):
         with pytest.raises(RecordError, match=f"process {os.getpid()} is writing"):
             Writer(tmp_path, TENSORS)
-        code = f"from polyak.record import Writer; Writer({str(tmp_path)!r}, {{}})"
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-        assert f"process {os.getpid()} is writing" in run.stderr
+        assert f"process {os.getpid()} is writing" in in_a_fork(lambda: Writer(tmp_path, TENSORS))
         assert Record(tmp_path).segments == ()  # reading needs no lock
     Writer(tmp_path, TENSORS).close()
 

@@ -1,10 +1,10 @@
 """The record where disks, folders and processes fail: nothing is lost, and errors say what to do."""
 
 import errno
+import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 import warnings
 from contextlib import suppress
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT, SUPPORT
+from forking import fork, forks, in_a_fork
 from torch import nn
+from torch.utils.data import DataLoader
 
 from polyak import (
     EMA,
@@ -193,6 +194,7 @@ def test_a_lock_that_is_not_a_file_of_polyaks_is_refused_and_left_as_it_is(tmp_p
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
+@forks
 def test_a_forked_process_does_not_hold_the_lock_of_a_run_that_ended(tmp_path) -> None:
     writer = Writer(tmp_path / "a", TENSORS)
     others = [Writer(tmp_path / name, TENSORS) for name in "bc"]
@@ -214,24 +216,7 @@ def test_a_forked_process_does_not_hold_the_lock_of_a_run_that_ended(tmp_path) -
         assert os.waitpid(child, 0)[1] == 0
 
 
-def in_a_fork(act) -> str:
-    """Return what ``act`` raises in a forked process, or nothing."""
-    reader, writer = os.pipe()
-    if not (child := os.fork()):
-        said = ""
-        try:
-            act()
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        os.write(writer, said.encode())
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader) as file:
-        said = file.read()
-    assert os.waitpid(child, 0)[1] == 0
-    return said
-
-
+@forks
 def test_a_forked_process_writes_nothing_and_leaves_the_lock_to_the_run(tmp_path) -> None:
     loop = Loop(short(tmp_path / "record")).run(6)
     writer = loop.recorder._recording.queue.appender.writer
@@ -250,33 +235,27 @@ def leave(attached) -> None:
         sys.exit(0)
 
 
-KILLED = """
-import os, sys
-import torch
-from torch.utils.data import DataLoader
-sys.path[:0] = sys.argv[2:]
-from tests.test_background import gone
-from tests.record.test_recorder import Loop, short
-loop = Loop(short(sys.argv[1])).run(6)
-torch.save(loop.attached.state_dict(), sys.argv[1] + ".pt")
-batches = iter(DataLoader(range(10 ** 6), num_workers=1, multiprocessing_context="fork"))
-next(batches)
-print(*[worker.pid for worker in batches._workers], flush=True)
-sys.stdin.read()
-"""
-
-
+@forks
 def test_a_killed_run_is_resumed_while_its_data_loaders_worker_lives(tmp_path) -> None:
     folder = tmp_path / "record"
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(folder), str(SUPPORT), str(ROOT)]
-    life = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    worker = int(life.stdout.readline())
+    reader, writer = os.pipe()
+
+    def live() -> None:
+        loop = Loop(short(folder)).run(6)
+        torch.save(loop.attached.state_dict(), f"{folder}.pt")
+        batches = iter(DataLoader(range(10**6), num_workers=1, multiprocessing_context="fork"))
+        next(batches)
+        os.write(writer, str(batches._workers[0].pid).encode())
+        signal.pause()
+
+    life = fork(live)
+    os.close(writer)
+    worker = int(os.read(reader, 20))
+    os.close(reader)
     os.kill(worker, signal.SIGSTOP)  # it would end when it sees that its parent has
     try:
         life.kill()
-        life.wait(600)
-        life.stdin.close()
-        life.stdout.close()
+        life.join()
         loop = Loop(short(folder))
         loop.attached.load_state_dict(torch.load(f"{folder}.pt", weights_only=True))
         loop.run(6).attached.detach()
@@ -410,29 +389,24 @@ def test_a_run_that_an_error_ends_says_that_its_last_segment_is_still_in_memory(
     assert edges(tmp_path) == [0, 4, 6]
 
 
-LIMITED = """
-import resource, signal, sys
-sys.path[:0] = sys.argv[2:]
-from tests.test_background import gone
-from tests.record.test_recorder import Loop, short
-from polyak import RecordError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-loop, refused = Loop(short(sys.argv[1])), 0
-for i in range(30):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (700 if 8 <= i < 15 else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    try:
-        loop.run(1)
-    except RecordError:
-        refused += 1
-loop.attached.detach()
-print(refused)
-"""
-
-
+@forks
 def test_a_file_size_limit_of_the_system_loses_nothing(tmp_path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path / "record"), str(SUPPORT), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
-    assert int(done.stdout) > 0
+    def run() -> None:
+        import resource  # which Windows does not have
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        loop, refused = Loop(short(tmp_path / "record")), 0
+        for i in range(30):
+            limit = 700 if 8 <= i < 15 else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            try:
+                loop.run(1)
+            except RecordError:
+                refused += 1
+        loop.attached.detach()
+        assert refused > 0
+
+    assert in_a_fork(run) == ""
     assert edges(tmp_path / "record")[-1] == 30
     assert not list((tmp_path / "record").glob("*.tmp"))
 
@@ -487,6 +461,7 @@ def test_an_interrupt_at_any_line_of_the_recording_leaves_segments_without_gaps(
             Writer(folder, load_manifest(folder).tensors, per_level=1).close()
         if done:
             break
+        gc.freeze()  # so that `gone` looks only at what the next round leaves
     assert n > 20
 
 

@@ -2,17 +2,15 @@
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT, SUPPORT
+from forking import fork, forks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from waiting import END_S, wait_until
+from waiting import wait_until
 
 from polyak import (
     EMA,
@@ -375,35 +373,25 @@ def test_bad_arguments_and_foreign_states_are_refused_at_the_door(tmp_path) -> N
         Recorder(tmp_path, "1ba").load_state_dict({"num_updates": 1, "count": 0})
 
 
-_RUN = """
-import sys, warnings
-warnings.simplefilter("ignore")
-sys.path[:0] = sys.argv[2:]
-from pathlib import Path
-from tests.record.test_recorder import trainer
-trainer(Path(sys.argv[1]), duration="40ep", autoresume=True).fit()
-"""
-
-
 @pytest.mark.slow
+@forks
 def test_a_run_that_is_killed_resumes_from_its_checkpoint_with_the_same_record(tmp_path) -> None:
-    trainer(tmp_path / "whole", duration="40ep").fit()
+    trainer(tmp_path / "whole", duration="20ep").fit()
     killed = tmp_path / "killed"
 
     def saved() -> int:
         return len(list((killed / "checkpoints").glob("ep*.pt")))
 
     for _ in range(3):
-        command = [sys.executable, "-c", _RUN, str(killed), str(SUPPORT), str(ROOT)]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         enough = saved() + 4
-        wait_until(lambda process=process, enough=enough: process.poll() is not None or saved() >= enough)
-        process.kill()
-        process.wait(END_S)
-        assert process.returncode in (0, -signal.SIGKILL)
-    trainer(killed, duration="40ep", autoresume=True).fit()
+        life = fork(lambda: trainer(killed, duration="20ep", autoresume=True).fit())
+        wait_until(lambda life=life, enough=enough: not life.is_alive() or saved() >= enough)
+        life.kill()
+        life.join()
+        assert life.exitcode in (0, -signal.SIGKILL)
+    trainer(killed, duration="20ep", autoresume=True).fit()
     assert segments(killed / "record") == segments(tmp_path / "whole" / "record")
-    assert Record(killed / "record").error(HalfLife("50ba")) > 0
+    assert Record(killed / "record").error(HalfLife("20ba")) > 0
 
 
 @pytest.mark.parametrize(

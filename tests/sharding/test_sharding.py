@@ -8,9 +8,19 @@ pytestmark = pytest.mark.slow  # processes of several ranks
 CELLS = [(kind, size) for kind, sizes in sharded.KINDS.items() for size in sizes]
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["own dtype", "bfloat16"])
 @pytest.mark.parametrize(("kind", "size"), CELLS, ids=str)
-def test_a_sharded_average_is_that_of_the_whole_model_bit_for_bit(ranks, kind, size, dtype) -> None:
+def test_a_sharded_average_is_that_of_the_whole_model_bit_for_bit(ranks, kind, size) -> None:
+    follows_the_whole(ranks, kind, size, None)
+
+
+@pytest.mark.parametrize(
+    "kind", ["ddp", "ddp, divided average", "fsdp, blocks", "fsdp, bfloat16", "fsdp, offloaded average", "tp"]
+)
+def test_a_sharded_average_in_bfloat16_is_that_of_the_whole_model_bit_for_bit(ranks, kind) -> None:
+    follows_the_whole(ranks, kind, 2, torch.bfloat16)
+
+
+def follows_the_whole(ranks, kind, size, dtype) -> None:
     for found in ranks.run(size, sharded.follows_the_whole, kind, dtype):
         assert found["averages"] == []
         assert found["lent"] == []
@@ -23,8 +33,7 @@ def test_a_sharded_average_is_that_of_the_whole_model_bit_for_bit(ranks, kind, s
 
 @pytest.mark.parametrize(("kind", "size"), [cell for cell in CELLS if cell[1] == max(sharded.KINDS[cell[0]])], ids=str)
 def test_training_after_swaps_is_as_without_them(ranks, kind, size) -> None:
-    without, with_swaps = (ranks.run(size, sharded.trains, kind, swaps) for swaps in (False, True))
-    for one, other in zip(without, with_swaps, strict=True):
+    for one, other in ranks.run(size, sharded.trains, kind):
         assert sharded.unequal(one, other) == []
 
 
@@ -35,9 +44,8 @@ def test_an_update_sends_no_message_and_a_swap_does(ranks, kind, size) -> None:
         assert swap > 0
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_under_ddp_the_averages_of_all_ranks_are_equal_bit_for_bit(ranks, size) -> None:
-    first, *others = ranks.run(size, sharded.is_interrupted, "ddp", False)
+def test_under_ddp_the_averages_of_all_ranks_are_equal_bit_for_bit(ranks) -> None:
+    first, *others = ranks.run(3, sharded.is_interrupted, "ddp", False)
     for other in others:
         assert sharded.unequal(first[1], other[1]) == []
 
@@ -80,8 +88,7 @@ def test_nan_in_one_shard_is_known_to_all_ranks(ranks) -> None:
 
 @pytest.mark.parametrize(("kind", "size"), [cell for cell in CELLS if cell[1] == min(sharded.KINDS[cell[0]])], ids=str)
 def test_an_evaluation_that_fails_leaves_training_as_it_was(ranks, kind, size) -> None:
-    undisturbed, failed = (ranks.run(size, sharded.is_interrupted, kind, fails) for fails in (False, True))
-    for one, other in zip(undisturbed, failed, strict=True):
+    for one, other in ranks.run(size, sharded.interrupted_or_not, kind):
         assert sharded.unequal(one[0], other[0]) == []
         assert sharded.unequal(one[1], other[1]) == []
 

@@ -3,11 +3,10 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forking import fork, forks
 
 from polyak.storage import atomic
 from polyak.storage.atomic import put, remove, remove_whole, replacing, temporary_path
@@ -191,20 +190,17 @@ def test_remove_whole_takes_the_name_away_before_the_content(tmp_path, monkeypat
     remove_whole(tmp_path / "a")
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from polyak.storage.atomic import replacing
-with replacing(Path(sys.argv[1]) / "a", exclusive=True) as temporary:
-    temporary.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
+@forks
 def test_what_a_killed_writer_left_is_recognizable_and_overwritten_by_the_next(tmp_path) -> None:
+    def write() -> None:
+        with replacing(tmp_path / "a", exclusive=True) as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
     (tmp_path / "a").write_text("old")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=300)
-    assert done.returncode == -signal.SIGKILL
+    killed = fork(write)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert content(tmp_path) == {"a": "old", ".a.tmp": "half"}
     with replacing(tmp_path / "a", exclusive=True) as temporary:
         temporary.write_text("new")

@@ -2,12 +2,16 @@
 
 import argparse
 import collections
+import contextlib
 import json
+import os
+import sys
 import tarfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -219,3 +223,28 @@ def saves_model(kind: str, folder: str) -> dict[str, Tensor]:
     planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder, planner=planner)
     return sharded.weights(model)
+
+
+def runs_in_small_units(folder: str, *line: str) -> int:
+    """Run a command of polyak in a folder, with a unit for each tensor; on each of several ranks, if there is a group.
+
+    Returns:
+        The exit code.
+    """
+    import torch.distributed as dist
+
+    import polyak.cli
+    from polyak.checkpoints import as_dcp, as_safetensors
+
+    ranks = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())} if dist.is_initialized() else {}
+    with (
+        mock.patch.dict(os.environ, ranks),
+        mock.patch.object(as_dcp, "_FILE_BYTES", 1),
+        mock.patch.object(as_safetensors, "in_groups", lambda names, size_of: [[name] for name in names]),
+        contextlib.chdir(folder),
+    ):
+        return polyak.cli.main(line)
+
+
+if __name__ == "__main__":
+    sys.exit(runs_in_small_units(*sys.argv[1:]))

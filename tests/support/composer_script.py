@@ -1,6 +1,5 @@
 """Scripts with Composer that tests run. Importing this needs Composer."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import mkdtemp
@@ -12,11 +11,8 @@ import torch
 from composer import Callback, ComposerModel, Evaluator, Trainer
 from composer.callbacks import CheckpointSaver
 from composer.metrics import CrossEntropy
-from composer.utils import dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-
-from polyak.hosts.composer import EMA
 
 
 class Wrapped(ComposerModel):
@@ -102,30 +98,3 @@ def trainer(
             saver.tmp_dir_for_symlink.cleanup()
             saver.tmp_dir_for_symlink = SimpleNamespace(name=mkdtemp(dir=folder))
     return made
-
-
-def train_under_ddp(folder: str) -> None:
-    """Run in each of several processes; rank 0 saves the final state."""
-    net = loops.perceptron()
-    ema = EMA("4ba")
-    data = loops.dataset(12)
-    model = Wrapped(net)
-    made = Trainer(
-        model=model,
-        train_dataloader=DataLoader(data, batch_size=loops.BATCH, sampler=dist.get_sampler(data, shuffle=False)),
-        max_duration="6ba",
-        algorithms=[ema],
-        optimizers=torch.optim.Adam(model.parameters(), lr=0.02),
-        save_folder=folder,
-        save_interval="6ba",
-        device="cpu",
-        progress_bar=False,
-        seed=3,
-    )
-    made.fit()
-    ends = [loops.bits(net), {name.removeprefix("net."): tensor for name, tensor in loops.averaged(ema).items()}]
-    torch.save([type(made.state.model).__name__, *ends], f"{folder}/end{dist.get_global_rank()}.pt")
-
-
-if __name__ == "__main__":
-    train_under_ddp(sys.argv[1])

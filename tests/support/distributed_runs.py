@@ -1,5 +1,6 @@
 """Jobs of ``ranks.Ranks`` for the tests of the trainer: the runs of ``loops`` on several ranks."""
 
+import io
 import itertools
 import json
 import os
@@ -8,7 +9,8 @@ import signal
 import time
 import types
 import warnings
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from polyak import EMA, Callback, CheckpointSaver, Event, Recorder, Trainer
+from polyak.cli import main
 from polyak.sharding import copy_
 from polyak.trainer import fitting
 from polyak.training import rng
@@ -115,12 +118,20 @@ def moments(trainer: Trainer) -> list[Tensor]:
 # Jobs
 
 
-def trains(kind: str | None, folder: Path, **more: Any) -> dict[str, Any]:
+def trains(kind: str | None, folder: Path, *callbacks: Callback, **more: Any) -> dict[str, Any]:
     """Train to the end."""
     losses = Losses()
-    trainer = build(kind, folder, callbacks=(losses,), **more)
+    trainer = build(kind, folder, callbacks=(losses, *callbacks), **more)
     trainer.fit()
     return results(trainer, folder) | {"losses": losses.losses, "draws": torch.rand(3)}
+
+
+def trains_followed(kind: str, folder: Path, **more: Any) -> dict[str, Any]:
+    """Train to the end; return the differences to the average of the full weights too."""
+    follows = Follows()
+    found = trains(kind, folder, follows, **more)
+    assert follows.reference is not None
+    return found | {"apart": unequal(found["averages"], follows.reference.averages)}
 
 
 def polishes_from_a_record(kind: str | None, folder: Path, **more: Any) -> dict[str, Tensor]:
@@ -138,17 +149,36 @@ class Losses(Callback):
         self.losses.append(float(state.loss))
 
 
-def resumes(kind: str, folder: Path, **more: Any) -> dict[str, list[str]]:
-    """Train once without a stop, resume from each of its checkpoints, and return the differences."""
+class Follows(Callback):
+    """Averages the full weights as the run does its shards, with a half-life of 4 batches."""
+
+    reference: Reference | None = None
+
+    def batch_end(self, state: Any, logger: Any) -> None:
+        if self.reference is None:
+            self.reference = Reference(state.model, None)
+        else:
+            self.reference.update_(state.model, 1 - 0.5**0.25)
+
+
+RESUMED = loops.BEFORE_EPOCH_END, loops.EPOCH_END, loops.MID_EPOCH
+
+
+def resumes(
+    kind: str, folder: Path, at: Sequence[str] = RESUMED, **more: Any
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Train once without a stop, and resume from its checkpoints; return its results and the differences."""
 
     def random(trainer: Trainer) -> Any:
         return [rng.get_state(), trainer._context.stream.get_state()]
 
+    # A save gives all ranks the buffers of rank 0, so that a run saves where the other one does.
+    more |= {"max_duration": loops.RESUMED, "saves": loops.as_resumed}
     whole = build(kind, folder / "whole", **more)
     whole.fit()
     want = results(whole, folder / "whole") | {"random": random(whole)}
     found = {}
-    for name in (loops.BEFORE_EPOCH_END, loops.EPOCH_END, loops.MID_EPOCH):
+    for name in at:
         saved = folder / "whole" / "checkpoints" / (name if kind == "ddp" else name.removesuffix(".pt"))
         if rank() == 0:
             (folder / name).mkdir()
@@ -160,16 +190,16 @@ def resumes(kind: str, folder: Path, **more: Any) -> dict[str, list[str]]:
         got = results(resumed, folder / name) | {"random": random(resumed)}
         if different := loops.differences(want, got):
             found[name] = different
-    return found
+    return want, found
 
 
 def saves(kind: str | None, path: Path, folder: Path) -> dict[str, Any]:
     """Train, save inside an epoch, continue; return the saved state and the final state."""
-    trainer = build(kind, folder, max_duration="9ba", saves=None)
+    trainer = build(kind, folder, max_duration="7ba", saves=None)
     trainer.fit()
     trainer.save_checkpoint(path)
     saved = {"weights": held(trainer), "averages": averages(trainer), "moments": moments(trainer)}
-    longer = build(kind, folder, load_path=path, saves=None)
+    longer = build(kind, folder, max_duration="9ba", load_path=path, saves=None)
     longer.fit()
     return {"saved": saved, "end": held(longer)}
 
@@ -178,30 +208,11 @@ def loads(kind: str | None, path: Path, folder: Path) -> dict[str, Any]:
     """Load a checkpoint and continue; return the loaded state, the final state and the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = build(kind, folder, load_path=path, saves=None, model_seed=7)
+        trainer = build(kind, folder, max_duration="9ba", load_path=path, saves=None, model_seed=7)
     loaded = {"weights": held(trainer), "averages": averages(trainer), "moments": moments(trainer)}
     trainer.fit()
     said = [str(one.message) for one in caught if "world size" in str(one.message)]
     return {"loaded": loaded, "end": held(trainer), "said": said}
-
-
-def follows_itself(folder: Path) -> list[str]:
-    """Return the differences between the average of a run under FSDP2 and the average of its full weights."""
-
-    class Follow(Callback):
-        reference = None
-
-        def batch_end(self, state: Any, logger: Any) -> None:
-            if self.reference is None:
-                self.reference = Reference(state.model, None)
-            else:
-                self.reference.update_(state.model, 1 - 0.5**0.25)
-
-    follow = Follow()
-    trainer = build("fsdp2", folder, callbacks=(follow,))
-    trainer.fit()
-    assert follow.reference is not None
-    return unequal(averages(trainer), follow.reference.averages)
 
 
 class Unseeded(list):
@@ -380,7 +391,7 @@ def records(kind: str | None, folder: Path, stops: tuple[int | None, ...] = (Non
         trainer = Trainer(
             model=model,
             train_dataloader=DataLoader(loops.dataset(), batch_size=loops.BATCH, shuffle=True),
-            max_duration="3ep",
+            max_duration="2ep",
             algorithms=[EMA("4ba"), Recorder(folder / "record", "2ba")],
             optimizers=torch.optim.Adam(model.parameters(), lr=0.02),
             loss=cross_entropy,
@@ -456,9 +467,33 @@ class Killed(Callback):
 
 def killed(kind: str, folder: Path, out: Path, *callbacks: Callback) -> None:
     """Train to the end, resuming where possible; write the final state of each rank."""
-    trainer = build(kind, folder, noisy=True, autoresume=True, callbacks=callbacks)
+    trainer = build(kind, folder, noisy=True, max_duration="2ep", autoresume=True, callbacks=callbacks)
     trainer.fit()
     out.mkdir(exist_ok=True)
     found = results(trainer, folder)
     del found["loss"]  # None if the run was complete before a restart
     torch.save(found, out / f"{kind}-{rank()}.pt")
+
+
+def killed_once_each(folder: Path) -> None:
+    """Train two runs, in each of which a rank is killed once, so that all ranks are restarted."""
+    torch.set_num_threads(1)
+    restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    # In the middle of an epoch, and where all ranks are about to write a checkpoint.
+    for number, (kind, event, batch) in enumerate((("ddp", Event.BATCH_START, 8), ("fsdp2", Event.SAVE_START, 9))):
+        callbacks = [Killed(event, batch, victim=1, note=(folder / "killed", kind))] if restarts == number else []
+        killed(kind, folder / kind, folder / "results", *callbacks)
+
+
+def demos(folder: Path) -> list[tuple[Any, str, str]]:
+    """Run the demo longer than it ran, and shorter, which is refused; return each exit code and what was printed."""
+    os.environ.pop("COLUMNS", None)  # each message is one line
+    found = []
+    for steps in (40, 20):
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors:
+            try:
+                code = main(["demo", "--steps", str(steps), "--out", str(folder)])
+            except SystemExit as error:
+                code = error.code
+        found.append((code, out.getvalue(), errors.getvalue()))
+    return found

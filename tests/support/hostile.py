@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
-# A process that has imported torch forks for each file; a child may allocate one GiB more.
+# A process that has run the first command, so that all is imported, forks for each; a child may allocate one GiB more.
 _CHILD = """
-import os, resource, runpy, sys
-import torch, polyak.cli
+import contextlib, io, os, resource, sys
+import polyak.cli
+with contextlib.redirect_stderr(io.StringIO()):
+    polyak.cli.main(sys.argv[1:])
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 for line in sys.stdin:
     number, *arguments = line.rstrip("\\n").split("\\t")
@@ -24,8 +26,12 @@ for line in sys.stdin:
         resource.setrlimit(resource.RLIMIT_AS, (pages + (1 << 30),) * 2)
         os.dup2(os.open(f"{number}.log", os.O_WRONLY | os.O_CREAT), 2)
         os.dup2(2, 1)
-        sys.argv = ["polyak", *arguments]
-        runpy.run_module("polyak", run_name="__main__")
+        try:
+            code = polyak.cli.main(arguments)
+        except SystemExit as end:
+            code = end.code
+        sys.stdout.flush()
+        os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -35,7 +41,7 @@ def run(folder: Path, commands: list[list[str]]) -> list[tuple[int, str]]:
     lines = "".join("\t".join([str(k), *command]) + "\n" for k, command in enumerate(commands))
     env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # `import readline` sets it
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD], cwd=folder, input=lines, stdout=-1, text=True, check=True, env=env
+        [sys.executable, "-c", _CHILD, *commands[0]], cwd=folder, input=lines, stdout=-1, text=True, check=True, env=env
     )
     codes = [int(code) for code in done.stdout.split()]
     logs = [folder / f"{k}.log" for k in range(len(commands))]

@@ -57,6 +57,8 @@ class Found:
         distances: The logged values, if the logger keeps them.
         recorded: The record's average, where there is one.
         pinned: The checkpoints whose files the record keeps.
+        saved: The weights after the first epoch.
+        samples: How many the average has seen, on all ranks.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -69,6 +71,8 @@ class Found:
     distances: list[float] = field(default_factory=list)
     recorded: dict[str, Tensor] = field(default_factory=dict)
     pinned: set[str] = field(default_factory=set)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    samples: int = 0
 
     def watch(self, model: nn.Sequential) -> None:
         """Store the weights with which the model is evaluated."""
@@ -91,6 +95,8 @@ class Found:
             last = self.want[-1] if self.want else now
             self.want.append({name: DECAY * last[name] + (1 - DECAY) * now[name] for name in now})
             step = len(self.want)
+            if step == STEPS:
+                self.saved = weights
             if not shadows:
                 copies.extend(weights.values())
                 shadows.append(Shadow(copies))
@@ -107,6 +113,7 @@ class Found:
         ema._average.agree()
         self.average = _inner({name: full(tensor) for name, tensor in ema._shadow.averaged_tensors().items()})
         self.loadable = _inner(self.loadable)
+        self.samples = ema.state_dict()["updated_at"]["sample"]
         return self
 
 
@@ -417,7 +424,8 @@ def transformers(kind: str, folder: str, resume: bool = False) -> Found:
             lr_scheduler_type="constant",
             train_sampling_strategy="sequential",
             eval_strategy="epoch",
-            save_strategy="epoch",
+            # Under DDP also inside an epoch, from where that run resumes.
+            **({"save_strategy": "steps", "save_steps": 1} if kind == "ddp" else {"save_strategy": "epoch"}),
             max_grad_norm=0.0,
             use_cpu=True,
             ddp_backend="gloo",
@@ -439,7 +447,8 @@ def transformers(kind: str, folder: str, resume: bool = False) -> Found:
 
     trainer.create_optimizer = create_optimizer
     attach(ema := ema_for(kind), trainer)
-    trainer.train(resume_from_checkpoint=str(path / f"checkpoint-{STEPS}") if resume else None)
+    saved = STEPS - 1 if kind == "ddp" else STEPS
+    trainer.train(resume_from_checkpoint=str(path / f"checkpoint-{saved}") if resume else None)
     if not resume:
         trainer.evaluate()
         if kind != "fsdp":
@@ -468,11 +477,6 @@ def composer(kind: str, folder: str, resume: bool = False, averages: bool = True
                 found.lines += 1
                 found.distances.append(metrics["ema/distance"])
 
-    class MyEMA(hosted.EMA):
-        def __init__(self) -> None:
-            super().__init__("2ba")
-            self.algorithm = ema_for(kind)
-
     found, path = Found(), Path(folder)
     model, train, held = Wrapped(net()), data(), data(1, 1)
     first_loads = kind == "fsdp, first rank loads"
@@ -481,7 +485,8 @@ def composer(kind: str, folder: str, resume: bool = False, averages: bool = True
     found.watch(model.net)
     optimizer = optimizer_of(model)
     found.follow(model.net, optimizer)
-    ema, algorithms, parallelism, checkpoint = MyEMA(), [], None, f"ep1-ba{STEPS}-rank0.pt"
+    ema, algorithms, parallelism, checkpoint = hosted.EMA("2ba"), [], None, f"ep1-ba{STEPS}-rank0.pt"
+    ema.algorithm = ema_for(kind)
     if kind.startswith(("fsdp", "tp")):
         parts = kind not in {"fsdp, one file", "fsdp, first rank loads"}
         checkpoint = f"ep1-ba{STEPS}" if parts else checkpoint
@@ -511,6 +516,7 @@ def composer(kind: str, folder: str, resume: bool = False, averages: bool = True
     if resume:
         trainer.eval()
     trainer.fit()
+    assert (type(trainer.state.model).__name__ == "DistributedDataParallel") == kind.startswith("ddp")
     if not averages:
         found.weights = {name: full(tensor) for name, tensor in model.net.named_parameters()}
         return found

@@ -66,6 +66,14 @@ def often(state: Any, event: Event) -> bool:
     return event is Event.EPOCH_CHECKPOINT or state.timestamp.batch.value % 3 == 0
 
 
+RESUMED = "14ba"  # the length of a run that is resumed from each of these: into the epoch after the last of them
+
+
+def as_resumed(state: Any, event: Event) -> bool:
+    """Save there alone."""
+    return state.timestamp.batch.value in {6, 9}
+
+
 def train(
     folder: Path,
     *,
@@ -212,8 +220,9 @@ def disturb() -> None:
 def resume_differences(
     build: Callable[..., Trainer], folder: Path, at: Sequence[str] = (BEFORE_EPOCH_END, EPOCH_END, MID_EPOCH)
 ) -> dict[str, list[str]]:
-    """Train once without a stop, resume from each of its checkpoints, and return the differences."""
-    whole = build(folder / "whole")
+    """Train once without a stop, resume from its checkpoints, and return the differences."""
+    options: dict[str, Any] = {"max_duration": RESUMED, "saves": as_resumed}
+    whole = build(folder / "whole", **options)
     whole.fit()
     want = everything(whole, folder / "whole")
     found = {}
@@ -221,7 +230,7 @@ def resume_differences(
         (folder / name).mkdir()
         shutil.copy(folder / "whole" / "metrics.jsonl", folder / name)
         disturb()
-        resumed = build(folder / name, load_path=folder / "whole" / "checkpoints" / name, seed=99)
+        resumed = build(folder / name, load_path=folder / "whole" / "checkpoints" / name, seed=99, **options)
         resumed.fit()
         if different := differences(want, everything(resumed, folder / name)):
             found[name] = different
@@ -247,9 +256,9 @@ class DiesWhileSaving(Callback):
             torch.save = half_saved
 
 
-def train_until_killed(folder: str, batch: int) -> None:
+def train_until_killed(folder: Path, batch: int) -> None:
     """Run in a separate process, which kills itself."""
-    killable(Path(folder), callbacks=(DiesWhileSaving(batch),)).fit()
+    killable(folder, callbacks=(DiesWhileSaving(batch),)).fit()
 
 
 def killable(folder: Path, **options: Any) -> Trainer:

@@ -21,10 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import warm
+
 ROOT = Path(__file__).parents[2]
 MISSING = 77  # the exit status of a page that needs one of these packages, where it is not installed
 _OPTIONAL = "accelerate composer ignite lightning ray sklearn torchft torchmetrics transformers wandb"
 OPTIONAL = set(_OPTIONAL.split())
+INSTALLED = {"command-line.md"}  # these pages run the command as it is installed, in new interpreters
 DECIMALS = 0.25  # how far a printed decimal may be from that of the page; whole numbers are equal
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -134,25 +137,31 @@ def _run_shell(block: Block, page: Path) -> str:
     return done.stdout
 
 
-def in_process(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def in_process(page: Path, *options: str, forked: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a page in a process and an empty folder of its own.
 
     Args:
         page: The Markdown file.
         options: For the command line of this module.
+        forked: Whether the process and its commands ``polyak`` are forked from one that has imported torch; otherwise
+            they are new interpreters and the command as it is installed.
     """
     text = page.read_text(encoding="utf-8")
     paths = [str(Path(sys.modules["polyak"].__file__ or "").parents[1])] if "polyak" in sys.modules else []
     # Composer imports torchvision, for which there may be a stub.
     stubs = [str(ROOT / "tests" / "stubs")] if "\nfrom composer " in text else []
+    commands = [*([str(warm.folder())] if forked else []), str(Path(sys.executable).parent)]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PATH": os.pathsep.join([*commands, os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join([*paths, *stubs, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
     }
+    command = [__file__, *options, str(page.resolve())]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, *options, str(page.resolve())]
+        if forked:
+            return warm.run(*command, cwd=folder, env=environment)
+        command = [sys.executable, *command]
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -167,7 +176,7 @@ def runnable(page: Path) -> bool:
 
 def _lines(page: Path, *options: str) -> Iterator[str]:
     began = _children_s()
-    done = in_process(page, *options)
+    done = in_process(page, *options, forked=False)
     yield f"{page}: status {done.returncode}, {_children_s() - began:.1f} s of one core"
     yield done.stdout + done.stderr
 

@@ -16,6 +16,20 @@ from waiting import END_S
 
 TRIES = 5
 
+# What jobs import, and what torch imports where it is first used: Dynamo with the first optimizer.
+PRELOADED = [
+    *("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
+    *("torch.distributed.tensor.debug", "torch.distributed.device_mesh", "torch.nn.parallel", "safetensors.torch"),
+    *("polyak.trainer", "polyak.record", "polyak.sharding", "polyak.export", "polyak.sweeping"),
+]
+
+
+def processes(method: str = "forkserver") -> Any:
+    """Return a context of ``multiprocessing``; a forkserver has imported torch, which takes seconds."""
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
 
 class Ranks:
     """Up to four processes; each job runs in a new group of the first of them.
@@ -24,19 +38,21 @@ class Ranks:
         folder: For the files of their rendezvous.
         most: Number of processes.
         backend: ``gloo``, or ``nccl`` where each rank has a GPU.
+        method: How processes start. With ``fork`` they have all that this one has imported, such as frameworks.
     """
 
-    def __init__(self, folder: Path, most: int = 4, backend: str = "gloo") -> None:
+    def __init__(self, folder: Path, most: int = 4, backend: str = "gloo", method: str = "forkserver") -> None:
         self._folder, self._backend = folder, backend
+        # CUDA works in no fork of a process that may have used it.
+        self._context = processes("spawn" if torch.cuda.is_available() else method)
         self._most = most
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         self._ends, self._processes = [], []
         for _ in range(self._most):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._ends.append(ours)
@@ -90,8 +106,8 @@ class Ranks:
         for end in self._ends:
             end.close()
         for process in self._processes:
-            process.join(timeout=5)
             process.kill()
+            process.join()
 
 
 def _failed(result: Any) -> bool:

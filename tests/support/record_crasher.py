@@ -1,13 +1,12 @@
-"""Kill writers of a record at random moments, and check the records that they leave. Run by test_record.py.
+"""Kill writers of a record at random moments, and check the records that they leave.
 
-A separate program without threads, so that it may fork: to start Python for each of 200 kills would take minutes.
+To be run in a process without threads, which may fork: to start Python for each kill would take minutes.
 """
 
 import os
 import random
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +18,8 @@ from polyak.storage.safetensors import TensorInfo
 from polyak.time import Timestamp
 
 OPERATIONS = 60
-DTYPE = getattr(torch, sys.argv[3])
 TENSORS = {
-    "weight": TensorInfo(DTYPE, (64, 64), averaged=True),
+    "weight": TensorInfo(torch.float32, (64, 64), averaged=True),
     "count": TensorInfo(torch.int64, (), averaged=False),
 }
 
@@ -83,8 +81,9 @@ def finish(folder: Path, done: int, reference: Path) -> None:
     shutil.rmtree(folder)
 
 
-def main(root: Path, kills: int) -> None:
-    torch.set_num_threads(1)
+def main(root: Path, kills: int, dtype: torch.dtype) -> None:
+    """Kill a writer so many times."""
+    TENSORS["weight"] = TensorInfo(dtype, (64, 64), averaged=True)
     chance = random.Random(0)
     with Writer(root / "reference", TENSORS, per_level=2) as writer:
         before_and_after = [None, manifest(root / "reference")]
@@ -96,7 +95,7 @@ def main(root: Path, kills: int) -> None:
     assert len(set(before_and_after)) == OPERATIONS + 2
 
     folder = root / "record"
-    done, killed, finished, half_written = -1, 0, 0, 0  # -1: not even an empty record
+    done, killed, half_written = -1, 0, 0  # -1: not even an empty record
     while killed < kills or (not half_written and killed < 20 * kills):
         reader, pipe = os.pipe()
         child = os.fork()
@@ -122,11 +121,6 @@ def main(root: Path, kills: int) -> None:
         half_written += any(folder.glob("*.tmp"))
         if done == OPERATIONS:
             finish(folder, done, root / "reference")
-            finished, done = finished + 1, -1
+            done = -1
     finish(folder, done, root / "reference")
-    print(f"{killed} killed, {half_written} while writing a file, {finished + 1} records completed")
     assert half_written
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

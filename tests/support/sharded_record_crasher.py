@@ -1,12 +1,11 @@
 """Kill one or all of the ranks that write a record at random moments, and check the records that they leave.
 
-Run by test_recorder_sharded.py as a separate program that may fork: to start Python for each rank would take minutes.
+To be run in a process without threads, which may fork: to start Python for each rank would take minutes.
 """
 
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,8 +13,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo  # what the ranks import, once and before they fork
 import torch.distributed as dist
-import torch.distributed.checkpoint  # once, before forking
+import torch.distributed.checkpoint
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -117,7 +117,7 @@ def run(folder: Path, meeting: Path, size: int, done: int, pipe: int) -> list[in
 
 
 def main(root: Path, kills: int) -> None:
-    torch.set_num_threads(1)
+    """Kill ranks so many times."""
     chance = random.Random(0)
     with Writer(root / "reference", TENSORS, per_level=1) as writer:
         before_and_after = [None, stands(root / "reference")]
@@ -127,7 +127,7 @@ def main(root: Path, kills: int) -> None:
     assert len(set(before_and_after)) == OPERATIONS + 2
 
     folder, number = root / "record", 0
-    done, killed, half_written, survivors, took_s = -1, 0, 0, 0, 0.0  # -1: not even an empty record
+    done, killed, survivors = -1, 0, 0  # -1: not even an empty record
     while killed < kills or done < OPERATIONS:
         if done == OPERATIONS:
             folder, done = root / f"record {number}", -1
@@ -147,9 +147,7 @@ def main(root: Path, kills: int) -> None:
             time.sleep(chance.uniform(0, 0.05))
             for child in children if chance.random() < 0.4 else [chance.choice(children)]:
                 os.kill(child, signal.SIGKILL)
-        began = time.monotonic()
         ends = [os.waitpid(child, 0)[1] for child in children]
-        took_s = max(took_s, time.monotonic() - began) if killed < kills else took_s
         while more := os.read(reader, 4096):
             said += more
         acknowledged = max(0, done) + said.count(b".")
@@ -158,13 +156,4 @@ def main(root: Path, kills: int) -> None:
         survivors += any(map(os.WIFSIGNALED, ends)) and not all(map(os.WIFSIGNALED, ends))
         done = before_and_after.index(stands(folder)) - 1
         assert done in {acknowledged, acknowledged + 1} or (done == -1 and not acknowledged), (done, acknowledged)
-        half_written += any(folder.glob("*.tmp"))
     assert survivors
-    print(
-        f"{killed} times killed, {survivors} of them with survivors, which took {took_s:.1f} s at most to end; "
-        f"{half_written} times while writing"
-    )
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -97,10 +97,16 @@ def records(kind: str, folder: str, stop: int, steps: int, options: dict[str, An
     run.end()
 
 
-def resumes(kind: str, folder: str, stop: int, steps: int, options: dict[str, Any]) -> int:
-    """Load what ``records`` saved, and record on."""
+def resumes(
+    kind: str, folder: str, stop: int, steps: int, options: dict[str, Any], stop_again: int | None = None
+) -> int:
+    """Load what ``records`` saved, and record on; save on the way, where that is asked for."""
     run = Run(kind, folder, **options)
     run.load("state")
+    if stop_again is not None:
+        run.train(range(stop, stop_again))
+        run.save("state")
+        stop = stop_again
     run.train(range(stop, steps))
     run.end()
     return run.recorder.num_updates

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,9 +38,9 @@ def written(folder, length=LENGTH, step=1, *, per_epoch=None, max_duration=None)
     return Record(folder)
 
 
-@pytest.fixture
-def record(tmp_path):
-    return written(tmp_path / "run")
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("recorded") / "run")
 
 
 def losses(noise, count=32):
@@ -184,6 +185,7 @@ def test_recommend_on_the_command_line_writes_what_it_recommends(record, tmp_pat
     from safetensors.torch import load_file
 
     monkeypatch.chdir(tmp_path)
+    Path("run").symlink_to(record.folder)
     assert main(["recommend", "run", "-o", "averaged.safetensors", "--json"]) == 0
     plain = json.loads(capsys.readouterr().out)
     assert plain["profile"] == "--half-life 16ba --unbiased"
@@ -194,6 +196,7 @@ def test_recommend_on_the_command_line_writes_what_it_recommends(record, tmp_pat
 
 def test_recommend_on_the_command_line_says_why(record, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("run").symlink_to(record.folder)
     (tmp_path / "why.py").write_text("def loss(state):\n    return [float(state['weight'].norm())] * 10\n")
     assert main(["recommend", "run", "--evaluate", "why.py:loss"]) == 0
     text = capsys.readouterr().out

@@ -1,16 +1,13 @@
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import loops
 import pytest
 import torch
+from launching import exit_code
 from loops import EPOCH_END, MID_EPOCH
 from torch.utils.data import DataLoader
 
-import polyak
 from polyak import EMA, CheckpointError, Evaluator, Event, PlanWarning, Trainer
 from polyak.profiles import HalfLife
 
@@ -26,8 +23,18 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("half_life", ["4ba", "0.9ep"])
+@pytest.mark.parametrize(
+    ("plan", "half_life"),
+    [
+        ("default interval", "4ba"),
+        ("default interval", "0.9ep"),
+        ("every 3 batches", "0.9ep"),
+        ("every epoch", "4ba"),
+        ("started after the checkpoint", "4ba"),
+        ("started before the checkpoint", "0.9ep"),
+        ("started at a share of the run", "0.9ep"),
+    ],
+)
 def test_a_resumed_run_equals_one_that_never_stopped(half_life, plan, tmp_path):
     def build(folder, **options):
         return loops.train(folder, ema=EMA(half_life, **PLANS[plan]), **options)
@@ -142,12 +149,7 @@ def test_a_failed_run_resumes_from_its_last_checkpoint(tmp_path):
 
 
 def test_a_run_killed_while_it_saves_resumes_bit_for_bit(tmp_path):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(loops.__file__).parent), str(Path(polyak.__file__).parents[1])])
-    }
-    code = f"import loops; loops.train_until_killed({str(tmp_path / 'killed')!r}, 12)"
-    died = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert died.returncode == -9, died.stderr
+    assert exit_code(loops.train_until_killed, tmp_path / "killed", 12) == -signal.SIGKILL
     folder = tmp_path / "killed" / "checkpoints"
     assert [path.name for path in sorted(folder.glob("ep*.pt"))] == ["ep0-ba4.pt", "ep1-ba8.pt"]
     assert len((tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()) > 8

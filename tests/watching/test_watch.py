@@ -405,10 +405,10 @@ def test_watch_refuses_an_interval_that_the_loop_does_not_count() -> None:
 
 
 def test_watch_reads_while_another_thread_trains(tmp_path) -> None:
-    run = Run(tmp_path / "run", length=400)
-    thread = threading.Thread(target=lambda: (run.train(400), run.finish()))
+    run = Run(tmp_path / "run", length=100)
+    thread = threading.Thread(target=lambda: (run.train(100), run.finish()))
     thread.start()
-    found = list(watch(run.folder, loss, "50ba", poll_s=0.01))
+    found = list(watch(run.folder, loss, "20ba", poll_s=0.01))
     thread.join()
-    assert found[-1].updates == 400
+    assert found[-1].updates == 100
     assert found[-1].get("raw") is not None
