@@ -222,3 +222,18 @@ def test_an_extra_state_that_safetensors_cannot_hold_is_refused_by_name(tmp_path
     with pytest.raises(CheckpointError, match=r"must be a tensor.*got a dict for '0\._extra_state'"):
         ema.save(tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_module_that_is_registered_twice_is_written_under_each_of_its_names(tmp_path) -> None:
+    layer = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Sequential(layer, nn.Tanh(), layer), nn.ModuleDict({"a": layer, "b": layer})["a"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = attach(EMA("3ba"), model, optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    ema.save(tmp_path / "averaged.safetensors")
+    assert load_file(tmp_path / "averaged.safetensors").keys() == model.state_dict().keys()
+    model.load_state_dict(load_file(tmp_path / "averaged.safetensors"))
+    ema.detach()

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.optim import swa_utils
 
+from polyak import EMA, LoanError, attach
 from polyak.averaging.batchnorm import update_bn
 
 
@@ -108,3 +109,42 @@ def test_only_buffers_of_batchnorm_change() -> None:
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed <= {f"{i}.{name}" for i in (1, 5) for name in ("running_mean", "running_var", "num_batches_tracked")}
     assert len(changed) == 6
+
+
+def trained_with_average():
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    ema = attach(EMA("3ba"), model, optimizer)
+    for inputs, _ in batches():
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    return model, ema
+
+
+@pytest.mark.parametrize("whose", ["polyak's", "torch's"])
+def test_update_bn_of_an_averaged_module_leaves_the_average_as_it_is(whose) -> None:
+    model, ema = trained_with_average()
+    before = copy.deepcopy(ema.model.state_dict())
+    averaged = ema.model
+    if whose == "polyak's":
+        update_bn(averaged, batches())
+        with ema.applied():
+            update_bn(model, batches())
+            want = model[1].running_mean.clone()
+        torch.testing.assert_close(averaged[1].running_mean, want)
+    else:
+        with pytest.raises(LoanError, match=r"train a copy: copy\.deepcopy"):
+            swa_utils.update_bn(batches(), averaged)
+        swa_utils.update_bn(batches(), copy.deepcopy(ema.model))
+    assert all(torch.equal(before[name], value) for name, value in ema.model.state_dict().items())
+    assert averaged[0].weight.data_ptr() == ema.model[0].weight.data_ptr()
+
+
+def test_copies_and_files_of_an_averaged_module_reset_their_own_statistics(tmp_path) -> None:
+    _, ema = trained_with_average()
+    torch.save(ema.model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(ema.model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        other[1].reset_running_stats()
+        assert not other[1].running_mean.any()
+    assert ema.model[1].running_mean.any()

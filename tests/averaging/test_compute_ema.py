@@ -182,3 +182,37 @@ def test_a_teacher_computes_with_its_new_weights_also_inside_one_block_of_autoca
         compute_ema(model, teacher, smoothing=0.5)
         after = teacher(inputs)
     assert not torch.equal(before, after)
+
+
+class Pair(nn.Module):
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+        if tied:
+            self.b.weight = self.a.weight
+
+
+def test_two_weights_are_not_averaged_into_one() -> None:
+    with pytest.raises(ArgumentError, match=r"must have one value \(got two for 'a.weight' and 'b.weight'"):
+        compute_ema(Pair(tied=False), Pair(tied=True))
+    compute_ema(Pair(tied=True), Pair(tied=False))
+    same = Pair(tied=False)
+    same.b.load_state_dict(same.a.state_dict())
+    compute_ema(same, Pair(tied=True))
+
+
+def test_an_average_of_two_weights_is_not_copied_into_one() -> None:
+    model, ema = Pair(tied=False), EMA(smoothing=0.5)
+    attached = attach(ema, model, None)
+    attached.step()
+    with pytest.raises(ArgumentError, match=r"tied tensors of the model to fill must have one value"):
+        ema.get_ema_model(Pair(tied=True))
+    attached.detach()
+
+
+def test_a_module_that_is_registered_twice_is_averaged_once_under_each_of_its_names() -> None:
+    layer, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    model, ema_model = nn.ModuleList([layer] * 3), nn.ModuleList([other] * 3)
+    want = (other.weight + layer.weight) / 2
+    compute_ema(model, ema_model, smoothing=0.5)
+    torch.testing.assert_close(other.weight, want)

@@ -7,6 +7,7 @@ import warnings
 from types import SimpleNamespace
 
 import loops
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -405,3 +406,70 @@ def test_a_run_that_fails_while_averaging_waits_says_so_once():
             raise KeyError
     assert sum("finite" in str(w.message) for w in caught) == 1
     assert "7 updates" in str(caught[0].message)
+
+
+def test_a_state_that_waits_for_a_model_is_a_copy() -> None:
+    first, model = EMA(decay=0.5), filled(1.0)
+    attached = attach(first, model, None)
+    attached.step()
+    second = EMA(decay=0.5)
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    attached.step()
+    other = attach(second, filled(5.0), None)
+    assert value(other.model) == 1.0
+    for one in (attached, other):
+        one.detach()
+
+
+def test_an_average_of_a_later_clock_continues_where_it_is_loaded_in_mid_run() -> None:
+    state = {}
+    for steps in (50, 3):
+        ema, model = EMA("10ba"), nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        attached = attach(ema, model, optimizer)
+        for step in range(2 * steps):
+            if steps == 3 and step == 3:
+                ema.load_state_dict(state)
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+        state = copy.deepcopy(ema.state_dict())
+        attached.detach()
+    assert ema.num_updates == 99 + 2  # no time passes in the first of the three
+
+
+def test_a_state_with_numbers_of_numpy_is_read() -> None:
+    model, ema = filled(1.0), EMA(decay=0.5)
+    attached = attach(ema, model, None)
+    for _ in range(3):
+        attached.step()
+        with torch.no_grad():
+            model.weight.add_(1)
+            model.bias.add_(1)
+    ema.load_state_dict({**ema.state_dict(), "num_updates": np.int64(2)})
+    assert ema.num_updates == 2
+    attached.detach()
+
+
+def test_weights_without_values_are_refused_by_name_at_the_first_step() -> None:
+    model = nn.Linear(2, 1, device="meta")
+    attached = attach(EMA(decay=0.5), model, None)
+    with pytest.raises(PolyakError, match="'weight' is on the meta device; load the weights"):
+        attached.step()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_buffer_is_left_as_it_is() -> None:
+    model = nn.Linear(2, 1)
+    model.register_buffer("lengths", torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]))
+    attached = attach(EMA(decay=0.5), model, None)
+    for _ in range(3):
+        attached.step()
+        with torch.no_grad():
+            model.weight.add_(1)
+    assert "a nested tensor" in str(attached.average.plan())
+    with attached.applied():
+        pass
+    attached.model(torch.ones(1, 2))
+    attached.detach()

@@ -547,3 +547,65 @@ def test_a_model_whose_structure_has_changed_is_refused_by_name_where_its_averag
     with pytest.raises(MismatchError, match=r"missing: 0\.weight"), ema.applied():
         pass
     ema.detach()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_an_evaluation_may_rescale_embeddings_with_a_norm(kind, frozen) -> None:
+    model = nn.Sequential(kind(8, 2, max_norm=0.1), nn.Linear(2, 1))
+    model[0].requires_grad_(not frozen)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    ema, inputs = EMA(smoothing=0.5), torch.arange(8).reshape(4, 2)
+    attached = attach(ema, model, optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+    before, average = everything(model), ema._average.shadow.averages
+    average = {name: tensor.clone() for name, tensor in average.items()}
+    with attached.applied(), torch.no_grad():
+        model.eval()(inputs)
+    assert frozen or equal(before, everything(model))
+    assert equal(average, dict(ema._average.shadow.averages))
+    attached.detach()
+
+
+def test_parameters_that_are_loaded_for_each_forward_pass_are_not_replaced() -> None:
+    class Offloaded(nn.Linear):  # as Accelerate's cpu_offload: on the meta device between two forward passes
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self._parameters["weight"] = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+            result = super().forward(x)
+            self._parameters["weight"] = nn.Parameter(torch.empty(2, 2, device="meta"), requires_grad=False)
+            return result
+
+    model = nn.Sequential(Offloaded(2, 2, bias=False), nn.Linear(2, 1))
+    model[0].to("meta").requires_grad_(False)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    attached = attach(EMA(smoothing=0.5), model, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    before = model[1].weight.detach().clone()
+    with attached.applied():
+        model(torch.ones(1, 2))
+    assert torch.equal(before, model[1].weight)
+    attached.detach()
+
+
+def test_a_state_of_no_average_is_not_loaded_while_the_model_holds_one() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA(smoothing=0.5), model, optimizer)
+    nothing = attached.state_dict()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+    before = everything(model)
+    with attached.applied(), pytest.raises(LoanError, match="only into training weights.*leave the block"):
+        attached.load_state_dict(nothing)
+    assert equal(before, everything(model))
+    attached.load_state_dict(nothing)
+    assert not attached.average.ema_started
+    attached.detach()

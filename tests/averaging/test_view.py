@@ -1083,3 +1083,45 @@ def test_a_swap_makes_no_backup_once_nobody_holds_the_averaged_model() -> None:
     del held
     gc.collect()
     assert not swapper.is_exposed()
+
+
+def averaging(model: nn.Module, inputs: Tensor):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = attach(EMA("3ba"), model, optimizer)
+
+    def train() -> None:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(inputs).square().mean().backward()
+            optimizer.step()
+
+    train()
+    return ema, train
+
+
+def test_a_parametrization_is_removed_from_the_averaged_module_and_stays_in_the_model() -> None:
+    model, inputs = parametrizations.weight_norm(nn.Linear(4, 2)), torch.ones(3, 4)
+    parametrize.register_parametrization(model, "bias", nn.Tanh())
+    ema, train = averaging(model, inputs)
+    averaged = ema.model
+    before = averaged(inputs)
+    for name in ("weight", "bias"):
+        parametrize.remove_parametrizations(averaged, name)
+    torch.testing.assert_close(averaged(inputs), before)
+    assert type(averaged) is nn.Linear
+    train()
+    assert parametrize.is_parametrized(model)
+    torch.testing.assert_close(ema.model.weight, ema.model.parametrizations.weight[0](
+        *(getattr(ema.model.parametrizations.weight, f"original{i}") for i in (0, 1))
+    ))  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_averaged_module_and_its_copies_are_scripted(tmp_path) -> None:
+    inputs = torch.randn(8, 4)
+    ema, _ = averaging(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), inputs)
+    torch.save(ema.model, tmp_path / "model.pt")
+    for module in (ema.model, copy.deepcopy(ema.model)):
+        torch.testing.assert_close(torch.jit.script(module)(inputs), ema.model(inputs))
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(loaded(inputs), ema.model(inputs))

@@ -302,3 +302,49 @@ def test_a_tensor_that_repeats_its_numbers_is_refused_and_not_written_out(tmp_pa
     torch.save({"a": torch.ones(1).expand(1 << 40), "b": torch.ones(3)}, tmp_path / "it.pt")
     with pytest.raises(CheckpointError, match="a repeats its numbers"):
         open_checkpoint(tmp_path / "it.pt")
+
+
+def test_checkpoints_of_one_epoch_are_in_the_order_of_their_steps(tmp_path) -> None:
+    paths = [tmp_path / name for name in ("b.ckpt", "a.ckpt", "last.ckpt")]
+    for path, step in zip(paths, (300, 100, 200), strict=True):
+        torch.save({"state_dict": {"w": torch.full((2,), float(step))}, "epoch": 0, "global_step": step}, path)
+    made = average_checkpoints(paths, tmp_path / "out.safetensors", last=2)
+    assert [one.path.name for one in made.checkpoints] == ["last.ckpt", "b.ckpt"]
+    assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [250.0, 250.0]
+
+
+def test_checkpoints_of_one_epoch_without_steps_are_in_the_order_of_their_names(tmp_path) -> None:
+    paths = [tmp_path / name for name in ("part-10.pt", "part-9.pt")]
+    for number, path in enumerate(paths):
+        torch.save({"model": {"w": torch.full((2,), float(number))}, "epoch": 1}, path)
+    made = average_checkpoints(paths, tmp_path / "out.safetensors")
+    assert [one.path.name for one in made.checkpoints] == ["part-9.pt", "part-10.pt"]
+
+
+def test_a_share_of_a_run_whose_epochs_are_all_0_is_refused(tmp_path) -> None:
+    for number in (1, 2):
+        torch.save({"model": {"w": torch.full((2,), float(number))}, "epoch": 0}, tmp_path / f"part-{number}.pt")
+    with pytest.raises(ProfileError, match="times of checkpoints must increase"):
+        average_checkpoints(sorted(tmp_path.glob("*.pt")), tmp_path / "out.safetensors", profile=HalfLife("0.1dur"))
+
+
+def test_complex_weights_alone_are_averaged(tmp_path) -> None:
+    for step in (1, 3):
+        torch.save({"model": {"w": torch.full((2,), step * 1j)}, "step": step}, tmp_path / f"{step}.pt")
+    average_checkpoints(sorted(tmp_path.glob("*.pt")), tmp_path / "out.safetensors")
+    assert load_file(tmp_path / "out.safetensors")["w"].tolist() == [2j, 2j]
+
+
+def test_an_epoch_of_0_counts_as_one_that_has_ended(tmp_path) -> None:
+    for epoch in range(3):
+        torch.save({"model": {"w": torch.full((2,), float(epoch))}, "epoch": epoch}, tmp_path / f"epoch_{epoch}.pth")
+    made = average_checkpoints(sorted(tmp_path.glob("*.pth")), tmp_path / "out.safetensors", profile=HalfLife("1ep"))
+    assert made.weights == pytest.approx([1 / 7, 2 / 7, 4 / 7])
+
+
+def test_names_that_safetensors_cannot_hold_are_refused(tmp_path) -> None:
+    for name in ("__metadata__", "w.\udcff"):
+        torch.save({name: torch.ones(2)}, tmp_path / "step-1.pt")
+        with pytest.raises(CheckpointError, match="names must be text that safetensors can hold"):
+            average_checkpoints([tmp_path / "step-1.pt"], tmp_path / "out.safetensors")
+        assert [one.name for one in tmp_path.iterdir()] == ["step-1.pt"]

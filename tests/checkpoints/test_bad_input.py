@@ -69,7 +69,7 @@ BAD = {
     "other names": lambda path: save_file({"v": torch.ones(4, 3), "b": torch.ones(4)}, path),
     "a name less": lambda path: save_file({"w": torch.ones(4, 3)}, path),
     "a name more": lambda path: save_file({"w": torch.ones(4, 3), "b": torch.ones(4), "c": torch.ones(1)}, path),
-    "names of DDP": lambda path: save_file({"module.w": torch.ones(4, 3), "module.b": torch.ones(4)}, path),
+    "names of another module": lambda path: save_file({"net.w": torch.ones(4, 3), "net.b": torch.ones(4)}, path),
     "names in other letters": lambda path: save_file({"W": torch.ones(4, 3), "b": torch.ones(4)}, path),
     "code alone": lambda path: path.write_bytes(pickle.dumps(Code())),
     "code as the weights": lambda path: torch.save({"model": Code()}, path),

@@ -7,6 +7,7 @@ import torch
 from polyak.checkpoints import distance as distance_module
 from polyak.checkpoints import open_checkpoint
 from polyak.checkpoints.distance import distances, overall
+from polyak.cli import main
 
 
 def compare(folder, first, second):
@@ -50,3 +51,15 @@ def test_zeros_infinities_nan_and_other_shapes_have_distances_that_say_so(tmp_pa
     assert str(found["shape"].relative) == "nan"
     assert found["shape"].shapes == ((2,), (3,))
     assert "only" not in found
+
+
+def test_an_infinite_mask_hides_no_difference_of_other_tensors(tmp_path) -> None:
+    mask = torch.tensor([-torch.inf, 0.0])
+    found = compare(tmp_path, {"mask": mask, "w": torch.ones(4)}, {"mask": mask, "w": torch.full((4,), 2.0)})
+    assert overall(found.values()) == 1
+
+
+def test_nothing_in_common_is_no_distance_of_0(tmp_path, capsys) -> None:
+    assert str(overall(compare(tmp_path, {"a": torch.ones(2)}, {"b": torch.ones(2)}).values())) == "nan"
+    assert main(["diff", str(tmp_path / "a.pt"), str(tmp_path / "b.pt")]) == 0
+    assert "no tensor has one name in both" in capsys.readouterr().out

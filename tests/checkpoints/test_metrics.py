@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from polyak import ArgumentError, CheckpointError
 from polyak.checkpoints import average_checkpoints, open_checkpoint
+from polyak.checkpoints.metrics import metrics_of
 
 
 def torch_file(path, **content) -> str:
@@ -116,3 +117,20 @@ def test_a_metric_that_is_not_there_is_refused_with_those_that_are(folder) -> No
 def test_the_best_need_a_metric_and_exclude_the_last_and_weights(folder, options) -> None:
     with pytest.raises(ArgumentError):
         averaged(folder, **options)
+
+
+def test_nan_is_worse_than_any_metric_and_none_of_the_best(tmp_path) -> None:
+    for epoch, loss in ((1, 0.5), (2, torch.nan), (3, 0.4)):
+        torch.save(
+            {"model": {"w": torch.full((2,), float(epoch))}, "epoch": epoch, "loss": loss}, tmp_path / f"{epoch}.pt"
+        )
+    paths = sorted(tmp_path.glob("*.pt"))
+    made = average_checkpoints(paths, tmp_path / "two.safetensors", best=2, metric="loss")
+    assert [one.path.name for one in made.checkpoints] == ["1.pt", "3.pt"]
+    with pytest.raises(ArgumentError, match="best 3 must have numbers for loss .*of 3 checkpoints 2 have one"):
+        average_checkpoints(paths, tmp_path / "three.safetensors", best=3, metric="loss")
+
+
+def test_a_name_says_nan_and_inf_of_a_metric(tmp_path) -> None:
+    found = metrics_of(tmp_path / "epoch=1-loss=nan-error=inf-info=infra.ckpt", {}, {})
+    assert str(found) == "{'loss': nan, 'error': inf}"

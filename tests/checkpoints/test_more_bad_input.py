@@ -37,6 +37,9 @@ CODES = {
     "int8 of bitsandbytes": ("l.weight", torch.ones(4, 3, dtype=torch.int8), "l.SCB"),
     "4 bits of bitsandbytes": ("l.weight", torch.ones(6, 1, dtype=torch.uint8), "l.weight.absmax"),
     "GPTQ": ("l.qweight", torch.ones(4, 3, dtype=torch.int32), "l.scales"),
+    "HQQ": ("l.W_q", torch.ones(4, 3, dtype=torch.uint8), "l.scale"),
+    "Quanto": ("l.weight._data", torch.ones(4, 3, dtype=torch.int8), "l.weight._scale"),
+    "gpt-oss in MXFP4": ("l.up_proj_blocks", torch.ones(4, 3, dtype=torch.uint8), "l.up_proj_scales"),
 }
 
 

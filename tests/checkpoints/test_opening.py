@@ -225,7 +225,82 @@ def test_what_a_checkpoint_says_counts_more_than_its_name(tmp_path) -> None:
     assert moment_of(tmp_path / "x", {"optimizer_history": [{"num_updates": 1}, {"num_updates": 9}]}, {}) == {"ba": 9}
 
 
+@pytest.mark.parametrize("name", ["iter_num", "step_count", "batch_idx_train", "completed_steps", "it"])
+def test_the_counters_of_training_scripts_are_steps(tmp_path, name) -> None:
+    assert moment_of(tmp_path / "ckpt.pt", {name: torch.tensor(7), "current_epoch": 2}, {}) == {"ba": 7, "ep": 2}
+
+
 def test_names_sort_as_people_sort_them(tmp_path) -> None:
     names = ["a-9.pt", "a-10.pt", "a-010.pt", "b.pt"]
     assert sorted((tmp_path / one for one in reversed(names)), key=in_natural_order)[0].name == "a-9.pt"
     assert sorted((tmp_path / one for one in names), key=in_natural_order)[-1].name == "b.pt"
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.ckpt", "lit_model.pth"])
+def test_a_folder_of_olmo_speechbrain_or_litgpt_is_a_checkpoint(tmp_path, name) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / name)
+    torch.save({"state": {}, "param_groups": []}, tmp_path / "optim.pt")
+    (tmp_path / "config.yaml").write_text("layers: 2")
+    assert open_checkpoint(tmp_path).tensors.keys() == {"w"}
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "pytorch_model-00001-of-00002.bin"])
+def test_shards_without_their_index_are_refused_by_what_is_missing(tmp_path, name) -> None:
+    (tmp_path / name).write_bytes(b"shard")
+    with pytest.raises(
+        CheckpointError, match=r"the index of its shards, such as model.safetensors.index.json, is missing"
+    ):
+        open_checkpoint(tmp_path)
+
+
+def test_an_object_in_the_place_of_a_tensor_is_refused_by_its_class(tmp_path) -> None:
+    torch.save({"model": {"w": ShardedTensor(), "b": torch.ones(2)}, "step": 1}, tmp_path / "rank-0.pt")
+    with pytest.raises(
+        CheckpointError, match=r"all weights must be plain tensors \(w is an object of the class .*ShardedTensor"
+    ):
+        open_checkpoint(tmp_path / "rank-0.pt")
+
+
+class ShardedTensor:
+    """Stands for torch's, whose ranks save parts of a tensor as objects."""
+
+
+def test_the_state_of_an_optimizer_is_no_model_under_any_key(tmp_path) -> None:
+    adam = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
+    torch.save({"net": {"w": torch.ones(2)}, "opt_g": adam, "adam": adam}, tmp_path / "it.pt")
+    assert open_checkpoint(tmp_path / "it.pt").place == "net"
+    torch.save(adam, tmp_path / "opt.pt")
+    with pytest.raises(CheckpointError, match="param_groups, the state of an optimizer\\); leave it out"):
+        open_checkpoint(tmp_path / "opt.pt")
+
+
+def test_a_tuple_of_states_is_read_by_number_and_single_numbers_are_weights(tmp_path) -> None:
+    torch.save(({"w": torch.ones(2)}, {"param_groups": []}), tmp_path / "it.pt")
+    assert open_checkpoint(tmp_path / "it.pt").place == "0"
+    torch.save({"temperature": torch.tensor(2.0)}, tmp_path / "it.pt")
+    assert open_checkpoint(tmp_path / "it.pt").tensors.keys() == {"temperature"}
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("step-00500/model.pt", 500),
+        ("step-00500/lit_model.pth", 500),
+        ("checkpoint-500/pytorch_model.bin", 500),
+        ("step-500/step-7.pt", 7),
+        ("step_5e2.pt", 500),
+        ("ema_0.9999_010000.pt", 10_000),  # guided-diffusion
+        ("model010000.pt", 10_000),
+        ("0050000.pt", 50_000),  # DiT
+        ("lora-000001.safetensors", None),
+        ("step-500/fold.pt", None),
+        ("llama-100k-steps/model.pt", None),
+    ],
+)
+def test_the_folder_says_the_step_where_the_name_of_the_file_is_the_usual_one(tmp_path, name, step) -> None:
+    assert moment_of(tmp_path / name, {}, {}).get("ba") == step
+
+
+def test_a_folder_of_a_model_in_a_folder_of_a_step_is_of_that_step(tmp_path) -> None:
+    (tmp_path / "checkpoint-500" / "unet").mkdir(parents=True)
+    assert moment_of(tmp_path / "checkpoint-500" / "unet", {}, {}) == {"ba": 500}

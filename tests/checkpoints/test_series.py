@@ -172,3 +172,69 @@ def test_a_folder_of_checkpoint_folders_is_a_series(tmp_path: Path) -> None:
         folder.mkdir()
         save_file(runs.weights(step), folder / "model.safetensors")
     assert [one.updates for one in open_series([tmp_path], Options()).averages] == [100, 200]
+
+
+def test_files_of_timm_are_a_series_and_hidden_files_are_none(tmp_path: Path) -> None:
+    for epoch in (1, 2, 3):
+        torch.save(
+            {"state_dict": {"w": torch.full((2,), float(epoch))}, "epoch": epoch},
+            tmp_path / f"checkpoint-{epoch}.pth.tar",
+        )
+    shutil.copy(tmp_path / "checkpoint-3.pth.tar", tmp_path / "last.pth.tar")
+    (tmp_path / "._checkpoint-1.pth.tar").write_bytes(b"of a file system")
+    series = open_series([tmp_path], Options())
+    assert [one.name for one in series.averages] == [f"checkpoint-{epoch}.pth.tar" for epoch in (1, 2, 3)]
+    assert list(series.left_out) == ["last.pth.tar: no number in its name"]
+
+
+def test_folders_of_megatron_are_a_series(tmp_path: Path) -> None:
+    for step in (100, 200):
+        folder = tmp_path / f"iter_{step:07d}" / "mp_rank_00"
+        folder.mkdir(parents=True)
+        torch.save({"model": {"w": torch.ones(2)}, "iteration": step}, folder / "model_optim_rng.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("200")
+    assert [one.updates for one in open_series([tmp_path], Options()).averages] == [100, 200]
+
+
+def test_a_link_to_a_checkpoint_is_no_other_checkpoint(tmp_path: Path) -> None:
+    runs.write_raw(tmp_path, 300, 100)
+    (tmp_path / "latest-rank0.pt").symlink_to("step-300.pt")
+    assert [one.name for one in open_series([tmp_path], Options()).averages] == [
+        f"step-{n}.pt" for n in (100, 200, 300)
+    ]
+
+
+def test_a_resumed_run_is_one_run(tmp_path: Path) -> None:
+    for step, begin in ((100, "scratch"), (200, "resume")):
+        said = {"init_from": begin, "lr": 0.1, "start_epoch": step}
+        torch.save({"model": {"w": torch.ones(2)}, "step": step, "config": said}, tmp_path / f"step-{step}.pt")
+    assert len(open_series([tmp_path], Options()).averages) == 2
+
+
+def test_files_that_are_averages_by_their_names_need_a_profile(tmp_path: Path) -> None:
+    for step in (100, 200):
+        torch.save({"state_dict": {"w": torch.ones(2)}, "global_step": step}, tmp_path / f"step={step}-EMA.ckpt")
+    refused(tmp_path, r"by its name .*step=100-EMA.ckpt is one, ema\); give it as stored=HalfLife")
+    assert len(open_series([tmp_path], Options(stored=(PowerFunction(0.05),))).averages) == 2
+
+
+def test_epochs_from_0_and_a_checkpoint_of_step_0_begin_the_run(tmp_path: Path) -> None:
+    for number in range(3):
+        torch.save({"model": {"w": torch.ones(2)}, "epoch": number}, tmp_path / f"epoch_{number}.pth")
+        torch.save({"model": {"w": torch.ones(2)}, "step": 10 * number}, tmp_path / f"step-{10 * number}.pt")
+    assert [one.updates for one in open_series([tmp_path / "*.pth"], Options()).averages] == [1, 2, 3]
+    series = open_series([tmp_path / "*.pt"], Options())
+    assert [one.updates for one in series.averages] == [10, 20]
+    assert list(series.left_out) == ["step-0.pt: of ba 0, before training"]
+
+
+def test_a_folder_with_brackets_in_its_name_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "lr=[0.1]").mkdir()
+    runs.write_raw(tmp_path / "lr=[0.1]", 300, 100)
+    assert len(open_series([tmp_path / "lr=[0.1]" / "step-*.pt"], Options()).averages) == 3
+
+
+def test_a_model_next_to_checkpoints_with_numbers_is_none_of_them(tmp_path: Path) -> None:
+    runs.write_raw(tmp_path, 300, 100)
+    shutil.copy(tmp_path / "step-300.pt", tmp_path / "model.pt")
+    assert list(open_series([tmp_path], Options()).left_out) == ["model.pt: no number in its name"]

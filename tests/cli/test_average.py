@@ -212,3 +212,22 @@ def test_a_model_that_does_not_fit_is_refused_and_nothing_is_written(run, tmp_pa
     assert said in printed
     assert not (tmp_path / "out.pt").exists()
     sys.modules.pop("polyak_user_batches", None)
+
+
+@pytest.mark.parametrize(("output", "options"), [("out.safetensors", ()), ("out.pt", ()), ("out", ("--as", "dcp"))])
+def test_a_full_disk_is_named_with_the_output_and_nothing_is_left(
+    tmp_path, monkeypatch, capsys, output, options
+) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.chdir(tmp_path)
+    for step in (1, 2):
+        torch.save({"w": torch.full((100_000,), float(step))}, f"step-{step}.pt")
+    before, limits = sorted(tmp_path.iterdir()), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        code = main(["average", "step-1.pt", "step-2.pt", "-o", output, *options])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert (code, error.count("\n"), sorted(tmp_path.iterdir())) == (2, 1, before)
+    assert error.startswith(f"polyak average: {output}: ")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import foreign_runs as runs
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from polyak import Record, Window
@@ -96,3 +97,13 @@ def test_options_of_checkpoints_are_refused_for_a_record(tmp_path: Path, capsys:
     folder = str(tmp_path / "none")
     assert main(["reconstruct", folder, "--window", "4ba", "-o", str(tmp_path / "o.safetensors"), *STORED]) != 0
     assert "--stored must be for checkpoints of another library" in capsys.readouterr().err
+
+
+def test_a_share_of_a_run_of_another_library_is_of_what_there_is_of_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for step, weights in enumerate(torch.randn(32, 6).cumsum(0), 1):
+        torch.save({"model": {"w": weights.clone()}, "step": 10 * step}, f"step-{10 * step}.pt")
+    for half_life, out in (("0.25dur", "a.safetensors"), ("80ba", "b.safetensors")):
+        assert main(["reconstruct", "step-*.pt", "--half-life", half_life, "-o", out]) == 0
+    assert torch.equal(load_file("a.safetensors")["w"], load_file("b.safetensors")["w"])

@@ -56,7 +56,7 @@ def test_inspect_shows_all_state_dicts_with_their_keys_and_the_metrics(run, tmp_
     [
         (["it.pt", "--verify"], "--verify must be for a record (it.pt is none)"),
         (["empty"], "must have weights in it"),
-        (["none"], "a record must have a manifest.json"),
+        (["none"], "RECORD must be there (there is no none)"),
     ],
 )
 def test_inspect_refuses_in_one_line(run, tmp_path, arguments, said) -> None:

@@ -1,6 +1,7 @@
 """Wrong command lines, and what each says: one sentence in the words of the user, and nothing is written."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ LINES = [
     ("inspect", "the following arguments are required: RECORD"),
     ("inspect RUN more", "unrecognized arguments: more"),
     ("inspect RUN --verfy", "unrecognized arguments: --verfy (did you mean --verify?)"),
-    ("inspect none", "a record must have a manifest.json, and there is none in"),
+    ("inspect none", "RECORD must be there (there is no none); check the path"),
     ("inspect evaluate.py", "evaluate.py cannot be read: it is neither a safetensors file nor one of torch.save"),
     ("env all", "unrecognized arguments: all"),
     ("plan evaluate.py", "MODEL must be FILE.py:FUNCTION or package.module:FUNCTION (got 'evaluate.py')"),
@@ -138,3 +139,48 @@ def test_a_wrong_line_is_refused_in_one_sentence(run, here, capsys, line, expect
 
 def test_the_table_has_as_many_lines_as_it_should() -> None:
     assert len(LINES) > 40
+
+
+@pytest.mark.parametrize(
+    "command", [["inspect"], ["recommend"], ["reconstruct", "--half-life", "5ba", "-o", "o.safetensors"]]
+)
+def test_a_record_that_is_not_there_is_named(tmp_path, monkeypatch, capsys, command) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([command[0], "rnu", *command[1:]]) == 2
+    assert "RECORD must be there (there is no rnu); check the path" in capsys.readouterr().err
+
+
+def test_watch_of_checkpoints_says_what_evaluates_them(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.ones(2)}, "step-1.pt")
+    for folder in (".", "*.pt"):
+        assert main(["watch", folder, "--evaluate", "math:sqrt"]) == 2
+        assert "has checkpoints); evaluate their averages by polyak sweep" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_stream_ends_no_command(tmp_path, monkeypatch, name) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, name, None)
+    assert main(["average", "nothing.pt", "-o", "out.pt"]) == 2
+    assert main(["diff", "nothing.pt", "nothing.pt"]) == 2
+
+
+def test_a_path_that_begins_with_a_dash_is_named_with_how_to_write_it(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.ones(2)}, "-step-1.pt")
+    with pytest.raises(SystemExit):
+        main(["inspect", "-step-1.pt"])
+    assert "must be written ./-step-1.pt" in capsys.readouterr().err
+    assert main(["inspect", "./-step-1.pt"]) == 0
+
+
+def test_a_folder_whose_name_is_no_text_is_averaged(tmp_path, monkeypatch, capsys) -> None:
+    folder = tmp_path / "bad\udcff\x1b[31m"
+    folder.mkdir()
+    for step in (1, 2):
+        torch.save({"w": torch.ones(2) * step}, tmp_path / f"step-{step}.pt")
+        (tmp_path / f"step-{step}.pt").rename(folder / f"step-{step}.pt")
+    monkeypatch.chdir(folder)
+    assert main(["average", *map(str, sorted(folder.iterdir())), "-o", str(folder / "out.safetensors")]) == 0
+    assert "\x1b" not in capsys.readouterr().out

@@ -507,3 +507,45 @@ def test_one_algorithm_for_several_models_is_refused_with_the_remedy(tmp_path) -
     trainer.train()
     with pytest.raises(MismatchError, match=r"has made another.*model_init.*lambda: EMA\(\.\.\.\)"):
         trainer.train()
+
+
+@pytest.mark.parametrize("weights", ["averaged", "both"])
+def test_a_schedule_free_optimizer_changes_its_weights_before_the_average_is_swapped_in(tmp_path, weights) -> None:
+    class ScheduleFree(torch.optim.SGD):
+        evaluating = False
+
+        def eval(self) -> None:
+            self._set(evaluating=True)
+
+        def train(self) -> None:
+            self._set(evaluating=False)
+
+        @torch.no_grad()
+        def _set(self, *, evaluating: bool) -> None:
+            if evaluating is not self.evaluating:
+                self.evaluating = evaluating
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.mul_(2.0 if evaluating else 0.5)
+
+    net = loops.perceptron()
+    model = Classifier(net)
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=6,
+            eval_strategy="steps",
+            eval_steps=2,
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to="none",
+            save_strategy="no",
+        ),
+        data_collator=collate,
+        train_dataset=loops.dataset(32),
+        eval_dataset=loops.dataset(8),
+        optimizers=(ScheduleFree(model.parameters(), lr=0.1), None),
+    )
+    attached = attach(EMA(decay=0.5), trainer, eval_weights=weights)
+    trainer.train()  # an evaluation that changes the average is refused
+    assert attached.num_updates == 6

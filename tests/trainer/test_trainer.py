@@ -958,3 +958,27 @@ def test_a_loader_without_a_length_trains_and_has_epochs():
     trainer.fit()
     assert (trainer.state.timestamp.batch.value, trainer.state.timestamp.epoch.value) == (6, 2)
     assert ema.num_updates == 5
+
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_numbers_and_tensors_without_a_dimension_in_a_batch_are_no_samples(grad_accum) -> None:
+    class Model(nn.Linear):
+        def forward(self, batch: Any) -> Tensor:
+            assert batch["scale"].shape == ()
+            return super().forward(batch["inputs"]) * batch["scale"]
+
+        def loss(self, outputs: Any, batch: Any) -> Tensor:
+            return outputs.square().mean() + batch["epoch"]
+
+    batch = {"scale": torch.tensor(2.0), "epoch": 3, "mask": None, "inputs": torch.ones(4, 3)}
+    model = Model(3, 1)
+    trainer = Trainer(
+        model,
+        [batch] * 2,
+        "1ep",
+        optimizers=torch.optim.SGD(model.parameters(), lr=0.1),
+        grad_accum=grad_accum,
+        progress_bar=False,
+    )
+    trainer.fit()
+    assert trainer.state.timestamp.sample == 8

@@ -738,3 +738,130 @@ def test_the_norms_of_a_full_parameter_and_of_its_shard_are_not_compared() -> No
     full = norms_of({"weight": torch.ones(4)})
     assert moved_names(full, norms_of({"weight": torch.ones(2)})) == []
     assert moved_names(full, norms_of({"weight": torch.full((4,), 2.0)})) == ["weight"]
+
+
+@pytest.mark.parametrize("period", [2, 3, 5, 6, 10])
+def test_a_loop_that_changes_weights_in_some_steps_only_is_told_in_the_first_22(period) -> None:
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA(smoothing=0.5), model, optimizer)
+    with pytest.warns(PlanWarning, match=_BETWEEN):
+        for step in range(1, 23):
+            train(model, optimizer, steps=1)
+            if step % period == 0:
+                clip(model)
+    attached.detach()
+
+
+def test_weights_that_are_loaded_once_between_two_steps_are_no_habit_of_the_loop() -> None:
+    model = linear()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached = attach(EMA(smoothing=0.5), model, optimizer)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    for step in range(30):
+        train(model, optimizer, steps=1)
+        if step == 4:
+            model.load_state_dict(saved)
+    attached.detach()
+
+
+def test_an_optimizer_inside_a_wrapper_that_moves_weights_after_it_is_warned_of() -> None:
+    model = linear()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer = Lookahead(inner)
+    attached = attach(EMA(smoothing=0.5), model, inner)
+    with pytest.warns(PlanWarning, match="must not change between two steps"):
+        train(model, outer, steps=22)
+    attached.detach()
+
+
+def test_embeddings_that_a_forward_pass_rescales_are_no_change_by_the_loop() -> None:
+    model = nn.Embedding(8, 2, max_norm=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    attached = attach(EMA(smoothing=0.5), model, optimizer)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.arange(8)).sum().backward()
+        optimizer.step()
+    with attached.applied():
+        pass
+    model(torch.arange(8))
+    attached.state_dict()
+    attached.detach()
+
+
+# Other optimizers
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.weight = nn.Linear(4, 4), nn.Parameter(torch.ones(2, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.body(x), self.weight)
+
+
+def test_a_second_optimizer_is_noticed_whichever_of_its_tensors_it_has_first() -> None:
+    model = Two()
+    head = torch.optim.SGD([model.weight], lr=0.1)
+    attached = attach(EMA(smoothing=0.9), model, head)
+    train(model, head, steps=20)
+    train(model, torch.optim.SGD([*model.body.parameters(), model.weight], lr=0.1), steps=20)
+    with pytest.warns(PlanWarning, match="since then 20 of SGD, which steps the same parameters, were not"):
+        attached.state_dict()
+    attached.detach()
+
+
+def test_many_steps_of_an_optimizer_of_another_part_are_warned_of_and_few_are_not() -> None:
+    model = Two()
+    head, body = torch.optim.SGD([model.weight], lr=0.01), torch.optim.Adam(model.body.parameters(), lr=1e-3)
+    attached = attach(EMA(smoothing=0.9), model, head)
+    for _ in range(3):  # as a critic, which steps more often
+        train(model, head, steps=1)
+        train(model, body, steps=90)
+        attached.state_dict()
+    train(model, head, steps=1)
+    with pytest.warns(PlanWarning, match="4 of SGD were, and since then 100 of Adam, which steps other parameters"):
+        train(model, body, steps=100)
+    attached.detach()
+
+
+def test_weights_that_stand_still_while_steps_are_counted_by_hand_are_warned_of() -> None:
+    model = linear()
+    attached = attach(EMA(smoothing=0.5), model, None)
+    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for _ in range(3):
+        weights["weight"] = weights["weight"] - 0.1  # as with torch.func, outside the model
+        attached.step()
+    with pytest.warns(PlanWarning, match="3 steps were counted by hand, and no parameter has moved.*torch.func"):
+        attached.state_dict()
+    attached.detach()
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Has other weights for evaluations, as those of schedulefree."""
+
+    def _move(self, by: float) -> None:
+        with torch.no_grad():
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(by)
+
+    def eval(self) -> None:
+        self._move(0.1)
+
+    def train(self) -> None:
+        self._move(-0.1)
+
+
+def test_an_optimizer_that_changes_weights_for_an_evaluation_is_not_warned_of() -> None:
+    model = linear()
+    optimizer = ScheduleFree(model.parameters(), lr=0.1)
+    attached = attach(EMA(smoothing=0.5), model, optimizer)
+    train(model, optimizer, steps=5)
+    optimizer.eval()
+    with attached.applied():
+        pass
+    optimizer.train()
+    attached.state_dict()
+    attached.detach()

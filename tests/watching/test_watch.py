@@ -412,3 +412,11 @@ def test_watch_reads_while_another_thread_trains(tmp_path) -> None:
     thread.join()
     assert found[-1].updates == 100
     assert found[-1].get("raw") is not None
+
+
+def test_there_is_space_between_very_large_metrics_of_polyak_watch(here, tmp_path, capsys) -> None:
+    here.train(64)
+    here.finish()
+    (tmp_path / "large.py").write_text("def loss(state):\n    return 1.2345e300\n")
+    assert main(["watch", "run", "--evaluate", "large.py:loss", "--minimize"]) == 0
+    assert "64ba 1.234e+300" in capsys.readouterr().out.replace("1.235e", "1.234e")

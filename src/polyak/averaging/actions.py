@@ -8,7 +8,7 @@ from polyak.averaging.creation import check_layout
 from polyak.averaging.nothing import warn_of_nothing
 from polyak.averaging.online import SWAPS, Action, OnlineAverage
 from polyak.averaging.swap import swap_of
-from polyak.errors import LoanError, ProfileError, TimeError
+from polyak.errors import LoanError, MemoryLayoutError, ProfileError, TimeError
 from polyak.events import Event, State
 from polyak.sharding import local
 from polyak.tensors.slots import Policy, averaged_parameters
@@ -67,6 +67,11 @@ def _begin(average: OnlineAverage, event: Event, state: State, logger: MetricLog
     parameters = averaged_parameters(state.model, average.settings.policy)
     for slot in parameters:
         check_layout(slot, Policy.AVERAGE)  # first, since torch's functions fail for some of what it refuses
+        if slot.tensor.is_meta:
+            raise MemoryLayoutError(
+                f"a trained tensor must have values to be averaged, and {slot.name!r} is on the meta device; load the "
+                "weights before the first step"
+            )
     if not all(bool(local(slot.tensor).detach().isfinite().all()) for slot in parameters):
         progress.wait(now)
         return
@@ -84,6 +89,10 @@ def _update(average: OnlineAverage, event: Event, state: State, logger: MetricLo
     del event, logger
     shadow, schedule, progress = average.shadow, average.schedule, average.progress
     assert shadow is not None
+    now, before = state.timestamp, progress.updated_at
+    if before is not None and now.elapsed(TimeUnit.BATCH) < before.elapsed(TimeUnit.BATCH):
+        progress.resume(schedule, state)  # in mid-run, an average was loaded that has gone further than this run
+        return
     if schedule.unit is None:
         decay = schedule.profile.decay(shadow.num_updates, shadow.num_updates + 1)
     else:

@@ -45,7 +45,8 @@ def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | st
         return
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
-    before = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    held = [(layer._buffers, name, buffer) for layer in layers for name, buffer in layer.named_buffers(recurse=False)]  # noqa: SLF001
+    before = [(where, name, buffer, buffer.clone()) for where, name, buffer in held]
     try:
         model.eval()
         for layer in layers:
@@ -54,8 +55,8 @@ def update_bn(model: nn.Module, loader: Iterable[Any], device: torch.device | st
             layer.training = True
         _run(model, loader, device)
     except BaseException:
-        for buffer, value in before:
-            buffer.copy_(value)
+        for where, name, buffer, value in before:
+            where[name] = buffer.copy_(value)
         raise
     finally:
         for layer, momentum in momenta:

@@ -34,9 +34,9 @@ def report_changed(names: Sequence[str], owner: str) -> None:
     """
     message = (
         f"parameters must not change while the average is in the model, and {_shown(names)} did in the swap by "
-        f"{owner} (merged adapters, or an optimizer step?): trained parameters are restored and their average has "
-        "the change; frozen ones, and buffers too large to be kept, have it too; load a checkpoint, and evaluate "
-        "without what changes them; let a policy copy such a buffer"
+        f"{owner} (merged adapters, an optimizer step, or a call of its eval()?): trained parameters are restored and "
+        "their average has the change; frozen ones, and buffers too large to be kept, have it too; load a checkpoint, "
+        "and evaluate without what changes them; let a policy copy such a buffer"
     )
     if sys.exception() is not None:
         warnings.warn(message, PlanWarning, stacklevel=5)  # an error would hide the exception that leaves the block

@@ -30,7 +30,7 @@ def relative_distance(movement: Movement, swapper: Swapper, ranks: Ranks | None,
     (together or OneProcess()).on_every_rank("the distance from the average", swapper.refuse_other)
     reshard(movement.model)
     places, averages, online = places_of(movement.model), swapper.averaged(), swapper.training()
-    sums = torch.zeros(2, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64, device="cpu")
     for name in (slot.name for slot, _ in movement.listing.averaged if slot.is_parameter):
         own = averages[name]
         share = 1.0 if ranks is None else ranks.share(own, name) * places.shards(name, own)

@@ -1,8 +1,12 @@
 """Puts a view in eval mode without changing the weights that it shares."""
 
+import copy
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
+from types import BuiltinMethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +33,8 @@ def evaluate(view: nn.Module, tensors: Iterable[Tensor]) -> None:
             view.eval()
         for module in view.modules():
             vars(module)["training"] = False  # some modules refuse an assignment
+            if hasattr(type(module), "reset_running_stats"):
+                vars(module)["reset_running_stats"] = _ResetOwn(module)
 
 
 def keep_evaluating(view: nn.Module) -> None:
@@ -38,6 +44,7 @@ def keep_evaluating(view: nn.Module) -> None:
         view: In eval mode. A copy of it may train.
     """
     view.register_forward_pre_hook(_InEvalMode(view))
+    vars(view)["__prepare_scriptable__"] = _Unhooked(view)
 
 
 class _InEvalMode:
@@ -60,6 +67,57 @@ class _InEvalMode:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, ({}, "get")  # of (module, inputs) it returns the inputs; a file of the copy needs no polyak
+
+
+class _Unhooked:
+    """What ``torch.jit.script`` compiles in place of a module: the same one without the hook, which cannot be compiled.
+
+    Args:
+        view: The module.
+    """
+
+    def __init__(self, view: nn.Module) -> None:
+        self._view = weakref.ref(view)
+
+    def __call__(self) -> nn.Module:
+        view: Any = self._view()
+        bare = copy.copy(view)
+        hooks = view._forward_pre_hooks.items()  # noqa: SLF001
+        # Of a copy of the module the hook is a method of a dict.
+        kept = [(key, hook) for key, hook in hooks if not isinstance(hook, _InEvalMode | BuiltinMethodType)]
+        vars(bare)["_forward_pre_hooks"] = OrderedDict(kept)
+        del vars(bare)["__prepare_scriptable__"]
+        return bare
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Unhooked":
+        return _Unhooked(memo[id(self._view())])
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return partial, (copy.copy, self._view())
+
+
+class _ResetOwn:
+    """``reset_running_stats`` of a layer of a view: it gives the layer statistics of its own before it resets them.
+
+    ``update_bn``, also torch's, measures the statistics of a view then, and those of the average stay. A copy of the
+    layer has the method of its class again.
+
+    Args:
+        layer: Of a view.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = weakref.ref(layer)
+
+    def __call__(self) -> None:
+        layer: Any = self._layer()
+        held = layer._buffers  # noqa: SLF001
+        held.update({name: buffer.clone() for name, buffer in held.items() if buffer is not None})
+        del vars(layer)["reset_running_stats"]
+        layer.reset_running_stats()
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (self._layer(), "reset_running_stats")  # of the copy, which has nothing in its place yet
 
 
 def _has_own_mode(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from polyak.errors import ArgumentError
 from polyak.kernels import Place, lerp_
 from polyak.profiles import Smoothing
 from polyak.tensors.memory import has_memory, write_
-from polyak.tensors.slots import check_match, is_statistic, named_tensors, slots
+from polyak.tensors.slots import check_match, check_ties, is_statistic, named_tensors, slots
 
 _calls = itertools.count()
 
@@ -32,7 +32,8 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         smoothing: The share of the average that is kept, from 0 to 1.
 
     Raises:
-        ArgumentError: If one of the two is not a module, or ``ema_model`` shares trained tensors with ``model``.
+        ArgumentError: If one of the two is not a module, ``ema_model`` shares trained tensors with ``model``, or it has
+            one tensor where ``model`` has two.
         LoanError: If ``model`` holds an average.
         ProfileError: If ``smoothing`` is not in [0, 1].
         MismatchError: If names or shapes differ. The message lists them.
@@ -61,6 +62,7 @@ def compute_ema(model: nn.Module, ema_model: nn.Module, smoothing: float = 0.99)
         raise ArgumentError(
             f"ema_model must have its own memory (got {shared[0]!r} in that of model); make it by copy.deepcopy(model)"
         )
+    check_ties("tied tensors of ema_model", ema_model, online)
     averaged = list[tuple[Tensor, Tensor]]()
     for slot in slots(ema_model):
         average, tensor = slot.tensor.detach(), online[slot.name].detach()

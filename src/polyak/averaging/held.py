@@ -40,6 +40,10 @@ class Held:
         """Whether the module holds another tensor of the same kind, which the optimizer does not step."""
         now = self._now()
         replaced = now is not None and now is not self.tensor and not is_spread(self.tensor)
+        if replaced and self.tensor.is_meta:
+            return (
+                False  # its values are elsewhere, as of what Accelerate has offloaded, and come for each forward pass
+            )
         return replaced and not self.is_moved and now.shape == self.tensor.shape
 
     def put_back(self) -> None:

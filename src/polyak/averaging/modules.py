@@ -11,7 +11,7 @@ from polyak.averaging.listing import Listing
 from polyak.averaging.movement import Movement
 from polyak.averaging.view import module_over
 from polyak.errors import CopyError, ShardingError
-from polyak.tensors.slots import all_slots, check_match
+from polyak.tensors.slots import all_slots, check_match, check_ties
 
 
 def module_of(movement: Movement, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -106,6 +106,7 @@ def copy_into(target: nn.Module, movement: Movement, tensors: Mapping[str, Tenso
 
     Raises:
         MismatchError: If names or shapes differ.
+        ArgumentError: If it has one tensor where the model in training has two.
     """
     model, listing = movement.model, movement.listing
     sharding.reshard(model)
@@ -117,6 +118,7 @@ def copy_into(target: nn.Module, movement: Movement, tensors: Mapping[str, Tenso
             source[slot.name] = slot.tensor if view is None else view
     filled = {slot.name: slot.tensor for slot in all_slots(target)}
     check_match("the model to fill must have the names and shapes of the one in training", source, filled)
+    check_ties("tied tensors of the model to fill", target, source)
     for name, tensor in filled.items():
         sharding.copy_(tensor.detach(), source[name])
     forget_derived()

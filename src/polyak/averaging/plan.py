@@ -119,5 +119,5 @@ def _row(slot: Slot, policy: PolicyRule, owners: Mapping[str, str], through: set
                 check_layout(slot, made.policy)
             except (PolyakError, ValueError) as error:
                 decision, reason = "refused", str(error)
-    shape = () if torch.nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+    shape = () if torch.nn.parameter.is_lazy(tensor) or tensor.is_nested else tuple(tensor.shape)
     return Row(slot.name, shape, tensor.dtype, decision, reason)

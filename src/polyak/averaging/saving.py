@@ -5,7 +5,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyak import sharding
 from polyak.averaging.derived import forget_derived
@@ -62,8 +62,7 @@ def load_tensors(movement: Movement, state: Mapping[str, Any]) -> None:
         CheckpointError: If values are cut to whole numbers.
     """
     model, listing, settings = movement.model, movement.listing, movement.settings
-    if swap := swap_of(model):
-        raise LoanError(f"a state can be loaded only into training weights, and {swap.owner} has swapped them out")
+    refuse_swapped(model)
     sharding.reshard(model)
     if movement.offloader is not None:
         movement.offloader.settle()  # a state also replaces an average whose update failed
@@ -97,6 +96,22 @@ def load_tensors(movement: Movement, state: Mapping[str, Any]) -> None:
             sharding.copy_(tensor, training[name])
     forget_derived()
     movement.reset(int(state["num_updates"]), int(state["num_quarantined"]))
+
+
+def refuse_swapped(model: nn.Module) -> None:
+    """Refuse to load a state while the model holds an average.
+
+    Args:
+        model: Wrapped or not.
+
+    Raises:
+        LoanError: If it does.
+    """
+    if swap := swap_of(model):
+        raise LoanError(
+            f"a state can be loaded only into training weights, and {swap.owner} has swapped them out; leave the block "
+            "of applied() first"
+        )
 
 
 def _listed(names: str | None) -> dict[str, Tensor]:

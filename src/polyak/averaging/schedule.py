@@ -166,7 +166,7 @@ class Schedule:
         return timestamp.elapsed(unit, run.max_duration) >= self.start.value
 
     def is_due(self, updated_at: Timestamp | None, run: Run) -> bool:
-        """Return whether an interval has ended since the last update.
+        """Return whether an interval has ended since the last update, or the clock has been set back behind it.
 
         Args:
             updated_at: The last update. None if it is not known, as for an average that the user has set in a loop
@@ -176,7 +176,7 @@ class Schedule:
         interval, length, now = self.interval, run.max_duration, run.timestamp
         if updated_at is None:
             return now.elapsed(interval.unit, length) % interval.value == 0
-        return now.intervals(interval, length) > updated_at.intervals(interval, length)
+        return now.intervals(interval, length) != updated_at.intervals(interval, length)
 
     def origin(self, now: Timestamp) -> Timestamp:
         """Return where the profile's clock begins if averaging begins now: at ``start``, which may be earlier.

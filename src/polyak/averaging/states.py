@@ -2,11 +2,13 @@
 
 import warnings
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from polyak.averaging.agreement import agree_on_names, refuse_unsynchronized
+from polyak.averaging.saving import refuse_swapped
 from polyak.compat.composer import from_composer
 from polyak.errors import CheckpointError, PlanWarning, ShardingError
 from polyak.sharding import OneProcess, Ranks, has_experts, is_initialized
@@ -75,11 +77,13 @@ def load(average: "OnlineAverage", state: Mapping[str, Any], strict: bool = True
 
     Raises:
         CheckpointError: If it is not such a state.
+        LoanError: If the model holds an average.
         MismatchError: If names or shapes differ from the model's.
     """
     check_state(state)
     if average.model is None:
-        average.pending, average.given = (state, bool(strict)), None
+        # A copy: what is waited for may be the average of a run that goes on.
+        average.pending, average.given = (cloned(state), bool(strict)), None
         return
     average.given = None
     if "polyak" not in state:
@@ -91,6 +95,7 @@ def load(average: "OnlineAverage", state: Mapping[str, Any], strict: bool = True
             stacklevel=3,
         )
     if not state["ema_started"]:
+        refuse_swapped(average.model)
         average.shadow = None
         return
     if state.get("lent") and "training_model" not in state:
@@ -155,7 +160,7 @@ def _check_kinds(state: Mapping[str, Any]) -> None:
         )
 
 
-_KINDS = {"ema_model": Mapping, "num_updates": (int, float, Tensor), "origin": Mapping, "updated_at": Mapping}
+_KINDS = {"ema_model": Mapping, "num_updates": (Real, Tensor), "origin": Mapping, "updated_at": Mapping}
 
 
 def cloned(state: Mapping[str, Any], device: str | None = None) -> dict[str, Any]:

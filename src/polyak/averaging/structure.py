@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from polyak.averaging.references import References, is_atomic, referent
 from polyak.averaging.replaced import Replaced
@@ -224,7 +225,7 @@ class Copies:
             name = self.found.where(id(module))
             raise CopyError(f"ema_model must copy the model, and {name} is scripted by torch.jit; {INSTEAD}")
         inner = _wrapped(module)
-        new = self._remember(module, object.__new__(class_before(module)))
+        new = self._remember(module, object.__new__(_own_class(module)))
         held = vars(new)
         for name, value in attributes_before(module).items():
             if inner is None or name in _BARE:
@@ -271,6 +272,16 @@ class Copies:
 
             self._late.append(fill)
         return self.memo[id(cell)]
+
+
+def _own_class(module: nn.Module) -> type:
+    """Return the class of a copy: of a parametrized module a new one, whose property its own removal deletes."""
+    kind = class_before(module)
+    if not parametrize.is_parametrized(module):
+        return kind
+    return type(
+        kind.__name__, kind.__bases__, {name: value for name, value in vars(kind).items() if name != "__dict__"}
+    )
 
 
 def _alias(by: Tensor, cls: type[Tensor]) -> Tensor:

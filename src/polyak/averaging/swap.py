@@ -27,7 +27,7 @@ from polyak.averaging.versions import Versions
 from polyak.errors import LoanError, PlanWarning
 from polyak.sharding import is_spread, local, rows
 from polyak.tensors import memory, optimizers
-from polyak.tensors.slots import Slot, all_slots, own_attribute, unwrap
+from polyak.tensors.slots import Slot, all_slots, own_attribute, rescaled_in_forward, unwrap
 
 
 class Phase(Enum):
@@ -77,9 +77,12 @@ class Swap:
         # Aliases keep this memory where it is, whatever happens to the model.
         self._tensors = [rows(slot.tensor, a).detach() for slot, a in zip(slots, averages, strict=True)]
         self._shards = [local(a) for a in averages]
+        # What a forward pass may change is copied to a backup, and its changes are not reported.
+        rescaled = rescaled_in_forward(model)
+        self._steady = [id(slot.tensor) not in rescaled for slot in slots]
         self._exchanged = [
-            slot.is_parameter and not keep_averages and _exchangeable(t, a)
-            for slot, t, a in zip(slots, self._tensors, self._shards, strict=True)
+            slot.is_parameter and steady and not keep_averages and _exchangeable(t, a)
+            for slot, steady, t, a in zip(slots, self._steady, self._tensors, self._shards, strict=True)
         ]
         self._exchange = kernels.swap(
             *(list(compress(side, self._exchanged)) for side in (self._tensors, self._shards))
@@ -89,7 +92,7 @@ class Swap:
         self._left = [slot for slot in left if not slot.is_parameter]
         self._views = views
         self._kept = kept_names(self._left)
-        watched = [slot for slot in left if slot.is_parameter or slot.name not in self._kept]
+        watched = [s for s in left if s.name not in self._kept and id(s.tensor) not in rescaled]
         self._watched = [(s.name, memory.compact(local(s.tensor).detach())) for s in watched if _has_bits(s.tensor)]
         self._sums: list[int] | None = None
         self._changed = list[str]()
@@ -186,7 +189,7 @@ class Swap:
             report_changed(changed, self.owner)
 
     def _note_changes(self, before: Sequence[int]) -> None:
-        names = [*(self._slots[i].name for i in self._backup), *(name for name, _ in self._watched)]
+        names = [*(self._slots[i].name for i in self._backup if self._steady[i]), *(name for name, _ in self._watched)]
         try:
             sums = kernels.checksums(self._all_watched())
         except Exception:  # restoring the weights matters more than knowing whether they changed
@@ -235,7 +238,8 @@ class Swap:
         return found
 
     def _all_watched(self) -> list[Tensor]:
-        return [memory.compact(self._tensors[i]) for i in self._backup] + [tensor for _, tensor in self._watched]
+        backups = [memory.compact(self._tensors[i]) for i in self._backup if self._steady[i]]
+        return backups + [tensor for _, tensor in self._watched]
 
     def _restore(self) -> list[tuple[str, Exception]]:
         """Restore all tensors that can be; return those that cannot, each with its error."""

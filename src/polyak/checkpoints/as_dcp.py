@@ -13,6 +13,7 @@ from polyak.checkpoints.sharded import sizes_of
 from polyak.checkpoints.stored import Saved
 from polyak.checkpoints.units import SAID, Facts, Job, Unit, in_groups
 from polyak.compat.folders import Box
+from polyak.storage.saving import saving
 
 _FILE_BYTES = 1 << 30
 _METADATA = ".metadata"
@@ -64,8 +65,10 @@ def _unit(job: Job, file: Path, shards: Sequence[tuple[str, Box]]) -> Unit:
         places = list[Any]()
         with file.open("wb") as opened:
             for name, box in shards:
-                begin = opened.tell()
-                torch.save(_shard(job, name, box), opened)
+                begin, shard = opened.tell(), _shard(job, name, box)
+                with saving():
+                    torch.save(shard, opened)
+                del shard  # before the next one is read
                 places.append([name, [list(one) for one in box], begin, opened.tell() - begin])
         return {file.name: places}
 

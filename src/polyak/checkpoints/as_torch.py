@@ -13,6 +13,7 @@ from torch.serialization import get_crc32_options, set_crc32_options, skip_data
 from polyak.checkpoints.companions import PROVENANCE
 from polyak.checkpoints.units import SAID, Facts, Job, Unit, in_groups
 from polyak.storage.safetensors import raw_bytes
+from polyak.storage.saving import saving
 
 _DESCRIPTOR = b"PK\x07\x08"
 _ENTRY = b"PK\x01\x02"
@@ -28,7 +29,7 @@ def prepare(job: Job, to: Path) -> None:
     """
     # Memory that nobody touches takes no place.
     state: dict[str, Any] = {name: torch.empty(one.shape, dtype=one.dtype) for name, one in job.plan.tensors.items()}
-    with _without_checksums(), skip_data():
+    with saving(), _without_checksums(), skip_data():
         torch.save({**state, **job.plan.newest.extra}, to)
     with zipfile.ZipFile(to, "a") as archive:  # `torch.load` reads the entries that it knows, and passes over others
         archive.writestr(f"{_root(archive.namelist())}{PROVENANCE}", job.said[SAID])

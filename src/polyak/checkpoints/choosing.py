@@ -1,12 +1,13 @@
 """Which checkpoints are averaged, in which order, and how much each counts."""
 
 from collections.abc import Sequence
+from math import isnan
 from pathlib import Path
 
 from polyak.checkpoints.averaging import Plan, plan
 from polyak.checkpoints.metrics import values_of
 from polyak.checkpoints.mixed import require_one_run
-from polyak.checkpoints.moments import in_natural_order
+from polyak.checkpoints.moments import counted_from_1, in_natural_order
 from polyak.checkpoints.opening import Checkpoint, open_checkpoint
 from polyak.checkpoints.output import check_output, write_average
 from polyak.checkpoints.profiles import weights_at
@@ -15,6 +16,9 @@ from polyak.errors import ArgumentError
 from polyak.profiles import NamedProfile
 from polyak.storage.atomic import require_new
 from polyak.time import Time, TimeUnit
+
+# Several checkpoints may be of one epoch.
+_FINEST_FIRST = (TimeUnit.BATCH, TimeUnit.ITERATION, TimeUnit.SAMPLE, TimeUnit.TOKEN, TimeUnit.EPOCH)
 
 
 def average_checkpoints(
@@ -130,7 +134,8 @@ def choose(
     unit = profile.unit if profile else None
     readings = _readings(opened, times, unit)
     if weights is None:
-        keys = readings or [in_natural_order(one.path) for one in opened]
+        names = [in_natural_order(one.path) for one in opened]
+        keys = names if readings is None else [*zip(readings, names, strict=True)]
         order = sorted(range(len(opened)), key=keys.__getitem__)
         opened, readings = [opened[i] for i in order], [readings[i] for i in order] if readings else None
     if best is not None and metric is not None:
@@ -169,7 +174,13 @@ def _best(opened: Sequence[Checkpoint], count: int, metric: str, log: Path | Non
     of_each = [(one.path, one.moment, one.metrics) for one in opened]
     paths, moments, metrics = zip(*of_each, strict=True) if of_each else ((), (), ())
     values = values_of(metric, paths, moments, metrics, log)
-    ranked = sorted(range(len(values)), key=lambda i: (-values[i] if maximize else values[i], -i))
+    known = [i for i, value in enumerate(values) if not isnan(value)]
+    if len(known) < min(count, len(values)):
+        raise ArgumentError(
+            f"the best {count} must have numbers for {metric} (of {len(values)} checkpoints {len(known)} have one, and "
+            "all else have NaN); take fewer"
+        )
+    ranked = sorted(known, key=lambda i: (-values[i] if maximize else values[i], -i))
     return sorted(ranked[:count])
 
 
@@ -185,13 +196,14 @@ def _readings(
                 "convert them"
             )
         return [float(time.value) for time in given]
-    for known in TimeUnit if unit is None else (unit,):
+    for known in _FINEST_FIRST if unit is None else (unit,):
         if all(known in one.moment for one in opened):
-            return [one.moment[known] for one in opened]
+            found = [one.moment[known] for one in opened]
+            return counted_from_1(found) if known is TimeUnit.EPOCH else found
     if unit is None:
         return None
     if unit is TimeUnit.DURATION and (found := _readings(opened, None, None)) is not None:
-        return [reading / max(found) for reading in found]  # the run is what there is of it
+        return [reading / (max(found) or 1) for reading in found]  # the run is what there is of it
     unknown = [one.path for one in opened if unit not in one.moment]
     known = sorted({str(unit) for one in opened for unit in one.moment})
     raise ArgumentError(

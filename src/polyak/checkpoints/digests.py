@@ -27,7 +27,7 @@ def placeholder(path: Path, fingerprint: str) -> str:
         path: The path of the file.
         fingerprint: The fingerprint of the plan.
     """
-    return hashlib.sha256(f"{fingerprint}{path.absolute()}".encode()).hexdigest()
+    return hashlib.sha256(f"{fingerprint}{path.absolute()}".encode(errors="surrogateescape")).hexdigest()
 
 
 class Digests:

@@ -22,7 +22,7 @@ class Distance:
         shapes: The shapes in the first and in the second.
         dtypes: The dtypes in the first and in the second.
         square: The sum of the squares of the differences; NaN where the shapes differ.
-        square_of_first: The sum of the squares of the first.
+        square_of_first: The sum of the squares of the first, without infinities.
         largest: The largest absolute difference; NaN where the shapes differ.
     """
 
@@ -70,10 +70,14 @@ def distances(first: Checkpoint, second: Checkpoint) -> Iterator[Distance]:
 def overall(found: Iterable[Distance]) -> float:
     """Return the distance between all tensors of one shape taken together, relative to the norm of the first.
 
+    It is NaN if there are none.
+
     Args:
         found: The distances.
     """
     known = [one for one in found if one.shapes[0] == one.shapes[1]]
+    if not known:
+        return nan
     return _relative(sum(one.square for one in known), sum(one.square_of_first for one in known))
 
 
@@ -88,7 +92,7 @@ def _compared(one: StoredTensor, other: StoredTensor) -> tuple[float, float, flo
         difference = (b - a).abs()
         difference[a == b] = 0  # of infinities, which masks have
         square += float(difference.square().sum())
-        of_first += float(a.abs().square().sum())
+        of_first += float(a.masked_fill(a.isinf(), 0).abs().square().sum())  # an infinite norm would hide all else
         piece = float(difference.max())
         largest = piece if isnan(piece) or piece > largest else largest
     return square, of_first, largest

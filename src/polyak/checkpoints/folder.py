@@ -17,6 +17,8 @@ INDEX = ".index.json"
 _SAFETENSORS = ".safetensors"
 _SUFFIXES = (_SAFETENSORS, ".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = re.compile(r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+)?\.(safetensors|bin)")
+_MODEL = re.compile(r"(model|lit_model)\.(pt|pth|ckpt)")  # of OLMo, SpeechBrain and LitGPT
+_SHARD = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
 _RECORD = "manifest.json"
 _PIPELINE = "model_index.json"  # of diffusers
 _TRAINER_STATE = "trainer_state.json"
@@ -80,19 +82,27 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _models(path: Path) -> list[Path]:
-    return [one for one in path.iterdir() if _WEIGHTS.fullmatch(one.name)]
+    inside = [*path.iterdir()]
+    found = [one for one in inside if _WEIGHTS.fullmatch(one.name)]
+    # Next to files with numbers it is one of the checkpoints of a run.
+    numbered = any(one.name.endswith(_SUFFIXES) and any(map(str.isdigit, one.name)) for one in inside)
+    return found or ([] if numbered else [one for one in inside if _MODEL.fullmatch(one.name)])
 
 
 def _instead(path: Path) -> str:
     """Return what to do with a folder that has no weights in it."""
     if (path / _RECORD).is_file():
         return "of a record, polyak reconstruct gives the averages"
-    if (path / _PIPELINE).is_file():
-        models = sorted(one.parent for one in path.glob("*/*") if _WEIGHTS.fullmatch(one.name) or INDEX in one.name)
-        return f"average each model of a pipeline by itself: {listed(dict.fromkeys(models))}"
+    models = sorted(one.parent for one in path.glob("*/*") if _WEIGHTS.fullmatch(one.name) or INDEX in one.name)
+    if models:
+        of = " of a pipeline" if (path / _PIPELINE).is_file() else ""
+        return f"average each model{of} by itself: {listed(dict.fromkeys(models))}"
+    if any(_SHARD.fullmatch(one.name) for one in path.iterdir()):
+        return f"the index of its shards, such as model.safetensors{INDEX}, is missing: copy it, or save again"
     if any(path.glob("*.distcp")):
         return "its .metadata is missing, which is saved last: wait until it is complete, or leave it out"
-    return "give the checkpoints themselves"
+    endings = sorted(one.suffix for one in path.iterdir() if one.name.endswith(_SUFFIXES))
+    return f"give the checkpoints themselves{f', such as {shown(path)}/*{endings[0]}' if endings else ''}"
 
 
 def _indexed(path: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from polyak.compat.words import listed, shown
 from polyak.errors import ArgumentError, CheckpointError
 from polyak.time import TimeUnit
 
-_IN_NAME = re.compile(r"([A-Za-z][\w/.]*)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
+_IN_NAME = re.compile(r"([A-Za-z][\w/.]*)=(-?(?:\d+(?:\.\d+)?(?:e[-+]?\d+)?|inf(?![a-z])|nan(?![a-z])))")
 _SUFFIXES = (".ckpt", ".nemo", ".pt", ".pth", ".bin", ".safetensors")
 # Where Ultralytics and fairseq keep metrics; many scripts keep them next to the model.
 _PLACES = ((), ("extra_state",), ("metrics",), ("train_metrics",))
@@ -45,7 +45,11 @@ def _stem(path: Path) -> str:
 def _numbers(value: object) -> dict[str, float]:
     pairs = value.items() if isinstance(value, Mapping) else ()
     named = {name: one for name, one in pairs if isinstance(name, str) and isinstance(one, (int, float, StandIn))}
-    return {name: one for name, raw in named.items() if not is_counter(name) and (one := number(raw)) is not None}
+    return {
+        name: one
+        for name, raw in named.items()
+        if not is_counter(name) and (one := number(raw, finite=False)) is not None
+    }
 
 
 def _of_lightning(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, float]]:
@@ -54,7 +58,7 @@ def _of_lightning(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str,
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         saved, monitor = at(state, ("best_k_models",)), at(state, ("monitor",))
         for name, score in saved.items() if isinstance(saved, Mapping) else ():
-            value = number(score)
+            value = number(score, finite=False)
             if isinstance(monitor, str) and PureWindowsPath(str(name)).name == path.name and value is not None:
                 yield monitor, value
 

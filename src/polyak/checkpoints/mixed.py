@@ -1,18 +1,23 @@
 """Checks that checkpoints are from one run. Two runs in one folder are a mistake that an average would hide."""
 
+import os
+import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from polyak.checkpoints.copies import copies_in
 from polyak.checkpoints.opening import Checkpoint
-from polyak.checkpoints.snapshots import Snapshot
+from polyak.checkpoints.provenance import provenance_of
+from polyak.checkpoints.snapshots import Snapshot, average_named
 from polyak.compat.files import read_json
 from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
 from polyak.time import TimeUnit
 
 _CONFIG = "config.json"
+_SEGMENT = re.compile(r"\d{10,20}-\d{10,20}-[0-9a-f]{16}\.safetensors")  # as a Recorder names them
 # They change with the library, not with the model.
 _VOLATILE = {"_name_or_path", "transformers_version", "_diffusers_version", "torch_dtype", "dtype", "use_cache"}
 
@@ -20,8 +25,9 @@ _VOLATILE = {"_name_or_path", "transformers_version", "_diffusers_version", "tor
 def require_one_run(opened: Sequence[Checkpoint]) -> None:
     """See that the checkpoints of each folder can be of one run.
 
-    Two are not if they were saved at the same step, if their steps grow while their epochs fall, if they are averages
-    of other widths, or if their hyper-parameters or the configurations next to their weights differ.
+    Two are not if they were saved at the same step, if their steps grow while their epochs fall, if one is an average
+    by its name and the other is none or of another kind, if their weights are the same, or if their hyper-parameters
+    or the configurations next to their weights differ.
 
     Args:
         opened: The checkpoints.
@@ -29,14 +35,39 @@ def require_one_run(opened: Sequence[Checkpoint]) -> None:
     Raises:
         CheckpointError: If they are of several.
     """
+    _require_no_outputs(opened)
     folders = dict[Path, list[Checkpoint]]()
     for one in opened:
         folders.setdefault(one.path.absolute().parent, []).append(one)
     for inside in folders.values():
+        _require_no_segments(inside)
         _require_one_width(inside)
+        _require_one_kind(inside)
         _require_steps_to_grow(inside)
         _require_one_config([one for one in inside if (one.path / _CONFIG).is_file()])
         _require_same_settings([one for one in inside if one.settings])
+        _require_no_copies(inside)
+
+
+def _require_no_outputs(opened: Sequence[Checkpoint]) -> None:
+    """See that none is an average of others: the output of a command is often in the folder that it read."""
+    given = {os.path.realpath(one.path): one.path for one in opened}
+    for one in opened:
+        here = Path(os.path.realpath(one.path)).parent
+        made_from = [os.path.normpath(here / str(said.get("path"))) for said in provenance_of(one.path)]
+        if inside := [given[path] for path in made_from if path in given]:
+            raise CheckpointError(
+                f"a checkpoint must not be averaged with an average of it ({shown(one.path)} was made from "
+                f"{listed(inside)}); leave one out, or average all with --mixed"
+            )
+
+
+def _require_no_segments(opened: Sequence[Checkpoint]) -> None:
+    if found := [one.path for one in opened if _SEGMENT.fullmatch(one.path.name)]:
+        raise CheckpointError(
+            f"segments of a record are of different lengths ({shown(found[0])} is one): polyak reconstruct "
+            f"{shown(found[0].parent)} gives their averages; average them as they are with --mixed"
+        )
 
 
 def _require_one_width(opened: Sequence[Checkpoint]) -> None:
@@ -46,6 +77,26 @@ def _require_one_width(opened: Sequence[Checkpoint]) -> None:
         raise CheckpointError(
             f"snapshots must be averages of one width ({shown(path)} is of {width}, {shown(another)} of {other}); give "
             f"those of one, such as {shown(f'*-{width}{path.suffix}')}, or average all with --mixed"
+        )
+
+
+def _require_one_kind(opened: Sequence[Checkpoint]) -> None:
+    """See that names say of all that they are averages of one decay, or of none: a run may write both side by side."""
+    kinds = {average_named(one.path.name): one.path for one in opened}
+    if len(kinds) > 1:
+        (kind, path), (other, another), *_ = kinds.items()
+        raise CheckpointError(
+            f"checkpoints must be averages of one kind, or training weights (by its name {shown(path)} is "
+            f"{kind or 'no average'}, and {shown(another)} {other or 'no average'}); give those of one by a pattern, "
+            "or average all with --mixed"
+        )
+
+
+def _require_no_copies(opened: Sequence[Checkpoint]) -> None:
+    if (found := copies_in(opened)) is not None:
+        raise CheckpointError(
+            f"each checkpoint must have other weights ({shown(found[0].path)} and {shown(found[1].path)} have the "
+            "same: one is a copy); leave one out, or average both with --mixed"
         )
 
 

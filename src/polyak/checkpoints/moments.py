@@ -2,7 +2,7 @@
 
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from polyak.time import TimeUnit
 
 # What libraries call them, the surest first.
 _COUNTERS = {
-    TimeUnit.BATCH: ("global_step", "num_updates", "global_steps", "batch", "step", "steps", "iteration", "iter"),
-    TimeUnit.EPOCH: ("epoch",),
+    TimeUnit.BATCH: (
+        *("global_step", "num_updates", "global_steps", "batch", "step", "steps", "iteration", "iter"),
+        *("step_count", "iter_num", "batch_idx_train", "completed_steps", "it"),
+    ),
+    TimeUnit.EPOCH: ("epoch", "current_epoch"),
     TimeUnit.TOKEN: ("token", "tokens_seen", "num_tokens"),
     TimeUnit.SAMPLE: ("sample", "samples_seen"),
 }
@@ -35,8 +38,8 @@ _PLACES = (
 )
 # How numpy's scalars are stored, by the name of their dtype.
 _NUMPY = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i"}
-# As people write them: 500, 100_000, 10k or 1.5m.
-_NUMBER = r"([1-9]\d{0,2}(?:_\d{3})+(?![\d_])|\d+\.\d+(?=[km])|\d+)([km](?![a-z]))?"
+# As people write them: 500, 100_000, 1e5, 10k or 1.5m.
+_NUMBER = r"([1-9]\d{0,2}(?:_\d{3})+(?![\d_])|\d+(?:\.\d+)?e\d{1,2}(?![a-z\d])|\d+\.\d+(?=[km])|\d+)([km](?![a-z]))?"
 _MULTIPLES = {"k": 1_000, "m": 1_000_000}
 _NAMES = {
     # `checkpoint-500` is a step; fairseq's `checkpoint12.pt` is an epoch, and its `checkpoint_3_500.pt` both.
@@ -44,9 +47,13 @@ _NAMES = {
         rf"(?:steps?|iter|iteration|ba|batch|updates?|checkpoint-|ckpt-)[-_=]*{_NUMBER}",
         rf"(?<![\d.]){_NUMBER}[-_]?steps?(?![a-z])",
         r"checkpoint_\d+_(\d+)",
+        r"(?<!.)(?:(?:model|ema_0\.\d+_)(\d{6})|(\d{7}))\.pt",  # of guided-diffusion; of DiT and SiT
     ),
     TimeUnit.EPOCH: (r"(?:epochs?|ep)[-_=]*(\d+)", r"(?<!\d)(\d+)epochs?", r"checkpoint(\d+)", r"checkpoint_(\d+)_\d+"),
 }
+# Names that say nothing, and those of folders of one step, which do.
+_OF_A_STEP = re.compile(r"(global_?|train_?)?(step|iter|iteration|checkpoint|ckpt|epoch|update)s?[-_=]?\d")
+_USUAL = re.compile(r"([a-z]+_)*model(_weights)?\.(pt|pth|ckpt|bin|safetensors)")
 
 
 def moment_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any]) -> dict[TimeUnit, float]:
@@ -62,6 +69,19 @@ def moment_of(path: Path, content: Mapping[Any, Any], clock: Mapping[str, Any]) 
         for place in reversed(_PLACES):
             found |= dict(counters_in(at(source, place)))
     return {unit: found[unit] for unit in _COUNTERS if unit in found}
+
+
+def counted_from_1(epochs: Sequence[float]) -> list[float]:
+    """Return the epochs of checkpoints such that the first is 1, where it is 0: that one was saved at its end.
+
+    Args:
+        epochs: As checkpoints say them.
+
+    Example:
+        >>> counted_from_1([0, 1, 2]), counted_from_1([5, 6])
+        ([1, 2, 3], [5, 6])
+    """
+    return [one + 1 for one in epochs] if 0 in epochs else [*epochs]
 
 
 def at(value: object, place: tuple[str | int, ...]) -> object:
@@ -106,11 +126,12 @@ def _count(value: object) -> float | None:
     return found if found is not None and 0 <= found < 1 << 62 else None
 
 
-def number(value: object) -> float | None:
-    """Return a finite number, out of a tensor or of numpy if it is in one; None if it is none.
+def number(value: object, *, finite: bool = True) -> float | None:
+    """Return a number, out of a tensor or of numpy if it is in one; None if it is none.
 
     Args:
         value: What a checkpoint has.
+        finite: Whether NaN and infinities are none.
     """
     if isinstance(value, StoredTensor) and value.numel == 1:
         value = value.whole()
@@ -120,7 +141,9 @@ def number(value: object) -> float | None:
         value = _of_numpy(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return float(value) if abs(value) < 1 << 62 and isfinite(value) else None
+    if isinstance(value, float) and not isfinite(value):
+        return None if finite else value
+    return float(value) if abs(value) < 1 << 62 else None
 
 
 def _of_numpy(value: StandIn) -> object:
@@ -134,18 +157,22 @@ def _of_numpy(value: StandIn) -> object:
 
 
 def _in_name(path: Path) -> Iterator[tuple[TimeUnit, float]]:
+    # `step-500/model.pt` and `step-500/unet` are named as all others of the run.
+    folder = path.absolute().parent.name
+    is_usual = _USUAL.fullmatch(path.name) or (path.is_dir() and not any(map(str.isdigit, path.name)))
+    name = folder if is_usual and _OF_A_STEP.match(folder.lower()) else path.name
     if (snapshot := Snapshot.named(path.name)) is not None:
         yield TimeUnit.SAMPLE, float(snapshot.images)
     for unit, patterns in _NAMES.items():
         for pattern in patterns:
-            if found := re.search(rf"(?<![a-z]){pattern}", path.name.lower()):
-                if (number := _number_in(*found.groups())) is not None:
+            if found := re.search(rf"(?<![a-z]){pattern}", name.lower()):
+                if (number := _number_in(*filter(None, found.groups()))) is not None:
                     yield unit, number
                 break
 
 
-def _number_in(digits: str, multiple: str | None) -> float | None:
-    return _count(float(digits.replace("_", "")) * _MULTIPLES.get(multiple or "", 1))
+def _number_in(digits: str, multiple: str = "") -> float | None:
+    return _count(float(digits.replace("_", "")) * _MULTIPLES.get(multiple, 1))
 
 
 def in_natural_order(path: Path) -> tuple[tuple[int, int | str], ...]:

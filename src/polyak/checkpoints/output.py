@@ -19,6 +19,7 @@ from polyak.checkpoints.staging import Staging, fingerprint_of, keep_plan, stage
 from polyak.checkpoints.units import SAID, Job, Unit, Writer
 from polyak.compat.folders import Box
 from polyak.compat.words import listed, shown
+from polyak.compat.writing import require_names
 from polyak.errors import ArgumentError
 from polyak.sharding.communicator import Communicator, OneProcess
 from polyak.storage.safetensors import DTYPE_NAMES
@@ -101,6 +102,7 @@ def check_output(path: Path, plan: Plan, form: str | None = None) -> str:
 
 
 def _require_dtypes(plan: Plan) -> None:
+    require_names(plan.names)
     if other := [f"{name}: {one.dtype}" for name, one in plan.tensors.items() if one.dtype not in DTYPE_NAMES]:
         raise ArgumentError(f"all tensors must have a dtype of safetensors (got {listed(other)}); write a .pt file")
 

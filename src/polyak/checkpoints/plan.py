@@ -1,7 +1,7 @@
 """What to average: checkpoints, their weights, and the names of the tensors that they have in common."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import frexp, fsum, isfinite, ldexp
 
 import torch
@@ -10,6 +10,7 @@ from polyak.checkpoints.opening import Checkpoint
 from polyak.checkpoints.quantized import require_no_codes
 from polyak.checkpoints.stored import StoredTensor
 from polyak.checkpoints.weights import is_extra_state
+from polyak.compat.found import plain_names
 from polyak.compat.words import listed, shown
 from polyak.errors import ArgumentError, CheckpointError
 
@@ -68,6 +69,7 @@ def plan(checkpoints: Sequence[Checkpoint], weights: Sequence[float], *, common:
     for one in checkpoints:
         require_no_codes(one)
     newest = checkpoints[-1]
+    checkpoints = [named_as(one, newest) for one in checkpoints]
     left_out = dict[str, None]()
     for one in checkpoints:
         missing = [name for name in newest.tensors if name not in one.tensors]
@@ -77,7 +79,7 @@ def plan(checkpoints: Sequence[Checkpoint], weights: Sequence[float], *, common:
             has = f"only it has {listed(more)}" if more else ""
             raise CheckpointError(
                 f"checkpoints must have the same tensors ({shown(one.path)} differs from {shown(newest.path)}: "
-                f"{'; '.join(filter(None, (lacks, has)))}); leave it out, or average what all have with --common"
+                f"{'; '.join(filter(None, (lacks, has)))}); {_instead(one, newest)}"
             )
         left_out |= dict.fromkeys([*missing, *more])
     names = [name for name in newest.tensors if name not in left_out]
@@ -86,6 +88,35 @@ def plan(checkpoints: Sequence[Checkpoint], weights: Sequence[float], *, common:
     for one in checkpoints:
         _require_same_shapes(one, newest, names)
     return Plan(checkpoints, _in_range(weights), names, tuple(left_out))
+
+
+def _instead(one: Checkpoint, newest: Checkpoint) -> str:
+    """Return what to do where names differ."""
+    for longer, shorter in ((one, newest), (newest, one)):
+        first = next(iter(shorter.tensors))
+        for name in longer.tensors:
+            prefix = name.removesuffix(first)
+            if prefix.endswith(".") and {f"{prefix}{one}" for one in shorter.tensors} == longer.tensors.keys():
+                return (
+                    f"write it without {shown(prefix)} by polyak average {shown(longer.path)} --prefix {shown(prefix)} "
+                    "-o, and average that"
+                )
+    return "leave it out, or average what all have with --common"
+
+
+def named_as(one: Checkpoint, like: Checkpoint) -> Checkpoint:
+    """Return a checkpoint with the names of another, where they differ by wrappers alone.
+
+    ``torch.compile``, DDP and FSDP put words into names, and a run that is resumed may have others.
+
+    Args:
+        one: The checkpoint.
+        like: Has the names.
+    """
+    here, there = plain_names(one.tensors), plain_names(like.tensors)
+    if one.tensors.keys() == like.tensors.keys() or len(here) < len(one.tensors) or len(there) < len(like.tensors):
+        return one
+    return replace(one, tensors={there.get(name, own): one.tensors[own] for name, own in here.items()})
 
 
 def _in_range(weights: Sequence[float]) -> Sequence[float]:

@@ -8,9 +8,9 @@ from polyak.compat.words import shown
 from polyak.errors import CheckpointError
 
 # How Transformers, vLLM and torchao (weight_scale), DeepSeek (weight_scale_inv), bitsandbytes (SCB, absmax), GPTQ and
-# AWQ (scales) call the scales next to the codes of one layer.
-_SCALES = re.compile(r"(.+)\.(weight_scale(_inv|_2)?|SCB|scales|absmax)")
-_CODES = ("weight", "weight_packed", "qweight")
+# AWQ (scales), HQQ (scale), Quanto (weight._scale) and gpt-oss (..._scales) call the scales next to the codes.
+_SCALES = re.compile(r"(.+?)(?:\.(?:weight_scale(?:_inv|_2)?|SCB|scales?|absmax|_scale)|_scales)")
+_CODES = (".weight", ".weight_packed", ".qweight", ".W_q", "._data", "_blocks")
 _FLOAT8 = "float8"
 # Of two numbers in a byte, and of exponents alone: they are no weights by themselves.
 _NEVER = ("float4", "e8m0")
@@ -46,4 +46,4 @@ def _codes_of(scales: str) -> Iterator[str]:
     """Yield the names that codes may have whose scales are in a tensor; none if its name is not one of scales."""
     if match := _SCALES.fullmatch(scales):
         yield match[1]  # of bitsandbytes in 4 bits: the scales of `weight` are in `weight.absmax`
-        yield from (f"{match[1]}.{name}" for name in _CODES)
+        yield from (f"{match[1]}{end}" for end in _CODES)

@@ -14,13 +14,15 @@ _PLACES = (
     "config",
     "train_args",
     "model_args",
+    "model_config",
     "dataset_kwargs",
 )
-# What a resumed run may change.
+# What a resumed run may change, or what grows while a run trains.
 _VOLATILE = (
     *("resume", "rank", "device", "worker", "host", "port", "time", "date", "path", "dir", "log", "verbose", "debug"),
     *("ckpt", "checkpoint", "save", "output", "name", "version", "url", "epochs", "max_steps", "max_update", "nodes"),
     *("num_steps", "iters", "patience", "file", "load", "user", "project", "wandb", "world_size", "gpu", "eval"),
+    *("start", "init_from", "iteration", "consumed", "skipped", "so_far"),
 )
 _MOST = 4096
 _DEPTH = 6

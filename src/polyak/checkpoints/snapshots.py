@@ -1,4 +1,6 @@
-"""The names of EDM2's snapshots: ``network-snapshot-0001234-0.050.pkl`` has seen 1,234 thousand images, width 0.050.
+"""What the names of averages say.
+
+Of EDM2's snapshots: ``network-snapshot-0001234-0.050.pkl`` has seen 1,234 thousand images, width 0.050.
 
 Karras et al., 2024, https://arxiv.org/abs/2312.02696. Files of ``torch.save`` and safetensors with such names are read
 too, as ports of EDM2 write them.
@@ -8,6 +10,24 @@ import re
 from typing import NamedTuple, Self
 
 _NAME = re.compile(r"(.*)-(\d+)-(\d+\.\d+)\.(pkl|pt|pth|safetensors)")
+
+
+# In a name: of guided-diffusion (ema_0.9999_010000.pt), NeMo (-EMA.ckpt), ESPnet (valid.acc.ave_10best.pth) and others.
+_AVERAGE = re.compile(r"(?<![a-z])(ema|swa|ave|avg|averaged?)(?![a-z]|\w*=)(?:[-_]?(0\.\d+))?", re.IGNORECASE)
+
+
+def average_named(name: str) -> str:
+    """Return what a name says of an average: its kind, and its decay if that is there; empty if it names none.
+
+    Args:
+        name: Of a file.
+
+    Example:
+        >>> average_named("ema_0.9999_010000.pt"), average_named("run-EMA.ckpt"), average_named("step-100.pt")
+        ('ema 0.9999', 'ema', '')
+    """
+    found = _AVERAGE.search(name)
+    return " ".join(filter(None, found.groups())).lower() if found else ""
 
 
 class Snapshot(NamedTuple):

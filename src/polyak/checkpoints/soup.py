@@ -71,6 +71,7 @@ def greedy_soup(
         Wortsman et al., 2022, https://arxiv.org/abs/2203.05482, recipe 1
     """
     whole = plan(opened, [1.0] * len(opened), common=common)
+    opened = whole.checkpoints
 
     def rank(value: float) -> float:
         return inf if isnan(value) else -value if higher else value

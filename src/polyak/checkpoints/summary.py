@@ -9,8 +9,7 @@ from polyak.checkpoints.metrics import metrics_of
 from polyak.checkpoints.moments import moment_of
 from polyak.checkpoints.opening import named_errors, read
 from polyak.checkpoints.stored import Files, StoredTensor
-from polyak.checkpoints.weights import state_dicts, stored_in
-from polyak.compat.tensors import Unread
+from polyak.checkpoints.weights import state_dicts, stored_in, unread_kind
 from polyak.compat.words import listed
 from polyak.errors import CheckpointError
 from polyak.time import TimeUnit
@@ -85,7 +84,7 @@ def summarize(path: Path) -> Summary:
             StateDict(
                 place,
                 stored_in(state, files),
-                {str(name): value.kind for name, value in state.items() if isinstance(value, Unread)},
+                {str(name): kind for name, value in state.items() if (kind := unread_kind(value))},
             )
             for place, state in state_dicts(found.content)
         ]

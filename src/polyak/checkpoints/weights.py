@@ -63,17 +63,31 @@ def weights_in(content: _Mapping, files: Files, key: str | None, prefix: str | N
     }
     extra = {name: value for name, value in states.items() if _is_plain(value)}
     if other := [name for name in found if not isinstance(name, str)]:
-        raise CheckpointError(f"the names of weights must be text (got {shown(other[0])}); give --key")
+        raise CheckpointError(f"the names of weights must be text (got {shown(other[0])}); save them by name")
     if prefix:
         names = list(found)
         found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
         if not found:
             raise CheckpointError(f"--prefix must be how names begin (none with {shown(prefix)}: {listed(names)})")
-    if unread := {name: value.kind for name, value in found.items() if isinstance(value, Unread)}:
+    named = {name: value for name, value in state.items() if not prefix or str(name).startswith(prefix)}
+    if unread := {name: kind for name, value in named.items() if (kind := unread_kind(value))}:
         name, kind = next(iter(unread.items()))
         raise CheckpointError(f"all weights must be plain tensors ({shown(name)} is {kind}); save them as such")
     buffers = state.buffers if isinstance(state, NetworkState) and not prefix else frozenset[str]()
     return Weights(place, stored_in(found, files), extra, tuple(states.keys() - extra.keys()), buffers)
+
+
+def unread_kind(value: object) -> str:
+    """Return what a value is that should be a tensor and cannot be read; empty for all else.
+
+    Args:
+        value: In a state dict.
+    """
+    if isinstance(value, StandIn) and value.of.rpartition(".")[2].endswith(
+        "Tensor"
+    ):  # of ranks, which keep parts of it
+        return f"an object of the class {shown(value.of)}, which is not built"
+    return value.kind if isinstance(value, Unread) else ""
 
 
 def _is_plain(value: object, depth: int = _DEPTH) -> bool:
@@ -114,9 +128,13 @@ def _place(content: _Mapping, key: str | None) -> tuple[str, _Mapping]:
             raise CheckpointError(f"--key must be that of a state dict ({shown(key)} is {shown(value)})")
         return key, value
     places = dict(state_dicts(content))
+    if not places and content and all(isinstance(value, (Tensor, StoredTensor)) for value in content.values()):
+        return "", content  # of single numbers alone
     if not places:
+        of = ", the state of an optimizer" if "param_groups" in content else ""
         raise CheckpointError(
-            f"a checkpoint must have a state dict in it (it has {listed(content) or 'nothing'}); say where by --key"
+            f"a checkpoint must have a state dict in it (it has {listed(content) or 'nothing'}{of}); "
+            f"{'leave it out' if of else 'say where by --key'}"
         )
     if len(places) > 1:
         sizes = ", ".join(f"{shown(place) or 'the file itself'} ({_count(state)})" for place, state in places.items())
@@ -137,7 +155,7 @@ def state_dicts(content: object, place: str = "", depth: int = _DEPTH) -> Iterat
         place: Where that is.
         depth: How many levels further in are looked at.
     """
-    if not depth:
+    if not depth or (isinstance(content, Mapping) and "param_groups" in content):  # of an optimizer
         return
     inside = content.items() if isinstance(content, Mapping) else _items(content)
     inner = [
@@ -163,9 +181,15 @@ def _is_other(key: str | int) -> bool:
 def _has_weights(state: _Mapping, *, alone: bool) -> bool:
     """Return whether weights are in a mapping. If state dicts are in it too, its own names must have points."""
     return any(
-        isinstance(value, (Tensor, StoredTensor, Unread))
-        and isinstance(name, str)
-        and (isinstance(value, Unread) or (value.dtype.is_floating_point and len(value.shape) > 0))
+        isinstance(name, str)
         and (alone or "." in name)
+        and (
+            (isinstance(value, (Tensor, StoredTensor)) and _is_averaged(value) and len(value.shape) > 0)
+            or bool(unread_kind(value))
+        )
         for name, value in state.items()
     )
+
+
+def _is_averaged(value: Tensor | StoredTensor) -> bool:
+    return value.dtype.is_floating_point or value.dtype.is_complex

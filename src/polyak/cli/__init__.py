@@ -9,8 +9,9 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
+from pathlib import Path
 
 import polyak
 from polyak.cli import average, convert, demo, diff, env, inspect, plan, recommend, reconstruct, soup, sweep, watch
@@ -78,6 +79,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The arguments; None for those of the process.
     """
+    with _open_streams():
+        return _main(argv)
+
+
+@contextmanager
+def _open_streams() -> Iterator[None]:
+    """Open stdout and stderr for a ``with`` block, where they are closed, as some schedulers do."""
+    closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
+    with Path(os.devnull).open("w") as nowhere:
+        for name in closed:
+            setattr(sys, name, nowhere)
+        try:
+            yield
+        finally:
+            for name in closed:
+                setattr(sys, name, None)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = _parsed(_parser(), sys.argv[1:] if argv is None else argv)
     if arguments is None:
         return 0
@@ -99,6 +119,8 @@ def _parsed(parser: Parser, argv: Sequence[str]) -> argparse.Namespace | None:
     if first is not None and first not in names and argv[0] == first:
         hint = meant(first, names)
         parser.error(f"COMMAND must be {either(names)} (got {first!r}{hint and f'; {hint}'})")
+    if dashed := next((one for one in argv if one.startswith("-") and os.path.lexists(one)), None):
+        parser.error(f"a path that begins with - must be written ./{dashed} (got {dashed})")
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         (parser if arguments.command is None else arguments.parser).unrecognized(unknown)

@@ -58,6 +58,8 @@ def open_record(folder: Path, arguments: Namespace | None = None) -> "Record":
     """
     if arguments is not None and (found := _of_checkpoints(folder, arguments)) is not None:
         return found
+    if not folder.exists():
+        raise UsageError(f"RECORD must be there (there is no {folder}); check the path")
     from polyak.record import Record
     from polyak.record.manifest import MANIFEST
 

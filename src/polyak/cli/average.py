@@ -6,6 +6,7 @@ finds the weights in it; if there are several, --key says which. It runs no code
 about one tensor, whatever the number and size of the checkpoints.
 """
 
+import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
@@ -14,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from polyak.cli.asking import add_profiles
 from polyak.cli.batchnorm import recomputed_statistics
-from polyak.cli.checkpoints import add_checkpoints, add_direction, add_place, maximize_of, open_all, require_new
+from polyak.cli.checkpoints import (
+    add_checkpoints,
+    add_direction,
+    add_place,
+    maximize_of,
+    open_all,
+    require_new,
+    writing,
+)
 from polyak.cli.command import Answer, UsageError, whole
 from polyak.cli.output import fields, size, table, terminal_width
 from polyak.printable import printable
@@ -33,6 +42,9 @@ JSON = {
     "output": "the file or folder that was written, or with --dry-run would be",
     "written": "whether it was written",
 }
+
+# In the name of a file; of one of one it has all.
+_SHARD = re.compile(r"-\d+-of-(?!0*1\.)\d+\.")
 
 _EPILOG = """\
 examples:
@@ -147,7 +159,9 @@ def run(arguments: Namespace) -> Answer | None:
     with all_processes() as communicator:
         if not arguments.dry_run:
             given = None if arguments.update_bn is None else recomputed_statistics(made, arguments.update_bn)
-            write_average(made, output, _Progress(len(made.names)), given=given, form=form, communicator=communicator)
+            progress = _Progress(len(made.names))
+            with writing(output):
+                write_average(made, output, progress, given=given, form=form, communicator=communicator)
         if communicator.rank:
             return None
     wanted = arguments.last or arguments.best
@@ -163,7 +177,7 @@ def _answer(made: "Plan", output: Path, notes: list[str], *, written: bool) -> A
         entry = {"path": str(one.path), "format": one.format, "key": one.place or None}
         plain.append({**entry, "moment": moment, "weight": weight})
     size_bytes = sum(one.size_bytes for one in made.tensors.values())
-    said = f"{output}, {size(size_bytes)} of {len(made.names)} tensors"
+    said = printable(f"{output}, {size(size_bytes)} of {len(made.names)} tensors")
     lines = [("written", said)] if written else [("dry run", f"nothing is written; the output would be {said}")]
     width = terminal_width()
     shown = table(("checkpoint", "saved at", "weight", "weights in it"), rows, width)
@@ -199,6 +213,8 @@ def _notes(made: "Plan", output: Path, *, wanted: int | None, recomputed: bool) 
             f"averages of mmcv's EMAHook are next to the weights ({listed(spelled)}), and averaged as they are; to "
             "take them alone, give each checkpoint to polyak convert first"
         )
+    if shards := [one.path.name for one in made.checkpoints if _SHARD.search(one.path.name)]:
+        yield f"each of these files has a part of a model alone ({listed(shards)}): give the folders, to average all"
     if left := [*made.newest.left, *(made.newest.extra if output.suffix in ("", ".safetensors") else ())]:
         yield f"left out, since they are no tensors: {listed(left)}"
     if not recomputed and (

@@ -3,8 +3,8 @@
 import glob
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,6 +94,22 @@ def require_new(output: Path, *, force: bool) -> None:
         raise UsageError(f"-o must be new (got {output}, which is {said})")
 
 
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Let errors of the disk in a ``with`` block name the output, and not a temporary file.
+
+    Args:
+        output: A file or a folder.
+
+    Raises:
+        OSError: In place of one.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(output)) from error
+
+
 def allow_many_files() -> None:
     """Let the process open as many files as the system allows: each checkpoint may be many."""
     with suppress(ImportError, ValueError, OSError):
@@ -106,14 +122,15 @@ def allow_many_files() -> None:
 def _expanded(given: Sequence[str]) -> list[Path]:
     """Return the paths that were given, those of a pattern in natural order."""
     from polyak.checkpoints.moments import in_natural_order
+    from polyak.checkpoints.patterns import matching
     from polyak.compat.words import listed
 
     found = list[Path]()
     for one in given:
-        matching = [one] if Path(one).exists() or not glob.has_magic(one) else glob.glob(one)  # noqa: PTH207  may be absolute
-        if not matching:
+        inside = [Path(one)] if Path(one).exists() or not glob.has_magic(one) else matching(one)
+        if not inside:
             raise UsageError(f"a pattern must match checkpoints ({one} matches none); check the path")
-        found += sorted(map(Path, matching), key=in_natural_order)
+        found += sorted(inside, key=in_natural_order)
     real = [_identity(path) for path in found]
     if twice := [path for i, path in enumerate(found) if real[i] in real[:i]]:
         raise UsageError(f"each checkpoint must be given once (twice: {listed(twice)}); leave one out")

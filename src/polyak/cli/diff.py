@@ -22,7 +22,7 @@ NAME = "diff"
 
 JSON = {
     "first, second": "the paths",
-    "relative": "the distance of all tensors together, |second - first| / |first|; null if there is NaN",
+    "relative": "the distance of all tensors together, |second - first| / |first|; null for NaN or nothing in common",
     "equal": "how many tensors are the same",
     "tensors": "a list of objects, the largest distance first: name, relative, largest, shapes, dtypes",
     "only_in_first": "names of tensors",
@@ -65,10 +65,12 @@ def run(arguments: Namespace) -> Answer:
     """
     from polyak.checkpoints import open_checkpoint
     from polyak.checkpoints.distance import distances, overall
+    from polyak.checkpoints.plan import named_as
 
     allow_many_files()
     first = open_checkpoint(arguments.first, arguments.key, arguments.prefix)
     second = open_checkpoint(arguments.second, arguments.second_key or arguments.key, arguments.prefix)
+    second = named_as(second, first)
     found = sorted(distances(first, second), key=_rank)
     plain: dict[str, Any] = {
         "first": str(first.path),
@@ -111,7 +113,7 @@ def _text(plain: dict[str, Any], shown: "Sequence[Distance]", total: int) -> str
     relative = plain["relative"]
     above = f"; the {len(shown)} largest distances are above" if len(shown) < total else ""
     rows = [
-        ("overall", "NaN" if isnan(relative) else f"{relative:.3g}"),
+        ("overall", f"{relative:.3g}" if not isnan(relative) else "NaN" if total else "no tensor has one name in both"),
         ("tensors", f"{total} compared, {plain['equal']} of them the same{above}"),
     ]
     for name in ("first", "second"):

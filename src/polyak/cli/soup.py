@@ -15,7 +15,15 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak.cli.checkpoints import add_checkpoints, add_direction, add_place, maximize_of, open_all, require_new
+from polyak.cli.checkpoints import (
+    add_checkpoints,
+    add_direction,
+    add_place,
+    maximize_of,
+    open_all,
+    require_new,
+    writing,
+)
 from polyak.cli.command import Answer, UsageError
 from polyak.cli.functions import last_line, load_function
 from polyak.cli.output import fields, size, table, terminal_width
@@ -106,7 +114,8 @@ def run(arguments: Namespace) -> Answer:
         evaluation = _Evaluation(arguments, 2 * len(opened) - 1, progress)
         soup = greedy_soup(opened, evaluation, maximize=evaluation.is_better_higher, common=arguments.common)
     check_output(arguments.output, soup.plan)
-    write_average(soup.plan, arguments.output)
+    with writing(arguments.output):
+        write_average(soup.plan, arguments.output)
     plain = {
         "metric": evaluation.metric,
         "direction": "maximize" if evaluation.is_better_higher() else "minimize",
@@ -173,6 +182,6 @@ def _text(soup: "Soup", plain: dict[str, Any]) -> str:
     kept, size_bytes = len(soup.plan.checkpoints), sum(one.size_bytes for one in soup.plan.tensors.values())
     said = [
         ("soup", f"{kept} of {len(rows)} checkpoints: {plain['metric']} {_number(soup.value)}"),
-        ("written", f"{plain['output']}, {size(size_bytes)} of {len(soup.plan.names)} tensors"),
+        ("written", printable(f"{plain['output']}, {size(size_bytes)} of {len(soup.plan.names)} tensors")),
     ]
     return f"{found}\n{fields(said, width)}"

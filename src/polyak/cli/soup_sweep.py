@@ -4,7 +4,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyak.cli.checkpoints import open_all
+from polyak.cli.checkpoints import open_all, writing
 from polyak.cli.command import Answer, UsageError
 from polyak.cli.functions import load_function
 from polyak.cli.output import fields, size, table, terminal_width
@@ -102,7 +102,8 @@ def run_sweep(arguments: Namespace) -> Answer:
             progress=progress.show,
         )
     check_output(output, found.best.plan)
-    write_average(found.best.plan, output)
+    with writing(output):
+        write_average(found.best.plan, output)
     plain = _plain(found, results, output)
     return Answer(_text(found, plain), plain)
 
@@ -135,7 +136,7 @@ def _text(found: "CheckpointSweep", plain: dict[str, Any]) -> str:
     size_bytes = sum(one.size_bytes for one in best.plan.tensors.values())
     said = [
         ("best", f"{best.which.describe()}: {found.metric} {found.value(best):.6g}"),
-        ("written", f"{plain['output']}, {size(size_bytes)} of {len(best.plan.names)} tensors"),
-        ("results", f"{plain['results']}; the same command reuses them"),
+        ("written", printable(f"{plain['output']}, {size(size_bytes)} of {len(best.plan.names)} tensors")),
+        ("results", printable(f"{plain['results']}; the same command reuses them")),
     ]
     return f"{shown}\n{fields(said, width)}"

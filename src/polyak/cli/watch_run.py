@@ -4,9 +4,11 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+from polyak.checkpoints.series import holds_checkpoints
 from polyak.cli.command import Answer, UsageError
 from polyak.cli.functions import load_function
 from polyak.cli.messages import tell
+from polyak.record.manifest import MANIFEST
 from polyak.report.watch_page import PAGE, write_watch_page
 from polyak.report.words import measured
 from polyak.storage.atomic import remove
@@ -31,6 +33,11 @@ def run_watch(arguments: Namespace) -> Iterator[Answer]:
     folder, out = arguments.record.absolute(), arguments.out
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"RECORD must be a folder ({folder} is a file); give the folder that a Recorder writes")
+    if not (folder / MANIFEST).exists() and holds_checkpoints(arguments.record):
+        raise UsageError(
+            f"RECORD must be the folder that a Recorder writes ({arguments.record} has checkpoints); evaluate their "
+            "averages by polyak sweep, or polyak soup --sweep"
+        )
     evaluate = load_function(arguments.evaluate, "--evaluate")
     _check_out(out, folder, force=arguments.force)
     moments = watch(
@@ -85,7 +92,7 @@ def _line(moment: Moment, *, heading: bool) -> str:
     cells += [("T/16", _cell(moment, moment.sixteenth)), ("best", _best(moment))]
     cells += [(f"cool {share:.0%}", _cell(moment, moment.get(COOLDOWN, share))) for share in COOLDOWNS]
     widths = [max(_WIDTH, len(name)) + (5 if name == "best" else 0) for name, _ in cells]
-    row = "".join(text.rjust(width) for (_, text), width in zip(cells, widths, strict=True))
+    row = "".join(f" {text}".rjust(width) for (_, text), width in zip(cells, widths, strict=True))
     if not heading:
         return row
     names = "".join(name.rjust(width) for (name, _), width in zip(cells, widths, strict=True))

@@ -1,5 +1,6 @@
 """Opens and reads files from anywhere, without running code that they may hold."""
 
+import errno
 import json
 import mmap
 import os
@@ -13,6 +14,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from polyak.compat.kinds import other_kind
 from polyak.compat.modules import with_state_dicts
 from polyak.compat.saved import Checksum, load_saved
 from polyak.compat.tensors import copy_if_unaligned
@@ -59,7 +61,8 @@ def opened(path: Path) -> memoryview:
     except FileNotFoundError:
         raise CheckpointError(f"the file must exist (there is no {shown(path)})") from None
     except OSError as error:
-        raise CheckpointError(f"the file must be readable ({shown(path)}: {error.strerror})") from None
+        more = "; allow more open files, as by ulimit -n 65536" if error.errno == errno.EMFILE else ""
+        raise CheckpointError(f"the file must be readable ({shown(path)}: {error.strerror}){more}") from None
     except ValueError as error:  # a name with a null byte; or it has shrunk since
         if isinstance(error, CheckpointError):
             raise
@@ -101,6 +104,8 @@ def load(
         raise CheckpointError(f"{shown(path)} cannot be read: {error}") from None
     except MemoryError:
         raise CheckpointError(f"{shown(path)} cannot be read: it needs more memory than there is") from None
+    if isinstance(content, (list, tuple)) and any(isinstance(one, Mapping) for one in content):
+        return dict(enumerate(content))  # `--key 0` is the first
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{shown(path)} must hold a state dict or a checkpoint (got {_kind(content)}); save its state_dict()"
@@ -139,6 +144,8 @@ def load_bytes(
         if not mapped:
             return {name: tensor.clone() for name, tensor in found.items()}
         return found if unchecked is not None else {name: copy_if_unaligned(one) for name, one in found.items()}
+    if (other := other_kind(data, path.name)) is not None:
+        raise CheckpointError(f"it must be a file of torch or safetensors (it is {other})")
     if path.suffix == ".safetensors":
         raise CheckpointError("it is no safetensors file, or is truncated")
     return load_saved(data, mapped=mapped, strict=strict, unchecked=unchecked)

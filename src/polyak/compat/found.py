@@ -109,6 +109,22 @@ def canonical_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPED_NAMES)
 
 
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Return names as the model itself has them, without wrappers and ``module.`` in front of all, each with its own.
+
+    Args:
+        names: In a state dict.
+
+    Example:
+        >>> plain_names(["module.a", "module._orig_mod.b"])
+        {'a': 'module.a', 'b': 'module._orig_mod.b'}
+    """
+    found = {canonical_name(name): name for name in names}
+    while named_under(MODULE, found):
+        found = {name.removeprefix(MODULE): given for name, given in found.items()}
+    return found
+
+
 def named_under(prefix: str, names: Iterable[Any]) -> bool:
     """Return whether there are names, and all of them begin with a prefix.
 

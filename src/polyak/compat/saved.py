@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from polyak.compat.kinds import other_archive
 from polyak.compat.pickles import MOST_BYTES, Name, Window
 from polyak.compat.tensors import STORAGES, Storage, as_storage, unpickler
 from polyak.compat.words import listed, shown
@@ -145,6 +146,8 @@ class _Archive:
         if len(self._entries) < len(self._zip.infolist()):
             raise CheckpointError("its zip archive has two entries of one name")
         roots = [name.removesuffix("data.pkl") for name in self._entries if name.rpartition("/")[2] == "data.pkl"]
+        if not roots:
+            raise CheckpointError(f"it must be a file of torch or safetensors (it is {other_archive(self._entries)})")
         if len(roots) != 1:
             raise CheckpointError(f"a zip archive of torch.save must have one data.pkl (this has {len(roots)})")
         (self._root,) = roots

@@ -67,6 +67,9 @@ SHAPES: Sequence[Shape] = (
             ("ema_state_dict", "model_state_dict"),
             ("target_encoder", "encoder"),  # I-JEPA
             ("G_ema", "G"),
+            ("generator_ema", "generator"),
+            ("ema_net", "net"),
+            ("net_ema", "net"),
         )
     ),
     Shape("diffusion_policy", "state_dicts.ema_model", model="state_dicts"),

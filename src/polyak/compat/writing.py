@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -62,11 +62,7 @@ def check_writable(tensors: Mapping[str, Tensor], source: Path) -> None:
         raise CheckpointError(
             f"all tensors must have a dtype of safetensors (got {dtypes}); convert them to another, and save again"
         )
-    for name in tensors:
-        if name == "__metadata__" or _text(name) != name:
-            raise CheckpointError(
-                f"names must be text that safetensors can hold (got {shown(name)}); rename the tensor"
-            )
+    require_names(tensors)
     held = sum(one.stat().st_size for one in (source.iterdir() if source.is_dir() else [source]) if one.is_file())
     claimed = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in tensors.items()}
     if sum(claimed.values()) > most_bytes(held):
@@ -75,6 +71,22 @@ def check_writable(tensors: Mapping[str, Tensor], source: Path) -> None:
             f"the tensors must not be far larger than the file ({shown(name)} repeats its numbers to {claimed[name]:,} "
             f"bytes, of a file of {held:,}); save it contiguous"
         )
+
+
+def require_names(names: Iterable[str]) -> None:
+    """See that a safetensors file can hold names of tensors.
+
+    Args:
+        names: Which.
+
+    Raises:
+        CheckpointError: If it cannot.
+    """
+    for name in names:
+        if name == "__metadata__" or _text(name) != name:
+            raise CheckpointError(
+                f"names must be text that safetensors can hold (got {shown(name)}); rename the tensor"
+            )
 
 
 def _text(text: str) -> str:

@@ -122,6 +122,8 @@ class Attached(Handle, TrainerCallback):
         if description == "Prediction":
             with self._swapped(Event.PREDICT_START, Event.PREDICT_END):
                 return run(dataloader, description, *args, **kwargs)
+        if callable(evaluating := getattr(self._trainer.optimizer, "eval", None)):
+            evaluating()  # first: inside, the trainer would let a schedule-free optimizer change the average
         raw: dict[str, float] = {}
         if self._eval_weights == "both":
             if self._loop is not None:

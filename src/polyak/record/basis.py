@@ -123,7 +123,7 @@ def clock_at(edges: Sequence[Edge], at: Tensor, unit: TimeUnit | None, max_durat
     if not readings[-1] > readings[0]:
         raise ProfileError(
             f"a profile must have a clock that advances (the checkpoints do not say their time in {unit}); use another "
-            "unit, or give their times"
+            "unit, or give their times to Record.from_checkpoints"
         )
     updates = torch.tensor([float(edge.updates) for edge in edges], dtype=torch.float64)
     values = torch.tensor(readings, dtype=torch.float64)

@@ -41,7 +41,7 @@ def export(  # noqa: PLR0917  the average, and all that is written about it
         "polyak.profile": repr(profile),
         "polyak.moment": json.dumps({"updates": end.updates, **end.timestamp.state_dict()}),
         "polyak.error_estimate": f"{error:.3g}",
-        "polyak.record": record.folder.resolve().name,
+        "polyak.record": record.folder.resolve().name.encode(errors="backslashreplace").decode(),
     }
     names = {name: name for name in record.tensors} | dict(record.aliases)
     infos = {name: averaged_as(record.tensors[kept], dtype) for name, kept in names.items()}

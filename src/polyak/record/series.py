@@ -272,7 +272,15 @@ def open_checkpoints(paths: Sequence[str | Path], said: Said) -> SeriesRecord:
     """
     given, length = [Path(path) for path in paths], said.get("max_duration")
     series = open_series(given, Options.of(given, said))
-    return SeriesRecord(series, None if length is None else Time.from_input(length), _arguments(given, said))
+    length = _length_of(series) if length is None else Time.from_input(length)
+    return SeriesRecord(series, length, _arguments(given, said))
+
+
+def _length_of(series: Series) -> Time | None:
+    """Return the length of a run that is over: what there is of it. An average in ``dur`` is of what was planned."""
+    planned = any(one.profile is not None and one.profile.unit is TimeUnit.DURATION for one in series.averages)
+    last = series.averages[-1].clock.get(TimeUnit.BATCH)
+    return None if planned or not last else Time(round(last), TimeUnit.BATCH)
 
 
 def _arguments(paths: Sequence[Path], said: Said) -> str | None:
@@ -321,7 +329,8 @@ def _segments(series: Series, averages: Sequence[Average]) -> list[StoredAverage
             start, before = before, end
         for path in one.checkpoint.files.paths:
             stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns} {one.profile!r}\n".encode())
+            said = f"{path.name} {stat.st_size} {stat.st_mtime_ns} {one.profile!r}\n"
+            digest.update(said.encode(errors="surrogateescape"))
         sha256, size = digest.hexdigest(), one.checkpoint.size_bytes
         found.append(
             StoredAverage(

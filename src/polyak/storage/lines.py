@@ -38,7 +38,7 @@ class Lines:
         Args:
             plain: Without NaN and infinities.
         """
-        self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._file.write(json.dumps(plain, ensure_ascii=False, allow_nan=False).encode(errors="surrogatepass") + b"\n")
         flush(self._file)
 
     def close(self) -> None:

@@ -139,7 +139,7 @@ def _same_memory(tensors: Sequence[Tensor]) -> Check:
 
 
 def _has_address(tensor: Tensor) -> bool:
-    if tensor.layout != torch.strided or is_wrapper(tensor):
+    if tensor.layout != torch.strided or tensor.is_nested or is_wrapper(tensor):
         return False
     try:
         tensor.data_ptr()

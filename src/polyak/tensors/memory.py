@@ -27,12 +27,13 @@ def is_wrapper(tensor: Tensor) -> bool:
 def has_memory(tensor: Tensor) -> bool:
     """Return whether a tensor has elements at an address.
 
-    It has none if it is on the meta device, lazily built, empty, sparse, or a wrapper of inner tensors.
+    It has none if it is on the meta device, lazily built, empty, sparse, nested, or a wrapper of inner
+    tensors.
 
     Args:
         tensor: Any tensor.
     """
-    if is_wrapper(tensor) or is_lazy(tensor) or tensor.layout != torch.strided:
+    if is_wrapper(tensor) or is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_nested:
         return False
     return tensor.device.type != "meta" and tensor.numel() > 0 and tensor.untyped_storage().nbytes() > 0
 

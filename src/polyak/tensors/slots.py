@@ -84,6 +84,8 @@ def decide(slot: Slot) -> Decision:  # noqa: PLR0911  a table of rules
     tensor = slot.tensor
     trained = slot.is_parameter and (tensor.requires_grad or optimizers.is_moved(tensor))
     numeric = tensor.is_floating_point() or tensor.is_complex()
+    if tensor.is_nested:
+        return Decision(Policy.LEAVE, "a nested tensor")
     if tensor.layout != torch.strided:
         return Decision(Policy.LEAVE, f"its layout is {str(tensor.layout).removeprefix('torch.')}")
     if slot.is_parameter:
@@ -173,8 +175,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     yield prefix, module
-    for name, child in module.named_children():
-        yield from _modules(child, prefix if _is_wrapped(module, name) else f"{prefix}{name}.")
+    # Not `named_children`, which names a module that is registered twice, as in `ModuleList([layer] * 12)`, only once.
+    for name, child in module._modules.items():  # noqa: SLF001
+        if child is not None:
+            yield from _modules(child, prefix if _is_wrapped(module, name) else f"{prefix}{name}.")
 
 
 def own_attribute(module: nn.Module, name: str) -> Any:
@@ -302,6 +306,17 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {slot.name: slot.tensor for slot in all_slots(model)}
 
 
+def rescaled_in_forward(model: nn.Module) -> set[int]:
+    """Return the ids of the weights that forward passes rescale in place, in eval mode too: embeddings with a norm.
+
+    Args:
+        model: Wrapped or not.
+    """
+    embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+    # Not the attribute, which a parametrization computes.
+    return {id(one._parameters.get("weight")) for one in embeddings if one.max_norm is not None}  # noqa: SLF001
+
+
 def averaged_parameters(model: nn.Module, policy: PolicyRule) -> list[Slot]:
     """Return the parameters that are averaged.
 
@@ -312,6 +327,26 @@ def averaged_parameters(model: nn.Module, policy: PolicyRule) -> list[Slot]:
     through = trained_through(views_of(model), policy)
     found = (slot for slot in slots(model) if slot.is_parameter)
     return [slot for slot in found if slot.name in through or decided(policy, slot) is Policy.AVERAGE]
+
+
+def check_ties(what: str, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Check that each tensor of a model that has several names is to get one value.
+
+    Args:
+        what: Which tensors must have one value, for the error.
+        model: That is to be written to.
+        values: By name, as for ``check_match``.
+
+    Raises:
+        ArgumentError: If two of its names have different values.
+    """
+    for name, (own, _) in views_of(model, tied=True).items():
+        one, other = local(values[own.name]), local(values[name])
+        if one is not other and not torch.equal(one, other.to(one.device)):
+            raise ArgumentError(
+                f"{what} must have one value (got two for {own.name!r} and {name!r}, which share memory, and not in "
+                "the model that is read); tie them in both models, or in none"
+            )
 
 
 def check_match(what: str, expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> None:

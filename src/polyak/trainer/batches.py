@@ -1,7 +1,7 @@
 """Functions of a batch of any structure: move it to a device, count its samples, split it into microbatches."""
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def num_samples(batch: Any) -> int:
-    """Return the size of the first dimension of the first tensor in the batch.
+    """Return the size of the first dimension of the first tensor in the batch that has one; 1 if none has.
 
     Args:
         batch: Tensors in tuples, lists and mappings.
@@ -37,33 +37,50 @@ def num_samples(batch: Any) -> int:
     Raises:
         ValueError: If there is no such tensor.
     """
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.dim() else 1
-    parts = list(batch.values()) if isinstance(batch, Mapping) else batch
-    if isinstance(parts, Sequence) and len(parts) and not isinstance(parts, str):
-        return num_samples(parts[0])
+    tensors = list(_tensors_in(batch))
+    if tensors:
+        return next((tensor.shape[0] for tensor in tensors if tensor.dim()), 1)
     raise ValueError(
         f"a batch must be tensors in tuples, lists or mappings for its samples to be counted (got a "
         f"{type(batch).__name__}); give Trainer num_samples=, a function of the batch"
     )
 
 
+def _tensors_in(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _tensors_in(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in batch:
+            yield from _tensors_in(value)
+
+
 def split(batch: Any, parts: int) -> list[Any]:
     """Split a batch into at most ``parts`` microbatches of nearly equal size.
 
     Args:
-        batch: Tensors with one first dimension, in tuples, lists and mappings.
+        batch: Tensors with one first dimension, in tuples, lists and mappings. Tensors without a dimension, numbers and
+            None are the same in each microbatch.
         parts: At least 1.
     """
     if parts == 1:
         return [batch]
+    size = next((tensor.shape[0] for tensor in _tensors_in(batch) if tensor.dim()), parts)
+    return _split(batch, min(parts, size))
+
+
+def _split(batch: Any, parts: int) -> list[Any]:
+    if batch is None or isinstance(batch, int | float) or (isinstance(batch, Tensor) and not batch.dim()):
+        return [batch] * parts
     if isinstance(batch, Tensor):
         return list(batch.tensor_split(min(parts, batch.shape[0])))
     if isinstance(batch, Mapping):
-        columns = [split(value, parts) for value in batch.values()]
+        columns = [_split(value, parts) for value in batch.values()]
         return [dict(zip(batch.keys(), row, strict=True)) for row in zip(*columns, strict=True)]
     if isinstance(batch, (tuple, list)):
-        return [list(row) for row in zip(*(split(value, parts) for value in batch), strict=True)]
+        return [list(row) for row in zip(*(_split(value, parts) for value in batch), strict=True)]
     raise ValueError(
         "for grad_accum or parallelism, batches must be tensors in tuples, lists or mappings (got a "
         f"{type(batch).__name__})"

@@ -15,6 +15,7 @@ from polyak.trainer.callback import Callback
 from polyak.trainer.inputs import instance_of, require
 from polyak.trainer.loggers import Destination
 from polyak.trainer.state import Scheduler
+from polyak.training.unregistered import warn_of_unregistered
 
 T = TypeVar("T")
 
@@ -111,6 +112,7 @@ def _check_optimizers(optimizers: list[Any], model: nn.Module) -> None:
             )
         advice_for_closure = "train in your own loop, with polyak.attach"
         require(not _needs_closure(one), "optimizers", "ones that step without a closure", one, advice_for_closure)
+        warn_of_unregistered(one, model)
     require(len({id(one) for one in optimizers}) == len(optimizers), "optimizers", "different ones", optimizers)
 
 

@@ -20,6 +20,7 @@ from polyak.training.state import LoopState
 from polyak.training.steps import StepHooks
 from polyak.training.uncountable import refuse_unmoved
 from polyak.training.uncounted import Uncounted
+from polyak.training.unregistered import warn_of_unregistered
 
 # At these events, and at FIT_END, the loop warns if weights have moved without a counted step.
 _SWAPPED_IN = frozenset({Event.EVAL_START, Event.PREDICT_START, Event.SAVE_START})
@@ -229,6 +230,7 @@ class Loop:
         """
         counted = counted_optimizer(optimizer)
         refuse_masters(counted, self.state.model)
+        warn_of_unregistered(counted, self.state.model)
         hooks = StepHooks(counted, after, first)
         self.watch(hooks)
         return hooks

@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from polyak.errors import PlanWarning
 from polyak.sharding import local
+from polyak.tensors.slots import rescaled_in_forward
 
 Norms = Mapping[str, tuple[Tensor, int]]
 
@@ -16,9 +17,11 @@ Norms = Mapping[str, tuple[Tensor, int]]
 class BetweenSteps:
     """Warns, once, if weights change between two counted steps, for example because the loop clips them.
 
-    An average takes the weights at the end of a step, and would miss such changes. Only steps 1, 10, 100 and so on are
-    watched; for all others, the attributes tell the caller that there is nothing to do. If the next step moves nothing,
-    the loop sets the weights before a step on purpose, as tests do, and there is no warning.
+    An average takes the weights at the end of a step, and would miss such changes. Only steps 1 to 20, 100, 1000 and so
+    on are watched, since some loops change weights in every fifth or tenth step only; for all others, the attributes
+    tell the caller that there is nothing to do. After steps 1, 10, 100 and so on one change is enough for a warning,
+    after the others it takes two: one may be a load. If the next step moves nothing, the loop sets the weights before a
+    step on purpose, as tests do, and there is no warning.
 
     Args:
         model: The model in training, wrapped or not.
@@ -33,6 +36,7 @@ class BetweenSteps:
     def __init__(self, model: nn.Module, steps: Callable[[Tensor], bool], instead: str) -> None:
         self._model, self._steps, self._instead = model, steps, instead
         self._passed, self._left, self._warned = 1, 0, False
+        self._at = self._seen = 0  # the step after which weights were noted, and how many changes were seen
         self.noted, self._changed = dict[str, Tensor](), dict[str, Tensor]()
         self._norms: Norms = {}
         self.wait = 1
@@ -53,9 +57,14 @@ class BetweenSteps:
             changed, self._changed = self._changed, dict[str, Tensor]()
             self.wait = self._left - 1
             if not _is_capturing() and moved_names(self._norms, norms_of(changed)):
-                self._warn([*changed])
-            return
-        self.wait, self._passed = 9 * self._passed, 10 * self._passed
+                self._seen += 1
+                if self._seen > 1 or str(self._at).rstrip("0") == "1":
+                    self._warn([*changed])
+            if self.wait:
+                return
+        self._at = self._passed
+        then = self._passed + 1 if self._passed < _EACH else 10 ** len(str(self._passed))
+        self.wait, self._passed = then - self._passed, then
         if not (self._warned or _is_capturing()):
             self.noted = parameters_of(self._model, steps=self._steps)
             self._norms = norms_of(self.noted)
@@ -71,10 +80,11 @@ class BetweenSteps:
         )
 
     def forget(self) -> None:
-        """Forget what was noted: other weights were loaded, or another optimizer has stepped."""
+        """Forget what was noted: other weights were loaded."""
         self.noted = {}
 
 
+_EACH = 20  # the first steps, which are all watched
 # Some implementations of SAM perturb the weights and undo it, which leaves rounding errors.
 _ROUNDING = 1e-5
 
@@ -89,29 +99,35 @@ def moved_names(before: Norms, now: Norms, tolerance: float = 0.0) -> list[str]:
         now: The same later, of some of these names.
         tolerance: Relative.
     """
-    found = list[str]()
+    alike = dict[tuple[torch.device, torch.dtype], list[str]]()
     for name, (norm, size) in now.items():
         other, size_before = before[name]
         if (other.device, other.dtype, size_before) == (norm.device, norm.dtype, size):
-            same = torch.allclose(other.nan_to_num(), norm.nan_to_num(), rtol=tolerance, atol=0.0)
-            found += [] if same else [name]
-    return found
+            alike.setdefault((norm.device, norm.dtype), []).append(name)
+    found = set[str]()
+    for names in alike.values():  # one comparison, and one wait for the device, for all
+        then, after = (torch.stack([norms[name][0] for name in names]).nan_to_num() for norms in (before, now))
+        same = torch.isclose(then, after, rtol=tolerance, atol=0.0).tolist()
+        found.update(name for name, holds in zip(names, same, strict=True) if not holds)
+    return [name for name in now if name in found]
 
 
 def parameters_of(
     model: nn.Module, names: Collection[str] | None = None, steps: Callable[[Tensor], bool] | None = None
 ) -> dict[str, Tensor]:
-    """Return the parameters that are trainable, or named.
+    """Return the parameters that are trainable, or named, without those that forward passes rescale.
 
     Args:
         model: Wrapped or not.
         names: Those to return, whether they are trainable or not.
         steps: Whether a parameter is one of those to return.
     """
+    rescaled = rescaled_in_forward(model)  # which is no change by the loop
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if (parameter.requires_grad if names is None else name in names)
+        if id(parameter) not in rescaled
+        and (parameter.requires_grad if names is None else name in names)
         and (steps is None or steps(parameter))
         and _is_plain(parameter)
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from polyak.training.moved import BetweenSteps
 from polyak.training.optimizer import BY_HAND, tensors_of
 
 # After so many steps in a row, another optimizer is taken to have replaced one that still exists.
-_MANY = 100
+MANY = 100
 # Functions of torch.distributed.checkpoint and torchtitan that step an optimizer to initialize a state to load into.
 _REHEARSALS = frozenset({"_init_optim_state", "init_optim_state"})
 
@@ -55,22 +56,27 @@ class StepHooks:
 
     Attributes:
         others: How many steps other optimizers have made on the same tensors since the last step that counted.
+        besides: How many steps optimizers of other tensors of the model have made since then.
         other: The name of the last of these optimizers.
-        replaced: Called with another optimizer that steps these tensors instead: in its first step if this one no
-            longer exists, otherwise after many steps.
+        moves: Returns whether an optimizer moves a tensor of the model.
+        replaced: Called with another optimizer that steps instead of this one: if it steps the same tensors and this
+            one no longer exists, in its first step, otherwise after many steps.
         between: Checks that weights do not change between two steps; None if nothing does.
     """
 
     def __init__(
         self, optimizer: Optimizer, after: Callable[[], object], first: Callable[[], object] | None = None
     ) -> None:
-        self.others, self.other = 0, ""
+        self.others, self.besides, self.other = 0, 0, ""
+        self.moves: Callable[[Optimizer], bool] = lambda _: False
         self.replaced: Callable[[Optimizer], object] | None = None
         self.between: BetweenSteps | None = None
         self._after, self._first = after, first
         self._optimizer = weakref.ref(optimizer)
         # Not weak references, with which torch cannot swap tensors. An id may be that of another tensor later.
         self._of = {id(tensor) for tensor in tensors_of(optimizer)}
+        # By optimizer: how many tensors it had, and whether it steps one of these, or else one of the model.
+        self._known = WeakKeyDictionary[Optimizer, tuple[int, bool, bool]]()
         self._call: _Call | None = None
         self._guarded = False  # whether the hook on all optimizers has just run for this step
         self._keeps_gradients = False  # whether its steps leave the gradients as they are, as most optimizers' do
@@ -142,7 +148,7 @@ class StepHooks:
         # With an inf in the gradients, a gradient scaler still calls a fused step, which then moves nothing.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf:
-            self.others = 0
+            self.others = self.besides = 0
             self._after()
             if self.between is not None:
                 self.between.wait -= 1
@@ -158,13 +164,24 @@ class StepHooks:
         if other is self._optimizer():
             self._guarded = True
             return
-        first = (group["params"][0] for group in other.param_groups if group["params"])
-        if any(id(tensor) in self._of for tensor in first) and (other.state or not _is_rehearsal()):
-            self.others, self.other = self.others + 1, type(other).__name__
-            if self.between is not None:
-                self.between.forget()
-            if self.replaced is not None and self.others == (1 if self._optimizer() is None else _MANY):
-                self.replaced(other)
+        same, besides = self._relation(other)
+        if not (same or besides) or not (other.state or not _is_rehearsal()):
+            return
+        self.others, self.besides, self.other = self.others + same, self.besides + besides, type(other).__name__
+        if same and self.between is not None and self.between.noted:
+            self.between.check()  # what this one moves now is not seen, and what it has moved after a step inside it is
+        first = 1 if self._optimizer() is None else MANY
+        if self.replaced is not None and ((same and self.others == first) or (besides and self.besides == MANY)):
+            self.replaced(other)
+
+    def _relation(self, other: Optimizer) -> tuple[bool, bool]:
+        """Return whether an optimizer steps one of these tensors, or else another one of the model."""
+        count = sum(len(group["params"]) for group in other.param_groups)
+        known = self._known.get(other)
+        if known is None or known[0] != count:
+            same = any(id(tensor) in self._of for tensor in tensors_of(other))
+            known = self._known[other] = count, same, not same and self.moves(other)
+        return known[1], known[2]
 
     @property
     def counting(self) -> bool:

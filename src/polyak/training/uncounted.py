@@ -10,7 +10,7 @@ from polyak.averaging.swap import swap_of
 from polyak.errors import PlanWarning
 from polyak.training.moved import BetweenSteps, moved_names, norms_of, parameters_of
 from polyak.training.optimizer import BY_HAND, moves_parameters
-from polyak.training.steps import StepHooks
+from polyak.training.steps import MANY, StepHooks
 
 
 class Uncounted:
@@ -31,7 +31,7 @@ class Uncounted:
         self._replaced = replaced
         self._between: BetweenSteps | None = None
         if hooks is not None:
-            hooks.replaced = self._check
+            hooks.replaced, hooks.moves = self._check, self._moves
             hooks.between = self._between = BetweenSteps(model, hooks.steps, f"{BY_HAND}, after that")
 
     def reset(self, counted: int) -> None:
@@ -44,8 +44,11 @@ class Uncounted:
         if self._between is not None:
             self._between.forget()
 
+    def _moves(self, other: Optimizer) -> bool:
+        return moves_parameters(other, self._model)
+
     def _check(self, other: Optimizer) -> None:
-        if moves_parameters(other, self._model):
+        if self._moves(other):
             self._replaced()
 
     def warn(self, counted: int, *, ended: bool = False) -> None:
@@ -64,25 +67,27 @@ class Uncounted:
 
     def _of_other_optimizers(self, counted: int) -> str | None:
         hooks = self.hooks
-        if hooks is None or not hooks.others:
+        if hooks is None or not (hooks.others or hooks.besides >= MANY):
             return None
+        steps, which = (hooks.others, "the same") if hooks.others else (hooks.besides, "other")
         optimizer = hooks.optimizer
         name = "the optimizer that was attached" if optimizer is None else type(optimizer).__name__
         gone = ", which is gone," if optimizer is None else ""
         return (
-            f"steps must be counted to be averaged: {counted} of {name}{gone} were, and since then {hooks.others} "
-            f"of {hooks.other}, which steps the same parameters, were not; attach the algorithm to that "
-            f"{hooks.other}, or {BY_HAND}"
+            f"steps must be counted to be averaged: {counted} of {name}{gone} were, and since then {steps} of "
+            f"{hooks.other}, which steps {which} parameters, were not; attach the algorithm to that {hooks.other}, or "
+            f"{BY_HAND}"
         )
 
     def _of_weights(self, counted: int, *, ended: bool) -> str | None:
         """Compare the weights with those of the last check, if no step was counted since then."""
         if counted != self._counted or (ended and counted):
+            message = self._of_still_weights(counted)
             self._before, self._counted = norms_of(parameters_of(self._model)), counted
-            return None
+            return message
         moved = moved_names(self._before, norms_of(parameters_of(self._model, self._before.keys())))
-        if not moved:
-            return None
+        if not moved or (self.hooks is not None and callable(getattr(self.hooks.optimizer, "eval", None))):
+            return None  # or the optimizer itself changes weights for an evaluation, as schedule-free ones do
         remedy = (
             f"let the loop call step() of {type(self.hooks.optimizer).__name__}, or {BY_HAND}"
             if self.hooks
@@ -94,3 +99,18 @@ class Uncounted:
             f"steps must be counted to be averaged: {len(moved)} parameters have moved{since}, such as '{moved[0]}', "
             f"and 0 steps were counted; {remedy} (if these weights were loaded and not trained, {loaded})"
         )
+
+    def _of_still_weights(self, counted: int) -> str | None:
+        """Compare the weights, at the first check, with those at the start, if steps are counted by hand."""
+        if self.hooks is not None or self._counted or counted < _MOVED or not self._before:
+            return None
+        if moved_names(self._before, norms_of(parameters_of(self._model, self._before.keys()))):
+            return None
+        return (
+            f"weights must move to be averaged: {counted} steps were counted by hand, and no parameter has moved; give "
+            "attach the model that the loop trains, and copy its weights into it before step() if they are kept "
+            "elsewhere, as with torch.func"
+        )
+
+
+_MOVED = 2  # steps after which weights have moved: the first may have a learning rate of 0

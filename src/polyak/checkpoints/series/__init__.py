@@ -5,15 +5,18 @@
 """
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from polyak.checkpoints import distributed
+from polyak.checkpoints.folder import weight_files
 from polyak.checkpoints.moments import in_natural_order
 from polyak.checkpoints.opening import named_errors
 from polyak.checkpoints.opening import read as read_content
+from polyak.checkpoints.patterns import matching
 from polyak.checkpoints.series import edm2, icefall, own, posthoc, raw, swa
 from polyak.checkpoints.series.averages import Average, Family, Options, Said, Series
 from polyak.checkpoints.series.checks import require_one_run
@@ -26,11 +29,11 @@ __all__ = ["FAMILIES", "Average", "Options", "Said", "Series", "holds_checkpoint
 # The first that accepts a checkpoint reads it.
 FAMILIES: Sequence[Family] = (edm2, posthoc, icefall, own, swa, raw)
 
-_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl", ".nemo"}
-# What the files are named by which a folder is one checkpoint.
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pkl", ".nemo", ".pth.tar")
+# What the files and folders are named by which a folder is one checkpoint; the last two are of Megatron and DeepSpeed.
 _WEIGHTS = re.compile(
     r"(model|pytorch_model|diffusion_pytorch_model|adapter_model)(_\d+|-\d+-of-\d+)?\.(safetensors|bin)"
-    r"|.*\.index\.json|.*\.distcp|\.metadata"
+    r"|.*\.index\.json|.*\.distcp|\.metadata|mp_rank_\d.*|.*zero_pp_rank_\d.*"
 )
 
 
@@ -56,7 +59,7 @@ def open_series(paths: Sequence[Path], options: Options) -> Series:
     series = kinds[found[0]].read(found, options)
     averages = sorted(series.averages, key=lambda one: (one.updates, -_age(one)))
     require_one_run(averages)
-    return replace(series, averages=averages, left_out=left_out)
+    return replace(series, averages=averages, left_out=[*series.left_out, *left_out])
 
 
 def _age(average: Average) -> float:
@@ -81,16 +84,16 @@ def _expanded(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
     found, left_out = list[Path](), list[str]()
     for path in paths:
         if not path.exists() and glob.has_magic(str(path)):
-            matching = [Path(one) for one in glob.glob(str(path))]  # noqa: PTH207  may be absolute
-            if not matching:
+            if not (inside := matching(str(path))):
                 raise CheckpointError(f"a pattern must match checkpoints ({shown(path)} matches none); check the path")
-            found += matching
+            found += inside
         elif path.is_dir() and not _is_checkpoint(path):
             inside, others = _inside(path)
             found, left_out = [*found, *inside], [*left_out, *others]
         else:
             found.append(path)
-    once = sorted({path.absolute(): path for path in found}.values(), key=in_natural_order)
+    links_first = sorted(found, key=lambda path: not path.is_symlink())  # of a link and its file, the file remains
+    once = sorted({os.path.realpath(path): path for path in links_first}.values(), key=in_natural_order)
     if not once:
         raise CheckpointError(f"there must be checkpoints ({listed(paths) or 'nothing'} has none); check the path")
     return once, left_out
@@ -98,7 +101,8 @@ def _expanded(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
 
 def _inside(folder: Path) -> tuple[list[Path], list[str]]:
     """Return the checkpoints in a folder. If some have a number in their names, one without is a copy or the last."""
-    every = [one for one in folder.iterdir() if one.suffix in _SUFFIXES or (one.is_dir() and _is_checkpoint(one))]
+    shown = [one for one in folder.iterdir() if not one.name.startswith(".")]
+    every = [one for one in shown if one.name.endswith(_SUFFIXES) or (one.is_dir() and _is_checkpoint(one))]
     numbered = [one for one in every if any(character.isdigit() for character in one.name)]
     if not numbered:
         return every, []
@@ -109,7 +113,7 @@ def _is_checkpoint(folder: Path) -> bool:
     """Return whether a folder is a checkpoint, not a folder of checkpoints: it has weights, or Accelerate's shards."""
     inside = list(folder.iterdir())
     sharded = [one for one in inside if distributed.accepts(one) and not one.name.startswith("optim")]
-    return any(_WEIGHTS.fullmatch(one.name) for one in inside) or len(sharded) == 1
+    return any(_WEIGHTS.fullmatch(one.name) for one in inside) or len(sharded) == 1 or bool(weight_files(folder))
 
 
 def holds_checkpoints(path: Path) -> bool:

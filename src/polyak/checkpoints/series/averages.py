@@ -25,7 +25,7 @@ class Said(TypedDict, total=False):
         times: When each checkpoint was saved, such as ``"100ba"``. Otherwise the files or their names say it.
         key: Where the weights are in a file, such as ``"ema"``.
         prefix: How the names of the tensors to take begin, such as ``"teacher."``.
-        max_duration: The length of the run; needed for times in ``dur``.
+        max_duration: The length of the run, for times in ``dur``. Otherwise it ends at the last checkpoint.
     """
 
     stored: Profile | Sequence[Profile] | None

@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from polyak.checkpoints.opening import read as read_content
 from polyak.checkpoints.series.averages import Average
-from polyak.checkpoints.stored import Files
 from polyak.checkpoints.weights import is_extra_state
 from polyak.compat.files import read_json
 from polyak.compat.words import listed, shown
@@ -15,8 +13,6 @@ from polyak.profiles import Profile
 from polyak.time import TimeUnit
 
 _CONFIG = "config.json"
-# Where training scripts keep what a run was started with.
-_SETTINGS = ("args", "config", "cfg", "hparams", "hyper_parameters", "model_args", "model_config")
 # They change with the library or from save to save, not with the run.
 _VOLATILE = {
     "_name_or_path",
@@ -49,7 +45,8 @@ def require_one_run(averages: Sequence[Average]) -> None:
         _require_same_tensors(one, averages[-1])
     settings = [_settings(one) for one in averages]
     for (before, first), (after, second) in pairwise(zip(averages, settings, strict=True)):
-        if differing := sorted(key for key in first.keys() & second.keys() if first[key] != second[key]):
+        # NaN is the same setting.
+        if differing := sorted(key for key in first.keys() & second.keys() if str(first[key]) != str(second[key])):
             raise CheckpointError(
                 f"checkpoints must be of one run ({shown(after.checkpoint.path)} has another {listed(differing)} than "
                 f"{shown(before.checkpoint.path)}); leave a run out"
@@ -91,18 +88,10 @@ def _require_same_tensors(one: Average, newest: Average) -> None:
 
 def _settings(average: Average) -> dict[str, Any]:
     """Return what a run was started with, from its checkpoint or the file next to its weights."""
-    path = average.checkpoint.path
-    if path.is_dir():
-        config = read_json(path / _CONFIG) if (path / _CONFIG).is_file() else {}
-        found = {"": config}
-    elif path.suffix in {".safetensors", ".pkl"}:
-        return {}
-    else:
-        content = read_content(path, Files()).content
-        found = {name: content[name] for name in _SETTINGS if name in content}
+    path = average.checkpoint.path / _CONFIG
+    config = read_json(path) if path.is_file() else {}
+    plain = config.items() if isinstance(config, Mapping) else ()
     return {
-        f"{name}.{key}" if name else str(key): value
-        for name, values in found.items()
-        for key, value in (values.items() if isinstance(values, Mapping) else ())
-        if isinstance(value, _PLAIN) and key not in _VOLATILE
+        **average.checkpoint.settings,
+        **{key: value for key, value in plain if isinstance(value, _PLAIN) and key not in _VOLATILE},
     }

@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from polyak.checkpoints.opening import open_checkpoint
+from polyak.checkpoints.moments import counted_from_1
+from polyak.checkpoints.opening import Checkpoint, open_checkpoint
 from polyak.checkpoints.series.averages import Average, Options, Series, as_count
-from polyak.compat.words import shown
+from polyak.checkpoints.snapshots import average_named
+from polyak.compat.words import listed, shown
 from polyak.errors import CheckpointError
 from polyak.time import TimeUnit
 
@@ -44,27 +46,15 @@ def read(paths: Sequence[Path], options: Options) -> Series:
         raise CheckpointError(f"there must be one profile for all checkpoints (got {len(options.stored)}); give one")
     profile = None if options.stored is None else options.stored[0]
     opened = [open_checkpoint(path, options.key, options.prefix) for path in paths]
-    for one in opened:
-        said = f"{one.place} {options.prefix or ''}"
-        if profile is None and _AVERAGE.search(said):
-            raise CheckpointError(
-                f"the profile of an average must be known ({shown(one.path)} has one at {shown(said.strip())}); give "
-                "it as stored=HalfLife('1000ba'), or --stored half-life=1000ba, or take the weights by key"
-            )
-    clocks = [{t.unit: float(t)} if (t := options.times.get(one.path)) else dict(one.moment) for one in opened]
-    for one, clock in zip(opened, clocks, strict=True):
-        if not clock:
-            raise CheckpointError(
-                f"a checkpoint must say when it was saved ({shown(one.path)} does not); name it so: step-500.pt, or "
-                "give times, such as 100ba,200ba, for all"
-            )
-    unit = next((unit for unit in _UNITS if all(unit in clock for clock in clocks)), None)
-    if unit is None:
+    if profile is None:
+        for one in opened:
+            _require_no_average(one, options)
+    unit, pairs = _in_order(opened, options)
+    untrained = [one.path.name for one, clock in pairs if not clock[unit]]
+    if not (pairs := pairs[len(untrained) :]):
         raise CheckpointError(
-            f"checkpoints must say their times in one unit ({shown(opened[0].path)} in {_units(clocks[0])}, and "
-            f"{shown(opened[-1].path)} in {_units(clocks[-1])}); give times for all"
+            f"there must be checkpoints of a run that has begun ({listed(untrained)} is of {unit} 0); give others"
         )
-    pairs = sorted(zip(opened, clocks, strict=True), key=lambda pair: pair[1][unit])
     first, second = (pair[1][unit] for pair in (pairs * 2)[:2])
     begin = 0.0 if profile is not None else max(0.0, 2 * first - second) if len(pairs) > 1 else 0.0
     found = [
@@ -79,7 +69,44 @@ def read(paths: Sequence[Path], options: Options) -> Series:
     ]
     start = {unit: begin, TimeUnit.BATCH: begin}
     raw = found[-1].checkpoint.tensors if profile is None else None
-    return Series(KIND if profile is None else _KIND_OF_AVERAGES, found, start, raw)
+    left_out = [f"{name}: of {unit} 0, before training" for name in untrained]
+    return Series(KIND if profile is None else _KIND_OF_AVERAGES, found, start, raw, left_out)
+
+
+def _require_no_average(one: Checkpoint, options: Options) -> None:
+    if options.key is None and (kind := average_named(one.path.name)):
+        raise CheckpointError(
+            f"the profile of an average must be known (by its name {shown(one.path)} is one, {kind}); give it as "
+            "stored=HalfLife('1000ba'), or --stored half-life=1000ba, or rename the files"
+        )
+    if _AVERAGE.search(said := f"{one.place} {options.prefix or ''}"):
+        raise CheckpointError(
+            f"the profile of an average must be known ({shown(one.path)} has one at {shown(said.strip())}); give it as "
+            "stored=HalfLife('1000ba'), or --stored half-life=1000ba, or take the weights by key"
+        )
+
+
+def _in_order(
+    opened: Sequence[Checkpoint], options: Options
+) -> tuple[TimeUnit, list[tuple[Checkpoint, dict[TimeUnit, float]]]]:
+    """Return the unit that all checkpoints know, and them with their clocks in that order."""
+    clocks = [{t.unit: float(t)} if (t := options.times.get(one.path)) else dict(one.moment) for one in opened]
+    for one, clock in zip(opened, clocks, strict=True):
+        if not clock:
+            raise CheckpointError(
+                f"a checkpoint must say when it was saved ({shown(one.path)} does not); name it so: step-500.pt, or "
+                "give times=['100ba', '200ba'] for all to Record.from_checkpoints"
+            )
+    unit = next((unit for unit in _UNITS if all(unit in clock for clock in clocks)), None)
+    if unit is None:
+        raise CheckpointError(
+            f"checkpoints must say their times in one unit ({shown(opened[0].path)} in {_units(clocks[0])}, and "
+            f"{shown(opened[-1].path)} in {_units(clocks[-1])}); give times for all to Record.from_checkpoints"
+        )
+    if unit is TimeUnit.EPOCH:
+        epochs = counted_from_1([clock[unit] for clock in clocks])
+        clocks = [{**clock, unit: epoch} for clock, epoch in zip(clocks, epochs, strict=True)]
+    return unit, sorted(zip(opened, clocks, strict=True), key=lambda pair: pair[1][unit])
 
 
 def _units(clock: Mapping[TimeUnit, float]) -> str:
