@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from polyak import EMA, PlanWarning, Recorder, RecordError, TimeError, Watch, attach
+from polyak import EMA, ArgumentError, PlanWarning, PolyakError, Recorder, RecordError, TimeError, Watch, attach
 from polyak.cli import main
 from polyak.profiles import Cooldown, HalfLife
 from polyak.record import Edge, Record, Writer
@@ -365,6 +365,37 @@ def test_watch_resumes_when_its_next_evaluation_is_due() -> None:
         assert len(watching.moments) == 1
         train(5)
         assert len(watching.moments) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"cooldowns": [10, 20]}, r"cooldowns must be a list of shares .* \(got \[10, 20\]\); for 10 % give 0.1"),
+        ({"half_lives": 0.1}, "half_lives must be a list of shares"),
+        ({"half_lives": [0]}, "half_lives must be a list of shares"),
+        ({"maximize": True, "minimize": True}, "must not both be True"),
+        ({"evaluate": None}, "evaluate must be a function"),
+    ],
+)
+def test_wrong_options_are_refused_before_the_first_evaluation(tmp_path, options, error) -> None:
+    given = {"evaluate": drawing} | options
+    with pytest.raises(PolyakError, match=error):
+        Watch(Recorder(interval="2ba"), **given)
+    with pytest.raises(PolyakError, match=error):
+        next(watch(tmp_path, **given))
+
+
+def test_watch_must_be_given_the_recorder_of_its_run(tmp_path) -> None:
+    with pytest.raises(ArgumentError, match="must be the Recorder of this run"):
+        Watch(str(tmp_path), drawing)
+
+
+def test_watch_reads_the_shares_that_it_is_given() -> None:
+    recorder = Recorder(interval="2ba")
+    watching = Watch(recorder, drawing, "50ba", half_lives=[0.1], cooldowns=[0.3], metric="loss", minimize=True)
+    trained([recorder, watching])
+    shares = [(one.kind, one.share) for one in watching.moments[-1].readings if one.share is not None]
+    assert shares == [("half_life", 0.1), ("cooldown", 0.3)]
 
 
 def test_watch_refuses_an_interval_that_the_loop_does_not_count() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from polyak.algorithm import Algorithm, MetricLogger, check_event
-from polyak.errors import PlanWarning, PolyakError, RecordError
+from polyak.errors import ArgumentError, PlanWarning, PolyakError, RecordError
 from polyak.events import Event, State, refuse_uncounted
 from polyak.record import Record, Recorder
 from polyak.sharding import OneProcess, communicator_of
@@ -18,7 +18,7 @@ from polyak.tensors.slots import unwrap
 from polyak.time import Time, TimeUnit, as_span
 from polyak.training import rng
 from polyak.watching.log import Log
-from polyak.watching.moment import COOLDOWNS, HALF_LIVES, Moment, read_moment
+from polyak.watching.moment import COOLDOWNS, HALF_LIVES, Moment, check_options, read_moment
 
 
 class Watch(Algorithm):
@@ -46,6 +46,8 @@ class Watch(Algorithm):
         minimize: As for ``sweep``.
 
     Raises:
+        ArgumentError: If ``record`` is not a ``Recorder``, ``evaluate`` cannot be called, or a length is not a share.
+        EvaluationError: If ``maximize`` and ``minimize`` contradict each other.
         TimeError: If ``interval`` is not a time, or not above 0.
 
     Attributes:
@@ -87,13 +89,17 @@ class Watch(Algorithm):
         maximize: bool | None = None,
         minimize: bool | None = None,
     ) -> None:
+        if not isinstance(record, Recorder):
+            raise ArgumentError(f"record must be the Recorder of this run (got {record!r})")
+        shares = {"half_lives": half_lives, "cooldowns": cooldowns}
+        better = {"maximize": maximize, "minimize": minimize}
+        check_options(evaluate, **shares, **better)
         self.interval = as_span("interval", interval, above=0, steps=True)
         self.moments = list[Moment]()
         self._record = record
         self._evaluate = evaluate
         self._results = None if results is None else Path(results).absolute()
-        self._options: dict[str, Any] = {"half_lives": half_lives, "cooldowns": cooldowns, "metric": metric}
-        self._options |= {"maximize": maximize, "minimize": minimize}
+        self._options: dict[str, Any] = {**shares, "metric": metric, **better}
         self._passed: int | None = None  # intervals that had ended at the last evaluation
         self._ranks: Any = OneProcess()
 

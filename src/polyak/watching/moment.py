@@ -4,16 +4,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Self
 
 from torch import Tensor
 
 from polyak.averaging.schedule import AUTO_SHARE
-from polyak.errors import ProfileError
+from polyak.errors import ArgumentError, ProfileError
 from polyak.profiles import Cooldown, HalfLife, Profile
 from polyak.record import Record, fit
 from polyak.record.recommendation import share_of
 from polyak.sweeping import EvaluationError, Result, held, sweep
+from polyak.sweeping.direction import asked
 from polyak.sweeping.returned import Evaluate, measured
 from polyak.time import Timestamp
 
@@ -164,6 +166,38 @@ class Moment:
 
 def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def check_options(
+    evaluate: Evaluate,
+    *,
+    half_lives: Sequence[float],
+    cooldowns: Sequence[float],
+    maximize: bool | None,
+    minimize: bool | None,
+) -> None:
+    """Check the arguments of ``read_moment`` before a run, since the first moment may be hours away.
+
+    Args:
+        evaluate: As for ``read_moment``.
+        half_lives: As for ``read_moment``.
+        cooldowns: As for ``read_moment``.
+        maximize: As for ``read_moment``.
+        minimize: As for ``read_moment``.
+
+    Raises:
+        ArgumentError: If ``evaluate`` cannot be called, or a length is not a share of the run.
+        EvaluationError: If ``maximize`` and ``minimize`` contradict each other.
+    """
+    if not callable(evaluate):
+        raise ArgumentError(f"evaluate must be a function of the weights by name (got {evaluate!r})")
+    for name, shares in (("half_lives", half_lives), ("cooldowns", cooldowns)):
+        if not isinstance(shares, Sequence) or not all(isinstance(one, Real) and 0 < one <= 1 for one in shares):
+            raise ArgumentError(
+                f"{name} must be a list of shares of the run so far, each above 0 and at most 1 (got {shares!r}); for "
+                "10 % give 0.1"
+            )
+    asked(maximize=maximize, minimize=minimize)
 
 
 def read_moment(

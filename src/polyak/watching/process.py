@@ -11,7 +11,7 @@ from polyak.record.manifest import MANIFEST
 from polyak.sweeping.returned import Evaluate
 from polyak.time import Time, Timestamp, TimeUnit, as_span
 from polyak.watching.log import Log
-from polyak.watching.moment import COOLDOWNS, HALF_LIVES, RAW, Moment, read_moment
+from polyak.watching.moment import COOLDOWNS, HALF_LIVES, RAW, Moment, check_options, read_moment
 
 _EVERY = Time(1 / 20, TimeUnit.DURATION)
 
@@ -114,11 +114,13 @@ def watch(
         say: Called with a sentence that says what is waited for, and why this ends.
 
     Raises:
+        ArgumentError: If ``evaluate`` cannot be called, or a length is not a share of the run.
         EvaluationError: As ``sweep``.
         RecordError: If a file of the record is damaged.
         TimeError: If the run does not count the unit of ``every``.
         WatchError: If ``results`` has something else.
     """
+    check_options(evaluate, half_lives=half_lives, cooldowns=cooldowns, maximize=maximize, minimize=minimize)
     due = Due(None if every is None else as_span("every", every, above=0, steps=True))
     folder = Path(record).absolute()
     with Log(None if results is None else Path(results)) as log:
