@@ -90,7 +90,7 @@ def _update(average: OnlineAverage, event: Event, state: State, logger: MetricLo
     shadow, schedule, progress = average.shadow, average.schedule, average.progress
     assert shadow is not None
     now, before = state.timestamp, progress.updated_at
-    if before is not None and now.elapsed(TimeUnit.BATCH) < before.elapsed(TimeUnit.BATCH):
+    if before is not None and vars(now)["batch"] < vars(before)["batch"]:  # plain numbers, in each update
         progress.resume(schedule, state)  # in mid-run, an average was loaded that has gone further than this run
         return
     if schedule.unit is None:
