@@ -44,7 +44,7 @@ def test_the_fuzzer_finds_training_weights_that_are_not_restored(monkeypatch: py
     def leave_a_trace(self: Any) -> None:
         restore(self)
         with torch.no_grad():
-            self._model.a.bias[0].add_(1e-6)
+            self.model.a.bias[0].add_(1e-6)
 
     monkeypatch.setattr(Shadow, "restore", leave_a_trace)
     assert "a.bias differs" in judge(PLAIN).said

@@ -167,7 +167,7 @@ def test_damaged_and_missing_files_give_a_one_line_error(folder, tmp_path, capsy
 )
 def test_a_missing_record_gives_a_one_line_error(tmp_path, capsys, command) -> None:
     name, *rest = command
-    assert "a record must have a manifest.json" in refused(capsys, name, tmp_path / "none", *rest)
+    assert "RECORD must be there" in refused(capsys, name, tmp_path / "none", *rest)
 
 
 @pytest.mark.parametrize(

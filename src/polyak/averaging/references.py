@@ -98,7 +98,7 @@ class References:
         >>> outer = nn.Identity()
         >>> outer.forward = lambda x: inner(x)
         >>> found = References(outer)
-        >>> id(inner) in found.objects, id(outer.forward) in found.leading_to([id(inner)])
+        >>> id(inner) in found.objects, id(outer.forward) in found.leading_to([id(inner)], through=[])
         (True, True)
         >>> found.where(id(inner))
         'forward'
