@@ -61,6 +61,7 @@ def test_each_public_name_is_what_type_checkers_see() -> None:
     assert set(polyak.__all__) <= set(dir(polyak))
 
 
+@pytest.mark.slow
 def test_polyak_imports_what_is_read_and_no_more() -> None:
     code = """
 import sys, polyak

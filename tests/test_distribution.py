@@ -34,6 +34,7 @@ def test_the_pure_wheel_is_complete_and_has_no_library(wheel) -> None:
     assert distribution.wheel_faults(wheel) == []
 
 
+@pytest.mark.slow
 def test_the_source_distribution_is_complete_and_builds_without_a_compiler_which_it_says_in_one_line(tmp_path) -> None:
     source, _ = build(tmp_path / "source", "sdist")
     assert distribution.sdist_faults(source) == []

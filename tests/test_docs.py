@@ -52,6 +52,7 @@ def test_the_blocks_of_a_page_share_names_and_a_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

@@ -66,6 +66,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Path], Callable[..., object]]]] = 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITERS)
 def test_what_exists_is_replaced_only_with_overwrite(tmp_path: Path, name: str) -> None:
     file, make = WRITERS[name]

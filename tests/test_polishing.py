@@ -108,6 +108,7 @@ def test_a_polish_is_what_one_would_write_by_hand() -> None:
     assert equal(state_of(model), state_of(other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", [None, Uniform("16ba")])
 def test_a_polish_from_a_record_starts_at_the_average_asked_for(tmp_path, profile) -> None:
     model, optimizer, attached = trained(Recorder(tmp_path / "record", "1ba"), steps=64)

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 ENVIRONMENT = {"ONE": "\u00e4", "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parent), "PYTHONUTF8": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [["-c", PROGRAM], ["-m", "program"], ["program.py"]], ids=lambda form: form[0])
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_forked_program_does_what_it_does_in_a_new_interpreter(tmp_path, form, status) -> None:
@@ -53,6 +54,7 @@ def test_a_forked_program_ends_by_a_signal_with_its_number() -> None:
     assert process.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_the_forked_command_has_the_streams_and_the_status_of_polyak(tmp_path) -> None:
     command = "echo a | polyak env --json | tail -n 1; polyak --version; polyak unknown"
     environment = os.environ | {"PATH": f"{warm.folder()}{os.pathsep}{os.environ['PATH']}"}

@@ -216,6 +216,7 @@ ACTS = [name for name in vars(Twins) if not name.startswith("_")]
 WIDTHS = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(WIDTHS),
@@ -532,6 +533,7 @@ threading.Timer(0.3, opened.set).start()
 """
 
 
+@pytest.mark.slow
 def test_a_process_ends_with_an_update_under_way() -> None:
     done = warm.run("-c", ENDS)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

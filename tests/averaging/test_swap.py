@@ -105,6 +105,7 @@ EVALUATIONS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("evaluation", EVALUATIONS)
 def test_a_swap_undoes_the_changes_of_an_evaluation_to_buffers(evaluation, dtype) -> None:
@@ -268,6 +269,7 @@ def test_a_restore_that_is_interrupted_each_time_ends_when_the_next_one_asks(mon
     step(model, optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that sends signals")
 def test_real_signals_at_any_moment_lose_nothing() -> None:
     model = nn.Sequential(*[nn.Linear(40, 40) for _ in range(20)])

@@ -58,6 +58,7 @@ def trained(kind: str, by_hand: bool) -> tuple[nn.Module, list[Tensor]]:
     return student, targets
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the average that is read is mostly its first weights")
 @pytest.mark.parametrize("kind", ["plain", "autocast", "compiled", "compiled, autocast"])
 def test_a_training_step_towards_the_average_is_that_of_a_copy_moved_by_hand(kind) -> None:

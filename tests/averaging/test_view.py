@@ -475,6 +475,7 @@ def assert_view(attached, model: nn.Module, inputs: Tensor) -> nn.Module:
     return view
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", KINDS, ids=lambda change: change.__name__)
 def test_the_view_computes_what_the_model_does_with_the_average_in_it(change) -> None:
     torch.manual_seed(0)
@@ -1036,6 +1037,7 @@ def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         return model(**inputs)[0].clone()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("build", REAL, ids=lambda build: build.__name__)
 def test_the_view_of_a_real_model_computes_what_the_model_does_with_the_average_in_it(build) -> None:

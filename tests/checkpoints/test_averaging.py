@@ -44,6 +44,7 @@ def reference(weights, states):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_average_of_a_format_is_that_in_float64_rounded_once(tmp_path, monkeypatch, name) -> None:
     monkeypatch.setattr(averaging_module, "_PIECE", 4)  # so that tensors are averaged in pieces

@@ -111,6 +111,7 @@ def run(capsys, command, *arguments):
     return capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_inspect_prints_the_contents_of_a_record(folder, capsys) -> None:
     out, said = run(capsys, "inspect", folder, "--verify")
     assert said == ""
@@ -246,6 +247,7 @@ def test_an_average_with_a_large_error_gives_one_note(folder, tmp_path, capsys) 
     assert "weights from before the record" in said
 
 
+@pytest.mark.slow
 def test_sweep_writes_all_files_that_its_help_names(folder, script, tmp_path, capsys) -> None:
     raw = folder.parent / "raw.safetensors"
     arguments = [folder, "--evaluate", f"{script}:counted", "--points", 4, "--refine", 2, "--raw", raw, "--online", raw]

@@ -40,6 +40,7 @@ def records(here):
     return {json.loads(line)["record"] for line in (here / "out" / "sweep.jsonl").read_text().splitlines()}
 
 
+@pytest.mark.slow
 def test_a_sweep_does_not_replace_the_results_of_another_record(here, capsys) -> None:
     record(here / "other", updates=64, interval=4)
     assert main(["sweep", "run", *SWEEP]) == 0
@@ -54,6 +55,7 @@ def test_a_sweep_does_not_replace_the_results_of_another_record(here, capsys) ->
     assert main(["sweep", "run", *SWEEP]) == 2
 
 
+@pytest.mark.slow
 def test_a_record_that_was_moved_keeps_its_results(here, capsys) -> None:
     assert main(["sweep", "run", *SWEEP]) == 0
     (here / "run").rename(here / "moved")

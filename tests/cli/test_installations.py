@@ -67,6 +67,7 @@ def here(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_commands_work_without_any_extra(here) -> None:
     codes, _, said = run(
         here,

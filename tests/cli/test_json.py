@@ -57,6 +57,7 @@ def printed(capsys, line):
     return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.NAME)
 def test_a_command_prints_one_object_with_the_keys_of_its_help(here, capsys, command) -> None:
     if command.NAME == "demo":

@@ -49,6 +49,7 @@ LINES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [40, 80])
 @pytest.mark.parametrize("line", LINES)
 def test_the_output_of_a_command_fits_the_terminal(here, monkeypatch, capsys, line, width) -> None:

@@ -95,6 +95,7 @@ def test_weight_one_gives_the_weights_themselves_and_zero_leaves_the_average(ler
     assert all(torch.equal(a, x) for a, x in zip(averages, online, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("online_dtype", [*DTYPES, torch.complex64])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64])
@@ -279,6 +280,7 @@ def test_a_16_bit_average_is_rounded_otherwise_in_each_update() -> None:
     assert abs(average.double().mean() - 0.632) < 0.005
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 3e4])
 def test_stochastic_rounding_has_the_right_mean_and_goes_to_a_neighbour(dtype, scale) -> None:
@@ -463,6 +465,7 @@ class Stopping:
         return self.line
 
 
+@pytest.mark.slow
 def test_an_exchange_that_is_interrupted_anywhere_is_undone_even_if_that_is_interrupted_too(exchange_of) -> None:
     left, right = pairs()
     old_left, old_right = [t.clone() for t in left], [t.clone() for t in right]

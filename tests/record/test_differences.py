@@ -317,6 +317,7 @@ def test_a_file_of_differences_is_refused_as_a_checkpoint(tmp_path, capsys) -> N
 # How it is written.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 21, 30])
 def test_a_run_that_is_stopped_and_resumed_writes_the_same_record_bit_for_bit(tmp_path, stop) -> None:
     def loop(name: str) -> Loop:

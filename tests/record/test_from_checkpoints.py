@@ -75,6 +75,7 @@ def record(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return request.param(tmp_path_factory.mktemp("run"))
 
 
+@pytest.mark.slow
 def test_averages_of_each_family_are_within_their_stated_error_of_the_truth(record: Record) -> None:
     for profile in PROFILES:
         actual, stated = runs.error(record.average(profile), profile, STEPS), record.error(profile)
@@ -101,6 +102,7 @@ def test_an_average_of_each_family_ends_at_an_earlier_checkpoint(record: Record)
         record.average(profile, "801ba")
 
 
+@pytest.mark.slow
 def test_each_family_is_swept_and_exported(record: Record, tmp_path: Path) -> None:
     found = sweep(record, lambda state: float(state["weight"].square().mean()), points=3, refine=0, at=["50%", "100%"])
     assert found.best.error is not None

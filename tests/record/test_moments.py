@@ -59,6 +59,7 @@ def exact(profile, moment) -> Tensor:
     return ((kept[:-1] - kept[1:]).flip(0)[:, None] * weights).sum(0) / (kept[0] - kept[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", [HalfLife("40ba", unbiased=True), PowerFunction(0.1), Uniform(), Cooldown("100ba")])
 def test_an_average_at_each_moment_is_as_near_to_the_exact_one_as_its_error_says(unmerged, profile) -> None:
     record = Record(unmerged)
@@ -70,6 +71,7 @@ def test_an_average_at_each_moment_is_as_near_to_the_exact_one_as_its_error_says
         assert int(average["steps"]) == moment
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::polyak.PlanWarning")
 def test_an_early_average_of_a_merged_record_has_an_error_that_says_so(tmp_path) -> None:
     record = written(tmp_path / "run", per_level=4)
@@ -112,6 +114,7 @@ def reads(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", [HalfLife("40ba", unbiased=True), Cooldown("30ba", "1-sqrt")])
 def test_an_average_reads_nothing_twice_to_decide_on_its_warning(merged, reads, profile) -> None:
     record = Record(merged)

@@ -179,6 +179,7 @@ def test_a_recorder_without_an_interval_is_refused_where_a_run_begins_that_resum
     assert Record(tmp_path).segments[-1].end.updates == 9
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.integers(512, 12_000), st.integers(0, 200))
 def test_a_half_life_of_two_intervals_is_resolved_whatever_the_length_of_the_run_divides_by(total, cut) -> None:

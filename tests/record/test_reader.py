@@ -123,6 +123,7 @@ def test_the_error_is_what_was_measured(history, profile, bound) -> None:
     assert 100 * relative_error(coefficients(profile, parts), parts, profile, HISTORIES[history]()) < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("profile", PROFILES, ids=str)
 def test_the_estimate_is_within_a_factor_of_three_of_the_error_and_the_solve_beats_the_shares(history, profile) -> None:

@@ -326,6 +326,7 @@ def test_a_pin_goes_with_its_checkpoint(tmp_path) -> None:
 # What can go wrong.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8], ids=str)
 @forks
 def test_a_writer_killed_at_any_moment_leaves_the_record_before_or_after(tmp_path, dtype) -> None:

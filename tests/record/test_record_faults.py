@@ -292,6 +292,7 @@ class Disk:
 ERRORS = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", ERRORS, ids=errno.errorcode.get)
 @pytest.mark.parametrize("fails_for", [1, 4, 9])
 def test_segments_that_a_disk_refuses_for_a_while_are_written_later(tmp_path, monkeypatch, error, fails_for) -> None:
@@ -468,6 +469,7 @@ def test_an_interrupt_at_any_line_of_the_recording_leaves_segments_without_gaps(
 ENDING = ("polyak/record/recording.py", "polyak/record/queue.py", "polyak/record/appender.py")
 
 
+@pytest.mark.slow
 def test_an_interrupt_at_any_line_of_the_end_of_a_segment_ends_it_once(tmp_path) -> None:
     ended = 0
     for n in range(1, 400):
@@ -501,6 +503,7 @@ def flipped(content: bytes, at: int, bit: int = 0) -> bytes:
     return content[:at] + bytes([content[at] ^ (1 << bit)]) + content[at + 1 :]
 
 
+@pytest.mark.slow
 def test_verify_finds_a_flipped_bit_anywhere(tmp_path) -> None:
     with Writer(tmp_path, TENSORS, per_level=1) as writer:
         for n in range(3):
@@ -535,6 +538,7 @@ class LosesARank(OneProcess):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", range(6))
 @pytest.mark.parametrize("do", ["append", "pin", "rewind"])
 def test_an_error_after_a_new_manifest_is_on_disk_deletes_nothing_that_it_names(tmp_path, do, after) -> None:

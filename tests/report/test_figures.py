@@ -25,6 +25,7 @@ PROFILES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", PROFILES, ids=repr)
 @settings(deadline=None)
 @given(steps=st.lists(st.floats(0.1, 50), min_size=1, max_size=20), data=st.data())
@@ -85,6 +86,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_figure_can_be_drawn_for_any_run(name) -> None:
     assert render(draw(**CASES[name]), "png").startswith(b"\x89PNG")

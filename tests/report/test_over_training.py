@@ -65,6 +65,7 @@ def several(tmp_path_factory):
     return sweep(Record(run), validate, points=4, refine=0, at=["25%", "50%", "100%"])
 
 
+@pytest.mark.slow
 def test_a_sweep_of_several_moments_has_a_heat_map_on_its_page(several) -> None:
     moments = [numbers(several, one) for one in several.moments]
     (heat,) = sweep_panels(moments)
@@ -78,6 +79,7 @@ def test_a_sweep_of_several_moments_has_a_heat_map_on_its_page(several) -> None:
     assert sweep_panels(moments[:1]) == []
 
 
+@pytest.mark.slow
 def test_the_page_of_a_sweep_shows_what_watch_has_read_into_its_folder(several, tmp_path) -> None:
     here, other = str(several.record.folder), "/another"
     with Log(tmp_path / "watch.jsonl") as log:

@@ -92,6 +92,7 @@ def without_plotly(text):
     return text.replace(get_plotlyjs(), "0")
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file_that_fetches_nothing(run, results) -> None:
     text = without_plotly(page(swept(run, results)))
     assert "http:" not in text
@@ -197,6 +198,7 @@ def test_names_from_outside_stay_text(run) -> None:
     assert "<" not in json.dumps(chart)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize(
     "values",
@@ -335,6 +337,7 @@ def several(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_a_page_may_have_several_moments_and_records(several, tmp_path) -> None:
     written_files = write_report(several[0], tmp_path, several[1])
     assert "report.html" in written_files

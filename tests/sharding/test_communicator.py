@@ -117,6 +117,7 @@ def _rank(end_at: int | None) -> int:
     return torch.distributed.get_rank()
 
 
+@pytest.mark.slow
 def test_processes_of_tests_that_die_or_make_no_group_fail_no_other_test(tmp_path) -> None:
     processes = GlooRanks(tmp_path, most=2)
     with pytest.raises(AssertionError, match="a rank died without an error"):

@@ -48,6 +48,7 @@ def test_a_small_paired_difference_is_seen_where_the_intervals_of_the_means_over
     assert not is_worse(best, best, maximize=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form", [lambda loss: loss, lambda loss: loss.tolist(), lambda loss: loss.numpy()], ids=["tensor", "list", "array"]
 )

@@ -47,6 +47,7 @@ def files(folder):
     return {path.name for path in folder.glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_sweep_reads_the_record_as_it_was_at_the_start_while_the_run_goes_on(live, tmp_path) -> None:
     folder, run = live
     shutil.copytree(folder, tmp_path / "copy")

@@ -27,6 +27,7 @@ def results(folder):
     return sweep(folder, validate, points=4, refine=1)
 
 
+@pytest.mark.slow
 def test_the_result_of_a_sweep_is_the_list_that_it_was(results) -> None:
     assert isinstance(results, list)
     assert len(results) == 6

@@ -190,6 +190,7 @@ def test_ranks_sweep_the_record_that_rank_0_has_opened(ranks, tmp_path) -> None:
 # In one process
 
 
+@pytest.mark.slow
 def test_one_process_alone_sweeps_in_parallel_as_it_does_otherwise(folder, alone) -> None:
     assert jobs.sweeps(folder, parallel=True) == alone
 

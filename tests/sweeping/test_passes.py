@@ -60,6 +60,7 @@ def reads(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1 << 22, 360])
 @pytest.mark.parametrize("at", [None, ["50%", "100%"]])
 def test_a_sweep_evaluates_the_averages_and_errors_of_one_at_a_time_bit_for_bit(folder, monkeypatch, chunk, at) -> None:
@@ -98,6 +99,7 @@ def test_a_sweep_computes_no_average_that_has_a_result_already(folder, tmp_path,
     assert not reads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails_at", range(5))
 def test_a_sweep_resumes_after_an_error_at_any_point_and_evaluates_nothing_twice(folder, tmp_path, fails_at) -> None:
     want = sweep(folder, States(), HALF_LIVES, refine=0)

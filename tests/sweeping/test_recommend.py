@@ -74,11 +74,13 @@ def test_the_default_is_the_half_life_that_ema_keeps_with_auto(tmp_path) -> None
         torch.testing.assert_close(tensor, averaged[name], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_default_is_in_the_unit_of_the_length_of_the_run(tmp_path) -> None:
     record = written(tmp_path / "run", per_epoch=16, max_duration=Time(16, "ep"))
     assert record.recommend().half_life == Time(1.0, "ep")
 
 
+@pytest.mark.slow
 def test_record_recommends_what_the_function_recommends(record) -> None:
     assert record.recommend() == recommend(record)
     assert str(record.recommend()) == "half-life 16ba: a sixteenth of the run, the default without an evaluation"
@@ -130,6 +132,7 @@ def test_the_interval_of_the_gain_is_wider_for_more_averages(record) -> None:
     assert many[1] - many[0] > 1.2 * (few[1] - few[0])
 
 
+@pytest.mark.slow
 def test_chance_alone_seldom_moves_the_recommendation(record) -> None:
     moved = 0
     for seed in range(40):

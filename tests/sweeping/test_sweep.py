@@ -41,6 +41,7 @@ class Counting:
         return self._function(state)
 
 
+@pytest.mark.slow
 def test_the_grid_goes_from_the_finest_half_life_to_the_whole_run(folder) -> None:
     spans = [float(profile.span) for profile in grid(Record(folder), 5)]
     assert spans[0] == Record(folder).finest == 2

@@ -260,6 +260,7 @@ def identical(one: object, other: object) -> bool:
     return one == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("cls", optimizers(), ids=lambda cls: cls.__name__)
 def test_every_optimizer_resumes_bit_for_bit_with_any_dtypes_in_its_state(cls, dtype) -> None:

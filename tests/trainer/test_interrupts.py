@@ -91,6 +91,7 @@ def continued(trainer: Trainer, folder: Path) -> tuple[Trainer, EMA]:
     return resumed, ema
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("at", "batch"),
     [(at, batch) for at in [*INSIDE, *AFTER] for batch in (0, 5, 8) if (at, batch) != (Event.EPOCH_START, 8)],

@@ -73,6 +73,7 @@ def test_a_polish_starts_at_the_average_and_its_figures_are_logged(tmp_path) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("polish", ["5ba", "8ba"])  # of 14 batches: it begins where the run was saved
 @pytest.mark.parametrize("average", [EMA, BEMA])
 def test_a_run_resumes_bit_for_bit_before_in_and_at_the_start_of_a_polish(tmp_path, polish, average) -> None:

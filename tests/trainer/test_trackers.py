@@ -119,6 +119,7 @@ class Written:
         return [(step, value) for step, found, value in self.values if found == name]
 
 
+@pytest.mark.slow
 def test_the_wandb_logger_logs_each_metric_at_its_batch(tmp_path):
     words = ("a project", "a group", "a name", "an entity", ["a", "b"])
     logger = WandBLogger(*words, init_kwargs={"config": {"x": 3}, "dir": tmp_path})

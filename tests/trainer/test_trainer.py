@@ -224,6 +224,7 @@ def test_a_run_ends_at_its_duration_in_any_unit(duration):
     assert trainer.state.timestamp.batch.value == 3
 
 
+@pytest.mark.slow
 def test_a_run_measured_in_seconds_ends():
     class Slow(Callback):
         def batch_start(self, state, logger):

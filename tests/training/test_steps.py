@@ -433,6 +433,7 @@ class Child(torch.optim.Adam):
         return loss
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch.compile itself
 @pytest.mark.parametrize("when", ["before attach", "after attach"])
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD, Child], ids=lambda cls: cls.__name__)

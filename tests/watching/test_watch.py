@@ -74,6 +74,7 @@ def read(run, **options):
     return found
 
 
+@pytest.mark.slow
 def test_watch_reads_a_live_record_at_each_interval_and_ends_with_the_run(run) -> None:
     run.train(20)
     said = []
@@ -114,6 +115,7 @@ def test_a_moment_is_the_same_after_it_was_written(run, tmp_path) -> None:
     assert repr(found.to_plain()) == repr(moment.to_plain())
 
 
+@pytest.mark.slow
 def test_watch_continues_a_file_and_reads_nothing_twice(run, tmp_path) -> None:
     run.train(20)
     first = next(watch(run.folder, loss, "20ba", results=tmp_path / "watch.jsonl"))
