@@ -129,7 +129,7 @@ def torchtitan_costs(folder: str, repeats: int) -> list[Cost]:
 
     from polyak.hosts.torchtitan import attach
 
-    trainer = config_of(Path(folder)).build()
+    trainer = config_of(Path(folder), "fsdp", {"name": "cost"}).build()
     ema = attach(EMA(decay=DECAY), trainer)
     ema.loop.finish_batch()
     found, elements = ours(ema, ema.loop.finish_batch, repeats)
